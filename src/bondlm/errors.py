@@ -1,0 +1,47 @@
+"""Errors that bondlm raises on purpose: each says what, where, the value seen and what to do.
+
+Every class is also a standard exception, so ``except ValueError`` keeps working in user code, and carries the exit
+code with which the command line ends (`cli` is the only place that turns one into the other).
+"""
+
+
+class BondError(Exception):
+    """Root of all errors that bondlm raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(BondError, ValueError):
+    """A contradictory, unknown or impossible setting (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(BondError, ValueError):
+    """A prompt, row or file that cannot be used (exit code 3)."""
+
+    exit_code = 3
+
+
+class RewardError(BondError, RuntimeError):
+    """A reward that raised or returned something that is not one finite number a completion (exit code 4)."""
+
+    exit_code = 4
+
+
+class NonFiniteError(BondError, ArithmeticError):
+    """A loss, gradient or log-probability that is not finite (exit code 5)."""
+
+    exit_code = 5
+
+
+class CheckpointError(BondError, RuntimeError):
+    """A checkpoint or run folder that is missing, incomplete or in use (exit code 6)."""
+
+    exit_code = 6
+
+
+class ResourceError(BondError, RuntimeError):
+    """Out of memory or disk (exit code 7)."""
+
+    exit_code = 7
