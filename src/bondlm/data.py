@@ -1,0 +1,335 @@
+"""Prompt datasets: read from anywhere, checked row by row before anything is trained.
+
+A row is `{"prompt": str, ...}` (standard) or `{"prompt": [{"role", "content"}, ...], ...}` (conversational). All other
+columns travel to the reward functions. Bad rows are refused together, each with its place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bondlm.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_JSONL = (".jsonl", ".jsonlines", ".json-lines", ".ndjson")
+_MAX_LISTED = 10
+_ROLES = ("system", "user", "assistant", "tool")
+# Reward functions get these as arguments of their own, beside the columns of the data set.
+_RESERVED = ("prompts", "completions", "completion_ids", "truncated")
+# A hub name: `name` or `owner/name`. Everything else that is text is a path.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_Row = Mapping[str, Any]
+
+
+def load_prompts(source: str | Path | Dataset | Sequence[_Row], *, split: str = "train") -> Dataset:
+    """Read a prompt data set and check every row.
+
+    Args:
+        source: A JSONL or Parquet file, a folder written by `Dataset.save_to_disk`, the name of a data set on the
+            hub, a `datasets.Dataset` (or a dictionary of splits), or a list of rows.
+        split: Which split of a hub data set, or of a folder or dictionary with several.
+
+    Returns:
+        The data set with its columns as they are. Columns that some rows lack are None there.
+
+    Raises:
+        DataError: If the source cannot be read, has no rows, has bad rows (the first 10 are named as `path:line` or
+            `row i`, counted from 0), mixes standard and conversational prompts, or has a reserved column.
+    """
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(source, str | Path):
+        if Path(source).suffix.lower() in _JSONL:
+            return _to_dataset(read_jsonl(source, prompts=True), str(source))
+        dataset = _open_source(str(source), split)
+    elif isinstance(source, Dataset | DatasetDict):
+        dataset = source
+    elif isinstance(source, Sequence):
+        rows: list[Any] = list(source)
+        _check_rows(rows, [f"row {i}" for i in range(len(rows))], "the list of rows")
+        return _to_dataset(rows, "the list of rows")
+    else:
+        raise DataError(
+            f"cannot read prompts from a {type(source).__name__}. Give a path, the name of a hub data set, a "
+            "`datasets.Dataset` (not a streaming one) or a list of rows."
+        )
+    dataset = _pick_split(dataset, split)
+    name = str(source) if isinstance(source, str | Path) else "the data set"
+    _check_columns(dataset.column_names, name)
+    # The other columns may hold images or long answers, and no check looks at them.
+    checked = dataset.select_columns([column for column in ("prompt", "id") if column in dataset.column_names])
+    _check_rows(checked, [f"row {i}" for i in range(len(checked))], name)
+    return dataset
+
+
+def read_jsonl(path: str | Path, *, prompts: bool = False) -> list[dict[str, Any]]:
+    """Read a file with one JSON object a line, strictly.
+
+    The file is UTF-8; a byte-order mark may stand at its start and nowhere else. Lines end with LF or CRLF; blank
+    lines are ignored. Not accepted: NaN and infinities, numbers beyond float64, a key twice in one object, and lone
+    surrogates, which no UTF-8 file can hold.
+
+    Args:
+        path: The file.
+        prompts: Whether the rows are prompts, and so are checked as `load_prompts` does.
+
+    Returns:
+        The objects, in order.
+
+    Raises:
+        DataError: If the file cannot be read or has no rows, or for all bad rows together, each as `path:line: reason`
+            (the first 10 are named; lines count from 1).
+    """
+    rows: list[dict[str, Any]] = []
+    places: list[str] = []
+    problems: list[tuple[int, str]] = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if not line.strip(b" \t\r\n"):
+                    continue
+                try:
+                    rows.append(_parse_line(line.rstrip(b"\r\n")))
+                    places.append(f"{path}:{number}")
+                except ValueError as error:
+                    problems.append((number, f"{path}:{number}: {error}"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}. Check the path.") from error
+    if prompts:
+        numbers = [int(place.rpartition(":")[2]) for place in places]
+        problems += [(numbers[i], text) for i, text in _row_problems(rows, places)]
+    _raise_if_any([text for _, text in sorted(problems)])
+    if not rows:
+        raise DataError(f"{path}: the file has no rows. Write one JSON object a line.")
+    if prompts:
+        _check_columns(_union_columns(rows), str(path))
+    return rows
+
+
+def is_conversational(dataset_or_example: Dataset | Sequence[_Row] | _Row) -> bool:
+    """Whether prompts are lists of messages; of a data set, the first row answers for all (they are checked)."""
+    example = dataset_or_example if isinstance(dataset_or_example, Mapping) else dataset_or_example[0]
+    return not isinstance(example["prompt"], str)
+
+
+def overlap(train: Iterable[_Row], evaluation: Iterable[_Row]) -> int:
+    """Count the rows of `evaluation` whose prompt is also a prompt of `train`."""
+    seen = {_prompt_key(row["prompt"]) for row in train}
+    return sum(_prompt_key(row["prompt"]) in seen for row in evaluation)
+
+
+def _prompt_key(prompt: Any) -> str:
+    """One text for each prompt; keys that are None are as good as absent."""
+    if isinstance(prompt, str):
+        return json.dumps(prompt)
+    return json.dumps([{k: v for k, v in message.items() if v is not None} for message in prompt], sort_keys=True)
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """Parse one line to an object, or raise ValueError with the reason."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})") from error
+    try:
+        row = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"invalid JSON: {error.msg.removesuffix(' at')} (column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("invalid JSON: nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'a row must be an object such as {{"prompt": ...}}, not {_kind(row)}')
+    # Escapes are the only way for a surrogate to pass the UTF-8 decoder.
+    if "\\u" in text and _has_surrogate(row):
+        raise ValueError("lone surrogate: half of a character, which UTF-8 cannot hold")
+    return row
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number; use null for a missing value")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"number {text} is too large for float64")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return row
+
+
+def _has_surrogate(value: Any) -> bool:
+    """Whether any text in a JSON value, keys too, has a surrogate that is not half of a pair."""
+    if isinstance(value, str):
+        return _SURROGATE.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(_has_surrogate(key) or _has_surrogate(item) for key, item in value.items())
+    return isinstance(value, list | tuple) and any(map(_has_surrogate, value))
+
+
+def _kind(value: Any) -> str:
+    """Name a value's type in JSON's words."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _row_problems(rows: Iterable[Any], places: Sequence[str]) -> list[tuple[int, str]]:
+    """Find the first fault of each bad row, as (index, `place: reason`)."""
+    problems = []
+    first_kind: type | None = None
+    first_place = ""
+    seen_ids: dict[tuple[str, str], str] = {}
+    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+        reason = _prompt_problem(row)
+        if reason is None:
+            kind = str if isinstance(row["prompt"], str) else list
+            if first_kind is None:
+                first_kind, first_place = kind, place
+            elif kind is not first_kind:
+                reason = (
+                    f"the prompt is {_kind(kind())}, but at {first_place} it is {_kind(first_kind())}; "
+                    "use plain text or lists of messages, not both"
+                )
+        if reason is None and row.get("id") is not None:
+            key = (type(row["id"]).__name__, str(row["id"]))
+            if key in seen_ids:
+                reason = f"duplicate id {row['id']!r} (first at {seen_ids[key]})"
+            seen_ids.setdefault(key, place)
+        if reason is not None:
+            problems.append((i, f"{place}: {reason}"))
+    return problems
+
+
+def _prompt_problem(row: Any) -> str | None:
+    """Say what is wrong with the prompt of one row, or None."""
+    if not isinstance(row, Mapping):
+        return f'a row must be an object such as {{"prompt": ...}}, not {_kind(row)}'
+    if "prompt" not in row:
+        return f"no `prompt` (keys: {', '.join(map(str, row)) or 'none'})"
+    prompt = row["prompt"]
+    if _has_surrogate(row):
+        return "lone surrogate: half of a character, which UTF-8 cannot hold"
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "empty prompt"
+    if not isinstance(prompt, list | tuple):
+        return f"`prompt` must be text or a list of messages, not {_kind(prompt)}"
+    if not prompt:
+        return "empty prompt (no messages)"
+    for i, message in enumerate(prompt):
+        problem = _message_problem(message)
+        if problem is not None:
+            return f"message {i}: {problem}"
+    if prompt[-1]["role"] == "assistant":
+        return "the last message is the assistant's; a prompt ends where the assistant is to speak"
+    return None if prompt[-1]["content"].strip() else "empty prompt (the last message has no text)"
+
+
+def _message_problem(message: Any) -> str | None:
+    if not isinstance(message, Mapping):
+        return f"must be an object with `role` and `content`, not {_kind(message)}"
+    role, content = message.get("role"), message.get("content")
+    if role not in _ROLES:
+        return f"`role` must be one of {', '.join(_ROLES)}, not {role!r}"
+    if not isinstance(content, str):
+        return f"`content` must be text, not {_kind(content)}"
+    return None
+
+
+def _check_rows(rows: Iterable[Any], places: Sequence[str], name: str) -> None:
+    """Refuse an empty source and bad rows."""
+    if not places:
+        raise DataError(f"{name} has no rows. Give at least one prompt.")
+    _raise_if_any([text for _, text in _row_problems(rows, places)])
+
+
+def _check_columns(columns: Iterable[str], name: str) -> None:
+    reserved = [column for column in columns if column in _RESERVED]
+    if reserved:
+        raise DataError(
+            f"{name}: reserved column name: {', '.join(reserved)}. Reward functions get an argument of that name from "
+            "bondlm. Rename the column."
+        )
+
+
+def _raise_if_any(problems: Sequence[str]) -> None:
+    """Raise one DataError that names the first bad rows and counts the rest."""
+    if not problems:
+        return
+    lines = list(problems[:_MAX_LISTED])
+    if len(problems) > _MAX_LISTED:
+        lines.append(f"... and {len(problems) - _MAX_LISTED} more bad rows")
+    raise DataError("\n".join(lines))
+
+
+def _union_columns(rows: Iterable[_Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _to_dataset(rows: Sequence[_Row], name: str) -> Dataset:
+    """Make checked rows into a table, with None where a row lacks a column."""
+    import pyarrow
+    from datasets import Dataset
+
+    columns = _union_columns(rows)
+    _check_columns(columns, name)
+    try:
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    except (pyarrow.ArrowException, OverflowError, UnicodeError) as error:
+        raise DataError(f"{name}: a column must hold values of one type in all rows: {error}") from error
+
+
+def _open_source(source: str, split: str) -> Any:
+    """Open a Parquet file, a saved folder or a hub data set."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    path = Path(source)
+    try:
+        if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+            return datasets.load_from_disk(source)
+        if path.suffix.lower() == ".parquet":
+            # Read directly: `datasets` would first copy the file into its cache in the home folder.
+            return datasets.Dataset(pyarrow.parquet.read_table(source))
+        if path.is_file():
+            raise DataError(f"{source}: unknown kind of file. Give .jsonl or .parquet.")
+        if path.is_dir() or _HUB_NAME.fullmatch(source):
+            return datasets.load_dataset(source, split=split)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source}: cannot be read: {error}") from error
+    raise DataError(f"{source}: no such file, and not the name of a hub data set.")
+
+
+def _pick_split(dataset: Any, split: str) -> Dataset:
+    from datasets import Dataset, DatasetDict
+
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise DataError(f"no split {split!r} in the data set. It has: {', '.join(dataset)}.")
+        dataset = dataset[split]
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"prompts must be a `datasets.Dataset`, not a {type(dataset).__name__}.")
+    return dataset

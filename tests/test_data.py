@@ -1,0 +1,308 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+from tiny import prompt_rows
+
+from bondlm.data import is_conversational, load_prompts, overlap, read_jsonl
+from bondlm.errors import DataError
+
+Write = Callable[..., Path]
+
+# Text that careless readers change: line ends, separators that only `str.splitlines` knows, direction marks, joiners.
+ODD_TEXTS = {
+    "crlf": "one\r\ntwo\rthree\n",
+    "emoji": "a \U0001f469\u200d\U0001f4bb and \U0001f1eb\U0001f1f7",
+    "rtl": "\u05e9\u05dc\u05d5\u05dd \u202eabc\u202c \u0645\u0631\u062d\u0628\u0627",
+    "separators": "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg",
+    "zero_width": "a\u200bb\ufeffc\u2060",
+    "nul": "a\x00b",
+    "combining": "e\u0301 is not \u00e9",
+    "megabyte": "long " * 200_000,
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(content: str | bytes, name: str = "prompts.jsonl") -> Path:
+        path: Path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def chat(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
+def test_odd_text_survives_byte_for_byte(write: Write, text: str, ascii_only: bool) -> None:
+    row = {"prompt": text, "source": text}
+    messages = {"prompt": chat(("system", text), ("user", text))}
+    path = write(json.dumps(row, ensure_ascii=ascii_only) + "\n")
+    assert load_prompts(path)[0] == row
+    path = write(json.dumps(messages, ensure_ascii=ascii_only))
+    assert load_prompts(path)[0] == messages
+
+
+def test_bom_at_file_start_crlf_and_blank_lines_are_read_through(write: Write) -> None:
+    path = write(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n \t\n{"prompt": "b"}\r\n\n{"prompt": "c"}')
+    assert read_jsonl(path) == [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+    assert load_prompts(path)["prompt"][:] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        pytest.param(b'{"prompt": "cut', "invalid JSON: Unterminated string", id="cut"),
+        pytest.param(b'{"prompt": "a"} x', "invalid JSON: Extra data", id="two values"),
+        pytest.param(b"{'prompt': 'a'}", "invalid JSON", id="python quotes"),
+        pytest.param(b'{"prompt": "a\x00"}', "invalid JSON: Invalid control character", id="raw NUL"),
+        pytest.param(b'{"prompt": "a", "score": NaN}', "NaN is not a JSON number", id="NaN"),
+        pytest.param(b'{"prompt": "a", "score": [-Infinity]}', "-Infinity is not a JSON number", id="Infinity"),
+        pytest.param(b'{"prompt": "a", "score": 1e999}', "number 1e999 is too large", id="overflow"),
+        pytest.param(b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' appears twice", id="key twice"),
+        pytest.param(b'["a"]', 'a row must be an object such as {"prompt": ...}, not a list', id="list"),
+        pytest.param(b"null", "not null", id="null"),
+        pytest.param(b"3", "not a number", id="number"),
+        pytest.param(b"[" * 100_000, "nested too deeply", id="deep"),
+        pytest.param(b'{"prompt": "\\ud800"}', "lone surrogate", id="surrogate"),
+        pytest.param(b'{"prompt": "a", "more": {"\\udc00": [1]}}', "lone surrogate", id="surrogate in a key"),
+        pytest.param(b'{"prompt": "\xed\xa0\x80"}', "not UTF-8 (byte 0xed at column 13)", id="raw surrogate"),
+        pytest.param(b'{"prompt": "caf\xe9"}', "not UTF-8 (byte 0xe9 at column 16)", id="latin-1"),
+        pytest.param(b'\xef\xbb\xbf{"prompt": "a"}', "invalid JSON: Unexpected UTF-8 BOM", id="BOM inside"),
+    ],
+)
+def test_lines_that_are_not_strict_json_are_refused_with_their_place(write: Write, line: bytes, reason: str) -> None:
+    path = write(b'{"prompt": "good"}\n\n' + line + b"\n")
+    for read in (read_jsonl, load_prompts):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"{path}:3: ")
+        assert reason in str(caught.value)
+
+
+def test_paired_surrogate_escapes_are_one_character(write: Write) -> None:
+    assert read_jsonl(write('{"prompt": "\\ud83d\\ude00"}')) == [{"prompt": "\U0001f600"}]
+
+
+BAD_ROWS = [
+    pytest.param({"text": "a", "id": 1}, "no `prompt` (keys: text, id)", id="missing"),
+    pytest.param({}, "no `prompt` (keys: none)", id="no keys"),
+    pytest.param({"prompt": 3}, "`prompt` must be text or a list of messages, not a number", id="number"),
+    pytest.param({"prompt": None}, "`prompt` must be text or a list of messages, not null", id="null"),
+    pytest.param({"prompt": {"role": "user"}}, "not an object", id="one message"),
+    pytest.param({"prompt": ""}, "empty prompt", id="empty"),
+    pytest.param({"prompt": " \n\t"}, "empty prompt", id="blank"),
+    pytest.param({"prompt": []}, "empty prompt (no messages)", id="no messages"),
+    pytest.param({"prompt": chat(("user", " "))}, "empty prompt (the last message has no text)", id="blank message"),
+    pytest.param({"prompt": ["a"]}, "message 0: must be an object with `role` and `content`, not text", id="texts"),
+    pytest.param({"prompt": chat(("user", "a"), ("human", "b"))}, "message 1: `role` must be one of", id="role"),
+    pytest.param({"prompt": [{"content": "a"}]}, "`role` must be one of system, user, assistant, tool, not None"),
+    pytest.param({"prompt": chat((["user"], "a"))}, "not ['user']", id="role is a list"),
+    pytest.param({"prompt": chat(("user", None))}, "message 0: `content` must be text, not null", id="no content"),
+    pytest.param({"prompt": chat(("user", [{"type": "text"}]))}, "`content` must be text, not a list", id="parts"),
+    pytest.param({"prompt": chat(("user", "a"), ("assistant", "b"))}, "the last message is the assistant's", id="turn"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
+def test_bad_prompts_are_refused_with_their_place(write: Write, row: dict[str, Any], reason: str) -> None:
+    good = {"prompt": chat(("user", "good")) if isinstance(row.get("prompt"), list) else "good"}
+    path = write(lines(good, row, good))
+    with pytest.raises(DataError) as caught:
+        load_prompts(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert read_jsonl(path)[1] == row
+    with pytest.raises(DataError, match=r"^row 1: "):
+        load_prompts([good, row, good])
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_a_prompt_may_end_with_any_role_but_the_assistant(role: str) -> None:
+    rows = [{"prompt": chat(("user", "a"), ("assistant", ""), (role, "b"))}]
+    assert load_prompts(rows)[0] == rows[0]
+
+
+def test_mixed_standard_and_conversational_rows_are_refused(write: Write) -> None:
+    path = write(lines({"prompt": "a"}, {"prompt": chat(("user", "b"))}))
+    with pytest.raises(DataError) as caught:
+        load_prompts(path)
+    assert str(caught.value).startswith(f"{path}:2: the prompt is a list, but at {path}:1 it is text")
+
+
+def test_duplicate_ids_are_refused_and_absent_ones_are_not(write: Write) -> None:
+    path = write(
+        lines({"id": "x", "prompt": "a"}, {"prompt": "b"}, {"id": None, "prompt": "c"}, {"id": "x", "prompt": "d"})
+    )
+    with pytest.raises(DataError, match="duplicate id 'x'") as caught:
+        load_prompts(path)
+    assert str(caught.value) == f"{path}:4: duplicate id 'x' (first at {path}:1)"
+
+
+def test_all_bad_rows_are_reported_in_order_ten_by_name(write: Write) -> None:
+    # Broken lines (even) and bad prompts (odd) are found in two passes, and still come out sorted.
+    text = lines({"prompt": "good"}) + "".join('{"cut\n' if n % 2 == 0 else '{"prompt": ""}\n' for n in range(2, 25))
+    path = write(text)
+    with pytest.raises(DataError) as caught:
+        load_prompts(path)
+    reported = str(caught.value).split("\n")
+    assert [line.split(": ")[0] for line in reported[:-1]] == [f"{path}:{n}" for n in range(2, 12)]
+    assert reported[-1] == "... and 13 more bad rows"
+    with pytest.raises(DataError, match=r"\.\.\. and 2 more bad rows$"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf"])
+def test_empty_files_are_refused(write: Write, content: bytes) -> None:
+    path = write(content)
+    for read in (read_jsonl, load_prompts):
+        with pytest.raises(DataError, match="has no rows"):
+            read(path)
+
+
+@pytest.mark.parametrize("column", ["completions", "prompts", "completion_ids", "truncated"])
+def test_columns_that_collide_with_reward_arguments_are_refused(write: Write, column: str) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", column: 1}]
+    for source in (write(lines(*rows)), rows, Dataset.from_list([rows[1]])):
+        with pytest.raises(DataError, match=f"reserved column name: {column}"):
+            load_prompts(source)
+
+
+def test_columns_that_differ_between_rows_are_filled_with_none(write: Write) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": 4}, {"prompt": "c", "topic": "x"}]
+    expected = [
+        {"prompt": "a", "answer": None, "topic": None},
+        {"prompt": "b", "answer": 4, "topic": None},
+        {"prompt": "c", "answer": None, "topic": "x"},
+    ]
+    for source in (write(lines(*rows)), rows):
+        assert load_prompts(source).to_list() == expected
+
+
+@pytest.mark.parametrize("values", [(1, "one"), (10**30, 1), ([1], {"a": 1})])
+def test_columns_of_several_types_are_refused(values: tuple[Any, Any]) -> None:
+    with pytest.raises(DataError, match="one type in all rows"):
+        load_prompts([{"prompt": "a", "answer": value} for value in values])
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "disk", "disk splits", "dataset", "splits", "list"])
+def test_every_source_gives_the_same_rows(write: Write, tmp_path: Path, kind: str, conversational: bool) -> None:
+    rows = [row | {"answer": i} for i, row in enumerate(prompt_rows(15, chat=conversational))]
+    dataset = Dataset.from_list(rows)
+    source: Any
+    if kind == "jsonl":
+        source = str(write(lines(*rows)))
+    elif kind == "parquet":
+        source = tmp_path / "prompts.parquet"
+        dataset.to_parquet(source)
+    elif kind == "disk":
+        dataset.save_to_disk(source := tmp_path / "saved")
+    elif kind == "disk splits":
+        DatasetDict({"test": dataset, "train": dataset}).save_to_disk(source := tmp_path / "saved")
+    else:
+        source = {"dataset": dataset, "splits": DatasetDict({"train": dataset}), "list": rows}[kind]
+    loaded = load_prompts(source)
+    assert loaded.to_list() == rows
+    assert loaded.column_names == ["prompt", "answer"]
+    assert is_conversational(loaded) is is_conversational(loaded[0]) is is_conversational(rows) is conversational
+
+
+def test_plain_parquet_is_read_afresh_after_a_change(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    for prompts in (["a"], ["b", "c"]):
+        pq.write_table(pa.table({"prompt": prompts}), path)
+        assert load_prompts(path)["prompt"][:] == prompts
+
+
+def test_bad_rows_of_other_sources_are_named_by_index(tmp_path: Path) -> None:
+    dataset = Dataset.from_dict({"prompt": ["a", "", None], "id": [1, 2, 3]})
+    dataset.save_to_disk(tmp_path / "saved")
+    pq.write_table(pa.table({"prompt": ["a", "", None]}), tmp_path / "p.parquet")
+    for source in (dataset, tmp_path / "saved", tmp_path / "p.parquet", DatasetDict({"train": dataset})):
+        with pytest.raises(DataError) as caught:
+            load_prompts(source)
+        assert str(caught.value).split("\n")[0] == "row 1: empty prompt"
+        assert str(caught.value).split("\n")[1].startswith("row 2: `prompt` must be text")
+
+
+def test_lists_with_surrogates_or_without_rows_are_refused() -> None:
+    for row in ({"prompt": "a\udfff"}, {"prompt": "a", "answer": ["\ud800"]}):
+        with pytest.raises(DataError, match=r"^row 0: lone surrogate"):
+            load_prompts([row])
+    sources: list[Any] = [[], Dataset.from_list([])]
+    for empty in sources:
+        with pytest.raises(DataError, match="has no rows"):
+            load_prompts(empty)
+
+
+def test_sources_that_are_not_prompts_are_refused_before_any_network(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "state.json").write_text("{}")
+    cases: list[tuple[Any, str]] = [
+        (tmp_path / "gone.jsonl", "cannot be read: No such file"),
+        (tmp_path / "gone.parquet", "cannot be read"),
+        (tmp_path / "broken.parquet", "cannot be read"),
+        (tmp_path / "text", "cannot be read"),
+        (write("prompt\na\n", "prompts.csv"), "unknown kind of file"),
+        (tmp_path / "gone" / "folder", "no such file"),
+        ("./gone", "no such file"),
+        ({"prompt": ["a"]}, "cannot read prompts from a dict"),
+        (iter([]), "cannot read prompts from a list_iterator"),
+        (Dataset.from_list(prompt_rows(2)).to_iterable_dataset(), "not a streaming one"),
+        (["a", "b"], "row 0: a row must be an object"),
+        (DatasetDict({"test": Dataset.from_list(prompt_rows(2))}), "no split 'train' in the data set. It has: test"),
+    ]
+    for source, reason in cases:
+        with pytest.raises(DataError, match=reason.replace(".", r"\.")):
+            load_prompts(source)
+
+
+def test_hub_names_go_to_load_dataset_with_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> Dataset:
+        asked.append((name, split))
+        if name == "org/gone":
+            raise ConnectionError("no network")
+        return Dataset.from_list(prompt_rows(3))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_prompts("org/prompts-v1.0", split="test[:3]").to_list() == prompt_rows(3)
+    assert asked == [("org/prompts-v1.0", "test[:3]")]
+    with pytest.raises(DataError, match="org/gone: cannot be read: no network"):
+        load_prompts("org/gone")
+
+
+def test_overlap_counts_evaluation_rows_whose_prompt_was_trained_on() -> None:
+    rows = prompt_rows(6)
+    held_out = [*rows[4:], rows[5], {"prompt": "new"}]
+    assert overlap(Dataset.from_list(rows), Dataset.from_list(held_out)) == 3
+    assert overlap(held_out, rows) == 2
+    assert overlap(rows, [{"prompt": row["prompt"].upper()} for row in rows]) == 0
+
+
+def test_overlap_of_conversations_looks_at_roles_and_ignores_absent_keys() -> None:
+    train = load_prompts([{"prompt": chat(("user", "a"))}, {"prompt": [{"role": "user", "content": "b", "name": "x"}]}])
+    assert overlap(train, [{"prompt": chat(("user", "a"))}]) == 1
+    assert overlap(train, [{"prompt": [{"name": "x", "content": "b", "role": "user"}]}]) == 1
+    assert overlap(train, [{"prompt": chat(("system", "a"))}, {"prompt": chat(("user", "b"))}]) == 0
