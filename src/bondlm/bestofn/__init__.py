@@ -1,0 +1,83 @@
+"""The mathematics of Best-of-N: the law, quantiles, order statistics, divergences, effective N, and the exact oracle.
+
+Pure functions of numpy arrays or torch tensors (the kind that comes in goes out), in float64. No models, no files.
+"""
+
+from bondlm.bestofn.bootstrap import Estimate, bootstrap_mean
+from bondlm.bestofn.divergences import backward_kl, best_of_n_logprob, forward_kl, kl_k1, kl_k3
+from bondlm.bestofn.effective import EffectiveN, best_of_n_win_rates, effective_n, win_rate, win_rates
+from bondlm.bestofn.exact_objectives import (
+    best_and_worst_probs,
+    bonbon_fixed_point,
+    bonbon_gradient,
+    bond_fixed_point,
+    bond_gradient,
+    kl_reward_gradient,
+    kl_reward_optimum,
+    regression_fixed_point,
+    regression_gradient,
+)
+from bondlm.bestofn.exact_signal import mean_signal
+from bondlm.bestofn.law import best_of_n_kl, best_of_n_probs, kl_bound
+from bondlm.bestofn.order import expected_best_of_n
+from bondlm.bestofn.quantiles import (
+    LogQuantileMethod,
+    log_collision_correction,
+    log_quantile,
+    quantile,
+    two_level_penalty,
+)
+from bondlm.bestofn.tabular import (
+    backward_kl_gradient,
+    forward_kl_gradient,
+    iterated_best_of_n,
+    jbond_backward_target,
+    jbond_fixed_point,
+    jbond_gradient,
+    jeffreys_gradient,
+    kl_divergence,
+    mean_two_level_reward,
+)
+
+__all__ = [
+    "EffectiveN",
+    "Estimate",
+    "LogQuantileMethod",
+    "backward_kl",
+    "backward_kl_gradient",
+    "best_and_worst_probs",
+    "best_of_n_kl",
+    "best_of_n_logprob",
+    "best_of_n_probs",
+    "best_of_n_win_rates",
+    "bonbon_fixed_point",
+    "bonbon_gradient",
+    "bond_fixed_point",
+    "bond_gradient",
+    "bootstrap_mean",
+    "effective_n",
+    "expected_best_of_n",
+    "forward_kl",
+    "forward_kl_gradient",
+    "iterated_best_of_n",
+    "jbond_backward_target",
+    "jbond_fixed_point",
+    "jbond_gradient",
+    "jeffreys_gradient",
+    "kl_bound",
+    "kl_divergence",
+    "kl_k1",
+    "kl_k3",
+    "kl_reward_gradient",
+    "kl_reward_optimum",
+    "log_collision_correction",
+    "log_quantile",
+    "mean_signal",
+    "mean_two_level_reward",
+    "quantile",
+    "regression_fixed_point",
+    "regression_gradient",
+    "two_level_penalty",
+    "win_rate",
+    "win_rates",
+]

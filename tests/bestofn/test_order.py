@@ -1,0 +1,55 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from bondlm.bestofn import best_of_n_probs, expected_best_of_n
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 7])
+def test_estimate_is_the_mean_maximum_over_all_subsets(num_samples):
+    rewards = np.random.default_rng(num_samples).integers(-3, 4, size=(4, num_samples)) / 3.0
+    for n in range(1, num_samples + 1):
+        expected = [np.mean([max(s) for s in itertools.combinations(row, n)]) for row in rewards]
+        np.testing.assert_allclose(expected_best_of_n(rewards, n), expected, rtol=0, atol=1e-14)
+
+
+def test_estimate_is_unbiased():
+    probs, rewards = np.array([0.2, 0.5, 0.3]), np.array([-1.0, 0.0, 4.0])
+    for n in (1, 2, 3):
+        draws = np.array(list(itertools.product(range(3), repeat=4)))
+        mean = expected_best_of_n(rewards[draws], n) @ probs[draws].prod(1)
+        assert mean == pytest.approx(best_of_n_probs(probs, rewards, n) @ rewards, abs=1e-13)
+
+
+def test_limits_and_large_sizes():
+    rewards = np.random.default_rng(0).normal(size=(2, 4000))
+    np.testing.assert_allclose(expected_best_of_n(rewards, 1), rewards.mean(1), atol=1e-14)
+    np.testing.assert_allclose(expected_best_of_n(rewards, 4000), rewards.max(1))
+    # The mean maximum of n of the numbers 1..M is n(M+1)/(n+1).
+    ladder = np.arange(1.0, 4001.0)
+    for n in (2, 63, 2000, 3999):
+        assert expected_best_of_n(ladder, n) == pytest.approx(n * 4001 / (n + 1), rel=1e-12)
+
+
+def test_kinds_and_order_of_samples():
+    rewards = np.random.default_rng(1).normal(size=(3, 6))
+    result = expected_best_of_n(rewards, 4)
+    assert isinstance(result, np.ndarray)
+    assert result.shape == (3,)
+    as_torch = expected_best_of_n(torch.tensor(rewards), 4)
+    assert isinstance(as_torch, torch.Tensor)
+    np.testing.assert_array_equal(as_torch.numpy(), result)
+    np.testing.assert_array_equal(expected_best_of_n(rewards[:, ::-1], 4), result)
+
+
+@pytest.mark.parametrize("n", [0, -1, 4, 1.5, float("nan"), float("inf")])
+def test_impossible_orders_are_refused(n):
+    with pytest.raises(ValueError, match="n must be"):
+        expected_best_of_n(np.zeros((2, 3)), n)
+
+
+def test_a_reward_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        expected_best_of_n(np.array([[0.0, np.nan]]), 1)
