@@ -1,0 +1,89 @@
+"""Length-sorted micro-batches for reward models: less padding, bounded memory, the order of the rows restored.
+
+Shapes: B rows, T tokens (padded).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TokenRows = Mapping[str, Sequence[Sequence[int]]]
+"""A tokenizer's answer without padding: ``input_ids`` and perhaps ``token_type_ids``, each B rows of ids."""
+
+
+def micro_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Split row numbers into batches of similar length, the longest rows first.
+
+    Longest first, so that a batch that does not fit in memory fails at once and not after an hour.
+
+    Args:
+        lengths: Tokens of each of the B rows.
+        max_rows: Most rows in a batch, at least 1.
+        max_tokens: Most tokens in a batch, padding included. A single row above it gets a batch of its own.
+
+    Returns:
+        Lists of row numbers: every row once.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        rows = batches[-1] if batches else None
+        if rows is not None and len(rows) < max_rows and (len(rows) + 1) * lengths[rows[0]] <= max_tokens:
+            rows.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def map_micro_batches(
+    lengths: Sequence[int], run: Callable[[list[int]], Tensor], *, max_rows: int, max_tokens: int
+) -> Tensor:
+    """Apply ``run`` to each micro-batch and put the results back in the order of the rows.
+
+    Args:
+        lengths: Tokens of each of the B rows, B >= 1.
+        run: Row numbers (b,) -> tensor (b, ...).
+        max_rows: Most rows in a batch.
+        max_tokens: Most tokens in a batch, padding included.
+
+    Returns:
+        Tensor (B, ...).
+    """
+    batches = micro_batches(lengths, max_rows=max_rows, max_tokens=max_tokens)
+    results = torch.cat([run(rows) for rows in batches])
+    order = torch.tensor([row for rows in batches for row in rows], device=results.device)
+    restored = torch.empty_like(results)
+    restored[order] = results
+    return restored
+
+
+def pad_right(encoded: TokenRows, rows: Sequence[int], pad_id: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Pad the named rows on the right to the longest of them; the mask comes from lengths, never from token ids.
+
+    Returns:
+        Tensors (b, T): every entry of ``encoded``, and ``attention_mask``.
+    """
+    width = max(len(encoded["input_ids"][row]) for row in rows)
+    fill = {"input_ids": pad_id}
+    tensors = {
+        key: torch.tensor([[*ids[row], *[fill.get(key, 0)] * (width - len(ids[row]))] for row in rows])
+        for key, ids in encoded.items()
+    }
+    lengths = torch.tensor([len(encoded["input_ids"][row]) for row in rows])
+    tensors["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+    return {key: tensor.to(device) for key, tensor in tensors.items()}
+
+
+def head_pad_id(model: Any, tokenizer: Any) -> int | None:
+    """Pad id with which a classification head finds each row's last token, or None: score row by row.
+
+    Decoder-type classifiers of transformers read the logit at the last token that differs from ``config.pad_token_id``.
+    The config's value is how the model was trained. Where it has none, the tokenizer's is written into the config,
+    unless it is the end-of-sequence token: a final end-of-sequence would then be skipped in a batch and read alone.
+    """
+    config = model.config.get_text_config()
+    if config.pad_token_id is None and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        config.pad_token_id = tokenizer.pad_token_id
+    pad_id: int | None = config.pad_token_id
+    return pad_id

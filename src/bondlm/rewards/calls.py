@@ -1,0 +1,135 @@
+"""Call reward functions: hand each the arguments that it accepts, and await the asynchronous ones together."""
+
+import asyncio
+import inspect
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+
+from bondlm.errors import BondError, ConfigError, ResourceError, RewardError
+
+RewardFunction: TypeAlias = Callable[..., Any]
+"""TRL's signature: ``f(prompts, completions, **columns) -> list[float]``, sync or async."""
+
+
+def call_all(named: Sequence[tuple[str, RewardFunction]], offered: Mapping[str, list[Any]]) -> list[Any]:
+    """Call every function once with the arguments that it accepts and return the answers in order.
+
+    Plain functions run one after the other, in the caller's thread. Asynchronous ones are then awaited together.
+
+    Args:
+        named: (name, function) pairs.
+        offered: ``prompts``, ``completions`` and the columns, each a list of B.
+
+    Raises:
+        ConfigError: A function wants an argument that is not offered.
+        RewardError: A function raised; its own exception is the ``__cause__``.
+        ResourceError: A function ran out of memory.
+    """
+    answers: dict[int, Any] = {}
+    pending: dict[int, Awaitable[Any]] = {}
+    try:
+        for index, (name, function) in enumerate(named):
+            answer = _call(name, function, accepted_arguments(name, function, offered))
+            if inspect.isawaitable(answer):
+                pending[index] = answer
+            else:
+                answers[index] = answer
+    except BaseException:
+        for awaitable in pending.values():
+            if inspect.iscoroutine(awaitable):
+                awaitable.close()  # else Python warns that it was never awaited, on top of the real error
+        raise
+    if pending:
+        awaited = _await_all([_named_await(named[index][0], pending[index]) for index in pending])
+        answers.update(zip(pending, awaited, strict=True))
+    return [answers[index] for index in range(len(named))]
+
+
+def accepted_arguments(name: str, function: RewardFunction, offered: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Keep the offered arguments that the function's signature accepts: all of them when it has ``**kwargs``.
+
+    Each list is copied, so that a function that changes its arguments cannot disturb the next one.
+
+    Raises:
+        ConfigError: The signature demands an argument that is not offered, or takes arguments by position only.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return {key: list(value) for key, value in offered.items()}
+    kinds = {parameter.name: parameter.kind for parameter in signature.parameters.values()}
+    takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    arguments = {key: list(value) for key, value in offered.items() if takes_all or kinds.get(key) in by_name}
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"reward {name!r} has the signature {signature}: {error}. The arguments are passed by name and these are "
+            f"available: {', '.join(offered)}. Rename the parameter, give it a default, or add the dataset column."
+        ) from error
+    return arguments
+
+
+def _call(name: str, function: RewardFunction, arguments: Mapping[str, list[Any]]) -> Any:
+    try:
+        return function(**arguments)
+    except Exception as error:
+        raise _failure(name, error) from error
+
+
+async def _named_await(name: str, awaitable: Awaitable[Any]) -> Any:
+    try:
+        return await awaitable
+    except (Exception, SystemExit) as error:  # SystemExit would end the loop's thread and leave the caller waiting
+        raise _failure(name, error) from error
+
+
+def _failure(name: str, error: BaseException) -> BondError:
+    """Say which reward failed; keep our own classes (their exit code is already right) and tell memory from bugs."""
+    if isinstance(error, BondError):
+        return type(error)(f"reward {name!r}: {error}")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return ResourceError(f"reward {name!r} ran out of memory ({error}). Lower its batch_size or batch_tokens.")
+    text = str(error)[:500]
+    return RewardError(
+        f"reward {name!r} raised {type(error).__name__}: {text}. The traceback above is the function's own: fix it "
+        "there, or let it return a low finite number for completions that it cannot judge."
+    )
+
+
+def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Await all together in the rewards' own thread, so that it also works inside a notebook's running loop."""
+    future = asyncio.run_coroutine_threadsafe(_gather(awaitables), _event_loop(os.getpid()))
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C while waiting: do not leave requests running behind the user's back
+        future.cancel()
+        raise
+
+
+async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
+
+
+@cache
+def _event_loop(process_id: int) -> asyncio.AbstractEventLoop:
+    """Start the loop that lives as long as the process (a forked child, with another id, starts its own).
+
+    One loop for all calls, because an HTTP client that the user keeps between calls is bound to the loop that first
+    used it: with ``asyncio.run`` its second use fails with "Event loop is closed".
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name=f"bondlm-rewards-{process_id}", daemon=True).start()
+    return loop

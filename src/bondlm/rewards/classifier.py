@@ -1,0 +1,159 @@
+"""A reward model with one output: Hugging Face sequence classification.
+
+Shapes: B rows, T tokens (padded).
+"""
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from bondlm.errors import ConfigError
+from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
+from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
+from bondlm.rewards.texts import check_batch_bounds, check_choice, refuse_bad_lengths, token_limit
+
+_logger = logging.getLogger(__name__)
+
+
+class SequenceClassifierReward:
+    """Score prompt and completion with a sequence classifier that has one label.
+
+    The text is always built with the *reward* model's tokenizer: chats are rendered with its own chat template, plain
+    texts are prompt + completion. Rows are scored in micro-batches of similar length, padded on the right; a row's
+    score does not depend on its neighbours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        append_eos: Literal["auto"] | bool = "auto",
+        max_length: int | None = None,
+        truncate: Literal["left"] | None = None,
+        batch_size: int = 16,
+        batch_tokens: int = 16_384,
+    ) -> None:
+        """Wrap a model that is already on its device; it is put in eval mode and frozen.
+
+        Args:
+            model: An ``AutoModelForSequenceClassification`` with ``num_labels == 1``.
+            tokenizer: The reward model's own tokenizer.
+            append_eos: End each plain or rendered text with the end-of-sequence token. "auto" does so when the
+                tokenizer has no chat template; a text that already ends with the token never gets a second one.
+            max_length: Most tokens of a row; None takes the limit that tokenizer and config state.
+            truncate: None refuses longer rows; "left" drops their oldest tokens and keeps a leading special token.
+            batch_size: Most rows in a forward pass.
+            batch_tokens: Most tokens in a forward pass, padding included.
+
+        Raises:
+            ConfigError: More than one label, or an option that is not one of those above.
+        """
+        check_choice("append_eos", append_eos, ("auto", True, False))
+        check_choice("truncate", truncate, (None, "left"))
+        check_batch_bounds(batch_size, batch_tokens)
+        if append_eos is True and tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "append_eos is True and the reward model's tokenizer has no eos_token: set append_eos=False."
+            )
+        self.model = frozen(model)
+        _check_one_label(self.model.config, type(model).__name__)
+        self.tokenizer = tokenizer
+        self.truncate = truncate
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self._limit = token_limit(model, tokenizer, max_length)
+        self._pad_id = head_pad_id(model, tokenizer)
+        wants_eos = tokenizer.chat_template is None if append_eos == "auto" else append_eos
+        self._eos_id: int | None = tokenizer.eos_token_id if wants_eos else None
+        # A KV cache is of no use to one forward pass; only decoder-type models know the argument.
+        self._options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._is_logged = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = "auto",
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Self:
+        """Load a folder or hub id; ``options`` are those of the constructor.
+
+        Raises:
+            ConfigError: The model cannot be loaded, has other than one label, or its head is not in the checkpoint.
+        """
+        from transformers import AutoModelForSequenceClassification
+
+        _check_one_label(load_config(path), path)
+        model = load_model(AutoModelForSequenceClassification, path, device=device, dtype=dtype)
+        return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        """Score B rows (strings, or chats); B numbers.
+
+        Raises:
+            ConfigError: Chats, and the reward model's tokenizer has no chat template.
+            RewardError: A row is longer than the limit and ``truncate`` is None.
+        """
+        if not prompts:
+            return []
+        rows_B = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        refuse_bad_lengths(rows_B, self._limit, "Set max_length, shorten the texts, or allow truncate='left'.")
+        self._log_ending(rows_B[0])
+        scores_B = map_micro_batches(
+            [len(row) for row in rows_B],
+            lambda rows: self._forward({"input_ids": rows_B}, rows),
+            max_rows=self.batch_size if self._pad_id is not None else 1,
+            max_tokens=self.batch_tokens,
+        )
+        return [float(value) for value in scores_B]
+
+    def _encode(self, prompt: Any, completion: Any) -> list[int]:
+        text, is_rendered = self.render(prompt, completion)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not is_rendered, verbose=False)["input_ids"]
+        if self._eos_id is not None and ids[-1:] != [self._eos_id]:
+            ids = [*ids, self._eos_id]
+        if self.truncate == "left" and self._limit is not None and len(ids) > self._limit:
+            head = ids[:1] if ids[0] in self.tokenizer.all_special_ids else []
+            ids = [*head, *ids[len(ids) - self._limit + len(head) :]]
+        return ids
+
+    def render(self, prompt: Any, completion: Any) -> tuple[str, bool]:
+        """Text that is scored, and whether the chat template wrote it (then it holds its special tokens already)."""
+        if isinstance(prompt, str):
+            return prompt + completion, False
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                "the prompts are conversations and the reward model's tokenizer has no chat_template: set one on it "
+                "(reward_processing_classes), or wrap the model in a function that builds the text."
+            )
+        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False), True
+
+    @torch.no_grad()
+    def _forward(self, encoded: dict[str, list[list[int]]], rows: list[int]) -> Tensor:
+        inputs = pad_right(encoded, rows, self._pad_id or 0, self.model.device)
+        logits: Tensor = self.model(**inputs, **self._options).logits
+        return logits[:, 0].cpu().double()  # CPU first: some devices have no float64
+
+    def _log_ending(self, ids: list[int]) -> None:
+        """Say once which tokens end a scored row: a missing or doubled end-of-sequence shows at a glance."""
+        if not self._is_logged:
+            self._is_logged = True
+            tokens = self.tokenizer.convert_ids_to_tokens(ids[-5:])
+            _logger.info("the reward model scores rows that end with the tokens %s", tokens)
+
+
+def _check_one_label(config: Any, name: str) -> None:
+    if config.num_labels != 1:
+        raise ConfigError(
+            f"reward model {name!r} ({', '.join(config.architectures or ['?'])}) has {config.num_labels} labels "
+            f"{list(config.label2id)}: a reward has one. For an entailment (NLI) model write 'nli:{name}'; train a "
+            "language model as a reward model with num_labels=1 first; for one class of several write a function."
+        )

@@ -1,0 +1,68 @@
+"""Load a user's reward function by name."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bondlm.errors import ConfigError
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """Load ``"module:function"`` or ``"path/to/file.py:function"``.
+
+    A file's path is relative to the working directory. A module is looked up as ``import`` does.
+
+    Raises:
+        ConfigError: The spec has another form, the module or file cannot be loaded, or holds no such callable.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name.isidentifier():
+        raise ConfigError(
+            f"reward {spec!r} is not 'module:function' or 'path/to/file.py:function': name the function after a colon."
+        )
+    module = _load_file(spec, Path(source)) if source.endswith(".py") else _load_module(spec, source)
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if not callable(function):
+        found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        what = "nothing" if function is None else f"a {type(function).__name__}"
+        raise ConfigError(
+            f"reward {spec!r}: {source!r} has {what} called {name!r}, and a reward must be callable. "
+            f"It has these callables: {', '.join(found) or 'none'}."
+        )
+    return function
+
+
+def _load_module(spec: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        file = Path(f"{name.replace('.', '/')}.py")
+        hint = f" The file {file} is here: did you mean '{file}:{spec.rpartition(':')[2]}'?" if file.is_file() else ""
+        raise ConfigError(
+            f"reward {spec!r}: importing the module {name!r} failed with {type(error).__name__}: {error}.{hint}"
+        ) from error
+
+
+def _load_file(spec: str, path: Path) -> ModuleType:
+    resolved = path.resolve()
+    if not resolved.is_file():
+        raise ConfigError(f"reward {spec!r}: there is no file {resolved}. Paths are relative to the working directory.")
+    module_spec = importlib.util.spec_from_file_location(f"bondlm_user_{path.stem}_{abs(hash(resolved))}", resolved)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"reward {spec!r}: Python cannot load {resolved} as a module.")
+    if module_spec.name in sys.modules:
+        return sys.modules[module_spec.name]  # two functions of one file share its state, as an import would
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look a class's module up there
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_spec.name]
+        raise ConfigError(
+            f"reward {spec!r}: running {resolved} failed with {type(error).__name__}: {error}."
+        ) from error
+    return module

@@ -1,0 +1,182 @@
+"""Turn what users write for a reward (a string, a function, a model, or a list of them) into named rewards."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+from urllib.parse import unquote
+
+import torch
+from torch import nn
+
+from bondlm.errors import ConfigError
+from bondlm.rewards.calls import RewardFunction
+from bondlm.rewards.classifier import SequenceClassifierReward
+from bondlm.rewards.door import NamedReward
+from bondlm.rewards.functions import load_function
+from bondlm.rewards.nli import NLIReward
+from bondlm.rewards.similarity import SimilarityReward
+
+RewardSpec: TypeAlias = str | RewardFunction | nn.Module
+
+
+def _boolean_or_auto(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+_SHARED: dict[str, Callable[[str], Any]] = {"max_length": int, "truncate": str, "batch_size": int, "batch_tokens": int}
+_KINDS: dict[str, tuple[Any, dict[str, Callable[[str], Any]]]] = {
+    "classifier": (SequenceClassifierReward, {"append_eos": _boolean_or_auto, **_SHARED}),
+    "similarity": (SimilarityReward, _SHARED),
+    "nli": (
+        NLIReward,
+        {
+            "template": str,
+            "positive": str,
+            "negative": _words,
+            "entailment_label": str,
+            "premise_column": str,
+            "premise_prefix": str,
+            "output": str,
+            **_SHARED,
+        },
+    ),
+}
+
+
+def load_rewards(
+    specs: RewardSpec | Sequence[RewardSpec],
+    weights: float | Sequence[float] | None = None,
+    *,
+    processing_classes: Any = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "auto",
+) -> list[NamedReward]:
+    """Load rewards.
+
+    A spec is one of:
+
+    - a callable with TRL's signature ``f(prompts, completions, **columns) -> list[float]``, sync or async;
+    - an ``nn.Module``: a sequence classifier with one label; it needs a processing class;
+    - ``"module:function"`` or ``"path/to/file.py:function"``;
+    - ``"nli:MODEL"``: entailment (`NLIReward`); ``"similarity:MODEL"``: cosine (`SimilarityReward`);
+    - ``"MODEL"`` or ``"classifier:MODEL"``: a sequence classifier with one label (`SequenceClassifierReward`).
+
+    MODEL is a folder or hub id. Options of the class follow it as in a web address, such as
+    ``"nli:models/t5?template=flan&premise_prefix=summarize: "`` (``%26`` for ``&``, ``%20`` for a space that a shell
+    would eat). All take ``max_length``, ``truncate``, ``batch_size``, ``batch_tokens``; ``classifier`` also
+    ``append_eos``; ``nli`` also ``template``, ``positive``, ``negative`` (answers with a comma between),
+    ``entailment_label``, ``premise_column``, ``premise_prefix``, ``output``.
+
+    Args:
+        specs: One spec or a list.
+        weights: One weight a reward; None gives each 1.
+        processing_classes: Tokenizer of a reward model, one for each spec or None where the model's own is meant; for
+            a single spec the bare tokenizer will do.
+        device: Where models go.
+        dtype: Dtype of models that are loaded here; "auto" is that of the checkpoint.
+
+    Returns:
+        Rewards named after the function or the last part of the model's path; a second of the same name gets "_2".
+
+    Raises:
+        ConfigError: A spec, option, weight or processing class that cannot be used; see the classes for models.
+    """
+    spec_list: list[Any] = list(specs) if isinstance(specs, (list, tuple)) else [specs]
+    if not spec_list:
+        raise ConfigError("no reward: give at least one function or model.")
+    weight_list = _one_each("weights", weights, len(spec_list), default=1.0)
+    tokenizers = _one_each("processing_classes", processing_classes, len(spec_list), default=None)
+    rewards: list[NamedReward] = []
+    for spec, weight, tokenizer in zip(spec_list, weight_list, tokenizers, strict=True):
+        name, function = _load_one(spec, tokenizer, device, dtype)
+        rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight))
+    return rewards
+
+
+def _one_each(name: str, values: Any, count: int, default: Any) -> list[Any]:
+    if values is None:
+        return [default] * count
+    items = list(values) if isinstance(values, (list, tuple)) else [values]
+    if len(items) != count:
+        raise ConfigError(f"{name} has {len(items)} entries for {count} rewards: give one a reward.")
+    return items
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    number, candidate = 2, name
+    while candidate in taken:
+        number, candidate = number + 1, f"{name}_{number}"
+    return candidate
+
+
+def _load_one(
+    spec: RewardSpec, tokenizer: Any, device: torch.device | str, dtype: torch.dtype | str
+) -> tuple[str, RewardFunction]:
+    if isinstance(spec, nn.Module):
+        if tokenizer is None:
+            raise ConfigError(
+                f"the reward {type(spec).__name__} is a module: give its tokenizer in processing_classes."
+            )
+        path = getattr(getattr(spec, "config", None), "name_or_path", "") or type(spec).__name__
+        return _last_part(path), SequenceClassifierReward(spec.to(device), tokenizer)
+    if isinstance(spec, str):
+        kind, _, rest = spec.partition(":")
+        if kind in _KINDS or not rest:
+            return _load_model_reward(kind if rest else "classifier", rest or kind, tokenizer, device, dtype)
+        name, function = spec.rpartition(":")[2], _load_named_function(spec, kind)
+    elif callable(spec):
+        name, function = _function_name(spec), spec
+    else:
+        raise ConfigError(f"a reward is {spec!r} ({type(spec).__name__}): give a string, a callable or an nn.Module.")
+    if tokenizer is not None:
+        raise ConfigError(f"the reward {name!r} is a function and has no use for a processing class: give None for it.")
+    return name, function
+
+
+def _load_named_function(spec: str, kind: str) -> RewardFunction:
+    near = difflib.get_close_matches(kind, _KINDS, n=1)
+    try:
+        return load_function(spec)
+    except ConfigError as error:
+        if not near:
+            raise
+        raise ConfigError(f"{error} Did you mean '{near[0]}:'?") from error
+
+
+def _function_name(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__).strip("<>")  # "<lambda>" -> "lambda"
+
+
+def _load_model_reward(
+    kind: str, rest: str, tokenizer: Any, device: torch.device | str, dtype: torch.dtype | str
+) -> tuple[str, RewardFunction]:
+    path, _, query = rest.partition("?")
+    if path.endswith(".py"):
+        raise ConfigError(f"reward {path!r} is a file: name the function in it, '{path}:function'.")
+    reward_class, known = _KINDS[kind]
+    options = dict(_option(kind, part, known) for part in query.split("&") if part)
+    reward = reward_class.from_pretrained(path, device=device, dtype=dtype, tokenizer=tokenizer, **options)
+    return _last_part(path), reward
+
+
+def _option(kind: str, text: str, known: dict[str, Callable[[str], Any]]) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if name not in known or not equals:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
+        raise ConfigError(f"reward option {text!r}: '{kind}:' takes name=value, and {hint}")
+    try:
+        return name, known[name](unquote(value))
+    except ValueError as error:
+        raise ConfigError(f"reward option {text!r}: {value!r} is not a whole number.") from error
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] or path

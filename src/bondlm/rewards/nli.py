@@ -1,0 +1,269 @@
+"""Entailment as a reward: how sure is a model that the completion (hypothesis) follows from the premise?
+
+Shapes: B rows, V vocabulary, K labels.
+"""
+
+import string
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from bondlm.errors import ConfigError
+from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
+from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
+from bondlm.rewards.texts import (
+    check_batch_bounds,
+    check_choice,
+    completion_text,
+    prompt_text,
+    refuse_bad_lengths,
+    token_limit,
+)
+
+TEMPLATES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "true": ("premise: {premise} hypothesis: {hypothesis}", ("1",), ("0",)),
+    "flan": (
+        "Premise: {premise} Hypothesis: {hypothesis} Does the premise entail the hypothesis? yes or no",
+        ("yes",),
+        ("no", "it"),  # "it is not possible to tell"
+    ),
+}
+"""Name -> (text, positive answer, negative answers). "true" is the form of the TRUE models (T5 trained on NLI)."""
+
+
+class NLIReward:
+    """Reward a completion for being entailed by its premise: a cross-encoder, or a T5 that answers in words.
+
+    With "margin" the reward is the log-odds of entailment: for a cross-encoder ``z_entail - logsumexp(z_others)`` over
+    its K labels, for a T5 ``z_positive - logsumexp(z_negatives)`` over the answers' first tokens at the first decoder
+    step. "log_prob" is ``logsigmoid(margin)``, the log-probability among the labels or answers. One is an increasing
+    map of the other; the margin keeps its resolution where the probability is near 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        template: str | None = None,
+        positive: str | None = None,
+        negative: Sequence[str] | None = None,
+        entailment_label: str | None = None,
+        premise_column: str | None = None,
+        premise_prefix: str = "",
+        output: Literal["margin", "log_prob"] = "margin",
+        max_length: int | None = None,
+        truncate: Literal["premise"] | None = None,
+        batch_size: int = 16,
+        batch_tokens: int = 16_384,
+    ) -> None:
+        """Wrap a model that is already on its device; it is put in eval mode and frozen.
+
+        Args:
+            model: Sequence classifier with an entailment label, or encoder-decoder language model.
+            tokenizer: The model's own tokenizer.
+            template: Encoder-decoder only: "true" (default), "flan", or a text with {premise} and {hypothesis}.
+            positive: Encoder-decoder only: the answer that means entailed; None takes the template's ("1").
+            negative: Encoder-decoder only: the answers that mean not entailed; None takes the template's ("0").
+            entailment_label: Cross-encoder only: its label; None takes the one that starts with "entail".
+            premise_column: Dataset column with the premises; None takes the prompt (of a chat: the last user message).
+            premise_prefix: Removed from the start of a premise, such as "summarize: ".
+            output: "margin" or "log_prob".
+            max_length: Most tokens of a row; None takes the limit that tokenizer and config state.
+            truncate: None refuses longer rows; "premise" drops the end of their premise.
+            batch_size: Most rows in a forward pass.
+            batch_tokens: Most tokens in a forward pass, padding included.
+
+        Raises:
+            ConfigError: Labels or answers that cannot be told apart, or an option that does not fit the model.
+        """
+        check_choice("output", output, ("margin", "log_prob"))
+        check_choice("truncate", truncate, (None, "premise"))
+        check_batch_bounds(batch_size, batch_tokens)
+        self.model = frozen(model)
+        self.tokenizer = tokenizer
+        self.premise_column = premise_column
+        self.premise_prefix = premise_prefix
+        self.output = output
+        self.truncate = truncate
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self._limit = token_limit(model, tokenizer, max_length)
+        self._template: str | None = None
+        config: Any = model.config
+        if config.is_encoder_decoder and self.model.can_generate():
+            _refuse_options("an encoder-decoder language model", entailment_label=entailment_label)
+            self._template, self._positive_id, self._negative_ids = _answers(tokenizer, template, positive, negative)
+            self._start_id = _decoder_start(self.model)
+            self._pad_id = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+        else:
+            _refuse_options("a cross-encoder", template=template, positive=positive, negative=negative)
+            self._positive_id = _entailment_id(config, entailment_label)
+            self._negative_ids = [label for label in range(config.num_labels) if label != self._positive_id]
+            self._pad_id = head_pad_id(model, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = "auto",
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Self:
+        """Load a folder or hub id; ``options`` are those of the constructor.
+
+        Raises:
+            ConfigError: The model cannot be loaded, misses weights, or does not fit the options.
+        """
+        from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+        config = load_config(path)
+        is_classifier = any("SequenceClassification" in name for name in config.architectures or [])
+        if config.is_encoder_decoder and not is_classifier:
+            model = load_model(AutoModelForSeq2SeqLM, path, device=device, dtype=dtype)
+        else:
+            _entailment_id(config, options.get("entailment_label"))  # before gigabytes are read
+            model = load_model(AutoModelForSequenceClassification, path, device=device, dtype=dtype)
+        return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
+        """Score B rows (strings, or chats); B numbers.
+
+        Raises:
+            ConfigError: ``premise_column`` is not among the columns.
+            DataError: A chat without a user message.
+            RewardError: A row is longer than the limit and may not be shortened.
+        """
+        if not prompts:
+            return []
+        hypotheses = [completion_text(completion) for completion in completions]
+        encoded = self._encode(self._premises(prompts, columns), hypotheses)
+        refuse_bad_lengths(
+            encoded["input_ids"], self._limit, "Set max_length, shorten the texts, or allow truncate='premise'."
+        )
+        margins_B = map_micro_batches(
+            [len(row) for row in encoded["input_ids"]],
+            lambda rows: self._margins(encoded, rows),
+            max_rows=self.batch_size if self._pad_id is not None else 1,
+            max_tokens=self.batch_tokens,
+        )
+        rewards_B = margins_B if self.output == "margin" else logsigmoid(margins_B)
+        return [float(value) for value in rewards_B]
+
+    def _premises(self, prompts: Sequence[Any], columns: dict[str, Sequence[Any]]) -> list[str]:
+        if self.premise_column is None:
+            texts = [prompt_text(prompt) for prompt in prompts]
+        elif self.premise_column in columns:
+            texts = list(columns[self.premise_column])
+        else:
+            raise ConfigError(
+                f"premise_column is {self.premise_column!r} and the dataset's columns are "
+                f"{', '.join(columns) or 'none'}: name one of them."
+            )
+        return [text.removeprefix(self.premise_prefix) for text in texts]
+
+    def _encode(self, premises: Sequence[str], hypotheses: Sequence[str]) -> dict[str, list[list[int]]]:
+        rows = [self._encode_row(*texts) for texts in zip(premises, hypotheses, strict=True)]
+        return {key: [row[key] for row in rows] for key in rows[0]}
+
+    def _encode_row(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
+        encoded = self._tokenize(premise, hypothesis)
+        while self.truncate is not None and self._limit is not None and premise:
+            excess = len(encoded["input_ids"]) - self._limit
+            if excess <= 0:
+                break
+            ids = self.tokenizer(premise, add_special_tokens=False, verbose=False)["input_ids"]
+            shorter = self.tokenizer.decode(ids[: max(len(ids) - excess, 0)])
+            # Text that is cut anew may split into more tokens than before; each round must still make it shorter.
+            premise = shorter if len(shorter) < len(premise) else premise[: len(premise) // 2]
+            encoded = self._tokenize(premise, hypothesis)
+        return encoded
+
+    def _tokenize(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
+        if self._template is None:
+            encoded = self.tokenizer(premise, hypothesis, verbose=False)
+        else:
+            encoded = self.tokenizer(self._template.format(premise=premise, hypothesis=hypothesis), verbose=False)
+        return {key: encoded[key] for key in ("input_ids", "token_type_ids") if key in encoded}
+
+    @torch.no_grad()
+    def _margins(self, encoded: dict[str, list[list[int]]], rows: list[int]) -> Tensor:
+        inputs = pad_right(encoded, rows, self._pad_id or 0, self.model.device)
+        if self._template is None:
+            logits: Tensor = self.model(**inputs).logits  # (b, K)
+        else:
+            start = torch.full((len(rows), 1), self._start_id, device=self.model.device)
+            inputs.pop("token_type_ids", None)
+            logits = self.model(**inputs, decoder_input_ids=start, use_cache=False).logits[:, 0]  # (b, V)
+        choices = logits[:, [self._positive_id, *self._negative_ids]].cpu().double()  # CPU first: not all have float64
+        return choices[:, 0] - choices[:, 1:].logsumexp(dim=-1)
+
+
+def _refuse_options(kind: str, **options: Any) -> None:
+    """Refuse options that this kind of model would ignore."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(f"the NLI model is {kind}, which has no use for {', '.join(given)}: remove it.")
+
+
+def _entailment_id(config: Any, entailment_label: str | None) -> int:
+    """Index of the entailment label; ConfigError with the labels when there is not exactly one."""
+    labels = {str(label): int(index) for label, index in config.label2id.items()}
+    if entailment_label is not None:
+        found = [label for label in labels if label.lower() == entailment_label.lower()]
+    else:
+        found = [label for label in labels if label.lower().startswith("entail")]
+    if len(found) != 1 or len(labels) < 2:
+        wanted = repr(entailment_label) if entailment_label is not None else "'entail...'"
+        raise ConfigError(
+            f"the NLI model's labels are {list(labels)}, and one label {wanted} beside at least one other is needed: "
+            "name it with entailment_label."
+        )
+    return labels[found[0]]
+
+
+def _answers(
+    tokenizer: Any, template: str | None, positive: str | None, negative: Sequence[str] | None
+) -> tuple[str, int, list[int]]:
+    """Template text and the first token ids of the answers."""
+    name = template if template is not None else "true"
+    text, default_positive, default_negative = TEMPLATES.get(name, (name, ("1",), ("0",)))
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+    except ValueError:  # a brace without its pair
+        fields = set()
+    if fields != {"premise", "hypothesis"}:
+        raise ConfigError(
+            f"the NLI template {name!r} is not one of {', '.join(TEMPLATES)} and not a text with {{premise}} and "
+            "{hypothesis} and no other braces."
+        )
+    positive_words = default_positive if positive is None else (positive,)
+    negative_words = default_negative if negative is None else tuple(negative)
+    positive_id = _first_token(tokenizer, positive_words[0])
+    negative_ids = [_first_token(tokenizer, word) for word in negative_words]
+    if not negative_ids or positive_id in negative_ids:
+        raise ConfigError(
+            f"the NLI answers {positive_words} and {negative_words} start with the tokens {positive_id} and "
+            f"{negative_ids}: give at least one negative answer, with another first token than the positive one."
+        )
+    return text, positive_id, sorted(set(negative_ids))
+
+
+def _first_token(tokenizer: Any, word: str) -> int:
+    ids: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] == tokenizer.unk_token_id:
+        raise ConfigError(f"the NLI answer {word!r} is not in the tokenizer's vocabulary: choose another word.")
+    return ids[0]
+
+
+def _decoder_start(model: Any) -> int:
+    start = model.generation_config.decoder_start_token_id
+    start = model.config.decoder_start_token_id if start is None else start
+    if start is None:
+        raise ConfigError("the NLI model has no decoder_start_token_id: set it in its config (T5 uses the pad token).")
+    return int(start)

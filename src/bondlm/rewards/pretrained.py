@@ -1,0 +1,107 @@
+"""Load reward models safely: no remote code, safetensors only, and never a head that was not trained."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bondlm.errors import ConfigError
+
+
+def frozen(model: nn.Module) -> Any:
+    """Put a model in eval mode (no dropout) and stop its gradients.
+
+    Raises:
+        ConfigError: It is not a transformers model.
+    """
+    if not hasattr(model, "config"):
+        raise ConfigError(f"{type(model).__name__} has no config: a reward that is a module is a transformers model.")
+    return model.eval().requires_grad_(False)
+
+
+def load_config(path: str) -> Any:
+    """Read a model's configuration.
+
+    Raises:
+        ConfigError: There is no such model, it needs remote code, or it is a PEFT adapter.
+    """
+    from transformers import AutoConfig
+
+    _refuse_absent_folder(path)
+    if (Path(path) / "adapter_config.json").is_file():
+        raise _adapter_error(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _load_error(path, error) from error
+
+
+def load_tokenizer(path: str) -> Any:
+    """Read a model's own tokenizer.
+
+    Raises:
+        ConfigError: There is none, or it needs remote code.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _load_error(path, error) from error
+
+
+def load_model(
+    auto_class: Any, path: str, *, device: torch.device | str, dtype: torch.dtype | str, may_miss: str | None = None
+) -> Any:
+    """Read a model and refuse it when any of its weights is not in the checkpoint.
+
+    transformers only warns of missing weights and draws them at random: a reward model with such a head is noise.
+
+    Args:
+        auto_class: A transformers Auto class.
+        path: Folder or hub id.
+        device: Where the model goes.
+        dtype: Its dtype, or "auto" for that of the checkpoint.
+        may_miss: Weights whose name contains this are not used and may be missing.
+
+    Raises:
+        ConfigError: The model cannot be loaded, or weights are missing.
+    """
+    _refuse_absent_folder(path)
+    try:
+        model, info = auto_class.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise _load_error(path, error) from error
+    if getattr(model, "peft_config", None) is not None:
+        raise _adapter_error(path)  # the loading info is then the adapter's, and says nothing of the head
+    missing = sorted(key for key in info["missing_keys"] if may_miss is None or may_miss not in key)
+    if missing:
+        raise ConfigError(
+            f"reward model {path!r} has no weights for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: "
+            f"as a {type(model).__name__} they would be random numbers. Give a checkpoint trained as one."
+        )
+    return model.to(device)
+
+
+def _refuse_absent_folder(path: str) -> None:
+    """Say that a folder is not there, instead of asking the hub for a name that it cannot hold."""
+    is_folder_name = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if is_folder_name and not Path(path).is_dir():
+        raise ConfigError(f"reward model {path!r}: there is no folder {Path(path).resolve()}.")
+
+
+def _load_error(path: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"reward model {path!r} cannot be loaded: {error} (a reward model is a folder or hub id with safetensors "
+        "weights and a tokenizer; code from the hub is never run)."
+    )
+
+
+def _adapter_error(path: str) -> ConfigError:
+    return ConfigError(
+        f"reward model {path!r} is a PEFT adapter: merge it into its base (merge_and_unload), save that, and give the "
+        "saved folder."
+    )

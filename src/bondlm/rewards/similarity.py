@@ -1,0 +1,130 @@
+"""Cosine similarity of sentence embeddings as a reward: does the completion stay with the prompt's subject?
+
+Shapes: B rows, T tokens (padded), D embedding dimensions.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from bondlm.rewards.batching import map_micro_batches, pad_right
+from bondlm.rewards.pretrained import frozen, load_model, load_tokenizer
+from bondlm.rewards.texts import (
+    check_batch_bounds,
+    check_choice,
+    completion_text,
+    prompt_text,
+    refuse_bad_lengths,
+    token_limit,
+)
+
+
+class SimilarityReward:
+    """Cosine, in [-1, 1], between the mean-pooled embeddings of the prompt and of the completion.
+
+    The prompt is the string itself, or the last user message of a chat. Each distinct text is embedded once a call:
+    the samples of a prompt share its embedding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        truncate: Literal["right"] | None = None,
+        batch_size: int = 32,
+        batch_tokens: int = 16_384,
+    ) -> None:
+        """Wrap an encoder that is already on its device; it is put in eval mode and frozen.
+
+        Args:
+            model: An ``AutoModel`` whose answer has ``last_hidden_state``, such as MiniLM.
+            tokenizer: The encoder's own tokenizer.
+            max_length: Most tokens of a text; None takes the limit that tokenizer and config state.
+            truncate: None refuses longer texts; "right" drops their end and keeps a final special token.
+            batch_size: Most texts in a forward pass.
+            batch_tokens: Most tokens in a forward pass, padding included.
+
+        Raises:
+            ConfigError: An option that is not one of those above.
+        """
+        check_choice("truncate", truncate, (None, "right"))
+        check_batch_bounds(batch_size, batch_tokens)
+        self.model = frozen(model)
+        self.tokenizer = tokenizer
+        self.truncate = truncate
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self._limit = token_limit(model, tokenizer, max_length)
+        # Only a filler: padding is masked out of the attention and of the mean.
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = "auto",
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Self:
+        """Load a folder or hub id; ``options`` are those of the constructor.
+
+        Raises:
+            ConfigError: The model cannot be loaded or misses weights (other than a pooler, which is not used).
+        """
+        from transformers import AutoModel
+
+        model = load_model(AutoModel, path, device=device, dtype=dtype, may_miss="pooler")
+        return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        """Score B rows (strings, or chats); B cosines.
+
+        Raises:
+            DataError: A chat without a user message.
+            RewardError: A text is longer than the limit and ``truncate`` is None.
+        """
+        if not prompts:
+            return []
+        prompt_texts = [prompt_text(prompt) for prompt in prompts]
+        completion_texts = [completion_text(completion) for completion in completions]
+        place = {text: index for index, text in enumerate(dict.fromkeys([*prompt_texts, *completion_texts]))}
+        embeddings = self.embed(list(place))
+        prompts_BD = embeddings[[place[text] for text in prompt_texts]]
+        completions_BD = embeddings[[place[text] for text in completion_texts]]
+        return [float(value) for value in cosine_similarity(prompts_BD, completions_BD, dim=-1)]
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Mean of the last hidden states over each text's tokens: (B, D), float64 on the CPU.
+
+        Raises:
+            RewardError: A text is longer than the limit and ``truncate`` is None.
+        """
+        rows_B = [self._encode(text) for text in texts]
+        refuse_bad_lengths(rows_B, self._limit, "Set max_length, shorten the texts, or allow truncate='right'.")
+        return map_micro_batches(
+            [len(row) for row in rows_B],
+            lambda rows: self._forward({"input_ids": rows_B}, rows),
+            max_rows=self.batch_size,
+            max_tokens=self.batch_tokens,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        if self.truncate == "right" and self._limit is not None and len(ids) > self._limit:
+            tail = ids[-1:] if ids[-1] in self.tokenizer.all_special_ids else []
+            ids = [*ids[: self._limit - len(tail)], *tail]
+        return ids
+
+    @torch.no_grad()
+    def _forward(self, encoded: dict[str, list[list[int]]], rows: list[int]) -> Tensor:
+        inputs = pad_right(encoded, rows, self._pad_id, self.model.device)
+        hidden_BTD: Tensor = self.model(**inputs).last_hidden_state.float()
+        mask_BT1 = inputs["attention_mask"][:, :, None].float()
+        return ((hidden_BTD * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)).cpu().double()

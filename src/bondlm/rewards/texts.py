@@ -1,0 +1,78 @@
+"""Texts and token limits that the model rewards share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bondlm.errors import ConfigError, DataError, RewardError
+
+
+def prompt_text(prompt: Any) -> str:
+    """Text of a prompt: the string itself, or the content of the last user message of a chat.
+
+    Raises:
+        DataError: A chat without a user message, or with content that is not text.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    for message in reversed(prompt):
+        if message["role"] == "user":
+            return _content(message)
+    roles = [message["role"] for message in prompt]
+    raise DataError(f"a conversational prompt has the roles {roles}: this reward needs a user message.")
+
+
+def completion_text(completion: Any) -> str:
+    """Text of a completion: the string itself, or the content of its last message.
+
+    Raises:
+        DataError: No message, or content that is not text.
+    """
+    if isinstance(completion, str):
+        return completion
+    if not completion:
+        raise DataError("a conversational completion is an empty list: give one assistant message.")
+    return _content(completion[-1])
+
+
+def _content(message: Any) -> str:
+    if not isinstance(message["content"], str):
+        raise DataError(f"a message has content of type {type(message['content']).__name__}: text rewards need a str.")
+    return message["content"]
+
+
+def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | None:
+    """Most tokens of a row: ``max_length``, or the smaller of what tokenizer and model config state (None: no limit).
+
+    Raises:
+        ConfigError: ``max_length`` is below 1.
+    """
+    if max_length is not None:
+        if max_length < 1:
+            raise ConfigError(f"max_length is {max_length}: give at least 1 token.")
+        return max_length
+    config_limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [limit for limit in (tokenizer.model_max_length, config_limit) if limit is not None]
+    limit = min(limits, default=None)
+    # Tokenizers that know no limit state 10**30.
+    return None if limit is None or limit > 10**9 else int(limit)
+
+
+def refuse_bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice: str) -> None:
+    """Raise RewardError for the first row that has no token or more than ``limit``."""
+    for row, ids in enumerate(rows):
+        if not ids:
+            raise RewardError(f"row {row} has no token: its text is empty and the tokenizer adds nothing.")
+        if limit is not None and len(ids) > limit:
+            raise RewardError(f"row {row} has {len(ids)} tokens and the reward model takes {limit}. {advice}")
+
+
+def check_batch_bounds(batch_size: int, batch_tokens: int) -> None:
+    """Raise ConfigError unless both bounds of a micro-batch are at least 1."""
+    if batch_size < 1 or batch_tokens < 1:
+        raise ConfigError(f"batch_size is {batch_size} and batch_tokens {batch_tokens}: both must be at least 1.")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ConfigError unless ``value`` is one of ``allowed``."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
+        raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(map(repr, allowed))}.")

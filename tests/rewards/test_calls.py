@@ -1,0 +1,205 @@
+import asyncio
+import threading
+import time
+import traceback
+import warnings
+from functools import partial
+
+import pytest
+import torch
+
+from bondlm.errors import ConfigError, ResourceError, RewardError
+from bondlm.rewards import NamedReward, score
+
+COLUMNS = {"solution": ["4", "5"], "completion_ids": [[1, 2], [3]], "truncated": [False, True]}
+
+
+def run(*functions, columns=COLUMNS):
+    rewards = [NamedReward(f"r{number}", function) for number, function in enumerate(functions)]
+    return score(rewards, ["p", "q"], ["c", "dd"], columns)
+
+
+def test_each_function_gets_the_arguments_that_it_accepts():
+    seen = {}
+
+    def only_completions(completions):
+        seen["completions"] = completions
+        return [0.0, 0.0]
+
+    def one_column(prompts, completions, *, solution, missing="default"):
+        seen["one"] = (prompts, completions, solution, missing)
+        return [0.0, 0.0]
+
+    def trl_style(completions, solution, **kwargs):
+        seen["all"] = sorted(kwargs)
+        return [0.0, 0.0]
+
+    class Judge:
+        def __call__(self, truncated, completion_ids, **columns):
+            seen["object"] = (truncated, completion_ids)
+            return [0.0, 0.0]
+
+    def bound(completions, bonus, solution):
+        seen["partial"] = (bonus, solution)
+        return [0.0, 0.0]
+
+    run(only_completions, one_column, trl_style, Judge(), partial(bound, bonus=3))
+    assert seen == {
+        "completions": ["c", "dd"],
+        "one": (["p", "q"], ["c", "dd"], ["4", "5"], "default"),
+        "all": ["completion_ids", "prompts", "truncated"],
+        "object": ([False, True], [[1, 2], [3]]),
+        "partial": (3, ["4", "5"]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda completions, reference: [], "missing a required argument: 'reference'.*solution"),
+        (lambda p, c: [], "missing a required argument: 'p'.*prompts, completions"),
+    ],
+)
+def test_an_argument_that_is_not_there_is_a_config_error(function, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(function)
+    assert "reward 'r0'" in str(caught.value)
+
+
+def test_a_function_cannot_spoil_the_arguments_of_the_next():
+    def destructive(completions):
+        completions.clear()
+        return [1.0, 1.0]
+
+    assert run(destructive, lambda completions: [len(text) for text in completions]).total.tolist() == [2.0, 3.0]
+
+
+async def fails_later(completions):
+    await asyncio.sleep(0)
+    raise KeyError("answer")
+
+
+def fails_at_once(completions):
+    raise KeyError("answer")
+
+
+@pytest.mark.parametrize("function", [fails_at_once, fails_later])
+def test_a_raise_keeps_the_users_traceback(function):
+    with pytest.raises(RewardError, match="reward 'r0' raised KeyError: 'answer'") as caught:
+        run(function)
+    cause = caught.value.__cause__
+    assert isinstance(cause, KeyError)
+    assert traceback.extract_tb(cause.__traceback__)[-1].name == function.__name__
+
+
+def out_of_memory(completions):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def own_error(completions):
+    raise ConfigError("no column")
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "code"), [(out_of_memory, ResourceError, 7), (own_error, ConfigError, 2)]
+)
+def test_memory_and_own_errors_keep_their_exit_code(function, error, code):
+    with pytest.raises(error, match="reward 'r0'") as caught:
+        run(function)
+    assert caught.value.exit_code == code
+
+
+def test_ctrl_c_is_not_turned_into_a_reward_error():
+    def interrupted(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted)
+
+
+def test_sys_exit_in_an_async_reward_does_not_leave_the_caller_waiting():
+    async def leaves(completions):
+        raise SystemExit(3)
+
+    with pytest.raises(RewardError, match="SystemExit"):
+        run(leaves)
+    assert run(slow(0.0, 1.0)).total.tolist() == [1.0, 1.0]  # and the loop still runs
+
+
+def slow(seconds, value):
+    async def reward(completions):
+        await asyncio.sleep(seconds)
+        return [value] * len(completions)
+
+    return reward
+
+
+def test_async_rewards_wait_together_and_keep_their_places():
+    start = time.perf_counter()
+    scores = run(slow(0.4, 1.0), lambda completions: [2.0, 2.0], slow(0.3, 3.0))
+    assert time.perf_counter() - start < 0.6  # one after the other takes 0.7
+    assert [values.tolist() for values in scores.by_name.values()] == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+
+
+def test_two_async_rewards_meet():
+    """Neither can finish unless the other runs: no clock needed."""
+    meeting: dict[str, asyncio.Event] = {}
+
+    def reward(mine, other):
+        async def wait(completions):
+            meeting.setdefault(mine, asyncio.Event()).set()
+            await asyncio.wait_for(meeting.setdefault(other, asyncio.Event()).wait(), timeout=5)
+            return [1.0, 1.0]
+
+        return wait
+
+    assert run(reward("a", "b"), reward("b", "a")).total.tolist() == [2.0, 2.0]
+
+
+def test_works_inside_a_running_event_loop():
+    async def notebook_cell():
+        return run(slow(0.0, 2.0)).total.tolist()
+
+    assert asyncio.run(notebook_cell()) == [2.0, 2.0]
+
+
+def test_all_calls_share_one_loop_so_that_a_kept_client_stays_usable():
+    loops = []
+
+    async def client(completions):
+        loops.append((asyncio.get_running_loop(), threading.current_thread()))
+        return [0.0, 0.0]
+
+    run(client)
+    run(client)
+    assert loops[0] == loops[1]
+    assert loops[0][1].daemon
+
+
+def test_a_failure_cancels_the_others():
+    cancelled = threading.Event()
+
+    async def patient(completions):
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    start = time.perf_counter()
+    with pytest.raises(RewardError, match="KeyError"):
+        run(patient, fails_later)
+    assert cancelled.wait(timeout=5)
+    assert time.perf_counter() - start < 10
+
+
+def test_a_failing_plain_function_leaves_no_unawaited_coroutine():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RewardError, match="reward 'r1' raised KeyError"):
+            run(slow(0.0, 1.0), fails_at_once)
+
+
+def test_async_values_pass_the_same_checks():
+    with pytest.raises(RewardError, match="reward 'r0' is nan for row 0"):
+        run(slow(0.0, float("nan")))

@@ -1,0 +1,280 @@
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CHATML, tiny_causal, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from bondlm.errors import ConfigError, RewardError
+from bondlm.rewards import NamedReward, SequenceClassifierReward, score
+
+from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved
+
+PROMPTS = [prompt for prompt, _ in ROWS]
+COMPLETIONS = [completion for _, completion in ROWS]
+CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+ANSWERS = [[{"role": "assistant", "content": completion}] for completion in COMPLETIONS]
+
+
+def chat_text(prompt, completion):
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{completion}<|im_end|>\n"
+
+
+def plain_score(model, ids):
+    """One row, no padding: what the checkpoint itself says."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, 0].item()
+
+
+def bert():
+    tokenizer = bert_tokenizer()
+    return bert_classifier(tokenizer), tokenizer
+
+
+def llama(pad="own", config_pad="same", **options):
+    tokenizer = tiny_tokenizer(pad=pad, **options)
+    return llama_classifier(tokenizer, pad_token_id=tokenizer.pad_token_id if config_pad == "same" else None), tokenizer
+
+
+@pytest.mark.parametrize("max_batch", [(16, 16_384), (3, 16_384), (16, 60), (1, 1)])
+def test_bert_micro_batches_equal_one_by_one(max_batch):
+    model, tokenizer = bert()
+    rows, tokens = max_batch
+    reward = SequenceClassifierReward(model, tokenizer, batch_size=rows, batch_tokens=tokens)
+    expected = [plain_score(model, tokenizer(prompt + completion)["input_ids"]) for prompt, completion in ROWS]
+    assert max(expected) - min(expected) > 0.1
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_tokens", [16_384, 300])
+@pytest.mark.parametrize(
+    ("pad", "config_pad"), [("own", "same"), ("own", None), ("eos", "same"), ("eos", None), (None, None)]
+)
+def test_decoder_type_micro_batches_equal_one_by_one(pad, config_pad, batch_tokens):
+    """Whatever the pad token is: the same as another, and even absent."""
+    model, tokenizer = llama(pad, config_pad)
+    expected = [plain_score(model, tokenizer(chat_text(*row))["input_ids"]) for row in ROWS]
+    reward = SequenceClassifierReward(model, tokenizer, batch_tokens=batch_tokens)
+    assert max(expected) - min(expected) > 0.1
+    assert reward(CHATS, ANSWERS) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("pad", "config_pad"), [("own", None), ("eos", None), (None, None)])
+def test_a_final_eos_is_read_although_pad_may_equal_it(pad, config_pad):
+    model, tokenizer = llama(pad, config_pad, chat=False)
+    expected = [plain_score(model, [*tokenizer(p + c)["input_ids"], tokenizer.eos_token_id]) for p, c in ROWS]
+    assert SequenceClassifierReward(model, tokenizer)(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_a_row_alone_equals_the_row_in_a_batch_and_order_is_kept(build):
+    reward = SequenceClassifierReward(*build(), batch_size=3)
+    together = reward(PROMPTS, COMPLETIONS)
+    assert [reward([prompt], [completion])[0] for prompt, completion in ROWS] == pytest.approx(together, abs=1e-6)
+    assert reward(PROMPTS[::-1], COMPLETIONS[::-1])[::-1] == pytest.approx(together, abs=1e-6)
+
+
+def test_the_forward_pass_is_sorted_bounded_and_padded_on_the_right():
+    model, tokenizer = bert()
+    masks = []
+    model.register_forward_pre_hook(lambda _m, _a, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True)
+    SequenceClassifierReward(model, tokenizer, batch_size=3)(PROMPTS, COMPLETIONS)
+    assert [len(mask) for mask in masks] == [3, 3, 2]
+    lengths = [length for mask in masks for length in mask.sum(dim=1).tolist()]
+    assert lengths == sorted(lengths, reverse=True)
+    for mask in masks:
+        assert mask.shape[1] == mask.sum(dim=1).max()
+        assert (mask.diff(dim=1) <= 0).all()
+
+
+def test_the_reward_models_own_template_decides_the_text():
+    model, tokenizer = llama()
+    before = SequenceClassifierReward(model, tokenizer)
+    other = tiny_tokenizer()
+    other.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ';' }}{% endfor %}"
+    after = SequenceClassifierReward(model, other)
+    assert before.render(CHATS[0], ANSWERS[0])[0] == chat_text(*ROWS[0])
+    assert after.render(CHATS[0], ANSWERS[0])[0] == f"user: {PROMPTS[0]};assistant: {COMPLETIONS[0]};"
+    expected = [plain_score(model, other(f"user: {p};assistant: {c};")["input_ids"]) for p, c in ROWS]
+    assert after(CHATS, ANSWERS) == pytest.approx(expected, abs=1e-6)
+    assert (torch.tensor(after(CHATS, ANSWERS)) - torch.tensor(before(CHATS, ANSWERS))).abs().min() > 1e-4
+
+
+def test_a_rendered_chat_gets_no_second_bos():
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    reward = SequenceClassifierReward(llama_classifier(tokenizer, pad_token_id=0), tokenizer)
+    ids = reward._encode(CHATS[0], ANSWERS[0])
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+    assert reward._encode(PROMPTS[0], COMPLETIONS[0])[0] == tokenizer.bos_token_id  # plain text gets the tokenizer's
+
+
+def test_chats_without_a_template_are_refused():
+    reward = SequenceClassifierReward(*bert())
+    with pytest.raises(ConfigError, match="no chat_template"):
+        reward(CHATS, ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("append_eos", "options", "chat", "ends"),
+    [
+        ("auto", {"chat": False}, False, "x$"),
+        ("auto", {"chat": False, "adds_eos": True}, False, "x$"),
+        ("auto", {"chat": True}, False, "xx"),
+        ("auto", {"chat": True}, True, "$x"),  # the template's own, and its line feed
+        ("auto", {"chat": False, "eos": False}, False, "xx"),
+        (True, {"chat": True}, False, "x$"),
+        (True, {"chat": True}, True, "x$"),
+        (True, {"chat": False, "adds_eos": True}, False, "x$"),
+        (False, {"chat": False}, False, "xx"),
+    ],
+)
+def test_append_eos(append_eos, options, chat, ends):
+    tokenizer = tiny_tokenizer(**options)
+    reward = SequenceClassifierReward(llama_classifier(tokenizer, pad_token_id=0), tokenizer, append_eos=append_eos)
+    ids = reward._encode(CHATS[0], ANSWERS[0]) if chat else reward._encode(PROMPTS[0], COMPLETIONS[0])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert "".join("$" if token == end else "x" for token in ids[-2:]) == ends
+
+
+def test_the_last_tokens_are_logged_once(caplog):
+    reward = SequenceClassifierReward(*llama(chat=False))
+    with caplog.at_level(logging.INFO, logger="bondlm.rewards"):
+        reward(PROMPTS, COMPLETIONS)
+        reward(PROMPTS, COMPLETIONS)
+    assert [record.getMessage().count("<|im_end|>") for record in caplog.records] == [1]
+
+
+def test_long_rows_are_refused_with_their_length():
+    reward = SequenceClassifierReward(*bert(), max_length=10)
+    lengths = [len(row) for row in map(reward._encode, PROMPTS, COMPLETIONS)]
+    row = next(row for row, length in enumerate(lengths) if length > 10)
+    with pytest.raises(RewardError, match=f"row {row} has {lengths[row]} tokens and the reward model takes 10"):
+        reward(PROMPTS, COMPLETIONS)
+    with pytest.raises(RewardError, match="reward 'rm': row"):
+        score([NamedReward("rm", reward)], PROMPTS, COMPLETIONS, {})
+
+
+@pytest.mark.parametrize(("stated", "limit"), [(64, 64), (32, 32), (int(1e30), 64)])
+def test_the_limit_is_the_smaller_of_tokenizer_and_config(stated, limit):
+    tokenizer = bert_tokenizer(max_length=stated)
+    assert SequenceClassifierReward(bert_classifier(tokenizer), tokenizer)._limit == limit
+
+
+def test_truncate_left_keeps_the_end_and_the_leading_special_token():
+    model, tokenizer = bert()
+    reward = SequenceClassifierReward(model, tokenizer, max_length=10, truncate="left")
+    full = [tokenizer(prompt + completion)["input_ids"] for prompt, completion in ROWS]
+    kept = [ids if len(ids) <= 10 else [ids[0], *ids[-9:]] for ids in full]
+    assert {len(ids) <= 10 for ids in full} == {True, False}
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx([plain_score(model, ids) for ids in kept], abs=1e-6)
+
+
+def test_the_model_is_frozen_in_eval_mode_and_keeps_its_dtype():
+    tokenizer = bert_tokenizer()
+    model = bert_classifier(tokenizer, hidden_dropout_prob=0.5).to(torch.bfloat16).train()
+    reward = SequenceClassifierReward(model, tokenizer)
+    assert reward(PROMPTS, COMPLETIONS) == reward(PROMPTS, COMPLETIONS)  # no dropout
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.dtype is torch.bfloat16
+
+
+def test_no_rows():
+    assert SequenceClassifierReward(*bert())([], []) == []
+
+
+def test_an_empty_text_is_an_error_and_not_a_crash():
+    with pytest.raises(RewardError, match="row 0 has no token"):
+        SequenceClassifierReward(*llama())([""], [""])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"append_eos": "yes"}, "append_eos is 'yes': choose one of 'auto', True, False"),
+        ({"append_eos": 1}, "append_eos is 1"),
+        ({"append_eos": True}, "tokenizer has no eos_token"),
+        ({"truncate": "right"}, "truncate is 'right': choose one of None, 'left'"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_length": 0}, "max_length is 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SequenceClassifierReward(*bert(), **options)
+
+
+def test_several_labels_are_refused_with_advice():
+    tokenizer = bert_tokenizer()
+    with pytest.raises(ConfigError, match=r"has 3 labels.*nli:"):
+        SequenceClassifierReward(bert_classifier(tokenizer, num_labels=3), tokenizer)
+
+
+def test_a_module_that_is_no_transformers_model():
+    with pytest.raises(ConfigError, match="Linear has no config"):
+        SequenceClassifierReward(nn.Linear(2, 1), bert_tokenizer())
+
+
+def test_a_saved_model_scores_the_same(tmp_path):
+    model, tokenizer = llama()
+    loaded = SequenceClassifierReward.from_pretrained(saved(tmp_path, model, tokenizer), batch_size=4)
+    assert loaded.batch_size == 4
+    expected = SequenceClassifierReward(model, tokenizer)(CHATS, ANSWERS)
+    assert loaded(CHATS, ANSWERS) == pytest.approx(expected, abs=1e-6)
+    half = SequenceClassifierReward.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
+    assert half.model.dtype is torch.bfloat16
+
+
+def test_a_head_that_is_not_in_the_checkpoint_is_refused(tmp_path):
+    """A fresh head gives plausible random numbers; transformers only warns."""
+    model, tokenizer = llama()
+    path = saved(tmp_path, model, tokenizer)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert AutoModelForSequenceClassification.from_pretrained(path).score.weight.abs().sum() > 0
+    with pytest.raises(ConfigError, match=r"no weights for score\.weight.*LlamaForSequenceClassification") as caught:
+        SequenceClassifierReward.from_pretrained(path)
+    assert caught.value.exit_code == 2
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    path = saved(tmp_path, tiny_causal(tokenizer), tokenizer)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.* has 2 labels"):
+        SequenceClassifierReward.from_pretrained(path)
+    config = LlamaConfig.from_pretrained(path)
+    config.num_labels = 1
+    config.save_pretrained(path)
+    with pytest.raises(ConfigError, match=r"no weights for score\.weight"):
+        SequenceClassifierReward.from_pretrained(path)
+
+
+def test_an_adapter_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = llama()
+    base = saved(tmp_path / "base", model, tokenizer)
+    model.config._name_or_path = base
+    adapter = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=2))
+    for folder in ("bare", "with_config"):
+        path = saved(tmp_path / folder, adapter, tokenizer)
+        if folder == "with_config":
+            model.config.save_pretrained(path)
+        with pytest.raises(ConfigError, match="is a PEFT adapter: merge it"):
+            SequenceClassifierReward.from_pretrained(path)
+
+
+def test_pickled_weights_and_absent_folders_are_refused(tmp_path):
+    model, tokenizer = bert()
+    path = saved(tmp_path, model, tokenizer)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"cannot be loaded.*safetensors"):
+        SequenceClassifierReward.from_pretrained(path)
+    with pytest.raises(ConfigError, match="there is no folder"):
+        SequenceClassifierReward.from_pretrained(str(tmp_path / "absent"))

@@ -1,0 +1,172 @@
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from bondlm.errors import ConfigError, DataError, RewardError
+from bondlm.rewards import NamedReward, score
+
+PROMPTS = ["first prompt", "second \x1b[31mprompt", "third" * 40]
+COMPLETIONS = ["a", "bb", "ccc"]
+
+
+def answering(value):
+    """A reward that returns `value`, whatever it is asked."""
+    return NamedReward("judge", lambda prompts, completions: value, 1.0)
+
+
+def total(value):
+    return score([answering(value)], PROMPTS, COMPLETIONS, {}).total
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1, 2.5, -3],
+        (1, 2.5, -3),
+        [np.float32(1), np.float64(2.5), np.int64(-3)],
+        [Fraction(1), Fraction(5, 2), -3],
+        [torch.tensor(1), torch.tensor(2.5, requires_grad=True), np.array(-3.0)],
+        np.array([1, 2.5, -3], dtype=np.float16),
+        np.array([[1], [2.5], [-3]]),
+        np.array([1, 2.5, -3], dtype=object),
+        torch.tensor([1, 2.5, -3], dtype=torch.bfloat16),
+        torch.tensor([[1], [2.5], [-3]], requires_grad=True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_honest_form_becomes_float64_without_gradient(value):
+    result = total(value)
+    assert result.dtype is torch.float64
+    assert result.device.type == "cpu"
+    assert not result.requires_grad
+    assert result.tolist() == [1.0, 2.5, -3.0]
+
+
+def test_one_row_accepts_shape_1_by_1():
+    assert score([answering(torch.tensor([[4.0]]))], ["p"], ["c"], {}).total.tolist() == [4.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([0.0, float("nan"), 0.0], "is nan for row 1 of 3"),
+        ([0.0, float("inf"), 0.0], "is inf for row 1 of 3"),
+        ([0.0, -float("inf"), float("nan")], r"is -inf for row 1 of 3 .*\(2 rows in all\)"),
+        (torch.tensor([0.0, float("nan"), 0.0]), "is nan for row 1 of 3"),
+        (np.array([0.0, np.inf, 0.0]), "is inf for row 1 of 3"),
+        ([0.0, 10**400, 0.0], "is inf for row 1 of 3"),
+        ([0.0, None, 0.0], r"None \(NoneType\) for row 1 of 3"),
+        ([0.0, True, 0.0], r"True \(bool\) for row 1 of 3"),
+        ([0.0, np.True_, 0.0], r"True.*\(bool\w*\) for row 1 of 3"),
+        ([0.0, torch.tensor(True), 0.0], r"True \(bool\) for row 1 of 3"),
+        ([0.0, "1.0", 0.0], r"'1.0' \(str\) for row 1 of 3"),
+        ([0.0, 1j, 0.0], r"1j \(complex\) for row 1 of 3"),
+        ([[0.0], [1.0], [2.0]], r"\[0.0\] \(list\) for row 0 of 3"),
+        ([torch.zeros(1)] * 3, r"tensor\(\[0.\]\) \(Tensor\) for row 0 of 3"),
+        (np.array([1.0, None, 2.0], dtype=object), r"None \(NoneType\) for row 1 of 3"),
+        ([0.0, 1.0], "returned 2 values for 3 completions"),
+        ([0.0] * 4, "returned 4 values for 3 completions"),
+        ([], "returned 0 values for 3 completions"),
+        (torch.zeros(6), "returned 6 values for 3 completions"),
+        (torch.zeros(3, 2), r"tensor of shape \(3, 2\) for 3 completions"),
+        (np.zeros((1, 3)), r"tensor of shape \(1, 3\) for 3 completions"),
+        (torch.tensor(1.0), r"tensor of shape \(\) for 3 completions"),
+        (np.float64(1.0), r"returned a float64 .* return a list"),
+        (torch.tensor([True, False, True]), "tensor of torch.bool"),
+        (torch.zeros(3, dtype=torch.complex64), "tensor of torch.complex64"),
+        (np.array([True, False, True]), "array of bool"),
+        (np.array(["1", "2", "3"]), "array of <U1"),
+        (1.0, r"returned a float \(1.0\) for 3 completions"),
+        (None, r"returned a NoneType \(None\)"),
+        ("123", r"returned a str \('123'\)"),
+        ({"a": 1.0, "b": 2.0, "c": 3.0}, "returned a dict"),
+    ],
+)
+def test_refusals_name_the_reward_and_what_was_seen(value, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        total(value)
+    assert "reward 'judge'" in str(caught.value)
+    assert re.search("[Rr]eturn", str(caught.value))  # what to do
+    assert caught.value.exit_code == 4
+
+
+def test_error_quotes_the_prompt_escaped_and_cut():
+    with pytest.raises(RewardError) as caught:
+        total([0.0, None, 0.0])
+    assert r"(prompt 'second \x1b[31mprompt')" in str(caught.value)
+    with pytest.raises(RewardError) as caught:
+        total([0.0, 0.0, None])
+    assert f"(prompt '{'third' * 16}')" in str(caught.value)  # 80 characters of 200
+
+
+def test_error_quotes_the_last_message_of_a_chat():
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    with pytest.raises(RewardError, match="prompt 'hello'"):
+        score([answering([None])], [chat], [[{"role": "assistant", "content": "hi"}]], {})
+
+
+@pytest.mark.parametrize("value", [[1.0, float("nan"), 2.0], torch.tensor([1.0, float("nan"), 2.0])])
+def test_nan_is_what_argmax_calls_best_and_never_gets_there(value):
+    assert torch.as_tensor(value).argmax() == 1
+    with pytest.raises(RewardError):
+        total(value).argmax()
+
+
+def test_weighted_sum_is_exact_and_by_name_is_unweighted():
+    rewards = [
+        NamedReward("length", lambda completions, **_: [len(text) for text in completions], 0.1),
+        NamedReward("constant", lambda prompts, completions: [3.0] * len(prompts), -2.0),
+        NamedReward("silent", lambda prompts, completions: [7.0] * len(prompts), 0.0),
+    ]
+    scores = score(rewards, PROMPTS, COMPLETIONS, {})
+    assert scores.total.tolist() == [0.1 * 1 - 6.0, 0.1 * 2 - 6.0, 0.1 * 3 - 6.0]
+    assert {name: values.tolist() for name, values in scores.by_name.items()} == {
+        "length": [1.0, 2.0, 3.0],
+        "constant": [3.0, 3.0, 3.0],
+        "silent": [7.0, 7.0, 7.0],
+    }
+
+
+def test_weight_does_not_round_through_float32():
+    assert score([NamedReward("r", lambda completions: [1.0 + 2**-40], 3.0)], ["p"], ["c"], {}).total.item() == 3 * (
+        1.0 + 2**-40
+    )
+
+
+def test_a_sum_that_overflows_is_refused():
+    with pytest.raises(RewardError, match="the weighted sum is inf for row 0"):
+        score([NamedReward("r", lambda completions: [1e308], 100.0)], ["p"], ["c"], {})
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), True, "1", None])
+def test_weight_must_be_a_finite_number(weight):
+    with pytest.raises(ConfigError, match="reward 'r' has the weight"):
+        NamedReward("r", len, weight)
+
+
+def test_no_rows_call_nobody():
+    scores = score([NamedReward("r", lambda completions: 1 / 0)], [], [], {"answer": []})
+    assert scores.total.shape == (0,)
+    assert scores.by_name["r"].shape == (0,)
+
+
+@pytest.mark.parametrize("names", [[], ["same", "same"]])
+def test_rewards_need_names_of_their_own(names):
+    with pytest.raises(ConfigError, match="each with a name of its own"):
+        score([NamedReward(name, len) for name in names], ["p"], ["c"], {})
+
+
+@pytest.mark.parametrize(
+    ("completions", "columns", "message"),
+    [
+        (["a"], {}, "'completions' has 1 rows and there are 3 prompts"),
+        (COMPLETIONS, {"answer": [1, 2]}, "'answer' has 2 rows and there are 3 prompts"),
+        (COMPLETIONS, {"prompts": PROMPTS}, "dataset column 'prompts'"),
+    ],
+)
+def test_ragged_or_clashing_input_is_a_data_error(completions, columns, message):
+    with pytest.raises(DataError, match=message):
+        score([answering([1.0, 2.0, 3.0])], PROMPTS, completions, columns)

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bondlm.errors import ConfigError, DataError, RewardError
+from bondlm.rewards import SimilarityReward
+
+from .small_models import ROWS, bert_encoder, bert_tokenizer, saved
+
+PROMPTS = [prompt for prompt, _ in ROWS]
+COMPLETIONS = [completion for _, completion in ROWS]
+
+
+def encoder():
+    tokenizer = bert_tokenizer()
+    return bert_encoder(tokenizer), tokenizer
+
+
+def plain_embedding(model, tokenizer, text):
+    with torch.no_grad():
+        return model.eval()(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(dim=0)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"batch_size": 3}, {"batch_tokens": 20}])
+def test_micro_batched_cosines_equal_one_by_one(bounds):
+    model, tokenizer = encoder()
+    expected = []
+    for pair in ROWS:
+        first, second = (plain_embedding(model, tokenizer, text) for text in pair)
+        expected.append((first @ second / first.norm() / second.norm()).item())
+    reward = SimilarityReward(model, tokenizer, **bounds)
+    assert max(expected) - min(expected) > 0.05
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+    assert [reward([p], [c])[0] for p, c in ROWS] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_text_is_like_itself_and_the_scale_does_not_matter():
+    model, tokenizer = encoder()
+    reward = SimilarityReward(model, tokenizer)
+    assert reward(PROMPTS, PROMPTS) == pytest.approx([1.0] * len(PROMPTS))
+    assert all(-1.0 <= cosine < 1.0 for cosine in reward(PROMPTS, COMPLETIONS))
+
+
+def test_each_distinct_text_is_embedded_once():
+    model, tokenizer = encoder()
+    rows = []
+    model.register_forward_pre_hook(lambda _m, _a, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
+    reward = SimilarityReward(model, tokenizer)
+    repeated = reward([PROMPTS[0]] * 4 + [PROMPTS[1]] * 2, [*COMPLETIONS[:4], COMPLETIONS[0], COMPLETIONS[0]])
+    assert sum(rows) == 2 + 4
+    assert repeated[:4] == pytest.approx([reward([PROMPTS[0]], [text])[0] for text in COMPLETIONS[:4]], abs=1e-6)
+    assert repeated[4] == repeated[5] == pytest.approx(reward([PROMPTS[1]], [COMPLETIONS[0]])[0], abs=1e-6)
+
+
+def test_a_chat_is_compared_by_its_last_user_message():
+    reward = SimilarityReward(*encoder())
+    chats = [
+        [{"role": "user", "content": "first"}, {"role": "user", "content": text}, {"role": "system", "content": "x"}]
+        for text in PROMPTS
+    ]
+    answers = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
+    assert reward(chats, answers) == reward(PROMPTS, COMPLETIONS)
+    with pytest.raises(DataError, match="text rewards need a str"):
+        reward(chats, [[{"role": "assistant", "content": None}]] * len(chats))
+    with pytest.raises(DataError, match="empty list"):
+        reward(chats, [[]] * len(chats))
+
+
+def test_an_empty_completion_has_a_score():
+    assert len(SimilarityReward(*encoder())(["rain"], [""])) == 1
+
+
+def test_long_texts_are_refused_or_lose_their_end():
+    model, tokenizer = encoder()
+    length = len(tokenizer(COMPLETIONS[5])["input_ids"])
+    with pytest.raises(RewardError, match=f"row 1 has {length} tokens and the reward model takes 12"):
+        SimilarityReward(model, tokenizer, max_length=12)(["rain"], [COMPLETIONS[5]])
+    cut = SimilarityReward(model, tokenizer, max_length=12, truncate="right")
+    head = " ".join(COMPLETIONS[5].split()[:10])  # ten words, [CLS] and [SEP]
+    assert cut(["rain"], [COMPLETIONS[5]]) == pytest.approx(SimilarityReward(model, tokenizer)(["rain"], [head]))
+
+
+def test_a_saved_encoder_needs_all_its_weights_but_the_pooler(tmp_path):
+    model, tokenizer = encoder()
+    path = saved(tmp_path, model, tokenizer)
+    weights = load_file(tmp_path / "model.safetensors")
+    unused = {name: weight for name, weight in weights.items() if "pooler" not in name}
+    assert len(unused) < len(weights)
+    save_file(unused, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    expected = SimilarityReward(model, tokenizer)(PROMPTS, COMPLETIONS)
+    assert SimilarityReward.from_pretrained(path)(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+    missing = next(name for name in unused if "attention" in name)
+    del unused[missing]
+    save_file(unused, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"no weights for {missing}"):
+        SimilarityReward.from_pretrained(path)
