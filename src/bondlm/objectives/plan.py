@@ -1,0 +1,63 @@
+"""What an objective asks of a rollout, and what it hands back.
+
+Shapes: P prompts; M samples of a prompt, the policy's first, then the anchor's; L of them are learned from; the first
+C of those are compared, that is, their log-probability under the anchor is needed too.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplePlan:
+    """How many completions an objective draws per prompt, from whom, and how many it learns from.
+
+    Example: J-BOND draws 1 from the policy and 2 from the anchor, learns from 2 (the policy's and the better of the
+    anchor's), and compares 1 (the policy's) with the anchor.
+    """
+
+    policy: int
+    anchor: int
+    learn: int
+    compare: int
+
+    @property
+    def total(self) -> int:
+        """Completions per prompt, M."""
+        return self.policy + self.anchor
+
+
+class Selection(NamedTuple):
+    """What the rewards of a prompt's samples decide, before any gradient is computed."""
+
+    rows_PL: Tensor  # long: which of the M samples are learned from, the compared ones first
+    signal_PC: Tensor  # float: the reward part of each compared sample's return
+
+
+class Loss(NamedTuple):
+    """The value to descend, for each prompt, and what to log."""
+
+    loss_P: Tensor
+    metrics: dict[str, Tensor]  # name -> (P,), detached; the trainer averages over prompts
+
+
+class Objective(Protocol):
+    """The four things that the trainer asks of an objective; all of them are pure functions of tensors."""
+
+    @property
+    def plan(self) -> SamplePlan:
+        """Samples per prompt."""
+
+    def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
+        """Choose the samples to learn from; `noise_PM` in [0, 1) breaks ties."""
+
+    def baseline(self, returns_PC: Tensor) -> Tensor:
+        """Baseline (P, C) of each compared sample, from the returns of the whole batch."""
+
+    def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
+        """Return (P, C) of each compared sample."""
+
+    def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
+        """Loss (P,) whose gradient is the objective's; `logp_PL` are sums over the completion's tokens."""

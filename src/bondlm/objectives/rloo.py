@@ -1,0 +1,51 @@
+"""RLOO: REINFORCE with a leave-one-out baseline inside each prompt (Ahmadian et al. 2024, arXiv 2402.14740).
+
+Each step, for each prompt: draw y_1 .. y_m from the policy; the return of each is R_i = r(y_i) - beta_rl (log pi(y_i) -
+log pi_anchor(y_i)), minus the mean of the *other* returns of the same prompt. Two samples and beta_rl in {0.001, .., 1}
+are the baseline of Sessa et al. 2024, arXiv 2407.14622, Fig. 7. Objective and fixed point are those of `Reinforce`; the
+prompt's own baseline also removes what differs between prompts, such as their mean reward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bondlm.objectives.plan import Loss, SamplePlan, Selection
+from bondlm.objectives.terms import check_count, check_weight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RLOO:
+    """RLOO with KL coefficient `beta_rl`, in units of reward a nat, and `num_samples` samples a prompt."""
+
+    beta_rl: float
+    num_samples: int = 2
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_weight("beta_rl", self.beta_rl, float("inf"), "a negative value pushes away from the anchor")
+        check_count("num_samples", self.num_samples, 2, "the baseline is the mean of a prompt's other samples")
+
+    @property
+    def plan(self) -> SamplePlan:
+        """Draw m samples of the policy, learn from all."""
+        return SamplePlan(policy=self.num_samples, anchor=0, learn=self.num_samples, compare=self.num_samples)
+
+    def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
+        """Learn from all samples; their rewards are the signal."""
+        return Selection(torch.arange(self.num_samples).expand(len(rewards_PM), -1), rewards_PM)
+
+    def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
+        """R = r - beta_rl (log pi - log pi_anchor)."""
+        return signal_PC - self.beta_rl * (logp_PC - anchor_logp_PC)
+
+    def baseline(self, returns_PC: Tensor) -> Tensor:
+        """Mean return of the prompt's other samples."""
+        return (returns_PC.sum(dim=1, keepdim=True) - returns_PC) / (self.num_samples - 1)
+
+    def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
+        """Mean over the prompt's samples of -log pi (R - baseline)."""
+        advantage = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
+        loss = (-logp_PL * advantage).mean(dim=1)
+        return Loss(loss, {"bond/advantage": advantage.mean(dim=1)})

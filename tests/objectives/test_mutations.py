@@ -1,0 +1,33 @@
+"""Every wrong sign is found: the real source is changed in one place and must fail the checks that it passes as it is."""
+
+from pathlib import Path
+
+import pytest
+
+from .mutants import MUTATIONS, defects, mutate, objective_module
+from .tables import OBJECTIVES
+
+THEORY = Path(__file__).parents[2] / "docs" / "theory.md"
+
+
+def mutation_id(mutation):
+    return f"{objective_module(mutation.objective).rpartition('.')[2]}: {mutation.what} ({mutation.module})"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_real_objectives_have_no_defect(name):
+    assert defects(OBJECTIVES[name]) == []
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=mutation_id)
+def test_the_unchanged_source_of_a_mutated_objective_has_no_defect_and_the_changed_one_has(mutation, monkeypatch):
+    assert defects(mutation.objective) == []
+    assert defects(mutate(mutation, monkeypatch)) != []
+
+
+def test_the_list_in_the_docs_is_the_list_that_is_run():
+    text = THEORY.read_text(encoding="utf-8")
+    listed = text[text.index("<!-- mutations -->") : text.index("<!-- end of mutations -->")]
+    rows = [line.strip("| ").split(" | ") for line in listed.splitlines() if line.startswith("| `")]
+    expected = [[f"`{m.module}`", f"`{type(m.objective).__name__}`", m.what] for m in MUTATIONS]
+    assert rows == expected
