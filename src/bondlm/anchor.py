@@ -1,0 +1,81 @@
+"""The moving anchor (Sessa et al. 2024, sections 4.3 and 5).
+
+The anchor's master copy is fp32 whatever the weights are: in bf16 an average with mixing rate 0.02 does not move at all
+(each step is smaller than half the spacing of the numbers), and J-BOND would silently become BOND with a fixed anchor.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bondlm.config import AnchorSchedule
+
+
+class Anchor:
+    """Moves the anchor's parameters towards the policy's.
+
+    With LoRA the factors A and B are averaged apart: the anchor's product is not exactly the average of the products.
+    """
+
+    def __init__(
+        self,
+        pairs: list[tuple[str, nn.Parameter, nn.Parameter]],
+        *,
+        schedule: AnchorSchedule,
+        eta: float,
+        update_every: int,
+    ) -> None:
+        """`pairs` are (name, anchor parameter, policy parameter); `eta` in [0, 1] is the mixing rate of Eq. 18."""
+        self._pairs = pairs
+        self._schedule, self._eta, self._update_every = schedule, eta, update_every
+        self._master = {
+            name: anchor.data if anchor.dtype == torch.float32 else anchor.detach().float() for name, anchor, _ in pairs
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> dict[str, float]:
+        """Move after optimizer step number `step` (from 1); returns what to log.
+
+        ema: anchor <- (1 - eta) anchor + eta policy at every step (Eq. 18). periodic: a copy at every `update_every`-th
+        step (Algorithm 1). fixed: never.
+        """
+        if self._schedule == "ema":
+            rate = self._eta
+        else:
+            rate = 1.0 if self._schedule == "periodic" and step % self._update_every == 0 else 0.0
+        moved_sq, gap_sq = 0.0, 0.0
+        for name, anchor, policy in self._pairs:
+            master = self._master[name]
+            target = policy.detach().to(master.dtype)
+            gap_sq += float((target - master).square().sum())
+            if rate == 0:
+                continue
+            before = master.clone()
+            master.lerp_(target, rate)  # exact at rate 1: a copy is a copy
+            if anchor.data is not master:
+                anchor.copy_(master)
+            moved_sq += float((master - before).square().sum())
+        metrics = {"anchor/distance": math.sqrt(gap_sq)}
+        if rate > 0 and gap_sq > 0:
+            metrics["anchor/gap_closed"] = math.sqrt(moved_sq) / (rate * math.sqrt(gap_sq))
+        return metrics
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The fp32 master copy, by parameter name."""
+        return {name: tensor.detach().contiguous() for name, tensor in self._master.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the master copy and the weights made from it; names and shapes must match exactly."""
+        if state.keys() != self._master.keys():
+            missing, extra = self._master.keys() - state.keys(), state.keys() - self._master.keys()
+            raise KeyError(f"anchor state does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(extra)[:3]}")
+        for name, master in self._master.items():
+            if state[name].shape != master.shape:  # `copy_` would broadcast
+                raise ValueError(
+                    f"anchor state does not fit: {name} is {tuple(state[name].shape)}, not {tuple(master.shape)}"
+                )
+        for name, anchor, _ in self._pairs:
+            self._master[name].copy_(state[name])
+            anchor.copy_(self._master[name])

@@ -1,0 +1,47 @@
+"""Where a step's time goes."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Clock:
+    """Sums seconds by phase until `drain`; a phase inside another counts for the inner one alone."""
+
+    def __init__(self) -> None:
+        """Start with no time on any phase."""
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._stack: list[str] = []
+        self._since = 0.0
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._stack:
+            self._seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    def start(self, phase: str) -> None:
+        """Enter `phase`."""
+        self._charge()
+        self._stack.append(phase)
+
+    def stop(self) -> None:
+        """Leave the phase entered last."""
+        self._charge()
+        self._stack.pop()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Charge the body to `phase`."""
+        self.start(phase)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def drain(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        self._charge()
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds

@@ -1,0 +1,53 @@
+"""The engine seam: token ids in, token ids out, for one role of the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Role = Literal["policy", "anchor", "reference"]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer.
+
+    Example: `Completion(ids=[504, 3575, 2], logprobs=[-1.2, -0.3, -0.1], finished=True)`.
+    """
+
+    ids: list[int]  # the sampled tokens, up to and including the end-of-sequence token
+    logprobs: list[float]  # log-probability of each under the law it was drawn from, nats
+    finished: bool  # False: cut at `max_new_tokens` without an end-of-sequence token
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the whole completion."""
+        return sum(self.logprobs)
+
+
+class Engine(Protocol):
+    """Draws completions; the one method that an engine must have."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        *,
+        role: Role,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+    ) -> list[list[Completion]]:
+        """Draw `num_samples` completions of each prompt.
+
+        Args:
+            prompts: P prompts as token ids.
+            num_samples: completions of each prompt.
+            role: whose law to draw from.
+            max_new_tokens: most tokens of a completion, end-of-sequence included.
+            seeds: one integer per prompt. A sample is a function of the weights, its prompt, its seed and its number
+                alone, not of the batch that it was drawn in.
+            temperature: 1 samples the model's law, 0 is greedy.
+
+        Returns:
+            P lists of `num_samples` completions.
+        """

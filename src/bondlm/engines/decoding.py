@@ -1,0 +1,102 @@
+"""The key-value cache of a batch that is being decoded, for causal and for encoder-decoder models.
+
+Both kinds have the same life: prefill P prompts once, `select` rows (to share a prompt among its samples, later to drop
+the rows that ended), and `step` by one token a row.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class DecodingState(Protocol):
+    """Rows that are being decoded."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat rows (long indices)."""
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Feed one token a row; returns the next logits (B, V)."""
+
+
+def start_decoding(model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[DecodingState, Tensor]:
+    """Prefill `prompts`; returns the state of P rows and the first logits (P, V)."""
+    ids_PS, mask_PS = pad_left(prompts, pad_id, model.device)
+    if model.config.is_encoder_decoder:
+        return _Seq2SeqState.start(model, ids_PS, mask_PS)
+    return _CausalState.start(model, ids_PS, mask_PS)
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask (P, S); the mask comes from the lengths, since the padding id may be the end-of-sequence id."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+class _CausalState:
+    def __init__(self, model: Any, cache: DynamicCache, mask_BS: Tensor, position_B1: Tensor) -> None:
+        self._model, self._cache, self._mask_BS, self._position_B1 = model, cache, mask_BS, position_B1
+
+    @classmethod
+    def start(cls, model: Any, ids_PS: Tensor, mask_PS: Tensor) -> tuple["_CausalState", Tensor]:
+        cache = DynamicCache(config=model.config)
+        positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)  # padding sits at position 0, masked
+        out = model(
+            input_ids=ids_PS,
+            attention_mask=mask_PS,
+            position_ids=positions_PS,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return cls(model, cache, mask_PS, positions_PS[:, -1:]), out.logits[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._mask_BS, self._position_B1 = self._mask_BS[rows], self._position_B1[rows]
+
+    def step(self, token_B: Tensor) -> Tensor:
+        self._mask_BS = torch.cat([self._mask_BS, self._mask_BS.new_ones(len(token_B), 1)], dim=1)
+        self._position_B1 = self._position_B1 + 1
+        out = self._model(
+            input_ids=token_B.unsqueeze(1),
+            attention_mask=self._mask_BS,
+            position_ids=self._position_B1,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+
+class _Seq2SeqState:
+    def __init__(self, model: Any, cache: EncoderDecoderCache, hidden_BSD: Tensor, mask_BS: Tensor) -> None:
+        self._model, self._cache, self._hidden_BSD, self._mask_BS = model, cache, hidden_BSD, mask_BS
+
+    @classmethod
+    def start(cls, model: Any, ids_PS: Tensor, mask_PS: Tensor) -> tuple["_Seq2SeqState", Tensor]:
+        hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
+        cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        state = cls(model, cache, hidden, mask_PS)
+        start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
+        return state, state.step(start_P)
+
+    def select(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._hidden_BSD, self._mask_BS = self._hidden_BSD[rows], self._mask_BS[rows]
+
+    def step(self, token_B: Tensor) -> Tensor:
+        out = self._model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden_BSD),
+            attention_mask=self._mask_BS,
+            decoder_input_ids=token_B.unsqueeze(1),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1]

@@ -1,0 +1,187 @@
+"""Loading a policy, and the three roles that training needs: policy, anchor, reference.
+
+With LoRA the three share one set of base weights: policy and anchor are two adapters, and the reference is the base
+with its adapters off (or, when training starts from an adapter, a third, frozen one). With full fine-tuning the
+anchor and the reference are frozen copies.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from bondlm.errors import ConfigError
+
+ANCHOR_ADAPTER = "anchor"
+REFERENCE_ADAPTER = "reference"
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> PreTrainedModel | PeftModel:
+    """Load a causal or encoder-decoder model, or an adapter folder on its base model, by folder or hub name.
+
+    Weights are read from safetensors only and code that comes with a model is never run.
+
+    Raises:
+        ConfigError: nothing that can be loaded lies there.
+    """
+    try:
+        if (Path(path) / "adapter_config.json").is_file():
+            base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+            if base is None:
+                raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
+            return PeftModel.from_pretrained(load_model(base, dtype=dtype, **init_kwargs), str(path), is_trainable=True)
+        config = AutoConfig.from_pretrained(path, **init_kwargs)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **init_kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"cannot load the model {str(path)!r}: {error}") from error
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, else fp32.
+
+    On a CPU without AVX512-BF16 or AMX bf16 products are emulated: measured 9 times slower than fp32 on AVX2.
+    """
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+        return torch.bfloat16 if native else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.float32
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the learned log-probabilities must be those of the law that was sampled from."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_rate"):  # functional dropout keeps its rate as a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+class Roles:
+    """The models of the three roles; `use(role)` lends one for sampling or scoring.
+
+    `model` is what the trainer trains. `anchor_pairs` lists the (anchor, policy) parameters that an update couples.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Create the anchor and the reference, both equal to the policy as it is now."""
+        self.model = model
+        self.is_peft = isinstance(model, PeftModel)
+        self._reference_adapter: str | None = None
+        self._copies: dict[str, nn.Module] = {}
+        if self.is_peft:
+            self._add_adapters(model)
+        else:
+            self._copies = {role: _frozen_copy(model) for role in ("anchor", "reference")}
+
+    def _add_adapters(self, model: PeftModel) -> None:
+        self.policy_adapter = model.active_adapter
+        config = model.peft_config[self.policy_adapter]
+        start = get_peft_model_state_dict(model, adapter_name=self.policy_adapter)
+        names = [ANCHOR_ADAPTER]
+        trainable = _trainable_names(model)
+        if not _adapter_is_identity(start):  # the run continues an adapter: its start is the reference
+            names.append(REFERENCE_ADAPTER)
+            self._reference_adapter = REFERENCE_ADAPTER
+        for name in names:
+            model.add_adapter(name, copy.deepcopy(config))
+            set_peft_model_state_dict(model, start, adapter_name=name)
+        model.set_adapter(self.policy_adapter)
+        _train_only(model, trainable)
+
+    @property
+    def core(self) -> Any:
+        """The transformers model, without PEFT's wrapper around it (the adapters sit inside its layers)."""
+        return self.model.get_base_model() if self.is_peft else self.model
+
+    @property
+    def anchor_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+        """(name, anchor parameter, policy parameter) of everything that trains."""
+        if not self.is_peft:
+            anchors = dict(self._copies["anchor"].named_parameters())
+            return [(n, anchors[n], p) for n, p in self.model.named_parameters() if p.requires_grad]
+        parameters = dict(self.model.named_parameters())
+        mine, theirs = f".{self.policy_adapter}.", f".{ANCHOR_ADAPTER}."
+        return [
+            (name, parameters[name.replace(mine, theirs)], parameter)
+            for name, parameter in parameters.items()
+            if mine in name and name.replace(mine, theirs) in parameters
+        ]
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[Any]:
+        """Lend the model of `role` in eval mode; the policy is active and trainable again afterwards, come what may."""
+        if not self.is_peft:
+            with _eval_mode(self.model if role == "policy" else self._copies[role]) as model:
+                yield model
+            return
+        with _eval_mode(self.core) as core, self._adapter(role):
+            yield core
+
+    @contextmanager
+    def _adapter(self, role: str) -> Iterator[None]:
+        name = {"policy": self.policy_adapter, "anchor": ANCHOR_ADAPTER, "reference": self._reference_adapter}[role]
+        if role == "policy":
+            yield
+            return
+        # PEFT makes all of an adapter trainable that it activates, also what the user has frozen (A of LoRA, say).
+        trainable = _trainable_names(self.model)
+        try:
+            with self.model.disable_adapter() if name is None else nullcontext():
+                if name is not None:
+                    self.model.set_adapter(name)
+                yield
+        finally:
+            self.model.set_adapter(self.policy_adapter)
+            _train_only(self.model, trainable)
+
+    def to(self, device: torch.device) -> None:
+        """Move the copies (the trainer moves the policy)."""
+        for model in self._copies.values():
+            model.to(device)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def _trainable_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _train_only(model: nn.Module, names: set[str]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+def _adapter_is_identity(state: dict[str, torch.Tensor]) -> bool:
+    """A fresh LoRA adapter adds nothing: its B factors are zero."""
+    factors = [tensor for name, tensor in state.items() if "lora_B" in name or "lora_embedding_B" in name]
+    return bool(factors) and all(not tensor.any() for tensor in factors)
+
+
+def wrap_lora(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """Put a fresh adapter on `model`, its weights in fp32 whatever the base's dtype."""
+    return get_peft_model(model, peft_config, autocast_adapter_dtype=True)

@@ -1,0 +1,269 @@
+"""The engine against a plain sampler: one row at a time, no cache, no padding, the whole prefix at every token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
+from torch import nn
+
+from bondlm.engines import Completion
+from bondlm.engines.hf import TransformersEngine, row_uniforms, sample_tokens
+from bondlm.logprobs import collate, sequence_logprobs
+from bondlm.models import Roles, wrap_lora
+
+TOKENIZER = tiny_tokenizer()
+MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}
+IDS = [TOKENIZER.encode(prompt) for prompt in PROMPTS[:5]]
+SEEDS = [11, 12, 13, 14, 15]
+MANY_EOS = list(range(0, 300, 7))  # completions then end at many different lengths
+BUDGET = 10
+
+
+@contextmanager
+def lent(model: nn.Module) -> Iterator[nn.Module]:
+    yield model
+
+
+def engine_of(model: nn.Module, *, eos_ids: Sequence[int] = MANY_EOS, **settings: Any) -> TransformersEngine:
+    return TransformersEngine(lambda role: lent(model), eos_ids=eos_ids, **{"pad_id": 0, **settings})
+
+
+def generate(engine: TransformersEngine, num_samples: int = 3, **changes: Any) -> list[list[Completion]]:
+    arguments: dict[str, Any] = {"role": "policy", "max_new_tokens": BUDGET, "seeds": SEEDS, "prompts": IDS} | changes
+    return engine.generate(arguments.pop("prompts"), num_samples, **arguments)
+
+
+@torch.no_grad()
+def plain_logits(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+    if model.config.is_encoder_decoder:
+        decoder = [model.config.decoder_start_token_id, *completion]
+        out = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([decoder]), use_cache=False)
+    else:
+        out = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False)
+    return out.logits[0, -1]
+
+
+def plain_sample(
+    model: Any, prompt: Sequence[int], uniforms: np.ndarray, eos_ids: Sequence[int], temperature: float = 1.0
+) -> list[int]:
+    """The first token whose cumulated probability exceeds the uniform number, again and again."""
+    ids: list[int] = []
+    for uniform in uniforms:
+        logits = plain_logits(model, prompt, ids)
+        if temperature == 0:
+            ids.append(int(logits.argmax()))
+        else:
+            probs = (logits / temperature).softmax(-1).double().numpy()
+            ids.append(int(np.argmax(probs.cumsum() > uniform * probs.sum())))
+        if ids[-1] in eos_ids:
+            break
+    return ids
+
+
+def plain_samples(model: Any, num_samples: int = 3, temperature: float = 1.0) -> list[list[list[int]]]:
+    return [
+        [plain_sample(model, prompt, row_uniforms(seed, j, BUDGET), MANY_EOS, temperature) for j in range(num_samples)]
+        for prompt, seed in zip(IDS, SEEDS, strict=True)
+    ]
+
+
+def ids_of(completions: list[list[Completion]]) -> list[list[list[int]]]:
+    return [[c.ids for c in row] for row in completions]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("kind", MODELS)
+def test_samples_are_those_of_the_plain_sampler(kind: str, temperature: float) -> None:
+    model = MODELS[kind](TOKENIZER)
+    completions = generate(engine_of(model), temperature=temperature)
+    assert ids_of(completions) == plain_samples(model, temperature=temperature)
+    for prompt, row in zip(IDS, completions, strict=True):
+        for c in row:
+            expected = 0.0
+            for t, token in enumerate(c.ids):
+                logits = plain_logits(model, prompt, c.ids[:t])
+                logps = (logits / (temperature or 1.0)).log_softmax(-1)
+                assert c.logprobs[t] == pytest.approx(float(logps[token]), abs=1e-4)
+                expected += float(logps[token])
+            assert c.logprob == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_end_of_sequence_is_kept_and_the_budget_cuts(kind: str) -> None:
+    completions = generate(engine_of(MODELS[kind](TOKENIZER)), 6)
+    flat = [c for row in completions for c in row]
+    assert {c.finished for c in flat} == {True, False}
+    for c in flat:
+        assert 1 <= len(c.ids) == len(c.logprobs) <= BUDGET
+        assert not set(c.ids[:-1]) & set(MANY_EOS)
+        assert c.finished == (c.ids[-1] in MANY_EOS)
+        assert c.finished or len(c.ids) == BUDGET
+
+
+def test_end_of_sequence_on_the_last_token_of_the_budget_is_finished() -> None:
+    model = tiny_causal(TOKENIZER)
+    (c,) = generate(engine_of(model), 1, prompts=IDS[:1], seeds=SEEDS[:1])[0]
+    again = generate(engine_of(model), 1, prompts=IDS[:1], seeds=SEEDS[:1], max_new_tokens=len(c.ids))
+    assert again == [[c]]
+    assert c.finished
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_sample_does_not_depend_on_the_batch(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    together = generate(engine_of(model), 4)
+    for max_rows in (1, 2, 3, 7, 12):
+        assert ids_of(generate(engine_of(model, max_rows=max_rows), 4)) == ids_of(together)
+    order = [3, 0, 4, 2, 1]
+    shuffled = generate(engine_of(model), 4, prompts=[IDS[i] for i in order], seeds=[SEEDS[i] for i in order])
+    assert ids_of(shuffled) == [ids_of(together)[i] for i in order]
+    for i in range(len(IDS)):
+        alone = generate(engine_of(model), 2, prompts=[IDS[i]], seeds=[SEEDS[i]])
+        assert ids_of(alone) == [ids_of(together)[i][:2]]  # nor on how many samples are asked for
+    # The same prompt with another seed is another sample, and samples of a prompt differ.
+    assert ids_of(generate(engine_of(model), 4, seeds=[s + 100 for s in SEEDS])) != ids_of(together)
+    assert len({tuple(ids) for row in ids_of(together) for ids in row}) > 15
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_rows_that_ended_leave_the_batch(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    sizes: list[int] = []
+
+    def note_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        name = "decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"
+        sizes.append(len(kwargs[name]))
+
+    model.register_forward_pre_hook(note_rows, with_kwargs=True)
+    completions = generate(engine_of(model), 6)
+    lengths = [len(c.ids) for row in completions for c in row]
+    prefill, *steps = sizes
+    assert prefill == len(IDS)  # a prompt is prefilled once, not once a sample
+    assert steps == sorted(steps, reverse=True)
+    assert len(set(steps)) >= 3
+    for t, rows in enumerate(steps, start=1):
+        running = sum(length > t for length in lengths)
+        assert running <= rows
+        # No more than a quarter of the rows has ended; when an earlier compaction kept all, nothing to drop.
+        assert running > 0.75 * rows or running == rows
+
+
+@pytest.mark.parametrize(("max_rows", "num_samples"), [(1, 3), (4, 10), (6, 3), (96, 3)])
+def test_at_most_max_rows_are_decoded_together(max_rows: int, num_samples: int) -> None:
+    model = tiny_causal(TOKENIZER)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda m, a, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    completions = generate(engine_of(model, max_rows=max_rows, eos_ids=[2]), num_samples)
+    assert max(sizes) == min(max_rows, num_samples * len(IDS))
+    assert [len(row) for row in completions] == [num_samples] * len(IDS)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logprobs_are_those_that_the_trainer_computes(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    completions = generate(engine_of(model))
+    rows = [(prompt, [c.ids]) for prompt, row in zip(IDS, completions, strict=True) for c in row]
+    start_id = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+    with torch.no_grad():
+        recomputed = sequence_logprobs(model, collate(rows, 0, start_id=start_id))[:, 0]
+    sampled = torch.tensor([c.logprob for row in completions for c in row])
+    torch.testing.assert_close(sampled, recomputed, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_padding_id_plays_no_part(kind: str) -> None:
+    """So a tokenizer whose padding is its end-of-sequence token is as good as any other."""
+    model = MODELS[kind](TOKENIZER)
+    assert ids_of(generate(engine_of(model, pad_id=MANY_EOS[3]))) == ids_of(generate(engine_of(model, pad_id=5)))
+
+
+def chi_square_excess(counts: np.ndarray, probs: np.ndarray) -> float:
+    """Chi-square over the outcomes with at least 10 expected (the rest pooled), in its own standard deviations."""
+    expected = probs * counts.sum()
+    common = expected >= 10
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(expected[common], expected[~common].sum())
+    freedom = len(observed) - 1
+    return float(((observed - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_frequencies_follow_the_law_of_the_model(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    (row,) = generate(engine_of(model), 4000, prompts=IDS[:1], seeds=[5], max_new_tokens=1)
+    counts = np.bincount([c.ids[0] for c in row], minlength=300)
+    logits = plain_logits(model, IDS[0], [])
+    assert abs(chi_square_excess(counts, logits.softmax(-1).double().numpy())) < 5
+    assert chi_square_excess(counts, (1.2 * logits).softmax(-1).double().numpy()) > 10  # the check would see another
+    assert [c.finished for c in row] == [c.ids[0] in MANY_EOS for c in row]
+
+
+def test_sample_tokens_by_hand() -> None:
+    probs = torch.tensor([[0.2, 0.0, 0.5, 0.3]] * 6)
+    uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 2**-53], dtype=torch.float64)
+    tokens, logprobs = sample_tokens(probs.log(), uniforms, 1.0)
+    assert tokens.tolist() == [0, 0, 2, 2, 3, 3]  # token 1 has probability 0 and is never taken
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3, 0.3]))
+    tokens, logprobs = sample_tokens(probs.log(), uniforms, 0.0)
+    assert tokens.tolist() == [2] * 6
+    assert logprobs[0].exp().item() == pytest.approx(0.5)
+
+
+def test_uniforms_belong_to_the_sample_alone() -> None:
+    assert np.array_equal(row_uniforms(7, 2, 10)[:4], row_uniforms(7, 2, 4))
+    assert not np.array_equal(row_uniforms(7, 2, 4), row_uniforms(7, 3, 4))
+    assert not np.array_equal(row_uniforms(7, 2, 4), row_uniforms(8, 2, 4))
+
+
+def use_of(model: nn.Module) -> Callable[[str], AbstractContextManager[nn.Module]]:
+    return Roles(model).use  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_dropout_is_off_while_sampling_and_the_mode_comes_back(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER, dropout=0.5)
+    expected = plain_samples(model)
+    model.train()
+    engine = TransformersEngine(use_of(model), eos_ids=MANY_EOS, pad_id=0)
+    for role in ("policy", "anchor", "reference"):
+        assert ids_of(generate(engine, role=role)) == expected
+    assert all(module.training for module in model.modules())
+    model.eval()
+    generate(engine)
+    assert not any(module.training for module in model.modules())
+
+
+def lora_roles(kind: str) -> tuple[Roles, dict[str, Any]]:
+    """Roles with three different laws, and a plain model of each with the adapter's products added to the weights."""
+    task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
+    base = MODELS[kind](TOKENIZER)
+    plain = {"reference": deepcopy(base)}
+    model = wrap_lora(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=task))
+    roles = Roles(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    for role, adapter in (("policy", "default"), ("anchor", "anchor")):
+        merged = deepcopy(model)
+        merged.set_adapter(adapter)
+        plain[role] = merged.merge_and_unload().eval()
+    return roles, plain
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_role_of_a_lora_model_samples_from_its_own_law(kind: str) -> None:
+    roles, plain = lora_roles(kind)
+    engine = TransformersEngine(roles.use, eos_ids=MANY_EOS, pad_id=0)
+    samples = {role: ids_of(generate(engine, role=role)) for role in ("policy", "anchor", "reference")}
+    for role, ids in samples.items():
+        assert ids == plain_samples(plain[role]), role
+    assert samples["policy"] != samples["anchor"] != samples["reference"]

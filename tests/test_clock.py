@@ -1,0 +1,66 @@
+import contextlib
+import time
+
+import pytest
+
+from bondlm.clock import Clock
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, as a list of one number that a test moves."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_phase_inside_another_counts_for_the_inner_one_alone(now: list[float]) -> None:
+    clock = Clock()
+    now[0] += 7  # before any phase: on nobody's account
+    with clock("outer"):
+        now[0] += 1
+        with clock("inner"):
+            now[0] += 10
+            with clock("outer"):
+                now[0] += 2
+        now[0] += 4
+    now[0] += 50
+    with clock("inner"):
+        now[0] += 3
+    assert clock.drain() == {"outer": 7.0, "inner": 13.0}
+    assert clock.drain() == {}
+
+
+def test_drain_in_the_middle_of_a_phase_splits_it(now: list[float]) -> None:
+    clock = Clock()
+    clock.start("a")
+    now[0] += 1
+    assert clock.drain() == {"a": 1.0}
+    now[0] += 2
+    clock.stop()
+    now[0] += 4
+    assert clock.drain() == {"a": 2.0}
+
+
+def test_a_phase_that_raises_is_left(now: list[float]) -> None:
+    clock = Clock()
+    with clock("outer"):
+        with contextlib.suppress(ZeroDivisionError), clock("inner"):
+            now[0] += 1
+            raise ZeroDivisionError
+        now[0] += 2
+    assert clock.drain() == {"inner": 1.0, "outer": 2.0}
+
+
+def test_phases_add_up_to_the_time_that_passed() -> None:
+    clock = Clock()
+    begin = time.perf_counter()
+    with clock("a"):
+        time.sleep(0.01)
+        with clock("b"):
+            time.sleep(0.02)
+    passed = time.perf_counter() - begin
+    seconds = clock.drain()
+    assert seconds["a"] >= 0.01
+    assert seconds["b"] >= 0.02
+    assert sum(seconds.values()) == pytest.approx(passed, abs=2e-3)

@@ -1,0 +1,244 @@
+"""Batched log-probabilities against one plain forward pass a completion.
+
+Shapes: P prompts, L completions of each in one row (L = 1: a completion a row; L = 2: they share their prompt).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+
+from bondlm.logprobs import Group, can_share_prompts, collate, score_rows, sequence_logprobs
+
+TOKENIZER = tiny_tokenizer()
+MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}
+CPU = torch.device("cpu")
+Row = tuple[list[int], list[int]]
+
+
+def rows_of_many_lengths() -> list[Row]:
+    """Prompts and completions of different lengths; two completions are an EOS (2) alone or hold the padding id (0)."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [TOKENIZER.encode(text)[: 3 + 4 * i] for i, text in enumerate(PROMPTS[:8])]
+    lengths = [7, 1, 12, 3, 5, 2, 9, 4]
+    completions = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
+    completions[1], completions[5] = [2], [0, 0]
+    return list(zip(prompts, completions, strict=True))
+
+
+ROWS = rows_of_many_lengths()
+SINGLE: list[Group] = [(prompt, [completion]) for prompt, completion in ROWS]
+# Each prompt with its own completion and the next prompt's.
+SHARED: list[Group] = [(prompt, [completion, ROWS[i - 1][1]]) for i, (prompt, completion) in enumerate(ROWS)]
+LAYOUTS = [("llama", SINGLE), ("gpt2", SINGLE), ("t5", SINGLE), ("llama", SHARED), ("gpt2", SHARED)]
+LAYOUT_IDS = ["llama", "gpt2", "t5", "llama, shared prompts", "gpt2, shared prompts"]
+every_layout = pytest.mark.parametrize(("kind", "groups"), LAYOUTS, ids=LAYOUT_IDS)
+
+
+def start_id(model: Any) -> int | None:
+    return int(model.config.decoder_start_token_id) if model.config.is_encoder_decoder else None
+
+
+def plain_logprob(model: Any, prompt: list[int], completion: list[int]) -> Tensor:
+    """One completion, no padding, all logits."""
+    if model.config.is_encoder_decoder:
+        decoder = [model.config.decoder_start_token_id, *completion[:-1]]
+        logits_TV = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([decoder])).logits[0]
+    else:
+        logits_TV = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits_TV.log_softmax(-1)[torch.arange(len(completion)), completion].sum()
+
+
+def plain_logprobs(model: Any, groups: list[Group]) -> Tensor:
+    return torch.stack(
+        [torch.stack([plain_logprob(model, list(prompt), list(c)) for c in cs]) for prompt, cs in groups]
+    )
+
+
+def batched(model: Any, groups: list[Group], pad_id: int = 0) -> Tensor:
+    return sequence_logprobs(model, collate(groups, pad_id, start_id=start_id(model)))
+
+
+@every_layout
+@torch.no_grad()
+def test_equal_to_a_plain_forward_of_each_completion(kind: str, groups: list[Group]) -> None:
+    model = MODELS[kind](TOKENIZER)
+    logprobs = batched(model, groups)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, plain_logprobs(model, groups), atol=5e-5, rtol=1e-6)
+
+
+@every_layout
+@torch.no_grad()
+def test_batches_of_one_and_of_eight_agree(kind: str, groups: list[Group]) -> None:
+    model = MODELS[kind](TOKENIZER)
+    alone = torch.cat([batched(model, [group]) for group in groups])
+    per_token = torch.tensor([[len(c) for c in completions] for _, completions in groups])
+    assert float(((batched(model, groups) - alone) / per_token).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_score_rows_does_not_depend_on_batch_or_order(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    alone = torch.cat([batched(model, [group]) for group in SINGLE])[:, 0]
+    per_token = torch.tensor([len(completion) for _, completion in ROWS])
+    for size in (1, 3, 8):
+        scores = score_rows(model, ROWS, 0, start_id=start_id(model), device=CPU, batch_rows=size)
+        assert float(((scores - alone) / per_token).abs().max()) < 1e-5
+    order = [5, 2, 7, 0, 1, 6, 3, 4]
+    shuffled = score_rows(model, [ROWS[i] for i in order], 0, start_id=start_id(model), device=CPU, batch_rows=3)
+    assert float((shuffled - alone[order]).abs().max()) < 1e-4
+
+
+def test_score_rows_needs_no_gradient() -> None:
+    assert not score_rows(tiny_causal(TOKENIZER), ROWS, 0, start_id=None, device=CPU).requires_grad
+
+
+@every_layout
+@torch.no_grad()
+def test_the_padding_id_changes_nothing(kind: str, groups: list[Group]) -> None:
+    """Not even when it is the end-of-sequence id, or a token of the completions."""
+    model = MODELS[kind](TOKENIZER)
+    expected = batched(model, groups, pad_id=0)
+    for pad_id in (2, ROWS[0][1][0]):
+        torch.testing.assert_close(batched(model, groups, pad_id=pad_id), expected, atol=1e-5, rtol=1e-6)
+
+
+@every_layout
+def test_gradient_equals_the_sum_of_the_completions_gradients(kind: str, groups: list[Group]) -> None:
+    model = MODELS[kind](TOKENIZER)
+    weights = torch.linspace(-1, 1, 8 * len(groups[0][1])).view(8, -1)
+    parameters = list(model.parameters())
+    together = torch.autograd.grad((weights * batched(model, groups)).sum(), parameters)
+    apart = torch.autograd.grad((weights * plain_logprobs(model, groups)).sum(), parameters)
+    for a, b in zip(together, apart, strict=True):
+        assert float(b.abs().max()) > 0
+        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [LAYOUTS[i] for i in (0, 1, 3, 4)])
+@torch.no_grad()
+def test_the_head_sees_completions_alone_and_the_result_is_that_of_full_logits(kind: str, groups: list[Group]) -> None:
+    model = MODELS[kind](TOKENIZER)
+    batch = collate(groups, 0)
+    widths: list[int] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    short = sequence_logprobs(model, batch)
+    handle.remove()
+    num, length = batch["completion_ids"].shape[1:]
+    assert widths == [num * length + 1]
+    assert widths[0] < batch["input_ids"].shape[1]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
+    logps = model(**inputs).logits.log_softmax(-1)
+    begin = batch["input_ids"].shape[1] - num * length
+    for j in range(num):
+        own = torch.arange(begin + j * length, begin + (j + 1) * length)
+        before = torch.cat([torch.tensor([begin - 1]), own[:-1]])  # the columns that predict these
+        chosen = logps[:, before].gather(2, batch["completion_ids"][:, j, :, None])[:, :, 0]
+        expected = (chosen * batch["completion_mask"][:, j]).sum(1)
+        torch.testing.assert_close(short[:, j], expected, atol=2e-5, rtol=1e-6)
+
+
+def as_lists(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.tolist() for name, tensor in batch.items()}
+
+
+def test_collate_by_hand() -> None:
+    groups: list[Group] = [([5, 6], [[7]]), ([8], [[9, 2, 2]])]
+    completions = {
+        "completion_ids": [[[7, 2, 2]], [[9, 2, 2]]],
+        "completion_mask": [[[1.0, 0.0, 0.0]], [[1.0, 1.0, 1.0]]],
+    }
+    assert as_lists(collate(groups, 2)) == completions | {
+        "input_ids": [[5, 6, 7, 2, 2], [2, 8, 9, 2, 2]],
+        "attention_mask": [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]],
+        "position_ids": [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]],
+    }
+    assert as_lists(collate(groups, 2, start_id=1)) == completions | {
+        "input_ids": [[5, 6], [2, 8]],
+        "attention_mask": [[1, 1], [0, 1]],
+        "decoder_input_ids": [[1, 7, 2], [1, 9, 2]],
+    }
+
+
+def test_collate_of_shared_prompts_by_hand() -> None:
+    batch = as_lists(collate([([5, 6], [[7, 8], [9]]), ([3], [[4], [1]])], 0))
+    assert batch["input_ids"] == [[5, 6, 7, 8, 9, 0], [0, 3, 4, 0, 1, 0]]
+    assert batch["position_ids"] == [[0, 1, 2, 3, 2, 3], [0, 0, 1, 2, 1, 2]]
+    # Rows attend to columns; padding (the last column here) is seen by itself alone.
+    assert [[int(x) for x in row] for row in batch["attention_mask"][0][0]] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]
+    assert [[int(x) for x in row] for row in batch["attention_mask"][1][0]] == [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 0, 0, 1, 0],
+        [0, 1, 0, 0, 1, 1],
+    ]
+
+
+def tiny_mistral(**settings: Any) -> MistralForCausalLM:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        **settings,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+def eager(model: Any) -> Any:
+    model.set_attn_implementation("eager")
+    return model
+
+
+SHARING: dict[str, tuple[Callable[[], Any], bool]] = {
+    "llama": (lambda: tiny_causal(TOKENIZER), True),
+    "llama in bf16": (lambda: tiny_causal(TOKENIZER, dtype=torch.bfloat16), True),
+    "gpt2": (lambda: tiny_gpt2(TOKENIZER), True),
+    "mistral": (lambda: tiny_mistral(sliding_window=None), True),
+    "t5": (lambda: tiny_t5(TOKENIZER), False),
+    "eager llama": (lambda: eager(tiny_causal(TOKENIZER)), False),
+    "eager gpt2": (lambda: eager(tiny_gpt2(TOKENIZER)), False),
+    "sliding window": (lambda: tiny_mistral(sliding_window=4096), False),
+}
+
+
+@pytest.mark.parametrize(("build", "shares"), SHARING.values(), ids=SHARING.keys())
+def test_prompts_are_shared_only_by_models_that_honour_the_mask(build: Callable[[], Any], shares: bool) -> None:
+    model = build()
+    assert can_share_prompts(model, CPU) == shares
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_bf16_logits_are_summed_up_in_fp32(kind: str) -> None:
+    """The sum over tokens of bf16 numbers would be off by whole percents; what is left is the logits' own rounding."""
+    model = MODELS[kind](TOKENIZER, dtype=torch.bfloat16)
+    captured: list[Tensor] = []
+    model.register_forward_hook(lambda module, args, out: captured.append(out.logits))
+    batch = collate(SINGLE, 0, start_id=start_id(model))
+    logprobs = sequence_logprobs(model, batch)[:, 0]
+    ids, mask = batch["completion_ids"][:, 0], batch["completion_mask"][:, 0]
+    logits = captured[0] if kind == "t5" else captured[0][:, :-1]
+    assert logits.dtype == torch.bfloat16
+    assert logits.shape[1] == ids.shape[1]
+    exact = logits.double().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
+    torch.testing.assert_close(logprobs.double(), (exact * mask).sum(1), atol=1e-4, rtol=1e-6)

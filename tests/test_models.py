@@ -1,0 +1,262 @@
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
+from torch import Tensor, nn
+
+from bondlm.errors import ConfigError
+from bondlm.models import Roles, disable_dropout, fast_dtype, load_model, wrap_lora
+
+TOKENIZER = tiny_tokenizer()
+IDS = torch.tensor([TOKENIZER.encode(PROMPTS[0])])
+ROLES = ("policy", "anchor", "reference")
+MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+
+
+def lora(kind: str = "llama", **settings: Any) -> LoraConfig:
+    task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
+    arguments: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": task}
+    return LoraConfig(**arguments | settings)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    extra = {"decoder_input_ids": IDS[:, :5]} if model.config.is_encoder_decoder else {}
+    return model(input_ids=IDS, **extra).logits
+
+
+def logits_of(roles: Roles, role: str) -> Tensor:
+    with roles.use(role) as model:
+        assert not any(module.training for module in model.modules())
+        return logits(model)
+
+
+def shake(model: nn.Module, word: str, seed: int = 0) -> None:
+    """Random values for the parameters whose name has `word`."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if word in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def merged(model: PeftModel, adapter: str) -> nn.Module:
+    plain = deepcopy(model)
+    plain.set_adapter(adapter)
+    return plain.merge_and_unload().eval()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def fresh_roles(kind: str = "llama", **settings: Any) -> Roles:
+    return Roles(wrap_lora(MODELS[kind](TOKENIZER), lora(kind, **settings)))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_lora_roles_are_the_separately_merged_models(kind: str) -> None:
+    base = MODELS[kind](TOKENIZER)
+    expected = {"reference": logits(base)}
+    roles = Roles(wrap_lora(base, lora(kind)))
+    for role in ROLES:  # all three start as the reference
+        torch.testing.assert_close(logits_of(roles, role), expected["reference"], atol=1e-6, rtol=0)
+    shake(roles.model, "lora_", seed=1)
+    expected["policy"] = logits(merged(roles.model, "default"))
+    expected["anchor"] = logits(merged(roles.model, "anchor"))
+    assert not torch.allclose(expected["policy"], expected["anchor"], atol=0.1)
+    assert not torch.allclose(expected["policy"], expected["reference"], atol=0.1)
+    for role in (*ROLES, *reversed(ROLES)):
+        torch.testing.assert_close(logits_of(roles, role), expected[role], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(roles.model), expected["policy"], atol=2e-5, rtol=1e-5)
+
+
+def test_a_trained_adapter_is_its_own_reference() -> None:
+    model = wrap_lora(tiny_causal(TOKENIZER), lora())
+    shake(model, "lora_B")
+    start = logits(merged(model, "default"))
+    roles = Roles(model)
+    for role in ROLES:
+        torch.testing.assert_close(logits_of(roles, role), start, atol=2e-5, rtol=1e-5)
+    shake(model, "lora_B.default", seed=9)
+    moved = logits(merged(model, "default"))
+    assert not torch.allclose(start, moved, atol=0.1)
+    torch.testing.assert_close(logits_of(roles, "policy"), moved, atol=2e-5, rtol=1e-5)
+    for role in ("anchor", "reference"):
+        torch.testing.assert_close(logits_of(roles, role), start, atol=2e-5, rtol=1e-5)
+    assert trainable(model) == {name for name, _ in model.named_parameters() if ".default." in name}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("role", ROLES)
+def test_after_an_exception_the_policy_is_active_and_alone_trains(role: str, mode: bool, trained: bool) -> None:
+    model = wrap_lora(tiny_gpt2(TOKENIZER), lora("gpt2"))
+    if trained:
+        shake(model, "lora_B")
+    roles = Roles(model)
+    shake(model, "lora_B.default", seed=2)
+    policy = logits(merged(model, "default"))
+    model.train(mode)
+    before = trainable(model)
+    with pytest.raises(ZeroDivisionError), roles.use(role):
+        raise ZeroDivisionError
+    assert model.active_adapter == "default"
+    assert trainable(model) == before == {name for name, _ in model.named_parameters() if ".default." in name}
+    assert all(module.training == mode for module in roles.core.modules())
+    model.eval()
+    torch.testing.assert_close(logits(model), policy, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+def test_frozen_factors_stay_frozen(trained: bool) -> None:
+    """With A frozen the average of the factors is exactly the average of the weights: PEFT must not thaw it."""
+    model = wrap_lora(tiny_causal(TOKENIZER), lora())
+    if trained:
+        shake(model, "lora_B")
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = trainable(model)
+    roles = Roles(model)
+    for role in ROLES:
+        assert trainable(model) == before
+        logits_of(roles, role)
+    assert trainable(model) == before
+    assert all("lora_B.default" in name for name in before)
+
+
+def test_fully_trained_modules_beside_the_adapter_have_roles_too() -> None:
+    base = tiny_causal(TOKENIZER)
+    start = logits(base)
+    roles = fresh_roles(modules_to_save=["lm_head"])
+    pairs = {name: (anchor, policy) for name, anchor, policy in roles.anchor_pairs}
+    (head,) = [name for name in pairs if "lm_head" in name]
+    assert {name for name, _, policy in roles.anchor_pairs if policy.requires_grad} == trainable(roles.model)
+    with torch.no_grad():
+        pairs[head][1].mul_(2)
+    torch.testing.assert_close(logits_of(roles, "policy"), 2 * start, atol=1e-4, rtol=1e-5)
+    for role in ("anchor", "reference"):
+        torch.testing.assert_close(logits_of(roles, role), start, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_full_copies_do_not_move_with_the_policy(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    start = logits(model)
+    roles = Roles(model.train())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert not torch.allclose(logits_of(roles, "policy"), start, atol=0.1)
+    for role in ("anchor", "reference"):
+        assert torch.equal(logits_of(roles, role), start)
+        with roles.use(role) as copy:
+            assert trainable(copy) == set()
+    assert all(module.training for module in model.modules())
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+
+
+def test_the_pairs_are_what_trains() -> None:
+    roles = fresh_roles()
+    pairs = roles.anchor_pairs
+    assert {name for name, _, _ in pairs} == trainable(roles.model)
+    assert not any(anchor.requires_grad for _, anchor, _ in pairs)
+    assert len({id(p) for _, anchor, policy in pairs for p in (anchor, policy)}) == 2 * len(pairs)
+    model = tiny_causal(TOKENIZER)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    roles = Roles(model)
+    assert {name for name, _, _ in roles.anchor_pairs} == trainable(model)
+    with roles.use("anchor") as anchor_model:
+        named = dict(anchor_model.named_parameters())
+        assert all(named[name] is anchor for name, anchor, _ in roles.anchor_pairs)
+
+
+def test_adapters_are_fp32_on_a_bf16_base() -> None:
+    roles = Roles(wrap_lora(tiny_causal(TOKENIZER, dtype=torch.bfloat16), lora()))
+    assert {p.dtype for _, anchor, policy in roles.anchor_pairs for p in (anchor, policy)} == {torch.float32}
+    assert roles.core.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_disable_dropout(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER, dropout=0.5)
+    expected = logits(model)
+    model.train()
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    disable_dropout(model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+
+
+def test_disable_dropout_of_attention_and_adapters() -> None:
+    model = tiny_causal(TOKENIZER)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    peft_model = wrap_lora(model, lora(lora_dropout=0.5))
+    shake(peft_model, "lora_B")
+    expected = logits(peft_model.eval())
+    peft_model.train()
+    assert not torch.allclose(logits(peft_model), expected, atol=1e-3)
+    disable_dropout(peft_model)
+    torch.testing.assert_close(logits(peft_model), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_load_model_of_every_kind(kind: str, tmp_path: Path) -> None:
+    model = MODELS[kind](TOKENIZER)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype=torch.float32)
+    assert type(loaded) is type(model)
+    assert torch.equal(logits(loaded), logits(model))
+    assert load_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_load_model_of_an_adapter_folder(tmp_path: Path) -> None:
+    base = tiny_causal(TOKENIZER)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(load_model(tmp_path / "base", dtype=torch.float32), lora())
+    shake(model, "lora_B")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = load_model(tmp_path / "adapter", dtype=torch.float32)
+    assert isinstance(loaded, PeftModel)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert trainable(loaded) == trainable(model)
+
+
+def pickled(folder: Path) -> None:
+    model = tiny_causal(TOKENIZER)
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def adapter_of_nothing(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [(lambda folder: None, "cannot load"), (pickled, "cannot load"), (adapter_of_nothing, "names no base model")],
+    ids=["empty", "pickle only", "adapter without base"],
+)
+def test_what_cannot_be_loaded_is_a_config_error(prepare: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_model(tmp_path, dtype=torch.float32)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_fast_dtype_is_bf16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features, expected in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"avx2": True}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
+        assert fast_dtype(torch.device("cpu")) == expected
+    assert fast_dtype(torch.device("mps")) == torch.float32
