@@ -1,0 +1,53 @@
+"""The command line: `bondlm train | sample | score | check`.
+
+Nothing heavy is imported until a command runs, so that `--help` answers at once. This is the one place that turns an
+error into an exit code.
+"""
+
+import errno
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from bondlm import __version__
+from bondlm.cli.options import COMMANDS, command_help, main_help, parse
+from bondlm.errors import BondError
+
+INTERRUPTED = 128 + signal.SIGINT
+OUT_OF_RESOURCES = 7
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code of the contract (docs/cli.md)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("--version", "-V"):
+        return _say(f"bondlm {__version__}")
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        return _say(main_help())
+    command, rest = arguments[0], arguments[1:]
+    if command in COMMANDS and any(word in ("--help", "-h") for word in rest):
+        return _say(command_help(command))
+    try:
+        options = parse(command, rest)
+        return int(import_module(f"bondlm.cli.{command}").run(options))
+    except BondError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}", OUT_OF_RESOURCES)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"the disk is full: {error}", OUT_OF_RESOURCES)
+        raise
+
+
+def _say(text: str) -> int:
+    sys.stdout.write(text.rstrip() + "\n")
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"bondlm: error: {message}\n")
+    return code

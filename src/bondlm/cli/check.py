@@ -1,0 +1,76 @@
+"""`bondlm check`: everything that a run will need, tried once in a minute: a step with learning rate 0."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bondlm.cli.console import make_console
+from bondlm.errors import ConfigError, RewardError
+
+TIES_WARNED, CUT_WARNED = 0.2, 0.5
+NEIGHBOUR_TOLERANCE = 1e-3
+
+
+def run(options: dict[str, Any]) -> int:
+    """Build the trainer, take one dry step in a scratch folder, and say what was seen."""
+    from bondlm.cli.train import build_trainer, require
+
+    require(options)
+    console = make_console()
+    wanted = Path(str(options.get("output_dir") or "runs/bond"))
+    with tempfile.TemporaryDirectory() as scratch:
+        dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+        with console.status("loading PyTorch, the model, data and rewards"):
+            trainer = build_trainer(options | dry | {"output_dir": scratch, "report_to": "none"})
+        console.print(f"model, tokenizer and rewards loaded; {len(trainer.train_dataset)} training prompts")
+        with console.status("one dry step"):
+            trainer.train()
+        logs = next(row for row in trainer.state.log_history if "loss" in row)
+        _check_neighbours(trainer)
+        trainer.save_model()
+        size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
+    for name in sorted(logs):
+        if name.split("/")[0] in ("reward", "rewards", "completions", "time", "step_time", "bond"):
+            console.print(f"  {name:32} {logs[name]:.4g}", highlight=False, soft_wrap=True)
+    _check_disk(wanted, size, console)
+    if logs["bond/frac_tied"] > TIES_WARNED:
+        console.print(
+            f"warning: {logs['bond/frac_tied']:.0%} of the prompts have tied rewards; BOND learns from order",
+            soft_wrap=True,
+        )
+    if logs["completions/clipped_ratio"] > CUT_WARNED:
+        console.print(
+            f"warning: {logs['completions/clipped_ratio']:.0%} of the answers were cut: raise max_completion_length, "
+            "or use a reward that wants them to end",
+            soft_wrap=True,
+        )
+    console.print("check passed")
+    return 0
+
+
+def _check_neighbours(trainer: Any) -> None:
+    """A reward must not depend on what it is scored beside (a padding bug does)."""
+    rows = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))).to_list()
+    together = trainer.sample(rows, "policy", 2)
+    for i, row in enumerate(rows):
+        alone = trainer.score_completions([row], [together.completions[i][:1]]).rewards_PM[0, 0]
+        gap = abs(float(alone - together.rewards_PM[i, 0]))
+        if gap > NEIGHBOUR_TOLERANCE * max(1.0, abs(float(alone))):
+            raise RewardError(
+                f"row {i}: the reward is {float(alone)} when scored alone and {float(together.rewards_PM[i, 0])} in a "
+                "batch: it depends on its neighbours (often a padding bug), so its order means nothing"
+            )
+
+
+def _check_disk(folder: Path, size: int, console: Console) -> None:
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    needed = 5 * size  # the model twice or thrice over: optimizer state, anchor, and two checkpoints
+    console.print(
+        f"disk: {free / 2**30:.1f} GiB free, about {needed / 2**30:.2f} GiB needed", highlight=False, soft_wrap=True
+    )
+    if free < needed:
+        raise ConfigError(f"{existing} has {free} bytes free, a run needs about {needed}")

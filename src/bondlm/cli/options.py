@@ -1,0 +1,187 @@
+"""Options of each command: a YAML file, then `--name value` on top of it; an unknown name is refused with the nearest.
+
+The names and texts of `BONDConfig`'s fields are read from its source, so that help needs no heavy import.
+"""
+
+import ast
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bondlm.errors import ConfigError
+
+_MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
+_SAMPLING = {
+    "max_completion_length": "Most tokens of a completion. Default: 256.",
+    "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
+    "temperature": "1 samples the model's own law, 0 is greedy. Default: 1.",
+    "seed": "Default: 42.",
+    "dtype": "'auto' (bf16 where the hardware has it), 'float32' or 'bfloat16'.",
+    "max_rows": "Most completions that are decoded together. Default: 96.",
+}
+_REWARDS = {
+    "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, or a list.",
+    "reward_weights": "A list of numbers, one per reward.",
+}
+_TRAIN = (
+    _MODEL
+    | _REWARDS
+    | {
+        "train_dataset": "Prompts: JSONL, Parquet, a saved data set or a hub name. Required.",
+        "eval_dataset": "Held-out prompts, evaluated at the end (and every eval_steps).",
+        "resume": "'auto' (default) continues the run in output_dir, 'never' refuses one, or a checkpoint folder.",
+        "use_peft": "Train a LoRA adapter instead of all weights.",
+        "lora_r": "Rank. Default: 16.",
+        "lora_alpha": "Default: 2 * lora_r.",
+        "lora_dropout": "Default: 0.",
+        "lora_target_modules": "Default: all-linear.",
+    }
+)
+COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
+    "train": ("Distil Best-of-N into a model.", _TRAIN),
+    "sample": (
+        "Answer prompts, with one sample or the best of N.",
+        _MODEL
+        | _REWARDS
+        | {
+            "prompt": "One prompt as text (a chat model gets it as a user message).",
+            "dataset": "A file of prompts instead.",
+            "best_of": "Draw this many and keep the one with the highest reward. Default: 1.",
+            "output": "Write JSONL rows {prompt, completion} here instead of printing.",
+        }
+        | _SAMPLING,
+    ),
+    "score": (
+        "Write many scored samples per prompt as JSONL rows {prompt, completion, reward}.",
+        _MODEL
+        | _REWARDS
+        | {
+            "dataset": "Prompts. Required.",
+            "num_samples": "Samples per prompt. Default: 16.",
+            "output": "The file to write. Required.",
+        }
+        | _SAMPLING,
+    ),
+    "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", _TRAIN),
+}
+_EXAMPLES = """examples:
+  bondlm check  --config examples/everyday/jbond.yaml
+  bondlm train  --config examples/everyday/jbond.yaml --eta 0.1
+  bondlm sample --model runs/everyday --prompt "How do I boil an egg?"
+  bondlm score  --model Qwen/Qwen3-0.6B --reward_funcs org/reward-model --dataset prompts.jsonl --output scored.jsonl"""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as everyone expects (YAML 1.1 wants 1.0e-4)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Merge the file and the command line; names may be written with `-` or `_`.
+
+    Raises:
+        ConfigError: unknown command or name, a value that is missing, or a file that is not a YAML mapping.
+    """
+    if command not in COMMANDS:
+        raise ConfigError(f"unknown command {command!r}{_nearest(command, COMMANDS)}; see `bondlm --help`")
+    given: dict[str, Any] = {}
+    path: str | None = None
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} stands alone: options are written --name value")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            text = words.pop(0) if words and not words[0].startswith("--") else "true"
+        name = name.replace("-", "_")
+        if name == "config":
+            path = text
+        else:
+            given[name] = _value(name, text)
+    options = (_read(Path(path)) if path is not None else {}) | given
+    refuse_unknown(command, options)
+    return options
+
+
+def refuse_unknown(command: str, options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for the first name that the command does not know, with the nearest that it does."""
+    known = set(COMMANDS[command][1])
+    if command in ("train", "check"):
+        known |= _training_names()
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}{_nearest(name, known)}; see `bondlm {command} --help`")
+
+
+def _value(name: str, text: str) -> Any:
+    if name in ("prompt", "model", "output"):
+        return text
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{name} {text!r} is not a YAML value: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"--config {str(path)!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"--config {str(path)!r} must hold `name: value` lines, not {type(content).__name__}")
+    return content
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def bond_fields() -> dict[str, str]:
+    """Name and help text of every field of `BONDConfig`, read from its source."""
+    tree = ast.parse((Path(__file__).parents[1] / "config.py").read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "BONDConfig")
+    return {
+        node.target.id: ast.literal_eval(node.value.args[1])
+        for node in body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call)
+    }
+
+
+def _training_names() -> set[str]:
+    """All fields of `BONDConfig`, those of `transformers.TrainingArguments` included."""
+    import dataclasses
+
+    from bondlm.config import BONDConfig
+
+    return {field.name for field in dataclasses.fields(BONDConfig)}
+
+
+def main_help() -> str:
+    """What `bondlm --help` prints."""
+    rows = [f"  {name:8}{text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: bondlm COMMAND [--config FILE.yaml] [--name value ...]", "", "commands:", *rows, "", _EXAMPLES, ""]
+    )
+
+
+def command_help(command: str) -> str:
+    """What `bondlm COMMAND --help` prints."""
+    text, names = COMMANDS[command]
+    sections = [f"usage: bondlm {command} [--config FILE.yaml] [--name value ...]", "", text, ""]
+    sections += [f"  --{name:28}{about}" for name, about in names.items()]
+    if command in ("train", "check"):
+        sections += ["", "settings of BONDConfig (and every field of transformers.TrainingArguments):"]
+        sections += [f"  --{name:28}{about}" for name, about in bond_fields().items()]
+    return "\n".join(sections)

@@ -1,0 +1,119 @@
+"""`bondlm sample`: one answer a prompt, or the best of N by any reward."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bondlm.cli.console import make_console
+from bondlm.errors import ConfigError
+
+CHUNK = 16  # prompts between two writes
+
+
+def run(options: dict[str, Any]) -> int:
+    """Print the answers, or write them as JSONL rows {prompt, completion} (with `reward` when one was asked for)."""
+    best_of = int(options.get("best_of", 1))
+    if not options.get("model"):
+        raise ConfigError("model is required: set it in the config or with --model")
+    if (options.get("prompt") is None) == (options.get("dataset") is None):
+        raise ConfigError("give either --prompt TEXT or --dataset FILE")
+    if best_of < 1 or (best_of > 1 and not options.get("reward_funcs")):
+        raise ConfigError(f"best_of={best_of}: must be >= 1, and above 1 it needs reward_funcs to choose by")
+    if best_of > 1 and options.get("temperature") == 0:
+        raise ConfigError("temperature=0 draws the same answer every time: best_of needs a temperature above 0")
+    source = options["dataset"] if options.get("prompt") is None else [{"prompt": options["prompt"]}]
+    errors = make_console(stderr=True)
+    answers = generate(options, source, best_of, errors)
+    if options.get("output"):
+        from bondlm.runfolder import append_jsonl
+
+        path = fresh_file(str(options["output"]))
+        for rows in answers:
+            append_jsonl(path, [best(group) for group in rows])
+        return 0
+    from bondlm.evaluation.table import visible
+
+    console = make_console()
+    for rows in answers:
+        for group in rows:
+            row = best(group)
+            if options.get("prompt") is None:
+                console.print(
+                    visible(f"> {row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]['content']}")
+                )
+            console.print(visible(row["completion"]))
+    return 0
+
+
+def best(group: list[dict[str, Any]]) -> dict[str, Any]:
+    """The answer with the highest reward; the first one when nothing was scored."""
+    return max(group, key=lambda row: row.get("reward", 0.0))
+
+
+def fresh_file(name: str) -> Path:
+    """A path that can be appended to and has nothing yet.
+
+    Raises:
+        ConfigError: it exists, or its folder does not.
+    """
+    path = Path(name)
+    if path.exists():
+        raise ConfigError(f"output={name!r} exists already: choose another name or remove it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"output={name!r}: the folder {str(path.parent)!r} does not exist")
+    return path
+
+
+def generate(options: dict[str, Any], source: Any, num_samples: int, console: Console) -> Any:
+    """Yield, per chunk of prompts, a list of each prompt's answers as rows {prompt, completion[, reward]}."""
+    with console.status("loading PyTorch, the model and the rewards"):
+        from transformers.utils import logging as transformers_logging
+
+        from bondlm.inference import Sampler
+        from bondlm.models import fast_dtype
+        from bondlm.rewards import load_rewards
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        sampler = Sampler(
+            str(options["model"]), dtype=str(options.get("dtype", "auto")), max_rows=int(options.get("max_rows", 96))
+        )
+        lengths = {"max_completion_length": int(options.get("max_completion_length", 256))}
+        rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)
+        rewards = (
+            load_rewards(
+                options["reward_funcs"],
+                options.get("reward_weights"),
+                device=sampler.device,
+                dtype=fast_dtype(sampler.device),
+            )
+            if options.get("reward_funcs")
+            else []
+        )
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        drawn = sampler.sample(
+            chunk,
+            num_samples,
+            temperature=float(options.get("temperature", 1.0)),
+            seed=int(options.get("seed", 42)),
+            first_position=start,
+            **lengths,
+        )
+        if len(rows) > CHUNK:
+            console.print(f"{min(start + CHUNK, len(rows))}/{len(rows)} prompts", highlight=False, soft_wrap=True)
+        yield _as_rows(
+            chunk, sampler.texts(drawn), sampler.score(rewards, chunk, drawn).rewards_PM if rewards else None
+        )
+
+
+def _as_rows(rows: Any, texts: list[list[str]], rewards: Any) -> list[list[dict[str, Any]]]:
+    groups = []
+    for i, row in enumerate(rows):
+        group = [{"prompt": row["prompt"], "completion": text} for text in texts[i]]
+        if rewards is not None:
+            for answer, reward in zip(group, rewards[i].tolist(), strict=True):
+                answer["reward"] = reward
+        groups.append(group)
+    return groups

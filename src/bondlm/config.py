@@ -1,0 +1,110 @@
+"""All settings of a run: `BONDConfig` adds BOND's to those of `transformers.TrainingArguments`.
+
+Defaults are the paper's where it states one (Sessa et al. 2024, sections 5 and 6); where ours differ, the field says
+why.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from bondlm.errors import ConfigError
+
+AnchorSchedule = Literal["ema", "periodic", "fixed"]
+OBJECTIVES = ("jbond",)
+ANCHORS = ("ema", "periodic", "fixed")
+ENGINES = ("auto", "transformers")
+
+
+def _field(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class BONDConfig(TrainingArguments):
+    """Settings of `BONDTrainer`. `per_device_train_batch_size` counts prompts, not completions."""
+
+    # -- the algorithm
+    objective: str = _field("jbond", "What to distil with: 'jbond' (Algorithm 2).")
+    n: int = _field(2, "Order of Best-of-n in the target. J-BOND is defined for 2.")
+    beta: float = _field(0.5, "Jeffreys weight in [0, 1]: 0 is forward KL only (SFT), 1 backward KL only. Paper: 0.5.")
+    gamma: float = _field(0.0, "Strength >= 0 of the extra KL to the anchor. Paper: 0 to 2 (Fig. 6).")
+    anchor: AnchorSchedule = _field("ema", "How the anchor moves: 'ema' (every step), 'periodic' (copied) or 'fixed'.")
+    eta: float = _field(0.02, "Mixing rate in [0, 1] of the EMA anchor (Eq. 18). Paper: 0.02 (7B), 0.05 (2B).")
+    anchor_update_every: int = _field(50, "Optimizer steps between copies of a 'periodic' anchor. Paper: 50 (Fig. 5).")
+    num_anchor_samples: int = _field(2, "Anchor samples per prompt and step. J-BOND draws 2.")
+    log_quantile: str = _field("jbond", "Reward of a policy sample against the anchor's: 'jbond' is Eq. 17.")
+
+    # -- prompts, completions, rewards
+    max_prompt_length: int | None = _field(None, "Longest prompt in tokens; a longer one is an error, never cut.")
+    max_completion_length: int = _field(256, "Most tokens of a completion, end-of-sequence included.")
+    reward_weights: list[float] | None = _field(None, "Weight of each reward function. Default: 1 each.")
+
+    # -- model and engine
+    model_init_kwargs: dict[str, Any] | None = _field(None, "Keyword arguments of from_pretrained for a model name.")
+    dtype: str = _field(
+        "auto", "Dtype of frozen weights with LoRA: 'float32', 'bfloat16' or 'auto' (bf16 where the hardware has it)."
+    )
+    engine: str = _field("auto", "Who generates: 'auto' or 'transformers'.")
+    max_rows: int = _field(96, "Most completions that are decoded together.")
+    disable_dropout: bool = _field(True, "Set all dropout to 0, so that log-probabilities are reproducible.")
+
+    # -- evaluation
+    eval_num_samples: int = _field(4, "Policy completions per held-out prompt in an evaluation.")
+    eval_num_reference_samples: int = _field(16, "Reference completions per held-out prompt: they show N up to this.")
+    target_n: float | None = _field(None, "Stop training once the lower end of effective N reaches this value.")
+    num_logged_samples: int = _field(4, "Prompts per logged step whose completions go to samples.jsonl.")
+
+    # -- other defaults than TrainingArguments
+    learning_rate: float | None = _field(  # type: ignore[assignment]
+        None, "Default: 3e-6 for full fine-tuning (paper), 1e-4 with LoRA, whose few weights need larger steps."
+    )
+    lr_scheduler_type: str = _field("constant_with_warmup", "The paper warms up for 100 steps, then stays constant.")
+    warmup_steps: float = _field(100, "Paper: 100. Short runs want fewer.")
+    logging_steps: float = _field(10, "Log every so many steps.")
+    dataloader_pin_memory: bool = _field(False, "A batch is rows of text; there is nothing to pin.")
+    remove_unused_columns: bool = _field(False, "Must stay False: other columns reach the reward functions.")
+    report_to: str | list[str] | None = _field(
+        "none", "Loggers of transformers to report to. metrics.jsonl is always written."
+    )
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        problems = _problems(self)
+        if problems:
+            raise ConfigError("; ".join(problems))
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+def _problems(config: BONDConfig) -> list[str]:
+    """Every contradiction, each as one sentence that says the value seen and what is allowed."""
+    c = config
+    checks = [
+        (c.objective in OBJECTIVES, f"objective={c.objective!r}: choose one of {', '.join(OBJECTIVES)}"),
+        (c.anchor in ANCHORS, f"anchor={c.anchor!r}: choose one of {', '.join(ANCHORS)}"),
+        (c.engine in ENGINES, f"engine={c.engine!r}: choose one of {', '.join(ENGINES)}"),
+        (c.log_quantile == "jbond", f"log_quantile={c.log_quantile!r}: J-BOND takes 'jbond'"),
+        (0 <= c.beta <= 1, f"beta={c.beta}: the Jeffreys weight lies in [0, 1]"),
+        (
+            0 <= c.gamma < float("inf"),
+            f"gamma={c.gamma}: must be >= 0 and finite (a negative value pushes away from the anchor)",
+        ),
+        (0 <= c.eta <= 1, f"eta={c.eta}: the mixing rate lies in [0, 1] (it is 1 - decay)"),
+        (c.n == 2, f"n={c.n}: J-BOND distils Best-of-2 of a moving anchor, set n=2"),
+        (c.num_anchor_samples == 2, f"num_anchor_samples={c.num_anchor_samples}: J-BOND draws 2"),
+        (c.anchor_update_every >= 1, f"anchor_update_every={c.anchor_update_every}: must be >= 1"),
+        (c.max_completion_length >= 1, f"max_completion_length={c.max_completion_length}: must be >= 1"),
+        (
+            c.max_prompt_length is None or c.max_prompt_length >= 1,
+            f"max_prompt_length={c.max_prompt_length}: must be >= 1",
+        ),
+        (c.max_rows >= 1, f"max_rows={c.max_rows}: must be >= 1"),
+        (c.eval_num_samples >= 1, f"eval_num_samples={c.eval_num_samples}: must be >= 1"),
+        (c.eval_num_reference_samples >= 2, f"eval_num_reference_samples={c.eval_num_reference_samples}: must be >= 2"),
+        (c.num_logged_samples >= 0, f"num_logged_samples={c.num_logged_samples}: must be >= 0"),
+        (c.target_n is None or c.target_n > 1, f"target_n={c.target_n}: must be > 1"),
+        (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),
+        (not c.remove_unused_columns, "remove_unused_columns=True would hide the data's columns from the rewards"),
+    ]
+    return [message for holds, message in checks if not holds]

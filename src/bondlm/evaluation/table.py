@@ -1,0 +1,84 @@
+"""Tables for the terminal; completions are shown as text, whatever control characters they hold."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+NUM_SHOWN = 4
+
+
+def visible(text: str) -> Text:
+    """`text` without markup, its control characters written as escapes."""
+    return Text("".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def print_table(console: Console, result: Mapping[str, Any]) -> None:
+    """The policy and its baselines, each against the same reference samples."""
+    table = Table(title=f"Held-out prompts: {result['num_prompts']}. 95% intervals, bootstrap over prompts.")
+    for name in ("", "reward", "win rate", "effective N", "KL", "tokens", "cut off"):
+        table.add_column(name, justify="left" if not name else "right")
+    baselines = result["baselines"]
+    table.add_row(*_row("untouched model, T=1", baselines["reference"]))
+    for name, numbers in baselines.items():
+        if name.startswith("reference, "):
+            table.add_row(*_row("untouched" + name.removeprefix("reference"), numbers))
+    table.add_section()
+    table.add_row(*_row("trained model, T=1", result), style="bold")
+    table.add_row(*_row("trained, greedy", baselines["policy, greedy"]))
+    console.print(table)
+    console.print(
+        f"One sample of the trained model = Best-of-{result['effective_n']['text']} of the untouched one, at KL "
+        f"{result['kl']['value']:.2f} nats (exact Best-of-N needs {result['kl_of_best_of_n']:.2f}).",
+        highlight=False,
+    )
+
+
+def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
+    def spread(key: str, digits: int) -> str:
+        if key not in numbers:
+            return ""
+        half = (numbers[key]["high"] - numbers[key]["low"]) / 2
+        return f"{numbers[key]['value']:.{digits}f} ±{half:.{digits}f}"
+
+    def number(key: str, shape: str) -> str:
+        return shape.format(numbers[key]) if key in numbers else ""
+
+    return [
+        name,
+        spread("reward", 3),
+        spread("win_rate", 3),
+        str(numbers["effective_n"]["text"]) if "effective_n" in numbers else "",
+        spread("kl", 2),
+        number("completions/mean_length", "{:.1f}"),
+        number("completions/clipped_ratio", "{:.0%}"),
+    ]
+
+
+def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A few prompts side by side: evenly spread over the set, not chosen."""
+    chosen = rows[:: max(1, len(rows) // NUM_SHOWN)][:NUM_SHOWN]
+    table = Table(title="Before and after (one random sample each; every so-many-th prompt)", show_lines=True)
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), ratio=1)
+    for row in chosen:
+        cells = [
+            visible(v) if isinstance(v, str) else visible(f"{v['text']}\n({v['reward']:.2f})") for v in row.values()
+        ]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def print_phases(console: Console, seconds: Mapping[str, float], tokens: float) -> None:
+    """Where a mean training step's time went."""
+    total = sum(seconds.values())
+    if total == 0:
+        return
+    table = Table(title=f"A mean step: {total:.1f} s, {tokens:.0f} tokens sampled")
+    for name in ("phase", "seconds", "share"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        table.add_row(phase, f"{value:.2f}", f"{value / total:.0%}")
+    console.print(table)

@@ -1,0 +1,127 @@
+"""Sampling and scoring: what a training step and an evaluation both start from.
+
+Shapes: P prompts, M completions of each.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bondlm.engines import Completion, Engine, Role
+from bondlm.rewards import NamedReward, score
+from bondlm.text import as_messages, decode_completions
+
+ROLE_NUMBER: dict[Role, int] = {"policy": 0, "anchor": 1, "reference": 2}
+PROMPT_IDS = "prompt_ids"  # the column that holds a row's prompt as token ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """M scored completions of each of P prompts."""
+
+    prompts: list[list[int]]
+    completions: list[list[Completion]]
+    texts: list[list[str]]
+    rewards_PM: Tensor  # float64
+    by_name: dict[str, Tensor]  # each reward function's own (P, M)
+
+    @property
+    def flat(self) -> list[Completion]:
+        """All completions, prompt by prompt."""
+        return [completion for row in self.completions for completion in row]
+
+
+def prompt_seed(seed: int, step: int, position: int, role: Role) -> int:
+    """The seed of one prompt's samples: a function of the run's seed, the step, the prompt's place and the role alone.
+
+    So a rollout can be repeated after a resume, whoever else has used a random number generator meanwhile.
+    """
+    return int(np.random.SeedSequence([seed, step, position, ROLE_NUMBER[role]]).generate_state(1, np.uint64)[0])
+
+
+def tie_noise(seed: int, step: int, positions: Sequence[int], num_samples: int) -> Tensor:
+    """Uniform numbers (P, M) float64 that break ties between rewards, each prompt's from its own seed."""
+    rows = [np.random.default_rng([seed, step, position, 9]).random(num_samples) for position in positions]
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw(
+    engine: Engine,
+    rows: Sequence[Mapping[str, Any]],
+    num_samples: Mapping[Role, int],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    step: int,
+    positions: Sequence[int],
+    temperature: float = 1.0,
+) -> list[list[Completion]]:
+    """P lists of completions, role by role in the order of `num_samples`."""
+    prompts = [row[PROMPT_IDS] for row in rows]
+    completions: list[list[Completion]] = [[] for _ in rows]
+    for role, count in num_samples.items():
+        if count == 0:
+            continue
+        seeds = [prompt_seed(seed, step, position, role) for position in positions]
+        drawn = engine.generate(
+            prompts, count, role=role, max_new_tokens=max_new_tokens, seeds=seeds, temperature=temperature
+        )
+        for all_of_prompt, new in zip(completions, drawn, strict=True):
+            all_of_prompt.extend(new)
+    return completions
+
+
+def score_samples(
+    rewards: Sequence[NamedReward],
+    rows: Sequence[Mapping[str, Any]],
+    completions: list[list[Completion]],
+    *,
+    tokenizer: Any,
+    eos_ids: Sequence[int],
+) -> Samples:
+    """Decode the completions and score each text once: equal answers to a prompt share their reward."""
+    texts = [decode_completions([c.ids for c in row], tokenizer, eos_ids) for row in completions]
+    keys: dict[tuple[int, str, bool], int] = {}
+    places = []
+    for i, (row_texts, row) in enumerate(zip(texts, completions, strict=True)):
+        places.append(
+            [keys.setdefault((i, text, c.finished), len(keys)) for text, c in zip(row_texts, row, strict=True)]
+        )
+    owner = [i for i, _, _ in keys]
+    ids_by_place = {
+        place: c.ids for row, at in zip(completions, places, strict=True) for c, place in zip(row, at, strict=True)
+    }
+    answers = [text for _, text, _ in keys]
+    prompts = [rows[i]["prompt"] for i in owner]
+    conversational = bool(prompts) and not isinstance(prompts[0], str)
+    columns = {name: [rows[i][name] for i in owner] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
+    columns |= {
+        "completion_ids": [ids_by_place[place] for place in range(len(keys))],
+        "truncated": [not finished for _, _, finished in keys],
+    }
+    scores = score(rewards, prompts, as_messages(answers) if conversational else answers, columns)
+    index = torch.tensor(places)
+    return Samples(
+        prompts=[list(row[PROMPT_IDS]) for row in rows],
+        completions=completions,
+        texts=texts,
+        rewards_PM=scores.total[index],
+        by_name={name: values[index] for name, values in scores.by_name.items()},
+    )
+
+
+def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Lengths in tokens and the fraction cut at the budget, under TRL's names."""
+    lengths = [len(c.ids) for c in completions]
+    return {
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
+        # -log p of a sample is an unbiased estimate of the entropy of its law; the mean is over tokens.
+        "entropy": -sum(c.logprob for c in completions) / sum(lengths),
+    }

@@ -1,0 +1,106 @@
+"""The run folder's logs and its lock."""
+
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bondlm.errors import CheckpointError, ConfigError
+
+LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; a lock whose process is gone is taken over.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+        CheckpointError: another live process holds it.
+    """
+    path = folder / LOCK_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _refuse_live_owner(path)
+            path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError as error:
+        if path.exists():
+            raise CheckpointError(
+                f"{folder} was taken by another process a moment ago: choose another output_dir"
+            ) from error
+        raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder") from error
+    except OSError as error:
+        raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}") from error
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _refuse_live_owner(path: Path) -> None:
+    try:
+        owner = json.loads(path.read_text())
+        pid, host = int(owner["pid"]), str(owner["host"])
+    except (ValueError, KeyError, TypeError):
+        return  # cut short by a crash: nobody can tell whose it was
+    if host != socket.gethostname() or (pid != os.getpid() and _is_alive(pid)):
+        raise CheckpointError(
+            f"{path.parent} is in use by process {pid} on {host}: wait for it, choose another output_dir, or remove "
+            f"{path} if that process is gone"
+        )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows, one JSON object a line; numbers that JSON cannot write (infinity, NaN) become null."""
+    text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def plain(value: Any) -> Any:
+    """`value` with every non-finite number replaced by None, and tuples by lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Forget logged rows beyond `step` (and a torn last line): a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    # Bytes, because text may hold separators that only `str.splitlines` knows, and a torn line half a character.
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("step", 0) <= step:
+            kept.append(line + b"\n")
+    partial = path.with_suffix(".tmp")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)

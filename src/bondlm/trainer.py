@@ -1,0 +1,430 @@
+"""`BONDTrainer`: rollouts once per optimizer step, a pure loss, and the anchor, on `transformers.Trainer`.
+
+Only public methods of Trainer are overridden:
+
+- `get_batch_samples`, called once per optimizer step with the whole accumulation window: sample, score, weigh;
+- `compute_loss`, a pure function of tensors;
+- `evaluate`, `save_model`, `log`, `train`, `training_step`, `floating_point_ops`: small extensions.
+
+The anchor moves in a callback, right after the optimizer's step (`bondlm.callbacks`).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from bondlm.anchor import Anchor
+from bondlm.callbacks import AnchorCallback, RunFolderCallback, StopCallback
+from bondlm.clock import Clock
+from bondlm.config import BONDConfig
+from bondlm.data import load_prompts
+from bondlm.engines import Role
+from bondlm.engines.hf import TransformersEngine
+from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
+from bondlm.held_out import compare
+from bondlm.logprobs import Group, can_share_prompts, collate, score_rows, sequence_logprobs
+from bondlm.models import Roles, disable_dropout, fast_dtype, load_model, wrap_lora
+from bondlm.objectives import JBOND, Objective
+from bondlm.rewards import load_rewards
+from bondlm.rollout import PROMPT_IDS, Samples, completion_metrics, draw, score_samples, tie_noise
+from bondlm.text import check_tokenizer, encode_prompts
+
+EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
+PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
+
+
+class BONDTrainer(Trainer):
+    """Distil Best-of-N into a model (Sessa et al. 2024, arXiv 2407.14622).
+
+    Args:
+        model: the policy: a model, or a folder or hub name. It is also the reference and the first anchor.
+        reward_funcs: what a completion is worth: functions `f(prompts, completions, **columns) -> list[float]`,
+            names of sequence-classification models, `nli:`/`similarity:` models, modules, or a list of these.
+        args: settings.
+        train_dataset: prompts (`{"prompt": str}` or `{"prompt": messages}`); other columns reach the rewards.
+        eval_dataset: held-out prompts.
+        processing_class: the policy's tokenizer; default: the model's own.
+        reward_processing_classes: tokenizers of reward modules.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: as in `transformers.Trainer`.
+        peft_config: train an adapter instead of all weights.
+
+    Raises:
+        ConfigError: contradictory settings, or a model or reward that cannot be used.
+        DataError: prompts that cannot be used.
+    """
+
+    args: BONDConfig
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the prompts of the whole accumulation window
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any,
+        args: BONDConfig | None = None,
+        train_dataset: Dataset | Sequence[Mapping[str, Any]] | str | None = None,
+        eval_dataset: Dataset | Sequence[Mapping[str, Any]] | str | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = args if args is not None else BONDConfig(output_dir="bondlm_output")
+        name = model if isinstance(model, str) else model.config._name_or_path
+        set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
+        model = _prepare_model(model, args, peft_config)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(name)
+        self.roles = Roles(model)
+        core = self.roles.core
+        self.objective: Objective = JBOND(beta=args.beta, gamma=args.gamma)
+        self._text = check_tokenizer(processing_class, core.generation_config.eos_token_id)
+        self._is_seq2seq = bool(core.config.is_encoder_decoder)
+        self._start_id: int | None = core.config.decoder_start_token_id if self._is_seq2seq else None
+        self._tokenizer = processing_class
+        self._encode_args: dict[str, Any] = {
+            "max_prompt_length": args.max_prompt_length,
+            "context_length": None if self._is_seq2seq else getattr(core.config, "max_position_embeddings", None),
+            "max_completion_length": args.max_completion_length,
+            "is_encoder_decoder": self._is_seq2seq,
+        }
+        self.clock = Clock()
+        self._totals: dict[str, list[float]] = defaultdict(list)
+        if args.learning_rate is None:
+            args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_keep_rows,
+            train_dataset=None if train_dataset is None else self._encoded(train_dataset),
+            eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.roles.to(args.device)
+        self.rewards = load_rewards(
+            reward_funcs,
+            args.reward_weights,
+            processing_classes=reward_processing_classes,
+            device=args.device,
+            dtype=fast_dtype(args.device),
+        )
+        self.engine = TransformersEngine(
+            self.roles.use, eos_ids=self._text.eos_ids, pad_id=self._text.pad_id, max_rows=args.max_rows
+        )
+        self.anchor = Anchor(
+            self.roles.anchor_pairs, schedule=args.anchor, eta=args.eta, update_every=args.anchor_update_every
+        )
+        self._anchor_callback = AnchorCallback(self.anchor, self.clock, self.record)
+        self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
+        self.stop = StopCallback(args.target_n)
+        for callback in (self._anchor_callback, self.run_folder, self.stop):
+            self.add_callback(callback)
+        with self.roles.use("policy") as policy:
+            self._share_prompts = can_share_prompts(policy, args.device)
+        self._reference_samples: dict[int, Samples] = {}
+
+    # -- data
+
+    def _encoded(self, dataset: Any) -> Dataset:
+        prompts = load_prompts(dataset)
+        ids = encode_prompts(prompts["prompt"][:], self._tokenizer, **self._encode_args)
+        return prompts.add_column(PROMPT_IDS, ids)
+
+    # -- a training step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Draw, score and weigh the samples of one optimizer step; returns its micro-batches and number of prompts."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [row for batch in batches for row in batch["rows"]]
+        num_prompts = self.accelerator.gather(torch.tensor([len(rows)], device=device)).sum()
+        if not rows:
+            return [], num_prompts
+        self.clock.drain()
+        self.clock.start("other")
+        window = self._roll_out(rows, self.state.global_step + 1)
+        sizes = [len(batch["rows"]) for batch in batches]
+        return [
+            self._micro_batch(window, end - size, end) for size, end in zip(sizes, _running_sum(sizes), strict=True)
+        ], num_prompts
+
+    def _roll_out(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
+        """Everything about the window that does not need a gradient."""
+        plan, seed = self.objective.plan, self.args.seed
+        first = self.args.process_index * len(rows)
+        positions = range(first, first + len(rows))
+        with self.clock("generate"):
+            completions = draw(
+                self.engine,
+                rows,
+                {"policy": plan.policy, "anchor": plan.anchor},
+                max_new_tokens=self.args.max_completion_length,
+                seed=seed,
+                step=step,
+                positions=positions,
+            )
+        samples = self.score_completions(rows, completions)
+        selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
+        learned = [[completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
+        compared = [
+            [(row[PROMPT_IDS], c.ids) for c in cs[: plan.compare]] for row, cs in zip(rows, learned, strict=True)
+        ]
+        anchor_logp = self._score("anchor", compared)
+        sampled_logp = torch.tensor([[c.logprob for c in cs[: plan.compare]] for cs in learned])
+        returns = self.objective.returns(selection.signal_PC.float(), sampled_logp, anchor_logp)
+        everyone = self.accelerator.gather(returns.to(self.args.device)).cpu()
+        baseline = self.objective.baseline(everyone)[first : first + len(rows)]
+        if step % self.args.logging_steps == 0:
+            self.record({"kl": float((sampled_logp - self._score("reference", compared)).mean())})
+        self._record_rollout(samples, sampled_logp - anchor_logp)
+        self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
+        return {
+            "groups": [(row[PROMPT_IDS], [c.ids for c in cs]) for row, cs in zip(rows, learned, strict=True)],
+            "tensors": {
+                "signal_PC": selection.signal_PC.float(),
+                "baseline_PC": baseline,
+                "anchor_logp_PC": anchor_logp,
+                "sampled_logp_PC": sampled_logp,
+            },
+        }
+
+    def _micro_batch(self, window: dict[str, Any], begin: int, end: int) -> dict[str, Tensor]:
+        groups: list[Group] = window["groups"][begin:end]
+        if not self._share_prompts:
+            groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
+        tensors = {name: tensor[begin:end] for name, tensor in window["tensors"].items()}
+        return collate(groups, self._text.pad_id, start_id=self._start_id) | tensors
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch, timed."""
+        with self.clock("learn"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective's mean over the window's prompts: a pure function of the tensors of one micro-batch.
+
+        Raises:
+            NonFiniteError: the loss is not finite; nothing has reached the optimizer.
+        """
+        plan = self.objective.plan
+        logp_PL = sequence_logprobs(model, inputs).view(-1, plan.learn)
+        anchor_logp, sampled_logp = inputs["anchor_logp_PC"], inputs["sampled_logp_PC"]
+        loss = self.objective.loss(logp_PL, anchor_logp, inputs["signal_PC"], inputs["baseline_PC"])
+        if not torch.isfinite(loss.loss_P).all():
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the loss is {loss.loss_P.tolist()}; log-probabilities "
+                f"{logp_PL.tolist()}. No update was made. A smaller learning_rate or fp32 weights usually help."
+            )
+        gap = (logp_PL[:, : plan.compare].detach() - sampled_logp).abs().mean()
+        metrics = {name: float(values.mean()) for name, values in loss.metrics.items()}
+        self.record(metrics | {"sampler/logprob_gap": float(gap)})
+        # Ranks' gradients are averaged, not summed: undo that, since the divisor already counts all ranks' prompts.
+        mean = loss.loss_P.sum() * self.args.world_size / num_items_in_batch
+        return (mean, {"logp": logp_PL}) if return_outputs else mean
+
+    # -- scoring
+
+    def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:
+        """Decode and score completions of encoded rows."""
+        with self.clock("reward"):
+            return score_samples(self.rewards, rows, completions, tokenizer=self._tokenizer, eos_ids=self._text.eos_ids)
+
+    def _score(self, role: Role, pairs: list[list[tuple[Any, Any]]]) -> Tensor:
+        """Log-probability under `role` of (prompt, completion) pairs, in the pairs' P x C form."""
+        flat = [pair for row in pairs for pair in row]
+        if not flat:
+            return torch.zeros(len(pairs), 0)
+        with self.clock("reference"), self.roles.use(role) as model:
+            scores = score_rows(model, flat, self._text.pad_id, start_id=self._start_id, device=self.args.device)
+        return scores.view(len(pairs), -1)
+
+    def sample(
+        self, rows: Sequence[Mapping[str, Any]], role: Role, num_samples: int, *, temperature: float = 1.0
+    ) -> Samples:
+        """Draw and score completions of encoded rows outside training; the prompts are shared among the processes."""
+        rank, world = self.args.process_index, self.args.world_size
+        mine = list(range(rank, len(rows), world))
+        with self.clock("generate"):
+            drawn = draw(
+                self.engine,
+                [rows[i] for i in mine],
+                {role: num_samples},
+                max_new_tokens=self.args.max_completion_length,
+                seed=self.args.seed,
+                step=EVALUATION_STEP,
+                positions=mine,
+                temperature=temperature,
+            )
+        everyone = (
+            dict(gather_object(list(zip(mine, drawn, strict=True))))
+            if world > 1
+            else dict(zip(mine, drawn, strict=True))
+        )
+        return self.score_completions(rows, [everyone[i] for i in range(len(rows))])
+
+    def log_ratio(self, samples: Samples, role: Role = "reference") -> Tensor:
+        """Log pi(y) - log pi_role(y) (P, m) of the policy's samples `y`: its mean estimates KL(policy || role), k1."""
+        pairs = [
+            [(prompt, c.ids) for c in row] for prompt, row in zip(samples.prompts, samples.completions, strict=True)
+        ]
+        return self._score("policy", pairs) - self._score(role, pairs)
+
+    # -- evaluation, logs, saving
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Reward, win rate, effective N and KL on held-out prompts at temperature 1, with 95% intervals."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in dataset.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        if dataset is None:
+            raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
+        if not isinstance(dataset, Dataset) or PROMPT_IDS not in dataset.column_names:
+            dataset = self._encoded(dataset)
+        policy, reference = self.held_out_samples(dataset)
+        result = compare(policy, reference, self.log_ratio(policy))
+        metrics = result.metrics(metric_key_prefix)
+        metrics |= {f"{metric_key_prefix}_{k}": v for k, v in completion_metrics(policy.flat).items()}
+        self.clock.drain()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
+        """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves."""
+        rows = dataset.to_list()
+        key = hash(dataset._fingerprint) if hasattr(dataset, "_fingerprint") else id(dataset)
+        if key not in self._reference_samples:
+            self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
+        return self.sample(rows, "policy", self.args.eval_num_samples), self._reference_samples[key]
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Keep a step's metrics for the next log, which reports their means."""
+        for name, value in metrics.items():
+            self._totals[name].append(value)
+
+    def _record_rollout(self, samples: Samples, log_ratio_PC: Tensor) -> None:
+        k = self.objective.plan.policy
+        policy, anchor = samples.rewards_PM[:, :k], samples.rewards_PM[:, k:]
+        ordered = samples.rewards_PM.sort(dim=1).values
+        tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+        metrics = {
+            "reward": float(policy.mean()),
+            "reward_std": float(samples.rewards_PM.std()),
+            "anchor/reward": float(anchor.mean()),
+            "anchor/kl": float(log_ratio_PC.mean()),
+            "bond/frac_tied": float(tied.double().mean()),
+            "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
+        }
+        metrics |= {f"rewards/{name}/mean": float(values[:, :k].mean()) for name, values in samples.by_name.items()}
+        self.record(metrics | completion_metrics([c for row in samples.completions for c in row[:k]]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of all metrics recorded since the last log."""
+        if "loss" in logs:
+            names = sorted(self._totals)
+            means = torch.tensor([sum(self._totals[n]) / len(self._totals[n]) for n in names], dtype=torch.float64)
+            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean").tolist()
+            logs = logs | dict(zip(names, means, strict=True))
+            self._totals.clear()
+        super().log(logs, start_time)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train; `resume_from_checkpoint=True` continues from the newest checkpoint, exactly, anchor included.
+
+        Raises:
+            CheckpointError: no checkpoint, or one without its anchor.
+        """
+        if isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = self._last_checkpoint() if resume_from_checkpoint else None
+        if resume_from_checkpoint is not None:
+            self._anchor_callback.restore_from(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _last_checkpoint(self) -> str:
+        folder = str(self.args.output_dir)
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if last is None:
+            raise CheckpointError(
+                f"no checkpoint in {folder!r}: start without resume_from_checkpoint, or name its folder"
+            )
+        return str(last)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a folder that `from_pretrained` loads; of the adapters the policy's alone."""
+        if not self.roles.is_peft or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        output_dir = str(output_dir if output_dir is not None else self.args.output_dir)
+        if self.args.should_save:
+            self.roles.model.save_pretrained(output_dir, selected_adapters=[self.roles.policy_adapter])
+            self._tokenizer.save_pretrained(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: a rollout's work is not that of one forward pass."""
+        return 0
+
+
+def _prepare_model(model: Any, args: BONDConfig, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+    if isinstance(model, str):
+        adapter = peft_config is not None or (Path(model) / "adapter_config.json").is_file()
+        model = load_model(model, dtype=_load_dtype(args, frozen=adapter), **(args.model_init_kwargs or {}))
+    elif args.model_init_kwargs:
+        raise ConfigError("model_init_kwargs is only for a model given by name: this one is loaded already")
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
+        model = wrap_lora(model, peft_config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
+        )
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+def _load_dtype(args: BONDConfig, *, frozen: bool) -> torch.dtype:
+    """Weights that train are fp32 (bf16 steps of 1e-6 would vanish); frozen ones may be bf16."""
+    if not frozen:
+        if args.dtype == "bfloat16":
+            raise ConfigError("dtype=bfloat16 with full fine-tuning would lose small updates: use bf16=True (autocast)")
+        return torch.float32
+    return fast_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
+
+
+def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch is its rows: tokens become tensors only when the completions are known."""
+    return {"rows": rows}
+
+
+def _running_sum(sizes: Sequence[int]) -> list[int]:
+    return [sum(sizes[: i + 1]) for i in range(len(sizes))]

@@ -1,0 +1,168 @@
+"""The commands end to end on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from bondlm.cli import main
+from cli.helpers import write_job
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["causal", "t5"])
+def test_train_leaves_the_run_folder_of_the_contract(tmp_path, kind, capsys):
+    config = write_job(tmp_path, kind=kind)
+    assert main(["train", "--config", str(config)]) == 0
+    run = tmp_path / "run"
+    result = json.loads((run / "eval.json").read_text())
+    for name in ("effective_n", "win_rate", "kl", "reward"):
+        assert set(result[name]) >= {"value", "low", "high"}
+    assert {"reference", "reference, greedy", "reference, T=0.7", "reference, best of 8"} <= set(result["baselines"])
+    assert [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4]
+    assert {row["step"] for row in rows(run / "samples.jsonl")} == {1, 2, 3, 4}
+    assert len(rows(run / "eval_samples.jsonl")) == 6
+    assert "Best-of-" in (run / "README.md").read_text()
+    assert not (run / ".lock").exists()
+    if kind == "t5":
+        assert AutoModelForSeq2SeqLM.from_pretrained(run).num_parameters() > 0
+    else:
+        assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), run)
+    out = capsys.readouterr().out
+    assert "effective N" in out
+    assert "untouched, T=0.7" in out
+    assert "\x1b" not in out  # nothing garbled when piped
+
+
+def test_the_untouched_model_is_worth_best_of_1(tmp_path):
+    config = write_job(tmp_path, max_steps=1, learning_rate=0.0, eval_num_samples=16, eval_num_reference_samples=16)
+    assert main(["train", "--config", str(config)]) == 0
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert result["kl"]["value"] == pytest.approx(0.0, abs=1e-5)
+    assert result["effective_n"]["low"] <= 1.3
+    assert result["win_rate"]["low"] <= 0.5 <= result["win_rate"]["high"]
+    best = [result["baselines"][f"reference, best of {n}"]["reward"]["value"] for n in (2, 4, 8)]
+    assert result["baselines"]["reference"]["reward"]["value"] < best[0] < best[1] < best[2]
+
+
+def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(tmp_path):
+    """The reward function sends the signal to its own process at step 3 of 6."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for folder in (straight, stopped):
+        folder.mkdir()
+    options = {"max_steps": 6, "save_steps": 100}
+    assert main(["train", "--config", str(write_job(straight, **options))]) == 0
+    config = write_job(stopped, **options)
+    bomb = ["--reward_funcs", f"{stopped / 'reward.py'}:bomb"]
+    child = [sys.executable, "-m", "bondlm", "train", "--config", str(config)]
+    first = subprocess.run([*child, *bomb], capture_output=True, text=True, check=False)
+    assert first.returncode == 75, first.stdout + first.stderr
+    assert "The same command continues" in first.stdout
+    second = subprocess.run([*child, *bomb], capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "from step 5 to 6" in second.stdout
+    weights = [safetensors.torch.load_file(f / "run" / "adapter_model.safetensors") for f in (straight, stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    steps = [row["step"] for row in rows(stopped / "run" / "metrics.jsonl") if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_exits_130(tmp_path):
+    config = write_job(tmp_path, max_steps=10_000)
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "bondlm", "train", "--config", str(config)], stdout=subprocess.PIPE, text=True
+    )
+    for line in child.stdout:
+        if line.startswith("step 2/"):
+            os.kill(child.pid, signal.SIGINT)
+            break
+    child.stdout.read()
+    assert child.wait(timeout=60) == 130
+    assert list((tmp_path / "run").glob("checkpoint-*/anchor.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"reward_funcs": "{folder}/reward.py:broken"}, 4, "nan"),
+        ({"reward_funcs": "{folder}/reward.py:short"}, 4, "1"),
+        ({"reward_funcs": "{folder}/reward.py:raising"}, 4, "no such answer"),
+        ({"reward_funcs": "{folder}/reward.py:nothing"}, 2, "nothing"),
+        ({"train_dataset": "{folder}/bad.jsonl"}, 3, "bad.jsonl:2"),
+        ({"max_prompt_length": 3}, 3, "row"),
+        ({"eta": 1.5}, 2, "eta=1.5"),
+        ({"model": "{folder}/no-model"}, 2, "no-model"),
+        ({"use_peft": False}, 2, "use_peft"),
+        ({"output_dir": "{folder}/train.jsonl"}, 2, "train.jsonl"),
+    ],
+)
+def test_bad_input_ends_with_its_code_and_says_where(tmp_path, changes, code, message, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\n{"promt": "typo"}\n')
+    filled = {k: v.format(folder=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
+    assert main(["train", "--config", str(write_job(tmp_path, **filled))]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_other_settings_do_not_continue_a_run(tmp_path, capsys):
+    config = write_job(tmp_path, max_steps=2)
+    assert main(["train", "--config", str(config)]) == 0
+    assert main(["train", "--config", str(config), "--beta", "0.25"]) == 2
+    assert "beta: None -> 0.25" in capsys.readouterr().err
+    assert main(["train", "--config", str(config), "--resume", "never"]) == 6
+    assert main(["train", "--config", str(config), "--max_steps", "3"]) == 0
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path, capsys):
+    config = write_job(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text(
+        json.dumps({"pid": os.getppid(), "host": __import__("socket").gethostname()})
+    )
+    assert main(["train", "--config", str(config)]) == 6
+    assert f"in use by process {os.getppid()}" in capsys.readouterr().err
+
+
+def test_check_takes_a_dry_step_and_changes_nothing(tmp_path, capsys):
+    config = write_job(tmp_path)
+    assert main(["check", "--config", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "check passed" in out
+    assert "bond/penalty_rate" in out
+    assert not (tmp_path / "run").exists()
+    assert main(["check", "--config", str(config), "--reward_funcs", f"{tmp_path}/reward.py:broken"]) == 4
+
+
+def test_score_writes_rows_and_sample_takes_the_best_of_them(tmp_path, capsys):
+    write_job(tmp_path)
+    reward = ["--reward_funcs", f"{tmp_path}/reward.py:letters"]
+    common = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "heldout.jsonl")]
+    common += ["--max_completion_length", "8", "--seed", "3", *reward]
+    assert main(["score", *common, "--num_samples", "4", "--output", str(tmp_path / "scored.jsonl")]) == 0
+    assert main(["sample", *common, "--best_of", "4", "--output", str(tmp_path / "best.jsonl")]) == 0
+    scored, best = rows(tmp_path / "scored.jsonl"), rows(tmp_path / "best.jsonl")
+    assert [set(row) for row in scored] == [{"prompt", "completion", "reward"}] * 24
+    for i, row in enumerate(best):  # the same seed draws the same samples
+        group = scored[4 * i : 4 * i + 4]
+        assert row["reward"] == max(r["reward"] for r in group)
+        assert row["completion"] in [r["completion"] for r in group]
+    assert main(["score", *common, "--output", str(tmp_path / "scored.jsonl")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_sample_prints_an_answer_to_one_prompt(tmp_path, capsys):
+    write_job(tmp_path)
+    arguments = ["sample", "--model", str(tmp_path / "model"), "--prompt", "Hello", "--max_completion_length", "8"]
+    assert main([*arguments, "--temperature", "0"]) == 0
+    first = capsys.readouterr().out
+    assert main([*arguments, "--temperature", "0", "--seed", "9"]) == 0
+    assert capsys.readouterr().out == first  # greedy does not depend on the seed

@@ -1,0 +1,77 @@
+import subprocess
+import sys
+
+import pytest
+
+from bondlm.cli import main
+from bondlm.cli.options import bond_fields, parse
+from bondlm.errors import ConfigError
+
+
+def test_command_line_wins_over_the_file_and_1e_4_is_a_number(tmp_path):
+    (tmp_path / "c.yaml").write_text("eta: 0.5\nlearning_rate: 1e-4\n")
+    options = parse("train", ["--config", str(tmp_path / "c.yaml"), "--eta", "0.25", "--lora-r=8", "--use_peft"])
+    assert options == {"eta": 0.25, "learning_rate": 1e-4, "lora_r": 8, "use_peft": True}
+
+
+def test_lists_and_plain_text_keep_their_kind():
+    options = parse("train", ["--reward_weights", "[1, 0.5]", "--model", "1e4"])
+    assert options == {"reward_weights": [1, 0.5], "model": "1e4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--learning_rat", "1"], "unknown option 'learning_rat' (did you mean 'learning_rate'?)"),
+        (["tran"], "unknown command 'tran' (did you mean 'train'?)"),
+        (["score", "--beta", "1"], "unknown option 'beta'"),
+        (["train", "x"], "'x' stands alone"),
+        (["train", "--config", "no/such.yaml"], "cannot be read"),
+        (["train", "--eta", "[1"], "is not a YAML value"),
+        (["train"], "model is required"),
+        (["score", "--model", "m"], "reward_funcs is required"),
+        (["sample", "--model", "m"], "either --prompt TEXT or --dataset FILE"),
+        (["sample", "--model", "m", "--prompt", "x", "--best_of", "4"], "needs reward_funcs"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_yaml_with_objects_is_refused_and_not_run(tmp_path):
+    marker = tmp_path / "marker"
+    (tmp_path / "c.yaml").write_text(f"eta: !!python/object/apply:pathlib.Path.touch ['{marker}']\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        parse("train", ["--config", str(tmp_path / "c.yaml")])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["score", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys; from bondlm.cli import main; "
+        f"code = main({arguments!r}); "
+        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'rich'} & set(sys.modules); "
+        "sys.exit(code or (str(heavy) if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bondlm" in done.stdout
+
+
+def test_help_lists_every_field_of_the_config(capsys):
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    from bondlm import BONDConfig
+
+    base = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    own = [f.name for f in dataclasses.fields(BONDConfig) if f.name not in base or f.default != base[f.name]]
+    main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in own:
+        if name in bond_fields():
+            assert f"--{name}" in text
+    assert set(own) - set(bond_fields()) == set()

@@ -1,0 +1,113 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bondlm import BONDConfig
+from bondlm.errors import BondError, ConfigError
+
+
+def config(tmp_path: Path, **settings: Any) -> BONDConfig:
+    return BONDConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+REFUSED: list[tuple[str, Any]] = [
+    ("objective", "bond"),
+    ("anchor", "moving"),
+    ("engine", "vllm"),
+    ("log_quantile", "harmonic"),
+    ("beta", -0.1),
+    ("beta", 1.1),
+    ("beta", math.nan),
+    ("gamma", -1e-9),
+    ("gamma", math.nan),
+    ("gamma", math.inf),
+    ("eta", -0.1),
+    ("eta", 1.5),
+    ("eta", math.nan),
+    ("n", 1),
+    ("n", 4),
+    ("num_anchor_samples", 1),
+    ("num_anchor_samples", 16),
+    ("anchor_update_every", 0),
+    ("max_completion_length", 0),
+    ("max_prompt_length", 0),
+    ("max_rows", 0),
+    ("eval_num_samples", 0),
+    ("eval_num_reference_samples", 1),
+    ("target_n", 1.0),
+    ("target_n", math.nan),
+    ("dtype", "float16"),
+    ("num_logged_samples", -1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_refused_with_the_name_and_the_value_seen(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, **{name: value})
+    assert str(caught.value).startswith(f"{name}={value!r}: ")
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, BondError)
+    assert caught.value.exit_code == 2
+
+
+def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="remove_unused_columns"):
+        config(tmp_path, remove_unused_columns=True)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, beta=2.0, eta=-1.0, n=3)
+    assert [part.split("=")[0] for part in str(caught.value).split("; ")] == ["beta", "eta", "n"]
+
+
+ACCEPTED: list[dict[str, Any]] = [
+    {"beta": 0.0, "eta": 0.0},
+    {"beta": 1.0, "eta": 1.0, "gamma": 2.0},
+    {"anchor": "periodic", "anchor_update_every": 1},
+    {"anchor": "fixed", "engine": "transformers", "dtype": "bfloat16"},
+    {"max_prompt_length": 1, "max_completion_length": 1, "max_rows": 1},
+    {"eval_num_samples": 1, "eval_num_reference_samples": 2, "target_n": 1.01, "num_logged_samples": 0},
+]
+
+
+@pytest.mark.parametrize("settings", ACCEPTED)
+def test_the_ends_of_every_range_are_allowed(settings: dict[str, Any], tmp_path: Path) -> None:
+    made = config(tmp_path, **settings)
+    assert {name: getattr(made, name) for name in settings} == settings
+
+
+def test_defaults_are_the_papers_where_it_states_one(tmp_path: Path) -> None:
+    """Sessa et al. 2024, sections 5 and 6 and Fig. 5."""
+    made = config(tmp_path)
+    paper = {
+        "objective": "jbond",
+        "n": 2,
+        "num_anchor_samples": 2,
+        "log_quantile": "jbond",
+        "beta": 0.5,
+        "gamma": 0.0,
+        "anchor": "ema",
+        "eta": 0.02,
+        "anchor_update_every": 50,
+        "warmup_steps": 100,
+    }
+    assert {name: getattr(made, name) for name in paper} == paper
+    assert made.lr_scheduler_type == "constant_with_warmup"
+    assert made.learning_rate is None  # 3e-6 with full fine-tuning: the trainer decides, see test_trainer.py
+
+
+def test_nothing_is_sent_anywhere_and_no_column_is_lost_by_default(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    assert made.report_to == []
+    assert not made.push_to_hub
+    assert not made.remove_unused_columns
+
+
+def test_settings_survive_a_round_trip_through_a_dictionary(tmp_path: Path) -> None:
+    made = config(tmp_path, beta=0.25, eta=0.1, max_prompt_length=7, reward_weights=[1.0, 0.5])
+    again = BONDConfig(**{name: value for name, value in made.to_dict().items() if value is not None})
+    assert again.to_dict() == made.to_dict()

@@ -1,0 +1,178 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_tokenizer
+
+from bondlm.engines import Completion, Role
+from bondlm.errors import RewardError
+from bondlm.rewards import NamedReward
+from bondlm.rollout import PROMPT_IDS, completion_metrics, draw, prompt_seed, score_samples, tie_noise
+
+TOKENIZER = tiny_tokenizer()
+EOS = 2
+
+
+def answer(text: str, *, finished: bool = True) -> Completion:
+    ids = TOKENIZER.encode(text) + ([EOS] if finished else [])
+    return Completion(ids, [-1.0] * len(ids), finished)
+
+
+class StubEngine:
+    """Answers with what it was asked: role, prompt, seed and number."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Role, int, list[int], float]] = []
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        *,
+        role: Role,
+        max_new_tokens: int,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+    ) -> list[list[Completion]]:
+        self.calls.append((role, max_new_tokens, list(seeds), temperature))
+        return [
+            [answer(f"{role} {list(prompt)} {j}") for j in range(num_samples)]
+            for prompt, _ in zip(prompts, seeds, strict=True)
+        ]
+
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "one", PROMPT_IDS: [5, 6], "topic": "a"},
+    {"prompt": "two", PROMPT_IDS: [7], "topic": "b"},
+]
+
+
+def test_seeds_are_a_function_of_all_four_and_of_nothing_else() -> None:
+    torch.manual_seed(1)
+    before = prompt_seed(3, 10, 2, "policy")
+    np.random.default_rng().random()
+    torch.manual_seed(2)
+    assert prompt_seed(3, 10, 2, "policy") == before
+    roles: tuple[Role, ...] = ("policy", "anchor", "reference")
+    seeds = {
+        prompt_seed(seed, step, position, role)
+        for seed in range(4)
+        for step in (0, 1, 2, 1 << 40)
+        for position in range(20)
+        for role in roles
+    }
+    assert len(seeds) == 4 * 4 * 20 * 3
+
+
+def test_tie_noise_belongs_to_the_prompt_and_the_step() -> None:
+    noise = tie_noise(0, 5, [3, 8], 3)
+    assert torch.equal(tie_noise(0, 5, [8], 3)[0], noise[1])
+    assert not torch.equal(tie_noise(0, 6, [8], 3)[0], noise[1])
+    assert not torch.equal(tie_noise(1, 5, [8], 3)[0], noise[1])
+    many = tie_noise(0, 1, range(4000), 3)
+    assert many.dtype == torch.float64
+    assert float(many.min()) >= 0
+    assert float(many.max()) < 1
+    assert abs(float(many.mean()) - 0.5) < 4 * (1 / 12 / 12_000) ** 0.5
+
+
+def test_draw_asks_role_by_role_and_joins_them_in_order() -> None:
+    engine = StubEngine()
+    completions = draw(
+        engine, ROWS, {"policy": 1, "reference": 0, "anchor": 2}, max_new_tokens=9, seed=4, step=6, positions=[10, 11]
+    )
+    assert [[TOKENIZER.decode(c.ids[:-1]) for c in row] for row in completions] == [
+        [f"policy {ids} 0", f"anchor {ids} 0", f"anchor {ids} 1"] for ids in ([5, 6], [7])
+    ]
+    assert engine.calls == [
+        ("policy", 9, [prompt_seed(4, 6, p, "policy") for p in (10, 11)], 1.0),
+        ("anchor", 9, [prompt_seed(4, 6, p, "anchor") for p in (10, 11)], 1.0),
+    ]
+
+
+def scored(completions: list[list[Completion]], reward: Any, rows: list[dict[str, Any]] = ROWS) -> Any:
+    return score_samples([NamedReward("r", reward)], rows, completions, tokenizer=TOKENIZER, eos_ids=[EOS])
+
+
+def test_equal_answers_to_a_prompt_are_scored_once_and_share_their_reward() -> None:
+    seen: list[tuple[str, str, str, bool, list[int]]] = []
+
+    def reward(
+        prompts: list[str],
+        completions: list[str],
+        topic: list[str],
+        truncated: list[bool],
+        completion_ids: list[list[int]],
+    ) -> list[float]:
+        seen.extend(zip(prompts, completions, topic, truncated, completion_ids, strict=True))
+        return [float(len(seen) - len(prompts) + i) for i in range(len(prompts))]
+
+    completions = [
+        [answer("yes"), answer("no"), answer("yes"), answer("yes", finished=False)],
+        [answer("yes"), answer("yes"), answer("maybe"), answer("no")],
+    ]
+    samples = scored(completions, reward)
+    yes, no, maybe = (TOKENIZER.encode(text) for text in ("yes", "no", "maybe"))
+    assert seen == [
+        ("one", "yes", "a", False, [*yes, EOS]),
+        ("one", "no", "a", False, [*no, EOS]),
+        ("one", "yes", "a", True, yes),  # cut at the budget: another answer than the finished one
+        ("two", "yes", "b", False, [*yes, EOS]),
+        ("two", "maybe", "b", False, [*maybe, EOS]),
+        ("two", "no", "b", False, [*no, EOS]),
+    ]
+    assert samples.rewards_PM.tolist() == [[0, 1, 0, 2], [3, 3, 4, 5]]
+    assert samples.rewards_PM.dtype == torch.float64
+    assert torch.equal(samples.by_name["r"], samples.rewards_PM)
+    assert samples.prompts == [[5, 6], [7]]
+    assert samples.texts[1] == ["yes", "yes", "maybe", "no"]
+    assert samples.flat == completions[0] + completions[1]
+
+
+def test_an_empty_completion_is_an_answer() -> None:
+    samples = scored([[answer("")], [answer("x")]], lambda completions: [float(len(c)) for c in completions])
+    assert samples.completions[0][0].ids == [EOS]
+    assert samples.rewards_PM.tolist() == [[0.0], [1.0]]
+
+
+def test_conversational_rewards_see_messages() -> None:
+    rows = [{"prompt": [{"role": "user", "content": f"q{i}"}], PROMPT_IDS: [5]} for i in range(2)]
+
+    def reward(prompts: list[Any], completions: list[Any]) -> list[float]:
+        assert prompts[1] == [{"role": "user", "content": "q1"}]
+        assert completions[1] == [{"role": "assistant", "content": "b"}]
+        return [1.0, 2.0]
+
+    assert scored([[answer("a")], [answer("b")]], reward, rows).rewards_PM.tolist() == [[1.0], [2.0]]
+
+
+def test_weights_are_applied_to_the_sum_alone() -> None:
+    rewards = [
+        NamedReward("length", lambda completions: [float(len(c)) for c in completions], 0.5),
+        NamedReward("constant", lambda completions: [3.0] * len(completions), -1.0),
+    ]
+    samples = score_samples(rewards, ROWS, [[answer("ab")], [answer("abcd")]], tokenizer=TOKENIZER, eos_ids=[EOS])
+    assert samples.rewards_PM.tolist() == [[-2.0], [-1.0]]
+    assert samples.by_name["length"].tolist() == [[2.0], [4.0]]
+
+
+def test_a_nan_never_gets_through() -> None:
+    with pytest.raises(RewardError, match="nan"):
+        scored([[answer("a")], [answer("b")]], lambda completions: [1.0, float("nan")])
+
+
+def test_completion_metrics_by_hand() -> None:
+    completions = [
+        Completion([5, EOS], [-1.0, -0.5], True),
+        Completion([5, 6, 7, 8], [-0.25] * 4, False),
+        Completion([EOS], [-3.5], True),
+    ]
+    assert completion_metrics(completions) == {
+        "completions/mean_length": pytest.approx(7 / 3),
+        "completions/min_length": 1.0,
+        "completions/max_length": 4.0,
+        "completions/clipped_ratio": pytest.approx(1 / 3),
+        "entropy": pytest.approx(6 / 7),
+    }
