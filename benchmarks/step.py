@@ -1,0 +1,124 @@
+"""A J-BOND step beside TRL's RLOO on the same work: 16 prompts, 48 completions of 32 tokens, LoRA, MiniLM reward.
+
+    python benchmarks/step.py --model models/smollm2-135m-instruct --encoder models/all-minilm-l6-v2 --threads 2
+
+Each trainer runs in a process of its own. Wall clock says what a user waits, CPU seconds compare on a busy machine; the
+figure of a step is the median after one step of warm-up. Needs `pip install trl==1.16.0`.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROMPTS, COMPLETIONS, TOKENS = 16, 3, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--encoder", required=True)
+    parser.add_argument("--prompts", default="examples/everyday/train.jsonl")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--one", choices=["bondlm", "rloo"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(measure(args)))
+        return
+    results = {}
+    for name in ("bondlm", "rloo"):
+        done = subprocess.run([sys.executable, *sys.argv, "--one", name], capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            sys.exit(done.stdout + done.stderr)
+        results[name] = json.loads(lines[0][7:])
+    for name, r in results.items():
+        print(f"{name:8} wall {r['wall']:6.1f} s  cpu {r['cpu']:6.1f} s  peak {r['peak_gib']:.2f} GiB  {r['phases']}")
+    ours, theirs = results["bondlm"], results["rloo"]
+    wall, cpu = ours["wall"] / theirs["wall"], ours["cpu"] / theirs["cpu"]
+    print(f"ratio    wall {wall:.2f}  cpu {cpu:.2f}  ({args.threads} threads)")
+
+
+def measure(args: argparse.Namespace) -> dict:
+    import torch
+    from transformers import TrainerCallback
+
+    torch.set_num_threads(args.threads)
+    steps: list[tuple[float, float]] = []
+
+    class Timer(TrainerCallback):
+        def on_train_begin(self, *a, **k):
+            self.last = (time.perf_counter(), time.process_time())
+
+        def on_step_end(self, *a, **k):
+            now = (time.perf_counter(), time.process_time())
+            steps.append((now[0] - self.last[0], now[1] - self.last[1]))
+            self.last = now
+
+    trainer = build(args)
+    trainer.add_callback(Timer())
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row][1:]
+    names = [name for name in logs[0] if name.startswith("time/")]
+    return {
+        "wall": statistics.median(wall for wall, _ in steps[1:]),
+        "cpu": statistics.median(cpu for _, cpu in steps[1:]),
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "phases": {name[5:]: round(statistics.median(row[name] for row in logs), 2) for name in names},
+    }
+
+
+def build(args: argparse.Namespace):
+    from datasets import load_dataset
+    from peft import LoraConfig
+
+    from bondlm.rewards import load_rewards
+
+    reward = load_rewards(f"similarity:{args.encoder}")[0].function
+    rows = load_dataset("json", data_files=args.prompts, split="train")
+    common = dict(
+        output_dir="runs/benchmark",
+        max_steps=args.steps,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        learning_rate=1e-4,
+        max_completion_length=TOKENS,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if args.one == "bondlm":
+        from bondlm import BONDConfig, BONDTrainer
+
+        # Eight prompts at a time, twice: a step of 16 prompts.
+        config = BONDConfig(per_device_train_batch_size=PROMPTS // 2, gradient_accumulation_steps=2, **common)
+        return BONDTrainer(args.model, reward, config, train_dataset=rows, peft_config=lora)
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl import RLOOConfig, RLOOTrainer
+
+    def similarity(prompts, completions, **columns):
+        return reward(prompts=prompts, completions=completions)
+
+    config = RLOOConfig(
+        per_device_train_batch_size=PROMPTS * COMPLETIONS // 2,
+        gradient_accumulation_steps=2,
+        num_generations=COMPLETIONS,
+        beta=0.05,
+        bf16=False,
+        gradient_checkpointing=False,
+        **common,
+    )
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    return RLOOTrainer(model, [similarity], config, train_dataset=rows, peft_config=lora)
+
+
+if __name__ == "__main__":
+    Path("runs").mkdir(exist_ok=True)
+    main()
