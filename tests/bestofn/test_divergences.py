@@ -13,6 +13,8 @@ from bondlm.bestofn import (
     kl_divergence,
     kl_k1,
     kl_k3,
+    log_quantile,
+    mean_signal,
 )
 
 POLICY = np.array([0.1, 0.2, 0.3, 0.4])
@@ -94,3 +96,88 @@ def test_bad_input_is_refused():
             best_of_n_logprob(np.zeros(1), np.array([bad]), 2)
     with pytest.raises(ValueError, match="n must be"):
         best_of_n_logprob(np.zeros(1), np.ones(1), 0)
+
+
+# -- bias and variance against the oracle: the lines of the table in the module's docstring
+
+TIED_REF = np.array([0.3, 0.1, 0.2, 0.15, 0.25])
+TIED_REWARDS = np.array([0.0, 1.0, 1.0, 2.0, -1.0])
+TIED_POLICY = np.array([0.1, 0.2, 0.3, 0.3, 0.1])
+
+
+def exact_quantiles():
+    below = (TIED_REF * (TIED_REWARDS[None] < TIED_REWARDS[:, None])).sum(1)
+    return (TIED_REF * (TIED_REWARDS[None] <= TIED_REWARDS[:, None])).sum(1), below
+
+
+@pytest.mark.parametrize("n", [2, 4.5, 16])
+def test_both_kls_are_unbiased_with_exact_quantiles_ties_or_not(n):
+    p_le, p_lt = exact_quantiles()
+    best, logp, ref_logp = best_of_n_probs(TIED_REF, TIED_REWARDS, n), np.log(TIED_POLICY), np.log(TIED_REF)
+    np.testing.assert_allclose(best_of_n_logprob(ref_logp, p_le, n, p_lt), np.log(best), rtol=1e-12, atol=1e-13)
+    forward, backward = (f(logp, ref_logp, p_le, n, p_lt) for f in (forward_kl, backward_kl))
+    assert best @ forward == pytest.approx(float(kl_divergence(best, TIED_POLICY)), abs=1e-12)
+    assert TIED_POLICY @ backward == pytest.approx(float(kl_divergence(TIED_POLICY, best)), abs=1e-12)
+    # Without p_lt: log π_BoN is over-estimated by log n − log B, at most log n.
+    excess = best_of_n_logprob(ref_logp, p_le, n) - np.log(best)
+    assert (excess > 0).all()
+    assert excess.max() == pytest.approx(math.log(n), abs=1e-12)  # the worst outcome: nothing is below it
+
+
+@pytest.mark.parametrize("method", ["clamped", "harmonic"])
+@pytest.mark.parametrize(("n", "num_ref"), [(2, 4), (8, 16)])
+def test_the_bias_of_both_kls_is_that_of_the_log_quantile(n, num_ref, method):
+    """Reference samples drawn anew 20,000 times; every outcome's term is averaged and weighted by the law."""
+    p_le, _ = exact_quantiles()
+    rng = np.random.default_rng(0)
+    refs = TIED_REWARDS[rng.choice(5, p=TIED_REF, size=(20_000, num_ref))]
+    own = np.broadcast_to(TIED_REWARDS, (20_000, 5))
+    estimated = np.exp(log_quantile(own, refs, method))
+    logp, ref_logp = (np.broadcast_to(np.log(x), (20_000, 5)) for x in (TIED_POLICY, TIED_REF))
+    # Here B is left at n on both sides: the bias of p̂ alone.
+    bias = mean_signal(TIED_REF, TIED_REWARDS, n, estimate=method, k=num_ref) - (n - 1) * np.log(p_le)
+    best = best_of_n_probs(TIED_REF, TIED_REWARDS, n)
+    for function, law, sign in ((forward_kl, best, 1), (backward_kl, TIED_POLICY, -1)):
+        exact = law @ function(logp[0], ref_logp[0], p_le, n)
+        estimates = function(logp, ref_logp, estimated, n) @ law
+        standard_error = estimates.std() / math.sqrt(len(estimates))
+        assert abs(estimates.mean() - exact - sign * (law @ bias)) < 4 * standard_error
+        assert abs(law @ bias) > 6 * standard_error or method == "harmonic"
+    spread = (backward_kl(logp, ref_logp, estimated, n)).std(0)
+    np.testing.assert_allclose(spread, (n - 1) * np.log(estimated).std(0), rtol=1e-10, atol=1e-12)
+
+
+def test_the_bias_of_the_log_quantile_is_as_documented():
+    rewards, probs, num_ref = np.arange(4.0), np.array([0.01, 0.29, 0.3, 0.4]), 32
+    p = probs.cumsum()
+    harmonic = mean_signal(probs, rewards, 2, estimate="harmonic", k=num_ref) - np.log(p)
+    tail = np.array([sum((1 - q) ** j / j for j in range(num_ref + 1, 20_000)) for q in p])
+    np.testing.assert_allclose(harmonic, tail, atol=1e-12)
+    clamped = mean_signal(probs, rewards, 2, estimate="clamped", k=num_ref) - np.log(p)
+    np.testing.assert_allclose(clamped[1:], (-(1 - p) / (2 * num_ref * p))[1:], rtol=0.15, atol=1e-4)
+    assert clamped[0] > 0.3  # far below the clamp, 1/64: too high
+
+
+@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
+def test_mean_and_spread_of_k1_and_k3_on_drawn_samples(estimator):
+    logp, other = np.log(POLICY), np.log(OTHER)
+    drawn = np.random.default_rng(1).choice(4, p=POLICY, size=40_000)
+    terms, exact = estimator(logp[drawn], other[drawn]), float(kl_divergence(POLICY, OTHER))
+    ratio = OTHER / POLICY
+    value = -np.log(ratio) if estimator is kl_k1 else ratio - np.log(ratio)
+    variance = POLICY @ value**2 - (POLICY @ value) ** 2
+    assert abs(terms.mean() - exact) < 4 * math.sqrt(variance / len(terms))
+    assert terms.var() == pytest.approx(variance, rel=0.05)
+
+
+def test_k3_can_be_the_noisier_one_far_away():
+    policy, other = np.array([0.001, 0.999]), np.array([0.5, 0.5])
+    k1, k3 = (f(np.log(policy), np.log(other)) for f in (kl_k1, kl_k3))
+    assert policy @ k3**2 - (policy @ k3) ** 2 > 50 * (policy @ k1**2 - (policy @ k1) ** 2)
+
+
+def test_a_strict_quantile_above_the_other_is_refused():
+    with pytest.raises(ValueError, match="p_lt must not exceed"):
+        best_of_n_logprob(np.zeros(1), np.array([0.4]), 2, np.array([0.5]))
+    with pytest.raises(ValueError, match="p_lt must lie"):
+        best_of_n_logprob(np.zeros(1), np.array([0.4]), 2, np.array([-0.5]))

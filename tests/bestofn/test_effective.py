@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bondlm.bestofn import EffectiveN, best_of_n_probs, best_of_n_win_rates, effective_n, win_rate, win_rates
+from bondlm.bestofn.effective import _solve
 
 from .brute import naive_best_of_n_win_rate, win_prob
 
@@ -116,6 +117,16 @@ def test_a_saturated_curve_is_reached_at_its_end_and_never_passed(num_ref):
     assert best == pytest.approx(1 + np.argmax(curve >= curve[-1] - 1e-13), rel=1e-6)
     if best < num_ref - 1:
         assert effective_n(np.array([[1.0] * 3, [1.0, 1.0, 2.0]]), refs, num_bootstrap=2).value == math.inf
+
+
+def test_rounding_at_the_flat_end_of_a_curve_does_not_decide():
+    def solve(odds: list[float]) -> float:
+        odds_M = torch.tensor([odds], dtype=torch.float64)
+        return float(_solve(odds_M / (1 + odds_M)))
+
+    assert solve([2.5, 1.0, 2.0, 2.0 - 1e-15]) == math.inf  # seen with 5 prompts of 18 binary rewards: the end dips
+    assert solve([2.0, 1.0, 2.0 - 2.4e-12, 2.0 - 1.8e-12]) == pytest.approx(3.0)  # reached, just past the last knot
+    assert solve([2.0, 1.0, 2.0, 2.0 - 1e-15]) == pytest.approx(2.0)
 
 
 def test_flat_parts_between_prompts_use_the_mean_curve():

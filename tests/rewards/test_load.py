@@ -146,6 +146,7 @@ def test_a_module_needs_its_tokenizer_and_goes_to_the_device(models):
     (loaded,) = load_rewards("models/rm")
     expected = reward.function(["rain"], ["in the sea"])
     assert loaded.function(["rain"], ["in the sea"]) == pytest.approx(expected, abs=1e-6)
+    assert load_rewards(model, processing_classes=tokenizer, device="meta")[0].function.model.device.type == "meta"
     with pytest.raises(ConfigError, match="Linear has no config"):
         load_rewards(nn.Linear(1, 1), processing_classes=tokenizer)
 

@@ -94,3 +94,15 @@ def test_a_saved_encoder_needs_all_its_weights_but_the_pooler(tmp_path):
     save_file(unused, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=f"no weights for {missing}"):
         SimilarityReward.from_pretrained(path)
+
+
+def test_an_adapter_is_refused(tmp_path):
+    """transformers then loads the base and the adapter, and its loading info tells nothing of the base's weights."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = encoder()
+    model.name_or_path = saved(tmp_path / "base", model, tokenizer)
+    adapter = get_peft_model(model, LoraConfig(target_modules=["query"], r=2))
+    path = saved(tmp_path / "adapter", adapter, tokenizer)
+    with pytest.raises(ConfigError, match="is a PEFT adapter: merge it"):
+        SimilarityReward.from_pretrained(path)
