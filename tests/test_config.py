@@ -38,6 +38,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("eval_num_reference_samples", 1),
     ("target_n", 1.0),
     ("target_n", math.nan),
+    ("target_n", 16.5),
     ("dtype", "float16"),
     ("num_logged_samples", -1),
 ]
@@ -70,7 +71,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"anchor": "periodic", "anchor_update_every": 1},
     {"anchor": "fixed", "engine": "transformers", "dtype": "bfloat16"},
     {"max_prompt_length": 1, "max_completion_length": 1, "max_rows": 1},
-    {"eval_num_samples": 1, "eval_num_reference_samples": 2, "target_n": 1.01, "num_logged_samples": 0},
+    {"eval_num_samples": 1, "eval_num_reference_samples": 2, "target_n": 2.0, "num_logged_samples": 0},
 ]
 
 

@@ -36,6 +36,7 @@ class AnchorCallback(TrainerCallback):
         """Load the anchor, after Trainer has loaded the policy."""
         if self._restore is not None:
             load_anchor(self._anchor, self._restore)
+            self._restore = None  # a second `train` goes on from where the first one ended
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start timing the optimizer."""

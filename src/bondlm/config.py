@@ -103,7 +103,11 @@ def _problems(config: BONDConfig) -> list[str]:
         (c.eval_num_samples >= 1, f"eval_num_samples={c.eval_num_samples}: must be >= 1"),
         (c.eval_num_reference_samples >= 2, f"eval_num_reference_samples={c.eval_num_reference_samples}: must be >= 2"),
         (c.num_logged_samples >= 0, f"num_logged_samples={c.num_logged_samples}: must be >= 0"),
-        (c.target_n is None or c.target_n > 1, f"target_n={c.target_n}: must be > 1"),
+        (
+            c.target_n is None or 1 < c.target_n <= c.eval_num_reference_samples,
+            f"target_n={c.target_n}: must be > 1 and at most eval_num_reference_samples="
+            f"{c.eval_num_reference_samples}, which cannot show more",
+        ),
         (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),
         (not c.remove_unused_columns, "remove_unused_columns=True would hide the data's columns from the rewards"),
     ]

@@ -121,7 +121,10 @@ class BONDTrainer(Trainer):
             dtype=fast_dtype(args.device),
         )
         self.engine = TransformersEngine(
-            self.roles.use, eos_ids=self._text.eos_ids, pad_id=self._text.pad_id, max_rows=args.max_rows
+            self.roles.use,
+            eos_ids=self._text.eos_ids,
+            pad_id=self._text.pad_id,
+            max_rows=args.max_rows,
         )
         self.anchor = Anchor(
             self.roles.anchor_pairs, schedule=args.anchor, eta=args.eta, update_every=args.anchor_update_every
@@ -187,7 +190,7 @@ class BONDTrainer(Trainer):
         returns = self.objective.returns(selection.signal_PC.float(), sampled_logp, anchor_logp)
         everyone = self.accelerator.gather(returns.to(self.args.device)).cpu()
         baseline = self.objective.baseline(everyone)[first : first + len(rows)]
-        if step % self.args.logging_steps == 0:
+        if step % self.state.logging_steps == 0:  # of the state: there a share of the run is a number of steps
             self.record({"kl": float((sampled_logp - self._score("reference", compared)).mean())})
         self._record_rollout(samples, sampled_logp - anchor_logp)
         self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)

@@ -48,7 +48,7 @@ _JEFFREYS = [
     ("return leave_one_out_mean(", "return -leave_one_out_mean(", "baseline's mean"),
 ]
 _REWARD = [
-    ("loss = -logp_PL", "loss = logp_PL", "loss"),
+    ("-logp_PL * advantage", "logp_PL * advantage", "loss"),
     ("- baseline_PC", "+ baseline_PC", "baseline"),
     ("return signal_PC", "return -signal_PC", "reward"),
     ("- self.beta_rl * (", "+ self.beta_rl * (", "KL"),
@@ -57,9 +57,13 @@ _REWARD = [
 
 MUTATIONS = [
     *(Mutation(_JBOND, "objectives.jbond", *m) for m in _JEFFREYS),
-    Mutation(_JBOND, "objectives.jbond", "argmax_random_ties(anchor", "argmax_random_ties(-anchor", "worse, not better"),
+    Mutation(_JBOND, "objectives.jbond", "ties(anchor", "ties(-anchor", "worse, not better"),
     Mutation(
-        JBOND(num_anchor_samples=3), "objectives.jbond", "anchor[:, : self.n]", "anchor", "forward over k, not over n"
+        JBOND(num_anchor_samples=3),
+        "objectives.jbond",
+        "anchor[:, : self.n], noise_PM[:, 1 : 1 + self.n]",
+        "anchor, noise_PM[:, 1:]",
+        "forward over k, not over n",
     ),
     Mutation(_JBOND, "bestofn.quantiles", "where(at_most == 0", "where(at_most <= 1", "worse than one sample only"),
     Mutation(_JBOND, "bestofn.quantiles", "return -math.ldexp", "return math.ldexp", "two-level penalty"),
@@ -93,7 +97,7 @@ MUTATIONS = [
     Mutation(RLOO(beta_rl=0.7), "objectives.rloo", "logp_PL.detach()", "logp_PL", "log-ratio not detached"),
     Mutation(RLOO(beta_rl=0.7), "objectives.rloo", " - returns_PC) /", ") /", "baseline with the sample itself"),
     Mutation(RLOO(beta_rl=0.7), "objectives.rloo", "(returns_PC.sum", "(-returns_PC.sum", "baseline's sum"),
-    Mutation(RLOO(beta_rl=0.7, num_samples=3), "objectives.rloo", ".mean(dim=1)\n        return", ".sum(dim=1)\n        return", "sum over samples, not mean"),
+    Mutation(RLOO(beta_rl=0.7), "objectives.rloo", "advantage).mean(", "advantage).sum(", "sum over samples, not mean"),
     *(
         Mutation(VBON(n=3, num_anchor_samples=3), "objectives.vbon", *m)
         for m in [
@@ -137,9 +141,15 @@ MUTATIONS = [
             ("rewards_PM, None, method", "rewards_PM, rewards_PM, method", "quantile that counts the sample itself"),
         ]
     ),
-    Mutation(Reinforce(beta_rl=0.7), "objectives.terms", "values.sum() - values)", "values.sum())", "baseline with the sample itself"),
+    Mutation(
+        Reinforce(beta_rl=0.7),
+        "objectives.terms",
+        "values.sum() - values)",
+        "values.sum() + 0 * values)",
+        "baseline with the sample itself",
+    ),
     Mutation(_BOND, "objectives.terms", "(values.numel() - 1)", "values.numel()", "baseline's count"),
-]  # fmt: skip
+]
 
 
 def objective_module(objective: Any) -> str:

@@ -123,9 +123,7 @@ def enumerated_gradient(
     return torch.autograd.grad((loss_D * weights_D).sum(), leaf_K)[0]
 
 
-def draw(
-    plan: Any, logits_PK: Tensor, anchor_PK: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def draw(plan: Any, logits_PK: Tensor, anchor_PK: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(P, M) outcomes, the policy's first, and the noise that breaks ties."""
     parts = [
         torch.multinomial(probs_PK, count, replacement=True, generator=generator)

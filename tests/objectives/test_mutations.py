@@ -1,4 +1,4 @@
-"""Every wrong sign is found: the real source is changed in one place and must fail the checks that it passes as it is."""
+"""Every wrong sign is found: the real source, changed in one place, must fail the checks that it passes as it is."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_the_real_objectives_have_no_defect(name):
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=mutation_id)
-def test_the_unchanged_source_of_a_mutated_objective_has_no_defect_and_the_changed_one_has(mutation, monkeypatch):
+def test_a_wrong_term_is_found(mutation, monkeypatch):
     assert defects(mutation.objective) == []
     assert defects(mutate(mutation, monkeypatch)) != []
 
