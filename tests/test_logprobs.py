@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 from bondlm.logprobs import Group, can_share_prompts, collate, score_rows, sequence_logprobs
+from bondlm.prefix import shared_prefix
 
 TOKENIZER = tiny_tokenizer()
 MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}
@@ -242,3 +243,22 @@ def test_bf16_logits_are_summed_up_in_fp32(kind: str) -> None:
     assert logits.shape[1] == ids.shape[1]
     exact = logits.double().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
     torch.testing.assert_close(logprobs.double(), (exact * mask).sum(1), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("build", [tiny_causal, tiny_gpt2])
+def test_a_shared_prefix_changes_no_score(build: Any) -> None:
+    model = build(tiny_tokenizer())
+    prefix = list(range(40, 60))
+    rows = [([*prefix, *range(60, 60 + k)], list(range(100, 100 + 2 * k))) for k in (1, 3, 5, 2)]
+    together = score_rows(model, rows, 0, start_id=None, device=torch.device("cpu"), batch_rows=3)
+    alone = [score_rows(model, [row], 0, start_id=None, device=torch.device("cpu")) for row in rows]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
+
+
+def test_the_shared_prefix_leaves_a_token_of_every_prompt() -> None:
+    config = tiny_causal(tiny_tokenizer()).config
+    base = list(range(12))
+    assert shared_prefix(config, [base, [*base, 7]]) == base[:11]
+    assert shared_prefix(config, [[*base, 5], [*base, 7], [*base, 6, 6]]) == base
+    assert shared_prefix(config, [[*base[:6], 1], [*base[:6], 2]]) == []  # too short to be worth it
+    assert shared_prefix(config, [base]) == []

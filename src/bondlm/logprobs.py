@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+
+from bondlm.prefix import has_full_attention, prefill_prefix, repeated, shared_prefix
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, the ids of its completions)
 # Log-probabilities of the two layouts differ by rounding alone; a model that ignores the mask is off by whole nats.
@@ -65,8 +68,11 @@ def _shared_prompt_mask(prompt_mask_PW: Tensor, mask_PLT: Tensor) -> Tensor:
     return (allowed | torch.eye(size, dtype=torch.bool)).unsqueeze(1)
 
 
-def sequence_logprobs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Log pi(completion | prompt) in nats, (P, L) fp32: the sum over the completion's tokens, never over padding."""
+def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None) -> Tensor:
+    """Log pi(completion | prompt) in nats, (P, L) fp32: the sum over the completion's tokens, never over padding.
+
+    `cache` holds what comes before the batch's first column (see `score_rows`).
+    """
     ids_PLT, mask_PLT = batch["completion_ids"], batch["completion_mask"]
     if "decoder_input_ids" in batch:
         names = ("input_ids", "attention_mask", "decoder_input_ids")
@@ -77,7 +83,8 @@ def sequence_logprobs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"],
-        use_cache=False,
+        past_key_values=cache,
+        use_cache=cache is not None,
         logits_to_keep=num_completions * length + 1,
     ).logits
     # The prompt's last column predicts every completion's first token; a completion's column predicts its next one.
@@ -102,13 +109,25 @@ def score_rows(
     device: torch.device,
     batch_rows: int = 16,
 ) -> Tensor:
-    """`sequence_logprobs` of any number of (prompt, completion) rows without gradient, (B,) fp32 on CPU."""
+    """`sequence_logprobs` of any number of (prompt, completion) rows without gradient, (B,) fp32 on CPU.
+
+    What all prompts begin with is computed once.
+    """
+    prefix = shared_prefix(model.config, [prompt for prompt, _ in rows])
+    n = len(prefix)
+    before = prefill_prefix(model, prefix, DynamicCache(config=model.config)) if prefix else None
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     result = torch.empty(len(rows), dtype=torch.float32)
     for begin in range(0, len(rows), batch_rows):
         chunk = by_length[begin : begin + batch_rows]
-        batch = collate([(rows[i][0], [rows[i][1]]) for i in chunk], pad_id, start_id=start_id)
-        result[chunk] = sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}).squeeze(1).cpu()
+        batch = collate([(rows[i][0][n:], [rows[i][1]]) for i in chunk], pad_id, start_id=start_id)
+        cache = None
+        if before is not None:
+            cache = repeated(before, len(chunk))
+            mask = batch["attention_mask"]
+            batch["attention_mask"] = torch.cat([mask.new_ones(len(chunk), n), mask], dim=1)
+            batch["position_ids"] = batch["position_ids"] + n
+        result[chunk] = sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache).squeeze(1).cpu()
     return result
 
 
@@ -120,11 +139,9 @@ def can_share_prompts(model: Any, device: torch.device) -> bool:
     of the model itself with a small probe; a model with sliding windows or recurrent layers is refused, since a short
     probe would not show the difference.
     """
-    config = model.config
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if config.is_encoder_decoder or layers != {"full_attention"} or getattr(config, "sliding_window", None):
+    if not has_full_attention(model.config):
         return False
-    ids = [i % config.vocab_size for i in range(11, 31)]
+    ids = [i % model.config.vocab_size for i in range(11, 31)]
     group: Group = (ids[:6], [ids[6:12], ids[12:20]])
     try:
         together = sequence_logprobs(model, {k: v.to(device) for k, v in collate([group], 0).items()})[0].cpu()

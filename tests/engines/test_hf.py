@@ -267,3 +267,23 @@ def test_every_role_of_a_lora_model_samples_from_its_own_law(kind: str) -> None:
     for role, ids in samples.items():
         assert ids == plain_samples(plain[role]), role
     assert samples["policy"] != samples["anchor"] != samples["reference"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_all_prompts_begin_with_is_prefilled_once_and_changes_no_sample(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    system = TOKENIZER.encode("You answer in one short sentence, and you are kind. ")
+    prompts = [system + ids for ids in IDS]
+    calls: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda m, a, kwargs: calls.append(tuple(kwargs["input_ids"].shape)) if "input_ids" in kwargs else None,
+        with_kwargs=True,
+    )
+    together = ids_of(generate(engine_of(model), prompts=prompts))
+    hook.remove()
+    if kind != "t5":
+        assert calls[0][0] == 1
+        assert calls[0][1] >= len(system) - 1
+        assert calls[1] == (len(IDS), max(map(len, prompts)) - calls[0][1])
+    for i, prompt in enumerate(prompts):
+        assert ids_of(generate(engine_of(model), prompts=[prompt], seeds=[SEEDS[i]])) == [together[i]]

@@ -1,7 +1,8 @@
 """The key-value cache of a batch that is being decoded, for causal and for encoder-decoder models.
 
 Both kinds have the same life: prefill P prompts once, `select` rows (to share a prompt among its samples, later to drop
-the rows that ended), and `step` by one token a row.
+the rows that ended), and `step` by one token a row. What all prompts begin with (a system prompt, a chat template) is
+prefilled once for all of them.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
+
+from bondlm.prefix import prefill_prefix, shared_prefix
 
 
 class DecodingState(Protocol):
@@ -25,10 +28,9 @@ class DecodingState(Protocol):
 
 def start_decoding(model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[DecodingState, Tensor]:
     """Prefill `prompts`; returns the state of P rows and the first logits (P, V)."""
-    ids_PS, mask_PS = pad_left(prompts, pad_id, model.device)
-    if model.config.is_encoder_decoder:
-        return _Seq2SeqState.start(model, ids_PS, mask_PS)
-    return _CausalState.start(model, ids_PS, mask_PS)
+    if not model.config.is_encoder_decoder:
+        return _CausalState.start(model, prompts, pad_id)
+    return _Seq2SeqState.start(model, *pad_left(prompts, pad_id, model.device))
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -44,9 +46,14 @@ class _CausalState:
         self._model, self._cache, self._mask_BS, self._position_B1 = model, cache, mask_BS, position_B1
 
     @classmethod
-    def start(cls, model: Any, ids_PS: Tensor, mask_PS: Tensor) -> tuple["_CausalState", Tensor]:
-        cache = DynamicCache(config=model.config)
-        positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)  # padding sits at position 0, masked
+    def start(cls, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple["_CausalState", Tensor]:
+        prefix = shared_prefix(model.config, prompts)
+        cache = prefill_prefix(model, prefix, DynamicCache(config=model.config))
+        if prefix:
+            cache.batch_repeat_interleave(len(prompts))
+        ids_PS, mask_PS = pad_left([p[len(prefix) :] for p in prompts], pad_id, model.device)
+        mask_PS = torch.cat([mask_PS.new_ones(len(prompts), len(prefix)), mask_PS], dim=1)
+        positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)[:, len(prefix) :]  # padding is masked
         out = model(
             input_ids=ids_PS,
             attention_mask=mask_PS,

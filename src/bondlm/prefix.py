@@ -1,0 +1,48 @@
+"""What all prompts of a batch begin with, computed once: a system prompt, or the head of a chat template."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+# A shorter prefix is not worth a forward pass of its own.
+LEAST_SHARED = 8
+
+
+def has_full_attention(config: Any) -> bool:
+    """Whether every layer sees every earlier token: no sliding window, no recurrence, no encoder."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return not config.is_encoder_decoder and layers == {"full_attention"} and not getattr(config, "sliding_window", 0)
+
+
+def shared_prefix(config: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all prompts begin with; empty if they are few, or if the model could not use them.
+
+    At least one token of each prompt is left over.
+    """
+    if len(prompts) < 2 or not has_full_attention(config):
+        return []
+    in_order = sorted(list(prompt) for prompt in prompts)
+    first, last = in_order[0], in_order[-1]  # in dictionary order: what these two share, all share
+    most = min(map(len, prompts)) - 1
+    length = 0
+    while length < most and first[length] == last[length]:
+        length += 1
+    return first[:length] if length >= LEAST_SHARED else []
+
+
+def prefill_prefix(model: Any, prefix: Sequence[int], cache: DynamicCache) -> DynamicCache:
+    """Put the prefix's keys and values, one row, into `cache`."""
+    if prefix:
+        ids = torch.tensor([list(prefix)], device=model.device)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A copy of a one-row cache for `rows` rows; a forward pass adds to the copy alone."""
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(rows)
+    return cache
