@@ -6,13 +6,21 @@ import torch
 from torch import nn
 
 from bondlm.anchor import Anchor
-from bondlm.checkpoint import ANCHOR_FILE, load_anchor, save_anchor
+from bondlm.checkpoint import ANCHOR_FILE, load_tensors, save_tensors
 from bondlm.errors import CheckpointError
 
 
 def anchor(value: float, size: int = 4, name: str = "w", dtype: torch.dtype = torch.float32) -> Anchor:
     weights = nn.Parameter(torch.full((size, 2), value, dtype=dtype))
     return Anchor([(name, weights, nn.Parameter(weights + 1))], schedule="ema", eta=0.1, update_every=1)
+
+
+def save_anchor(one: Anchor, folder: Path) -> None:
+    save_tensors(one.state_dict(), folder / ANCHOR_FILE)
+
+
+def load_anchor(one: Anchor, folder: Path) -> None:
+    load_tensors(folder / ANCHOR_FILE, one.load_state_dict)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

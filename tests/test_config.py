@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from bondlm import BONDConfig
+from bondlm.config import OBJECTIVES, make_objective
 from bondlm.errors import BondError, ConfigError
 
 
@@ -13,10 +14,15 @@ def config(tmp_path: Path, **settings: Any) -> BONDConfig:
 
 
 REFUSED: list[tuple[str, Any]] = [
-    ("objective", "bond"),
+    ("objective", "dpo"),
+    ("quantile", "exact"),
+    ("quantile", "learned"),  # jbond has none
+    ("quantile_learning_rate", 0.0),
+    ("num_samples", 4),  # jbond draws one
+    ("kl_budget", 0.0),
     ("anchor", "moving"),
     ("engine", "vllm"),
-    ("log_quantile", "harmonic"),
+    ("log_quantile", "clamped"),  # of bond
     ("beta", -0.1),
     ("beta", 1.1),
     ("beta", math.nan),
@@ -29,7 +35,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("n", 1),
     ("n", 4),
     ("num_anchor_samples", 1),
-    ("num_anchor_samples", 16),
     ("anchor_update_every", 0),
     ("max_completion_length", 0),
     ("max_prompt_length", 0),
@@ -52,6 +57,61 @@ def test_refused_with_the_name_and_the_value_seen(name: str, value: Any, tmp_pat
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, BondError)
     assert caught.value.exit_code == 2
+
+
+OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"objective": "bond", "n": 1}, "n=1"),
+    ({"objective": "bond", "n": 4, "num_anchor_samples": 1}, "num_anchor_samples=1"),
+    ({"objective": "bond", "n": 4, "log_quantile": "jbond"}, "log_quantile='jbond'"),
+    ({"objective": "bond", "quantile": "learned", "log_quantile": "harmonic"}, "quantile='learned'"),
+    ({"objective": "bond", "quantile": "learned", "correction": True}, "quantile='learned'"),
+    ({"objective": "bond", "quantile": "learned", "num_anchor_samples": 0}, "num_anchor_samples=0"),
+    ({"objective": "best_of_n_sft", "n": 1}, "n=1"),
+    ({"objective": "best_of_n_sft", "num_anchor_samples": 8}, "num_anchor_samples=8"),
+    ({"objective": "reinforce", "beta_rl": -0.1}, "beta_rl=-0.1"),
+    ({"objective": "rloo", "beta_rl": math.nan}, "beta_rl=nan"),
+    ({"objective": "rloo", "num_samples": 1}, "num_samples=1"),
+    ({"objective": "rloo", "log_quantile": "harmonic"}, "log_quantile='harmonic'"),
+    ({"objective": "vbon", "n": 4, "num_anchor_samples": 1}, "num_anchor_samples=1"),
+    ({"objective": "bonbon", "n": 4, "alpha": 1.5}, "alpha=1.5"),
+    ({"objective": "best_of_n_regression", "n": 4, "num_samples": 3}, "num_samples=3"),
+]
+
+
+@pytest.mark.parametrize(("settings", "start"), OBJECTIVE_SETTINGS)
+def test_settings_that_an_objective_cannot_use_are_refused(
+    settings: dict[str, Any], start: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, **settings)
+    assert str(caught.value).startswith(f"{start}: ")
+
+
+def test_every_objective_has_its_plan(tmp_path: Path) -> None:
+    """(policy samples, anchor samples, learned, compared) a prompt."""
+    plans: dict[str, tuple[int, int, int, int]] = {
+        "jbond": (1, 2, 2, 1),
+        "bond": (1, 16, 2, 1),
+        "best_of_n_sft": (0, 2, 1, 0),
+        "reinforce": (1, 0, 1, 1),
+        "rloo": (2, 0, 2, 2),
+        "vbon": (1, 16, 1, 1),
+        "bonbon": (0, 2, 2, 2),
+        "best_of_n_regression": (0, 2, 2, 2),
+    }
+    assert set(plans) == set(OBJECTIVES)
+    for name, expected in plans.items():
+        plan = make_objective(config(tmp_path, objective=name)).plan
+        assert (plan.policy, plan.anchor, plan.learn, plan.compare) == expected
+    changed = {
+        (1, 5, 2, 1): {"objective": "jbond", "num_anchor_samples": 5, "log_quantile": "harmonic"},
+        (1, 8, 2, 1): {"objective": "bond", "n": 8, "num_anchor_samples": 4},
+        (1, 4, 2, 1): {"objective": "bond", "n": 4, "quantile": "learned"},
+        (3, 0, 3, 3): {"objective": "rloo", "num_samples": 3},
+    }
+    for expected, settings in changed.items():
+        plan = make_objective(config(tmp_path, **settings)).plan
+        assert (plan.policy, plan.anchor, plan.learn, plan.compare) == expected
 
 
 def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
@@ -87,8 +147,8 @@ def test_defaults_are_the_papers_where_it_states_one(tmp_path: Path) -> None:
     paper = {
         "objective": "jbond",
         "n": 2,
-        "num_anchor_samples": 2,
-        "log_quantile": "jbond",
+        "num_anchor_samples": None,  # that is 2, see the plans above
+        "log_quantile": None,  # that is Eq. 17
         "beta": 0.5,
         "gamma": 0.0,
         "anchor": "ema",

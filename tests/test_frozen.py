@@ -30,9 +30,12 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 # -- names
 
 CONFIG_FIELDS = {
+    "alpha",
     "anchor",
     "anchor_update_every",
     "beta",
+    "beta_rl",
+    "correction",
     "disable_dropout",
     "dtype",
     "engine",
@@ -40,6 +43,7 @@ CONFIG_FIELDS = {
     "eval_num_reference_samples",
     "eval_num_samples",
     "gamma",
+    "kl_budget",
     "log_quantile",
     "max_completion_length",
     "max_prompt_length",
@@ -48,7 +52,10 @@ CONFIG_FIELDS = {
     "n",
     "num_anchor_samples",
     "num_logged_samples",
+    "num_samples",
     "objective",
+    "quantile",
+    "quantile_learning_rate",
     "reward_weights",
     "target_n",
 }
@@ -135,6 +142,15 @@ TRAIN_METRICS = {
     "time/other",
     "time/reference",
     "time/reward",
+}
+OTHER_OBJECTIVES_METRICS = {
+    "bond/margin_error",
+    "bond/quantile_loss",
+    "bond/quantile_mean",
+    "bond/regression_error",
+    "bond/regression_loss",
+    "bond/signal",
+    "time/quantile",
 }
 EVAL_ESTIMATES = {"eval_effective_n", "eval_kl", "eval_reference_reward", "eval_reward", "eval_win_rate"}
 EVAL_METRICS = (
@@ -227,7 +243,11 @@ def documented_metrics() -> set[str]:
 
 def test_every_metric_is_documented_and_no_other() -> None:
     names = documented_metrics()
-    logged_names = TRAIN_METRICS | {name.removesuffix("_low").removesuffix("_high") for name in EVAL_METRICS}
+    logged_names = (
+        TRAIN_METRICS
+        | OTHER_OBJECTIVES_METRICS
+        | {name.removesuffix("_low").removesuffix("_high") for name in EVAL_METRICS}
+    )
     assert {name for name in logged_names if not any(fnmatch(name, pattern) for pattern in names)} == set()
     assert {pattern for pattern in names if not any(fnmatch(name, pattern) for name in logged_names)} == set()
 
@@ -236,7 +256,19 @@ def test_every_metric_is_documented_and_no_other() -> None:
 
 FLOORS = {
     0: ("bestofn", "objectives", "errors", "config"),
-    1: ("rewards", "engines", "models", "anchor", "text", "data", "logprobs", "clock"),
+    1: (
+        "rewards",
+        "engines",
+        "models",
+        "anchor",
+        "text",
+        "data",
+        "scored",
+        "logprobs",
+        "prefix",
+        "quantile_model",
+        "clock",
+    ),
     2: ("rollout", "trainer", "checkpoint", "callbacks", "held_out", "runfolder", "inference"),
     3: ("evaluation", "report", "cli", "recipes", "__main__"),
 }

@@ -215,7 +215,7 @@ SHARING: dict[str, tuple[Callable[[], Any], bool]] = {
     "llama in bf16": (lambda: tiny_causal(TOKENIZER, dtype=torch.bfloat16), True),
     "gpt2": (lambda: tiny_gpt2(TOKENIZER), True),
     "mistral": (lambda: tiny_mistral(sliding_window=None), True),
-    "t5": (lambda: tiny_t5(TOKENIZER), False),
+    "t5": (lambda: tiny_t5(TOKENIZER), True),
     "eager llama": (lambda: eager(tiny_causal(TOKENIZER)), False),
     "eager gpt2": (lambda: eager(tiny_gpt2(TOKENIZER)), False),
     "sliding window": (lambda: tiny_mistral(sliding_window=4096), False),
@@ -226,6 +226,7 @@ SHARING: dict[str, tuple[Callable[[], Any], bool]] = {
 def test_prompts_are_shared_only_by_models_that_honour_the_mask(build: Callable[[], Any], shares: bool) -> None:
     model = build()
     assert can_share_prompts(model, CPU) == shares
+    assert can_share_prompts(model, CPU, distributed=True) == (shares and not model.config.is_encoder_decoder)
 
 
 @pytest.mark.parametrize("kind", MODELS)

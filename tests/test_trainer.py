@@ -133,11 +133,14 @@ def test_accumulation_changes_neither_gradient_nor_weights(kind: str, tmp_path: 
             assert row[name] == pytest.approx(one_row[name], abs=1e-5)
 
 
-def test_shared_prompts_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "t5", "t5-lora"])
+def test_shared_prompts_change_nothing(kind: str, tmp_path: Path) -> None:
     results = []
     for share in (True, False):
         gradients = Gradients()
-        made = trainer(tmp_path, callbacks=[gradients], max_steps=1, optim="sgd")
+        model = ends_often(MODELS[kind.split("-")[0]](TOKENIZER))
+        adapter = lora("t5") if kind.endswith("lora") else None
+        made = trainer(tmp_path, model, peft_config=adapter, callbacks=[gradients], max_steps=1, optim="sgd")
         assert made._share_prompts  # this model can
         made._share_prompts = share
         made.train()

@@ -8,34 +8,40 @@ import torch
 from transformers import TrainerCallback
 
 from bondlm.anchor import Anchor
-from bondlm.checkpoint import ANCHOR_FILE, load_anchor, save_anchor
+from bondlm.checkpoint import ANCHOR_FILE, QUANTILE_FILE, load_tensors, require_file, save_tensors
 from bondlm.clock import Clock
-from bondlm.errors import CheckpointError
+from bondlm.quantile_model import QuantileModel
 from bondlm.rollout import Samples
 from bondlm.runfolder import METRICS_FILE, SAMPLES_FILE, append_jsonl, drop_after
 
 
 class AnchorCallback(TrainerCallback):
-    """Moves the anchor after every optimizer step and keeps it in every checkpoint."""
+    """Moves the anchor after every optimizer step; keeps it, and the learned quantile, in every checkpoint."""
 
-    def __init__(self, anchor: Anchor, clock: Clock, record: Callable[[Mapping[str, float]], None]) -> None:
+    def __init__(
+        self,
+        anchor: Anchor,
+        quantile_model: QuantileModel | None,
+        clock: Clock,
+        record: Callable[[Mapping[str, float]], None],
+    ) -> None:
         """`record` takes the metrics of a step."""
-        self._anchor, self._clock, self._record = anchor, clock, record
+        self._anchor, self._quantile_model, self._clock, self._record = anchor, quantile_model, clock, record
         self._restore: Path | None = None
 
     def restore_from(self, checkpoint: Path) -> None:
-        """Continue from this checkpoint's anchor when training begins; refuse one that has none at once."""
-        if not (checkpoint / ANCHOR_FILE).is_file():
-            raise CheckpointError(
-                f"{checkpoint} has no {ANCHOR_FILE}: without its anchor a run cannot be continued. Resume from an "
-                "older checkpoint, or start a new run from these weights."
-            )
+        """Continue from this checkpoint's anchor when training begins; refuse an incomplete one at once."""
+        require_file(checkpoint / ANCHOR_FILE)
+        if self._quantile_model is not None:
+            require_file(checkpoint / QUANTILE_FILE)
         self._restore = checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Load the anchor, after Trainer has loaded the policy."""
+        """Load our part of the checkpoint, after Trainer has loaded the policy."""
         if self._restore is not None:
-            load_anchor(self._anchor, self._restore)
+            load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
+            if self._quantile_model is not None:
+                load_tensors(self._restore / QUANTILE_FILE, self._quantile_model.load_tensors)
             self._restore = None  # a second `train` goes on from where the first one ended
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -60,7 +66,10 @@ class AnchorCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the checkpoint that Trainer has just written."""
         if args.should_save:
-            save_anchor(self._anchor, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_tensors(self._anchor.state_dict(), folder / ANCHOR_FILE)
+            if self._quantile_model is not None:
+                save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
 
 
 class RunFolderCallback(TrainerCallback):
@@ -103,11 +112,11 @@ class RunFolderCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """Stops on a signal (the step is finished and saved) or once the effective N that was asked for is reached."""
+    """Stops on a signal (the step is finished and saved), at the effective N asked for, or when the KL is spent."""
 
-    def __init__(self, target_n: float | None) -> None:
-        """`target_n`: stop when the lower end of an evaluation's effective N is at least this."""
-        self._target_n = target_n
+    def __init__(self, target_n: float | None, kl_budget: float | None = None) -> None:
+        """Stop when the lower end of an evaluation's effective N reaches `target_n`, or its KL's passes `kl_budget`."""
+        self._target_n, self._kl_budget = target_n, kl_budget
         self.signal: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,7 +128,9 @@ class StopCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Compare with `target_n`."""
-        low = (metrics or {}).get("eval_effective_n_low")
-        if self._target_n is not None and low is not None and low >= self._target_n:
+        """Compare with `target_n` and `kl_budget`."""
+        n, kl = ((metrics or {}).get(f"eval_{name}_low") for name in ("effective_n", "kl"))
+        reached = self._target_n is not None and n is not None and n >= self._target_n
+        spent = self._kl_budget is not None and kl is not None and kl > self._kl_budget
+        if reached or spent:
             control.should_training_stop = True

@@ -1,37 +1,54 @@
-"""The anchor's part of a checkpoint; `transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state."""
+"""Our part of a checkpoint: the anchor, and the learned quantile model where there is one.
 
+`transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
-from bondlm.anchor import Anchor
 from bondlm.errors import CheckpointError
 
 ANCHOR_FILE = "anchor.safetensors"
+QUANTILE_FILE = "quantile.safetensors"
 
 
-def save_anchor(anchor: Anchor, folder: Path) -> None:
-    """Write the fp32 anchor beside the policy, under its final name only when whole."""
-    target = folder / ANCHOR_FILE
-    partial = folder / (ANCHOR_FILE + ".tmp")
-    safetensors.torch.save_file(anchor.state_dict(), partial)
-    partial.replace(target)
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, under its final name only when whole."""
+    partial = path.with_name(path.name + ".tmp")
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
 
 
-def load_anchor(anchor: Anchor, folder: Path) -> None:
-    """Restore the anchor of a checkpoint.
+def load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
+    """Give the file's tensors to `load`.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another model: a run must never go on with a fresh anchor.
+        CheckpointError: the file is missing, damaged, or of another model: a run must never go on with a fresh anchor.
     """
-    path = folder / ANCHOR_FILE
+    require_file(path)
+    try:
+        load(safetensors.torch.load_file(path))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this run: {error}") from error
+
+
+def require_file(path: Path) -> None:
+    """Raise CheckpointError if a part of a checkpoint is missing."""
     if not path.is_file():
         raise CheckpointError(
-            f"{path} is missing: without its anchor a run cannot be continued (it would silently start again from the "
-            "reference). Resume from an older checkpoint, or start a new run from these weights."
+            f"{path} is missing: without it a run cannot be continued (it would silently start this part afresh). "
+            "Resume from an older checkpoint, or start a new run from these weights."
         )
-    try:
-        anchor.load_state_dict(safetensors.torch.load_file(path))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} does not fit this run: {error}") from error
+
+
+def last_checkpoint(folder: str) -> str:
+    """The newest checkpoint of a run folder; CheckpointError if there is none."""
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if last is None:
+        raise CheckpointError(f"no checkpoint in {folder!r}: start without resume_from_checkpoint, or name its folder")
+    return str(last)

@@ -10,9 +10,15 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from bondlm.errors import ConfigError
+from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Objective, Reinforce
 
 AnchorSchedule = Literal["ema", "periodic", "fixed"]
-OBJECTIVES = ("jbond",)
+OBJECTIVES = (
+    *("jbond", "bond", "best_of_n_sft", "reinforce", "rloo"),
+    *("vbon", "bonbon", "best_of_n_regression"),
+)
+OFF_POLICY = ("best_of_n_sft", "bonbon", "best_of_n_regression")  # these can learn from a file of scored samples
+QUANTILES = ("monte_carlo", "learned")
 ANCHORS = ("ema", "periodic", "fixed")
 ENGINES = ("auto", "transformers")
 
@@ -26,15 +32,37 @@ class BONDConfig(TrainingArguments):
     """Settings of `BONDTrainer`. `per_device_train_batch_size` counts prompts, not completions."""
 
     # -- the algorithm
-    objective: str = _field("jbond", "What to distil with: 'jbond' (Algorithm 2).")
-    n: int = _field(2, "Order of Best-of-n in the target. J-BOND is defined for 2.")
+    objective: str = _field(
+        "jbond",
+        "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, vbon, bonbon or "
+        "best_of_n_regression.",
+    )
+    n: int = _field(2, "Order of Best-of-n in the target, at least 2. J-BOND is defined for 2.")
     beta: float = _field(0.5, "Jeffreys weight in [0, 1]: 0 is forward KL only (SFT), 1 backward KL only. Paper: 0.5.")
     gamma: float = _field(0.0, "Strength >= 0 of the extra KL to the anchor. Paper: 0 to 2 (Fig. 6).")
     anchor: AnchorSchedule = _field("ema", "How the anchor moves: 'ema' (every step), 'periodic' (copied) or 'fixed'.")
     eta: float = _field(0.02, "Mixing rate in [0, 1] of the EMA anchor (Eq. 18). Paper: 0.02 (7B), 0.05 (2B).")
     anchor_update_every: int = _field(50, "Optimizer steps between copies of a 'periodic' anchor. Paper: 50 (Fig. 5).")
-    num_anchor_samples: int = _field(2, "Anchor samples per prompt and step. J-BOND draws 2.")
-    log_quantile: str = _field("jbond", "Reward of a policy sample against the anchor's: 'jbond' is Eq. 17.")
+    num_anchor_samples: int | None = _field(
+        None,
+        "Anchor samples k behind a quantile. Default: 2 for jbond, 16 for bond and vbon, 1 for a learned quantile.",
+    )
+    log_quantile: str | None = _field(
+        None,
+        "Estimate of the log-quantile: jbond takes 'jbond' (Eq. 17, default) or 'harmonic', bond 'clamped' (default) "
+        "or 'harmonic'.",
+    )
+    correction: bool = _field(False, "bond: add the collision term of Eq. 4, which keeps ties exact. Paper: dropped.")
+    quantile: str = _field(
+        "monte_carlo", "bond: 'monte_carlo' quantiles from k anchor samples, or 'learned' by a small model (App. B.1)."
+    )
+    quantile_learning_rate: float = _field(1e-3, "Learning rate of the learned quantile model.")
+    beta_rl: float = _field(0.05, "reinforce, rloo: KL coefficient >= 0 in units of reward a nat. Paper: 0.001 to 1.")
+    num_samples: int | None = _field(
+        None,
+        "rloo: policy samples a prompt (default 2); best_of_n_regression: samples a prompt (default n, or all logged).",
+    )
+    alpha: float = _field(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
 
     # -- prompts, completions, rewards
     max_prompt_length: int | None = _field(None, "Longest prompt in tokens; a longer one is an error, never cut.")
@@ -54,6 +82,7 @@ class BONDConfig(TrainingArguments):
     eval_num_samples: int = _field(4, "Policy completions per held-out prompt in an evaluation.")
     eval_num_reference_samples: int = _field(16, "Reference completions per held-out prompt: they show N up to this.")
     target_n: float | None = _field(None, "Stop training once the lower end of effective N reaches this value.")
+    kl_budget: float | None = _field(None, "Stop training once the lower end of the held-out KL, in nats, passes this.")
     num_logged_samples: int = _field(4, "Prompts per logged step whose completions go to samples.jsonl.")
 
     # -- other defaults than TrainingArguments
@@ -84,15 +113,35 @@ def _problems(config: BONDConfig) -> list[str]:
         (c.objective in OBJECTIVES, f"objective={c.objective!r}: choose one of {', '.join(OBJECTIVES)}"),
         (c.anchor in ANCHORS, f"anchor={c.anchor!r}: choose one of {', '.join(ANCHORS)}"),
         (c.engine in ENGINES, f"engine={c.engine!r}: choose one of {', '.join(ENGINES)}"),
-        (c.log_quantile == "jbond", f"log_quantile={c.log_quantile!r}: J-BOND takes 'jbond'"),
+        (c.quantile in QUANTILES, f"quantile={c.quantile!r}: choose one of {', '.join(QUANTILES)}"),
         (0 <= c.beta <= 1, f"beta={c.beta}: the Jeffreys weight lies in [0, 1]"),
         (
             0 <= c.gamma < float("inf"),
             f"gamma={c.gamma}: must be >= 0 and finite (a negative value pushes away from the anchor)",
         ),
         (0 <= c.eta <= 1, f"eta={c.eta}: the mixing rate lies in [0, 1] (it is 1 - decay)"),
-        (c.n == 2, f"n={c.n}: J-BOND distils Best-of-2 of a moving anchor, set n=2"),
-        (c.num_anchor_samples == 2, f"num_anchor_samples={c.num_anchor_samples}: J-BOND draws 2"),
+        (c.objective != "jbond" or c.n == 2, f"n={c.n}: J-BOND distils Best-of-2 of a moving anchor, set n=2"),
+        (
+            c.num_anchor_samples is None or c.objective in ("jbond", "bond", "vbon"),
+            f"num_anchor_samples={c.num_anchor_samples}: {c.objective} compares with no anchor samples, remove it",
+        ),
+        (
+            c.num_samples is None or c.objective in ("rloo", "best_of_n_regression"),
+            f"num_samples={c.num_samples}: {c.objective} has its own number of samples, remove it",
+        ),
+        (
+            c.log_quantile is None or c.objective in ("jbond", "bond"),
+            f"log_quantile={c.log_quantile!r}: {c.objective} has an estimate of its own or none, remove it",
+        ),
+        (
+            c.quantile != "learned" or c.objective == "bond",
+            f"quantile='learned': {c.objective} has none, only objective='bond' does",
+        ),
+        (
+            c.quantile != "learned" or (c.log_quantile is None and not c.correction),
+            "quantile='learned': it estimates log p itself, remove log_quantile and correction",
+        ),
+        (c.quantile_learning_rate > 0, f"quantile_learning_rate={c.quantile_learning_rate}: must be > 0"),
         (c.anchor_update_every >= 1, f"anchor_update_every={c.anchor_update_every}: must be >= 1"),
         (c.max_completion_length >= 1, f"max_completion_length={c.max_completion_length}: must be >= 1"),
         (
@@ -108,7 +157,44 @@ def _problems(config: BONDConfig) -> list[str]:
             f"target_n={c.target_n}: must be > 1 and at most eval_num_reference_samples="
             f"{c.eval_num_reference_samples}, which cannot show more",
         ),
+        (c.kl_budget is None or c.kl_budget > 0, f"kl_budget={c.kl_budget}: must be > 0"),
         (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),
         (not c.remove_unused_columns, "remove_unused_columns=True would hide the data's columns from the rewards"),
     ]
-    return [message for holds, message in checks if not holds]
+    problems = [message for holds, message in checks if not holds]
+    if not problems:
+        try:
+            make_objective(c)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
+def make_objective(c: BONDConfig) -> Objective:
+    """The objective that the settings name.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+    k: dict[str, Any] = {} if c.num_anchor_samples is None else {"num_anchor_samples": c.num_anchor_samples}
+    estimate: dict[str, Any] = {} if c.log_quantile is None else {"log_quantile": c.log_quantile}
+    match c.objective:
+        case "jbond":
+            return JBOND(beta=c.beta, gamma=c.gamma, **k, **estimate)
+        case "bond" if c.quantile == "learned":
+            return BOND(n=c.n, beta=c.beta, gamma=c.gamma, learned=True, **({"num_anchor_samples": 1} | k))
+        case "bond":
+            return BOND(n=c.n, beta=c.beta, gamma=c.gamma, correction=c.correction, **k, **estimate)
+        case "best_of_n_sft":
+            return BestOfNSFT(n=c.n)
+        case "reinforce":
+            return Reinforce(beta_rl=c.beta_rl)
+        case "rloo":
+            return RLOO(beta_rl=c.beta_rl, num_samples=2 if c.num_samples is None else c.num_samples)
+        case "vbon":
+            return VBON(n=c.n, **({"num_anchor_samples": 16} | k))
+        case "bonbon":
+            return BoNBoN(n=c.n, alpha=c.alpha)
+        case "best_of_n_regression":
+            return BestOfNRegression(n=c.n, num_samples=c.n if c.num_samples is None else c.num_samples)
+    raise ConfigError(f"objective={c.objective!r}: choose one of {', '.join(OBJECTIVES)}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from bondlm.prefix import has_full_attention, prefill_prefix, repeated, shared_prefix
 
@@ -22,7 +23,7 @@ def collate(groups: Sequence[Group], pad_id: int, *, start_id: int | None = None
 
     A causal row is [prompt, padded left | completion 1, padded right | ... | completion L]. Each completion sees the
     prompt and itself alone, so that the prompt is computed once for all of them, and the head in the last L * T columns
-    only. `start_id` is given for encoder-decoder models: prompts and completions part ways, and L must be 1.
+    only. `start_id` is given for encoder-decoder models: the prompts' rows (P) and the completions' (P * L) part ways.
 
     Returns:
         The model's inputs, `completion_ids` (P, L, T) and `completion_mask` (P, L, T).
@@ -37,8 +38,8 @@ def collate(groups: Sequence[Group], pad_id: int, *, start_id: int | None = None
     prompt_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
     prompt_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     if start_id is not None:
-        start = torch.full((len(groups), 1), start_id)
-        decoder_ids = torch.cat([start, ids_PLT[:, 0, :-1]], dim=1)
+        flat = ids_PLT.flatten(0, 1)
+        decoder_ids = torch.cat([torch.full((len(flat), 1), start_id), flat[:, :-1]], dim=1)
         return batch | {"input_ids": prompt_ids, "attention_mask": prompt_mask, "decoder_input_ids": decoder_ids}
     num_completions = ids_PLT.shape[1]
     prompt_positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -75,9 +76,9 @@ def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], cache: DynamicCac
     """
     ids_PLT, mask_PLT = batch["completion_ids"], batch["completion_mask"]
     if "decoder_input_ids" in batch:
-        names = ("input_ids", "attention_mask", "decoder_input_ids")
-        logits = model(**{name: batch[name] for name in names}, use_cache=False).logits
-        return (_chosen(logits, ids_PLT[:, 0]) * mask_PLT[:, 0]).sum(dim=1, keepdim=True)
+        logits = _decoder_logits(model, batch, num_completions=ids_PLT.shape[1])
+        chosen = _chosen(logits, ids_PLT.flatten(0, 1)) * mask_PLT.flatten(0, 1)
+        return chosen.sum(dim=1).view(ids_PLT.shape[:2])
     num_prompts, num_completions, length = ids_PLT.shape
     logits = model(
         input_ids=batch["input_ids"],
@@ -92,6 +93,20 @@ def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], cache: DynamicCac
     following_PLT = ids_PLT.roll(-1, dims=2)  # the last column predicts nothing, and is masked
     rest_PLT = _chosen(logits[:, 1:], following_PLT.flatten(1)).view(num_prompts, num_completions, length)
     return first_PL + (rest_PLT[:, :, :-1] * mask_PLT[:, :, 1:]).sum(dim=2)
+
+
+def _decoder_logits(model: Any, batch: Mapping[str, Tensor], num_completions: int) -> Tensor:
+    """Logits (P * L, T, V) of an encoder-decoder model, which encodes each prompt once."""
+    mask, decoder_ids = batch["attention_mask"], batch["decoder_input_ids"]
+    if num_completions == 1:
+        prompts: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask}
+    else:
+        hidden = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        prompts = {
+            "encoder_outputs": BaseModelOutput(last_hidden_state=hidden.repeat_interleave(num_completions, dim=0)),
+            "attention_mask": mask.repeat_interleave(num_completions, dim=0),
+        }
+    return model(**prompts, decoder_input_ids=decoder_ids, use_cache=False).logits
 
 
 def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
@@ -132,13 +147,16 @@ def score_rows(
 
 
 @torch.no_grad()
-def can_share_prompts(model: Any, device: torch.device) -> bool:
+def can_share_prompts(model: Any, device: torch.device, *, distributed: bool = False) -> bool:
     """Whether the model gives completions that share a row the log-probabilities that they have alone.
 
     It must take a 4-dimensional boolean mask (SDPA does, eager attention does not) and explicit positions. Asked
     of the model itself with a small probe; a model with sliding windows or recurrent layers is refused, since a short
-    probe would not show the difference.
+    probe would not show the difference. An encoder-decoder model can always encode a prompt once, but calls its encoder
+    by itself then, which sharded engines do not expect.
     """
+    if model.config.is_encoder_decoder:
+        return not distributed
     if not has_full_attention(model.config):
         return False
     ids = [i % model.config.vocab_size for i in range(11, 31)]

@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
 
 ANCHOR_ADAPTER = "anchor"
@@ -185,3 +186,38 @@ def _adapter_is_identity(state: dict[str, torch.Tensor]) -> bool:
 def wrap_lora(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """Put a fresh adapter on `model`, its weights in fp32 whatever the base's dtype."""
     return get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+
+
+def prepare_policy(
+    model: str | PreTrainedModel | PeftModel, args: BONDConfig, peft_config: PeftConfig | None
+) -> PreTrainedModel | PeftModel:
+    """The model that trains: loaded if it is given by name, with a fresh adapter if one is asked for, without dropout.
+
+    Raises:
+        ConfigError: it cannot be loaded, has nothing to train, or the settings contradict it.
+    """
+    if isinstance(model, str):
+        adapter = peft_config is not None or (Path(model) / "adapter_config.json").is_file()
+        model = load_model(model, dtype=_load_dtype(args, frozen=adapter), **(args.model_init_kwargs or {}))
+    elif args.model_init_kwargs:
+        raise ConfigError("model_init_kwargs is only for a model given by name: this one is loaded already")
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
+        model = wrap_lora(model, peft_config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
+        )
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+def _load_dtype(args: BONDConfig, *, frozen: bool) -> torch.dtype:
+    """Weights that train are fp32 (bf16 steps of 1e-6 would vanish); frozen ones may be bf16."""
+    if not frozen:
+        if args.dtype == "bfloat16":
+            raise ConfigError("dtype=bfloat16 with full fine-tuning would lose small updates: use bf16=True (autocast)")
+        return torch.float32
+    return fast_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)

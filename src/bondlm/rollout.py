@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bondlm.engines import Completion, Engine, Role
 from bondlm.rewards import NamedReward, score
+from bondlm.scored import LOGGED_IDS, LOGGED_REWARDS
 from bondlm.text import as_messages, decode_completions
 
 ROLE_NUMBER: dict[Role, int] = {"policy": 0, "anchor": 1, "reference": 2}
@@ -125,3 +126,34 @@ def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
         # -log p of a sample is an unbiased estimate of the entropy of its law; the mean is over tokens.
         "entropy": -sum(c.logprob for c in completions) / sum(lengths),
     }
+
+
+def rollout_metrics(samples: Samples, num_policy: int) -> dict[str, float]:
+    """What a step logs of its samples; the policy's come first. Without any, lengths are those of the anchor's."""
+    policy, anchor = samples.rewards_PM[:, :num_policy], samples.rewards_PM[:, num_policy:]
+    ordered = samples.rewards_PM.sort(dim=1).values
+    tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+    metrics = {
+        "reward_std": float(samples.rewards_PM.std()),
+        "bond/frac_tied": float(tied.double().mean()),
+        "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
+    }
+    if num_policy:
+        metrics["reward"] = float(policy.mean())
+        metrics |= {f"rewards/{name}/mean": float(v[:, :num_policy].mean()) for name, v in samples.by_name.items()}
+    if anchor.shape[1]:
+        metrics["anchor/reward"] = float(anchor.mean())
+    measured = [c for row in samples.completions for c in (row[:num_policy] if num_policy else row)]
+    return metrics | completion_metrics(measured)
+
+
+def logged_samples(rows: Sequence[Mapping[str, Any]]) -> Samples:
+    """The scored samples that the rows hold (`bondlm.scored`); nobody kept their log-probabilities, so these are 0."""
+    completions = [[Completion(list(ids), [0.0] * len(ids), finished=True) for ids in row[LOGGED_IDS]] for row in rows]
+    return Samples(
+        prompts=[list(row[PROMPT_IDS]) for row in rows],
+        completions=completions,
+        texts=[["" for _ in row] for row in completions],
+        rewards_PM=torch.tensor([row[LOGGED_REWARDS] for row in rows], dtype=torch.float64),
+        by_name={},
+    )

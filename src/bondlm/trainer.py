@@ -20,22 +20,34 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from bondlm.anchor import Anchor
 from bondlm.callbacks import AnchorCallback, RunFolderCallback, StopCallback
+from bondlm.checkpoint import last_checkpoint
 from bondlm.clock import Clock
-from bondlm.config import BONDConfig
+from bondlm.config import BONDConfig, make_objective
 from bondlm.data import load_prompts
 from bondlm.engines import Role
 from bondlm.engines.hf import TransformersEngine
-from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
+from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.held_out import compare
 from bondlm.logprobs import Group, can_share_prompts, collate, score_rows, sequence_logprobs
-from bondlm.models import Roles, disable_dropout, fast_dtype, load_model, wrap_lora
-from bondlm.objectives import JBOND, Objective
-from bondlm.rewards import load_rewards
-from bondlm.rollout import PROMPT_IDS, Samples, completion_metrics, draw, score_samples, tie_noise
+from bondlm.models import Roles, fast_dtype, prepare_policy
+from bondlm.objectives import BOND, BestOfNRegression, Objective
+from bondlm.quantile_model import QuantileModel, completion_features
+from bondlm.rewards import NamedReward, load_rewards
+from bondlm.rollout import (
+    PROMPT_IDS,
+    Samples,
+    completion_metrics,
+    draw,
+    logged_samples,
+    rollout_metrics,
+    score_samples,
+    tie_noise,
+)
+from bondlm.scored import LOGGED_IDS, group_scored, is_scored
 from bondlm.text import check_tokenizer, encode_prompts
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
@@ -48,9 +60,11 @@ class BONDTrainer(Trainer):
     Args:
         model: the policy: a model, or a folder or hub name. It is also the reference and the first anchor.
         reward_funcs: what a completion is worth: functions `f(prompts, completions, **columns) -> list[float]`,
-            names of sequence-classification models, `nli:`/`similarity:` models, modules, or a list of these.
+            names of sequence-classification models, `nli:`/`similarity:` models, modules, or a list of these. None is
+            for training from scored samples alone.
         args: settings.
-        train_dataset: prompts (`{"prompt": str}` or `{"prompt": messages}`); other columns reach the rewards.
+        train_dataset: prompts (`{"prompt": str}` or `{"prompt": messages}`); other columns reach the rewards. Or scored
+            samples (`{"prompt", "completion", "reward"}`, from `bondlm score`) for an objective that learns from these.
         eval_dataset: held-out prompts.
         processing_class: the policy's tokenizer; default: the model's own.
         reward_processing_classes: tokenizers of reward modules.
@@ -69,7 +83,7 @@ class BONDTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        reward_funcs: Any,
+        reward_funcs: Any = None,
         args: BONDConfig | None = None,
         train_dataset: Dataset | Sequence[Mapping[str, Any]] | str | None = None,
         eval_dataset: Dataset | Sequence[Mapping[str, Any]] | str | None = None,
@@ -82,12 +96,12 @@ class BONDTrainer(Trainer):
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
-        model = _prepare_model(model, args, peft_config)
+        model = prepare_policy(model, args, peft_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name)
         self.roles = Roles(model)
         core = self.roles.core
-        self.objective: Objective = JBOND(beta=args.beta, gamma=args.gamma)
+        self.objective: Objective = make_objective(args)
         self._text = check_tokenizer(processing_class, core.generation_config.eos_token_id)
         self._is_seq2seq = bool(core.config.is_encoder_decoder)
         self._start_id: int | None = core.config.decoder_start_token_id if self._is_seq2seq else None
@@ -98,6 +112,9 @@ class BONDTrainer(Trainer):
             "max_completion_length": args.max_completion_length,
             "is_encoder_decoder": self._is_seq2seq,
         }
+        self._given, self._reward_funcs_missing = args, reward_funcs is None  # Trainer's own come with its constructor
+        if reward_funcs is None and eval_dataset is not None:
+            raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
         self.clock = Clock()
         self._totals: dict[str, list[float]] = defaultdict(list)
         if args.learning_rate is None:
@@ -106,39 +123,51 @@ class BONDTrainer(Trainer):
             model=model,
             args=args,
             data_collator=_keep_rows,
-            train_dataset=None if train_dataset is None else self._encoded(train_dataset),
+            train_dataset=None if train_dataset is None else self._training_data(train_dataset),
             eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.roles.to(args.device)
-        self.rewards = load_rewards(
-            reward_funcs,
-            args.reward_weights,
-            processing_classes=reward_processing_classes,
-            device=args.device,
-            dtype=fast_dtype(args.device),
-        )
+        self.rewards: list[NamedReward] = []
+        if reward_funcs is not None:
+            self.rewards = load_rewards(
+                reward_funcs,
+                args.reward_weights,
+                processing_classes=reward_processing_classes,
+                device=args.device,
+                dtype=fast_dtype(args.device),
+            )
         self.engine = TransformersEngine(
-            self.roles.use,
-            eos_ids=self._text.eos_ids,
-            pad_id=self._text.pad_id,
-            max_rows=args.max_rows,
+            self.roles.use, eos_ids=self._text.eos_ids, pad_id=self._text.pad_id, max_rows=args.max_rows
         )
         self.anchor = Anchor(
             self.roles.anchor_pairs, schedule=args.anchor, eta=args.eta, update_every=args.anchor_update_every
         )
-        self._anchor_callback = AnchorCallback(self.anchor, self.clock, self.record)
+        self.quantile_model = _quantile_model(self.objective, core.config.hidden_size, args)
+        self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self.record)
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
-        self.stop = StopCallback(args.target_n)
+        self.stop = StopCallback(args.target_n, args.kl_budget)
         for callback in (self._anchor_callback, self.run_folder, self.stop):
             self.add_callback(callback)
         with self.roles.use("policy") as policy:
-            self._share_prompts = can_share_prompts(policy, args.device)
+            self._share_prompts = can_share_prompts(policy, args.device, distributed=args.world_size > 1)
         self._reference_samples: dict[int, Samples] = {}
 
     # -- data
+
+    def _training_data(self, dataset: Any) -> Dataset:
+        prompts = load_prompts(dataset)
+        args = self._given
+        if not is_scored(prompts):
+            if self._reward_funcs_missing:
+                raise ConfigError("reward_funcs is required: only a data set of scored samples comes without")
+            return self._encoded(prompts)
+        grouped = group_scored(prompts, self._tokenizer, args, eos_id=self._text.eos_ids[0])
+        if args.objective == "best_of_n_regression":
+            self.objective = BestOfNRegression(n=args.n, num_samples=len(grouped[LOGGED_IDS][0]))
+        return self._encoded(grouped)
 
     def _encoded(self, dataset: Any) -> Dataset:
         prompts = load_prompts(dataset)
@@ -169,17 +198,8 @@ class BONDTrainer(Trainer):
         plan, seed = self.objective.plan, self.args.seed
         first = self.args.process_index * len(rows)
         positions = range(first, first + len(rows))
-        with self.clock("generate"):
-            completions = draw(
-                self.engine,
-                rows,
-                {"policy": plan.policy, "anchor": plan.anchor},
-                max_new_tokens=self.args.max_completion_length,
-                seed=seed,
-                step=step,
-                positions=positions,
-            )
-        samples = self.score_completions(rows, completions)
+        samples = self._samples_of_step(rows, step, positions)
+        completions = samples.completions
         selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
         learned = [[completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
         compared = [
@@ -187,22 +207,58 @@ class BONDTrainer(Trainer):
         ]
         anchor_logp = self._score("anchor", compared)
         sampled_logp = torch.tensor([[c.logprob for c in cs[: plan.compare]] for cs in learned])
-        returns = self.objective.returns(selection.signal_PC.float(), sampled_logp, anchor_logp)
+        signal = selection.signal_PC.float()
+        if isinstance(self.objective, BOND) and self.quantile_model is not None:
+            flat = [pair for row in compared for pair in row]
+            labels = self.objective.labels(samples.rewards_PM)
+            signal = self.objective.signal(self._learned_log_quantile(self.quantile_model, flat, labels))
+        returns = self.objective.returns(signal, sampled_logp, anchor_logp)
         everyone = self.accelerator.gather(returns.to(self.args.device)).cpu()
         baseline = self.objective.baseline(everyone)[first : first + len(rows)]
-        if step % self.state.logging_steps == 0:  # of the state: there a share of the run is a number of steps
-            self.record({"kl": float((sampled_logp - self._score("reference", compared)).mean())})
-        self._record_rollout(samples, sampled_logp - anchor_logp)
-        self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
+        if plan.policy:
+            self.record({"anchor/kl": float((sampled_logp - anchor_logp).mean())})
+            if step % self.state.logging_steps == 0:  # of the state: there a share of the run is a number of steps
+                self.record({"kl": float((sampled_logp - self._score("reference", compared)).mean())})
+        self.record(rollout_metrics(samples, plan.policy))
+        if LOGGED_IDS not in rows[0]:
+            self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
         return {
             "groups": [(row[PROMPT_IDS], [c.ids for c in cs]) for row, cs in zip(rows, learned, strict=True)],
             "tensors": {
-                "signal_PC": selection.signal_PC.float(),
+                "signal_PC": signal,
                 "baseline_PC": baseline,
                 "anchor_logp_PC": anchor_logp,
                 "sampled_logp_PC": sampled_logp,
             },
         }
+
+    def _samples_of_step(self, rows: list[dict[str, Any]], step: int, positions: Sequence[int]) -> Samples:
+        """Logged samples where the data has them, else fresh ones, scored."""
+        if LOGGED_IDS in rows[0]:
+            return logged_samples(rows)
+        plan = self.objective.plan
+        with self.clock("generate"):
+            completions = draw(
+                self.engine,
+                rows,
+                {"policy": plan.policy, "anchor": plan.anchor},
+                max_new_tokens=self.args.max_completion_length,
+                seed=self.args.seed,
+                step=step,
+                positions=positions,
+            )
+        return self.score_completions(rows, completions)
+
+    def _learned_log_quantile(self, model: QuantileModel, rows: list[tuple[Any, Any]], labels_P: Tensor) -> Tensor:
+        """Log p_theta (P, 1) of the policy's samples; then one step of p_theta, the same on every rank."""
+        device = self.args.device
+        with self.clock("quantile"), self.roles.use("reference") as reference:
+            features = completion_features(reference, rows, self._text.pad_id, start_id=self._start_id, device=device)
+            log_p = model.log_quantile(features).cpu()
+            gather = self.accelerator.gather
+            loss = model.update(gather(features), gather(labels_P.float().to(device)))
+        self.record({"bond/quantile_loss": loss, "bond/quantile_mean": float(log_p.exp().mean())})
+        return log_p.unsqueeze(1)
 
     def _micro_batch(self, window: dict[str, Any], begin: int, end: int) -> dict[str, Tensor]:
         groups: list[Group] = window["groups"][begin:end]
@@ -237,9 +293,10 @@ class BONDTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the loss is {loss.loss_P.tolist()}; log-probabilities "
                 f"{logp_PL.tolist()}. No update was made. A smaller learning_rate or fp32 weights usually help."
             )
-        gap = (logp_PL[:, : plan.compare].detach() - sampled_logp).abs().mean()
-        metrics = {name: float(values.mean()) for name, values in loss.metrics.items()}
-        self.record(metrics | {"sampler/logprob_gap": float(gap)})
+        self.record({name: float(values.mean()) for name, values in loss.metrics.items()})
+        if plan.policy:
+            gap = (logp_PL[:, : plan.compare].detach() - sampled_logp).abs().mean()
+            self.record({"sampler/logprob_gap": float(gap)})
         # Ranks' gradients are averaged, not summed: undo that, since the divisor already counts all ranks' prompts.
         mean = loss.loss_P.sum() * self.args.world_size / num_items_in_batch
         return (mean, {"logp": logp_PL}) if return_outputs else mean
@@ -327,22 +384,6 @@ class BONDTrainer(Trainer):
         for name, value in metrics.items():
             self._totals[name].append(value)
 
-    def _record_rollout(self, samples: Samples, log_ratio_PC: Tensor) -> None:
-        k = self.objective.plan.policy
-        policy, anchor = samples.rewards_PM[:, :k], samples.rewards_PM[:, k:]
-        ordered = samples.rewards_PM.sort(dim=1).values
-        tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
-        metrics = {
-            "reward": float(policy.mean()),
-            "reward_std": float(samples.rewards_PM.std()),
-            "anchor/reward": float(anchor.mean()),
-            "anchor/kl": float(log_ratio_PC.mean()),
-            "bond/frac_tied": float(tied.double().mean()),
-            "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
-        }
-        metrics |= {f"rewards/{name}/mean": float(values[:, :k].mean()) for name, values in samples.by_name.items()}
-        self.record(metrics | completion_metrics([c for row in samples.completions for c in row[:k]]))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of all metrics recorded since the last log."""
         if "loss" in logs:
@@ -365,19 +406,10 @@ class BONDTrainer(Trainer):
             CheckpointError: no checkpoint, or one without its anchor.
         """
         if isinstance(resume_from_checkpoint, bool):
-            resume_from_checkpoint = self._last_checkpoint() if resume_from_checkpoint else None
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint else None
         if resume_from_checkpoint is not None:
             self._anchor_callback.restore_from(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _last_checkpoint(self) -> str:
-        folder = str(self.args.output_dir)
-        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        if last is None:
-            raise CheckpointError(
-                f"no checkpoint in {folder!r}: start without resume_from_checkpoint, or name its folder"
-            )
-        return str(last)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a folder that `from_pretrained` loads; of the adapters the policy's alone."""
@@ -396,32 +428,10 @@ class BONDTrainer(Trainer):
         return 0
 
 
-def _prepare_model(model: Any, args: BONDConfig, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-    if isinstance(model, str):
-        adapter = peft_config is not None or (Path(model) / "adapter_config.json").is_file()
-        model = load_model(model, dtype=_load_dtype(args, frozen=adapter), **(args.model_init_kwargs or {}))
-    elif args.model_init_kwargs:
-        raise ConfigError("model_init_kwargs is only for a model given by name: this one is loaded already")
-    if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
-        model = wrap_lora(model, peft_config)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
-        )
-    if args.disable_dropout:
-        disable_dropout(model)
-    return model
-
-
-def _load_dtype(args: BONDConfig, *, frozen: bool) -> torch.dtype:
-    """Weights that train are fp32 (bf16 steps of 1e-6 would vanish); frozen ones may be bf16."""
-    if not frozen:
-        if args.dtype == "bfloat16":
-            raise ConfigError("dtype=bfloat16 with full fine-tuning would lose small updates: use bf16=True (autocast)")
-        return torch.float32
-    return fast_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
+def _quantile_model(objective: Objective, hidden_size: int, args: BONDConfig) -> QuantileModel | None:
+    if not (isinstance(objective, BOND) and objective.learned):
+        return None
+    return QuantileModel(hidden_size, learning_rate=args.quantile_learning_rate, seed=args.seed).to(args.device)
 
 
 def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:

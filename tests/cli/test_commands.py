@@ -151,13 +151,31 @@ def test_score_writes_rows_and_sample_takes_the_best_of_them(tmp_path, capsys):
     assert main(["score", *common, "--num_samples", "4", "--output", str(tmp_path / "scored.jsonl")]) == 0
     assert main(["sample", *common, "--best_of", "4", "--output", str(tmp_path / "best.jsonl")]) == 0
     scored, best = rows(tmp_path / "scored.jsonl"), rows(tmp_path / "best.jsonl")
-    assert [set(row) for row in scored] == [{"prompt", "completion", "reward"}] * 24
+    assert [set(row) for row in scored] == [{"prompt", "completion", "reward", "finished"}] * 24
     for i, row in enumerate(best):  # the same seed draws the same samples
         group = scored[4 * i : 4 * i + 4]
         assert row["reward"] == max(r["reward"] for r in group)
         assert row["completion"] in [r["completion"] for r in group]
     assert main(["score", *common, "--output", str(tmp_path / "scored.jsonl")]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_train_learns_from_what_score_wrote(tmp_path, capsys):
+    write_job(tmp_path)
+    common = ["--model", str(tmp_path / "model"), "--max_completion_length", "8"]
+    reward = ["--reward_funcs", f"{tmp_path}/reward.py:letters", "--num_samples", "4"]
+    scored = str(tmp_path / "scored.jsonl")
+    assert main(["score", *common, *reward, "--dataset", str(tmp_path / "train.jsonl"), "--output", scored]) == 0
+    common[-1] = "40"  # the text of an untrained model is other tokens when it is read again, and more of them
+    job = ["train", *common, "--train_dataset", scored, "--objective", "best_of_n_regression", "--n", "4"]
+    job += ["--output_dir", str(tmp_path / "offline"), "--max_steps", "2", "--logging_steps", "1", "--use_cpu", "true"]
+    assert main(job) == 2
+    assert "anchor='ema'" in capsys.readouterr().err
+    assert main([*job, "--anchor", "fixed"]) == 0
+    first = rows(tmp_path / "offline" / "metrics.jsonl")[0]
+    assert first["bond/regression_loss"] > 0
+    assert "time/generate" not in first
+    assert (tmp_path / "offline" / "model.safetensors").is_file()
 
 
 def test_sample_prints_an_answer_to_one_prompt(tmp_path, capsys):

@@ -68,9 +68,9 @@ MUTATIONS = [
     Mutation(_JBOND, "bestofn.quantiles", "where(at_most == 0", "where(at_most <= 1", "worse than one sample only"),
     Mutation(_JBOND, "bestofn.quantiles", "return -math.ldexp", "return math.ldexp", "two-level penalty"),
     *(Mutation(_BOND, "objectives.bond", *m) for m in _JEFFREYS),
-    Mutation(_BOND, "objectives.bond", "(self.n - 1) * log_q", "-(self.n - 1) * log_q", "log-quantile"),
-    Mutation(_BOND, "objectives.bond", "(self.n - 1) * log_q", "self.n * log_q", "n instead of n - 1"),
-    Mutation(_BOND, "objectives.bond", "(self.n - 1) * log_q", "log_q", "r_BOND without its factor n - 1"),
+    Mutation(_BOND, "objectives.bond", "(self.n - 1) * log_p", "-(self.n - 1) * log_p", "log-quantile"),
+    Mutation(_BOND, "objectives.bond", "(self.n - 1) * log_p", "self.n * log_p", "n instead of n - 1"),
+    Mutation(_BOND, "objectives.bond", "(self.n - 1) * log_p", "log_p", "r_BOND without its factor n - 1"),
     Mutation(_BOND, "objectives.bond", "signal + log_coll", "signal - log_coll", "collision term"),
     Mutation(_BOND, "objectives.bond", "ties(rewards_PM", "ties(-rewards_PM", "worst, not best"),
     Mutation(

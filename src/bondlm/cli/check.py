@@ -29,7 +29,8 @@ def run(options: dict[str, Any]) -> int:
         with console.status("one dry step"):
             trainer.train()
         logs = next(row for row in trainer.state.log_history if "loss" in row)
-        _check_neighbours(trainer)
+        if trainer.rewards:
+            _check_neighbours(trainer)
         trainer.save_model()
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
     for name in sorted(logs):

@@ -104,16 +104,16 @@ def generate(options: dict[str, Any], source: Any, num_samples: int, console: Co
         if len(rows) > CHUNK:
             console.print(f"{min(start + CHUNK, len(rows))}/{len(rows)} prompts", highlight=False, soft_wrap=True)
         yield _as_rows(
-            chunk, sampler.texts(drawn), sampler.score(rewards, chunk, drawn).rewards_PM if rewards else None
+            chunk, drawn, sampler.texts(drawn), sampler.score(rewards, chunk, drawn).rewards_PM if rewards else None
         )
 
 
-def _as_rows(rows: Any, texts: list[list[str]], rewards: Any) -> list[list[dict[str, Any]]]:
+def _as_rows(rows: Any, drawn: Any, texts: list[list[str]], rewards: Any) -> list[list[dict[str, Any]]]:
     groups = []
     for i, row in enumerate(rows):
         group = [{"prompt": row["prompt"], "completion": text} for text in texts[i]]
         if rewards is not None:
-            for answer, reward in zip(group, rewards[i].tolist(), strict=True):
-                answer["reward"] = reward
+            for answer, reward, completion in zip(group, rewards[i].tolist(), drawn[i], strict=True):
+                answer |= {"reward": reward, "finished": completion.finished}
         groups.append(group)
     return groups

@@ -63,7 +63,7 @@ def run(options: dict[str, Any]) -> int:
 
 def require(options: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a required option that is missing."""
-    for name in ("model", "reward_funcs", "train_dataset"):
+    for name in ("model", "train_dataset"):  # rewards are optional where the samples are scored already
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
 
@@ -92,7 +92,7 @@ def build_trainer(options: Mapping[str, Any]) -> Any:
         raise ConfigError(f"a setting was refused: {error}") from error
     trainer = BONDTrainer(
         model=str(options["model"]),
-        reward_funcs=options["reward_funcs"],
+        reward_funcs=options.get("reward_funcs"),
         args=args,
         train_dataset=options["train_dataset"],
         eval_dataset=options.get("eval_dataset"),

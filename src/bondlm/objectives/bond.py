@@ -14,7 +14,9 @@ Each step, for each prompt x:
 
 B is the collision term of Eq. 4, which the paper drops: a constant n for continuous rewards, and what keeps 0/1 rewards
 exact. With a fixed anchor this is Best-of-n of the reference; with a copied or EMA anchor it is iterative BOND
-(Algorithm 1). The n candidates of [2] are among the k of [3]: they are different terms, so neither is biased by it.
+(Algorithm 1). With `learned`, log p_ comes from a small model that is trained beside the policy (App. B.1, see
+`bondlm.quantile_model`); then m = n, and the first k of y', one by default, label its training. The n candidates of [2]
+are among the k of [3]: they are different terms, so neither is biased by it.
 J-BOND is n = 2 with the two-level reward in place of log p_.
 """
 
@@ -39,13 +41,15 @@ class BOND:
     num_anchor_samples: int = 16
     log_quantile: Literal["clamped", "harmonic"] = "clamped"
     correction: bool = False
+    learned: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
         check_count("n", self.n, 2, "Best-of-1 is the anchor itself")
         check_weight("beta", self.beta, 1, "the weight of the backward KL")
         check_weight("gamma", self.gamma, float("inf"), "a negative value pushes away from the anchor")
-        check_count("num_anchor_samples", self.num_anchor_samples, 2, "a quantile needs samples to compare with")
+        least = 1 if self.learned else 2
+        check_count("num_anchor_samples", self.num_anchor_samples, least, "a quantile needs samples to compare with")
         check_choice("log_quantile", self.log_quantile, ("clamped", "harmonic"))
 
     @property
@@ -57,10 +61,22 @@ class BOND:
         """Learn from the policy's sample and the best of the first n; (n - 1) log p_ [+ log B] is the signal."""
         policy, quantile_anchor = rewards_PM[:, :1], rewards_PM[:, 1 : 1 + self.num_anchor_samples]
         best = 1 + argmax_random_ties(rewards_PM[:, 1 : 1 + self.n], noise_PM[:, 1 : 1 + self.n])
-        signal = (self.n - 1) * log_quantile(policy, quantile_anchor, method=self.log_quantile)
+        rows = torch.stack([torch.zeros_like(best), best], dim=1)
+        if self.learned:
+            return Selection(rows, torch.zeros_like(policy))
+        signal = self.signal(log_quantile(policy, quantile_anchor, method=self.log_quantile))
         if self.correction:
             signal = signal + log_collision_correction(policy, quantile_anchor, self.n)
-        return Selection(torch.stack([torch.zeros_like(best), best], dim=1), signal)
+        return Selection(rows, signal)
+
+    def signal(self, log_p_PC: Tensor) -> Tensor:
+        """(n - 1) log p_, the reward part of the return."""
+        return (self.n - 1) * log_p_PC
+
+    def labels(self, rewards_PM: Tensor) -> Tensor:
+        """Labels (P,) of a learned quantile: the share of the first k anchor samples that the policy's reaches."""
+        at_most = rewards_PM[:, 1 : 1 + self.num_anchor_samples] <= rewards_PM[:, :1]
+        return at_most.to(rewards_PM.dtype).mean(dim=1)
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
         """R = signal - (log pi - log pi_anchor)."""

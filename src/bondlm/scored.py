@@ -1,0 +1,116 @@
+"""Scored samples on file, as `bondlm score` writes them: what an objective that draws nothing itself learns from.
+
+A row is `{"prompt", "completion", "reward"}`, one sample; `"finished": false` says that it was cut at its budget. Rows
+of the same prompt belong together, wherever they stand.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from bondlm.config import OFF_POLICY, BONDConfig
+from bondlm.errors import ConfigError, DataError
+
+LOGGED_IDS, LOGGED_REWARDS = (
+    "logged_ids",
+    "logged_rewards",
+)  # columns: a prompt's samples as token ids, and their rewards
+_MAX_LISTED = 10
+
+
+def is_scored(dataset: Dataset) -> bool:
+    """Whether the rows are scored samples."""
+    return {"prompt", "completion", "reward"} <= set(dataset.column_names)
+
+
+def group_scored(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: BONDConfig, *, eos_id: int) -> Dataset:
+    """One row a prompt, with the same number of scored samples each: what the objective asks for.
+
+    That is n; the regression takes `num_samples`, by default as many as every prompt has.
+
+    Args:
+        dataset: rows of `bondlm score`.
+        tokenizer: the policy's. Text is encoded again here: log files hold no token ids.
+        args: the run's settings.
+        eos_id: put behind every completion that is not marked `finished: false`.
+
+    Returns:
+        Columns `prompt`, `logged_ids` and `logged_rewards`.
+
+    Raises:
+        ConfigError: the objective draws its own samples, or the anchor moves.
+        DataError: rewards missing or not finite, completions that are no text or too long, too few samples of a prompt.
+    """
+    _check_settings(args)
+    most = args.num_samples if args.objective == "best_of_n_regression" else args.n
+    least = max(args.n, most or 0)
+    columns = [c for c in ("prompt", "completion", "reward", "finished") if c in dataset.column_names]
+    rows = dataset.select_columns(columns)
+    problems: list[str] = []
+    groups: dict[str, tuple[int, Any, list[tuple[list[int], float]]]] = {}
+    for i, row in enumerate(rows):
+        problem = _problem(row)
+        if problem is not None:
+            problems.append(f"row {i}: {problem}")
+            continue
+        ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        ids = ids if row.get("finished") is False else [*ids, eos_id]
+        if not 1 <= len(ids) <= args.max_completion_length:
+            problems.append(
+                f"row {i}: the completion has {len(ids)} tokens; max_completion_length is "
+                f"{args.max_completion_length}, raise it"
+            )
+            continue
+        key = json.dumps(row["prompt"], sort_keys=True)
+        groups.setdefault(key, (i, row["prompt"], []))[2].append((ids, float(row["reward"])))
+    for i, prompt, samples in groups.values():
+        if len(samples) < least:
+            problems.append(
+                f"row {i}: the prompt {_short(prompt)} has {len(samples)} scored samples, {least} are needed: score "
+                "more, lower n, or remove the prompt"
+            )
+    _raise_if_any(problems)
+    size = most or min(len(samples) for _, _, samples in groups.values())
+    return Dataset.from_dict(
+        {
+            "prompt": [prompt for _, prompt, _ in groups.values()],
+            LOGGED_IDS: [[ids for ids, _ in samples[:size]] for _, _, samples in groups.values()],
+            LOGGED_REWARDS: [[reward for _, reward in samples[:size]] for _, _, samples in groups.values()],
+        }
+    )
+
+
+def _check_settings(args: BONDConfig) -> None:
+    if args.objective not in OFF_POLICY:
+        raise ConfigError(
+            f"train_dataset holds scored samples (columns completion and reward), but objective={args.objective!r} "
+            f"draws its own: choose {', '.join(OFF_POLICY)}, or remove these columns"
+        )
+    if args.anchor != "fixed":
+        raise ConfigError(
+            f"anchor={args.anchor!r}: scored samples were drawn from the model as it was, set anchor='fixed'"
+        )
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    reward = row["reward"]
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        return f"the reward is {reward!r}, not a finite number (prompt {_short(row['prompt'])}): score the sample again"
+    if not isinstance(row["completion"], str):
+        return f"the completion is {row['completion']!r}, not text (prompt {_short(row['prompt'])})"
+    return None
+
+
+def _short(prompt: Any) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _raise_if_any(problems: Sequence[str]) -> None:
+    if problems:
+        more = len(problems) - _MAX_LISTED
+        raise DataError("\n".join([*problems[:_MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])]))

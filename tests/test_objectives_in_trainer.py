@@ -1,0 +1,239 @@
+"""Every objective through the same trainer: it learns, resumes exactly, and where it may, from logged samples alone."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_frozen import OTHER_OBJECTIVES_METRICS, TRAIN_METRICS
+from test_trainer import (
+    TOKENIZER,
+    ends_often,
+    logged,
+    lora,
+    low_ids,
+    optimizer_tensors,
+    same,
+    trainer,
+    weights,
+    without_times,
+)
+from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_t5
+
+from bondlm import BONDTrainer
+from bondlm.errors import CheckpointError, ConfigError, DataError
+
+LEARNERS: dict[str, dict[str, Any]] = {
+    "jbond, 4 anchor samples": {"num_anchor_samples": 4},
+    "jbond, harmonic": {"num_anchor_samples": 4, "log_quantile": "harmonic"},
+    "bond": {"objective": "bond", "n": 4, "num_anchor_samples": 8},
+    "bond, beta 0": {"objective": "bond", "n": 4, "beta": 0.0},
+    "bond, beta 1": {"objective": "bond", "n": 4, "beta": 1.0, "log_quantile": "harmonic", "correction": True},
+    "bond, learned": {"objective": "bond", "n": 4, "quantile": "learned", "quantile_learning_rate": 1e-2},
+    "iterative bond": {"objective": "bond", "n": 2, "anchor": "periodic", "anchor_update_every": 3},
+    "best_of_n_sft": {"objective": "best_of_n_sft", "n": 4},
+    "reinforce": {"objective": "reinforce", "beta_rl": 0.01},
+    "rloo": {"objective": "rloo", "beta_rl": 0.01, "num_samples": 4},
+    "vbon": {"objective": "vbon", "n": 4},
+    "bonbon": {"objective": "bonbon", "n": 4, "alpha": 0.5},
+    "regression": {"objective": "best_of_n_regression", "n": 4, "num_samples": 8},
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_the_reward_rises(name: str, tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path,
+        rows=192,  # the twelve prompts, each under 16 names
+        eval_dataset=prompt_rows(24),
+        max_steps=10,
+        per_device_train_batch_size=192,
+        max_completion_length=2,
+        max_rows=2000,
+        learning_rate=5e-3,
+        eval_num_samples=64,
+        eval_num_reference_samples=64,
+        **({"anchor": "fixed"} | LEARNERS[name]),
+    )
+    made.train()
+    after = made.evaluate()
+    assert after["eval_win_rate_low"] > 0.5
+    assert after["eval_reward"] > after["eval_reference_reward"]
+    plan, row = made.objective.plan, logged(tmp_path)[0]
+    assert {n for n in row if n.startswith(("bond/", "time/"))} <= TRAIN_METRICS | OTHER_OBJECTIVES_METRICS
+    assert ("reward" in row) == ("kl" in row) == ("anchor/kl" in row) == (plan.policy > 0)
+    assert ("anchor/reward" in row) == (plan.anchor > 0)
+    if plan.policy:
+        assert row["sampler/logprob_gap"] < 1e-4
+    # The anchor's samples had, and the policy's have, the log-probability that the first step compares with.
+    if name in ("bonbon", "regression"):
+        field = "bond/margin_error" if name == "bonbon" else "bond/regression_error"
+        assert abs(row[field]) > 0.1
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "bond": {"objective": "bond", "n": 4, "num_anchor_samples": 6, "gamma": 0.2},
+    "learned": {"objective": "bond", "n": 3, "quantile": "learned", "peft_config": True},
+    "rloo": {"objective": "rloo", "beta_rl": 0.1, "anchor": "periodic", "anchor_update_every": 2},
+    "logged": {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed"},
+}
+
+
+def scored_rows(num_prompts: int, num_samples: int = 4) -> list[dict[str, Any]]:
+    """What `bondlm score` writes, with the rewards of `low_ids`."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(num_prompts):
+        for _ in range(num_samples):
+            ids = torch.randint(35, 290, (3,), generator=generator).tolist()
+            text = TOKENIZER.decode(ids)
+            back = TOKENIZER(text, add_special_tokens=False).input_ids
+            rows.append({"prompt": PROMPTS[i], "completion": text, "reward": low_ids([back])[0]})
+    return rows
+
+
+def six_steps(folder: Path, settings: dict[str, Any]) -> BONDTrainer:
+    settings = dict(settings)
+    data = {"train_dataset": scored_rows(10)} if settings["objective"].endswith("regression") else {}
+    adapter = {"peft_config": lora()} if settings.pop("peft_config", False) else {}
+    data |= {"max_completion_length": 12} if data else {}
+    return trainer(folder, max_steps=6, save_strategy="steps", save_steps=1, rows=10, **data, **adapter, **settings)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resuming_equals_never_stopping(name: str, tmp_path: Path) -> None:
+    whole = six_steps(tmp_path / "whole", RESUMED[name])
+    whole.train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "stopped" / f"checkpoint-{step}")
+    resumed = six_steps(tmp_path / "stopped", RESUMED[name])
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(resumed.roles.model), weights(whole.roles.model))
+    assert same(resumed.anchor.state_dict(), whole.anchor.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(optimizer_tensors(resumed), optimizer_tensors(whole), strict=True))
+    if whole.quantile_model is not None and resumed.quantile_model is not None:
+        assert same(resumed.quantile_model.tensors(), whole.quantile_model.tensors())
+        assert any("exp_avg" in key for key in whole.quantile_model.tensors())
+    rows, expected = (without_times(logged(tmp_path / name)) for name in ("stopped", "whole"))
+    assert rows[:-1] == expected[:-1]  # the last row is the mean loss since the start or the resume
+
+
+def test_a_checkpoint_without_its_quantile_model_is_refused(tmp_path: Path) -> None:
+    settings = RESUMED["learned"]
+    six_steps(tmp_path, settings).train()
+    (tmp_path / "checkpoint-6" / "quantile.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"quantile\.safetensors is missing"):
+        six_steps(tmp_path, settings).train(resume_from_checkpoint=True)
+
+
+# -- learning from logged samples
+
+
+@pytest.mark.parametrize("objective", ["best_of_n_sft", "bonbon", "best_of_n_regression"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_logged_samples_are_enough(objective: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_t5(TOKENIZER) if kind == "t5" else ends_often(tiny_causal(TOKENIZER))
+    rows = scored_rows(12, 6)
+    made = BONDTrainer(
+        model,
+        args=trainer(tmp_path / "unused").args.__class__(
+            **{"output_dir": str(tmp_path / "run"), "objective": objective, "n": 4, "anchor": "fixed", "alpha": 0.5}
+            | {
+                "max_steps": 12,
+                "max_completion_length": 12,
+                "per_device_train_batch_size": 12,
+                "learning_rate": 5e-3,
+                "warmup_steps": 0,
+            }
+            | {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+        ),
+        train_dataset=rows,
+        processing_class=TOKENIZER,
+    )
+
+    def no_generation(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("generated")
+
+    monkeypatch.setattr(made.engine, "generate", no_generation)
+    groups = made.train_dataset.to_list()
+    width = 6 if objective == "best_of_n_regression" else 4
+    assert [len(g["logged_ids"]) for g in groups] == [width] * 12
+
+    def log_ratios() -> tuple[float, float]:
+        """Mean over prompts of log pi - log pi_ref of the best, and of the worst, logged sample."""
+        ends = []
+        for pick in (max, min):
+            chosen = [pick(zip(g["logged_rewards"], g["logged_ids"], strict=True))[1] for g in groups]
+            pairs = [[(g["prompt_ids"], ids)] for g, ids in zip(groups, chosen, strict=True)]
+            ends.append(float((made._score("policy", pairs) - made._score("reference", pairs)).mean()))
+        return ends[0], ends[1]
+
+    assert log_ratios() == (0.0, 0.0)
+    made.train()
+    best, worst = log_ratios()
+    assert best > worst + 0.3
+    if objective == "best_of_n_regression":
+        losses = [row["bond/regression_loss"] for row in logged(tmp_path / "run")[:-1]]
+        assert losses[-1] < 0.5 * losses[0]
+
+
+def logged_trainer(tmp_path: Path, rows: Any, **settings: Any) -> BONDTrainer:
+    wanted = {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed", "max_completion_length": 12}
+    return trainer(tmp_path, train_dataset=rows, **(wanted | settings))
+
+
+def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
+    rows = [row | {"finished": i % 2 == 0} for i, row in enumerate(scored_rows(2))]
+    eos = made_ids = None
+    made = logged_trainer(tmp_path, rows)
+    eos = made._text.eos_ids[0]
+    made_ids = made.train_dataset["logged_ids"][0]
+    assert [ids[-1] == eos for ids in made_ids] == [True, False, True, False]
+    assert TOKENIZER.decode(made_ids[0][:-1]) == rows[0]["completion"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward": None}, r"row 5: the reward is None, not a finite number \(prompt 'Why do cats"),
+        ({"reward": float("nan")}, r"row 5: the reward is nan, not a finite number"),
+        ({"completion": None}, r"row 5: the completion is None, not text"),
+        ({"completion": "a much longer completion than any that would fit"}, r"row 5: the completion has \d+ tokens"),
+    ],
+)
+def test_bad_scored_rows_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    rows = scored_rows(3)
+    rows[5] |= change
+    with pytest.raises(DataError, match=message) as caught:
+        logged_trainer(tmp_path, rows)
+    assert caught.value.exit_code == 3
+
+
+def test_too_few_scored_samples_are_counted(tmp_path: Path) -> None:
+    rows = scored_rows(3)
+    with pytest.raises(DataError, match=r"row 4: the prompt 'Why do cats sleep so much\?' has 2 scored samples, 3 are"):
+        logged_trainer(tmp_path, [row for i, row in enumerate(rows) if i not in (5, 7)])
+    with pytest.raises(DataError, match="has 4 scored samples, 5 are needed"):
+        logged_trainer(tmp_path, rows, num_samples=5)
+
+
+def test_scored_samples_and_settings_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="objective='jbond' draws its own"):
+        logged_trainer(tmp_path, scored_rows(2), objective="jbond", n=2)
+    with pytest.raises(ConfigError, match="anchor='ema': scored samples were drawn from the model as it was"):
+        logged_trainer(tmp_path, scored_rows(2), anchor="ema")
+    with pytest.raises(ConfigError, match="reward_funcs is required"):
+        trainer(tmp_path, reward=None)
+    with pytest.raises(ConfigError, match="eval_dataset needs reward_funcs"):
+        logged_trainer(tmp_path, scored_rows(2), reward=None, eval_dataset=prompt_rows(2))
+
+
+def test_scored_rows_may_come_in_any_order(tmp_path: Path) -> None:
+    rows = scored_rows(4)
+    mixed = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
+    one, other = (logged_trainer(tmp_path, r).train_dataset.to_list() for r in (rows, mixed))
+    key = {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in one}
+    assert {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in other} == key

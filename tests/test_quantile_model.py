@@ -1,0 +1,77 @@
+"""The learned quantile: its loss, its limits, and its features."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
+
+from bondlm.quantile_model import QuantileModel, completion_features
+
+CPU = torch.device("cpu")
+
+
+def test_it_begins_at_one_half_and_its_first_loss_is_log_two() -> None:
+    model = QuantileModel(3, learning_rate=1e-3, seed=0)
+    features = torch.randn(5, 6)
+    torch.testing.assert_close(model.log_quantile(features), torch.full((5,), math.log(0.5)))
+    assert model.update(features, torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])) == pytest.approx(math.log(2))
+
+
+def test_single_comparisons_teach_the_quantile() -> None:
+    """Labels are coin flips of the true quantile, one a completion; the model finds the quantile itself."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(8, generator=generator)
+    model = QuantileModel(4, learning_rate=3e-3, seed=0)
+
+    def true(features: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(features @ direction / 2)
+
+    for _ in range(600):
+        features = torch.randn(64, 8, generator=generator)
+        model.update(features, torch.bernoulli(true(features), generator=generator))
+    fresh = torch.randn(2000, 8, generator=generator)
+    error = model.log_quantile(fresh).exp() - true(fresh)
+    assert float(error.abs().mean()) < 0.08
+    assert abs(float(error.mean())) < 0.04
+
+
+def test_the_same_seed_gives_the_same_model_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    one, other = (QuantileModel(3, learning_rate=1e-3, seed=7) for _ in range(2))
+    assert torch.equal(torch.rand(2), expected)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_and_moments_come_back_exactly() -> None:
+    one, other = (QuantileModel(3, learning_rate=1e-2, seed=s) for s in (0, 1))
+    features, labels = torch.randn(6, 6), torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    for _ in range(3):
+        one.update(features, labels)
+    other.load_tensors({name: tensor.clone() for name, tensor in one.tensors().items()})
+    for _ in range(2):
+        assert one.update(features, labels) == other.update(features, labels)
+    assert torch.equal(one.log_quantile(features), other.log_quantile(features))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        QuantileModel(4, learning_rate=1e-2, seed=0).load_tensors(one.tensors())
+
+
+@pytest.mark.parametrize("build", [tiny_causal, tiny_gpt2, tiny_t5])
+def test_features_do_not_depend_on_the_batch(build: Callable[..., Any]) -> None:
+    model = build(tiny_tokenizer())
+    start_id = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+    rows = [(list(range(40, 40 + p)), list(range(100, 100 + c))) for p, c in ((3, 7), (9, 1), (5, 4), (12, 9), (4, 2))]
+    settings: dict[str, Any] = {"start_id": start_id, "device": CPU}
+    together = completion_features(model, rows, 0, batch_rows=3, **settings)
+    alone = torch.cat([completion_features(model, [row], 0, **settings) for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert together.shape == (5, 2 * model.config.hidden_size)
+    one_token = rows.index(rows[1])
+    mean, last = together[one_token].chunk(2)
+    torch.testing.assert_close(mean, last)  # the mean over one token is that token
+    assert not torch.allclose(together[0].chunk(2)[0], together[0].chunk(2)[1])
