@@ -66,13 +66,37 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         }
         | _SAMPLING,
     ),
+    "eval": (
+        "Measure which Best-of-N one sample of a policy is worth, and at what KL.",
+        {
+            "model": "The policy: a run folder, an adapter folder or a model. Required.",
+            "reference": "What to compare with. Default: the model that the run or adapter was trained from.",
+            "dataset": "Prompts, at least 2. Default: the run's eval_dataset.",
+            "judges": "Rewards that were not optimised, as reward_funcs; they are reported beside it.",
+            "reference_column": "A text column of the data: ROUGE-L against it is one more judge.",
+            "num_samples": "Policy samples per prompt. Default: 8.",
+            "num_reference_samples": "Reference samples per prompt: they show N up to this. Default: 32.",
+            "output": "Folder for samples, eval.json and eval_samples.jsonl. Default: the run folder.",
+        }
+        | _REWARDS
+        | {name: text for name, text in _SAMPLING.items() if name != "temperature"},
+    ),
     "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", _TRAIN),
+    "report": (
+        "Write one HTML page about run folders: bondlm report RUN [RUN ...].",
+        {
+            "runs": "Run folders with an eval.json, as plain words behind `report`. Details are about the first.",
+            "output": "The page to write. Default: report.html in the first folder.",
+        },
+    ),
 }
 _EXAMPLES = """examples:
   bondlm check  --config examples/everyday/jbond.yaml
   bondlm train  --config examples/everyday/jbond.yaml --eta 0.1
   bondlm sample --model runs/everyday --prompt "How do I boil an egg?"
-  bondlm score  --model Qwen/Qwen3-0.6B --reward_funcs org/reward-model --dataset prompts.jsonl --output scored.jsonl"""
+  bondlm score  --model Qwen/Qwen3-0.6B --reward_funcs org/reward-model --dataset prompts.jsonl --output scored.jsonl
+  bondlm eval   --model runs/everyday --judges similarity:models/all-minilm-l6-v2
+  bondlm report runs/everyday"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,6 +121,9 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     words = list(arguments)
     while words:
         word = words.pop(0)
+        if not word.startswith("--") and command == "report":
+            given.setdefault("runs", []).append(word)
+            continue
         if not word.startswith("--"):
             raise ConfigError(f"{word!r} stands alone: options are written --name value")
         name, equals, text = word[2:].partition("=")
@@ -123,7 +150,7 @@ def refuse_unknown(command: str, options: Mapping[str, Any]) -> None:
 
 
 def _value(name: str, text: str) -> Any:
-    if name in ("prompt", "model", "output"):
+    if name in ("prompt", "model", "reference", "output"):
         return text
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)

@@ -1,0 +1,20 @@
+"""`bondlm report RUN [RUN...]`: one HTML page about one or several runs, with its figures and numbers beside it."""
+
+from pathlib import Path
+from typing import Any
+
+from bondlm.cli.console import make_console
+
+
+def run(options: dict[str, Any]) -> int:
+    """Write the page; options are `runs` (a folder, or a list of them) and `output`."""
+    console = make_console()
+    runs = options.get("runs") or []
+    folders = [Path(str(name)) for name in (runs if isinstance(runs, list) else [runs])]
+    output = Path(str(options["output"])) if options.get("output") else None
+    with console.status("drawing figures and writing the page"):
+        from bondlm.report import write_report
+
+        page = write_report(folders, output)
+    console.print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False, markup=False)
+    return 0

@@ -1,0 +1,105 @@
+"""The figures of a report about training: curves by step, and what a step's seconds go to.
+
+Each function returns a matplotlib figure, or None where the runs hold nothing to draw.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from bondlm.report.canvas import COLOURS, HEIGHT, INK, new_axes
+from bondlm.report.figures import run_style
+from bondlm.report.read import Run
+
+MAX_POINTS = 300  # a longer curve is drawn as the means of this many groups of steps
+PHASE_PREFIX = "time/"
+
+
+def curve_figure(runs: Sequence[Run], name: str, label: str, *, evaluated: str | None = None) -> Figure | None:
+    """A metric by step, one line a run; with `evaluated`, also the points that evaluations measured, with intervals."""
+    figure, axes = new_axes(0.8 * HEIGHT)
+    empty = True
+    for i, run in enumerate(runs):
+        colour, marker = run_style(i)
+        steps, values = series(run.steps, name)
+        points = _evaluated(run.evaluations, evaluated) if evaluated else np.empty(0)
+        if steps.size:
+            alpha = 0.5 if points.size else 1.0  # behind the points
+            axes.plot(steps, values, color=colour, alpha=alpha, linewidth=1.1, label=run.name)
+            empty = False
+        if points.size:
+            x, value, low, high = points
+            arms = np.maximum(0.0, [value - low, high - value])  # a percentile interval need not hold the estimate
+            shown = None if steps.size else run.name
+            axes.errorbar(
+                x, value, yerr=arms, color=colour, marker=marker, markersize=5, linestyle="", label=shown, zorder=3
+            )
+            empty = False
+    if empty:
+        return None
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(runs) > 1:
+        axes.legend()
+    return figure
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of a metric, as means of groups of neighbours where there are more than `MAX_POINTS`."""
+    points = np.array([(row["step"], row[name]) for row in rows if None not in (row.get("step"), row.get(name))], float)
+    if not points.size:
+        return np.empty(0), np.empty(0)
+    groups = np.array_split(points, min(MAX_POINTS, len(points)))
+    means = np.array([group.mean(axis=0) for group in groups])
+    return means[:, 0], means[:, 1]
+
+
+def _evaluated(rows: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
+    """(4, points): step, value, low, high of an evaluation's measure."""
+    keys = ("step", name, f"{name}_low", f"{name}_high")
+    found = []
+    for row in rows:
+        step, value, low, high = (row.get(key) for key in keys)
+        if step is not None and value is not None:
+            found.append((step, value, value if low is None else low, value if high is None else high))
+    return np.array(found, dtype=float).T
+
+
+def mean_phases(run: Run) -> dict[str, float]:
+    """Mean seconds of a step by phase, the longest first."""
+    names = sorted({name for row in run.steps for name in row if name.startswith(PHASE_PREFIX)})
+    means = {
+        name.removeprefix(PHASE_PREFIX): float(np.mean([row.get(name) or 0.0 for row in run.steps])) for name in names
+    }
+    return dict(sorted(means.items(), key=lambda item: -item[1]))
+
+
+def phase_figure(runs: Sequence[Run]) -> Figure | None:
+    """Mean seconds of a step by phase, one group of bars a phase, one bar a run."""
+    timed = [(i, run, mean_phases(run)) for i, run in enumerate(runs) if mean_phases(run)]
+    if not timed:
+        return None
+    names = list(timed[0][2])
+    names += sorted({name for _, _, means in timed for name in means} - set(names))
+    figure, axes = new_axes(max(0.8 * HEIGHT, 0.22 * len(names) * len(timed) + 0.8))
+    width = 0.8 / len(timed)
+    for position, (i, run, means) in enumerate(timed):
+        at = np.arange(len(names)) + (position - (len(timed) - 1) / 2) * width
+        colour = run_style(i)[0] if len(timed) > 1 else COLOURS["blue"]
+        bars = axes.barh(at, [means.get(name, 0.0) for name in names], 0.9 * width, color=colour, label=run.name)
+        total = sum(means.values())
+        shares = [f"{means.get(name, 0.0) / total:.0%}" if total else "" for name in names]
+        axes.bar_label(bars, shares, padding=3, fontsize=8, color=INK)
+    axes.set_yticks(np.arange(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("mean seconds of a step")
+    if len(timed) > 1:
+        axes.legend(loc="lower right")
+    return figure

@@ -1,0 +1,106 @@
+"""All figures of a report, drawn and saved, with what is written under each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bondlm.report.canvas import drawing, save
+from bondlm.report.curves import curve_figure, phase_figure
+from bondlm.report.figures import best_of_n_figure, plane_figure, quantile_figure
+from bondlm.report.read import Run
+from bondlm.report.safe import visible
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """One figure of the page."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    training: bool
+
+
+def draw_figures(runs: Sequence[Run], folder: Path) -> list[Drawn]:
+    """Draw what the runs hold, write `NAME.svg` and `NAME.png` into `folder`, return the SVGs for the page."""
+    runs = [replace(run, name=visible(run.name)) for run in runs]
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with drawing():
+        for name, title, caption, make, training in _plan(runs):
+            figure = make()
+            if figure is not None:
+                svg = save(figure, folder, name)
+                drawn.append(Drawn(name=name, title=title, caption=caption, svg=svg, training=training))
+    return drawn
+
+
+def _plan(runs: Sequence[Run]) -> list[tuple[str, str, str, Callable[[], Figure | None], bool]]:
+    """Name, title, caption, how it is drawn, and whether it is about training."""
+    first = runs[0]
+    return [
+        (
+            "best-of-n",
+            "Best-of-N curve",
+            "Mean reward of the reference's Best-of-N. The policy stands at its effective N, matched on win rate: "
+            "above the curve, its mean reward is higher than that of Best-of-N with the same win rate. Band and bars: "
+            "95% intervals.",
+            lambda: best_of_n_figure(first),
+            False,
+        ),
+        (
+            "kl-plane",
+            "Win rate against KL",
+            "Exact Best-of-N (the line; its numbers are N) buys nearly the highest win rate that a KL can buy: how far "
+            "a run is to the right of it is KL that was wasted. Small marks: evaluations during training.",
+            lambda: plane_figure(runs),
+            False,
+        ),
+        (
+            "quantiles",
+            "Quantiles",
+            "Where the policy's samples fall among the reference's for the same prompt. Best-of-N has density "
+            "N u^(N−1); the reference is flat.",
+            lambda: quantile_figure(first),
+            False,
+        ),
+        *_training_plan(runs),
+    ]
+
+
+def _training_plan(runs: Sequence[Run]) -> list[tuple[str, str, str, Callable[[], Figure | None], bool]]:
+    return [
+        (
+            "training-reward",
+            "Reward",
+            "Of the training samples (line) and of held-out prompts (points).",
+            lambda: curve_figure(runs, "reward", "reward", evaluated="eval_reward"),
+            True,
+        ),
+        (
+            "training-kl",
+            "KL to the reference",
+            "Of the training samples (line) and of held-out prompts (points), in nats per completion.",
+            lambda: curve_figure(runs, "kl", "KL, nats", evaluated="eval_kl"),
+            True,
+        ),
+        (
+            "training-effective-n",
+            "Effective N",
+            "At the evaluations during training, on held-out prompts.",
+            lambda: curve_figure(runs, "", "effective N", evaluated="eval_effective_n"),
+            True,
+        ),
+        (
+            "training-penalty",
+            "Penalty rate",
+            "Share of policy samples that are worse than both anchor samples: 1/3 for a policy equal to its anchor, "
+            "less for a better one.",
+            lambda: curve_figure(runs, "bond/penalty_rate", "penalty rate"),
+            True,
+        ),
+        ("phases", "Time of a step", "Mean seconds by phase, with shares.", lambda: phase_figure(runs), True),
+    ]

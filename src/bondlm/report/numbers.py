@@ -1,0 +1,134 @@
+"""The numbers of a report: its headline, its tables, and how a number is written."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bondlm.report.read import Run
+
+NONE = "–"
+
+
+def best_of_n_kl(n: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return KL(Best-of-N ‖ reference) = log N − (N−1)/N nats of continuous rewards (Beirami et al. 2024, 2401.01879).
+
+    It is `bondlm.bestofn.kl_bound` for arrays, here again so that a report does not wait for PyTorch.
+    """
+    return np.log(n) - (n - 1) / n
+
+
+def best_of_n_win_rate(n: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return Best-of-N's win rate against one reference sample, N/(N+1), of continuous rewards."""
+    return n / (n + 1)
+
+
+def number(value: Any) -> str:
+    """Write a number with three digits that count; None (not finite, or absent) as a dash."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def percent(value: Any) -> str:
+    """Write a share as whole percent."""
+    return NONE if value is None else f"{value:.0%}"
+
+
+def estimate(value: Mapping[str, Any] | None) -> str:
+    """Write `{value, low, high}` as "0.86 [0.84, 0.88]"; an effective N brings its own text."""
+    if not value:
+        return NONE
+    if value.get("text"):
+        return str(value["text"])
+    ends = [value[name] for name in ("value", "low", "high")]
+    known = [end for end in ends if end is not None]
+    spread = max(known) - min(known) if len(known) > 1 else 0.0
+    if spread == 0.0:
+        shown = [number(end) for end in ends]
+    else:  # two digits of the interval's half width, the same number of decimals for all three
+        decimals = min(max(1 - math.floor(math.log10(spread / 2)), 0), 6)
+        shown = [NONE if end is None else f"{end:,.{decimals}f}" for end in ends]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def kl_ratio(result: Mapping[str, Any]) -> float | None:
+    """Return the policy's KL in units of the KL that Best-of-N needs at its effective N; None for N = 1 or unknown."""
+    if result["effective_n"]["value"] is None:
+        return None  # beyond the reference's samples: only a bound of N is known
+    if "kl_ratio" in result:
+        return _number_or_none(result["kl_ratio"])
+    kl, needed = result["kl"]["value"], result.get("kl_of_best_of_n")
+    return kl / needed if kl is not None and needed else None
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """Return "One sample = Best-of-6.3 [5.1, 7.8], at 1.4x the KL that Best-of-6.3 needs."."""
+    effective, ratio = result["effective_n"], kl_ratio(result)
+    text = estimate(effective)
+    if effective["value"] is None:
+        return f"One sample = Best-of-N with N {text}."
+    at = "" if ratio is None else f", at {ratio:.1f}x the KL that Best-of-{text.split(' ')[0]} needs"
+    return f"One sample = Best-of-{text}{at}."
+
+
+def curve(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the reference's Best-of-n rewards, `[{"n", "reward"}]`; from the baselines where there is no curve."""
+    if result.get("curve"):
+        return [dict(row) for row in result["curve"] if row.get("n") and row.get("reward")]
+    baselines = result.get("baselines", {})
+    points = (
+        [{"n": 1, "reward": baselines["reference"]["reward"]}] if "reward" in baselines.get("reference", {}) else []
+    )
+    for name, row in baselines.items():
+        order = name.removeprefix("reference, best of ")
+        if order.isdecimal() and "reward" in row:
+            points.append({"n": int(order), "reward": row["reward"]})
+    return sorted(points, key=lambda point: point["n"])
+
+
+def baseline_rows(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return name and numbers of the policy and of each baseline, the policy first."""
+    return [("policy", result), *result.get("baselines", {}).items()]
+
+
+def evaluation_points(run: Run) -> list[dict[str, Any]]:
+    """Return the evaluations of a run in order: step, and each measure as `{value, low, high}`.
+
+    The last is that of eval.json; those before it are the trainer's own, on its own (smaller) number of samples.
+    """
+    names = ("effective_n", "win_rate", "kl", "reward")
+    points = [
+        {"step": row.get("step")}
+        | {name: {end: row.get(f"eval_{name}{tail}") for end, tail in _TAILS.items()} for name in names}
+        for row in run.evaluations
+    ]
+    return [*points, {"step": run.result.get("steps")} | {name: run.result[name] for name in names}]
+
+
+_TAILS = {"value": "", "low": "_low", "high": "_high"}
+
+
+def report_numbers(runs: Sequence[Run], version: str) -> dict[str, Any]:
+    """Return what `report.json` holds: each run's eval.json unchanged, its headline and its evaluations."""
+    return {
+        "bondlm": version,
+        "runs": [
+            {
+                "name": run.name,
+                "folder": str(run.folder),
+                "headline": headline(run.result),
+                "kl_ratio": kl_ratio(run.result),
+                "evaluations": evaluation_points(run),
+                "num_steps_logged": len(run.steps),
+                "eval": run.result,
+            }
+            for run in runs
+        ],
+    }

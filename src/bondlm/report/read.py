@@ -1,0 +1,155 @@
+"""A run folder as a report sees it: its evaluation, its log, its samples, its settings."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bondlm.errors import ConfigError, DataError
+from bondlm.report.shapes import ANSWER_SHAPE, EVAL_SHAPE, REQUIRED, SAMPLE_SHAPE, check_shape
+from bondlm.runfolder import METRICS_FILE, plain
+
+EVAL_FILE, EVAL_SAMPLES_FILE, CONFIG_FILE = "eval.json", "eval_samples.jsonl", "config.yaml"
+# A page is passed around more freely than a run folder.
+_SECRET = re.compile(r"(?im)^(\s*[\w-]*(?:hub_token|secret|password|api_key)[\w-]*\s*:).*$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One prompt with the three answers that the page shows; a reward that is not finite is None."""
+
+    prompt: str
+    reference: tuple[str, float | None]
+    best_of_n: tuple[str, float | None]
+    policy: tuple[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What one run folder holds."""
+
+    name: str
+    folder: Path
+    result: Mapping[str, Any]
+    """eval.json."""
+    steps: Sequence[Mapping[str, Any]]
+    """Rows of metrics.jsonl that a training step logged."""
+    evaluations: Sequence[Mapping[str, Any]]
+    """Rows of metrics.jsonl that an evaluation logged."""
+    samples: Sequence[Sample]
+    best_of: str
+    """What the samples' best-of-n column is called, e.g. "Best-of-8"."""
+    config: str
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read run folders, with a name for each: the folder's own where that is unique, else the whole path.
+
+    Raises:
+        ConfigError: no folder, the same one twice, or one that holds no evaluation.
+        DataError: a file that is not what it should be.
+    """
+    if not folders:
+        raise ConfigError("no run folder is given: write `bondlm report RUN`, e.g. `bondlm report runs/everyday`")
+    resolved = [folder.resolve() for folder in folders]
+    for folder in folders:
+        if resolved.count(folder.resolve()) > 1:
+            raise ConfigError(f"{str(folder)!r} is given twice: name each run folder once")
+    short = [folder.name for folder in resolved]
+    return [
+        read_run(folder, name if short.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, short, strict=True)
+    ]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read one run folder; raises as `read_runs`."""
+    if not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is not a folder: name a run folder, as `bondlm train` leaves it")
+    path = folder / EVAL_FILE
+    if not path.is_file():
+        logged = (folder / METRICS_FILE).is_file()
+        todo = "run `bondlm eval` on it first" if logged else "make a run with `bondlm train`, or run `bondlm eval`"
+        raise ConfigError(f"{str(folder)!r} has no {EVAL_FILE}{'' if logged else f' and no {METRICS_FILE}'}: {todo}")
+    logs = _read_jsonl(folder / METRICS_FILE)
+    samples, best_of = _read_samples(folder / EVAL_SAMPLES_FILE)
+    config = folder / CONFIG_FILE
+    return Run(
+        name=name,
+        folder=folder,
+        result=_read_result(path),
+        steps=[row for row in logs if "loss" in row],
+        evaluations=[row for row in logs if "eval_effective_n" in row],
+        samples=samples,
+        best_of=best_of,
+        config=_SECRET.sub(r"\1 (hidden)", _text(config)) if config.is_file() else "",
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _read_result(path: Path) -> Mapping[str, Any]:
+    try:
+        result = json.loads(_text(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): run `bondlm eval` again to write it anew") from error
+    check_shape(result, EVAL_SHAPE, str(path))
+    missing = [name for name in REQUIRED if name not in result]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}: run `bondlm eval` again to write it anew")
+    histogram = result.get("quantile_histogram", {})
+    if histogram and len(histogram.get("edges", ())) != len(histogram.get("policy", ())) + 1:
+        raise DataError(f"{path}.quantile_histogram needs one edge more than shares: run `bondlm eval` again")
+    checked: Mapping[str, Any] = plain(result)
+    return checked
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows; a last line without its line end is a write that is under way, and is left out."""
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = plain(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not JSON ({error}): remove the line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is not a JSON object: remove the line")
+        rows.append(row)
+    return rows
+
+
+def _read_samples(path: Path) -> tuple[list[Sample], str]:
+    """The samples side by side, and the name of the reference's best-of-n."""
+    rows = _read_jsonl(path)
+    prefix = "reference_best_of_"
+    best = next((key for key in (rows[0] if rows else {}) if key.startswith(prefix)), "")
+    samples = []
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, line {number}"
+        check_shape(row, SAMPLE_SHAPE | dict.fromkeys(("reference", "policy", best), ANSWER_SHAPE), where)
+        answers = {
+            key: (str(row.get(key, {}).get("text", "")), row.get(key, {}).get("reward"))
+            for key in ("reference", best, "policy")
+        }
+        samples.append(
+            Sample(
+                prompt=str(row.get("prompt", "")),
+                reference=answers["reference"],
+                best_of_n=answers[best],
+                policy=answers["policy"],
+            )
+        )
+    return samples, f"Best-of-{best.removeprefix(prefix)}" if best else ""

@@ -1,0 +1,49 @@
+"""The samples of all runs as the page's data, within a budget of bytes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bondlm.errors import DataError
+from bondlm.report.read import Run, Sample
+from bondlm.report.safe import script_json, visible
+
+BUDGET = 4_000_000  # bytes of all samples, so that the page stays under 5 MB
+# Tried in this order: whole texts, then texts cut at so many characters.
+CUTS = (None, 4000, 2000, 1000, 500, 250)
+CUT_MARK = " […]"
+
+
+def samples_block(runs: Sequence[Run]) -> tuple[str, str]:
+    """Return the JSON block for the page, and what the page says where texts or rows were left out ("" if none)."""
+    attempts = [(cut, 1) for cut in CUTS] + [(CUTS[-1], 2**k) for k in range(1, 32)]
+    for cut, every in attempts:
+        block = script_json([_run_data(run, cut, every) for run in runs])
+        if len(block.encode()) <= BUDGET:
+            return block, _note(cut, every)
+    raise DataError(f"{len(runs)} runs have too many samples for one page: report on fewer runs at a time")
+
+
+def _run_data(run: Run, cut: int | None, every: int) -> dict[str, Any]:
+    """`rows` are flat lists: prompt, then text and reward of reference, Best-of-N and policy."""
+    return {
+        "name": visible(run.name),
+        "best": run.best_of,
+        "rows": [_row(sample, cut) for sample in run.samples[::every]],
+    }
+
+
+def _row(sample: Sample, cut: int | None) -> list[Any]:
+    row: list[Any] = [_cut(visible(sample.prompt), cut)]
+    for text, reward in (sample.reference, sample.best_of_n, sample.policy):
+        row += [_cut(visible(text), cut), None if reward is None else float(f"{reward:.6g}")]
+    return row
+
+
+def _cut(text: str, cut: int | None) -> str:
+    return text if cut is None or len(text) <= cut else text[:cut] + CUT_MARK
+
+
+def _note(cut: int | None, every: int) -> str:
+    parts = [f"only 1 of every {every} prompts is here"] if every > 1 else []
+    parts += [f"texts are cut at {cut} characters"] if cut else []
+    return f"To keep this page small, {' and '.join(parts)}; eval_samples.jsonl holds all." if parts else ""

@@ -1,0 +1,92 @@
+"""From run folders to the page, its figures and its numbers on disk."""
+
+import base64
+import errno
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bondlm.errors import ConfigError
+from bondlm.report import numbers
+from bondlm.report.read import Run, read_runs
+from bondlm.report.safe import visible
+from bondlm.report.samples import samples_block
+
+PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
+_PAGE = Path(__file__).parent / "page"
+
+
+def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Write one HTML page about run folders, with its figures and numbers beside it; returns the page's path.
+
+    Args:
+        folders: Run folders that hold an eval.json. Details are about the first; the others are compared with it.
+        output: The page. None is report.html in the first folder. The numbers get its name with `.json`, the figures
+            (SVG and PNG) the folder `figures` beside it (`NAME-figures` for a page NAME.html of another name).
+
+    Raises:
+        ConfigError: no folder or evaluation, a package that is missing, or a place that cannot be written.
+        OSError: the disk is full.
+        DataError: a file of a run folder that is not what it should be.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"a report needs {error.name}: run pip install 'bondlm[report]'") from error
+    from bondlm.report.draw import draw_figures
+
+    runs = read_runs(folders)
+    page = output or folders[0] / PAGE_FILE
+    if page.is_dir() or not page.parent.is_dir():
+        raise ConfigError(f"output={str(page)!r} is not a file in a folder that exists: name the page to write")
+    figures = page.parent / (FIGURES_FOLDER if page.name == PAGE_FILE else f"{page.stem}-{FIGURES_FOLDER}")
+    found = numbers.report_numbers(runs, version("bondlm"))
+    try:
+        drawn = draw_figures(runs, figures)
+        page.with_suffix(".json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        page.write_text(render(runs, drawn, version("bondlm")), encoding="utf-8")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ConfigError(
+            f"{str(error.filename)!r} cannot be written ({error.strerror}): choose another place with --output"
+        ) from error
+    return page
+
+
+def render(runs: Sequence[Run], drawn: Sequence[Any], bondlm_version: str) -> str:
+    """Return the page's HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": numbers.number,
+        "percent": numbers.percent,
+        "estimate": numbers.estimate,
+        "visible": lambda text: visible(str(text)),
+    }
+    script = (_PAGE / "report.js").read_text(encoding="utf-8")
+    samples, note = samples_block(runs)
+    return environment.get_template("report.html").render(
+        runs=runs,
+        headlines=[numbers.headline(run.result) for run in runs],
+        ratios=[numbers.kl_ratio(run.result) for run in runs],
+        baselines=numbers.baseline_rows(runs[0].result),
+        figures=[figure for figure in drawn if not figure.training],
+        training=[figure for figure in drawn if figure.training],
+        svg={figure.name: Markup(figure.svg) for figure in drawn},  # noqa: S704 (matplotlib escapes what it writes)
+        style=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),  # noqa: S704 (the package's own file)
+        script=Markup(script),  # noqa: S704 (the package's own file)
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        samples=Markup(samples),  # noqa: S704 (`script_json` leaves no < > & in it)
+        samples_note=note,
+        has_samples=any(run.samples for run in runs),
+        version=bondlm_version,
+    )

@@ -1,0 +1,247 @@
+"""The page as text: its numbers, what it escapes, how large it is."""
+
+import html
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from bondlm.report import write_report
+from bondlm.report.numbers import estimate
+from report.helpers import eval_json, sample_rows, write_jsonl, write_run
+
+ALLOWED_SCRIPTS = 2  # the data block and the page's own script
+
+
+class Page(HTMLParser):
+    """Rows of each table by id, text by class, script contents, and every address that the page names."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.texts, self.scripts, self.addresses, self.tags = {}, {}, [], [], []
+        self._open, self._table, self._attributes = [], None, {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href", "action", "data", "srcset")]
+        if tag == "table":
+            self._table = self.tables.setdefault(attributes.get("id"), [])
+        elif tag == "tr" and self._table is not None:
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._table[-1].append("")
+        elif tag == "script":
+            self.scripts.append("")
+        self._open.append((tag, attributes.get("class")))
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop()[0] != tag:
+            pass
+        if tag == "table":
+            self._table = None
+
+    def handle_data(self, data):
+        tag = self._open[-1][0] if self._open else ""
+        if tag == "script":
+            self.scripts[-1] += data
+        if tag in ("td", "th"):
+            self._table[-1][-1] += data
+        inside = {kind for _, kind in self._open if kind}
+        for kind in inside:
+            self.texts[kind] = self.texts.get(kind, "") + data
+
+
+def page_of(*folders, **options):
+    return Page(write_report(list(folders), **options).read_text(encoding="utf-8"))
+
+
+def data_of(page):
+    return json.loads(page.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "jbond")
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return page_of(run)
+
+
+def test_the_headline_says_n_its_interval_and_the_price(page):
+    assert page.texts["headline"] == "One sample = Best-of-6.3 [5.0, 7.6], at 1.4x the KL that Best-of-6.3 needs."
+
+
+def test_numbers_of_the_page_are_those_of_eval_json(run, page):
+    result = json.loads((run / "eval.json").read_text())
+    for name in ("effective_n", "win_rate", "kl", "reward"):
+        assert estimate(result[name]) in page.texts["tile"]
+    measures = dict(page.tables["measures"])
+    assert measures["effective N, matched on reward"] == "6.8 [5.3, 8.3]"
+    assert measures["KL to the reference (k3)"] == estimate(result["kl_k3"])
+    assert measures["KL of Best-of-N"] == "0.999"
+    rows = {row[0]: row[1:] for row in page.tables["baselines"][1:]}
+    assert set(rows) == {"policy", *result["baselines"]}
+    assert rows["reference, greedy"] == [
+        "2.9 [2.5, 3.3]",
+        "0.744 [0.724, 0.764]",
+        "1.487 [1.457, 1.517]",
+        "38",
+        "7%",
+        "0.84",
+    ]
+    assert rows["reference, best of 8"][2] == "1.778 [1.758, 1.798]"
+    assert page.tables["judges"][1] == [
+        "nli:small",
+        "0.620 [0.590, 0.650]",
+        "0.660 [0.640, 0.680]",
+        "0.470 [0.440, 0.500]",
+    ]
+    assert [row[0] for row in page.tables["against"][1:]] == [f"Best-of-{n}" for n in (1, 2, 4, 8, 16)]
+    assert "likely over-optimisation <b>" in page.texts["warning"]  # the parser undid the escapes
+    assert dict(page.tables["versions"])["torch"] == "2.13.0"
+
+
+def test_the_json_beside_it_holds_eval_json_unchanged(run, page):
+    numbers = json.loads((run / "report.json").read_text())
+    assert numbers["runs"][0]["eval"] == json.loads((run / "eval.json").read_text())
+    steps = [point["step"] for point in numbers["runs"][0]["evaluations"]]
+    assert steps == [10, 20, 30, 40, 200]
+
+
+def test_figures_are_files_and_in_the_page(run, page):
+    names = {"best-of-n", "kl-plane", "quantiles", "training-reward", "training-kl", "training-effective-n"}
+    names |= {"training-penalty", "phases"}
+    for end in ("svg", "png"):
+        assert {path.stem for path in (run / "figures").glob(f"*.{end}")} == names
+    assert page.tags.count("svg") == len(names)
+    assert (run / "figures" / "phases.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_fetched_from_anywhere(run, page):
+    text = (run / "report.html").read_text()
+    assert all(address.startswith(("#", "data:,")) for address in page.addresses)
+    assert "default-src 'none'" in text
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert len(page.scripts) == ALLOWED_SCRIPTS
+
+
+def test_samples_are_all_there_with_their_rewards(run, page):
+    (data,) = data_of(page)
+    rows = [json.loads(line) for line in (run / "eval_samples.jsonl").read_text().splitlines()]
+    assert data["best"] == "Best-of-8"
+    for shown, row in zip(data["rows"], rows, strict=True):
+        assert shown[0] == row["prompt"]
+        for i, key in enumerate(("reference", "reference_best_of_8", "policy")):
+            assert shown[1 + 2 * i] == row[key]["text"]
+            assert shown[2 + 2 * i] == pytest.approx(row[key]["reward"], rel=1e-5)
+
+
+HOSTILE = (
+    "<script>alert(1)</script> </script><!-- \x1b[31mred \u2028 \u202eevil \ud800 $x$ <img src=x onerror=alert(1)>"
+)
+
+
+def test_hostile_text_stays_text(tmp_path):
+    run = write_run(tmp_path / "<img src=x onerror=alert(1)> $a_b$")
+    rows = sample_rows(3)
+    rows[1]["policy"]["text"] = rows[1]["prompt"] = HOSTILE
+    write_jsonl(run / "eval_samples.jsonl", rows)
+    result = eval_json()
+    result["judges"] = {"<script>x</script>": result["judges"]["nli:small"]}
+    result["warnings"] = ["\x1b[31m</p><script>y</script>"]
+    result["versions"] = {"{{ 7 * 7 }}": "<iframe>"}
+    (run / "eval.json").write_text(json.dumps(result))
+    (run / "config.yaml").write_text("model: </pre><script>z</script>\n")
+    page = page_of(run)
+    assert len(page.scripts) == ALLOWED_SCRIPTS
+    assert not {"img", "iframe"} & set(page.tags)
+    for char in "<>&\u2028":
+        assert char not in page.scripts[0]
+    shown = data_of(page)[0]["rows"][1]
+    assert shown[0] == shown[5]
+    assert shown[5].startswith(
+        "<script>alert(1)</script> </script><!-- \\x1b[31mred \\u2028 \\u202eevil \\ud800 $x$ <img"
+    )
+    assert "\\x1b[31m</p><script>y</script>" in page.texts["warning"]
+    assert dict(page.tables["versions"])["{{ 7 * 7 }}"] == "<iframe>"
+
+
+def test_a_token_of_the_config_is_not_published(run, page):
+    text = (run / "report.html").read_text()
+    assert "hf_verysecret" not in text
+    assert "hub_token: (hidden)" in text
+    assert "eta: 0.05" in text
+
+
+def test_a_thousand_prompts_make_a_page_under_5_mb_soon(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_jsonl(run / "eval_samples.jsonl", sample_rows(1000, words=150))
+    start = time.perf_counter()
+    path = write_report([run])
+    assert time.perf_counter() - start < 60
+    assert path.stat().st_size < 5_000_000
+    (data,) = data_of(Page(path.read_text()))
+    assert len(data["rows"]) == 1000
+
+
+def test_what_does_not_fit_is_cut_and_said(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", prompts=100)
+    monkeypatch.setattr("bondlm.report.samples.BUDGET", 60_000)
+    path = write_report([run])
+    assert path.stat().st_size < 400_000
+    (data,) = data_of(Page(path.read_text()))
+    text = html.unescape(path.read_text())
+    assert all(len(row[1]) <= 250 + len(" […]") for row in data["rows"])
+    assert "only 1 of every 2 prompts is here and texts are cut at 250 characters" in text
+    assert len(data["rows"]) == 50
+    assert data["rows"][1][0].startswith("Prompt 2:")
+
+
+def test_several_runs_are_compared(tmp_path):
+    runs = [write_run(tmp_path / name, n=n) for name, n in (("a", 6.3), ("b", 4.2), ("c", 2.4))]
+    page = page_of(*runs, output=tmp_path / "compare.html")
+    rows = page.tables["runs"][1:]
+    assert [row[:2] for row in rows] == [["a", "6.3 [5.0, 7.6]"], ["b", "4.2 [2.9, 5.5]"], ["c", "2.4 [1.1, 3.7]"]]
+    assert [row[4] for row in rows] == ["1.4"] * 3
+    assert [data["name"] for data in data_of(page)] == ["a", "b", "c"]
+    assert (tmp_path / "compare.json").is_file()
+    assert (tmp_path / "compare-figures" / "kl-plane.svg").read_text().count(">b<") == 1
+    assert not (runs[0] / "report.html").exists()
+
+
+def test_only_the_contract_is_needed(tmp_path):
+    run = tmp_path / "old"
+    run.mkdir()
+    result = {name: eval_json()[name] for name in ("effective_n", "win_rate", "kl", "reward")}
+    (run / "eval.json").write_text(json.dumps(result))
+    page = page_of(run)
+    assert page.texts["headline"] == "One sample = Best-of-6.3 [5.0, 7.6]."
+    assert page.scripts == []
+    assert page.tags.count("svg") == 1
+
+
+def test_numbers_that_are_not_finite_are_dashes_and_n_beyond_the_samples_is_said(tmp_path):
+    run = write_run(tmp_path / "run")
+    result = eval_json()
+    result["effective_n"] = {"value": None, "low": 12.1, "high": None, "text": "> 16 [12.1, > 16]"}
+    result["kl_k3"] = {"value": None, "low": None, "high": None}
+    result["curve"][3]["reward"] = {"value": float("nan"), "low": float("nan"), "high": float("inf")}
+    result["baselines"]["policy, greedy"]["effective_n"] = {"value": None, "low": None, "high": None, "text": "> 16"}
+    (run / "eval.json").write_text(json.dumps(result))
+    page = page_of(run)
+    assert page.texts["headline"] == "One sample = Best-of-N with N > 16 [12.1, > 16]."
+    assert dict(page.tables["measures"])["KL to the reference (k3)"] == "– [–, –]"
+    assert "NaN" not in (run / "report.json").read_text()
+
+
+def test_the_same_run_gives_the_same_page(run, page):
+    first = (run / "report.html").read_bytes()
+    write_report([run])
+    assert (run / "report.html").read_bytes() == first
