@@ -10,9 +10,11 @@ import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
+from tiny import tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from bondlm.cli import main
+from bondlm.rewards import load_rewards, score
 from cli.helpers import write_job
 
 
@@ -42,6 +44,25 @@ def test_train_leaves_the_run_folder_of_the_contract(tmp_path, kind, capsys):
     assert "effective N" in out
     assert "untouched, T=0.7" in out
     assert "\x1b" not in out  # nothing garbled when piped
+
+
+def test_a_t5_is_fine_tuned_with_the_reward_of_an_nli_t5(tmp_path):
+    """The paper's summarization job in small: full fine-tuning, the reward another T5 that answers 1 or 0."""
+    config = write_job(tmp_path, kind="t5", reward_funcs=f"nli:{tmp_path}/nli?template=true", max_steps=2)
+    tokenizer = tiny_tokenizer(chat=False)
+    judge = tiny_t5(tokenizer, seed=5)
+    judge.save_pretrained(tmp_path / "nli")
+    tokenizer.save_pretrained(tmp_path / "nli")
+    assert main(["train", "--config", str(config)]) == 0
+    samples = rows(tmp_path / "run" / "eval_samples.jsonl")
+    row = samples[0]
+    again = load_rewards(f"nli:{tmp_path}/nli?template=true")
+    expected = score(again, [row["prompt"]], [row["policy"]["text"]], {}).total
+    assert row["policy"]["reward"] == pytest.approx(float(expected[0]), abs=1e-4)
+    assert len({sample["policy"]["reward"] for sample in samples}) > 3
+    start = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model").state_dict()
+    trained = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").state_dict()
+    assert sum(not torch.equal(trained[name], tensor) for name, tensor in start.items()) > len(start) / 2
 
 
 def test_the_untouched_model_is_worth_best_of_1(tmp_path):
