@@ -240,6 +240,23 @@ def test_bond_signals_by_hand():
     torch.testing.assert_close(harmonic, 2 * log_quantile(rewards[:, :1], rewards[:, 1:], "harmonic"))
 
 
+def test_a_learned_quantile_is_labelled_by_comparisons_and_replaces_the_estimate():
+    """App. B.1: the label is 1{r(y') <= r(y)}, ties included; its mean is p_<=, so the return is Eq. 15's."""
+    learned = BOND(n=3, learned=True, num_anchor_samples=2)
+    rewards = torch.tensor([[2.0, 1.0, 2.0, 5.0], [0.0, 1.0, 2.0, -1.0], [3.0, 4.0, 2.0, 9.0]])
+    assert learned.labels(rewards).tolist() == [1.0, 0.0, 0.5]  # the third anchor sample is not asked
+    plan = learned.plan
+    assert (plan.policy, plan.anchor, plan.learn, plan.compare) == (1, 3, 2, 1)
+    chosen = learned.select(rewards, torch.rand(3, 4))
+    assert chosen.rows_PL.tolist() == [[0, 3], [0, 2], [0, 3]]
+    sampled = BOND(n=3, num_anchor_samples=3)
+    noise = torch.rand(3, 4)
+    log_p = torch.log(torch.tensor([[2 / 3], [1 / 3], [1 / 3]]))
+    torch.testing.assert_close(
+        learned.signal(log_p), sampled.select(rewards, noise).signal_PC.to(log_p.dtype), atol=1e-6, rtol=0
+    )
+
+
 @pytest.mark.parametrize("objective", [BestOfNSFT(n=3), BoNBoN(n=3), BestOfNRegression(n=3, num_samples=3)])
 def test_offline_objectives_draw_nothing_and_have_no_baseline(objective):
     assert objective.plan.policy == 0
