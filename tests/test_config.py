@@ -20,6 +20,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("quantile_learning_rate", 0.0),
     ("num_samples", 4),  # jbond draws one
     ("kl_budget", 0.0),
+    ("max_skipped_steps", -1),
+    ("save_total_limit", 1),
     ("anchor", "moving"),
     ("engine", "vllm"),
     ("log_quantile", "clamped"),  # of bond

@@ -48,6 +48,7 @@ CONFIG_FIELDS = {
     "max_completion_length",
     "max_prompt_length",
     "max_rows",
+    "max_skipped_steps",
     "model_init_kwargs",
     "n",
     "num_anchor_samples",
@@ -134,6 +135,7 @@ TRAIN_METRICS = {
     "reward_std",
     "rewards/<name>/mean",
     "sampler/logprob_gap",
+    "skipped_steps",
     "step_time",
     "time/anchor",
     "time/generate",
@@ -269,7 +271,7 @@ FLOORS = {
         "quantile_model",
         "clock",
     ),
-    2: ("rollout", "trainer", "checkpoint", "callbacks", "held_out", "runfolder", "inference"),
+    2: ("rollout", "trainer", "checkpoint", "manifest", "callbacks", "held_out", "runfolder", "inference"),
     3: ("evaluation", "report", "cli", "recipes", "__main__"),
 }
 HOMES = {"BONDConfig": "config", "BONDTrainer": "trainer"}  # names of the package itself

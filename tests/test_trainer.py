@@ -287,19 +287,28 @@ def test_resume_without_the_anchor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-6" / ANCHOR_FILE).unlink()
     made = run_of_six(tmp_path, "lora")
     before = weights(made.roles.model)
-    with pytest.raises(CheckpointError, match=ANCHOR_FILE) as caught:
-        made.train(resume_from_checkpoint=True)
-    assert "checkpoint-6" in str(caught.value)
+    with pytest.raises(CheckpointError, match=f"checkpoint-6 cannot be resumed from: {ANCHOR_FILE} is missing"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert same(weights(made.roles.model), before)
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))  # what the message advises
 
 
-def test_a_damaged_anchor_is_refused(tmp_path: Path) -> None:
-    run_of_six(tmp_path, "lora").train()
-    path = tmp_path / "checkpoint-6" / ANCHOR_FILE
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(CheckpointError, match="does not fit this run"):
-        run_of_six(tmp_path, "lora").train(resume_from_checkpoint=True)
+def test_resume_falls_back_to_the_newest_checkpoint_that_verifies_and_says_so(tmp_path: Path) -> None:
+    whole = run_of_six(tmp_path, "lora")
+    whole.train()
+    damaged = tmp_path / "checkpoint-6" / ANCHOR_FILE
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(bytes(data))
+    (tmp_path / "checkpoint-5" / "manifest.json").unlink()
+    resumed = run_of_six(tmp_path, "lora")
+    with pytest.warns(UserWarning, match="not resumed from .*checkpoint-[56]") as warned:
+        resumed.train(resume_from_checkpoint=True)
+    messages = [str(w.message) for w in warned if "not resumed" in str(w.message)]
+    assert len(messages) == 2
+    assert "its hash differs" in messages[0]
+    assert "it was not finished" in messages[1]
+    assert same(weights(resumed.roles.model), weights(whole.roles.model))  # from 4 on, again
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -534,25 +543,85 @@ def test_a_broken_reward_stops_before_the_update(
     assert same(made.anchor.state_dict(), one_step.anchor.state_dict())
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
-    made = trainer(tmp_path)
-    before = weights(made.roles.model)
-    anchor = {name: tensor.clone() for name, tensor in made.anchor.state_dict().items()}
-    sample = made.engine.generate
+class Spoiled:
+    """The engine, which leaves a NaN in the policy's head after it has sampled for one of the given steps."""
 
-    def spoil(*args: Any, **kwargs: Any) -> Any:
-        drawn = sample(*args, **kwargs)
-        with torch.no_grad():
-            made.roles.core.lm_head.weight[7] = float("nan")
+    def __init__(self, made: BONDTrainer, steps: set[int]) -> None:
+        self._made, self._steps, self._generate = made, steps, made.engine.generate
+        self._kept: Tensor | None = None
+        made.engine.generate = self  # type: ignore[assignment]
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        head = self._made.roles.core.lm_head.weight
+        if self._kept is not None:
+            head[7] = self._kept
+            self._kept = None
+        drawn = self._generate(*args, **kwargs)
+        if self._made.state.global_step + 1 in self._steps and kwargs["role"] == "anchor":  # the last call of a step
+            self._kept = head[7].clone()
+            head[7] = float("nan")
         return drawn
 
-    made.engine.generate = spoil  # type: ignore[method-assign]
-    with pytest.raises(NonFiniteError, match="step 1: the loss is") as caught:
+
+def test_losses_that_are_not_finite_end_the_run_and_nothing_has_moved(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=9)
+    before = weights(made.roles.model)
+    anchor = {name: tensor.clone() for name, tensor in made.anchor.state_dict().items()}
+    Spoiled(made, set(range(1, 10)))
+    with pytest.raises(NonFiniteError, match="step 3: the gradient is not finite, 3 steps in a row") as caught:
         made.train()
     assert caught.value.exit_code == 5
     after = weights(made.roles.model)
     assert all(torch.equal(after[name], before[name]) for name in before if "lm_head" not in name)
     assert same(made.anchor.state_dict(), anchor)
+    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == [1, 2, 3]
+    assert skipped[0]["loss"] == [None] * 4
+    assert skipped[0]["samples"][0]["prompt"] == logged_prompts(tmp_path)[0]
+
+
+def logged_prompts(folder: Path) -> list[str]:
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [row["prompt"] for row in rows]
+
+
+def test_one_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
+    """Step 2 of 3 leaves policy, anchor and the optimizer's moments as they were."""
+    made = trainer(tmp_path, max_steps=3)
+    Spoiled(made, {2})
+
+    class Recorder(TrainerCallback):
+        def __init__(self) -> None:
+            self.policy: list[dict[str, Tensor]] = []
+            self.anchor: list[dict[str, Tensor]] = []
+            self.moments: list[list[Tensor]] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kept = {n: w for n, w in weights(made.roles.model).items() if "lm_head" not in n}
+            self.policy.append(kept)
+            self.anchor.append({n: t.clone() for n, t in made.anchor.state_dict().items()})
+            self.moments.append([t.clone() for t in optimizer_tensors(made)])
+
+    seen = Recorder()
+    made.add_callback(seen)
+    made.train()
+    assert same(seen.policy[0], seen.policy[1])
+    assert same(seen.anchor[0], seen.anchor[1])
+    assert all(torch.equal(a, b) for a, b in zip(seen.moments[0], seen.moments[1], strict=True))
+    assert not same(seen.policy[1], seen.policy[2])
+    assert [row["skipped_steps"] for row in logged(tmp_path)[:-1]] == [0, 1, 0]
+
+
+def test_a_gradient_that_is_not_finite_is_found_even_if_the_loss_is(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=1)
+    before = weights(made.roles.model)
+    name, parameter = next((n, p) for n, p in made.roles.model.named_parameters() if "q_proj" in n)
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+    made.train()
+    assert name in before
+    assert same(weights(made.roles.model), before)
+    assert logged(tmp_path)[0]["skipped_steps"] == 1
 
 
 def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:

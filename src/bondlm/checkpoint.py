@@ -9,7 +9,6 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 
 from bondlm.errors import CheckpointError
 
@@ -30,25 +29,12 @@ def load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
     Raises:
         CheckpointError: the file is missing, damaged, or of another model: a run must never go on with a fresh anchor.
     """
-    require_file(path)
-    try:
-        load(safetensors.torch.load_file(path))
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit this run: {error}") from error
-
-
-def require_file(path: Path) -> None:
-    """Raise CheckpointError if a part of a checkpoint is missing."""
     if not path.is_file():
         raise CheckpointError(
             f"{path} is missing: without it a run cannot be continued (it would silently start this part afresh). "
             "Resume from an older checkpoint, or start a new run from these weights."
         )
-
-
-def last_checkpoint(folder: str) -> str:
-    """The newest checkpoint of a run folder; CheckpointError if there is none."""
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if last is None:
-        raise CheckpointError(f"no checkpoint in {folder!r}: start without resume_from_checkpoint, or name its folder")
-    return str(last)
+    try:
+        load(safetensors.torch.load_file(path))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this run: {error}") from error

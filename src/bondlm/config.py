@@ -76,6 +76,9 @@ class BONDConfig(TrainingArguments):
     )
     engine: str = _field("auto", "Who generates: 'auto' or 'transformers'.")
     max_rows: int = _field(96, "Most completions that are decoded together.")
+    max_skipped_steps: int = _field(
+        2, "Steps in a row whose gradient may be non-finite: they are skipped and counted. One more ends the run."
+    )
     disable_dropout: bool = _field(True, "Set all dropout to 0, so that log-probabilities are reproducible.")
 
     # -- evaluation
@@ -156,6 +159,11 @@ def _problems(config: BONDConfig) -> list[str]:
             c.target_n is None or 1 < c.target_n <= c.eval_num_reference_samples,
             f"target_n={c.target_n}: must be > 1 and at most eval_num_reference_samples="
             f"{c.eval_num_reference_samples}, which cannot show more",
+        ),
+        (c.max_skipped_steps >= 0, f"max_skipped_steps={c.max_skipped_steps}: must be >= 0"),
+        (
+            c.save_total_limit is None or c.save_total_limit >= 2,
+            f"save_total_limit={c.save_total_limit}: must be >= 2, or a crash while saving could leave no checkpoint",
         ),
         (c.kl_budget is None or c.kl_budget > 0, f"kl_budget={c.kl_budget}: must be > 0"),
         (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),

@@ -28,11 +28,10 @@ class QuantileModel(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = nn.Sequential(
-                nn.LayerNorm(2 * hidden_size), nn.Linear(2 * hidden_size, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1)
-            )
-        nn.init.zeros_(self.net[-1].weight)  # it begins at p = 1/2 for everything
-        nn.init.zeros_(self.net[-1].bias)
+            last = nn.Linear(WIDTH, 1)
+            self.net = nn.Sequential(nn.LayerNorm(2 * hidden_size), nn.Linear(2 * hidden_size, WIDTH), nn.GELU(), last)
+        nn.init.zeros_(last.weight)  # it begins at p = 1/2 for everything
+        nn.init.zeros_(last.bias)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate, weight_decay=0.01)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from bondlm.errors import CheckpointError, ConfigError
 LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 
 
 @contextmanager

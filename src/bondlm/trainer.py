@@ -9,6 +9,7 @@ Only public methods of Trainer are overridden:
 The anchor moves in a callback, right after the optimizer's step (`bondlm.callbacks`).
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,15 +25,15 @@ from transformers.trainer_utils import TrainOutput
 
 from bondlm.anchor import Anchor
 from bondlm.callbacks import AnchorCallback, RunFolderCallback, StopCallback
-from bondlm.checkpoint import last_checkpoint
 from bondlm.clock import Clock
 from bondlm.config import BONDConfig, make_objective
 from bondlm.data import load_prompts
 from bondlm.engines import Role
 from bondlm.engines.hf import TransformersEngine
-from bondlm.errors import ConfigError, NonFiniteError
+from bondlm.errors import CheckpointError, ConfigError
 from bondlm.held_out import compare
 from bondlm.logprobs import Group, can_share_prompts, collate, score_rows, sequence_logprobs
+from bondlm.manifest import newest_checkpoint, verify
 from bondlm.models import Roles, fast_dtype, prepare_policy
 from bondlm.objectives import BOND, BestOfNRegression, Objective
 from bondlm.quantile_model import QuantileModel, completion_features
@@ -279,20 +280,13 @@ class BONDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The objective's mean over the window's prompts: a pure function of the tensors of one micro-batch.
-
-        Raises:
-            NonFiniteError: the loss is not finite; nothing has reached the optimizer.
-        """
+        """The objective's mean over the window's prompts: a pure function of the tensors of one micro-batch."""
         plan = self.objective.plan
         logp_PL = sequence_logprobs(model, inputs).view(-1, plan.learn)
         anchor_logp, sampled_logp = inputs["anchor_logp_PC"], inputs["sampled_logp_PC"]
         loss = self.objective.loss(logp_PL, anchor_logp, inputs["signal_PC"], inputs["baseline_PC"])
-        if not torch.isfinite(loss.loss_P).all():
-            raise NonFiniteError(
-                f"step {self.state.global_step + 1}: the loss is {loss.loss_P.tolist()}; log-probabilities "
-                f"{logp_PL.tolist()}. No update was made. A smaller learning_rate or fp32 weights usually help."
-            )
+        if not torch.isfinite(loss.loss_P).all():  # its gradient will be skipped (AnchorCallback): say of what
+            self.run_folder.note_skipped(self.state.global_step + 1, loss.loss_P, logp_PL)
         self.record({name: float(values.mean()) for name, values in loss.metrics.items()})
         if plan.policy:
             gap = (logp_PL[:, : plan.compare].detach() - sampled_logp).abs().mean()
@@ -406,10 +400,23 @@ class BONDTrainer(Trainer):
             CheckpointError: no checkpoint, or one without its anchor.
         """
         if isinstance(resume_from_checkpoint, bool):
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) if resume_from_checkpoint else None
+            resume_from_checkpoint = self._newest_checkpoint() if resume_from_checkpoint else None
+        elif resume_from_checkpoint is not None:
+            verify(Path(resume_from_checkpoint))
         if resume_from_checkpoint is not None:
             self._anchor_callback.restore_from(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _newest_checkpoint(self) -> str:
+        folder = Path(str(self.args.output_dir))
+        path, rejected = newest_checkpoint(folder)
+        if path is None:
+            raise CheckpointError(
+                f"no checkpoint in {str(folder)!r}: start without resume_from_checkpoint, or name its folder"
+            )
+        for reason in rejected:
+            warnings.warn(f"bondlm: not resumed from {reason}", stacklevel=3)
+        return str(path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a folder that `from_pretrained` loads; of the adapters the policy's alone."""

@@ -44,3 +44,24 @@ def _weights(num_samples: int, n: int) -> torch.Tensor:
     ratios = (ranks + 1 - n) / ranks
     from_top = torch.cat([torch.tensor([n / num_samples], dtype=torch.float64), ratios]).cumprod(0)
     return from_top.flip(0)
+
+
+def best_of_n_curve(rewards: Array) -> Array:
+    """Estimate E[max reward of n samples] for every n = 1..M: `expected_best_of_n` at all orders, in one product.
+
+    Args:
+        rewards: (P, M) finite rewards of M independent reference samples of each prompt. Any leading shape works.
+
+    Returns:
+        (P, M) estimates in reward units, column n−1 for Best-of-n; never decreasing along a row.
+
+    Raises:
+        ValueError: if rewards are empty or not finite.
+    """
+    rewards_PM = to_float64(rewards, "rewards")
+    num_samples = rewards_PM.shape[-1] if rewards_PM.ndim else 0
+    if num_samples == 0:
+        raise ValueError(f"rewards must have at least one sample per prompt; got shape {tuple(rewards_PM.shape)}")
+    check_finite(rewards_PM, "rewards")
+    weights = torch.stack([_weights(num_samples, n) for n in range(1, num_samples + 1)], dim=1)
+    return back(rewards_PM.sort(-1).values @ weights.to(rewards_PM.device), rewards)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bondlm.cli.console import make_console
 from bondlm.errors import CheckpointError, ConfigError
+from bondlm.manifest import newest_checkpoint
 from bondlm.runfolder import locked
 
 PREEMPTED, INTERRUPTED = 75, 130
@@ -44,7 +45,7 @@ def run(options: dict[str, Any]) -> int:
     folder = Path(str(options.get("output_dir") or "runs/bond"))
     options = options | {"output_dir": str(folder)}
     with locked(folder):
-        checkpoint = _resume_point(folder, options)
+        checkpoint = _resume_point(folder, options, console)
         with console.status(f"loading {options.get('model')}, data and rewards"):
             trainer = build_trainer(options)
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
@@ -119,7 +120,7 @@ def _lora(options: Mapping[str, Any]) -> Any:
     )
 
 
-def _resume_point(folder: Path, options: Mapping[str, Any]) -> str | None:
+def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) -> str | None:
     """The checkpoint to continue from, if any.
 
     Raises:
@@ -131,13 +132,15 @@ def _resume_point(folder: Path, options: Mapping[str, Any]) -> str | None:
         if not Path(wish).is_dir():
             raise CheckpointError(f"resume={wish!r} is not a checkpoint folder")
         return wish
-    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    if not checkpoints:
+    path, rejected = newest_checkpoint(folder)
+    if path is None:
         return None
     if wish == "never":
         raise CheckpointError(f"{folder} already holds a run: choose another output_dir, or resume: auto")
     _refuse_other_settings(folder / CONFIG_FILE, options)
-    return str(max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2])))
+    for reason in rejected:
+        console.print(f"not resumed from {reason}", highlight=False, soft_wrap=True)
+    return str(path)
 
 
 def _refuse_other_settings(path: Path, options: Mapping[str, Any]) -> None:
@@ -155,13 +158,17 @@ def _refuse_other_settings(path: Path, options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _stop_on_signals(trainer: Any) -> Iterator[Any]:
-    """The first SIGINT or SIGTERM lets the step finish and saves; a second one stops at once."""
+    """The first SIGINT or SIGTERM lets the step finish and saves; a second one stops at once. SIGUSR1 saves alone."""
 
     def note(number: int, frame: Any) -> None:
         trainer.stop.signal = number
         signal.signal(number, before[number])
 
+    def save(number: int, frame: Any) -> None:
+        trainer.stop.save_requested = True
+
     before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, save)
     try:
         yield lambda: trainer.stop.signal
     finally:

@@ -18,7 +18,7 @@ def visible(text: str) -> Text:
 def print_table(console: Console, result: Mapping[str, Any]) -> None:
     """The policy and its baselines, each against the same reference samples."""
     table = Table(title=f"Held-out prompts: {result['num_prompts']}. 95% intervals, bootstrap over prompts.")
-    for name in ("", "reward", "win rate", "effective N", "KL", "tokens", "cut off"):
+    for name in ("", "reward", "win rate", "effective N", "KL", "tokens", "cut off", "distinct-2"):
         table.add_column(name, justify="left" if not name else "right")
     baselines = result["baselines"]
     table.add_row(*_row("untouched model, T=1", baselines["reference"]))
@@ -29,6 +29,9 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
     table.add_row(*_row("trained model, T=1", result), style="bold")
     table.add_row(*_row("trained, greedy", baselines["policy, greedy"]))
     console.print(table)
+    _print_judges(console, result.get("judges", {}))
+    for warning in result.get("warnings", ()):
+        console.print(visible(f"warning: {warning}"), soft_wrap=True)
     console.print(
         f"One sample of the trained model = Best-of-{result['effective_n']['text']} of the untouched one, at KL "
         f"{result['kl']['value']:.2f} nats (exact Best-of-N needs {result['kl_of_best_of_n']:.2f}).",
@@ -40,8 +43,7 @@ def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
     def spread(key: str, digits: int) -> str:
         if key not in numbers:
             return ""
-        half = (numbers[key]["high"] - numbers[key]["low"]) / 2
-        return f"{numbers[key]['value']:.{digits}f} ±{half:.{digits}f}"
+        return _spread(numbers[key], digits)
 
     def number(key: str, shape: str) -> str:
         return shape.format(numbers[key]) if key in numbers else ""
@@ -54,7 +56,26 @@ def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
         spread("kl", 2),
         number("completions/mean_length", "{:.1f}"),
         number("completions/clipped_ratio", "{:.0%}"),
+        number("distinct_2", "{:.2f}"),
     ]
+
+
+def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:
+    """Rewards that were not optimised: does the gain hold before others?"""
+    if not judges:
+        return
+    table = Table(title="Judges that were not optimised")
+    for name in ("judge", "untouched", "trained", "win rate"):
+        table.add_column(name, justify="left" if name == "judge" else "right")
+    for name, numbers in judges.items():
+        cells = (_spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
+        table.add_row(visible(name), *cells)
+    console.print(table)
+
+
+def _spread(numbers: Mapping[str, float], digits: int) -> str:
+    half = (numbers["high"] - numbers["low"]) / 2
+    return f"{numbers['value']:.{digits}f} ±{half:.{digits}f}"
 
 
 def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

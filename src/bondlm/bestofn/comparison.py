@@ -1,0 +1,297 @@
+"""All that samples of a policy and of its reference say about each other, with intervals from one set of resamples.
+
+What the estimates assume, and where they differ:
+
+- Effective N is matched on three measures. On the win rate and on the log-quantile only the order of rewards counts; on
+  the reward its scale counts too, so a monotone transform changes that one. All three agree for a policy that *is*
+  Best-of-N. A policy that is narrow (always the 80th percentile, say) or wide has another N on each: the log-quantile
+  punishes rare bad answers most, the reward pays for rare excellent ones.
+- Ties count half in win rates. The curves of Best-of-n are made from the same tied rewards, so N stays right.
+- The KL divergences to Best-of-n use the harmonic estimate of the log-quantile and a plug-in for ties
+  (`log_collision_correction`): exact up to the terms that M samples cannot show where rewards do not tie. The forward
+  one is left out (NaN) beyond n = M/2, where too few other samples are left to place a winner.
+
+Shape suffixes: P prompts, m policy samples of a prompt (lower case in the text), M reference samples, R resamples,
+C columns: numbers whose means over prompts are wanted.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bondlm.bestofn._arrays import check_finite, check_same_shape, to_float64
+from bondlm.bestofn.bootstrap import Estimate, check_settings, percentile_interval, resample_means
+from bondlm.bestofn.divergences import kl_k3
+from bondlm.bestofn.effective import EffectiveN, _solve, best_of_n_win_rates, win_rates
+from bondlm.bestofn.law import kl_bound, log_collisions
+from bondlm.bestofn.matching import (
+    best_of_n_log_quantiles,
+    best_of_n_opponents,
+    best_of_n_weights,
+    solve_log_quantile,
+    solve_reward,
+    truncated_log_quantiles,
+    winner_log_quantile,
+)
+from bondlm.bestofn.order import best_of_n_curve
+from bondlm.bestofn.quantiles import count_below, log_collision_correction, log_quantile
+
+HISTOGRAM_BINS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """Best-of-n of the reference; NaN where M samples cannot tell. `kl` is the exact one of continuous rewards."""
+
+    n: int
+    reward: Estimate
+    win_rate: float
+    log_quantile: float
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """The policy against Best-of-n of the reference."""
+
+    n: int
+    win_rate: Estimate
+    forward_kl: Estimate
+    backward_kl: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A policy beside its reference; `matched` has the effective N by "win_rate", "log_quantile" and "reward"."""
+
+    reward: Estimate
+    reference_reward: Estimate
+    gain: Estimate  # of reward over the reference, prompt by prompt
+    win_rate: Estimate
+    log_quantile: Estimate
+    matched: dict[str, EffectiveN]
+    kl: Estimate
+    kl_k3: Estimate
+    kl_per_token: Estimate
+    curve: list[CurvePoint]
+    against: list[Against]
+    histogram: list[float]
+    reward_length_correlation: float
+
+
+def compare_samples(
+    rewards: object,
+    ref_rewards: object,
+    log_ratio: object,
+    lengths: object,
+    ref_log_ratio: object | None = None,
+    *,
+    confidence: float = 0.95,
+    num_bootstrap: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare m policy samples with M reference samples of the same prompts.
+
+    Args:
+        rewards: (P, m) rewards of policy samples.
+        ref_rewards: (P, M) rewards of M >= 2 reference samples.
+        log_ratio: (P, m) log π(y) − log π_ref(y) of the policy samples, in nats.
+        lengths: (P, m) tokens of the policy samples.
+        ref_log_ratio: (P, M) the same log-ratio of the *reference* samples, for the forward KL; None leaves it out.
+        confidence: coverage of the intervals, in (0, 1).
+        num_bootstrap: resamples of the prompts. With fewer than 2 prompts the intervals are infinite.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: on values that are not finite, empty input, shapes that do not fit, M < 2, or bad settings.
+    """
+    check_settings(confidence, num_bootstrap)
+    mine, refs, ratio, tokens = (
+        to_float64(value, name).detach().cpu()
+        for value, name in (
+            (rewards, "rewards"),
+            (ref_rewards, "ref_rewards"),
+            (log_ratio, "log_ratio"),
+            (lengths, "lengths"),
+        )
+    )
+    for values, name in ((mine, "rewards"), (refs, "ref_rewards"), (ratio, "log_ratio"), (tokens, "lengths")):
+        check_finite(values, name)
+    check_same_shape(mine, "rewards", ratio, "log_ratio")
+    check_same_shape(mine, "rewards", tokens, "lengths")
+    ref_ratio = None if ref_log_ratio is None else to_float64(ref_log_ratio, "ref_log_ratio").detach().cpu()
+    if ref_ratio is not None:
+        check_finite(ref_ratio, "ref_log_ratio")
+        check_same_shape(refs, "ref_rewards", ref_ratio, "ref_log_ratio")
+    orders = against_orders(refs.shape[-1])
+    columns = _columns(mine, refs, ratio, tokens) | _kl_columns(mine, refs, ratio, ref_ratio, orders)
+    means = _Means(columns, confidence, num_bootstrap, seed)
+    return Comparison(
+        **{name: means.estimate(name) for name in _SIMPLE},
+        matched=_matched(means, refs.shape[-1]),
+        kl_per_token=means.estimate_of(lambda rows: rows("kl")[:, 0] / rows("tokens")[:, 0]),
+        curve=_curve(means, refs.shape[-1]),
+        against=_against(means, orders),
+        histogram=quantile_histogram(mine, refs),
+        reward_length_correlation=within_prompt_correlation(mine, tokens),
+    )
+
+
+_SIMPLE = ("reward", "reference_reward", "gain", "win_rate", "log_quantile", "kl", "kl_k3")
+
+
+def against_orders(num_ref: int) -> list[int]:
+    """Return the orders 1, 2, 4, .. up to M at which the policy meets Best-of-n."""
+    return [1 << i for i in range(num_ref.bit_length()) if 1 << i <= num_ref]
+
+
+def _columns(mine: Tensor, refs: Tensor, ratio: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Return each wanted number of every prompt, (P, C) under its name; shapes are checked on the way."""
+    singles = {
+        "win_rate": win_rates(mine, refs),
+        "reward": mine.mean(1),
+        "reference_reward": refs.mean(1),
+        "gain": mine.mean(1) - refs.mean(1),
+        "log_quantile": log_quantile(mine, refs, "harmonic").mean(1),
+        "kl": ratio.mean(1),
+        "kl_k3": kl_k3(ratio, torch.zeros_like(ratio)).mean(1),
+        "tokens": tokens.mean(1),
+    }
+    return {name: values[:, None] for name, values in singles.items()} | {
+        "curve_win_rate": best_of_n_win_rates(refs),
+        "curve_reward": best_of_n_curve(refs),
+        "curve_log_quantile": best_of_n_log_quantiles(refs),
+        "cut_log_quantile": truncated_log_quantiles(mine, refs),
+        "against_win_rate": best_of_n_opponents(mine, refs, against_orders(refs.shape[-1])),
+    }
+
+
+def _kl_columns(
+    mine: Tensor, refs: Tensor, ratio: Tensor, ref_ratio: Tensor | None, orders: list[int]
+) -> dict[str, Tensor]:
+    """Return KL(policy ‖ Best-of-n) and KL(Best-of-n ‖ policy) of every prompt, (P, O) each."""
+    log_p = log_quantile(mine, refs, "harmonic")
+    backward = [(ratio - (n - 1) * log_p - log_collision_correction(mine, refs, n)).mean(1) for n in orders]
+    unknown = torch.full_like(backward[0], math.nan)
+    forward = [unknown if ref_ratio is None else _forward_kl(refs, ref_ratio, n) for n in orders]
+    return {"backward_kl": torch.stack(backward, dim=1), "forward_kl": torch.stack(forward, dim=1)}
+
+
+def _forward_kl(refs: Tensor, ref_ratio: Tensor, n: int) -> Tensor:
+    """Return Σ_i w_i [log π_BoN(y_i) − log π(y_i)] over the reference's own samples, w_i their chance to win; (P,)."""
+    if 2 * n > refs.shape[1]:
+        return torch.full_like(refs[:, 0], math.nan)
+    lower, at_most, _ = count_below(refs, refs)
+    others = at_most - 1.0  # a winner must not count itself among those it ties with
+    tied_share = torch.where(others > 0, (others - lower) / others, torch.zeros_like(others))
+    terms = (n - 1) * winner_log_quantile(refs, n) + log_collisions(tied_share, n) - ref_ratio
+    return (best_of_n_weights(refs, n) * terms).sum(1)
+
+
+class _Means:
+    """Means over prompts of named columns, and the same means in every resample."""
+
+    def __init__(self, columns: Mapping[str, Tensor], confidence: float, num_bootstrap: int, seed: int) -> None:
+        self._confidence = confidence
+        ends, self._slices = 0, {}
+        for name, values_PC in columns.items():
+            self._slices[name] = slice(ends, ends + values_PC.shape[1])
+            ends += values_PC.shape[1]
+        table_PC = torch.cat(list(columns.values()), dim=1)
+        self._mean_1C = table_PC.mean(0, keepdim=True)
+        self._draws_RC = resample_means(table_PC, num_bootstrap, seed) if len(table_PC) > 1 else None
+
+    def mean(self, name: str) -> list[float]:
+        """Return the means of the columns of that name."""
+        means: list[float] = self._mean_1C[0, self._slices[name]].tolist()
+        return means
+
+    def estimate(self, name: str, column: int = 0) -> Estimate:
+        """Return the mean of one column with its interval."""
+        return self.estimate_of(lambda rows: rows(name)[:, column])
+
+    def estimate_of(self, function: Callable[[Callable[[str], Tensor]], Tensor]) -> Estimate:
+        """Return a function of the means with its interval; it gets `rows(name)` (R, C) and returns (R,)."""
+        value = float(function(partial(self._rows, self._mean_1C)))
+        if math.isnan(value):
+            return Estimate(value, value, value)
+        if self._draws_RC is None:
+            return Estimate(value, -math.inf, math.inf)
+        draws_R = function(partial(self._rows, self._draws_RC))
+        return Estimate(value, *percentile_interval(draws_R, self._confidence))
+
+    def _rows(self, table_RC: Tensor, name: str) -> Tensor:
+        return table_RC[:, self._slices[name]]
+
+
+def _matched(means: _Means, num_ref: int) -> dict[str, EffectiveN]:
+    """Return the effective N by each measure; a log-quantile cannot be matched beyond M−1."""
+    found = {
+        "win_rate": means.estimate_of(lambda rows: _solve(torch.cat([rows("win_rate"), rows("curve_win_rate")], 1))),
+        "log_quantile": means.estimate_of(
+            lambda rows: solve_log_quantile(rows("cut_log_quantile"), rows("curve_log_quantile"))
+        ),
+        "reward": means.estimate_of(lambda rows: solve_reward(rows("reward")[:, 0], rows("curve_reward"))),
+    }
+    max_n = {"win_rate": num_ref, "log_quantile": num_ref - 1, "reward": num_ref}
+    return {name: EffectiveN(n.value, max(1.0, n.low), n.high, max_n[name]) for name, n in found.items()}
+
+
+def _curve(means: _Means, num_ref: int) -> list[CurvePoint]:
+    wins, quantiles = ([*means.mean(name), math.nan] for name in ("curve_win_rate", "curve_log_quantile"))
+    return [
+        CurvePoint(
+            n=n,
+            reward=means.estimate("curve_reward", n - 1),
+            win_rate=wins[n - 1],
+            log_quantile=quantiles[n - 1],
+            kl=kl_bound(n),
+        )
+        for n in range(1, num_ref + 1)
+    ]
+
+
+def _against(means: _Means, orders: list[int]) -> list[Against]:
+    return [
+        Against(
+            n=n,
+            win_rate=means.estimate("against_win_rate", i),
+            forward_kl=means.estimate("forward_kl", i),
+            backward_kl=means.estimate("backward_kl", i),
+        )
+        for i, n in enumerate(orders)
+    ]
+
+
+def quantile_histogram(rewards: Tensor, ref_rewards: Tensor, num_bins: int = HISTOGRAM_BINS) -> list[float]:
+    """Return the shares of policy samples by quantile among the reference's, in equal bins of [0, 1].
+
+    A sample with L of M reference rewards below it and A at most equal could take the places L..A among the M+1, so its
+    mass is spread evenly over [L/(M+1), (A+1)/(M+1)]. The reference itself is then flat in expectation, ties or not.
+
+    Args:
+        rewards: (P, m) rewards of policy samples.
+        ref_rewards: (P, M) rewards of reference samples.
+        num_bins: number of bins.
+    """
+    lower, at_most, num_ref = count_below(rewards, ref_rewards)
+    edges = [i / num_bins for i in range(num_bins + 1)]
+    below = [float((((num_ref + 1) * e - lower) / (at_most + 1 - lower)).clamp(0.0, 1.0).mean()) for e in edges]
+    return [right - left for left, right in itertools.pairwise(below)]
+
+
+def within_prompt_correlation(rewards: Tensor, lengths: Tensor) -> float:
+    """Return Pearson's correlation of reward and length (P, m) among the samples of the same prompt.
+
+    Each prompt's means are taken off first: prompts that invite long answers and pay well do not count. With one sample
+    a prompt nothing is taken off but the overall mean. NaN if either does not vary.
+    """
+    dim = 1 if rewards.shape[1] > 1 else 0
+    x, y = rewards - rewards.mean(dim, keepdim=True), lengths - lengths.mean(dim, keepdim=True)
+    spread = float(x.square().sum().sqrt() * y.square().sum().sqrt())
+    return float((x * y).sum()) / spread if spread > 0 else math.nan

@@ -1,0 +1,198 @@
+"""Policy and reference side by side: samples of either, and what each says of the other's samples."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bondlm.data import load_prompts
+from bondlm.engines import Role
+from bondlm.errors import ConfigError, NonFiniteError
+from bondlm.evaluation.files import finished_prompts
+from bondlm.inference import Sampler
+from bondlm.logprobs import score_rows
+from bondlm.rewards import NamedReward
+from bondlm.rollout import PROMPT_IDS, Samples, draw
+from bondlm.runfolder import append_jsonl
+from bondlm.text import encode_prompts
+
+CHUNK = 16  # prompts between two writes
+FIRST_STEP = 1 << 41  # the "step" of these samples' seeds: none of training's, and another one for each law
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """Whose samples, how many of each prompt, and how they are drawn."""
+
+    name: str  # its row in the table
+    file: str
+    role: Role
+    num_samples: int
+    temperature: float = 1.0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether both models score its samples: temperature 1, where the law is the model's own."""
+        return self.temperature == 1.0
+
+
+def laws(num_samples: int, num_reference_samples: int) -> list[Law]:
+    """Reference and policy at temperature 1, then the baselines that an honest sceptic would ask for."""
+    return [
+        Law(name="reference", file="reference.jsonl", role="reference", num_samples=num_reference_samples),
+        Law(name="policy", file="policy.jsonl", role="policy", num_samples=num_samples),
+        Law(name="reference, greedy", file="reference-greedy.jsonl", role="reference", num_samples=1, temperature=0.0),
+        *(
+            Law(
+                name=f"reference, T={t}",
+                file=f"reference-t{t}.jsonl",
+                role="reference",
+                num_samples=num_samples,
+                temperature=t,
+            )
+            for t in (0.3, 0.7)
+        ),
+        Law(name="policy, greedy", file="policy-greedy.jsonl", role="policy", num_samples=1, temperature=0.0),
+    ]
+
+
+class Pair:
+    """Two models over the same tokens."""
+
+    def __init__(self, policy: str, reference: str, *, dtype: str = "auto", max_rows: int = 96) -> None:
+        """Load both.
+
+        Raises:
+            ConfigError: one cannot be loaded, or they do not share tokenizer, vocabulary and kind.
+        """
+        self.samplers: dict[Role, Sampler] = {"policy": Sampler(policy, dtype=dtype, max_rows=max_rows)}
+        self.samplers["reference"] = Sampler(reference, dtype=dtype, max_rows=max_rows)
+        _refuse_other_tokens(self.samplers["policy"], policy, self.samplers["reference"], reference)
+
+    def rows(self, source: Any, *, max_prompt_length: int | None, max_completion_length: int) -> list[dict[str, Any]]:
+        """Read and encode prompts as training does: plain text stays plain text, chats get the chat template.
+
+        Raises:
+            DataError: prompts that cannot be used.
+        """
+        sampler = self.samplers["policy"]
+        config = sampler.model.config
+        prompts = load_prompts(source).to_list()
+        ids = encode_prompts(
+            [row["prompt"] for row in prompts],
+            sampler.tokenizer,
+            max_prompt_length=max_prompt_length,
+            context_length=None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None),
+            max_completion_length=max_completion_length,
+            is_encoder_decoder=config.is_encoder_decoder,
+        )
+        return [row | {PROMPT_IDS: prompt_ids} for row, prompt_ids in zip(prompts, ids, strict=True)]
+
+    def log_ratio(self, rows: Sequence[Mapping[str, Any]], samples: Samples) -> Tensor:
+        """Log pi(y) - log pi_ref(y) (P, M), both from the same kind of forward pass, so that rounding cancels."""
+        pairs = [(row[PROMPT_IDS], c.ids) for row, cs in zip(rows, samples.completions, strict=True) for c in cs]
+        scores = [self._score(self.samplers[role], pairs) for role in ("policy", "reference")]
+        ratio = (scores[0] - scores[1]).double().view(len(rows), -1)
+        if not torch.isfinite(ratio).all():
+            raise NonFiniteError("a log-probability of a sample is not finite: try --dtype float32")
+        return ratio
+
+    def _score(self, sampler: Sampler, pairs: Any) -> Tensor:
+        config = sampler.model.config
+        start_id = config.decoder_start_token_id if config.is_encoder_decoder else None
+        return score_rows(sampler.model, pairs, sampler.text.pad_id, start_id=start_id, device=sampler.device)
+
+
+def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, reference_name: str) -> None:
+    mine, theirs = policy.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
+    sizes = [sampler.model.config.vocab_size for sampler in (policy, reference)]
+    kinds = [bool(sampler.model.config.is_encoder_decoder) for sampler in (policy, reference)]
+    if mine != theirs:
+        different = len(mine.items() ^ theirs.items())
+        raise ConfigError(
+            f"the policy {policy_name!r} ({len(mine)} tokens) and the reference {reference_name!r} ({len(theirs)} "
+            f"tokens) have different tokenizers ({different} entries differ): a KL needs the same tokens. Give the "
+            "model that the policy was trained from as reference."
+        )
+    if sizes[0] != sizes[1] or kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"the policy {policy_name!r} (vocabulary of {sizes[0]}, encoder-decoder: {kinds[0]}) and the reference "
+            f"{reference_name!r} ({sizes[1]}, {kinds[1]}) are models of another shape: give the model that the policy "
+            "was trained from as reference."
+        )
+
+
+def fill(
+    path: Path,
+    law: Law,
+    pair: Pair,
+    rows: Sequence[Mapping[str, Any]],
+    rewards: Sequence[NamedReward],
+    *,
+    number: int,
+    num_judges: int,
+    seed: int,
+    max_completion_length: int,
+    on_prompts_done: Callable[[int], object],
+) -> None:
+    """Append the samples that the file still lacks, a chunk of prompts at a time.
+
+    Args:
+        path: the law's sample file.
+        law: what to draw.
+        pair: the models.
+        rows: encoded prompts.
+        rewards: those that count, then `num_judges` judges.
+        number: the law's place, which its seeds depend on.
+        num_judges: how many of the rewards are judges.
+        seed: of the samples.
+        max_completion_length: most tokens of a completion.
+        on_prompts_done: told how many more prompts are on file.
+    """
+    done = finished_prompts(path, [row["prompt"] for row in rows], law.num_samples)
+    on_prompts_done(done)
+    sampler = pair.samplers[law.role]
+    for start in range(done, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        began = time.perf_counter()
+        drawn = draw(
+            sampler.engine,
+            chunk,
+            {law.role: law.num_samples},
+            max_new_tokens=max_completion_length,
+            seed=seed,
+            step=FIRST_STEP + number,
+            positions=range(start, start + len(chunk)),
+            temperature=law.temperature,
+        )
+        seconds = (time.perf_counter() - began) / (len(chunk) * law.num_samples)
+        samples = sampler.score(rewards, chunk, drawn)
+        ratio = pair.log_ratio(chunk, samples) if law.is_main else None
+        names = [reward.name for reward in rewards]
+        judges = names[len(names) - num_judges :]
+        append_jsonl(path, list(_as_rows(chunk, samples, ratio, judges, seconds)))
+        on_prompts_done(len(chunk))
+
+
+def _as_rows(
+    chunk: Sequence[Mapping[str, Any]], samples: Samples, ratio: Tensor | None, judges: Sequence[str], seconds: float
+) -> Iterator[dict[str, Any]]:
+    for i, row in enumerate(chunk):
+        for j, completion in enumerate(samples.completions[i]):
+            by_name = {name: float(values[i, j]) for name, values in samples.by_name.items()}
+            yield {
+                "prompt": row["prompt"],
+                "completion": samples.texts[i][j],
+                "reward": float(samples.rewards_PM[i, j]),
+                "rewards": {name: value for name, value in by_name.items() if name not in judges},
+                "judges": {name: by_name[name] for name in judges},
+                "finished": completion.finished,
+                "tokens": len(completion.ids),
+                "logprob": completion.logprob,
+                **({} if ratio is None else {"log_ratio": float(ratio[i, j])}),
+                "seconds": seconds,
+            }

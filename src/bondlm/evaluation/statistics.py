@@ -1,0 +1,169 @@
+"""The numbers of `eval.json` from scored samples (docs/evaluation.md lists them)."""
+
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import bondlm
+from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, kl_bound, win_rates
+from bondlm.bestofn.comparison import Against, Comparison, compare_samples
+from bondlm.evaluation.samples import Scored, text_metrics
+
+BEST_OF = (2, 4, 8)
+FEW_PROMPTS = 30
+CUT_WARNED, LONGER_WARNED = 0.5, 1.5
+
+
+def summarize(policy: Scored, reference: Scored, others: Mapping[str, Scored]) -> dict[str, Any]:
+    """Everything that the samples say, in the form of `eval.json`.
+
+    Args:
+        policy: m samples of each of P prompts, with their log-ratios.
+        reference: M samples of each. Their log-ratios, if there, give the forward KL to Best-of-n.
+        others: baselines by name; they are judged against the same reference samples.
+
+    Raises:
+        ValueError: the policy's log-ratios are missing, or numbers are not finite.
+    """
+    if policy.log_ratio is None:
+        raise ValueError("the policy's samples need their log-ratios: score them under policy and reference")
+    result = compare_samples(policy.rewards, reference.rewards, policy.log_ratio, policy.lengths, reference.log_ratio)
+    numbers = _numbers(result) | text_metrics(policy)
+    numbers |= {
+        "num_prompts": len(policy.prompts),
+        "num_samples": policy.rewards.shape[1],
+        "num_reference_samples": reference.rewards.shape[1],
+        "baselines": _baselines(result, reference, others),
+        "judges": {name: _judge(policy.judges[name], reference.judges[name]) for name in policy.judges},
+        "cost": _cost(policy, reference, result.matched["win_rate"].value),
+        "versions": versions(),
+    }
+    return numbers | {"warnings": _warnings(result, numbers, policy, reference)}
+
+
+def interval(estimate: Estimate | EffectiveN) -> dict[str, Any]:
+    """`{value, low, high}`, and the text of an effective N."""
+    ends = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    return ends | {"text": str(estimate)} if isinstance(estimate, EffectiveN) else ends
+
+
+def versions() -> dict[str, str]:
+    """What computed the numbers."""
+    names = ("torch", "transformers")
+    return {"bondlm": bondlm.__version__} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _numbers(result: Comparison) -> dict[str, Any]:
+    worth = result.matched["win_rate"]
+    # The KL that exact Best-of-N needs at this N; log N - (N - 1)/N holds for continuous rewards.
+    needed = kl_bound(min(worth.value, worth.max_n))
+    known = math.isfinite(worth.value) and needed > 0
+    simple = ("win_rate", "kl", "reward", "log_quantile", "kl_k3", "kl_per_token")
+    bins = len(result.histogram)
+    return {
+        "effective_n": interval(worth),
+        **{name: interval(getattr(result, name)) for name in simple},
+        "matched": {name: interval(found) for name, found in result.matched.items()},
+        "kl_of_best_of_n": needed,
+        "kl_ratio": result.kl.value / needed if known else None,
+        "curve": [
+            {"n": p.n, "reward": interval(p.reward), "win_rate": p.win_rate, "log_quantile": p.log_quantile, "kl": p.kl}
+            for p in result.curve
+        ],
+        "against_best_of": [_opponent(p) for p in result.against],
+        "quantile_histogram": {"edges": [i / bins for i in range(bins + 1)], "policy": result.histogram},
+        "reward_length_correlation": result.reward_length_correlation,
+    }
+
+
+def _opponent(point: Against) -> dict[str, Any]:
+    names = ("win_rate", "forward_kl", "backward_kl")
+    return {"n": point.n} | {name: interval(getattr(point, name)) for name in names}
+
+
+def _baselines(result: Comparison, reference: Scored, others: Mapping[str, Scored]) -> dict[str, Any]:
+    rows: dict[str, Any] = {"reference": {"reward": interval(result.reference_reward)} | text_metrics(reference)}
+    for name, samples in others.items():
+        rows[name] = {
+            "reward": interval(bootstrap_mean(samples.rewards.mean(dim=1))),
+            "win_rate": interval(bootstrap_mean(win_rates(samples.rewards, reference.rewards))),
+            "effective_n": interval(effective_n(samples.rewards, reference.rewards)),
+            **text_metrics(samples),
+        }
+    for n in BEST_OF:
+        if n <= len(result.curve):
+            rows[f"reference, best of {n}"] = {"reward": interval(result.curve[n - 1].reward)}
+    return rows
+
+
+def _judge(mine: Any, refs: Any) -> dict[str, Any]:
+    return {
+        "reward": interval(bootstrap_mean(mine.mean(dim=1))),
+        "reference_reward": interval(bootstrap_mean(refs.mean(dim=1))),
+        "gain": interval(bootstrap_mean(mine.mean(dim=1) - refs.mean(dim=1))),
+        "win_rate": interval(bootstrap_mean(win_rates(mine, refs))),
+    }
+
+
+def _cost(policy: Scored, reference: Scored, worth: float) -> dict[str, float]:
+    """Tokens and seconds an answer; Best-of-n draws n of the reference (scoring them is not counted)."""
+    n = math.ceil(min(worth, reference.rewards.shape[1]) - 1e-9)
+    return {
+        "tokens": float(policy.lengths.mean()),
+        "seconds": policy.seconds / policy.rewards.numel(),
+        "best_of_n_tokens": n * float(reference.lengths.mean()),
+        "best_of_n_seconds": n * reference.seconds / reference.rewards.numel(),
+        "n": n,
+    }
+
+
+def _warnings(result: Comparison, numbers: Mapping[str, Any], policy: Scored, reference: Scored) -> list[str]:
+    """What a reader must know before believing the headline."""
+    worth = result.matched["win_rate"]
+    length, ref_length = float(policy.lengths.mean()), float(reference.lengths.mean())
+    found = [
+        (
+            len(policy.prompts) < FEW_PROMPTS,
+            f"only {len(policy.prompts)} prompts: the intervals are rough (with one prompt there is none)",
+        ),
+        (
+            any(n.low > worth.high or n.high < worth.low for n in result.matched.values()),
+            "the effective N depends on how it is measured: "
+            + ", ".join(f"{name.replace('_', '-')} {n}" for name, n in result.matched.items())
+            + ". Rewards that tie, or a policy narrower or wider than Best-of-N",
+        ),
+        (
+            numbers["completions/clipped_ratio"] > CUT_WARNED,
+            f"{numbers['completions/clipped_ratio']:.0%} of the policy's answers were cut at the token budget",
+        ),
+        (
+            length > LONGER_WARNED * ref_length,
+            f"the policy's answers are longer than the reference's: {length:.0f} tokens against {ref_length:.0f}",
+        ),
+    ]
+    return [text for holds, text in found if holds] + _over_optimised(result, numbers) + _sharpened(numbers)
+
+
+def _over_optimised(result: Comparison, numbers: Mapping[str, Any]) -> list[str]:
+    """The optimised reward rose for certain and a judge's fell for certain, prompt by prompt."""
+    if not result.gain.low > 0:
+        return []
+    fallen = [name for name, judge in numbers["judges"].items() if judge["gain"]["high"] < 0]
+    return [
+        f"over-optimisation: the optimised reward rose by {result.gain.value:.3g}, but the judge {name!r} fell by "
+        f"{-numbers['judges'][name]['gain']['value']:.3g}"
+        for name in fallen
+    ]
+
+
+def _sharpened(numbers: Mapping[str, Any]) -> list[str]:
+    """The untouched model at a lower temperature does as well: no training is needed for that."""
+    rows = {k: v for k, v in numbers["baselines"].items() if k.startswith("reference, ") and "win_rate" in v}
+    if not rows:
+        return []
+    name = max(rows, key=lambda row: rows[row]["win_rate"]["value"])
+    best, own = rows[name]["win_rate"]["value"], numbers["win_rate"]["value"]
+    if best < own:
+        return []
+    return [f"sharpening alone does as well: {name!r} wins {best:.3f}, the policy {own:.3f}"]

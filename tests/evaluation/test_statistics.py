@@ -1,0 +1,180 @@
+"""`eval.json` from samples whose worth is known, and the warnings that a reader needs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bondlm.bestofn import kl_bound
+from bondlm.errors import DataError
+from bondlm.evaluation.run import describe_objective, side_by_side, write_results
+from bondlm.evaluation.samples import Scored, distinct, from_rows, text_metrics
+from bondlm.evaluation.statistics import summarize
+from bondlm.objectives import BOND, JBOND
+from bondlm.runfolder import plain
+
+
+def scored(rewards, *, length=10.0, log_ratio=None, judges=None, seconds=0.0, text="one two three", finished=1.0):
+    rewards = torch.from_numpy(np.asarray(rewards, dtype=float))
+    return Scored(
+        prompts=[f"prompt {i}" for i in range(len(rewards))],
+        texts=[[text] * rewards.shape[1] for _ in rewards],
+        rewards=rewards,
+        lengths=torch.full_like(rewards, length),
+        finished=torch.full_like(rewards, finished),
+        logprobs=torch.full_like(rewards, -2.0 * length),
+        log_ratio=None if log_ratio is None else torch.full_like(rewards, log_ratio),
+        judges={name: torch.from_numpy(values) for name, values in (judges or {}).items()},
+        seconds=seconds,
+    )
+
+
+def case(n=4, num_prompts=400, m=4, num_ref=16, seed=0, **options):
+    rng = np.random.default_rng(seed)
+    mine = rng.normal(size=(num_prompts, m, n)).max(-1)
+    return (
+        scored(mine, **({"log_ratio": 1.2, "seconds": 4.0} | options)),
+        scored(rng.normal(size=(num_prompts, num_ref)), log_ratio=-0.5, seconds=64.0),
+        {"reference, T=0.7": scored(rng.normal(size=(num_prompts, 2)))},
+    )
+
+
+def test_the_numbers_of_a_best_of_4_policy():
+    policy, reference, others = case()
+    result = summarize(policy, reference, others)
+    assert result["effective_n"]["low"] <= 4 <= result["effective_n"]["high"]
+    assert result["effective_n"]["text"].startswith(f"{result['effective_n']['value']:.1f} [")
+    assert result["kl_of_best_of_n"] == pytest.approx(kl_bound(result["effective_n"]["value"]))
+    assert result["kl_ratio"] == pytest.approx(1.2 / result["kl_of_best_of_n"])
+    assert result["kl_per_token"]["value"] == pytest.approx(0.12)
+    assert result["kl_k3"]["value"] == pytest.approx(math.expm1(-1.2) + 1.2)
+    assert result["entropy"] == pytest.approx(2.0)
+    n = math.ceil(result["effective_n"]["value"])
+    assert result["cost"] == pytest.approx(
+        {"tokens": 10, "seconds": 4 / 1600, "best_of_n_tokens": 10 * n, "best_of_n_seconds": n * 0.01, "n": n}
+    )
+    baseline = result["baselines"]["reference, T=0.7"]
+    assert baseline["win_rate"]["low"] <= 0.5 <= baseline["win_rate"]["high"]
+    assert result["warnings"] == []
+    assert "kl" not in baseline
+    assert (result["num_prompts"], result["num_samples"], result["num_reference_samples"]) == (400, 4, 16)
+    json.dumps(plain(result), allow_nan=False)
+
+
+def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
+    policy, reference, others = case(n=1, log_ratio=0.1)
+    below = scored(policy.rewards.numpy() - 1.0, log_ratio=0.1)
+    above = scored(policy.rewards.numpy() + 9.0, log_ratio=9.0)
+    for samples, needed in ((below, 0.0), (above, kl_bound(16))):
+        result = summarize(samples, reference, others)
+        assert result["kl_ratio"] is None
+        assert result["kl_of_best_of_n"] == pytest.approx(needed)
+
+
+def warned(policy, reference, others, word):
+    return [w for w in summarize(policy, reference, others)["warnings"] if word in w]
+
+
+def test_over_optimisation_is_a_reward_that_rises_while_a_judge_falls():
+    rng = np.random.default_rng(3)
+    shape, ref_shape = (400, 4), (400, 16)
+    judges = {"good": rng.normal(0.5, 1, shape), "bad": rng.normal(-0.5, 1, shape), "same": rng.normal(0, 1, shape)}
+    ref_judges = {name: rng.normal(0, 1, ref_shape) for name in judges}
+    policy, reference, others = case(judges=judges)
+    reference = scored(reference.rewards, judges=ref_judges)
+    (warning,) = warned(policy, reference, others, "over-optimisation")
+    assert "'bad' fell by 0.5" in warning
+    unmoved = scored(case(n=1)[0].rewards, log_ratio=0.0, judges=judges)
+    assert warned(unmoved, reference, others, "over-optimisation") == []
+
+
+def test_sharpening_verbosity_truncation_few_prompts_and_disagreement_are_said():
+    policy, reference, _ = case()
+    better = {"reference, greedy": scored(reference.rewards[:, :1] + 5.0)}
+    (warning,) = warned(policy, reference, better, "sharpening")
+    assert "'reference, greedy' wins" in warning
+    assert warned(*case(length=16.0), "longer") != []
+    assert warned(*case(length=14.0), "longer") == []
+    assert warned(*case(finished=0.0), "cut at the token budget") != []
+    assert warned(*case(num_prompts=29), "only 29 prompts") != []
+    narrow = scored(np.full((400, 4), 1.0), log_ratio=1.0)
+    assert warned(narrow, reference, {}, "depends on how it is measured") != []
+
+
+def test_one_prompt_has_numbers_without_intervals():
+    result = plain(summarize(*case(num_prompts=1)))
+    assert result["win_rate"]["low"] is None
+    assert result["effective_n"]["low"] == 1.0
+
+
+def test_policy_samples_must_be_scored():
+    policy, reference, others = case()
+    with pytest.raises(ValueError, match="log-ratios"):
+        summarize(scored(policy.rewards), reference, others)
+
+
+def test_distinct_n_by_hand():
+    texts = [["The cat, the dog", "ignored"], ["THE CAT sat"]]
+    assert distinct(texts, 1) == pytest.approx(4 / 7)  # the cat dog sat, of 7 words
+    assert distinct(texts, 2) == pytest.approx(4 / 5)  # "the cat" twice
+    assert math.isnan(distinct([["one"]], 2))
+
+
+def test_rows_of_a_file_come_back_prompt_by_prompt():
+    rows = [
+        {
+            "prompt": i,
+            "completion": f"{i}{j}",
+            "reward": 10 * i + j,
+            "judges": {"a": -j},
+            "finished": j == 0,
+            "tokens": j + 1,
+            "logprob": -1.0,
+            "log_ratio": 0.5 * j,
+            "seconds": 0.25,
+        }
+        for i in range(3)
+        for j in range(2)
+    ]
+    result = from_rows(rows, 2)
+    assert result.prompts == [0, 1, 2]
+    assert result.texts[1] == ["10", "11"]
+    assert result.rewards.tolist() == [[0, 1], [10, 11], [20, 21]]
+    assert result.judges["a"].tolist() == [[0, -1]] * 3
+    assert result.log_ratio.tolist() == [[0, 0.5]] * 3
+    assert result.seconds == 1.5
+    with pytest.raises(DataError, match="reward"):
+        from_rows([rows[0] | {"reward": None}, *rows[1:]], 2)
+    with pytest.raises(DataError, match="rows"):
+        from_rows([], 2)
+    metrics = text_metrics(result)
+    assert metrics["completions/mean_length"] == 1.5
+    assert metrics["completions/clipped_ratio"] == 0.5
+    assert metrics["entropy"] == pytest.approx(1 / 1.5)
+
+
+def test_side_by_side_shows_the_best_of_the_first_eight(tmp_path):
+    policy, reference, _ = case(num_prompts=3)
+    rows = list(side_by_side(policy, reference))
+    assert list(rows[0]) == ["prompt", "reference", "reference_best_of_8", "policy"]
+    for i, row in enumerate(rows):
+        assert row["reference_best_of_8"]["reward"] == float(reference.rewards[i, :8].max())
+        assert row["reference"]["reward"] == float(reference.rewards[i, 0])
+    write_results(tmp_path, {"a": math.nan}, policy, reference)
+    assert json.loads((tmp_path / "eval.json").read_text()) == {"a": None}
+    assert len((tmp_path / "eval_samples.jsonl").read_text().splitlines()) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval_samples.jsonl"]
+
+
+def test_an_objective_is_described_by_its_settings():
+    assert describe_objective("jbond", JBOND(beta=0.25)) == {
+        "name": "jbond",
+        "n": 2,
+        "beta": 0.25,
+        "gamma": 0.0,
+        "num_anchor_samples": 2,
+        "log_quantile": "jbond",
+    }
+    assert describe_objective("bond", BOND(n=8))["n"] == 8

@@ -1,0 +1,111 @@
+"""A checkpoint is whole or absent: every byte is sealed, and what was not sealed is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bondlm.errors import CheckpointError
+from bondlm.manifest import MANIFEST_FILE, fault, newest_checkpoint, seal, verify
+
+
+def checkpoint(folder: Path, step: int = 4) -> Path:
+    path = folder / f"checkpoint-{step}"
+    (path / "global").mkdir(parents=True)
+    (path / "anchor.safetensors").write_bytes(bytes(range(200)))
+    (path / "global" / "shard.pt").write_bytes(b"x" * 50)
+    (path / "empty.txt").touch()
+    seal(path)
+    return path
+
+
+def test_what_was_sealed_verifies(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path)
+    assert fault(path) is None
+    verify(path)
+    assert not list(path.glob("*.tmp"))
+    listed = json.loads((path / MANIFEST_FILE).read_text())["files"]
+    assert {name: entry["size"] for name, entry in listed.items()} == {
+        "anchor.safetensors": 200,
+        "empty.txt": 0,
+        "global/shard.pt": 50,
+    }
+
+
+@pytest.mark.parametrize("name", ["anchor.safetensors", "global/shard.pt", MANIFEST_FILE])
+@pytest.mark.parametrize("keep", [0, 1, 0.5, -1])
+def test_a_file_cut_anywhere_is_found(tmp_path: Path, name: str, keep: float) -> None:
+    path = checkpoint(tmp_path) / name
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    reason = fault(path.parents[name.count("/")])
+    assert reason is not None
+    assert name in reason
+
+
+@pytest.mark.parametrize("name", ["anchor.safetensors", "global/shard.pt"])
+@pytest.mark.parametrize("bit", [0, 7, 199, 399])
+def test_one_flipped_bit_is_found(tmp_path: Path, name: str, bit: int) -> None:
+    path = checkpoint(tmp_path)
+    data = bytearray((path / name).read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    (path / name).write_bytes(bytes(data))
+    assert fault(path) == f"{name} is damaged (its hash differs)"
+
+
+def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+        change(manifest)
+        (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+    return apply
+
+
+def link_out(path: Path) -> None:
+    (path.parent / "outside").write_bytes(b"x" * 50)
+    (path / "global" / "shard.pt").unlink()
+    (path / "global" / "shard.pt").symlink_to(path.parent / "outside")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda p: (p / MANIFEST_FILE).unlink(), "it was not finished"),
+    "extra file": (lambda p: (p / "more.pt").touch(), "more.pt is not in the manifest"),
+    "missing file": (lambda p: (p / "empty.txt").unlink(), "empty.txt is missing"),
+    "parent": (edit(lambda m: m["files"].update({"../outside": {"size": 0, "sha256": ""}})), "leads out of the folder"),
+    "absolute": (edit(lambda m: m["files"].update({"/etc/passwd": {"size": 0, "sha256": ""}})), "leads out"),
+    "link": (link_out, "leads out of the folder"),
+    "newer format": (edit(lambda m: m.update(format=2)), "has format 2, this bondlm reads 1"),
+    "a list": (edit(lambda m: m.update(files=[])), "lists no files"),
+    "no hash": (edit(lambda m: m["files"]["empty.txt"].pop("sha256")), "no size and hash"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), FAULTS.values(), ids=FAULTS.keys())
+def test_every_fault_is_named(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
+    path = checkpoint(tmp_path)
+    spoil(path)
+    assert message in str(fault(path))
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        verify(path)
+
+
+def test_the_newest_good_one_is_taken_by_number_not_by_name(tmp_path: Path) -> None:
+    for step in (2, 9, 10, 11):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-12.tmp").mkdir()
+    (tmp_path / "checkpoint-11" / "anchor.safetensors").unlink()
+    path, rejected = newest_checkpoint(tmp_path)
+    assert path == tmp_path / "checkpoint-10"
+    assert len(rejected) == 1
+    assert "checkpoint-11: anchor.safetensors is missing" in rejected[0]
+
+
+def test_never_afresh_by_accident(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) == (None, [])
+    for step in (1, 2):
+        (checkpoint(tmp_path, step) / MANIFEST_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be trusted: .*checkpoint-2.*checkpoint-1"):
+        newest_checkpoint(tmp_path)
