@@ -324,7 +324,7 @@ class BONDTrainer(Trainer):
                 {role: num_samples},
                 max_new_tokens=self.args.max_completion_length,
                 seed=self.args.seed,
-                step=EVALUATION_STEP,
+                step=EVALUATION_STEP + round(1000 * abs(1 - temperature)),  # a law of its own: samples of its own
                 positions=mine,
                 temperature=temperature,
             )

@@ -36,6 +36,7 @@ def test_train_leaves_the_run_folder_of_the_contract(tmp_path, kind, capsys):
     assert len(rows(run / "eval_samples.jsonl")) == 6
     assert "Best-of-" in (run / "README.md").read_text()
     assert not (run / ".lock").exists()
+    assert result["effective_n"]["text"] in (run / "report.html").read_text()
     if kind == "t5":
         assert AutoModelForSeq2SeqLM.from_pretrained(run).num_parameters() > 0
     else:

@@ -4,6 +4,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,18 @@ def run(options: dict[str, Any]) -> int:
             reporter.close_training()
             if trainer.eval_dataset is not None:
                 evaluate_run(trainer, folder, console, reporter)
+                _write_report(folder, console)
         console.print(f"run folder: {folder}", soft_wrap=True)
     return 0
+
+
+def _write_report(folder: Path, console: Console) -> None:
+    if find_spec("jinja2") is None or find_spec("matplotlib") is None:
+        console.print("no report.html: pip install 'bondlm[report]', then bondlm report", highlight=False)
+        return
+    from bondlm.report import write_report
+
+    write_report([folder])
 
 
 def require(options: Mapping[str, Any]) -> None:
