@@ -18,6 +18,7 @@ from bondlm.text import as_messages, decode_completions
 
 ROLE_NUMBER: dict[Role, int] = {"policy": 0, "anchor": 1, "reference": 2}
 PROMPT_IDS = "prompt_ids"  # the column that holds a row's prompt as token ids
+PROMPT_ROW = "prompt_row"  # the row's number in its data set: its samples' seeds are the same on any process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,9 @@ def score_samples(
     answers = [text for _, text, _ in keys]
     prompts = [rows[i]["prompt"] for i in owner]
     conversational = bool(prompts) and not isinstance(prompts[0], str)
-    columns = {name: [rows[i][name] for i in owner] for name in rows[0] if name not in ("prompt", PROMPT_IDS)}
+    columns = {
+        name: [rows[i][name] for i in owner] for name in rows[0] if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)
+    }
     columns |= {
         "completion_ids": [ids_by_place[place] for place in range(len(keys))],
         "truncated": [not finished for _, _, finished in keys],

@@ -40,6 +40,7 @@ from bondlm.quantile_model import QuantileModel, completion_features
 from bondlm.rewards import NamedReward, load_rewards
 from bondlm.rollout import (
     PROMPT_IDS,
+    PROMPT_ROW,
     Samples,
     completion_metrics,
     draw,
@@ -153,7 +154,8 @@ class BONDTrainer(Trainer):
         for callback in (self._anchor_callback, self.run_folder, self.stop):
             self.add_callback(callback)
         with self.roles.use("policy") as policy:
-            self._share_prompts = can_share_prompts(policy, args.device, distributed=args.world_size > 1)
+            wrapped = self.accelerator.distributed_type.value != "NO"
+            self._share_prompts = can_share_prompts(policy, args.device, distributed=wrapped)
         self._reference_samples: dict[int, Samples] = {}
 
     # -- data
@@ -173,7 +175,7 @@ class BONDTrainer(Trainer):
     def _encoded(self, dataset: Any) -> Dataset:
         prompts = load_prompts(dataset)
         ids = encode_prompts(prompts["prompt"][:], self._tokenizer, **self._encode_args)
-        return prompts.add_column(PROMPT_IDS, ids)
+        return prompts.add_column(PROMPT_IDS, ids).add_column(PROMPT_ROW, list(range(len(ids))))
 
     # -- a training step
 
@@ -190,19 +192,17 @@ class BONDTrainer(Trainer):
         self.clock.start("other")
         window = self._roll_out(rows, self.state.global_step + 1)
         sizes = [len(batch["rows"]) for batch in batches]
-        return [
-            self._micro_batch(window, end - size, end) for size, end in zip(sizes, _running_sum(sizes), strict=True)
-        ], num_prompts
+        ends = _running_sum(sizes)
+        return [self._micro_batch(window, e - size, e) for size, e in zip(sizes, ends, strict=True)], num_prompts
 
     def _roll_out(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
         """Everything about the window that does not need a gradient."""
         plan, seed = self.objective.plan, self.args.seed
         first = self.args.process_index * len(rows)
-        positions = range(first, first + len(rows))
+        positions = [row[PROMPT_ROW] for row in rows]
         samples = self._samples_of_step(rows, step, positions)
-        completions = samples.completions
         selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
-        learned = [[completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
+        learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
         compared = [
             [(row[PROMPT_IDS], c.ids) for c in cs[: plan.compare]] for row, cs in zip(rows, learned, strict=True)
         ]

@@ -1,0 +1,76 @@
+"""Two processes with gloo on the CPU do the mathematics of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("run_tiny.py")
+
+
+def run(out: Path, processes: int, *, timeout: float = 120, **job: Any) -> subprocess.CompletedProcess[str]:
+    out.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(SCRIPT), str(out), json.dumps(job)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2] / "src")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+JOBS: dict[
+    str, tuple[dict[str, Any], int, int, int]
+] = {  # settings, batch of one process, of each of two, accumulation
+    "lora": ({"kind": "causal", "lora": True}, 4, 2, 1),
+    "full": ({"kind": "causal"}, 4, 2, 1),
+    "t5, accumulated": ({"kind": "t5"}, 4, 1, 2),
+    "rloo": (
+        {"kind": "causal", "lora": True, "objective": "rloo", "anchor": "periodic", "anchor_update_every": 2},
+        4,
+        2,
+        1,
+    ),
+    "learned quantile": ({"kind": "causal", "objective": "bond", "n": 3, "quantile": "learned"}, 4, 2, 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
+    job, one, each, accumulate = JOBS[name]
+    check(run(tmp_path / "one", 1, **job, per_device_train_batch_size=one))
+    settings = {"per_device_train_batch_size": each, "gradient_accumulation_steps": accumulate}
+    check(run(tmp_path / "two", 2, **job, **settings))
+    for file in ("policy.safetensors", "anchor.safetensors"):
+        single, double = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
+        assert single.keys() == double.keys()
+        residuals = torch.cat([(double[n] - single[n]).flatten() for n in single])
+        assert float(residuals.abs().max()) < 2e-6
+        assert float(residuals.mean().abs()) < 1e-8
+    metrics = [json.loads((tmp_path / folder / "eval_metrics.json").read_text()) for folder in ("one", "two")]
+    for key in ("eval_reward", "eval_win_rate", "eval_kl", "eval_effective_n"):
+        assert metrics[1][key] == pytest.approx(metrics[0][key], abs=1e-4)
+    logs = [
+        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in ("one", "two")
+    ]
+    assert len(logs[0]) == len(logs[1])  # one process writes, not two
+    for single_row, double_row in zip(*logs, strict=True):
+        for key in ("reward", "anchor/reward", "kl", "anchor/kl", "grad_norm"):
+            if key in single_row:
+                assert double_row[key] == pytest.approx(single_row[key], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_failure_of_one_rank_ends_all(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", 2, kind="causal", per_device_train_batch_size=2, fail_on_rank=1)
+    assert done.returncode != 0
+    assert "one rank's reward is down" in done.stderr
