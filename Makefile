@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow soak lint setup clean
 
 setup: .venv/.installed
 
@@ -29,6 +29,10 @@ test: .venv/.installed
 # With real weights, from packages.
 test-slow: models/smollm2-135m-instruct/config.json
 	$(BIN)/python -m pytest -m slow
+
+# A tiny run is killed a hundred times at random instants, and must end as if it never was.
+soak: .venv/.installed
+	BONDLM_KILLS=100 $(BIN)/python -m pytest tests/faults/test_killed.py -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A J-BOND step beside TRL's RLOO on the same work: 16 prompts, 48 completions of 32 tokens, LoRA, MiniLM reward.
+"""A J-BOND step beside TRL's RLOO or GRPO on the same work: 16 prompts, 48 completions, LoRA, MiniLM reward.
 
     python benchmarks/step.py --model models/smollm2-135m-instruct --encoder models/all-minilm-l6-v2 --threads 2
 
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-PROMPTS, COMPLETIONS, TOKENS = 16, 3, 32
+PROMPTS, COMPLETIONS = 16, 3
 
 
 def main() -> None:
@@ -25,23 +25,33 @@ def main() -> None:
     parser.add_argument("--prompts", default="examples/everyday/train.jsonl")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--one", choices=["bondlm", "rloo"], help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=32, help="most tokens of a completion")
+    parser.add_argument("--against", nargs="+", default=["rloo"], choices=["rloo", "grpo"])
+    parser.add_argument("--one", choices=["bondlm", "rloo", "grpo"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print("RESULT " + json.dumps(measure(args)))
         return
-    results = {}
-    for name in ("bondlm", "rloo"):
-        done = subprocess.run([sys.executable, *sys.argv, "--one", name], capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(done.stdout + done.stderr)
-        results[name] = json.loads(lines[0][7:])
-    for name, r in results.items():
-        print(f"{name:8} wall {r['wall']:6.1f} s  cpu {r['cpu']:6.1f} s  peak {r['peak_gib']:.2f} GiB  {r['phases']}")
-    ours, theirs = results["bondlm"], results["rloo"]
-    wall, cpu = ours["wall"] / theirs["wall"], ours["cpu"] / theirs["cpu"]
-    print(f"ratio    wall {wall:.2f}  cpu {cpu:.2f}  ({args.threads} threads)")
+    ours = in_a_process("bondlm")
+    for name in args.against:
+        theirs = in_a_process(name)
+        wall, cpu = ours["wall"] / theirs["wall"], ours["cpu"] / theirs["cpu"]
+        print(f"bondlm / {name}: wall {wall:.2f}  cpu {cpu:.2f}  ({args.threads} threads)", flush=True)
+
+
+def in_a_process(name: str) -> dict:
+    """Measure one trainer in a fresh process, and print it."""
+    done = subprocess.run([sys.executable, *sys.argv, "--one", name], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        sys.exit(done.stdout + done.stderr)
+    r = json.loads(lines[0][7:])
+    print(
+        f"{name:8} wall {r['wall']:6.1f} s  cpu {r['cpu']:6.1f} s  peak {r['peak_gib']:.2f} GiB  "
+        f"mean completion {r['length']:.1f} tokens  {r['phases']}",
+        flush=True,
+    )
+    return r
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -69,6 +79,7 @@ def measure(args: argparse.Namespace) -> dict:
         "wall": statistics.median(wall for wall, _ in steps[1:]),
         "cpu": statistics.median(cpu for _, cpu in steps[1:]),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "length": statistics.mean(row["completions/mean_length"] for row in logs),
         "phases": {name[5:]: round(statistics.median(row[name] for row in logs), 2) for name in names},
     }
 
@@ -88,7 +99,7 @@ def build(args: argparse.Namespace):
         save_strategy="no",
         report_to="none",
         learning_rate=1e-4,
-        max_completion_length=TOKENS,
+        max_completion_length=args.tokens,
         disable_tqdm=True,
         use_cpu=True,
     )
@@ -101,12 +112,13 @@ def build(args: argparse.Namespace):
         return BONDTrainer(args.model, reward, config, train_dataset=rows, peft_config=lora)
     import torch
     from transformers import AutoModelForCausalLM
-    from trl import RLOOConfig, RLOOTrainer
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     def similarity(prompts, completions, **columns):
         return reward(prompts=prompts, completions=completions)
 
-    config = RLOOConfig(
+    make_config, make_trainer = (RLOOConfig, RLOOTrainer) if args.one == "rloo" else (GRPOConfig, GRPOTrainer)
+    config = make_config(
         per_device_train_batch_size=PROMPTS * COMPLETIONS // 2,
         gradient_accumulation_steps=2,
         num_generations=COMPLETIONS,
@@ -116,7 +128,7 @@ def build(args: argparse.Namespace):
         **common,
     )
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    return RLOOTrainer(model, [similarity], config, train_dataset=rows, peft_config=lora)
+    return make_trainer(model, [similarity], config, train_dataset=rows, peft_config=lora)
 
 
 if __name__ == "__main__":

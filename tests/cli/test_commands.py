@@ -14,6 +14,7 @@ from tiny import tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from bondlm.cli import main
+from bondlm.manifest import fault
 from bondlm.rewards import load_rewards, score
 from cli.helpers import write_job
 
@@ -98,6 +99,17 @@ def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(tmp_path)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     steps = [row["step"] for row in rows(stopped / "run" / "metrics.jsonl") if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path):
+    config = write_job(tmp_path, max_steps=4, save_steps=100, reward_funcs=f"{tmp_path}/reward.py:saver")
+    before = signal.getsignal(signal.SIGUSR1)
+    assert main(["train", "--config", str(config)]) == 0
+    assert signal.getsignal(signal.SIGUSR1) == before
+    run = tmp_path / "run"
+    assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
+    assert fault(run / "checkpoint-2") is None
+    assert [row["step"] for row in rows(run / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_ctrl_c_exits_130(tmp_path):
