@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,8 +7,8 @@ import torch
 from torch import nn
 
 from bondlm.anchor import Anchor
-from bondlm.checkpoint import ANCHOR_FILE, load_tensors, save_tensors
-from bondlm.errors import CheckpointError
+from bondlm.checkpoint import ANCHOR_FILE, load_tensors, require_space, save_tensors
+from bondlm.errors import CheckpointError, ResourceError
 
 
 def anchor(value: float, size: int = 4, name: str = "w", dtype: torch.dtype = torch.float32) -> Anchor:
@@ -63,3 +64,18 @@ def test_the_anchor_of_another_model_is_refused(tmp_path: Path, other: Anchor) -
     save_anchor(other, tmp_path)
     with pytest.raises(CheckpointError, match="does not fit this run"):
         load_anchor(anchor(0.0), tmp_path)
+
+
+def test_room_for_the_checkpoints_is_asked_for_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = anchor(0.0, size=1000)  # 8,000 bytes in fp32; policy, anchor and two moments make 32,000
+    usage = shutil.disk_usage(tmp_path)
+    for free, enough in ((96_000, True), (95_999, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if enough:
+            require_space(tmp_path / "not" / "yet", one, num_checkpoints=3)
+        else:
+            with pytest.raises(ResourceError, match="3 checkpoints need about") as caught:
+                require_space(tmp_path / "not" / "yet", one, num_checkpoints=3)
+            assert caught.value.exit_code == 7

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bondlm.anchor import Anchor
-from bondlm.checkpoint import ANCHOR_FILE, QUANTILE_FILE, load_tensors, save_tensors
+from bondlm.checkpoint import ANCHOR_FILE, QUANTILE_FILE, load_tensors, require_space, save_tensors
 from bondlm.clock import Clock
 from bondlm.errors import NonFiniteError
 from bondlm.manifest import seal
@@ -39,7 +39,10 @@ class AnchorCallback(TrainerCallback):
         self._restore = checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Load our part of the checkpoint, after Trainer has loaded the policy."""
+        """Load our part of the checkpoint, after Trainer has loaded the policy; see that there is room for more."""
+        if args.should_save and str(args.save_strategy) != "no":
+            kept = (args.save_total_limit or 1) + 1  # a new one is written before the oldest is removed
+            require_space(Path(args.output_dir), self._anchor, num_checkpoints=kept)
         if self._restore is not None:
             load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
             if self._quantile_model is not None:

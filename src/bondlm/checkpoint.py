@@ -3,6 +3,7 @@
 `transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,10 +11,27 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bondlm.errors import CheckpointError
+from bondlm.anchor import Anchor
+from bondlm.errors import CheckpointError, ResourceError
 
 ANCHOR_FILE = "anchor.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
+
+
+def require_space(folder: Path, anchor: Anchor, *, num_checkpoints: int) -> None:
+    """Raise ResourceError unless `folder` has room for its checkpoints; asked before the first step, not at the last.
+
+    A checkpoint is the policy, its anchor in fp32 and two moments of the optimizer: four times the trained weights.
+    """
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    size = 4 * sum(tensor.numel() * tensor.element_size() for tensor in anchor.state_dict().values())
+    if free < num_checkpoints * size:
+        raise ResourceError(
+            f"{existing} has {free / 2**30:.2f} GiB free, {num_checkpoints} checkpoints need about "
+            f"{num_checkpoints * size / 2**30:.2f} GiB: free some space, choose another output_dir, or lower "
+            "save_total_limit"
+        )
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
