@@ -267,7 +267,7 @@ FLOORS = {
         "data",
         "scored",
         "logprobs",
-        "prefix",
+        "head", "prefix",
         "quantile_model",
         "clock",
     ),

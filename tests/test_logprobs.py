@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
+from bondlm.head import chosen_tokens, exact_head
 from bondlm.logprobs import Group, can_share_prompts, collate, score_rows, sequence_logprobs
 from bondlm.prefix import shared_prefix
 
@@ -122,27 +123,75 @@ def test_gradient_equals_the_sum_of_the_completions_gradients(kind: str, groups:
         torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "groups"), [LAYOUTS[i] for i in (0, 1, 3, 4)])
-@torch.no_grad()
-def test_the_head_sees_completions_alone_and_the_result_is_that_of_full_logits(kind: str, groups: list[Group]) -> None:
+def counting(head: Any) -> list[int]:
+    """Notes how many positions the head makes logits of, call by call."""
+    seen: list[int] = []
+    plain = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen.append(hidden.numel() // hidden.shape[-1])
+        return plain(hidden)
+
+    head.forward = forward
+    return seen
+
+
+@every_layout
+@pytest.mark.parametrize("tokens_at_a_time", [1, 7, 10_000])
+def test_the_head_makes_logits_of_the_completions_tokens_alone_a_few_at_a_time(
+    kind: str, groups: list[Group], tokens_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same numbers, same gradients, whatever the budget: and no padding, no prompt, no more than the budget at once."""
     model = MODELS[kind](TOKENIZER)
-    batch = collate(groups, 0)
-    widths: list[int] = []
-    handle = model.lm_head.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
-    short = sequence_logprobs(model, batch)
-    handle.remove()
-    num, length = batch["completion_ids"].shape[1:]
-    assert widths == [num * length + 1]
-    assert widths[0] < batch["input_ids"].shape[1]
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
-    logps = model(**inputs).logits.log_softmax(-1)
-    begin = batch["input_ids"].shape[1] - num * length
-    for j in range(num):
-        own = torch.arange(begin + j * length, begin + (j + 1) * length)
-        before = torch.cat([torch.tensor([begin - 1]), own[:-1]])  # the columns that predict these
-        chosen = logps[:, before].gather(2, batch["completion_ids"][:, j, :, None])[:, :, 0]
-        expected = (chosen * batch["completion_mask"][:, j]).sum(1)
-        torch.testing.assert_close(short[:, j], expected, atol=2e-5, rtol=1e-6)
+    expected = batched(model, groups)
+    weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
+    gradients = torch.autograd.grad((weights * expected).sum(), list(model.parameters()))
+
+    monkeypatch.setattr("bondlm.head.LOGITS_BUDGET", 4 * model.config.vocab_size * tokens_at_a_time)
+    seen = counting(model.lm_head)
+    head = exact_head(model, CPU)
+    seen.clear()
+    logps = sequence_logprobs(model, collate(groups, 0, start_id=start_id(model)), head=head)
+    num_tokens = sum(len(c) for _, completions in groups for c in completions)
+    assert sum(seen) == num_tokens
+    assert max(seen) == min(tokens_at_a_time, num_tokens)
+    torch.testing.assert_close(logps, expected, atol=2e-5, rtol=1e-6)
+    for a, b in zip(torch.autograd.grad((weights * logps).sum(), list(model.parameters())), gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-3)
+
+
+def capped() -> Gemma2ForCausalLM:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=30.0,
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+def test_a_model_that_alters_its_logits_keeps_its_own_way() -> None:
+    """Gemma 2 caps its logits after the head: log-probabilities made inside the head would be wrong."""
+    model = capped()
+    assert exact_head(model, CPU) is None
+    with torch.no_grad():
+        torch.testing.assert_close(batched(model, SINGLE), plain_logprobs(model, SINGLE), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_head_is_itself_again_afterwards(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    head = exact_head(model, CPU)
+    assert head is model.get_output_embeddings()
+    assert "forward" not in vars(model.lm_head)
+    with pytest.raises(IndexError), chosen_tokens(model.lm_head, torch.tensor([99]), torch.tensor([0])):
+        model.lm_head(torch.zeros(1, 2, model.lm_head.in_features))
+    assert "forward" not in vars(model.lm_head)
 
 
 def as_lists(batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -156,38 +205,34 @@ def test_collate_by_hand() -> None:
         "completion_mask": [[[1.0, 0.0, 0.0]], [[1.0, 1.0, 1.0]]],
     }
     assert as_lists(collate(groups, 2)) == completions | {
-        "input_ids": [[5, 6, 7, 2, 2], [2, 8, 9, 2, 2]],
-        "attention_mask": [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]],
-        "position_ids": [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]],
+        "input_ids": [[5, 6, 7, 2], [8, 9, 2, 2]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1]],
+        "position_ids": [[0, 1, 2, 3], [0, 1, 2, 3]],
+        "predictor": [[[1, 2, 3]], [[0, 1, 2]]],
+        "logits_to_keep": [0, 1, 2, 3],
     }
     assert as_lists(collate(groups, 2, start_id=1)) == completions | {
-        "input_ids": [[5, 6], [2, 8]],
-        "attention_mask": [[1, 1], [0, 1]],
+        "input_ids": [[5, 6], [8, 2]],
+        "attention_mask": [[1, 1], [1, 0]],
         "decoder_input_ids": [[1, 7, 2], [1, 9, 2]],
     }
 
 
 def test_collate_of_shared_prompts_by_hand() -> None:
     batch = as_lists(collate([([5, 6], [[7, 8], [9]]), ([3], [[4], [1]])], 0))
-    assert batch["input_ids"] == [[5, 6, 7, 8, 9, 0], [0, 3, 4, 0, 1, 0]]
-    assert batch["position_ids"] == [[0, 1, 2, 3, 2, 3], [0, 0, 1, 2, 1, 2]]
-    # Rows attend to columns; padding (the last column here) is seen by itself alone.
+    assert batch["input_ids"] == [[5, 6, 7, 8, 9], [3, 4, 1, 0, 0]]
+    assert batch["position_ids"] == [[0, 1, 2, 3, 2], [0, 1, 1, 2, 3]]
+    assert batch["predictor"] == [[[1, 2], [1, 4]], [[0, 1], [0, 2]]]  # of the padding: anything inside the row
+    assert batch["logits_to_keep"] == [0, 1, 2, 3, 4]
+    # Rows attend to columns.
     assert [[int(x) for x in row] for row in batch["attention_mask"][0][0]] == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 1, 1],
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
     ]
-    assert [[int(x) for x in row] for row in batch["attention_mask"][1][0]] == [
-        [1, 0, 0, 0, 0, 0],
-        [0, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 0, 0],
-        [0, 1, 0, 0, 1, 0],
-        [0, 1, 0, 0, 1, 1],
-    ]
+    assert [[int(x) for x in row[:3]] for row in batch["attention_mask"][1][0][:3]] == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
 
 
 def tiny_mistral(**settings: Any) -> MistralForCausalLM:
@@ -239,9 +284,11 @@ def test_bf16_logits_are_summed_up_in_fp32(kind: str) -> None:
     batch = collate(SINGLE, 0, start_id=start_id(model))
     logprobs = sequence_logprobs(model, batch)[:, 0]
     ids, mask = batch["completion_ids"][:, 0], batch["completion_mask"][:, 0]
-    logits = captured[0] if kind == "t5" else captured[0][:, :-1]
-    assert logits.dtype == torch.bfloat16
-    assert logits.shape[1] == ids.shape[1]
+    assert captured[0].dtype == torch.bfloat16
+    logits = captured[0]
+    if kind != "t5":
+        columns = (batch["predictor"][:, 0] - batch["logits_to_keep"][0]).clamp(max=logits.shape[1] - 1)
+        logits = logits.gather(1, columns.unsqueeze(2).expand(-1, -1, logits.shape[2]))
     exact = logits.double().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
     torch.testing.assert_close(logprobs.double(), (exact * mask).sum(1), atol=1e-4, rtol=1e-6)
 

@@ -1,16 +1,17 @@
 """Log-probabilities of given completions: what is learned on, and what the anchor and the reference say of a sample.
 
-Shapes: P prompts, L completions of each, W prompt columns, T completion columns, V vocabulary.
+Shapes: P prompts, L completions of each, S columns of a row, T tokens of a completion, N completion tokens in all.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from bondlm.head import chosen_logprobs, chosen_tokens, exact_head
 from bondlm.prefix import has_full_attention, prefill_prefix, repeated, shared_prefix
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, the ids of its completions)
@@ -21,97 +22,106 @@ PROBE_TOLERANCE = 0.02
 def collate(groups: Sequence[Group], pad_id: int, *, start_id: int | None = None) -> dict[str, Tensor]:
     """Tensors of one forward pass; every mask comes from lengths, since `pad_id` may be an end-of-sequence id.
 
-    A causal row is [prompt, padded left | completion 1, padded right | ... | completion L]. Each completion sees the
-    prompt and itself alone, so that the prompt is computed once for all of them, and the head in the last L * T columns
-    only. `start_id` is given for encoder-decoder models: the prompts' rows (P) and the completions' (P * L) part ways.
+    A causal row is [prompt | completion 1 | ... | completion L], padded right. Each completion sees the prompt and
+    itself alone, so that the prompt is computed once for all of them. `start_id` is given for encoder-decoder models:
+    the prompts' rows (P) and the completions' (P * L) part ways.
 
     Returns:
-        The model's inputs, `completion_ids` (P, L, T) and `completion_mask` (P, L, T).
+        The model's inputs, `completion_ids` and `completion_mask` (P, L, T), and for causal models `predictor`
+        (P, L, T), the column whose logits predict each token, and `logits_to_keep`, the columns from the first of them.
     """
-    prompts = [list(prompt) for prompt, _ in groups]
-    width, length = max(map(len, prompts)), max(len(c) for _, completions in groups for c in completions)
+    length = max(len(c) for _, completions in groups for c in completions)
     ids_PLT = torch.tensor([[list(c) + [pad_id] * (length - len(c)) for c in completions] for _, completions in groups])
     mask_PLT = torch.tensor(
         [[[1.0] * len(c) + [0.0] * (length - len(c)) for c in completions] for _, completions in groups]
     )
     batch = {"completion_ids": ids_PLT, "completion_mask": mask_PLT}
-    prompt_ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
-    prompt_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     if start_id is not None:
         flat = ids_PLT.flatten(0, 1)
         decoder_ids = torch.cat([torch.full((len(flat), 1), start_id), flat[:, :-1]], dim=1)
+        prompt_ids, prompt_mask = _padded([list(prompt) for prompt, _ in groups], pad_id)
         return batch | {"input_ids": prompt_ids, "attention_mask": prompt_mask, "decoder_input_ids": decoder_ids}
+    rows = [[*prompt, *(token for c in completions for token in c)] for prompt, completions in groups]
+    input_ids, mask_PS = _padded(rows, pad_id)
+    prompt_P1 = torch.tensor([[len(prompt)] for prompt, _ in groups])
+    # A completion begins after the prompt and the completions before it, and counts its positions from the prompt on.
+    lengths_PL = mask_PLT.sum(dim=2).long()
+    begins_PL = prompt_P1 + lengths_PL.cumsum(dim=1) - lengths_PL
+    steps_T = torch.arange(length)
+    predictor = torch.where(steps_T == 0, prompt_P1.unsqueeze(2) - 1, begins_PL.unsqueeze(2) + steps_T - 1)
+    column_S = torch.arange(input_ids.shape[1])
+    block_PS = (column_S >= begins_PL.unsqueeze(2)).sum(dim=1)  # 0 in the prompt, l in completion l
+    shift_PS = (begins_PL - prompt_P1).gather(1, (block_PS - 1).clamp(min=0)) * (block_PS > 0)
     num_completions = ids_PLT.shape[1]
-    prompt_positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)
-    own_positions = prompt_mask.sum(dim=1, keepdim=True) + torch.arange(length)
     return batch | {
-        "input_ids": torch.cat([prompt_ids, ids_PLT.flatten(1)], dim=1),
-        "position_ids": torch.cat([prompt_positions, own_positions.repeat(1, num_completions)], dim=1),
-        "attention_mask": (
-            torch.cat([prompt_mask, mask_PLT[:, 0].long()], dim=1)
-            if num_completions == 1
-            else _shared_prompt_mask(prompt_mask, mask_PLT)
-        ),
+        "input_ids": input_ids,
+        "position_ids": column_S - shift_PS,
+        "attention_mask": mask_PS if num_completions == 1 else _shared_prompt_mask(block_PS),
+        "predictor": predictor,
+        "logits_to_keep": column_S[int(prompt_P1.min()) - 1 :],
     }
 
 
-def _shared_prompt_mask(prompt_mask_PW: Tensor, mask_PLT: Tensor) -> Tensor:
-    """Who may attend to whom, (P, 1, S, S) with S = W + L * T: causal, and no completion sees another one."""
-    num_completions, length = mask_PLT.shape[1:]
-    width = prompt_mask_PW.shape[1]
-    block = torch.cat([torch.zeros(width), torch.arange(1, num_completions + 1).repeat_interleave(length)])
-    real = torch.cat([prompt_mask_PW.bool(), mask_PLT.flatten(1).bool()], dim=1)
-    size = width + num_completions * length
+def by_length(groups: Sequence[Group]) -> list[int]:
+    """Indices in order of length, so that a batch of neighbours holds little padding."""
+    return sorted(range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1])))
+
+
+def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask (P, S), padded right."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+
+
+def _shared_prompt_mask(block_PS: Tensor) -> Tensor:
+    """Who may attend to whom, (P, 1, S, S): causal, the prompt for all, and no completion sees another one.
+
+    Padding comes last, so that no real column sees it; it sees itself, for softmax over nothing would be NaN.
+    """
+    size = block_PS.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool).tril()
-    related = (block.unsqueeze(0) == 0) | (block.unsqueeze(0) == block.unsqueeze(1))
-    allowed = (causal & related) & real.unsqueeze(1)
-    # A padding column sees itself: softmax over nothing would be NaN, and NaN times a zero gradient is NaN.
-    return (allowed | torch.eye(size, dtype=torch.bool)).unsqueeze(1)
+    related = (block_PS.unsqueeze(1) == 0) | (block_PS.unsqueeze(1) == block_PS.unsqueeze(2))
+    return (causal & related).unsqueeze(1)
 
 
-def sequence_logprobs(model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None) -> Tensor:
+def sequence_logprobs(
+    model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None, head: nn.Module | None = None
+) -> Tensor:
     """Log pi(completion | prompt) in nats, (P, L) fp32: the sum over the completion's tokens, never over padding.
 
-    `cache` holds what comes before the batch's first column (see `score_rows`).
+    `cache` holds what comes before the batch's first column (see `score_rows`). With `head` (from `exact_head`) logits
+    are made of the completions' tokens alone, within a fixed budget of memory; without, of all columns from the first.
     """
     ids_PLT, mask_PLT = batch["completion_ids"], batch["completion_mask"]
+    real_PLT = mask_PLT.bool()
     if "decoder_input_ids" in batch:
-        logits = _decoder_logits(model, batch, num_completions=ids_PLT.shape[1])
-        chosen = _chosen(logits, ids_PLT.flatten(0, 1)) * mask_PLT.flatten(0, 1)
-        return chosen.sum(dim=1).view(ids_PLT.shape[:2])
-    num_prompts, num_completions, length = ids_PLT.shape
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        past_key_values=cache,
-        use_cache=cache is not None,
-        logits_to_keep=num_completions * length + 1,
-    ).logits
-    # The prompt's last column predicts every completion's first token; a completion's column predicts its next one.
-    first_PL = _chosen(logits[:, :1].expand(-1, num_completions, -1), ids_PLT[:, :, 0])
-    following_PLT = ids_PLT.roll(-1, dims=2)  # the last column predicts nothing, and is masked
-    rest_PLT = _chosen(logits[:, 1:], following_PLT.flatten(1)).view(num_prompts, num_completions, length)
-    return first_PL + (rest_PLT[:, :, :-1] * mask_PLT[:, :, 1:]).sum(dim=2)
-
-
-def _decoder_logits(model: Any, batch: Mapping[str, Tensor], num_completions: int) -> Tensor:
-    """Logits (P * L, T, V) of an encoder-decoder model, which encodes each prompt once."""
-    mask, decoder_ids = batch["attention_mask"], batch["decoder_input_ids"]
-    if num_completions == 1:
-        prompts: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask}
+        call = _decoder_inputs(model, batch)
+        position_PLT = torch.arange(ids_PLT.numel(), device=ids_PLT.device).view(ids_PLT.shape)
     else:
-        hidden = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-        prompts = {
-            "encoder_outputs": BaseModelOutput(last_hidden_state=hidden.repeat_interleave(num_completions, dim=0)),
-            "attention_mask": mask.repeat_interleave(num_completions, dim=0),
-        }
-    return model(**prompts, decoder_input_ids=decoder_ids, use_cache=False).logits
+        call = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "logits_to_keep")}
+        call |= {"past_key_values": cache, "use_cache": cache is not None}
+        columns = batch["logits_to_keep"]
+        row_P11 = torch.arange(len(ids_PLT), device=ids_PLT.device).view(-1, 1, 1)
+        position_PLT = row_P11 * len(columns) + batch["predictor"] - columns[0]
+    position_N, ids_N = position_PLT[real_PLT], ids_PLT[real_PLT]
+    if head is not None:
+        with chosen_tokens(head, position_N, ids_N):
+            logp_N = model(**call).logits.squeeze(-1)
+    else:
+        logp_N = chosen_logprobs(model(**call).logits.flatten(0, 1)[position_N], ids_N)
+    return torch.zeros_like(mask_PLT).masked_scatter(real_PLT, logp_N).sum(dim=2)
 
 
-def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of `ids` under `logits`, without a tensor of all log-probabilities; fp32."""
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float() - logits.float().logsumexp(dim=-1)
+def _decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What an encoder-decoder model takes; each prompt is encoded once."""
+    num_completions, mask = batch["completion_ids"].shape[1], batch["attention_mask"]
+    inputs = {"decoder_input_ids": batch["decoder_input_ids"], "attention_mask": mask, "use_cache": False}
+    if num_completions == 1:
+        return inputs | {"input_ids": batch["input_ids"]}
+    hidden = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+    encoded = BaseModelOutput(last_hidden_state=hidden.repeat_interleave(num_completions, dim=0))
+    return inputs | {"encoder_outputs": encoded, "attention_mask": mask.repeat_interleave(num_completions, dim=0)}
 
 
 @torch.no_grad()
@@ -131,18 +141,21 @@ def score_rows(
     prefix = shared_prefix(model.config, [prompt for prompt, _ in rows])
     n = len(prefix)
     before = prefill_prefix(model, prefix, DynamicCache(config=model.config)) if prefix else None
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    head = exact_head(model, device)
+    groups: list[Group] = [(prompt[n:], [completion]) for prompt, completion in rows]
+    order = by_length(groups)
     result = torch.empty(len(rows), dtype=torch.float32)
     for begin in range(0, len(rows), batch_rows):
-        chunk = by_length[begin : begin + batch_rows]
-        batch = collate([(rows[i][0][n:], [rows[i][1]]) for i in chunk], pad_id, start_id=start_id)
+        chunk = order[begin : begin + batch_rows]
+        batch = collate([groups[i] for i in chunk], pad_id, start_id=start_id)
         cache = None
         if before is not None:
             cache = repeated(before, len(chunk))
             mask = batch["attention_mask"]
             batch["attention_mask"] = torch.cat([mask.new_ones(len(chunk), n), mask], dim=1)
-            batch["position_ids"] = batch["position_ids"] + n
-        result[chunk] = sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache).squeeze(1).cpu()
+            batch["position_ids"] = batch["position_ids"] + n  # columns stay: they count from the prefix's end
+        on_device = {k: v.to(device) for k, v in batch.items()}
+        result[chunk] = sequence_logprobs(model, on_device, cache, head).squeeze(1).cpu()
     return result
 
 

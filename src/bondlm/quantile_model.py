@@ -83,12 +83,17 @@ def completion_features(
         chunk = by_length[begin : begin + batch_rows]
         batch = collate([(rows[i][0], [rows[i][1]]) for i in chunk], pad_id, start_id=start_id)
         mask_BT = batch.pop("completion_mask")[:, 0].to(device)
-        ids_BT = batch.pop("completion_ids")[:, 0]
+        del batch["completion_ids"]
+        if start_id is None:  # a token's own column comes right after the one that predicts it
+            column_BT = batch.pop("predictor")[:, 0].to(device) + 1
+            batch["logits_to_keep"] = batch["logits_to_keep"][:1]  # the head's output is not used
+        else:
+            column_BT = torch.arange(mask_BT.shape[1], device=device).expand(mask_BT.shape)
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        extra = {"logits_to_keep": 1} if start_id is None else {}  # the head's output is not used
-        out = model(**inputs, **extra, output_hidden_states=True, use_cache=False)
+        out = model(**inputs, output_hidden_states=True, use_cache=False)
         states = out.hidden_states if start_id is None else out.decoder_hidden_states
-        hidden_BTD = states[-1][:, -ids_BT.shape[1] :].float()
+        column_BT = column_BT.clamp(max=states[-1].shape[1] - 1)  # beyond the row there is padding alone
+        hidden_BTD = states[-1].gather(1, column_BT.unsqueeze(2).expand(-1, -1, states[-1].shape[2])).float()
         mean_BD = (hidden_BTD * mask_BT.unsqueeze(2)).sum(1) / mask_BT.sum(1, keepdim=True)
         last_B = mask_BT.sum(1).long() - 1
         last_BD = hidden_BTD[torch.arange(len(chunk), device=device), last_B]

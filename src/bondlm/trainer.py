@@ -12,6 +12,7 @@ The anchor moves in a callback, right after the optimizer's step (`bondlm.callba
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from bondlm.data import load_prompts
 from bondlm.engines import Role
 from bondlm.engines.hf import TransformersEngine
 from bondlm.errors import CheckpointError, ConfigError
+from bondlm.head import exact_head
 from bondlm.held_out import compare
-from bondlm.logprobs import Group, can_share_prompts, collate, score_rows, sequence_logprobs
+from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_rows, sequence_logprobs
 from bondlm.manifest import newest_checkpoint, verify
 from bondlm.models import Roles, fast_dtype, prepare_policy
 from bondlm.objectives import BOND, BestOfNRegression, Objective
@@ -156,6 +158,7 @@ class BONDTrainer(Trainer):
         with self.roles.use("policy") as policy:
             wrapped = self.accelerator.distributed_type.value != "NO"
             self._share_prompts = can_share_prompts(policy, args.device, distributed=wrapped)
+            self._head = exact_head(policy, args.device)
         self._reference_samples: dict[int, Samples] = {}
 
     # -- data
@@ -191,9 +194,9 @@ class BONDTrainer(Trainer):
         self.clock.drain()
         self.clock.start("other")
         window = self._roll_out(rows, self.state.global_step + 1)
-        sizes = [len(batch["rows"]) for batch in batches]
-        ends = _running_sum(sizes)
-        return [self._micro_batch(window, e - size, e) for size, e in zip(sizes, ends, strict=True)], num_prompts
+        # Prompts of similar length learn together: their sum does not depend on who sits beside whom.
+        order = iter(by_length(window["groups"]))
+        return [self._micro_batch(window, list(islice(order, len(b["rows"])))) for b in batches], num_prompts
 
     def _roll_out(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
         """Everything about the window that does not need a gradient."""
@@ -261,11 +264,11 @@ class BONDTrainer(Trainer):
         self.record({"bond/quantile_loss": loss, "bond/quantile_mean": float(log_p.exp().mean())})
         return log_p.unsqueeze(1)
 
-    def _micro_batch(self, window: dict[str, Any], begin: int, end: int) -> dict[str, Tensor]:
-        groups: list[Group] = window["groups"][begin:end]
+    def _micro_batch(self, window: dict[str, Any], chosen: list[int]) -> dict[str, Tensor]:
+        groups: list[Group] = [window["groups"][i] for i in chosen]
         if not self._share_prompts:
             groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
-        tensors = {name: tensor[begin:end] for name, tensor in window["tensors"].items()}
+        tensors = {name: tensor[chosen] for name, tensor in window["tensors"].items()}
         return collate(groups, self._text.pad_id, start_id=self._start_id) | tensors
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -282,7 +285,7 @@ class BONDTrainer(Trainer):
     ) -> Any:
         """The objective's mean over the window's prompts: a pure function of the tensors of one micro-batch."""
         plan = self.objective.plan
-        logp_PL = sequence_logprobs(model, inputs).view(-1, plan.learn)
+        logp_PL = sequence_logprobs(model, inputs, head=self._head).view(-1, plan.learn)
         anchor_logp, sampled_logp = inputs["anchor_logp_PC"], inputs["sampled_logp_PC"]
         loss = self.objective.loss(logp_PL, anchor_logp, inputs["signal_PC"], inputs["baseline_PC"])
         if not torch.isfinite(loss.loss_P).all():  # its gradient will be skipped (AnchorCallback): say of what
@@ -445,6 +448,3 @@ def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch is its rows: tokens become tensors only when the completions are known."""
     return {"rows": rows}
 
-
-def _running_sum(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[: i + 1]) for i in range(len(sizes))]

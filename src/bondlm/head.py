@@ -1,0 +1,81 @@
+"""The language-model head on the tokens that count alone, and in pieces: its logits never outgrow a fixed budget.
+
+A head makes V numbers of every position, for a vocabulary of 50,000 to 250,000 the largest tensors of a step by far,
+and of those a log-probability needs two: the token's logit and the sum. So while `chosen_tokens` is open the head
+returns log-probabilities of given tokens instead of logits. It does so inside the model's own forward pass, so that
+what wraps the model (adapters, DDP, FSDP) sees an ordinary call.
+
+Shapes: N tokens, S positions that the head is called with, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_BUDGET = 2**28  # bytes of fp32 logits at a time
+
+
+def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of `ids` under `logits`, without a tensor of all log-probabilities; fp32."""
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float() - logits.float().logsumexp(dim=-1)
+
+
+@contextmanager
+def chosen_tokens(head: nn.Module, position_N: Tensor, ids_N: Tensor) -> Iterator[None]:
+    """Let `head` return the log-probabilities (N, 1) of the tokens `ids_N`, fp32.
+
+    Token i is predicted at `position_N[i]` of the flattened positions (S) that the head is called with. With a gradient
+    and more than one piece, a piece's logits are computed anew in the backward pass instead of kept.
+    """
+    plain = head.forward
+    size = max(1, LOGITS_BUDGET // (4 * cast(int, head.out_features)))
+
+    def piece(hidden_ND: Tensor, ids: Tensor) -> Tensor:
+        return chosen_logprobs(plain(hidden_ND), ids)
+
+    def forward(hidden: Tensor) -> Tensor:
+        hidden_ND = hidden.flatten(0, -2)[position_N]
+        if len(ids_N) <= size:
+            return piece(hidden_ND, ids_N).unsqueeze(1)
+        pieces = zip(hidden_ND.split(size), ids_N.split(size), strict=True)
+        return torch.cat([checkpoint(piece, h, i, use_reentrant=False) for h, i in pieces]).unsqueeze(1)
+
+    with _replaced(head, forward):
+        yield
+
+
+@torch.no_grad()
+def exact_head(model: Any, device: torch.device) -> nn.Module | None:
+    """The head of a model whose logits are what its head returns; None for one that alters them (caps, scales).
+
+    Asked of the model itself: it gets a head that returns known numbers, which must come out as they are.
+    """
+    head = model.get_output_embeddings()
+    if not hasattr(head, "out_features"):
+        return None
+    known = torch.tensor([[-1000.5], [-3.25], [0.125]], device=device)
+    ids = torch.tensor([[1, 2, 3]], device=device) % model.config.vocab_size
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with _replaced(head, lambda hidden: known):
+        try:
+            seen = model(input_ids=ids, use_cache=False, **inputs).logits
+        except (RuntimeError, IndexError):  # it does more with its logits than hand them on
+            return None
+    return head if seen.shape == known.shape and torch.equal(seen.float(), known) else None
+
+
+@contextmanager
+def _replaced(head: nn.Module, forward: Any) -> Iterator[None]:
+    before = head.__dict__.get("forward")  # set by accelerate or an offloading hook, usually absent
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
