@@ -131,6 +131,8 @@ TRAIN_METRICS = {
     "kl",
     "loss",
     "num_tokens",
+    "num_tokens/compared",
+    "num_tokens/learned",
     "reward",
     "reward_std",
     "rewards/<name>/mean",
@@ -159,7 +161,7 @@ EVAL_METRICS = (
     EVAL_ESTIMATES
     | {f"{name}_{end}" for name in EVAL_ESTIMATES for end in ("low", "high")}
     | {f"eval_completions/{name}" for name in ("clipped_ratio", "max_length", "mean_length", "min_length")}
-    | {"eval_entropy"}
+    | {"eval_entropy", "eval_runtime"}
 )
 FROM_TRANSFORMERS = {"epoch", "grad_norm", "learning_rate"}
 

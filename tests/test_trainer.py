@@ -79,7 +79,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("time/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")
+    timed = ("time/", "eval_runtime", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
 
 

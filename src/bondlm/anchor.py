@@ -5,33 +5,42 @@ The anchor's master copy is fp32 whatever the weights are: in bf16 an average wi
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bondlm.config import AnchorSchedule
+from bondlm.sharding import assign, gather_to_main, local, num_copies
+
+Pairs = Sequence[tuple[str, Tensor, nn.Parameter]]  # (name, anchor weight, policy parameter)
 
 
 class Anchor:
     """Moves the anchor's parameters towards the policy's.
 
     With LoRA the factors A and B are averaged apart: the anchor's product is not exactly the average of the products.
+    Of sharded weights each process averages its own part; only two sums, for the metrics, are exchanged.
     """
 
-    def __init__(
-        self,
-        pairs: list[tuple[str, nn.Parameter, nn.Parameter]],
-        *,
-        schedule: AnchorSchedule,
-        eta: float,
-        update_every: int,
-    ) -> None:
-        """`pairs` are (name, anchor parameter, policy parameter); `eta` in [0, 1] is the mixing rate of Eq. 18."""
-        self._pairs = pairs
+    def __init__(self, pairs: Pairs, *, schedule: AnchorSchedule, eta: float, update_every: int) -> None:
+        """`pairs` are (name, anchor weight, policy parameter); `eta` in [0, 1] is the mixing rate of Eq. 18."""
         self._schedule, self._eta, self._update_every = schedule, eta, update_every
-        self._master = {
+        self.bind(pairs)
+
+    def bind(self, pairs: Pairs) -> None:
+        """Couple these weights from now on: wrapping a model for FSDP makes new ones."""
+        self._pairs = list(pairs)
+        self._master: dict[str, Tensor] = {
             name: anchor.data if anchor.dtype == torch.float32 else anchor.detach().float() for name, anchor, _ in pairs
         }
+        self._is_sharded = any(isinstance(tensor, DTensor) for tensor in self._master.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole fp32 master copy."""
+        return sum(4 * tensor.numel() for tensor in self._master.values())
 
     @torch.no_grad()
     def update(self, step: int) -> dict[str, float]:
@@ -46,23 +55,34 @@ class Anchor:
             rate = 1.0 if self._schedule == "periodic" and step % self._update_every == 0 else 0.0
         moved_sq, gap_sq = 0.0, 0.0
         for name, anchor, policy in self._pairs:
-            master = self._master[name]
-            target = policy.detach().to(master.dtype)
-            gap_sq += float((target - master).square().sum())
+            copies = num_copies(self._master[name])
+            master = local(self._master[name])
+            target = local(policy.detach()).to(master.dtype)
+            gap_sq += float((target - master).square().sum()) / copies
             if rate == 0:
                 continue
             before = master.clone()
             master.lerp_(target, rate)  # exact at rate 1: a copy is a copy
-            if anchor.data is not master:
-                anchor.copy_(master)
-            moved_sq += float((master - before).square().sum())
+            if anchor.dtype != torch.float32:
+                local(anchor).copy_(master)
+            moved_sq += float((master - before).square().sum()) / copies
+        if self._is_sharded:
+            sums = torch.tensor([moved_sq, gap_sq], dtype=torch.float64, device=master.device)
+            torch.distributed.all_reduce(sums)
+            moved_sq, gap_sq = sums.tolist()
         metrics = {"anchor/distance": math.sqrt(gap_sq)}
         if rate > 0 and gap_sq > 0:
             metrics["anchor/gap_closed"] = math.sqrt(moved_sq) / (rate * math.sqrt(gap_sq))
         return metrics
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The fp32 master copy, by parameter name."""
+    def state_dict(self, *, is_main: bool = True) -> dict[str, Tensor]:
+        """The fp32 master copy, by parameter name.
+
+        If it is sharded every process must call this: it is gathered, tensor by tensor, on the CPU of the one that says
+        `is_main`; the others get nothing.
+        """
+        if self._is_sharded:
+            return gather_to_main(self._master, is_main=is_main)
         return {name: tensor.detach().contiguous() for name, tensor in self._master.items()}
 
     @torch.no_grad()
@@ -77,5 +97,6 @@ class Anchor:
                     f"anchor state does not fit: {name} is {tuple(state[name].shape)}, not {tuple(master.shape)}"
                 )
         for name, anchor, _ in self._pairs:
-            self._master[name].copy_(state[name])
-            anchor.copy_(self._master[name])
+            assign(self._master[name], state[name])
+            if anchor.dtype != torch.float32:
+                local(anchor).copy_(local(self._master[name]))

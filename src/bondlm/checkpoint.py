@@ -25,7 +25,7 @@ def require_space(folder: Path, anchor: Anchor, *, num_checkpoints: int) -> None
     """
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    size = 4 * sum(tensor.numel() * tensor.element_size() for tensor in anchor.state_dict().values())
+    size = 4 * anchor.num_bytes
     if free < num_checkpoints * size:
         raise ResourceError(
             f"{existing} has {free / 2**30:.2f} GiB free, {num_checkpoints} checkpoints need about "

@@ -75,7 +75,9 @@ class BONDConfig(TrainingArguments):
         "auto", "Dtype of frozen weights with LoRA: 'float32', 'bfloat16' or 'auto' (bf16 where the hardware has it)."
     )
     engine: str = _field("auto", "Who generates: 'auto' or 'transformers'.")
-    max_rows: int = _field(96, "Most completions that are decoded together.")
+    max_rows: int | None = _field(
+        None, "Most completions that are decoded together. Default: as many as fit into memory (on a CPU 96)."
+    )
     max_skipped_steps: int = _field(
         2, "Steps in a row whose gradient may be non-finite: they are skipped and counted. One more ends the run."
     )
@@ -151,7 +153,7 @@ def _problems(config: BONDConfig) -> list[str]:
             c.max_prompt_length is None or c.max_prompt_length >= 1,
             f"max_prompt_length={c.max_prompt_length}: must be >= 1",
         ),
-        (c.max_rows >= 1, f"max_rows={c.max_rows}: must be >= 1"),
+        (c.max_rows is None or c.max_rows >= 1, f"max_rows={c.max_rows}: must be >= 1"),
         (c.eval_num_samples >= 1, f"eval_num_samples={c.eval_num_samples}: must be >= 1"),
         (c.eval_num_reference_samples >= 2, f"eval_num_reference_samples={c.eval_num_reference_samples}: must be >= 2"),
         (c.num_logged_samples >= 0, f"num_logged_samples={c.num_logged_samples}: must be >= 0"),

@@ -19,7 +19,7 @@ from bondlm.text import check_tokenizer, decode_completions, encode_prompts
 class Sampler:
     """Answers prompts with a model, by folder or hub name."""
 
-    def __init__(self, model: str, *, dtype: str = "auto", max_rows: int = 96) -> None:
+    def __init__(self, model: str, *, dtype: str = "auto", max_rows: int | None = None) -> None:
         """Load the model (an adapter on its base, too) and its tokenizer.
 
         Raises:

@@ -2,7 +2,8 @@
 
 With LoRA the three share one set of base weights: policy and anchor are two adapters, and the reference is the base
 with its adapters off (or, when training starts from an adapter, a third, frozen one). With full fine-tuning the
-anchor and the reference are frozen copies.
+anchor and the reference are frozen copies. Under FSDP2 each process holds its part of all three, and whoever samples or
+scores gets them gathered in a plain twin (`bondlm.sharding`).
 """
 
 import copy
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
+from bondlm.sharding import Replica, gather_to_main, named_weights
 
 ANCHOR_ADAPTER = "anchor"
 REFERENCE_ADAPTER = "reference"
@@ -76,16 +78,33 @@ class Roles:
     `model` is what the trainer trains. `anchor_pairs` lists the (anchor, policy) parameters that an update couples.
     """
 
-    def __init__(self, model: Any) -> None:
-        """Create the anchor and the reference, both equal to the policy as it is now."""
+    def __init__(self, model: Any, *, sharded: bool = False) -> None:
+        """Create the anchor and the reference, both equal to the policy as it is now.
+
+        A model that will be `sharded` gets them in `on_sharded`; until then all three are the policy.
+        """
         self.model = model
         self.is_peft = isinstance(model, PeftModel)
         self._reference_adapter: str | None = None
         self._copies: dict[str, nn.Module] = {}
+        self._shards: dict[str, dict[str, torch.Tensor]] | None = None
         if self.is_peft:
             self._add_adapters(model)
-        else:
+        elif not sharded:
             self._copies = {role: _frozen_copy(model) for role in ("anchor", "reference")}
+        self._replica = Replica(model) if sharded else None
+
+    @torch.no_grad()
+    def on_sharded(self, dtype: torch.dtype | None) -> None:
+        """Take this process's part of anchor and reference; its weights, not yet trained, have just been sharded.
+
+        `dtype` is that of the forward pass in mixed precision: what samples must compute as what learns.
+        """
+        if self._replica is None or self._shards is not None:  # not sharded, or a second `train`
+            return
+        self._replica.dtype = dtype
+        start = {} if self.is_peft else {n: p for n, p in named_weights(self.model).items() if p.requires_grad}
+        self._shards = {role: {n: p.detach().clone() for n, p in start.items()} for role in ("anchor", "reference")}
 
     def _add_adapters(self, model: PeftModel) -> None:
         self.policy_adapter = model.active_adapter
@@ -108,12 +127,14 @@ class Roles:
         return self.model.get_base_model() if self.is_peft else self.model
 
     @property
-    def anchor_pairs(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-        """(name, anchor parameter, policy parameter) of everything that trains."""
+    def anchor_pairs(self) -> list[tuple[str, torch.Tensor, nn.Parameter]]:
+        """(name, anchor weight, policy parameter) of everything that trains; none before a model to shard is sharded."""
+        if self._replica is not None and self._shards is None:
+            return []
+        parameters = named_weights(self.model) if self._replica else dict(self.model.named_parameters())
         if not self.is_peft:
-            anchors = dict(self._copies["anchor"].named_parameters())
-            return [(n, anchors[n], p) for n, p in self.model.named_parameters() if p.requires_grad]
-        parameters = dict(self.model.named_parameters())
+            anchors = dict(self._copies["anchor"].named_parameters()) if not self._shards else self._shards["anchor"]
+            return [(n, anchors[n], p) for n, p in parameters.items() if p.requires_grad]
         mine, theirs = f".{self.policy_adapter}.", f".{ANCHOR_ADAPTER}."
         return [
             (name, parameters[name.replace(mine, theirs)], parameter)
@@ -123,35 +144,63 @@ class Roles:
 
     @contextmanager
     def use(self, role: str) -> Iterator[Any]:
-        """Lend the model of `role` in eval mode; the policy is active and trainable again afterwards, come what may."""
+        """Lend the model of `role` in eval mode; the policy is active and trainable again afterwards, come what may.
+
+        Of a sharded model every process must ask for the same roles in the same order.
+        """
+        if self._replica is not None:
+            weights: dict[str, torch.Tensor] = dict(named_weights(self.model))
+            weights |= (self._shards or {}).get(role, {})
+            with self._replica.holding(weights) as twin, self._adapter_of(twin, role):
+                yield twin.get_base_model() if self.is_peft else twin
+            return
         if not self.is_peft:
             with _eval_mode(self.model if role == "policy" else self._copies[role]) as model:
                 yield model
             return
-        with _eval_mode(self.core) as core, self._adapter(role):
+        with _eval_mode(self.core) as core, self._adapter_of(self.model, role):
             yield core
 
     @contextmanager
-    def _adapter(self, role: str) -> Iterator[None]:
+    def _adapter_of(self, model: Any, role: str) -> Iterator[None]:
+        if not self.is_peft:
+            yield
+            return
         name = {"policy": self.policy_adapter, "anchor": ANCHOR_ADAPTER, "reference": self._reference_adapter}[role]
         if role == "policy":
             yield
             return
         # PEFT makes all of an adapter trainable that it activates, also what the user has frozen (A of LoRA, say).
-        trainable = _trainable_names(self.model)
+        trainable = _trainable_names(model)
         try:
-            with self.model.disable_adapter() if name is None else nullcontext():
+            with model.disable_adapter() if name is None else nullcontext():
                 if name is not None:
-                    self.model.set_adapter(name)
+                    model.set_adapter(name)
                 yield
         finally:
-            self.model.set_adapter(self.policy_adapter)
-            _train_only(self.model, trainable)
+            model.set_adapter(self.policy_adapter)
+            _train_only(model, trainable)
 
     def to(self, device: torch.device) -> None:
         """Move the copies (the trainer moves the policy)."""
         for model in self._copies.values():
             model.to(device)
+        if self._replica is not None:
+            self._replica.device = device
+
+    def save(self, folder: str, *, is_main: bool) -> None:
+        """Write the policy, or its adapter alone, as `from_pretrained` reads it; a sharded one is gathered for that.
+
+        If it is sharded every process must call this; only the main one writes, and only it holds all of the weights.
+        """
+        model, state = self.model, None
+        if self._replica is not None:
+            wanted = f".{self.policy_adapter}." if self.is_peft else ""
+            weights = {name: w for name, w in named_weights(model).items() if wanted in name}
+            model, state = self._replica.plain, gather_to_main(weights, is_main=is_main)
+        only = {"selected_adapters": [self.policy_adapter]} if self.is_peft else {}
+        if is_main:
+            model.save_pretrained(folder, state_dict=state, **only)
 
 
 @contextmanager

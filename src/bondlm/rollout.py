@@ -150,6 +150,14 @@ def rollout_metrics(samples: Samples, num_policy: int) -> dict[str, float]:
     return metrics | completion_metrics(measured)
 
 
+def work_metrics(learned: Sequence[Sequence[Completion]], num_compared: int) -> dict[str, float]:
+    """Completion tokens that a step learns on, and those that the anchor scores: what its phases worked through."""
+    return {
+        "num_tokens/learned": float(sum(len(c.ids) for row in learned for c in row)),
+        "num_tokens/compared": float(sum(len(c.ids) for row in learned for c in row[:num_compared])),
+    }
+
+
 def logged_samples(rows: Sequence[Mapping[str, Any]]) -> Samples:
     """The scored samples that the rows hold (`bondlm.scored`); nobody kept their log-probabilities, so these are 0."""
     completions = [[Completion(list(ids), [0.0] * len(ids), finished=True) for ids in row[LOGGED_IDS]] for row in rows]

@@ -50,6 +50,7 @@ from bondlm.rollout import (
     rollout_metrics,
     score_samples,
     tie_noise,
+    work_metrics,
 )
 from bondlm.scored import LOGGED_IDS, group_scored, is_scored
 from bondlm.text import check_tokenizer, encode_prompts
@@ -223,7 +224,7 @@ class BONDTrainer(Trainer):
             self.record({"anchor/kl": float((sampled_logp - anchor_logp).mean())})
             if step % self.state.logging_steps == 0:  # of the state: there a share of the run is a number of steps
                 self.record({"kl": float((sampled_logp - self._score("reference", compared)).mean())})
-        self.record(rollout_metrics(samples, plan.policy))
+        self.record(rollout_metrics(samples, plan.policy) | work_metrics(learned, plan.compare))
         if LOGGED_IDS not in rows[0]:
             self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
         return {
@@ -363,7 +364,7 @@ class BONDTrainer(Trainer):
         result = compare(policy, reference, self.log_ratio(policy))
         metrics = result.metrics(metric_key_prefix)
         metrics |= {f"{metric_key_prefix}_{k}": v for k, v in completion_metrics(policy.flat).items()}
-        self.clock.drain()
+        metrics[f"{metric_key_prefix}_runtime"] = sum(self.clock.drain().values())
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -447,4 +448,3 @@ def _quantile_model(objective: Objective, hidden_size: int, args: BONDConfig) ->
 def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch is its rows: tokens become tensors only when the completions are known."""
     return {"rows": rows}
-

@@ -1,5 +1,6 @@
 """The engine against a plain sampler: one row at a time, no cache, no padding, the whole prefix at every token."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -14,6 +15,7 @@ from torch import nn
 
 from bondlm.engines import Completion
 from bondlm.engines.hf import TransformersEngine, row_uniforms, sample_tokens
+from bondlm.errors import ResourceError
 from bondlm.logprobs import collate, sequence_logprobs
 from bondlm.models import Roles, wrap_lora
 
@@ -287,3 +289,41 @@ def test_what_all_prompts_begin_with_is_prefilled_once_and_changes_no_sample(kin
         assert calls[1] == (len(IDS), max(map(len, prompts)) - calls[0][1])
     for i, prompt in enumerate(prompts):
         assert ids_of(generate(engine_of(model), prompts=[prompt], seeds=[SEEDS[i]])) == [together[i]]
+
+
+def greedy_for_memory(model: Any, most_rows: int, message: str = "DefaultCPUAllocator: can't allocate memory") -> None:
+    """Let the model fail as torch does when it is given more than `most_rows` rows."""
+
+    def check(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs.get("input_ids", kwargs.get("decoder_input_ids"))) > most_rows:  # type: ignore[arg-type]
+            raise RuntimeError(message)
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_out_of_memory_halves_the_rows_and_changes_no_sample(kind: str) -> None:
+    model = MODELS[kind](TOKENIZER)
+    expected = ids_of(generate(engine_of(model), 4))
+    greedy_for_memory(model, 3)
+    engine = engine_of(model)
+    with pytest.warns(UserWarning, match="out of memory with .* rows, going on with"):
+        assert ids_of(generate(engine, 4)) == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the engine remembers: it does not run out again
+        assert ids_of(generate(engine, 4)) == expected
+
+
+@pytest.mark.filterwarnings("ignore:bondlm. out of memory")
+def test_out_of_memory_with_one_row_says_what_to_do() -> None:
+    model = tiny_causal(TOKENIZER)
+    greedy_for_memory(model, 0)
+    with pytest.raises(ResourceError, match=r"one completion of .* smaller max_completion_length"):
+        generate(engine_of(model))
+
+
+def test_an_error_that_only_mentions_memory_is_not_retried() -> None:
+    model = tiny_causal(TOKENIZER)
+    greedy_for_memory(model, 0, "a bad memory")
+    with pytest.raises(RuntimeError, match="a bad memory"):
+        generate(engine_of(model))

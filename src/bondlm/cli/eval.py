@@ -15,7 +15,7 @@ from bondlm.errors import ConfigError, DataError
 from bondlm.runfolder import METRICS_FILE, locked
 
 CONFIG_FILE = "config.yaml"
-DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": 96}
+DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
 # Options that a run folder answers with its own settings, under the names that they have there.
 FROM_RUN = {
     "reference": "model",
@@ -116,7 +116,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings["model"],
         str(settings["reference"]),
         dtype=str(settings.get("dtype", "auto")),
-        max_rows=int(settings["max_rows"]),
+        max_rows=settings["max_rows"],
     )
     sampler = pair.samplers["policy"]
     rows = pair.rows(

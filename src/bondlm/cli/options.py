@@ -21,7 +21,7 @@ _SAMPLING = {
     "temperature": "1 samples the model's own law, 0 is greedy. Default: 1.",
     "seed": "Default: 42.",
     "dtype": "'auto' (bf16 where the hardware has it), 'float32' or 'bfloat16'.",
-    "max_rows": "Most completions that are decoded together. Default: 96.",
+    "max_rows": "Most completions that are decoded together. Default: what fits into memory (on a CPU 96).",
 }
 _REWARDS = {
     "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, or a list.",

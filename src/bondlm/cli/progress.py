@@ -37,7 +37,8 @@ class ProgressReporter(TrainerCallback):
         )
         self._training: Any = None
         self.phases: dict[str, float] = {}
-        self.tokens = 0.0
+        self.tokens: dict[str, float] = {}
+        self.evaluation_seconds = 0.0
         self._logged_steps = 0
         trainer.add_callback(self)
 
@@ -73,6 +74,7 @@ class ProgressReporter(TrainerCallback):
             )
             self._sum(logs)
         elif "eval_effective_n" in logs:
+            self.evaluation_seconds += logs.get("eval_runtime", 0.0)
             self.console.print(
                 f"step {state.global_step}  held-out: effective N {logs['eval_effective_n']:.2f} "
                 f"[{logs['eval_effective_n_low']:.2f}, {logs['eval_effective_n_high']:.2f}]  "
@@ -86,12 +88,14 @@ class ProgressReporter(TrainerCallback):
         for name, value in logs.items():
             if name.startswith("time/"):
                 self.phases[name[5:]] = self.phases.get(name[5:], 0.0) + value
-        self.tokens += logs.get("num_tokens", 0.0)
+            elif name.startswith("num_tokens"):
+                self.tokens[name] = self.tokens.get(name, 0.0) + value
 
-    def mean_phases(self) -> tuple[dict[str, float], float]:
-        """Seconds by phase and tokens sampled, of a mean step."""
+    def mean_phases(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds by phase, and completion tokens sampled, compared and learned on, of a mean step."""
         steps = max(self._logged_steps, 1)
-        return {name: seconds / steps for name, seconds in self.phases.items()}, self.tokens / steps
+        phases = {name: seconds / steps for name, seconds in self.phases.items()}
+        return phases, {name: count / steps for name, count in self.tokens.items()}
 
     def close_training(self) -> None:
         """Remove the training bar."""

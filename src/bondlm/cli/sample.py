@@ -77,7 +77,7 @@ def generate(options: dict[str, Any], source: Any, num_samples: int, console: Co
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         sampler = Sampler(
-            str(options["model"]), dtype=str(options.get("dtype", "auto")), max_rows=int(options.get("max_rows", 96))
+            str(options["model"]), dtype=str(options.get("dtype", "auto")), max_rows=options.get("max_rows")
         )
         lengths = {"max_completion_length": int(options.get("max_completion_length", 256))}
         rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)

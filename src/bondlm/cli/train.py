@@ -43,6 +43,7 @@ def run(options: dict[str, Any]) -> int:
     with console.status("loading PyTorch and transformers"):
         from bondlm.cli.progress import ProgressReporter
         from bondlm.evaluation import evaluate_run
+        from bondlm.evaluation.table import print_phases
     folder = Path(str(options.get("output_dir") or "runs/bond"))
     options = options | {"output_dir": str(folder)}
     with locked(folder):
@@ -57,6 +58,8 @@ def run(options: dict[str, Any]) -> int:
                 return _say_stopped(console, folder, stopped_by())
             trainer.save_model()
             reporter.close_training()
+            if trainer.is_world_process_zero():
+                print_phases(console, *reporter.mean_phases(), reporter.evaluation_seconds)
             if trainer.eval_dataset is not None:
                 evaluate_run(trainer, folder, console, reporter)
                 _write_report(folder, console)

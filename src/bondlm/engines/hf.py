@@ -7,19 +7,24 @@ shared by its samples, rows that have ended leave the batch, and a sample does n
 Shapes: P prompts, B rows that still run, S prompt tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from bondlm.engines.base import Completion, Role
+from bondlm.engines.budget import automatic_rows
 from bondlm.engines.decoding import start_decoding
+from bondlm.errors import ResourceError
 
 # Copying the cache costs about as much as one step of the rows that it drops: wait until a quarter has ended.
 COMPACT_BELOW = 0.75
+Row = tuple[int, int]  # a prompt's index, a sample's number
 
 
 class TransformersEngine:
@@ -31,9 +36,13 @@ class TransformersEngine:
         *,
         eos_ids: Sequence[int],
         pad_id: int,
-        max_rows: int = 96,
+        max_rows: int | None = None,
     ) -> None:
-        """`eos_ids` end a completion; `pad_id` only fills; at most `max_rows` rows are decoded together."""
+        """`eos_ids` end a completion; `pad_id` only fills; at most `max_rows` rows are decoded together.
+
+        None takes as many as the memory holds. After an out-of-memory error half as many are tried, with the same
+        samples, since a sample does not depend on the batch that it is drawn in.
+        """
         self._use = use
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
@@ -52,38 +61,63 @@ class TransformersEngine:
         temperature: float = 1.0,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
-        completions: list[list[Completion]] = [[] for _ in prompts]
+        drawn: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # out of memory? Then at once
+        pending = [(i, j) for i in order for j in range(num_samples)]
         with self._use(role) as model:
-            for chunk, numbers in self._chunks(prompts, num_samples):
-                uniforms = np.stack([row_uniforms(seeds[i], j, max_new_tokens) for i in chunk for j in numbers])
-                rows = self._decode(
-                    model, [prompts[i] for i in chunk], len(numbers), torch.from_numpy(uniforms), temperature
-                )
-                for position, i in enumerate(chunk):
-                    completions[i] += rows[position * len(numbers) : (position + 1) * len(numbers)]
-                if self.on_prompts_done is not None and numbers.stop == num_samples:
-                    self.on_prompts_done(len(chunk))
-        return completions
+            while pending:
+                size = self._rows_at_a_time(model, len(prompts[pending[0][0]]) + max_new_tokens)
+                chunk, rest = _whole_prompts(pending, size)
+                uniforms = np.stack([row_uniforms(seeds[i], j, max_new_tokens) for i, j in chunk])
+                rows = self._decode_or_halve(model, prompts, chunk, torch.from_numpy(uniforms), temperature)
+                if rows is None:
+                    continue
+                for (i, j), completion in zip(chunk, rows, strict=True):
+                    drawn[i][j] = completion
+                pending = rest
+                if self.on_prompts_done is not None:
+                    self.on_prompts_done(sum(j == num_samples - 1 for _, j in chunk))
+        return [[c for c in row if c is not None] for row in drawn]
 
-    def _chunks(self, prompts: Sequence[Sequence[int]], num_samples: int) -> Iterator[tuple[list[int], range]]:
-        """Indices of prompts of similar length and their samples' numbers, as many as fit into `max_rows` rows."""
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        size = max(1, self._max_rows // num_samples)
-        for start in range(0, len(by_length), size):
-            for first in range(0, num_samples, self._max_rows):
-                yield by_length[start : start + size], range(first, min(first + self._max_rows, num_samples))
+    def _rows_at_a_time(self, model: Any, num_tokens: int) -> int:
+        return self._max_rows if self._max_rows is not None else automatic_rows(model, num_tokens)
+
+    def _decode_or_halve(
+        self, model: Any, prompts: Sequence[Sequence[int]], chunk: list[Row], uniforms: Tensor, temperature: float
+    ) -> list[Completion] | None:
+        """The completions of the chunk's rows; None when they were too many for the memory: take fewer."""
+        try:
+            return self._decode(model, prompts, chunk, uniforms, temperature)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            reason = str(error).splitlines()[0]
+        if len(chunk) == 1:
+            raise ResourceError(
+                f"out of memory while one completion of {len(prompts[chunk[0][0]])} + {uniforms.shape[1]} tokens was "
+                f"drawn: use a smaller model or dtype, or a smaller max_completion_length ({reason})"
+            )
+        self._max_rows = len(chunk) // 2
+        warnings.warn(
+            f"bondlm: out of memory with {len(chunk)} rows, going on with {self._max_rows} ({reason})", stacklevel=3
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
 
     def _decode(
-        self, model: Any, prompts: list[Sequence[int]], num_samples: int, uniforms: Tensor, temperature: float
+        self, model: Any, prompts: Sequence[Sequence[int]], chunk: list[Row], uniforms: Tensor, temperature: float
     ) -> list[Completion]:
-        state, logits_PV = start_decoding(model, prompts, self._pad_id)
+        owners = list(dict.fromkeys(i for i, _ in chunk))
+        state, logits_PV = start_decoding(model, [prompts[i] for i in owners], self._pad_id)
         device = logits_PV.device
-        alive = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+        place = {i: position for position, i in enumerate(owners)}
+        alive = torch.tensor([place[i] for i, _ in chunk], device=device)
         state.select(alive)  # every sample of a prompt continues from the same prefill
         logits_BV = logits_PV[alive]
 
         num_rows, max_new_tokens = uniforms.shape
-        uniforms = uniforms.to(device)
+        uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
         tokens = torch.full((num_rows, max_new_tokens), -1, dtype=torch.long, device=device)
         logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
         eos_ids = torch.tensor(self._eos_ids, device=device)
@@ -113,6 +147,14 @@ class TransformersEngine:
         return rows
 
 
+def _whole_prompts(pending: list[Row], size: int) -> tuple[list[Row], list[Row]]:
+    """The first rows, at most `size`, and the rest; it cuts between prompts where it can, so each is prefilled once."""
+    if size < len(pending):
+        into_prompt = pending[size][1]  # the sample's number that would come next
+        size = size - into_prompt if size > into_prompt else size
+    return pending[:size], pending[size:]
+
+
 def row_uniforms(seed: int, sample: int, count: int) -> np.ndarray:
     """`count` uniform numbers in [0, 1) that belong to one sample of one prompt, float64."""
     return np.random.default_rng([seed, sample]).random(count)
@@ -132,10 +174,11 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> 
         logprob_B, token_B = logprobs_BV.max(dim=-1)
         return token_B, logprob_B
     probs_BV = (logits_BV.float() / temperature).softmax(dim=-1)
-    sums_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
+    exact_BV = probs_BV.cpu() if probs_BV.device.type == "mps" else probs_BV  # MPS has no float64
+    sums_BV = exact_BV.cumsum(dim=-1, dtype=torch.float64)
     # Scaled to the last sum, so that rounding cannot leave a uniform number beyond it. `right=True` takes the first
     # token whose sum exceeds the number: a token of probability 0 adds nothing to the sum and is never taken.
-    targets_B1 = uniforms_B.unsqueeze(1).to(torch.float64) * sums_BV[:, -1:]
-    token_B = torch.searchsorted(sums_BV, targets_B1, right=True).squeeze(1)
+    targets_B1 = uniforms_B.unsqueeze(1).to(sums_BV) * sums_BV[:, -1:]
+    token_B = torch.searchsorted(sums_BV, targets_B1, right=True).squeeze(1).to(logits_BV.device)
     token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
     return token_B, probs_BV.gather(1, token_B.unsqueeze(1)).squeeze(1).log()

@@ -63,7 +63,7 @@ def laws(num_samples: int, num_reference_samples: int) -> list[Law]:
 class Pair:
     """Two models over the same tokens."""
 
-    def __init__(self, policy: str, reference: str, *, dtype: str = "auto", max_rows: int = 96) -> None:
+    def __init__(self, policy: str, reference: str, *, dtype: str = "auto", max_rows: int | None = None) -> None:
         """Load both.
 
         Raises:

@@ -16,7 +16,7 @@ from typing import Any
 from bondlm.evaluation.card import write_card
 from bondlm.evaluation.samples import Scored, from_samples
 from bondlm.evaluation.statistics import summarize
-from bondlm.evaluation.table import print_phases, print_samples, print_table
+from bondlm.evaluation.table import print_samples, print_table
 from bondlm.runfolder import append_jsonl, plain
 
 BASELINES = {
@@ -52,7 +52,6 @@ def evaluate_run(trainer: Any, folder: Path, console: Any, reporter: Any) -> dic
         write_card(folder, trainer, result)
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
-        print_phases(console, *reporter.mean_phases())
     return result
 
 

@@ -92,14 +92,26 @@ def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
-def print_phases(console: Console, seconds: Mapping[str, float], tokens: float) -> None:
-    """Where a mean training step's time went."""
+# The completion tokens that a phase works through, by the metric that counts them.
+PHASE_TOKENS = {"generate": "num_tokens", "reward": "num_tokens", "reference": "num_tokens/compared"}
+PHASE_TOKENS |= {"learn": "num_tokens/learned"}
+PHASE_NAMES = {"reward": "score (rewards)", "reference": "anchor and reference log-probs", "learn": "forward, backward"}
+
+
+def print_phases(
+    console: Console, seconds: Mapping[str, float], tokens: Mapping[str, float], evaluation: float = 0.0
+) -> None:
+    """Where a mean training step's time went, with completion tokens a second; and the evaluations' seconds in all."""
     total = sum(seconds.values())
     if total == 0:
         return
-    table = Table(title=f"A mean step: {total:.1f} s, {tokens:.0f} tokens sampled")
-    for name in ("phase", "seconds", "share"):
+    table = Table(title=f"A mean step: {total:.1f} s, {tokens.get('num_tokens', 0):.0f} tokens sampled")
+    for name in ("phase", "seconds", "share", "tokens/s"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase, value in sorted(seconds.items(), key=lambda item: -item[1]):
-        table.add_row(phase, f"{value:.2f}", f"{value / total:.0%}")
+        count = tokens.get(PHASE_TOKENS.get(phase, ""), 0.0)
+        rate = f"{count / value:.0f}" if count and value else ""
+        table.add_row(PHASE_NAMES.get(phase, phase), f"{value:.2f}", f"{value / total:.0%}", rate)
+    if evaluation:
+        table.add_row("evaluations, all steps", f"{evaluation:.1f}", "", "")
     console.print(table)

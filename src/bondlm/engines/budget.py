@@ -1,0 +1,36 @@
+"""How many rows are decoded together: what the memory holds, and less after an out-of-memory error."""
+
+from typing import Any
+
+import torch
+
+CPU_ROWS = 96  # measured (benchmarks/roofline.py): a CPU is busy with fewer, more rows only cost memory
+MOST_ROWS = 1024
+CACHE_SHARE = 0.5  # of the free memory: the rest is for activations, logits and fragmentation
+
+
+def cache_bytes(config: Any, element_size: int) -> int:
+    """Bytes of keys and values of one token of one row."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    size = size or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * element_size)
+
+
+def rows_that_fit(config: Any, element_size: int, num_tokens: int, free_bytes: int) -> int:
+    """Rows of `num_tokens` tokens whose cache fills half of the free memory; 1 to 1024.
+
+    The cache is copied when it grows and when rows leave it, so that twice its size is needed for a moment.
+    """
+    row = 2 * num_tokens * cache_bytes(config, element_size)
+    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free_bytes) // row))
+
+
+def automatic_rows(model: Any, num_tokens: int) -> int:
+    """Rows of `num_tokens` tokens to decode together on the model's device as it is now."""
+    if model.device.type != "cuda":
+        return CPU_ROWS
+    reserved = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return rows_that_fit(model.config, model.dtype.itemsize, num_tokens, free + reserved)

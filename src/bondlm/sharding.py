@@ -1,0 +1,142 @@
+"""Weights that several processes share (FSDP2): gathering them, working on one process's part, a plain twin of a model.
+
+A process that generates calls its model as often as its longest completion needs, another process more or less often.
+A sharded model gathers weights inside its forward pass, so that processes with different numbers of calls would wait
+for each other for ever. So nobody generates with the sharded model: its weights are gathered once, into a plain twin
+(`Replica`) that gives them back afterwards.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from bondlm.errors import ConfigError
+
+_TRUE = ("1", "true", "yes", "y", "on", "t")
+# What activation checkpointing and `torch.compile` put into the names of parameters.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def uses_fsdp(args: Any) -> bool:
+    """Whether the launcher or the settings ask for FSDP; known before the model is wrapped."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in _TRUE
+
+
+def check_parallelism(args: Any) -> None:
+    """Refuse, before any work, what the anchor could not follow.
+
+    Raises:
+        ConfigError: FSDP version 1, FSDP with offloaded weights, or DeepSpeed ZeRO-3.
+    """
+    if uses_fsdp(args):
+        settings = args.fsdp_plugin_args or {}
+        version = settings.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))
+        if str(version) != "2":
+            raise ConfigError(
+                f"fsdp_version={version}: the anchor is sharded like the policy, which needs FSDP2; set fsdp_version: 2 "
+                "(examples/accelerate/fsdp2.yaml)"
+            )
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None and int(plugin.zero_stage) == 3:
+        raise ConfigError(
+            "DeepSpeed ZeRO-3 partitions weights in a form that the anchor's average cannot follow: use FSDP2, which "
+            "shards the same things (examples/accelerate/fsdp2.yaml), or ZeRO-2"
+        )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor (it shares its memory); any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """All of a tensor. If it is sharded every process must call this."""
+    tensor = tensor.detach() if device is None else tensor.detach().to(device)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def num_copies(tensor: Tensor) -> int:
+    """How many processes hold the same part of a sharded tensor (1 unless it is replicated as well)."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if placement.is_replicate())
+
+
+@torch.no_grad()
+def assign(target: Tensor, source: Tensor) -> None:
+    """Copy a whole tensor into `target`; a sharded one takes its part, without communication."""
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        source = distribute_tensor(source.to(target.device), mesh, placements, src_data_rank=None).to_local()
+    local(target).copy_(source)
+
+
+def gather_to_main(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor]:
+    """All tensors whole, on the CPU of the main process; one at a time, so that no other process holds all of them."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if is_main:
+            gathered[name] = full.cpu().contiguous()
+    return gathered
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they had before the model was wrapped, every name of a tied one included."""
+    weights = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        weights[name] = parameter
+    return weights
+
+
+class Replica:
+    """A plain twin of a model that is sharded later: no weights of its own, it borrows them while somebody uses it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Copy everything but the weights."""
+        empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
+        self._model = copy.deepcopy(model, dict(empty)).eval()
+        self.device = torch.device("cpu")
+        self.dtype: torch.dtype | None = None  # of the weights in use; None: as they are
+
+    @property
+    def plain(self) -> Any:
+        """The twin, without weights: of the model's own class, to write its files with."""
+        return self._model
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[Any]:
+        """Lend the twin with these weights, gathered from all processes: each of them must call this."""
+        before = dict(self._model.named_parameters(remove_duplicate=False))
+        try:
+            self._fill(weights)
+            yield self._model
+        finally:
+            for name, parameter in before.items():
+                self._put(name, parameter)
+
+    def _fill(self, weights: Mapping[str, Tensor]) -> None:
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        gathered: dict[int, nn.Parameter] = {}  # a tied weight is gathered once
+        for name, tensor in weights.items():
+            if id(tensor) not in gathered:
+                full = whole(tensor, self.device)
+                full = full.to(self.dtype) if self.dtype is not None and full.is_floating_point() else full
+                gathered[id(tensor)] = nn.Parameter(full, requires_grad=False)
+            self._put(name, gathered[id(tensor)])
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        setattr(self._model.get_submodule(owner), leaf, parameter)
