@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--one", choices=["bondlm", "rloo", "grpo"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print("RESULT " + json.dumps(measure(args)))
+        print("RESULT " + json.dumps(measure(build(args), args.threads)))
         return
     ours = in_a_process("bondlm")
     for name in args.against:
@@ -39,48 +39,66 @@ def main() -> None:
         print(f"bondlm / {name}: wall {wall:.2f}  cpu {cpu:.2f}  ({args.threads} threads)", flush=True)
 
 
-def in_a_process(name: str) -> dict:
+def in_a_process(name: str, *options: str) -> dict:
     """Measure one trainer in a fresh process, and print it."""
-    done = subprocess.run([sys.executable, *sys.argv, "--one", name], capture_output=True, text=True, check=False)
+    command = [sys.executable, *sys.argv, "--one", name, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         sys.exit(done.stdout + done.stderr)
     r = json.loads(lines[0][7:])
     print(
-        f"{name:8} wall {r['wall']:6.1f} s  cpu {r['cpu']:6.1f} s  peak {r['peak_gib']:.2f} GiB  "
-        f"mean completion {r['length']:.1f} tokens  {r['phases']}",
+        f"{name:8} wall {r['wall']:6.2f} s  cpu {r['cpu']:6.2f} s  generate {r['generate']:6.2f} s  "
+        f"peak {r['peak_gib']:.2f} GiB  mean completion {r['length']:.1f} tokens  {r['phases']}",
         flush=True,
     )
     return r
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(trainer, threads: int) -> dict:
+    """Median wall clock and CPU seconds of its steps after the first, and how they were spent where it says so."""
     import torch
-    from transformers import TrainerCallback
+    from transformers import GenerationMixin, TrainerCallback
 
-    torch.set_num_threads(args.threads)
-    steps: list[tuple[float, float]] = []
+    torch.set_num_threads(threads)
+    steps: list[tuple[float, float, float]] = []
+    generating = [0.0]
 
     class Timer(TrainerCallback):
+        def now(self):
+            return time.perf_counter(), time.process_time(), generating[0]
+
         def on_train_begin(self, *a, **k):
-            self.last = (time.perf_counter(), time.process_time())
+            self.last = self.now()
 
         def on_step_end(self, *a, **k):
-            now = (time.perf_counter(), time.process_time())
-            steps.append((now[0] - self.last[0], now[1] - self.last[1]))
+            now = self.now()
+            steps.append(tuple(b - a for a, b in zip(self.last, now, strict=True)))
             self.last = now
 
-    trainer = build(args)
+    generate = GenerationMixin.generate  # what TRL samples with
+
+    def timed(*a, **k):
+        began = time.perf_counter()
+        result = generate(*a, **k)
+        generating[0] += time.perf_counter() - began
+        return result
+
+    GenerationMixin.generate = timed
     trainer.add_callback(Timer())
     trainer.train()
+    GenerationMixin.generate = generate
     logs = [row for row in trainer.state.log_history if "loss" in row][1:]
     names = [name for name in logs[0] if name.startswith("time/")]
+    phases = {name[5:]: round(statistics.median(row[name] for row in logs), 2) for name in names}
+    wall, cpu, generation = (statistics.median(column) for column in zip(*steps[1:], strict=True))
     return {
-        "wall": statistics.median(wall for wall, _ in steps[1:]),
-        "cpu": statistics.median(cpu for _, cpu in steps[1:]),
+        "wall": wall,
+        "cpu": cpu,
+        "generate": phases.get("generate", generation),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "length": statistics.mean(row["completions/mean_length"] for row in logs),
-        "phases": {name[5:]: round(statistics.median(row[name] for row in logs), 2) for name in names},
+        "length": statistics.mean(row.get("completions/mean_length", float("nan")) for row in logs),
+        "phases": phases,
     }
 
 

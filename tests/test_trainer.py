@@ -79,7 +79,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("time/", "eval_runtime", "train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time")
+    timed = ("time/", "step_time", "eval_runtime", "train_runtime", "train_samples_", "train_steps_")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
 
 
@@ -458,7 +458,8 @@ def test_evaluation_is_repeatable_and_leaves_the_run_alone(tmp_path: Path) -> No
     note = NoteEvaluation()
     watched.add_callback(note)
     once = watched.evaluate()
-    assert watched.evaluate() == once == note.metrics[0]
+    assert without_times([watched.evaluate()]) == without_times([once])
+    assert note.metrics[0] == once
     watched.args.eval_strategy, watched.args.eval_steps = "steps", 1
     for made in (plain, watched):
         made.train()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from bondlm.engines.cache import growing_cache
 from bondlm.prefix import prefill_prefix, shared_prefix
 
 
@@ -48,7 +49,7 @@ class _CausalState:
     @classmethod
     def start(cls, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple["_CausalState", Tensor]:
         prefix = shared_prefix(model.config, prompts)
-        cache = prefill_prefix(model, prefix, DynamicCache(config=model.config))
+        cache = prefill_prefix(model, prefix, growing_cache(model.config))
         if prefix:
             cache.batch_repeat_interleave(len(prompts))
         ids_PS, mask_PS = pad_left([p[len(prefix) :] for p in prompts], pad_id, model.device)
@@ -89,7 +90,9 @@ class _Seq2SeqState:
     @classmethod
     def start(cls, model: Any, ids_PS: Tensor, mask_PS: Tensor) -> tuple["_Seq2SeqState", Tensor]:
         hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
-        cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        cache = EncoderDecoderCache(
+            growing_cache(model.config), DynamicCache(config=model.config)
+        )  # the prompt does not grow
         state = cls(model, cache, hidden, mask_PS)
         start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
         return state, state.step(start_P)

@@ -1,0 +1,163 @@
+"""The experiments: which runs each is made of.
+
+All runs of a task draw the same number of completions in a step and take the same number of steps, so a step of one
+costs what a step of another costs in generated tokens; a method that draws many completions of a prompt sees fewer
+prompts a step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+COMPLETIONS_OF_A_STEP = 96
+LEARNED_QUANTILE_SAMPLES = 1
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run of an experiment, without its seed."""
+
+    name: str
+    settings: Settings
+    times_steps: float = 1.0  # as many times the steps of the others
+    drop_rewards: int = 0  # keep the first reward alone if 1: the hackable one
+    own_evaluation: bool = False  # evaluate inside training, where target_n and kl_budget look
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A claim and the runs that test it."""
+
+    task: str
+    claim: str
+    runs: list[Run]
+    both_kls: bool = False  # measure KLs to Best-of-n in both directions
+    targets: tuple[int, ...] = field(default=(4, 8))
+
+
+def bond(n: int, beta: float = 0.5, **more: Any) -> Settings:
+    """BOND with a fixed anchor: the target is Best-of-n of the reference itself."""
+    return {"objective": "bond", "n": n, "beta": beta, "anchor": "fixed"} | more
+
+
+def iterated(n: int, every: int = 10) -> Settings:
+    """BOND whose anchor is the policy of some steps ago."""
+    return bond(n) | {"anchor": "periodic", "anchor_update_every": every}
+
+
+def jbond(eta: float = 0.05, **more: Any) -> Settings:
+    return {"objective": "jbond", "eta": eta} | more
+
+
+def rloo(beta_rl: float, samples: int = 3, **more: Any) -> Settings:
+    """RLOO with its KL to the reference, unless another anchor is given."""
+    return {"objective": "rloo", "beta_rl": beta_rl, "num_samples": samples, "anchor": "fixed"} | more
+
+
+def named(**runs: Settings) -> list[Run]:
+    return [Run(name=name.replace("__", "-"), settings=settings) for name, settings in runs.items()]
+
+
+X1 = [Run(name=f"n{n}-beta{beta}", settings=bond(n, beta)) for n in (4, 8) for beta in (0.0, 0.5, 1.0)]
+X2 = [Run(name=f"fixed-n{n}", settings=bond(n)) for n in (4, 8, 16)] + [
+    Run(name=f"iterated-n{n}", settings=iterated(n)) for n in (2, 4)
+]
+X3 = [
+    Run(name="monte-carlo", settings=bond(8)),
+    Run(name="learned", settings=bond(8, quantile="learned")),
+]
+X4 = named(ema=jbond(0.1), periodic=jbond(anchor="periodic", anchor_update_every=10) | {"eta": 0.1})
+X5 = [Run(name=f"eta{eta}", settings=jbond(eta)) for eta in (0.02, 0.1, 0.3)]
+X6 = [Run(name=f"gamma{gamma}", settings=jbond(0.1, gamma=gamma)) for gamma in (0.0, 0.5, 1.0, 2.0)]
+X7 = [Run(name="jbond", settings=jbond(0.1))] + [
+    Run(name=f"rloo-beta{beta}", settings=rloo(beta, samples=2)) for beta in (0.001, 0.01, 0.1, 1.0)
+]
+X9 = [
+    Run(name="jbond-eta0.05", settings=jbond(0.05)),
+    Run(name="jbond-eta0.3", settings=jbond(0.3)),
+    *(Run(name=f"rloo-beta{beta}", settings=rloo(beta)) for beta in (0.1, 0.3, 1.0)),
+    Run(name="rloo-ema-beta0.3", settings=rloo(0.3, anchor="ema", eta=0.05)),
+    Run(name="bond-n8", settings=bond(8)),
+    Run(name="iterated-n2", settings=iterated(2) | {"num_anchor_samples": 8}),
+    Run(name="vbon-n8", settings={"objective": "vbon", "n": 8, "anchor": "fixed"}),
+    Run(name="bonbon-n8", settings={"objective": "bonbon", "n": 8, "anchor": "fixed"}),
+    Run(name="best-of-8-sft", settings={"objective": "best_of_n_sft", "n": 8, "anchor": "fixed"}),
+    Run(name="best-of-4-sft-ema", settings={"objective": "best_of_n_sft", "n": 4, "anchor": "ema", "eta": 0.3}),
+    Run(name="reinforce-beta0.3", settings={"objective": "reinforce", "beta_rl": 0.3, "anchor": "fixed"}),
+]
+# Item 6: what J-BOND can turn, one at a time, and together.
+FAST = [
+    Run(name="eta0.3", settings=jbond(0.3)),
+    Run(name="eta1", settings=jbond(1.0)),
+    Run(name="eta0.3-k4", settings=jbond(0.3, num_anchor_samples=4)),
+    Run(name="eta0.3-harmonic-k4", settings=jbond(0.3, num_anchor_samples=4, log_quantile="harmonic")),
+    Run(name="eta0.3-lr3", settings=jbond(0.3, learning_rate=3e-4)),
+    Run(name="eta0.3-beta0.8", settings=jbond(0.3, beta=0.8)),
+    Run(name="eta0.3-beta0.2", settings=jbond(0.3, beta=0.2)),
+    Run(name="bond-n4-harmonic-k8", settings=bond(4, num_anchor_samples=8, log_quantile="harmonic")),
+    Run(name="bond-n4-harmonic-k4", settings=bond(4, num_anchor_samples=4, log_quantile="harmonic")),
+    Run(
+        name="bond-n8-harmonic-k8-lr3",
+        settings=bond(8, num_anchor_samples=8, log_quantile="harmonic") | {"learning_rate": 3e-4},
+    ),
+    Run(name="iterated-n4-k4", settings=iterated(4) | {"num_anchor_samples": 4, "log_quantile": "harmonic"}),
+]
+# Item 7: a reward that copying fools, run far past its use, and three ways to stop.
+_HACK = jbond(1.0, learning_rate=3e-4)
+OVER = [
+    Run(name="free", settings=_HACK, times_steps=3),
+    Run(name="rloo-free", settings=rloo(0.02, learning_rate=3e-4), times_steps=3),
+    Run(name="target-n4", settings=_HACK | {"target_n": 4.0}, times_steps=3, own_evaluation=True),
+    Run(name="kl-budget1", settings=_HACK | {"kl_budget": 1.0}, times_steps=3, own_evaluation=True),
+    Run(name="gamma2", settings=_HACK | {"gamma": 2.0}, times_steps=3),
+]
+
+EXPERIMENTS = {
+    "x1": Experiment(
+        task="summarization",
+        claim="beta = 0.5 brings both KLs to Best-of-N down; its log-quantile is near that of beta = 1, above beta = 0",
+        runs=X1,
+        both_kls=True,
+    ),
+    "x2": Experiment(
+        task="summarization",
+        claim="with N fixed, reward and log-quantile saturate; iterated BOND keeps rising, faster for n = 4",
+        runs=X2,
+    ),
+    "x3": Experiment(
+        task="summarization",
+        claim="a learned quantile does as well as 16 Monte-Carlo samples (N = 8)",
+        runs=X3,
+        both_kls=True,
+        targets=(8,),
+    ),
+    "x4": Experiment(task="dialogue", claim="EMA anchor: same reward as a copied one, lower KL", runs=X4),
+    "x5": Experiment(task="dialogue", claim="a larger eta makes the reward grow faster", runs=X5),
+    "x6": Experiment(
+        task="dialogue", claim="a larger gamma makes the KL grow slower, at a better reward per KL", runs=X6
+    ),
+    "x7": Experiment(
+        task="dialogue", claim="J-BOND's reward at equal KL lies above REINFORCE's at four beta_RL", runs=X7
+    ),
+    "x9": Experiment(
+        task="summarization",
+        claim="all methods at equal numbers of generated completions (asked by reviewers)",
+        runs=X9,
+    ),
+    "fast": Experiment(
+        task="summarization", claim="which settings of ours reach N soonest and cheapest in KL", runs=FAST
+    ),
+    "over": Experiment(
+        task="summarization",
+        claim="judges turn when a hackable reward is pushed; target_n, kl_budget and gamma stop in time",
+        runs=OVER,
+    ),
+}
+
+
+def runs(names: list[str]) -> Iterator[tuple[str, Experiment, Run]]:
+    """(experiment, its description, run) of the named experiments."""
+    for name in names:
+        for run in EXPERIMENTS[name].runs:
+            yield name, EXPERIMENTS[name], run

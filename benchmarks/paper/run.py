@@ -1,0 +1,186 @@
+"""The study of the paper's claims, one experiment at a time. Finished runs are skipped: interrupt and repeat at will.
+
+    python benchmarks/paper/run.py x9 --seeds 0 1 2 --threads 2     # x1 x2 x3 x4 x5 x6 x7 x9 fast over
+    python benchmarks/paper/run.py x1 --only n4-beta0.5 --steps 4   # a look
+    python benchmarks/paper/run.py --list
+    python benchmarks/paper/report.py                               # tables, figures, claims.md, docs/results.md
+
+A run's folder is runs/paper/EXPERIMENT/NAME-sSEED: config.json, curve.jsonl (a row each measurement), metrics.jsonl,
+done.json. A run that was cut starts anew. Other budgets go into other folders (--out).
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from plans import EXPERIMENTS, Experiment, Run, runs
+from tasks import TASKS, Task, missing
+
+ROOT = Path(__file__).parents[2]
+DONE_FILE, CONFIG_FILE = "done.json", "config.json"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", help=" ".join(EXPERIMENTS))
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--only", nargs="*", help="names of runs; default: all of the experiment")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="default: the task's (40)")
+    parser.add_argument("--completions", type=int, help="drawn in a step; default: the task's (96 or 48)")
+    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--samples", type=int, default=8, help="policy samples of each, in a measurement")
+    parser.add_argument("--reference-samples", type=int, default=32)
+    parser.add_argument("--points", type=int, default=4, help="measurements along a run, the last one at its end")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="say which runs there are and which are done")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.experiments if name not in EXPERIMENTS]
+    if unknown or not (args.experiments or args.list):
+        parser.error(f"name experiments, of {', '.join(EXPERIMENTS)}" + (f" (not {unknown[0]})" if unknown else ""))
+    return args
+
+
+def plan_total(settings: dict[str, Any]) -> int:
+    """Completions that the settings draw of a prompt."""
+    from bondlm.config import BONDConfig, make_objective
+
+    return make_objective(BONDConfig(output_dir="unused", **settings)).plan.total
+
+
+def config_of(task: Task, run: Run, seed: int, folder: Path, args: Any) -> dict[str, Any]:
+    """Everything that `BONDConfig` gets for a run."""
+    steps = max(1, round((args.steps or task.steps) * run.times_steps))
+    prompts = max(2, round((args.completions or task.completions) / plan_total(run.settings)))
+    settings = task.settings | {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": prompts,
+        "reward_weights": task.reward_weights,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "eval_num_samples": args.samples,
+        "eval_num_reference_samples": args.reference_samples,
+        "num_logged_samples": 2,
+        "seed": seed,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    if run.own_evaluation:
+        settings |= {"eval_strategy": "steps", "eval_steps": every(steps, args.points)}
+    return settings | run.settings
+
+
+def every(steps: int, points: int) -> int:
+    return max(1, steps // points)
+
+
+def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path, args: Any) -> dict[str, Any]:
+    """One run: train, measure on the way, keep the curve; returns what `done.json` says."""
+    import torch
+    from measure import CURVE_FILE, Bench, Curve, load_judges
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+    from transformers.utils import logging as transformers_logging
+
+    from bondlm import BONDConfig, BONDTrainer
+    from bondlm.data import load_prompts
+
+    torch.set_num_threads(args.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    config = config_of(task, run, seed, folder, args)
+    held_out = load_prompts(task.held_out)
+    trainer = BONDTrainer(
+        model=task.model,
+        reward_funcs=task.reward_funcs,
+        args=BONDConfig(**config),
+        train_dataset=task.train,
+        eval_dataset=held_out.select(range(min(args.prompts, len(held_out)))),
+        peft_config=LoraConfig(r=task.lora_r, lora_alpha=2 * task.lora_r, target_modules="all-linear")
+        if task.lora_r
+        else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    rows = trainer.eval_dataset.to_list()
+    judges = load_judges(task.judges, rows, task.reference_column, trainer.args.device)
+    key = json.dumps([task.model, task.reward_funcs, task.reward_weights, task.judges, config["max_completion_length"]])
+    # The reference's samples are the same for all seeds of training; they are drawn by whichever run comes first.
+    bench = Bench(trainer, judges, Path(args.out) / "reference", key, args.reference_samples)
+    steps = config["max_steps"]
+    at = {step for step in range(1, steps + 1) if step % every(steps, args.points) == 0} | {steps}
+    curve = Curve(bench, folder / CURVE_FILE, at, args.samples, both_kls=experiment.both_kls)
+    trainer.add_callback(curve)
+    began = time.perf_counter()
+    trainer.train()
+    curve.take(trainer.state.global_step)  # a run that was stopped early, at its last step
+    return {"seconds_all": time.perf_counter() - began, "steps": trainer.state.global_step}
+
+
+def facts(args: Any) -> dict[str, Any]:
+    """Command, versions and machine, kept beside every result."""
+    names = ("bondlm", "torch", "transformers", "peft")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": "python " + " ".join(["benchmarks/paper/run.py", *sys.argv[1:]]),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {args.threads} thread(s) of {os.cpu_count()}",
+    }
+
+
+def do(name: str, experiment: Experiment, run: Run, seed: int, args: Any) -> None:
+    """One run in its folder, unless it is done."""
+    task, folder = TASKS[experiment.task], Path(args.out) / name / f"{run.name}-s{seed}"
+    if (folder / DONE_FILE).exists():
+        print(f"{folder}: done")
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = config_of(task, run, seed, folder, args)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    print(f"{folder}: {config['max_steps']} steps of {config['per_device_train_batch_size']} prompts", flush=True)
+    result = train(task, experiment, run, seed, folder, args) | facts(args) | {"run": run.name, "seed": seed}
+    partial = folder / f"{DONE_FILE}.tmp"
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(folder / DONE_FILE)
+    print(f"{folder}: {result['seconds_all'] / 60:.1f} min", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    jobs = [
+        (name, experiment, run, seed)
+        for seed in args.seeds  # seed by seed, so that a study that is cut has all its runs once
+        for name, experiment, run in runs(args.experiments or list(EXPERIMENTS))
+        if not args.only or run.name in args.only
+    ]
+    if args.list:
+        for name, _, run, seed in jobs:
+            done = (args.out / name / f"{run.name}-s{seed}" / DONE_FILE).exists()
+            print(f"{name:6}{run.name:28}seed {seed}  {'done' if done else ''}")
+        return
+    for name in args.experiments:
+        task = TASKS[EXPERIMENTS[name].task]
+        absent = missing(task, Path())
+        if absent:
+            sys.exit(
+                f"{name} needs {', '.join(absent)}, which is not here. Make it with:\n  " + "\n  ".join(task.prepare)
+            )
+    for job in jobs:
+        do(*job, args)
+
+
+if __name__ == "__main__":
+    main()

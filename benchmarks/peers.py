@@ -1,0 +1,204 @@
+"""J-BOND beside TRL's RLOO, GRPO and OnlineDPO on the same work: a Llama of 6 M or 100 M parameters.
+
+    python benchmarks/peers.py --size 6m --threads 1
+    python benchmarks/peers.py --size 6m --threads 1 --lengths full
+    python benchmarks/peers.py --size 6m --threads 1 --settings default
+    python benchmarks/peers.py --size 100m --lora --threads 2
+
+The models are random (made from a config into runs/peers), so what they say does not matter, only what it costs. All
+draw 48 completions of at most 64 tokens a step, of prompts of 16 to 96 tokens, and score them with the same reward
+model. `--lengths vary` gives completions that end at random (mean about 24 tokens); `full` lets none end.
+`--settings default` leaves TRL's own defaults (bf16 autocast, gradient checkpointing) in place. `sft` is one plain
+forward, backward and update on as many prompts and completions as J-BOND learns on: it draws and scores nothing, and
+its memory is the measure of ours. Needs `pip install trl==1.16.0`.
+"""
+
+import argparse
+import json
+import platform
+import random
+from importlib.metadata import version
+from pathlib import Path
+
+from step import in_a_process, measure
+
+COMPLETIONS, TOKENS, MEAN_LENGTH = 48, 64, 24
+FOLDER = Path("runs/peers")
+RESULTS = Path("benchmarks/results/peers.jsonl")
+SIZES = {  # vocabulary, hidden size, layers, heads
+    "6m": (4096, 256, 6, 4),
+    "100m": (16384, 640, 16, 10),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="6m")
+    parser.add_argument("--lora", action="store_true", help="an adapter instead of all weights")
+    parser.add_argument("--lengths", choices=["vary", "full"], default="vary")
+    parser.add_argument("--settings", choices=["sensible", "default"], default="sensible", help="TRL's")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--against", nargs="*", default=["rloo", "grpo", "online_dpo", "sft"])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        import torch
+
+        torch.set_num_threads(args.threads)
+        print("RESULT " + json.dumps(measure(build(args), args.threads)))
+        return
+    prepare(args)
+    results = {name: in_a_process(name) for name in ["bondlm", *args.against]}
+    ours = results["bondlm"]
+    for name in args.against:
+        ratios = {key: ours[key] / results[name][key] for key in ("wall", "cpu", "peak_gib")}
+        if results[name]["generate"]:
+            ratios["generate"] = ours["generate"] / results[name]["generate"]
+        print(f"bondlm / {name}: " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()), flush=True)
+    setting = {name: getattr(args, name) for name in ("size", "lora", "lengths", "settings", "threads")}
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+        file.write(json.dumps({**setting, "cpu": cpu_name(), "versions": versions, "results": results}) + "\n")
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Policy and reward model as ordinary folders."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    vocab, hidden, layers, heads = SIZES[args.size]
+    words = {"[PAD]": 0, "[EOS]": 1, "[UNK]": 2} | {f"w{i}": i for i in range(3, vocab)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", padding_side="left"
+    )
+
+    def config(hidden: int, layers: int, heads: int, **extra) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=int(hidden * 2.7),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=512,
+            eos_token_id=1,
+            pad_token_id=0,
+            bos_token_id=None,
+            **extra,
+        )
+
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(config(hidden, layers, heads))
+    # Any of these ends a completion; under nearly uniform probabilities its length is geometric.
+    step = MEAN_LENGTH if args.lengths == "vary" else vocab
+    policy.generation_config.eos_token_id = list(range(1, vocab, step))
+    policy.generation_config.bos_token_id = None
+    for model, name in (
+        (policy, f"{args.size}-{args.lengths}"),
+        (LlamaForSequenceClassification(config(128, 2, 2, num_labels=1)), f"reward-{args.size}"),
+    ):
+        model.save_pretrained(FOLDER / name)
+        tokenizer.save_pretrained(FOLDER / name)
+
+
+def prompts(vocab: int) -> list[dict[str, str]]:
+    """Prompts of 16 to 96 tokens."""
+    random.seed(0)
+    lengths = [random.randint(16, 96) for _ in range(512)]
+    return [{"prompt": " ".join(f"w{random.randrange(3, vocab)}" for _ in range(n))} for n in lengths]
+
+
+def build(args: argparse.Namespace):
+    """The trainer named `args.one`."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy, reward = str(FOLDER / f"{args.size}-{args.lengths}"), str(FOLDER / f"reward-{args.size}")
+    rows = Dataset.from_list(prompts(SIZES[args.size][0]))
+    common = dict(
+        output_dir=str(FOLDER / "out"),
+        max_steps=args.steps,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        learning_rate=1e-5,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if args.lora else None
+    if args.one == "bondlm":
+        from bondlm import BONDConfig, BONDTrainer
+
+        config = BONDConfig(
+            per_device_train_batch_size=COMPLETIONS // 3, max_completion_length=TOKENS, dtype="float32", **common
+        )
+        return BONDTrainer(policy, reward, config, train_dataset=rows, peft_config=lora)
+    if args.settings == "sensible":
+        common |= {"bf16": False, "gradient_checkpointing": False}
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    if args.one == "sft":
+        return sft(model, rows, common, lora, AutoTokenizer.from_pretrained(policy))
+    if args.one == "online_dpo":
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+        config = OnlineDPOConfig(
+            per_device_train_batch_size=COMPLETIONS // 2, max_new_tokens=TOKENS, max_length=192, beta=0.05, **common
+        )
+        return OnlineDPOTrainer(
+            model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(policy, padding_side="left"),
+            reward_processing_classes=AutoTokenizer.from_pretrained(reward),
+            peft_config=lora,
+        )
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    make_config, make_trainer = (RLOOConfig, RLOOTrainer) if args.one == "rloo" else (GRPOConfig, GRPOTrainer)
+    config = make_config(
+        per_device_train_batch_size=COMPLETIONS,
+        num_generations=3,
+        max_completion_length=TOKENS,
+        beta=0.05,
+        **common,
+    )
+    return make_trainer(model, reward, config, train_dataset=rows, peft_config=lora)
+
+
+def sft(model, rows, common, lora, tokenizer):
+    """Plain supervised steps on 32 rows: J-BOND learns on two completions of each of 16 prompts."""
+    from peft import get_peft_model
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    random.seed(1)
+    vocab = model.config.vocab_size
+
+    def encode(row):
+        ends = len(model.generation_config.eos_token_id) > 1
+        length = max(1, min(TOKENS, int(random.expovariate(1 / MEAN_LENGTH)))) if ends else TOKENS
+        completion = [random.randrange(3, vocab) for _ in range(length)]
+        return {"input_ids": tokenizer(row["prompt"])["input_ids"] + completion}
+
+    data = rows.map(encode, remove_columns=["prompt"])
+    args = TrainingArguments(per_device_train_batch_size=2 * COMPLETIONS // 3, **common)
+    model = model if lora is None else get_peft_model(model, lora)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return Trainer(model, args, data_collator=collator, train_dataset=data)
+
+
+if __name__ == "__main__":
+    Path("runs").mkdir(exist_ok=True)
+    main()

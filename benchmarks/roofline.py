@@ -1,0 +1,167 @@
+"""Tokens a second of prefill, decoding, scoring and learning, against what this machine allows for the model.
+
+    python benchmarks/roofline.py --model runs/peers/100m-full --threads 2
+    python benchmarks/roofline.py --model models/smollm2-135m-instruct --threads 2 --lora
+
+The roof is made of two measured numbers: the rate of a large matrix product, and the bandwidth of reading a tensor much
+larger than the caches. A phase needs at least its multiplications at that rate, or its weights and key-value cache at
+that bandwidth, whichever takes longer. The profile of a decoding step says where the rest goes.
+"""
+
+import argparse
+import json
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peers import cpu_name
+from torch.profiler import ProfilerActivity, profile
+
+PROMPT, NEW = 64, 64
+RESULTS = Path("benchmarks/results/roofline.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--profile", action="store_true", help="print the operations of the decoding steps")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    policy = load(args)
+    engine, prompts = engine_of(policy), prompts_of(policy, args.batch)
+    rate, bandwidth = matrix_rate(), read_bandwidth()
+    print(f"{rate / 1e9:.0f} GFLOP/s in a matrix product, {bandwidth / 1e9:.1f} GB/s read")
+    rows = {}
+    for phase, (seconds, tokens, flops, data) in measure(policy, engine, prompts, lora=args.lora).items():
+        least = max(flops / rate, data / bandwidth)
+        rows[phase] = {"tokens_per_s": tokens / seconds, "roof": tokens / least, "share": least / seconds}
+        bound = "products" if flops / rate > data / bandwidth else "bandwidth"
+        print(
+            f"{phase:8} {tokens / seconds:7.0f} tokens/s of {tokens / least:7.0f} ({least / seconds:.0%}; by {bound})"
+        )
+    if args.profile:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            draw(engine, prompts, NEW)
+        print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45))
+    setting = {name: getattr(args, name) for name in ("model", "lora", "threads", "batch")}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        machine = {"cpu": cpu_name(), "gflops": rate / 1e9, "gb_per_s": bandwidth / 1e9}
+        file.write(json.dumps({**setting, **machine, "versions": versions, "phases": rows}) + "\n")
+
+
+def load(args: argparse.Namespace):
+    """The model in fp32, with an adapter if asked for."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    if args.lora:
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return model
+
+
+def matrix_rate(size: int = 2048) -> float:
+    """Floating-point operations a second of a square fp32 product, the best of ten."""
+    a, b = torch.rand(size, size), torch.rand(size, size)
+    return max(2 * size**3 / timed(lambda: a @ b) for _ in range(10))
+
+
+def read_bandwidth(size: int = 2**28) -> float:
+    """Bytes a second of summing 1 GiB, the best of ten."""
+    x = torch.ones(size)
+    return max(4 * size / timed(x.sum) for _ in range(10))
+
+
+def timed(work) -> float:
+    """Seconds that `work()` takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def engine_of(model):
+    """Our engine, no completion of which ends before the budget."""
+    from bondlm.engines.hf import TransformersEngine
+
+    @contextmanager
+    def use(role):
+        yield model
+
+    return TransformersEngine(use, eos_ids=[model.config.vocab_size], pad_id=0)
+
+
+def prompts_of(model, batch: int) -> list[list[int]]:
+    """Random prompts of one length, none beginning like another."""
+    ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    return ids.tolist()
+
+
+def draw(engine, prompts, new: int):
+    """One completion of each prompt."""
+    return engine.generate(prompts, 1, role="policy", max_new_tokens=new, seeds=list(range(len(prompts))))
+
+
+def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, float, float, float]]:
+    """Seconds, tokens, floating-point operations and bytes of each phase; the best of three."""
+    from bondlm.head import exact_head
+    from bondlm.logprobs import collate, score_rows, sequence_logprobs
+
+    batch = len(prompts)
+    head = model.get_output_embeddings().weight.numel()
+    inputs = model.get_input_embeddings().weight
+    tied = inputs is model.get_output_embeddings().weight
+    body = sum(p.numel() for p in model.parameters()) - head - (0 if tied else inputs.numel())
+    config = model.config
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+
+    def attention(queries: int, keys: float) -> float:  # operations of one row
+        return 4 * config.num_hidden_layers * heads * size * queries * keys
+
+    cached = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * size  # bytes a token
+    rows = [(p, c.ids) for p, (c,) in zip(prompts, draw(engine, prompts, NEW), strict=True)]
+    device = torch.device("cpu")
+    prefill = min(timed(lambda: draw(engine, prompts, 1)) for _ in range(3))
+    whole = min(timed(lambda: draw(engine, prompts, NEW + 1)) for _ in range(3))
+    score = min(timed(lambda: score_rows(model, rows, 0, start_id=None, device=device)) for _ in range(3))
+    micro, exact = collate([(p, [c]) for p, c in rows[:16]], 0), exact_head(model, device)
+    weights = 4.0 * (body + head)
+
+    def learn() -> None:
+        sequence_logprobs(model, micro, head=exact).sum().backward()
+
+    model.train()
+    model.requires_grad_(not lora)
+    if lora:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    learning = min(timed(learn) for _ in range(3))
+    passes = 2 if lora else 3  # forward; backward through activations; and through weights
+    length = PROMPT + NEW
+    forward = batch * (2 * body * length + 2 * head * NEW + attention(length, length / 2))
+    return {
+        "prefill": (
+            prefill,
+            batch * PROMPT,
+            batch * (2 * body * PROMPT + 2 * head + attention(PROMPT, PROMPT / 2)),
+            weights,
+        ),
+        "decode": (
+            whole - prefill,
+            batch * NEW,
+            batch * NEW * (2 * (body + head) + attention(1, PROMPT + NEW / 2)),
+            NEW * (weights + batch * cached * (PROMPT + NEW / 2)),
+        ),
+        "score": (score, batch * length, forward, weights),
+        "learn": (learning, 16 * length, passes * forward * 16 / batch, weights),
+    }
+
+
+if __name__ == "__main__":
+    main()
