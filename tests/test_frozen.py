@@ -59,6 +59,12 @@ CONFIG_FIELDS = {
     "quantile_learning_rate",
     "reward_weights",
     "target_n",
+    "vllm_base_url",
+    "vllm_python",
+    "vllm_server",
+    "vllm_server_args",
+    "vllm_start_timeout",
+    "vllm_timeout",
 }
 BESTOFN = {
     "EffectiveN",
@@ -136,7 +142,7 @@ TRAIN_METRICS = {
     "reward",
     "reward_std",
     "rewards/<name>/mean",
-    "sampler/logprob_gap",
+    "sampling/sampling_logp_difference/mean",
     "skipped_steps",
     "step_time",
     "time/anchor",
@@ -259,7 +265,7 @@ def test_every_metric_is_documented_and_no_other() -> None:
 # -- the house
 
 FLOORS = {
-    0: ("bestofn", "objectives", "errors", "config"),
+    0: ("bestofn", "objectives", "errors", "config", "presets", "redact"),
     1: (
         "rewards",
         "engines",
@@ -271,9 +277,14 @@ FLOORS = {
         "logprobs",
         "head", "prefix",
         "quantile_model",
+        "sharding",
         "clock",
     ),
-    2: ("rollout", "trainer", "checkpoint", "manifest", "callbacks", "held_out", "runfolder", "inference"),
+    2: (
+        *("rollout", "ranks", "trainer", "checkpoint", "manifest", "callbacks", "held_out", "runfolder"),
+        *("inference", "memory"),
+        *("labelled", "supervised", "reward_model"),
+    ),
     3: ("evaluation", "report", "cli", "recipes", "__main__"),
 }
 HOMES = {"BONDConfig": "config", "BONDTrainer": "trainer"}  # names of the package itself

@@ -66,7 +66,7 @@ def test_the_reward_rises(name: str, tmp_path: Path) -> None:
     assert ("reward" in row) == ("kl" in row) == ("anchor/kl" in row) == (plan.policy > 0)
     assert ("anchor/reward" in row) == (plan.anchor > 0)
     if plan.policy:
-        assert row["sampler/logprob_gap"] < 1e-4
+        assert row["sampling/sampling_logp_difference/mean"] < 1e-4
     # The anchor's samples had, and the policy's have, the log-probability that the first step compares with.
     if name in ("bonbon", "regression"):
         field = "bond/margin_error" if name == "bonbon" else "bond/regression_error"

@@ -180,10 +180,10 @@ def test_the_sampled_law_is_the_learned_law(tmp_path: Path) -> None:
     made = trainer(tmp_path, tiny_gpt2(TOKENIZER, dropout=0.3))
     made.train()
     for row in logged(tmp_path)[:-1]:
-        assert row["sampler/logprob_gap"] < 1e-4
+        assert row["sampling/sampling_logp_difference/mean"] < 1e-4
     loose = trainer(tmp_path / "loose", tiny_gpt2(TOKENIZER, dropout=0.3), disable_dropout=False)
     loose.train()
-    assert logged(tmp_path / "loose")[0]["sampler/logprob_gap"] > 0.1
+    assert logged(tmp_path / "loose")[0]["sampling/sampling_logp_difference/mean"] > 0.1
 
 
 @pytest.mark.parametrize("pad", ["eos", None])

@@ -21,6 +21,7 @@ from bondlm.evaluation.statistics import summarize
 from bondlm.rewards import NamedReward, load_rewards
 from bondlm.rollout import Samples, score_samples
 from bondlm.runfolder import append_jsonl, plain
+from bondlm.text import check_tokenizer
 
 CURVE_FILE = "curve.jsonl"
 KEPT = (
@@ -58,15 +59,8 @@ class Bench:
         if not self.judges:
             return {}
         tokenizer = self._trainer.processing_class
-        scored = score_samples(
-            self.judges,
-            self.rows,
-            samples.completions,
-            tokenizer=tokenizer,
-            eos_ids=[
-                t for t in {tokenizer.eos_token_id, samples.completions[0][0].ids[-1]} if t in tokenizer.all_special_ids
-            ],
-        )
+        eos_ids = check_tokenizer(tokenizer, self._trainer.roles.core.generation_config.eos_token_id).eos_ids
+        scored = score_samples(self.judges, self.rows, samples.completions, tokenizer=tokenizer, eos_ids=eos_ids)
         return scored.by_name
 
     def measure(self, num_samples: int, *, both_kls: bool) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COMPLETIONS_OF_A_STEP = 96
-LEARNED_QUANTILE_SAMPLES = 1
 Settings = dict[str, Any]
 
 
@@ -21,7 +20,6 @@ class Run:
     name: str
     settings: Settings
     times_steps: float = 1.0  # as many times the steps of the others
-    drop_rewards: int = 0  # keep the first reward alone if 1: the hackable one
     own_evaluation: bool = False  # evaluate inside training, where target_n and kl_budget look
 
 

@@ -33,9 +33,16 @@ class Anchor:
         """Couple these weights from now on: wrapping a model for FSDP makes new ones."""
         self._pairs = list(pairs)
         self._master: dict[str, Tensor] = {
-            name: anchor.data if anchor.dtype == torch.float32 else anchor.detach().float() for name, anchor, _ in pairs
+            # Itself, not its `.data`: FSDP may give a sharded parameter other memory.
+            name: anchor if anchor.dtype == torch.float32 else anchor.detach().float()
+            for name, anchor, _ in pairs
         }
         self._is_sharded = any(isinstance(tensor, DTensor) for tensor in self._master.values())
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The fp32 master copy as it lies here, sharded or not."""
+        return list(self._master.values())
 
     @property
     def num_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """What happens around an optimizer step: the anchor moves, the run folder is written, the run stops in good order."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,24 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bondlm.anchor import Anchor
-from bondlm.checkpoint import ANCHOR_FILE, QUANTILE_FILE, load_tensors, require_space, save_tensors
+from bondlm.checkpoint import (
+    ANCHOR_FILE,
+    DATA_FILE,
+    QUANTILE_FILE,
+    data_digest,
+    load_tensors,
+    refuse_other_data,
+    require_space,
+    save_tensors,
+)
 from bondlm.clock import Clock
-from bondlm.errors import NonFiniteError
-from bondlm.manifest import seal
+from bondlm.errors import CheckpointError, NonFiniteError, ResourceError
+from bondlm.manifest import remove_older, seal
 from bondlm.quantile_model import QuantileModel
+from bondlm.ranks import require_same_weights
 from bondlm.rollout import Samples
 from bondlm.runfolder import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
+from bondlm.sharding import local
 
 
 class AnchorCallback(TrainerCallback):
@@ -31,6 +43,8 @@ class AnchorCallback(TrainerCallback):
         """`record` takes the metrics of a step."""
         self._anchor, self._quantile_model, self._clock, self._record = anchor, quantile_model, clock, record
         self._restore: Path | None = None
+        self._keep: int | None = None
+        self._data: dict[str, Any] = {}
         self.skipped = False
         self._skips_in_a_row = 0
 
@@ -40,10 +54,16 @@ class AnchorCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load our part of the checkpoint, after Trainer has loaded the policy; see that there is room for more."""
+        # Trainer would remove the oldest checkpoint before the newest is sealed: we do it afterwards.
+        self._keep, args.save_total_limit = args.save_total_limit or self._keep, None
+        if (loader := kwargs.get("train_dataloader")) is not None:
+            self._data = data_digest(loader.dataset)
         if args.should_save and str(args.save_strategy) != "no":
-            kept = (args.save_total_limit or 1) + 1  # a new one is written before the oldest is removed
+            kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
             require_space(Path(args.output_dir), self._anchor, num_checkpoints=kept)
         if self._restore is not None:
+            if self._data:
+                refuse_other_data(self._restore / DATA_FILE, self._data)
             load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
             if self._quantile_model is not None:
                 load_tensors(self._restore / QUANTILE_FILE, self._quantile_model.load_tensors)
@@ -87,12 +107,22 @@ class AnchorCallback(TrainerCallback):
         """Complete the checkpoint that Trainer has just written."""
         if args.world_size > 1:
             torch.distributed.barrier()  # every rank has written its part
+            require_same_weights(kwargs["model"], self._anchor.weights, step=state.global_step, device=args.device)
+        anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if it is sharded
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_tensors(self._anchor.state_dict(), folder / ANCHOR_FILE)
+            save_tensors(anchor, folder / ANCHOR_FILE)
             if self._quantile_model is not None:
                 save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads, tokens in it
+            (folder / DATA_FILE).write_text(json.dumps(self._data), encoding="utf-8")
             seal(folder)
+            if self._keep is not None:
+                remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the setting back."""
+        args.save_total_limit, self._keep = self._keep, None
 
 
 class RunFolderCallback(TrainerCallback):
@@ -102,6 +132,7 @@ class RunFolderCallback(TrainerCallback):
         """`folder` is the run's output_dir."""
         self._folder = folder
         self._samples: list[dict[str, Any]] = []
+        self._failure: OSError | None = None
 
     def note_samples(self, rows: Sequence[Mapping[str, Any]], samples: Samples, num_policy: int, limit: int) -> None:
         """Remember the completions of the first prompts of a step, in case the step is logged."""
@@ -133,11 +164,32 @@ class RunFolderCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One object per logged step."""
-        if not state.is_world_process_zero or not logs:
+        if not state.is_world_process_zero or not logs or self._failure is not None:
             return
-        append_jsonl(self._folder / METRICS_FILE, [{"step": state.global_step, **logs}])
+        files = {METRICS_FILE: [{"step": state.global_step, **logs}]}
         if "loss" in logs:
-            append_jsonl(self._folder / SAMPLES_FILE, [{"step": state.global_step, **row} for row in self._samples])
+            files[SAMPLES_FILE] = [{"step": state.global_step, **row} for row in self._samples]
+        for name, rows in files.items():
+            self._failure = self._failure or _write_or_retry(self._folder / name, rows)
+        if self._failure is not None:  # what was learned is saved first
+            control.should_save = control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Without its folder a run would be written to a place that nobody knows."""
+        if state.is_world_process_zero and not self._folder.is_dir():
+            raise CheckpointError(
+                f"output_dir={str(self._folder)!r} is gone since step {state.global_step - 1}: bring it back, then the "
+                "same command continues from its last checkpoint"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that the logs could not be written, now that the run is saved."""
+        if self._failure is not None:
+            error, self._failure = self._failure, None
+            raise ResourceError(
+                f"step {state.global_step}: {error.filename} cannot be written ({error.strerror}), twice. The run is "
+                "saved: make the file writable or free some space, then the same command continues"
+            ) from error
 
 
 class StopCallback(TrainerCallback):
@@ -151,15 +203,29 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a signal: save, and stop if it was one to stop; on every rank if any rank got it."""
-        wanted = torch.tensor([float(self.signal is not None), float(self.save_requested)], device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
-        stop, save = (flag > 0 for flag in wanted.tolist())
+        stop, save = self._agreed(args)
         self.save_requested = False
         if stop or save:
             control.should_save = True
         if stop:
             control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A signal that came during the save: what it asks for is done."""
+        stop, _ = self._agreed(args)
+        self.save_requested = False
+        if stop:
+            control.should_training_stop = True
+
+    def _agreed(self, args: Any) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save: what any rank was asked."""
+        wanted = torch.tensor([float(self.signal or 0), float(self.save_requested)], device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
+        stop, save = (int(flag) for flag in wanted.tolist())
+        if stop:
+            self.signal = stop  # known to all ranks from here on
+        return stop > 0, save > 0
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Compare with `target_n` and `kl_budget`."""
@@ -171,8 +237,24 @@ class StopCallback(TrainerCallback):
 
 
 def _finite_on_all_ranks(model: Any, args: Any) -> bool:
-    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    # Of a sharded gradient each rank looks at its part.
+    grads = [g for p in model.parameters() if p.grad is not None and (g := local(p.grad)).numel()]
+    norms = torch._foreach_norm(grads) if grads else ()
     bad = torch.tensor(float(not all(torch.isfinite(norm) for norm in norms)), device=args.device)
     if args.world_size > 1:
         torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
     return bad.item() == 0
+
+
+def _write_or_retry(path: Path, rows: Sequence[Mapping[str, Any]]) -> OSError | None:
+    """Append rows, a second time if the first fails; the error of the second."""
+    try:
+        append_jsonl(path, rows)
+        return None
+    except OSError:
+        pass
+    try:
+        append_jsonl(path, rows)
+        return None
+    except OSError as error:
+        return error

@@ -3,17 +3,27 @@
 `transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state.
 """
 
+import errno
+import hashlib
+import json
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from bondlm.anchor import Anchor
-from bondlm.errors import CheckpointError, ResourceError
+from bondlm.errors import BondError, CheckpointError, ConfigError, DataError, ResourceError
+from bondlm.manifest import remove_unfinished
+from bondlm.rollout import PROMPT_IDS
 
+DATA_FILE = "data.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ANCHOR_FILE = "anchor.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
 
@@ -56,3 +66,84 @@ def load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
         load(safetensors.torch.load_file(path))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit this run: {error}") from error
+
+
+def data_digest(dataset: Any) -> dict[str, Any]:
+    """Number and hashes of all rows of an encoded data set: of their columns, and of the prompts as tokens."""
+    text, tokens = hashlib.sha256(), hashlib.sha256()
+    for batch in dataset.iter(1000):
+        tokens.update(json.dumps(batch.pop(PROMPT_IDS, None)).encode())
+        text.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return {"rows": len(dataset), "text": text.hexdigest(), "tokens": tokens.hexdigest()}
+
+
+def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
+    """Compare the digest that a checkpoint holds with that of the data `now`.
+
+    Raises:
+        DataError: the data are not those that the run was trained on.
+        ConfigError: they are, but the tokenizer or its template makes other tokens of them.
+    """
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        rows, text, tokens = before["rows"], before["text"], before["tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): resume from an older checkpoint") from error
+    if (rows, text) != (now["rows"], now["text"]):
+        raise DataError(
+            f"train_dataset has changed since {path.parent.name} was saved ({rows} rows then, {now['rows']} now, with "
+            "other contents): restore it, or start a new run from these weights in another output_dir"
+        )
+    if tokens != now["tokens"]:
+        raise ConfigError(
+            f"the tokenizer, its chat template or max_prompt_length makes other tokens of the prompts than when "
+            f"{path.parent.name} was saved: restore it, or start a new run from these weights in another output_dir"
+        )
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into `folder` into one clear error; the checkpoint that was cut short is removed.
+
+    Raises:
+        ResourceError: the disk is full.
+        CheckpointError: the folder cannot be written any more.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, BondError) or (full := _is_full(error, folder)) is None:
+            raise
+        size = max((_size(path) for path in folder.glob("checkpoint-*")), default=0)
+        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        if full:
+            removed = remove_unfinished(folder)
+            raise ResourceError(
+                f"the disk of {existing} is full: {shutil.disk_usage(existing).free} bytes are free, a checkpoint "
+                f"needs about {size}. {'; '.join(removed) or 'Nothing half-written is left'}. The same command "
+                f"continues from the last checkpoint once there is space ({str(error).splitlines()[0]})"
+            ) from error
+        raise CheckpointError(
+            f"{folder} cannot be written any more ({str(error).splitlines()[0]}): mount it again, or make it writable; "
+            "the same command then continues from the last checkpoint"
+        ) from error
+
+
+def _is_full(error: Exception, folder: Path) -> bool | None:
+    """True: no space; False: `folder` cannot be written; None: the error is not about writing there."""
+    if isinstance(error, OSError):
+        if error.errno in NO_SPACE:
+            return True
+        name = error.filename if isinstance(error.filename, str | Path) else None
+        inside = name is not None and Path(name).resolve().is_relative_to(folder.resolve())
+        return False if inside else None
+    text = str(error)
+    if isinstance(error, SafetensorError) or "I/O error" in text:  # raised by Rust, with the number in its text
+        found = re.search(r"os error (\d+)", text)
+        return None if found is None else int(found.group(1)) in NO_SPACE
+    # torch's writer does not say why it failed; a folder that is still there has no space left.
+    return folder.is_dir() if "PytorchStreamWriter" in text or "inline_container" in text else None
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -20,7 +20,8 @@ OBJECTIVES = (
 OFF_POLICY = ("best_of_n_sft", "bonbon", "best_of_n_regression")  # these can learn from a file of scored samples
 QUANTILES = ("monte_carlo", "learned")
 ANCHORS = ("ema", "periodic", "fixed")
-ENGINES = ("auto", "transformers")
+ENGINES = ("auto", "transformers", "vllm")
+VLLM_SERVERS = ("external", "auto")
 
 
 def _field(default: Any, help_text: str) -> Any:
@@ -74,7 +75,17 @@ class BONDConfig(TrainingArguments):
     dtype: str = _field(
         "auto", "Dtype of frozen weights with LoRA: 'float32', 'bfloat16' or 'auto' (bf16 where the hardware has it)."
     )
-    engine: str = _field("auto", "Who generates: 'auto' or 'transformers'.")
+    engine: str = _field("auto", "Who generates: 'auto', 'transformers' or 'vllm' (docs/vllm.md; needs LoRA).")
+    vllm_server: str = _field(
+        "external", "vllm: 'external' (it runs at vllm_base_url) or 'auto' (started, and stopped)."
+    )
+    vllm_base_url: str = _field("http://127.0.0.1:8000", "vllm: address of an external server.")
+    vllm_python: str | None = _field(
+        None, "vllm: with vllm_server='auto', the Python interpreter that has vLLM installed. Default: this one."
+    )
+    vllm_server_args: list[str] | None = _field(None, "vllm: more options for a server that is started ('auto').")
+    vllm_timeout: float = _field(600.0, "vllm: seconds until an answer is given up for lost.")
+    vllm_start_timeout: float = _field(600.0, "vllm: seconds until a server that is started must answer.")
     max_rows: int | None = _field(
         None, "Most completions that are decoded together. Default: as many as fit into memory (on a CPU 96)."
     )
@@ -118,6 +129,13 @@ def _problems(config: BONDConfig) -> list[str]:
         (c.objective in OBJECTIVES, f"objective={c.objective!r}: choose one of {', '.join(OBJECTIVES)}"),
         (c.anchor in ANCHORS, f"anchor={c.anchor!r}: choose one of {', '.join(ANCHORS)}"),
         (c.engine in ENGINES, f"engine={c.engine!r}: choose one of {', '.join(ENGINES)}"),
+        (c.vllm_server in VLLM_SERVERS, f"vllm_server={c.vllm_server!r}: choose one of {', '.join(VLLM_SERVERS)}"),
+        (
+            c.vllm_base_url.startswith(("http://", "https://")),
+            f"vllm_base_url={c.vllm_base_url!r}: must begin with http:// or https://",
+        ),
+        (c.vllm_timeout > 0, f"vllm_timeout={c.vllm_timeout}: must be > 0 seconds"),
+        (c.vllm_start_timeout > 0, f"vllm_start_timeout={c.vllm_start_timeout}: must be > 0 seconds"),
         (c.quantile in QUANTILES, f"quantile={c.quantile!r}: choose one of {', '.join(QUANTILES)}"),
         (0 <= c.beta <= 1, f"beta={c.beta}: the Jeffreys weight lies in [0, 1]"),
         (

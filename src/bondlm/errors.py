@@ -45,3 +45,27 @@ class ResourceError(BondError, RuntimeError):
     """Out of memory or disk (exit code 7)."""
 
     exit_code = 7
+
+
+class DataDesyncError(BondError, RuntimeError):
+    """Processes of one run that work on different data, settings or steps (exit code 6)."""
+
+    exit_code = 6
+
+
+class WeightDesyncError(BondError, RuntimeError):
+    """Processes of one run whose weights have drifted apart (exit code 5)."""
+
+    exit_code = 5
+
+
+class EngineError(BondError, RuntimeError):
+    """A generation server whose samples are not those of the weights that learn (exit code 5)."""
+
+    exit_code = 5
+
+
+class LostRankError(BondError, RuntimeError):
+    """Another process of the run died, or answered nothing within ddp_timeout (exit code 6)."""
+
+    exit_code = 6

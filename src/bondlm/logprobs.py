@@ -88,7 +88,14 @@ def _shared_prompt_mask(block_PS: Tensor) -> Tensor:
 def sequence_logprobs(
     model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None, head: nn.Module | None = None
 ) -> Tensor:
-    """Log pi(completion | prompt) in nats, (P, L) fp32: the sum over the completion's tokens, never over padding.
+    """Log pi(completion | prompt) in nats, (P, L) fp32: the sum of `token_logprobs` over the completion's tokens."""
+    return token_logprobs(model, batch, cache, head).sum(dim=2)
+
+
+def token_logprobs(
+    model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None, head: nn.Module | None = None
+) -> Tensor:
+    """Log pi of each token of the completions in nats, (P, L, T) fp32, 0 at padding.
 
     `cache` holds what comes before the batch's first column (see `score_rows`). With `head` (from `exact_head`) logits
     are made of the completions' tokens alone, within a fixed budget of memory; without, of all columns from the first.
@@ -110,7 +117,7 @@ def sequence_logprobs(
             logp_N = model(**call).logits.squeeze(-1)
     else:
         logp_N = chosen_logprobs(model(**call).logits.flatten(0, 1)[position_N], ids_N)
-    return torch.zeros_like(mask_PLT).masked_scatter(real_PLT, logp_N).sum(dim=2)
+    return torch.zeros_like(mask_PLT).masked_scatter(real_PLT, logp_N)
 
 
 def _decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:

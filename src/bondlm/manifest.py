@@ -6,14 +6,18 @@ The manifest is written last and lists every file with its size and SHA-256.
 import hashlib
 import json
 import os
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 from bondlm.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
+SEALED_FILE = ".sealed"  # in the run folder: a checkpoint was finished here once
 FORMAT = 1
 _CHUNK = 1 << 20
+_OTHER_FORMAT = f"{MANIFEST_FILE} has format"
 
 
 def seal(folder: Path) -> None:
@@ -31,11 +35,16 @@ def seal(folder: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / MANIFEST_FILE)
-    _sync_folder(folder)
+    for each in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync_folder(each)
+    (folder.parent / SEALED_FILE).touch()
+    _sync_folder(folder.parent)
 
 
 def fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None if every byte of it is as it was sealed."""
+    if folder.is_symlink() or (folder / MANIFEST_FILE).is_symlink():
+        return f"{folder.name} or its {MANIFEST_FILE} is a link"
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         files, version = manifest["files"], manifest["format"]
@@ -44,7 +53,7 @@ def fault(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({error})"
     if version != FORMAT:
-        return f"{MANIFEST_FILE} has format {version}, this bondlm reads {FORMAT}"
+        return f"{_OTHER_FORMAT} {version}, this bondlm reads {FORMAT}"
     if not isinstance(files, dict):
         return f"{MANIFEST_FILE} lists no files"
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
@@ -74,7 +83,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run folder that verifies, and why newer ones were rejected.
 
     Raises:
-        CheckpointError: there are checkpoints, but none that verifies. A run must never start afresh by accident.
+        CheckpointError: there are checkpoints, but none that verifies, or the newest is of another format. A run must
+            never start afresh by accident.
     """
     found = [(_step(path), path) for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
     rejected: list[str] = []
@@ -82,6 +92,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         reason = fault(path)
         if reason is None:
             return path, rejected
+        if reason.startswith(_OTHER_FORMAT):  # going back behind it would train its steps twice
+            raise CheckpointError(f"{path}: {reason}. Continue with the bondlm that wrote it, or another output_dir.")
         rejected.append(f"{path}: {reason}")
     if rejected:
         raise CheckpointError(
@@ -89,6 +101,56 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             "these to start afresh."
         )
     return None, rejected
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Remove what a save that was cut short left behind, and say so, one line each.
+
+    That is a checkpoint without a manifest which is newer than every sealed one (the run will write it again), and
+    temporary folders. Where no save was ever finished nothing is lost by it; where one was, and all manifests are gone,
+    nothing is touched: `newest_checkpoint` then says that no checkpoint can be trusted.
+    """
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and not path.is_symlink()]
+    sealed = [_step(path) for path in found if (path / MANIFEST_FILE).exists()]
+    stale = [path for path in found if ".tmp" in path.name]
+    if sealed or not (folder / SEALED_FILE).exists():
+        newest = max(sealed, default=-1)
+        stale += [path for path in found if _step(path) > newest and not (path / MANIFEST_FILE).exists()]
+    for path in stale:
+        shutil.rmtree(path)
+    return [f"removed {path}: its save was not finished" for path in stale]
+
+
+def remove_older(folder: Path, *, keep: int, best: str | None = None) -> None:
+    """Remove the oldest checkpoints beyond `keep`; `best` stays. What cannot be removed is tried again later."""
+    found = sorted((_step(path), path) for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0)
+    for _, path in found[: max(0, len(found) - keep)]:
+        if best is not None and path.resolve() == Path(best).resolve():
+            continue
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            warnings.warn(f"bondlm: {path} could not be removed ({error}): training goes on", stacklevel=2)
+
+
+def checkpoint_to_resume(folder: Path, wish: str | bool | None) -> str | None:
+    """The checkpoint that `wish` names; for True the newest that verifies, and a warning says which newer ones do not.
+
+    Raises:
+        CheckpointError: it is not there, or not as it was sealed.
+    """
+    if not isinstance(wish, bool) and wish is not None:
+        verify(Path(wish))
+    if not wish or isinstance(wish, str):
+        return wish or None
+    path, rejected = newest_checkpoint(folder)
+    if path is None:
+        raise CheckpointError(
+            f"no checkpoint in {str(folder)!r}: start without resume_from_checkpoint, or name its folder"
+        )
+    for reason in rejected:
+        warnings.warn(f"bondlm: not resumed from {reason}", stacklevel=3)
+    return str(path)
 
 
 def verify(folder: Path) -> None:

@@ -82,16 +82,24 @@ class Roles:
         """Create the anchor and the reference, both equal to the policy as it is now.
 
         A model that will be `sharded` gets them in `on_sharded`; until then all three are the policy.
+
+        Raises:
+            ConfigError: the model cannot be sharded.
         """
         self.model = model
         self.is_peft = isinstance(model, PeftModel)
         self._reference_adapter: str | None = None
         self._copies: dict[str, nn.Module] = {}
-        self._shards: dict[str, dict[str, torch.Tensor]] | None = None
+        self._shards: dict[str, dict[int, torch.Tensor]] | None = None  # by the identity of the policy's parameter
         if self.is_peft:
             self._add_adapters(model)
         elif not sharded:
             self._copies = {role: _frozen_copy(model) for role in ("anchor", "reference")}
+        if sharded and model.config.is_encoder_decoder:
+            raise ConfigError(
+                f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
+                "accelerate cannot shard in two groups; use DDP (examples/accelerate/ddp.yaml)"
+            )
         self._replica = Replica(model) if sharded else None
 
     @torch.no_grad()
@@ -103,8 +111,8 @@ class Roles:
         if self._replica is None or self._shards is not None:  # not sharded, or a second `train`
             return
         self._replica.dtype = dtype
-        start = {} if self.is_peft else {n: p for n, p in named_weights(self.model).items() if p.requires_grad}
-        self._shards = {role: {n: p.detach().clone() for n, p in start.items()} for role in ("anchor", "reference")}
+        start = [] if self.is_peft else [p for p in self.model.parameters() if p.requires_grad]
+        self._shards = {role: {id(p): p.detach().clone() for p in start} for role in ("anchor", "reference")}
 
     def _add_adapters(self, model: PeftModel) -> None:
         self.policy_adapter = model.active_adapter
@@ -128,12 +136,15 @@ class Roles:
 
     @property
     def anchor_pairs(self) -> list[tuple[str, torch.Tensor, nn.Parameter]]:
-        """(name, anchor weight, policy parameter) of everything that trains; none before a model to shard is sharded."""
+        """(name, anchor weight, policy parameter) of all that trains; none before a model to shard is sharded."""
         if self._replica is not None and self._shards is None:
             return []
-        parameters = named_weights(self.model) if self._replica else dict(self.model.named_parameters())
+        parameters = named_weights(self.model)
         if not self.is_peft:
-            anchors = dict(self._copies["anchor"].named_parameters()) if not self._shards else self._shards["anchor"]
+            if self._shards is not None:
+                shards = self._shards["anchor"]
+                return [(n, shards[id(p)], p) for n, p in parameters.items() if p.requires_grad]
+            anchors = dict(self._copies["anchor"].named_parameters())
             return [(n, anchors[n], p) for n, p in parameters.items() if p.requires_grad]
         mine, theirs = f".{self.policy_adapter}.", f".{ANCHOR_ADAPTER}."
         return [
@@ -149,8 +160,8 @@ class Roles:
         Of a sharded model every process must ask for the same roles in the same order.
         """
         if self._replica is not None:
-            weights: dict[str, torch.Tensor] = dict(named_weights(self.model))
-            weights |= (self._shards or {}).get(role, {})
+            own = (self._shards or {}).get(role, {})
+            weights = {n: own.get(id(p), p) for n, p in named_weights(self.model, every_name=True).items()}
             with self._replica.holding(weights) as twin, self._adapter_of(twin, role):
                 yield twin.get_base_model() if self.is_peft else twin
             return

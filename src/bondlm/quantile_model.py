@@ -100,3 +100,8 @@ def completion_features(
         for i, feature in zip(chunk, torch.cat([mean_BD, last_BD], dim=1), strict=True):
             features[i] = feature
     return torch.stack(features)
+
+
+def quantile_model(hidden_size: int, args: Any) -> QuantileModel:
+    """A fresh one, on the run's device."""
+    return QuantileModel(hidden_size, learning_rate=args.quantile_learning_rate, seed=args.seed).to(args.device)

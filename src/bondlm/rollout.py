@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bondlm.engines import Completion, Engine, Role
+from bondlm.engines import Completion, Engine, RemoteEngine, Role
 from bondlm.rewards import NamedReward, score
 from bondlm.scored import LOGGED_IDS, LOGGED_REWARDS
 from bondlm.text import as_messages, decode_completions
@@ -64,17 +64,29 @@ def draw(
 ) -> list[list[Completion]]:
     """P lists of completions, role by role in the order of `num_samples`."""
     prompts = [row[PROMPT_IDS] for row in rows]
-    completions: list[list[Completion]] = [[] for _ in rows]
-    for role, count in num_samples.items():
-        if count == 0:
-            continue
-        seeds = [prompt_seed(seed, step, position, role) for position in positions]
-        drawn = engine.generate(
-            prompts, count, role=role, max_new_tokens=max_new_tokens, seeds=seeds, temperature=temperature
-        )
-        for all_of_prompt, new in zip(completions, drawn, strict=True):
-            all_of_prompt.extend(new)
-    return completions
+    wanted = {
+        role: (count, [prompt_seed(seed, step, position, role) for position in positions])
+        for role, count in num_samples.items()
+        if count
+    }
+    if isinstance(engine, RemoteEngine):
+        engine.sync()
+        drawn = engine.generate_roles(prompts, wanted, max_new_tokens=max_new_tokens, temperature=temperature)
+    else:
+        law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        drawn = {role: engine.generate(prompts, k, role=role, seeds=s, **law) for role, (k, s) in wanted.items()}
+    return [[c for role in wanted for c in drawn[role][i]] for i in range(len(rows))]
+
+
+def longest_prompt(*datasets: Any) -> int:
+    """Tokens of the longest encoded prompt of the data sets (dictionaries of them, and None, too); 0 without any."""
+    longest = 0
+    for dataset in datasets:
+        if isinstance(dataset, dict):
+            longest = max(longest, longest_prompt(*dataset.values()))
+        elif dataset is not None:
+            longest = max([longest, *(len(ids) for ids in dataset[PROMPT_IDS])])
+    return longest
 
 
 def score_samples(

@@ -17,15 +17,27 @@ SAMPLES_FILE = "samples.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 
 
+def is_main_process() -> bool:
+    """Whether this process writes the run folder; known before the processes have found each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; a lock whose process is gone is taken over.
+    """Hold the folder for this run; a lock whose process is gone is taken over.
+
+    Of several processes of a run the main one holds it for all.
 
     Raises:
         ConfigError: the folder cannot be written.
         CheckpointError: another live process holds it.
     """
+    if not is_main_process():
+        yield
+        return
     path = folder / LOCK_FILE
+    if folder.is_symlink():
+        raise ConfigError(f"output_dir={str(folder)!r} is a link: name the folder that it leads to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():

@@ -9,7 +9,6 @@ Only public methods of Trainer are overridden:
 The anchor moves in a callback, right after the optimizer's step (`bondlm.callbacks`).
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -17,28 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import TrainOutput
 
 from bondlm.anchor import Anchor
 from bondlm.callbacks import AnchorCallback, RunFolderCallback, StopCallback
+from bondlm.checkpoint import writing_to
 from bondlm.clock import Clock
 from bondlm.config import BONDConfig, make_objective
 from bondlm.data import load_prompts
 from bondlm.engines import Role
-from bondlm.engines.hf import TransformersEngine
-from bondlm.errors import CheckpointError, ConfigError
+from bondlm.engines.choose import make_engine
+from bondlm.engines.gap import GAP_METRIC, logprob_gap, padded_logprobs
+from bondlm.errors import ConfigError
 from bondlm.head import exact_head
 from bondlm.held_out import compare
-from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_rows, sequence_logprobs
-from bondlm.manifest import newest_checkpoint, verify
+from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_rows, token_logprobs
+from bondlm.manifest import checkpoint_to_resume
+from bondlm.memory import SmallerBatches
 from bondlm.models import Roles, fast_dtype, prepare_policy
 from bondlm.objectives import BOND, BestOfNRegression, Objective
-from bondlm.quantile_model import QuantileModel, completion_features
+from bondlm.quantile_model import QuantileModel, completion_features, quantile_model
+from bondlm.ranks import count_prompts, gather_in_order, real_rows, waiting_for_others, work_digest
 from bondlm.rewards import NamedReward, load_rewards
 from bondlm.rollout import (
     PROMPT_IDS,
@@ -47,12 +48,14 @@ from bondlm.rollout import (
     completion_metrics,
     draw,
     logged_samples,
+    longest_prompt,
     rollout_metrics,
     score_samples,
     tie_noise,
     work_metrics,
 )
 from bondlm.scored import LOGGED_IDS, group_scored, is_scored
+from bondlm.sharding import check_parallelism, forward_dtype, full_precision_outputs, uses_fsdp
 from bondlm.text import check_tokenizer, encode_prompts
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
@@ -101,10 +104,11 @@ class BONDTrainer(Trainer):
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
+        check_parallelism(args)
         model = prepare_policy(model, args, peft_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name)
-        self.roles = Roles(model)
+        self.roles = Roles(model, sharded=uses_fsdp(args))
         core = self.roles.core
         self.objective: Objective = make_objective(args)
         self._text = check_tokenizer(processing_class, core.generation_config.eos_token_id)
@@ -120,7 +124,7 @@ class BONDTrainer(Trainer):
         self._given, self._reward_funcs_missing = args, reward_funcs is None  # Trainer's own come with its constructor
         if reward_funcs is None and eval_dataset is not None:
             raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
-        self.clock = Clock()
+        self.clock, self._smaller = Clock(), SmallerBatches()
         self._totals: dict[str, list[float]] = defaultdict(list)
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
@@ -134,6 +138,7 @@ class BONDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        full_precision_outputs(self.accelerator, asked_for=uses_fsdp(args))
         self.roles.to(args.device)
         self.rewards: list[NamedReward] = []
         if reward_funcs is not None:
@@ -144,23 +149,29 @@ class BONDTrainer(Trainer):
                 device=args.device,
                 dtype=fast_dtype(args.device),
             )
-        self.engine = TransformersEngine(
-            self.roles.use, eos_ids=self._text.eos_ids, pad_id=self._text.pad_id, max_rows=args.max_rows
+        self.engine = make_engine(
+            *(args, model, self.roles.use, processing_class),
+            eos_ids=self._text.eos_ids,
+            pad_id=self._text.pad_id,
+            longest_prompt=longest_prompt(self.train_dataset, self.eval_dataset),
         )
         self.anchor = Anchor(
             self.roles.anchor_pairs, schedule=args.anchor, eta=args.eta, update_every=args.anchor_update_every
         )
-        self.quantile_model = _quantile_model(self.objective, core.config.hidden_size, args)
+        self.quantile_model: QuantileModel | None = None
+        if isinstance(self.objective, BOND) and self.objective.learned:
+            self.quantile_model = quantile_model(core.config.hidden_size, args)
         self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self.record)
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
         self.stop = StopCallback(args.target_n, args.kl_budget)
         for callback in (self._anchor_callback, self.run_folder, self.stop):
             self.add_callback(callback)
         with self.roles.use("policy") as policy:
-            wrapped = self.accelerator.distributed_type.value != "NO"
-            self._share_prompts = can_share_prompts(policy, args.device, distributed=wrapped)
-            self._head = exact_head(policy, args.device)
+            self._share_prompts = can_share_prompts(policy, args.device, distributed=args.world_size > 1)
+            exact = exact_head(policy, args.device) is not None
+        self._head = core.get_output_embeddings() if exact else None
         self._reference_samples: dict[int, Samples] = {}
+        self._digest = 0 if self.train_dataset is None else work_digest(args, self.train_dataset)
 
     # -- data
 
@@ -189,21 +200,24 @@ class BONDTrainer(Trainer):
         """Draw, score and weigh the samples of one optimizer step; returns its micro-batches and number of prompts."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         rows = [row for batch in batches for row in batch["rows"]]
-        num_prompts = self.accelerator.gather(torch.tensor([len(rows)], device=device)).sum()
+        is_real = real_rows(self.accelerator, [len(batch["rows"]) for batch in batches])
+        step = self.state.global_step + 1
+        num_prompts = count_prompts(self.accelerator, is_real, step=step, digest=self._digest)
         if not rows:
             return [], num_prompts
         self.clock.drain()
         self.clock.start("other")
-        window = self._roll_out(rows, self.state.global_step + 1)
+        window = self._roll_out(rows, step, torch.tensor(is_real))
         # Prompts of similar length learn together: their sum does not depend on who sits beside whom.
         order = iter(by_length(window["groups"]))
         return [self._micro_batch(window, list(islice(order, len(b["rows"])))) for b in batches], num_prompts
 
-    def _roll_out(self, rows: list[dict[str, Any]], step: int) -> dict[str, Any]:
-        """Everything about the window that does not need a gradient."""
+    def _roll_out(self, rows: list[dict[str, Any]], step: int, real_P: Tensor) -> dict[str, Any]:
+        """Everything about the window that does not need a gradient; rows that are not `real_P` get no weight."""
         plan, seed = self.objective.plan, self.args.seed
         first = self.args.process_index * len(rows)
         positions = [row[PROMPT_ROW] for row in rows]
+        all_real = self.accelerator.gather(real_P.to(self.args.device)).cpu()
         samples = self._samples_of_step(rows, step, positions)
         selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
         learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
@@ -216,10 +230,10 @@ class BONDTrainer(Trainer):
         if isinstance(self.objective, BOND) and self.quantile_model is not None:
             flat = [pair for row in compared for pair in row]
             labels = self.objective.labels(samples.rewards_PM)
-            signal = self.objective.signal(self._learned_log_quantile(self.quantile_model, flat, labels))
+            signal = self.objective.signal(self._learned_log_quantile(self.quantile_model, flat, labels, all_real))
         returns = self.objective.returns(signal, sampled_logp, anchor_logp)
-        everyone = self.accelerator.gather(returns.to(self.args.device)).cpu()
-        baseline = self.objective.baseline(everyone)[first : first + len(rows)]
+        baseline = torch.zeros_like(everyone := self.accelerator.gather(returns.to(self.args.device)).cpu())
+        baseline[all_real] = self.objective.baseline(everyone[all_real])
         if plan.policy:
             self.record({"anchor/kl": float((sampled_logp - anchor_logp).mean())})
             if step % self.state.logging_steps == 0:  # of the state: there a share of the run is a number of steps
@@ -229,11 +243,12 @@ class BONDTrainer(Trainer):
             self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
         return {
             "groups": [(row[PROMPT_IDS], [c.ids for c in cs]) for row, cs in zip(rows, learned, strict=True)],
+            "compared": [cs[: plan.compare] for cs in learned],
             "tensors": {
                 "signal_PC": signal,
-                "baseline_PC": baseline,
+                "baseline_PC": baseline[first : first + len(rows)],
                 "anchor_logp_PC": anchor_logp,
-                "sampled_logp_PC": sampled_logp,
+                "weight_P": real_P.float(),
             },
         }
 
@@ -254,14 +269,16 @@ class BONDTrainer(Trainer):
             )
         return self.score_completions(rows, completions)
 
-    def _learned_log_quantile(self, model: QuantileModel, rows: list[tuple[Any, Any]], labels_P: Tensor) -> Tensor:
+    def _learned_log_quantile(
+        self, model: QuantileModel, rows: list[tuple[Any, Any]], labels_P: Tensor, all_real: Tensor
+    ) -> Tensor:
         """Log p_theta (P, 1) of the policy's samples; then one step of p_theta, the same on every rank."""
         device = self.args.device
         with self.clock("quantile"), self.roles.use("reference") as reference:
             features = completion_features(reference, rows, self._text.pad_id, start_id=self._start_id, device=device)
             log_p = model.log_quantile(features).cpu()
             gather = self.accelerator.gather
-            loss = model.update(gather(features), gather(labels_P.float().to(device)))
+            loss = model.update(gather(features)[all_real], gather(labels_P.float().to(device))[all_real])
         self.record({"bond/quantile_loss": loss, "bond/quantile_mean": float(log_p.exp().mean())})
         return log_p.unsqueeze(1)
 
@@ -270,12 +287,15 @@ class BONDTrainer(Trainer):
         if not self._share_prompts:
             groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
         tensors = {name: tensor[chosen] for name, tensor in window["tensors"].items()}
-        return collate(groups, self._text.pad_id, start_id=self._start_id) | tensors
+        batch = collate(groups, self._text.pad_id, start_id=self._start_id) | tensors
+        length = batch["completion_ids"].shape[-1]
+        return batch | {"sampled_PCT": padded_logprobs([window["compared"][i] for i in chosen], length)}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch, timed."""
+        """Forward and backward of one micro-batch, timed; in smaller parts if the memory does not hold it."""
+        learn = super().training_step
         with self.clock("learn"):
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._smaller.learn(model, inputs, lambda part: learn(model, part, num_items_in_batch), self.args)
 
     def compute_loss(
         self,
@@ -286,17 +306,17 @@ class BONDTrainer(Trainer):
     ) -> Any:
         """The objective's mean over the window's prompts: a pure function of the tensors of one micro-batch."""
         plan = self.objective.plan
-        logp_PL = sequence_logprobs(model, inputs, head=self._head).view(-1, plan.learn)
-        anchor_logp, sampled_logp = inputs["anchor_logp_PC"], inputs["sampled_logp_PC"]
-        loss = self.objective.loss(logp_PL, anchor_logp, inputs["signal_PC"], inputs["baseline_PC"])
+        logp_PLT = token_logprobs(model, inputs, head=self._head).flatten(0, 1).unflatten(0, (-1, plan.learn))
+        logp_PL = logp_PLT.sum(dim=2)
+        loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
         if not torch.isfinite(loss.loss_P).all():  # its gradient will be skipped (AnchorCallback): say of what
             self.run_folder.note_skipped(self.state.global_step + 1, loss.loss_P, logp_PL)
         self.record({name: float(values.mean()) for name, values in loss.metrics.items()})
         if plan.policy:
-            gap = (logp_PL[:, : plan.compare].detach() - sampled_logp).abs().mean()
-            self.record({"sampler/logprob_gap": float(gap)})
+            step, strict = self.state.global_step + 1, self.args.disable_dropout
+            self.record({GAP_METRIC: logprob_gap(logp_PLT, inputs["sampled_PCT"], step, strict=strict)})
         # Ranks' gradients are averaged, not summed: undo that, since the divisor already counts all ranks' prompts.
-        mean = loss.loss_P.sum() * self.args.world_size / num_items_in_batch
+        mean = (loss.loss_P * inputs["weight_P"]).sum() * self.args.world_size / num_items_in_batch
         return (mean, {"logp": logp_PL}) if return_outputs else mean
 
     # -- scoring
@@ -332,12 +352,7 @@ class BONDTrainer(Trainer):
                 positions=mine,
                 temperature=temperature,
             )
-        everyone = (
-            dict(gather_object(list(zip(mine, drawn, strict=True))))
-            if world > 1
-            else dict(zip(mine, drawn, strict=True))
-        )
-        return self.score_completions(rows, [everyone[i] for i in range(len(rows))])
+        return self.score_completions(rows, gather_in_order(mine, drawn, world_size=world))
 
     def log_ratio(self, samples: Samples, role: Role = "reference") -> Tensor:
         """Log pi(y) - log pi_role(y) (P, m) of the policy's samples `y`: its mean estimates KL(policy || role), k1."""
@@ -392,44 +407,34 @@ class BONDTrainer(Trainer):
             self._totals.clear()
         super().log(logs, start_time)
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the newest checkpoint, exactly, anchor included.
 
         Raises:
             CheckpointError: no checkpoint, or one without its anchor.
         """
-        if isinstance(resume_from_checkpoint, bool):
-            resume_from_checkpoint = self._newest_checkpoint() if resume_from_checkpoint else None
-        elif resume_from_checkpoint is not None:
-            verify(Path(resume_from_checkpoint))
-        if resume_from_checkpoint is not None:
-            self._anchor_callback.restore_from(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _newest_checkpoint(self) -> str:
         folder = Path(str(self.args.output_dir))
-        path, rejected = newest_checkpoint(folder)
-        if path is None:
-            raise CheckpointError(
-                f"no checkpoint in {str(folder)!r}: start without resume_from_checkpoint, or name its folder"
-            )
-        for reason in rejected:
-            warnings.warn(f"bondlm: not resumed from {reason}", stacklevel=3)
-        return str(path)
+        checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
+        if checkpoint is not None:
+            self._anchor_callback.restore_from(Path(checkpoint))
+        with writing_to(folder):
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Also take our part of sharded weights: just sharded, and not yet those of the checkpoint to resume from."""
+        if self.is_fsdp_enabled:
+            self.roles.on_sharded(forward_dtype(self.accelerator))
+            self.anchor.bind(self.roles.anchor_pairs)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a folder that `from_pretrained` loads; of the adapters the policy's alone."""
-        if not self.roles.is_peft or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or not (self.roles.is_peft or self.is_fsdp_enabled):
             super().save_model(output_dir, _internal_call)
             return
         output_dir = str(output_dir if output_dir is not None else self.args.output_dir)
+        self.roles.save(output_dir, is_main=self.args.should_save)
         if self.args.should_save:
-            self.roles.model.save_pretrained(output_dir, selected_adapters=[self.roles.policy_adapter])
             self._tokenizer.save_pretrained(output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -437,12 +442,6 @@ class BONDTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: a rollout's work is not that of one forward pass."""
         return 0
-
-
-def _quantile_model(objective: Objective, hidden_size: int, args: BONDConfig) -> QuantileModel | None:
-    if not (isinstance(objective, BOND) and objective.learned):
-        return None
-    return QuantileModel(hidden_size, learning_rate=args.quantile_learning_rate, seed=args.seed).to(args.device)
 
 
 def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """Train a tiny model and save what came out: `torchrun --nproc_per_node 2 run_tiny.py OUT JSON`."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, PartialState
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -13,12 +17,32 @@ from test_trainer import ends_often, lora, low_ids
 from tiny import prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 
 from bondlm import BONDConfig, BONDTrainer
+from bondlm.sharding import gather_to_main, named_weights
+
+
+class Disturb(TrainerCallback):
+    """After so many steps: a gradient that is not finite, or a weight that is not the other rank's."""
+
+    def __init__(self, after: int, *, gradient: bool) -> None:
+        self.after, self.gradient = after, gradient
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.gradient and state.global_step == self.after:
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = float("nan")
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if not self.gradient and state.global_step == self.after:
+            with torch.no_grad():
+                next(model.parameters()).view(-1)[5] += 1e-6
 
 
 def main(out: Path, job: dict) -> None:
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer()
     model = ends_often(tiny_t5(tokenizer) if job.pop("kind") == "t5" else tiny_causal(tokenizer))
+    resume = job.pop("resume", False)
+    desync, desync_after = job.pop("desync", None), job.pop("desync_after", 0)
+    nan_rank, nan_step, kill_rank = job.pop("nan_rank", None), job.pop("nan_step", None), job.pop("kill_rank", None)
     adapter, rows, fail = job.pop("lora", False), job.pop("rows", 12), job.pop("fail_on_rank", None)
     settings = {
         "max_steps": 3,
@@ -35,29 +59,47 @@ def main(out: Path, job: dict) -> None:
         "optim": "sgd",
         "gamma": 0.5,
     }
+    sharded = job.pop("sharded", False)
+    if sharded:
+        settings["fsdp"] = "full_shard"
+        settings["fsdp_config"] = {"version": 2, "state_dict_type": job.pop("state_dict_type", "FULL_STATE_DICT")}
     args = BONDConfig(output_dir=str(out), **settings | job)
+    if sharded:  # accelerate 1.15 offers FSDP2 on accelerators alone; PyTorch's own works on CPUs as well
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+
+    if desync == "settings" and args.process_index == 1:
+        args.gamma = 0.25
+    skip = int(desync == "rows" and args.process_index == 1)
 
     def reward(prompts, completions, completion_ids, **columns):
         if fail is not None and args.process_index == fail:
             raise ValueError("one rank's reward is down")
+        if kill_rank is not None and args.process_index == kill_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
         return low_ids(completion_ids)
 
     trainer = BONDTrainer(
         model,
         reward,
         args,
-        train_dataset=prompt_rows(rows),
+        train_dataset=prompt_rows(rows + skip)[skip:],
         eval_dataset=prompt_rows(rows + 5)[rows:],
         processing_class=tokenizer,
         peft_config=lora() if adapter else None,
     )
-    trainer.train()
+    if desync == "weights" and args.process_index == 1:
+        trainer.add_callback(Disturb(desync_after, gradient=False))
+    if nan_rank is not None and args.process_index == nan_rank:
+        trainer.callback_handler.callbacks.insert(0, Disturb(nan_step - 1, gradient=True))
+    trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        policy = {n: p.detach().clone() for n, p in trainer.roles.model.named_parameters()}
-        save_file(policy, out / "policy.safetensors")
-        save_file({n: t.clone() for n, t in trainer.anchor.state_dict().items()}, out / "anchor.safetensors")
+    is_main = trainer.is_world_process_zero()
+    policy = gather_to_main(named_weights(trainer.roles.model), is_main=is_main)
+    anchor = trainer.anchor.state_dict(is_main=is_main)
+    if is_main:
+        save_file({n: p.clone() for n, p in policy.items()}, out / "policy.safetensors")
+        save_file({n: t.clone() for n, t in anchor.items()}, out / "anchor.safetensors")
         (out / "eval_metrics.json").write_text(json.dumps(metrics))
 
 

@@ -106,10 +106,10 @@ def test_a_rendered_chat_gets_no_second_bos():
     tokenizer = tiny_tokenizer(adds_bos=True)
     tokenizer.chat_template = "{{ bos_token }}" + CHATML
     reward = SequenceClassifierReward(llama_classifier(tokenizer, pad_token_id=0), tokenizer)
-    ids = reward._encode(CHATS[0], ANSWERS[0])
+    ids = reward.encode(CHATS[0], ANSWERS[0])
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id
-    assert reward._encode(PROMPTS[0], COMPLETIONS[0])[0] == tokenizer.bos_token_id  # plain text gets the tokenizer's
+    assert reward.encode(PROMPTS[0], COMPLETIONS[0])[0] == tokenizer.bos_token_id  # plain text gets the tokenizer's
 
 
 def test_chats_without_a_template_are_refused():
@@ -135,7 +135,7 @@ def test_chats_without_a_template_are_refused():
 def test_append_eos(append_eos, options, chat, ends):
     tokenizer = tiny_tokenizer(**options)
     reward = SequenceClassifierReward(llama_classifier(tokenizer, pad_token_id=0), tokenizer, append_eos=append_eos)
-    ids = reward._encode(CHATS[0], ANSWERS[0]) if chat else reward._encode(PROMPTS[0], COMPLETIONS[0])
+    ids = reward.encode(CHATS[0], ANSWERS[0]) if chat else reward.encode(PROMPTS[0], COMPLETIONS[0])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert "".join("$" if token == end else "x" for token in ids[-2:]) == ends
 
@@ -150,7 +150,7 @@ def test_the_last_tokens_are_logged_once(caplog):
 
 def test_long_rows_are_refused_with_their_length():
     reward = SequenceClassifierReward(*bert(), max_length=10)
-    lengths = [len(row) for row in map(reward._encode, PROMPTS, COMPLETIONS)]
+    lengths = [len(row) for row in map(reward.encode, PROMPTS, COMPLETIONS)]
     row = next(row for row, length in enumerate(lengths) if length > 10)
     with pytest.raises(RewardError, match=f"row {row} has {lengths[row]} tokens and the reward model takes 10"):
         reward(PROMPTS, COMPLETIONS)

@@ -1,4 +1,4 @@
-"""The command line: `bondlm train | sample | score | check | eval | report`.
+"""The command line: `bondlm train | sample | score | check | eval | sft | reward-model | report`.
 
 Nothing heavy is imported until a command runs, so that `--help` answers at once. This is the one place that turns an
 error into an exit code.
@@ -13,6 +13,7 @@ from importlib import import_module
 from bondlm import __version__
 from bondlm.cli.options import COMMANDS, command_help, main_help, parse
 from bondlm.errors import BondError
+from bondlm.redact import redact
 
 INTERRUPTED = 128 + signal.SIGINT
 OUT_OF_RESOURCES = 7
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(command_help(command))
     try:
         options = parse(command, rest)
-        return int(import_module(f"bondlm.cli.{command}").run(options))
+        return int(import_module(f"bondlm.cli.{command.replace('-', '_')}").run(options))
     except BondError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -49,5 +50,5 @@ def _say(text: str) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"bondlm: error: {message}\n")
+    sys.stderr.write(f"bondlm: error: {redact(message)}\n")
     return code

@@ -1,6 +1,7 @@
 """`bondlm eval`: which Best-of-N is one sample of a policy worth? Samples on file, `eval.json`, a table."""
 
 import json
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,6 +60,8 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
     if "reference" not in known and _adapter_base(model) is not None:
         known["reference"] = _adapter_base(model)
+    if "reward_funcs" not in options:
+        _refuse_code_in(model, _list(known.get("reward_funcs")))
     if "reward_funcs" in options:
         known.pop("reward_weights", None)  # they were for the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
@@ -81,6 +84,20 @@ def _run_config(model: Path) -> dict[str, Any]:
         return {}
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     return config if isinstance(config, dict) else {}
+
+
+def _refuse_code_in(model: Path, rewards: list[Any]) -> None:
+    """A run folder names its rewards, and naming a function runs it: never one that came with the folder."""
+    for spec in map(str, rewards):
+        source, _, name = spec.rpartition(":")
+        if not name.isidentifier() or not source:
+            continue
+        places = [Path(source)] if source.endswith(".py") else [Path(p) / source.replace(".", "/") for p in sys.path]
+        if any(place.resolve().is_relative_to(model.resolve()) for place in places):
+            raise ConfigError(
+                f"{model / CONFIG_FILE} names the reward {spec!r}, code that came with that folder: it is not run. "
+                "Read it, and if you trust it give it on the command line with --reward_funcs"
+            )
 
 
 def _adapter_base(model: Path) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from bondlm.errors import ConfigError
+from bondlm.presets import with_preset
 
 _MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
 _SAMPLING = {
@@ -34,12 +35,37 @@ _TRAIN = (
         "train_dataset": "Prompts: JSONL, Parquet, a saved data set or a hub name. Required.",
         "eval_dataset": "Held-out prompts, evaluated at the end (and every eval_steps).",
         "resume": "'auto' (default) continues the run in output_dir, 'never' refuses one, or a checkpoint folder.",
+        "allow_config_change": "Continue a run with other settings; env.json keeps the list of differences.",
+        "preset": "Settings that you leave out are filled in from it: paper (the defaults).",
         "use_peft": "Train a LoRA adapter instead of all weights.",
         "lora_r": "Rank. Default: 16.",
         "lora_alpha": "Default: 2 * lora_r.",
         "lora_dropout": "Default: 0.",
         "lora_target_modules": "Default: all-linear.",
     }
+)
+_LORA = {name: text for name, text in _TRAIN.items() if name == "use_peft" or name.startswith("lora_")}
+SFT = (
+    {"model": "Model folder or hub name, causal or encoder-decoder. Required."}
+    | {
+        "train_dataset": "JSONL rows {prompt, completion}, text or messages. Required.",
+        "eval_dataset": "Held-out rows of the same kind: their loss is measured before and after.",
+        "completion_column": "The column with the answers. Default: completion.",
+        "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
+        "max_completion_length": "Longest answer in tokens, end-of-sequence included. Default: 256.",
+        "output_dir": "Folder for the model. Default: runs/sft.",
+    }
+    | _LORA
+)
+REWARD_MODEL = (
+    {"model": "An encoder or a language model, folder or hub name. Required."}
+    | {
+        "train_dataset": "JSONL rows {prompt, chosen, rejected}. Required.",
+        "eval_dataset": "Pairs of other prompts, for the accuracy. Default: every tenth prompt is held out.",
+        "max_length": "Most tokens of prompt and answer. Default: what the model takes.",
+        "output_dir": "Folder for the reward model. Default: runs/reward-model.",
+    }
+    | _LORA
 )
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "train": ("Distil Best-of-N into a model.", _TRAIN),
@@ -82,6 +108,8 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         | {name: text for name, text in _SAMPLING.items() if name != "temperature"},
     ),
     "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", _TRAIN),
+    "sft": ("Fine-tune on answers, the stage before BOND.", SFT),
+    "reward-model": ("Train a reward model from preference pairs (Bradley-Terry).", REWARD_MODEL),
     "report": (
         "Write one HTML page about run folders: bondlm report RUN [RUN ...].",
         {
@@ -136,7 +164,7 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
             given[name] = _value(name, text)
     options = (_read(Path(path)) if path is not None else {}) | given
     refuse_unknown(command, options)
-    return options
+    return with_preset(options)
 
 
 def refuse_unknown(command: str, options: Mapping[str, Any]) -> None:
@@ -144,6 +172,8 @@ def refuse_unknown(command: str, options: Mapping[str, Any]) -> None:
     known = set(COMMANDS[command][1])
     if command in ("train", "check"):
         known |= _training_names()
+    elif command in ("sft", "reward-model"):
+        known |= _plain_training_names()
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name!r}{_nearest(name, known)}; see `bondlm {command} --help`")
@@ -195,9 +225,18 @@ def _training_names() -> set[str]:
     return {field.name for field in dataclasses.fields(BONDConfig)}
 
 
+def _plain_training_names() -> set[str]:
+    """All fields of `transformers.TrainingArguments`."""
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    return {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
 def main_help() -> str:
     """What `bondlm --help` prints."""
-    rows = [f"  {name:8}{text}" for name, (text, _) in COMMANDS.items()]
+    rows = [f"  {name:13}{text}" for name, (text, _) in COMMANDS.items()]
     return "\n".join(
         ["usage: bondlm COMMAND [--config FILE.yaml] [--name value ...]", "", "commands:", *rows, "", _EXAMPLES, ""]
     )
@@ -211,4 +250,9 @@ def command_help(command: str) -> str:
     if command in ("train", "check"):
         sections += ["", "settings of BONDConfig (and every field of transformers.TrainingArguments):"]
         sections += [f"  --{name:28}{about}" for name, about in bond_fields().items()]
+    if command in ("sft", "reward-model"):
+        sections += [
+            "",
+            "and every field of transformers.TrainingArguments, such as learning_rate, max_steps, bf16, seed.",
+        ]
     return "\n".join(sections)

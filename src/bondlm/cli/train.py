@@ -1,9 +1,14 @@
 """`bondlm train`: from a config to a run folder with its evaluation."""
 
+import json
+import os
+import platform
+import re
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,15 @@ from rich.console import Console
 
 from bondlm.cli.console import make_console
 from bondlm.errors import CheckpointError, ConfigError
-from bondlm.manifest import newest_checkpoint
-from bondlm.runfolder import locked
+from bondlm.manifest import newest_checkpoint, remove_unfinished, verify
+from bondlm.redact import redacted
+from bondlm.runfolder import is_main_process, locked
 
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PREEMPTED, INTERRUPTED = 75, 130
 CONFIG_FILE = "config.yaml"
-RUN_NAMES = ("model", "reward_funcs", "train_dataset", "eval_dataset", "resume")
+ENVIRONMENT_FILE = "env.json"
+RUN_NAMES = ("model", "reward_funcs", "train_dataset", "eval_dataset", "resume", "allow_config_change", "preset")
 LORA_NAMES = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 # What may differ when a run goes on: how long it lasts and what it prints, not what it computes.
 FREE_NAMES = {
@@ -32,8 +40,12 @@ FREE_NAMES = {
         "save_total_limit",
     ),
     *("num_logged_samples", "max_rows", "resume", "output_dir", "eval_dataset", "eval_num_samples", "target_n"),
-    *("eval_num_reference_samples", "report_to"),
+    *("eval_num_reference_samples", "report_to", "allow_config_change"),
 }
+# What a checkpoint restores with the optimizer: another value would be taken without a word, and have no effect.
+OPTIMIZER_NAMES = {"learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"}
+SECRET_NAMES = ("hub_token",)
+RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,80}")
 
 
 def run(options: dict[str, Any]) -> int:
@@ -47,10 +59,12 @@ def run(options: dict[str, Any]) -> int:
     folder = Path(str(options.get("output_dir") or "runs/bond"))
     options = options | {"output_dir": str(folder)}
     with locked(folder):
-        checkpoint = _resume_point(folder, options, console)
+        checkpoint, changes = _resume_point(folder, options, console)
         with console.status(f"loading {options.get('model')}, data and rewards"):
             trainer = build_trainer(options)
-        (folder / CONFIG_FILE).write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+        if is_main_process():
+            (folder / CONFIG_FILE).write_text(yaml.safe_dump(redacted(options), sort_keys=False), encoding="utf-8")
+            _note_environment(folder / ENVIRONMENT_FILE, changes)
         reporter = ProgressReporter(console, trainer)
         with reporter, _stop_on_signals(trainer) as stopped_by:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -62,6 +76,7 @@ def run(options: dict[str, Any]) -> int:
                 print_phases(console, *reporter.mean_phases(), reporter.evaluation_seconds)
             if trainer.eval_dataset is not None:
                 evaluate_run(trainer, folder, console, reporter)
+            if trainer.eval_dataset is not None and is_main_process():
                 _write_report(folder, console)
         console.print(f"run folder: {folder}", soft_wrap=True)
     return 0
@@ -77,7 +92,8 @@ def _write_report(folder: Path, console: Console) -> None:
 
 
 def require(options: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a required option that is missing."""
+    """Raise `ConfigError` for a required option that is missing, and for what must not be set."""
+    refuse_unsafe(options)
     for name in ("model", "train_dataset"):  # rewards are optional where the samples are scored already
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
@@ -105,19 +121,30 @@ def build_trainer(options: Mapping[str, Any]) -> Any:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"a setting was refused: {error}") from error
+    except RuntimeError as error:  # PyTorch's, when the processes do not find each other
+        place = ", ".join(f"{name}={os.environ.get(name)}" for name in RENDEZVOUS)
+        raise ConfigError(
+            f"the processes of this run could not meet ({place}): {str(error).splitlines()[0]}. The port may be taken: "
+            "choose another MASTER_PORT (accelerate launch --main_process_port), and see that every process runs"
+        ) from error
     trainer = BONDTrainer(
         model=str(options["model"]),
         reward_funcs=options.get("reward_funcs"),
         args=args,
         train_dataset=options["train_dataset"],
         eval_dataset=options.get("eval_dataset"),
-        peft_config=_lora(options),
+        peft_config=lora_config(options),
     )
     trainer.remove_callback(PrinterCallback)  # the command prints its own lines
     return trainer
 
 
-def _lora(options: Mapping[str, Any]) -> Any:
+def lora_config(options: Mapping[str, Any]) -> Any:
+    """The adapter that the options ask for, or None.
+
+    Raises:
+        ConfigError: settings of an adapter, and none is asked for.
+    """
     if not options.get("use_peft"):
         extra = [name for name in LORA_NAMES if name in options and name != "use_peft"]
         if extra:
@@ -134,8 +161,8 @@ def _lora(options: Mapping[str, Any]) -> Any:
     )
 
 
-def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) -> str | None:
-    """The checkpoint to continue from, if any.
+def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) -> tuple[str | None, list[str]]:
+    """The checkpoint to continue from, if any, and the settings that differ from those of the run so far.
 
     Raises:
         CheckpointError: `resume: never`, but the folder holds a run, or the named checkpoint is not there.
@@ -145,28 +172,66 @@ def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) ->
     if wish not in ("auto", "never"):
         if not Path(wish).is_dir():
             raise CheckpointError(f"resume={wish!r} is not a checkpoint folder")
-        return wish
+        verify(Path(wish))
+        return wish, _changed_settings(Path(wish).parent / CONFIG_FILE, options)
+    for line in remove_unfinished(folder) if is_main_process() else []:
+        console.print(line, highlight=False, soft_wrap=True)
     path, rejected = newest_checkpoint(folder)
     if path is None:
-        return None
+        return None, []
     if wish == "never":
         raise CheckpointError(f"{folder} already holds a run: choose another output_dir, or resume: auto")
-    _refuse_other_settings(folder / CONFIG_FILE, options)
+    changes = _changed_settings(folder / CONFIG_FILE, options)
     for reason in rejected:
         console.print(f"not resumed from {reason}", highlight=False, soft_wrap=True)
-    return str(path)
+    return str(path), changes
 
 
-def _refuse_other_settings(path: Path, options: Mapping[str, Any]) -> None:
+def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
+    """Each difference to the settings on file; refused unless `allow_config_change` is set."""
     if not path.is_file():
-        return
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = sorted((set(before) | set(options)) - FREE_NAMES)
-    changed = [f"{n}: {before.get(n)!r} -> {options.get(n)!r}" for n in names if before.get(n) != options.get(n)]
-    if changed:
+        return []
+    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), redacted(dict(options))
+    names = [n for n in sorted((set(before) | set(now)) - FREE_NAMES) if before.get(n) != now.get(n)]
+    changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
+    if changed and not options.get("allow_config_change"):
         raise ConfigError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}): give the same ones to continue it, "
-            "or choose another output_dir"
+            "choose another output_dir, or add --allow_config_change"
+        )
+    fixed = sorted(OPTIMIZER_NAMES & set(names))
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a run: a checkpoint restores its optimizer. Start a new run from "
+            "these weights in another output_dir"
+        )
+    return changed
+
+
+def _note_environment(path: Path, changes: list[str]) -> None:
+    """Versions that the run was made with, and every change of its settings that was allowed."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")).get("config_changes", [])
+    except (OSError, ValueError, AttributeError):
+        before = []
+    packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    content = {"versions": versions, "platform": platform.platform(), "config_changes": before + changes}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def refuse_unsafe(options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a secret that would be kept in the run folder, and a name that could lead elsewhere."""
+    for name in SECRET_NAMES:
+        if options.get(name):
+            raise ConfigError(f"{name} would be written into the run folder: set HF_TOKEN in the environment instead")
+    run_name = options.get("run_name")
+    if run_name is not None and not RUN_NAME.fullmatch(str(run_name)):
+        raise ConfigError(f"run_name={run_name!r}: 1 to 80 letters, digits, dots, dashes or underscores")
+    if (options.get("model_init_kwargs") or {}).get("trust_remote_code"):
+        raise ConfigError(
+            "model_init_kwargs.trust_remote_code would run code that comes with the model: bondlm does not. Convert "
+            "the model to an architecture of transformers, or load it yourself and pass it to BONDTrainer"
         )
 
 

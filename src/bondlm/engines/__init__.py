@@ -1,5 +1,5 @@
 """Engines: who generates. `Engine` is the seam; `TransformersEngine` (in `bondlm.engines.hf`) the default."""
 
-from bondlm.engines.base import Completion, Engine, Role
+from bondlm.engines.base import Completion, Engine, RemoteEngine, Role
 
-__all__ = ["Completion", "Engine", "Role"]
+__all__ = ["Completion", "Engine", "RemoteEngine", "Role"]

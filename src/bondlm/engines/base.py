@@ -1,8 +1,8 @@
 """The engine seam: token ids in, token ids out, for one role of the model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Role = Literal["policy", "anchor", "reference"]
 
@@ -51,3 +51,21 @@ class Engine(Protocol):
         Returns:
             P lists of `num_samples` completions.
         """
+
+
+@runtime_checkable
+class RemoteEngine(Engine, Protocol):
+    """An engine with weights of its own: it must be given ours before it draws, and draws for many roles at once."""
+
+    def sync(self) -> None:
+        """Take over the trainer's weights as they are now."""
+
+    def generate_roles(
+        self,
+        prompts: Sequence[Sequence[int]],
+        wanted: Mapping[Role, tuple[int, Sequence[int]]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+    ) -> dict[Role, list[list[Completion]]]:
+        """`generate` for each role: role -> (samples of a prompt, one seed for each prompt)."""

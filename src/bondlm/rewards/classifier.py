@@ -104,7 +104,7 @@ class SequenceClassifierReward:
         """
         if not prompts:
             return []
-        rows_B = [self._encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        rows_B = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         refuse_bad_lengths(rows_B, self._limit, "Set max_length, shorten the texts, or allow truncate='left'.")
         self._log_ending(rows_B[0])
         scores_B = map_micro_batches(
@@ -115,7 +115,8 @@ class SequenceClassifierReward:
         )
         return [float(value) for value in scores_B]
 
-    def _encode(self, prompt: Any, completion: Any) -> list[int]:
+    def encode(self, prompt: Any, completion: Any) -> list[int]:
+        """Token ids of a row as the model sees it."""
         text, is_rendered = self.render(prompt, completion)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not is_rendered, verbose=False)["input_ids"]
         if self._eos_id is not None and ids[-1:] != [self._eos_id]:

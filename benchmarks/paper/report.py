@@ -1,0 +1,224 @@
+"""Tables, figures and verdicts of the study, from the runs that are done: nothing here is typed by hand.
+
+    python benchmarks/paper/report.py [--runs runs/paper] [--results benchmarks/paper/results]
+
+Writes results/runs.jsonl (every measurement of every finished run), results/summary.csv (the last one of each), a
+figure of each experiment, claims.md and docs/results.md. A verdict needs three seeds: the paired difference between two
+runs, seed by seed, with a t interval.
+"""
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from plans import EXPERIMENTS
+from verdicts import VERDICTS, Table, Verdict
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = ("experiment", "run", "seed", "step", "tokens", "seconds", "effective_n", "effective_n_low", "win_rate")
+MEASURES = ("mean_quantile", "log_quantile", "kl", "kl_ratio", "reward", "length", "entropy")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """One flat row for each measurement of each finished run."""
+    rows = []
+    for done in sorted(folder.glob("*/*/done.json")):
+        facts = json.loads(done.read_text(encoding="utf-8"))
+        common = {"experiment": done.parent.parent.name, "run": facts["run"], "seed": facts["seed"]}
+        points = [json.loads(x) for x in (done.parent / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+        for i, point in enumerate(points):
+            rows.append(
+                common
+                | flat(point)
+                | {"is_last": i == len(points) - 1, "command": facts["command"]}
+                | {"versions": facts["versions"], "commit": facts["commit"], "machine": facts["machine"]}
+            )
+    return rows
+
+
+def flat(point: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a measurement under plain names; the win rate is the mean quantile with ties half."""
+    row = {name: point[name] for name in ("step", "tokens", "seconds", "kl_ratio", "entropy")}
+    for name in ("effective_n", "win_rate", "kl", "reward", "log_quantile"):
+        row |= {name: point[name]["value"], f"{name}_low": point[name]["low"], f"{name}_high": point[name]["high"]}
+    row |= {"mean_quantile": row["win_rate"], "length": point["completions/mean_length"]}
+    for name, judge in point["judges"].items():
+        row |= {f"judge/{name}": judge["gain"]["value"], f"judge/{name}_low": judge["gain"]["low"]}
+        row |= {f"judge/{name}_high": judge["gain"]["high"]}
+    for opponent in point["against_best_of"]:
+        for kind in ("forward_kl", "backward_kl"):
+            row[f"{kind}/{opponent['n']}"] = (opponent.get(kind) or {}).get("value")
+    return row
+
+
+def finals(rows: list[dict[str, Any]], experiment: str) -> Table:
+    """{run: {seed: last measurement}} of an experiment, in the order of the plan."""
+    table: Table = {run.name: {} for run in EXPERIMENTS[experiment].runs}
+    for run, seeds in curves(rows, experiment).items():
+        for seed, points in seeds.items() if run in table else ():
+            crossing = {f"{name}_at_0.8": at_win_rate(points, 0.8, name) for name in ("kl", "seconds")}
+            table[run][seed] = points[-1] | crossing
+    return {run: seeds for run, seeds in table.items() if seeds}
+
+
+def curves(rows: list[dict[str, Any]], experiment: str) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """{run: {seed: measurements}}."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["experiment"] == experiment:
+            found[row["run"]][row["seed"]].append(row)
+    return {run: dict(seeds) for run, seeds in found.items()}
+
+
+def at_win_rate(points: list[dict[str, Any]], level: float, measure: str) -> float | None:
+    """`measure` where a curve first reaches a win rate: straight lines between measurements, from (1/2, 0) on."""
+    before_win, before = 0.5, 0.0
+    for point in points:
+        if point["win_rate"] >= level:
+            share = (level - before_win) / (point["win_rate"] - before_win)
+            return float(before + share * (point[measure] - before))
+        before_win, before = point["win_rate"], point[measure]
+    return None
+
+
+def mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def spread(values: list[float | None]) -> str:
+    """`mean (lowest to highest seed)`; "-" where nothing was measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    ends = f" ({min(known):.3g} to {max(known):.3g})" if len(known) > 1 else ""
+    return f"{sum(known) / len(known):.3g}{ends}"
+
+
+def table_text(table: Table) -> str:
+    """The last measurements of an experiment's runs, mean over seeds with the extremes."""
+    judges = sorted({name for seeds in table.values() for row in seeds.values() for name in row if is_judge(name)})
+    names = {"effective_n": "effective N", "win_rate": "win rate", "log_quantile": "log-quantile", "kl": "KL"}
+    names |= {"kl_ratio": "KL / exact BoN's", "tokens": "tokens drawn", "seconds": "training s"}
+    names |= {"kl_at_0.8": "KL at win rate 0.8", "seconds_at_0.8": "seconds to win rate 0.8"}
+    names |= {name: f"gain of {name.removeprefix('judge/')}" for name in judges}
+    lines = ["| run | seeds | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
+    for run, seeds in table.items():
+        cells = [spread([row.get(name) for row in seeds.values()]) for name in names]
+        lines.append(f"| {run} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def is_judge(name: str) -> bool:
+    return name.startswith("judge/") and not name.endswith(("_low", "_high"))
+
+
+def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Path) -> None:
+    """Win rate against KL (with exact Best-of-N), tokens and seconds: means over seeds, bars are their extremes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from bondlm.bestofn import kl_bound
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    for axis, (x, label) in zip(
+        axes,
+        (("kl", "KL to the reference, nats"), ("tokens", "tokens drawn"), ("seconds", "training seconds")),
+        strict=True,
+    ):
+        for i, (run, seeds) in enumerate(found.items()):
+            points = list(zip(*(seed_rows for seed_rows in equal_length(list(seeds.values()))), strict=True))
+            xs = [mean([row[x] for row in point]) for point in points]
+            ys = [[row["win_rate"] for row in point] for point in points]
+            middle = [sum(y) / len(y) for y in ys]
+            errors = [
+                [m - min(y) for m, y in zip(middle, ys, strict=True)],
+                [max(y) - m for m, y in zip(middle, ys, strict=True)],
+            ]
+            style = {"color": plt.cm.tab20(i % 20), "marker": "os^v"[i % 4], "markersize": 4, "capsize": 2, "lw": 1.2}
+            axis.errorbar(xs, middle, yerr=errors, label=f"{run} ({len(seeds)})", **style)
+        if x == "kl":
+            exact = [1 + i / 20 for i in range(400)]
+            axis.plot([kl_bound(n) for n in exact], [n / (n + 1) for n in exact], "k--", lw=1, label="exact Best-of-N")
+        axis.set(xlabel=label, ylabel="win rate = mean quantile")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def equal_length(seeds: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Runs that stopped early have fewer points: compare as many as all have."""
+    shortest = min(map(len, seeds))
+    return [rows[:shortest] for rows in seeds]
+
+
+def claims_text(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Claims",
+        "",
+        "Written by `python benchmarks/paper/report.py`; do not edit. One line a claim of the paper.",
+        "",
+    ]
+    lines += ["| | claim | here | numbers |", "|---|---|---|---|"]
+    for name, experiment in EXPERIMENTS.items():
+        verdicts = VERDICTS[name](finals(rows, name)) if name in VERDICTS else []
+        for part in verdicts or [Verdict("not tested here", experiment.claim, "")]:
+            lines.append(f"| {name.upper()} | {part.claim} | **{part.word}** | {part.numbers} |")
+    return "\n".join(lines) + "\n"
+
+
+def results_text(rows: list[dict[str, Any]]) -> str:
+    """docs/results.md."""
+    parts = [
+        "# Results of the study\n\nWritten by `python benchmarks/paper/report.py` from the finished runs of "
+        "`benchmarks/paper/run.py`; do not edit. How it was done, and what the words mean: "
+        "[benchmarks/paper/README.md](../benchmarks/paper/README.md).\n",
+        claims_text(rows).replace("# Claims", "## Claims", 1),
+    ]
+    for name, experiment in EXPERIMENTS.items():
+        table = finals(rows, name)
+        parts.append(f"## {name.upper()}: {experiment.claim}\n")
+        if not table:
+            parts.append(f"Not run yet: `python benchmarks/paper/run.py {name}`.\n")
+            continue
+        parts.append(f"Task: {experiment.task}. Last measurement, mean over seeds (lowest to highest).\n")
+        parts.append(table_text(table) + "\n")
+        parts.append(f"![{name}](../benchmarks/paper/results/{name}.png)\n")
+        last = next(iter(next(iter(table.values())).values()))
+        versions = ", ".join(f"{package} {version}" for package, version in last["versions"].items())
+        parts.append(f"`{last['command']}` at {last['commit']}; {versions}; {last['machine']}.\n")
+    return "\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/paper/results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    args = parser.parse_args(argv)
+    rows = read(args.runs)
+    args.results.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (args.results / "runs.jsonl").write_text(text, encoding="utf-8")
+    with (args.results / "summary.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*COLUMNS, *MEASURES], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in rows if row["is_last"])
+    for name, experiment in EXPERIMENTS.items():
+        found = curves(rows, name)
+        if found:
+            draw(found, f"{name}: {experiment.claim}", args.results / f"{name}.png")
+    (args.results.parent / "claims.md").write_text(claims_text(rows), encoding="utf-8")
+    args.page.write_text(results_text(rows), encoding="utf-8")
+    print(f"{len({(r['experiment'], r['run'], r['seed']) for r in rows})} finished runs -> {args.results}, {args.page}")
+
+
+if __name__ == "__main__":
+    main()

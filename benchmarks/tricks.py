@@ -1,0 +1,172 @@
+"""What each trick of sampling and learning buys: CPU seconds without it against with it, the best of `--repeats` runs.
+
+    python benchmarks/tricks.py --model runs/peers/6m-vary --threads 1
+    python benchmarks/tricks.py --model models/smollm2-135m-instruct --threads 1 --prompts 8
+
+The samples and log-probabilities are the same either way (tests/engines, tests/test_logprobs.py). `runs/peers/...` is
+made by benchmarks/peers.py. A trick that buys nothing goes; docs/speed.md lists those that went.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peers import cpu_name
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+from bondlm.engines.hf import TransformersEngine
+from bondlm.head import exact_head
+from bondlm.logprobs import collate, score_rows, sequence_logprobs
+
+LENGTHS, NEW, SAMPLES, SHARED = (16, 96), 64, 3, 64
+RESULTS = Path("benchmarks/results/tricks.jsonl")
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    work = Work(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(), args.prompts)
+    rows = {}
+    for name, (with_it, without) in work.tricks().items():
+        seconds = [cpu_seconds(run, args.repeats) for run in (without, with_it)]
+        rows[name] = {"without": seconds[0], "with": seconds[1], "ratio": seconds[1] / seconds[0]}
+        print(f"{name:56} {seconds[0]:7.2f} -> {seconds[1]:7.2f} s  x {seconds[1] / seconds[0]:.2f}", flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        setting = {name: getattr(args, name) for name in ("model", "threads", "prompts")}
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        file.write(json.dumps({**setting, "cpu": cpu_name(), "versions": versions, "tricks": rows}) + "\n")
+
+
+def cpu_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """CPU seconds of the fastest of `repeats` runs: the machine may be busy."""
+    taken = []
+    for _ in range(repeats):
+        began = time.process_time()
+        run()
+        taken.append(time.process_time() - began)
+    return min(taken)
+
+
+class Work:
+    """The same work of a step, with and without each trick."""
+
+    def __init__(self, model: Any, num_prompts: int) -> None:
+        self.model = model
+        generator = torch.Generator().manual_seed(0)
+
+        def ids(length: int) -> list[int]:
+            return torch.randint(3, model.config.vocab_size, (length,), generator=generator).tolist()
+
+        lengths = torch.randint(*LENGTHS, (num_prompts,), generator=generator).tolist()
+        self.prompts = [ids(length) for length in lengths]
+        head = ids(SHARED)
+        self.alike = [head + prompt for prompt in self.prompts]
+        # Many ids end a completion, so that lengths vary whatever the model would say.
+        self.eos_ids = list(range(1, model.config.vocab_size, 24))
+        drawn = self.draw(self.prompts, 2)
+        self.groups = [(p, [c.ids for c in cs]) for p, cs in zip(self.prompts, drawn, strict=True)]
+        self.apart = [(p, [c]) for p, cs in self.groups for c in cs]
+        self.rows = [(p, cs[0]) for p, cs in self.groups]
+        self.alike_rows = [(p, c) for p, (_, c) in zip(self.alike, self.rows, strict=True)]
+        self.head = exact_head(model, CPU)
+
+    def draw(self, prompts: list[list[int]], num_samples: int) -> Any:
+        @contextmanager
+        def use(role: str) -> Iterator[Any]:
+            yield self.model
+
+        engine = TransformersEngine(use, eos_ids=self.eos_ids, pad_id=0)
+        seeds = list(range(len(prompts)))
+        return engine.generate(prompts, num_samples, role="policy", max_new_tokens=NEW, seeds=seeds)
+
+    def patched(self, target: str, value: Any, run: Callable[[], Any]) -> Callable[[], Any]:
+        def patched_run() -> Any:
+            with patch(target, value):
+                return run()
+
+        return patched_run
+
+    def learn(self, groups: Any, head: Any) -> None:
+        sequence_logprobs(self.model, collate(groups, 0), head=head).sum().backward()
+        self.model.zero_grad()
+
+    def score(self, rows: Any) -> None:
+        score_rows(self.model, rows, 0, start_id=None, device=CPU)
+
+    @torch.no_grad()
+    def continuous(self) -> None:
+        """transformers' own continuous batching, on the same prompts and number of samples."""
+        config = GenerationConfig(
+            max_new_tokens=NEW, do_sample=True, top_k=0, eos_token_id=self.eos_ids, pad_token_id=0, use_cache=True
+        )
+        self.model.generate_batch([p for p in self.prompts for _ in range(SAMPLES)], generation_config=config)
+
+    def tricks(self) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+        """Name to (with, without)."""
+
+        def draw() -> Any:
+            return self.draw(self.prompts, SAMPLES)
+
+        def multinomial(logits: Any, uniforms: Any, temperature: float) -> Any:
+            probs = logits.float().softmax(-1)
+            token = torch.multinomial(probs, 1).squeeze(1)
+            return token, probs.gather(1, token.unsqueeze(1)).squeeze(1).log()
+
+        repeated = [p for p in self.prompts for _ in range(SAMPLES)]
+        table: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+            "sample: a prompt's prefill is shared by its samples": (draw, lambda: self.draw(repeated, 1)),
+            "sample: rows that ended leave the batch": (
+                draw,
+                self.patched("bondlm.engines.hf.COMPACT_BELOW", -1.0, draw),
+            ),
+            "sample: the cache grows in place": (
+                draw,
+                self.patched("bondlm.engines.decoding.growing_cache", lambda c: DynamicCache(config=c), draw),
+            ),
+            "sample: one uniform number a row, not multinomial": (
+                draw,
+                self.patched("bondlm.engines.hf.sample_tokens", multinomial, draw),
+            ),
+            f"sample: a common beginning of {SHARED} tokens is computed once": (
+                lambda: self.draw(self.alike, SAMPLES),
+                self.patched(
+                    "bondlm.engines.decoding.shared_prefix", lambda *a: [], lambda: self.draw(self.alike, SAMPLES)
+                ),
+            ),
+            "sample: instead of transformers' continuous batching": (draw, self.continuous),
+            f"score: a common beginning of {SHARED} tokens is computed once": (
+                lambda: self.score(self.alike_rows),
+                self.patched("bondlm.logprobs.shared_prefix", lambda *a: [], lambda: self.score(self.alike_rows)),
+            ),
+            "score: rows of similar length together": (
+                lambda: self.score(self.rows),
+                self.patched("bondlm.logprobs.by_length", lambda g: range(len(g)), lambda: self.score(self.rows)),
+            ),
+            "learn: two completions share their prompt's row": (
+                lambda: self.learn(self.groups, self.head),
+                lambda: self.learn(self.apart, self.head),
+            ),
+            "learn: the head on completion tokens alone": (
+                lambda: self.learn(self.groups, self.head),
+                lambda: self.learn(self.groups, None),
+            ),
+        }
+        return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`bondlm sft`: supervised fine-tuning on prompts with answers, the stage before BOND."""
+
+from pathlib import Path
+from typing import Any
+
+from bondlm.cli.console import make_console
+from bondlm.cli.options import SFT
+from bondlm.cli.train import lora_config
+from bondlm.errors import ConfigError
+from bondlm.runfolder import locked
+
+FACTS_FILE = "sft.json"
+
+
+def run(options: dict[str, Any]) -> int:
+    """Read and check the rows, train, save an ordinary model or adapter folder, say the held-out loss."""
+    from bondlm.cli.training import fit, fresh_folder, quiet, training_arguments, write_facts
+    from bondlm.labelled import read_answers
+
+    for name in ("model", "train_dataset"):
+        if not options.get(name):
+            raise ConfigError(f"{name} is required: set it in the config or with --{name}")
+    column = str(options.get("completion_column", "completion"))
+    train_rows = read_answers(str(options["train_dataset"]), column)
+    eval_rows = read_answers(str(options["eval_dataset"]), column) if options.get("eval_dataset") else []
+    folder, console = fresh_folder(options, "runs/sft"), make_console()
+    with locked(folder):
+        with console.status("loading PyTorch and the model"):
+            from bondlm.supervised import sft_trainer
+
+            quiet()
+            rate = 2e-4 if options.get("use_peft") else 1e-4
+            trainer = sft_trainer(
+                str(options["model"]),
+                train_rows,
+                eval_rows,
+                training_arguments(options, folder, SFT, rate),
+                peft_config=lora_config(options),
+                max_prompt_length=options.get("max_prompt_length"),
+                max_completion_length=int(options.get("max_completion_length", 256)),
+            )
+        before = _loss(trainer) if eval_rows else None
+        seconds = fit(trainer, console)
+        after = _loss(trainer) if eval_rows else None
+        trainer.save_model(str(folder))
+        write_facts(
+            folder,
+            FACTS_FILE,
+            {
+                "model": str(options["model"]),
+                "rows": len(train_rows),
+                "steps": trainer.state.global_step,
+                "seconds": seconds,
+                "held_out_loss": None if after is None else {"before": before, "after": after, "rows": len(eval_rows)},
+            },
+        )
+        if after is not None:
+            console.print(f"held-out loss per token: {before:.3f} -> {after:.3f}", highlight=False)
+        console.print(f"model: {Path(folder)}", soft_wrap=True)
+    return 0
+
+
+def _loss(trainer: Any) -> float:
+    return float(trainer.evaluate()["eval_loss"])

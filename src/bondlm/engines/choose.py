@@ -1,0 +1,118 @@
+"""Which engine a run's settings ask for."""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bondlm.config import BONDConfig
+from bondlm.engines.base import Engine, Role
+from bondlm.engines.hf import TransformersEngine
+from bondlm.errors import ConfigError
+
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain to a child why the sky is blue?"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+
+
+def make_engine(
+    args: BONDConfig,
+    model: Any,
+    use: Callable[[Role], AbstractContextManager[Any]],
+    tokenizer: Any,
+    *,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    longest_prompt: int = 0,
+) -> Engine:
+    """The engine that `args` names; `use` lends the model of a role, `model` is the policy with its adapters.
+
+    A server must have room for the `longest_prompt` (tokens) and a completion.
+
+    Raises:
+        ConfigError: vLLM cannot serve this run, or not from that server.
+    """
+    if args.engine != "vllm":
+        return TransformersEngine(use, eos_ids=eos_ids, pad_id=pad_id, max_rows=args.max_rows)
+    check_vllm_can(args, model)
+    from bondlm.engines.vllm import VLLMEngine
+    from bondlm.engines.vllm_http import VLLMClient
+    from bondlm.engines.vllm_server import LocalServer
+
+    folder = Path(str(args.output_dir)) / "vllm"
+    client = VLLMClient(args.vllm_base_url, timeout=args.vllm_timeout)  # says now if a package is missing
+    adapters: dict[Role, str] = {"policy": model.active_adapter, "anchor": "anchor"}
+    if "reference" in model.peft_config:  # the run continues an adapter
+        adapters["reference"] = "reference"
+    server = None
+    if args.vllm_server == "auto":
+        core = model.get_base_model()
+        server = LocalServer(
+            args.vllm_python or sys.executable,
+            core.config._name_or_path,
+            server_options(core.dtype, max_rank(model), len(adapters), args),
+            log=folder / "server.log",
+            start_timeout=args.vllm_start_timeout,
+            on_cpu=args.device.type == "cpu",
+        )
+        client = VLLMClient(server.url, timeout=args.vllm_timeout)
+    probe_ids = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64]
+    try:
+        engine = VLLMEngine(
+            *(client, model, adapters, use), eos_ids=eos_ids, probe_ids=probe_ids, folder=folder, server=server
+        )
+        if longest_prompt + args.max_completion_length > engine.max_model_len:
+            raise ConfigError(
+                f"the vLLM server's context of {engine.max_model_len} tokens is too short for the longest prompt "
+                f"({longest_prompt} tokens) and max_completion_length={args.max_completion_length}: start it with a "
+                "larger --max-model-len, or set max_prompt_length to find the prompt"
+            )
+        return engine
+    except BaseException:
+        if server is not None:
+            server.stop()
+        raise
+
+
+def check_vllm_can(args: BONDConfig, model: Any) -> None:
+    """Refuse what vLLM cannot sample from, before anything is started.
+
+    Raises:
+        ConfigError: with what to use instead.
+    """
+    instead = "use engine='transformers'"
+    if model.config.is_encoder_decoder:
+        raise ConfigError(f"engine=vllm: vLLM serves no encoder-decoder models such as this one, {instead}")
+    if not hasattr(model, "peft_config"):
+        raise ConfigError(
+            "engine=vllm needs LoRA (peft_config): vLLM's weight-update routes for full fine-tuning exist for CUDA "
+            f"only and bondlm does not drive them (docs/vllm.md). Pass a peft_config, or {instead}"
+        )
+    if args.world_size > 1:
+        raise ConfigError(f"engine=vllm runs with one training process, not {args.world_size}: start one, or {instead}")
+    kind = str(model.peft_config[model.active_adapter].peft_type).rsplit(".", 1)[-1]
+    if kind != "LORA":
+        raise ConfigError(f"engine=vllm serves LoRA adapters, not {kind}: {instead}")
+    if args.vllm_server == "auto" and not model.get_base_model().config._name_or_path:
+        raise ConfigError("vllm_server=auto needs a model that was loaded from a folder or by hub name")
+
+
+def max_rank(model: Any) -> int:
+    """The largest rank of the policy's adapter."""
+    config = model.peft_config[model.active_adapter]
+    return int(max([config.r, *(config.rank_pattern or {}).values()]))
+
+
+def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDConfig) -> list[str]:
+    """Options of a server that samples from the model's own law, at the trainer's precision."""
+    fitting = [r for r in VLLM_RANKS if r >= rank]
+    if not fitting:
+        raise ConfigError(f"LoRA r={rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
+    options = ["--dtype", str(dtype).removeprefix("torch."), "--enable-lora", "--max-loras", str(num_adapters)]
+    options += ["--max-lora-rank", str(fitting[0]), "--generation-config", "vllm"]
+    options += ["--logprobs-mode", "processed_logprobs"]
+    if args.device.type == "cpu":
+        options.append("--enforce-eager")  # compiling takes minutes and gains little there
+    return options + list(args.vllm_server_args or [])

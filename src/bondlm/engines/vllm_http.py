@@ -1,0 +1,185 @@
+"""The few calls of vLLM's HTTP interface that we use: time limits on all, few retries with jitter, plain errors."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bondlm.errors import ConfigError, EngineError, NonFiniteError, ResourceError
+
+RETRIED = (429, 500, 502, 503, 504)
+ATTEMPTS = 4
+CONNECT_TIMEOUT = 5.0  # seconds
+
+
+class VLLMClient:
+    """A connection to one server; safe to use from many threads."""
+
+    def __init__(self, url: str, *, timeout: float, max_wait: float = 10.0) -> None:
+        """No call waits longer than `timeout` seconds for an answer, no retry begins later than that.
+
+        Args:
+            url: of the server, such as http://127.0.0.1:8000.
+            timeout: seconds.
+            max_wait: longest pause between two tries, seconds; it is drawn at random.
+
+        Raises:
+            ConfigError: httpx or tenacity is missing.
+        """
+        try:
+            import httpx
+            import tenacity
+        except ImportError as error:
+            raise ConfigError(f"engine=vllm needs the package {error.name!r}: pip install 'bondlm[vllm]'") from error
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._timeout, self._max_wait = timeout, max_wait
+        self._httpx, self._tenacity = httpx, tenacity
+        key = os.environ.get("VLLM_API_KEY")
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            trust_env=False,  # a proxy for the web is none for a server of ours
+        )
+
+    def close(self) -> None:
+        """Drop all connections."""
+        self._http.close()
+
+    def base_model(self) -> tuple[str, int]:
+        """Name and context length of the model that the server serves.
+
+        Raises:
+            ConfigError: no server there, or not vLLM.
+        """
+        try:
+            models = self._answer("GET", "/v1/models").get("data")
+        except (ResourceError, EngineError) as error:
+            raise ConfigError(f"{error}. {how_to_start(self.url)}") from error
+        for model in models if isinstance(models, list) else []:
+            if model.get("parent") is None and isinstance(model.get("max_model_len"), int):
+                return str(model["id"]), model["max_model_len"]
+        raise ConfigError(f"{self.url}/v1/models lists no base model with its max_model_len: is this a vLLM server?")
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load the adapter in `folder` under `name`, in place of what had that name.
+
+        Raises:
+            ConfigError: the server will not: its rank is too small, say.
+        """
+        body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
+        try:
+            response = self._send("POST", "/v1/load_lora_adapter", body, retried=RETRIED[2:])
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. Adapters need a server that was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
+                "--enable-lora, --max-loras 2 (3 for a run that continues an adapter) and a --max-lora-rank of at "
+                "least the adapter's r, and that sees the run folder under the same path"
+            ) from error
+        if response.status_code != 200:
+            raise EngineError(f"{self.url} did not load {name!r}: HTTP {response.status_code}")
+
+    def prompt_logprobs(self, model: str, ids: Sequence[int], salt: str) -> list[float]:
+        """Log-probability of each of `ids` but the first.
+
+        Raises:
+            EngineError: the answer has not one number for each.
+            NonFiniteError: one of them is not finite.
+        """
+        body = {
+            "model": model,
+            "prompt": list(ids),
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 0,
+            "cache_salt": salt,
+        }
+        (choice,) = self.complete(body)[:1]
+        rows = choice.get("prompt_logprobs")
+        if not isinstance(rows, list) or len(rows) != len(ids):
+            raise EngineError(f"{self.url} sent no log-probabilities of a probe text of {len(ids)} tokens")
+        try:
+            values = [float(row[str(token)]["logprob"]) for row, token in zip(rows[1:], ids[1:], strict=True)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"{self.url} scored other tokens than those of the probe text ({error!r})") from error
+        if not all(math.isfinite(value) for value in values):
+            raise NonFiniteError(f"{self.url}: {model!r} gives a probe text log-probabilities that are not finite")
+        return values
+
+    def complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """The choices that /v1/completions answers with."""
+        choices = self._answer("POST", "/v1/completions", body).get("choices")
+        if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
+            raise EngineError(f"{self.url}/v1/completions sent no choices: is this a vLLM server?")
+        return choices
+
+    def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        response = self._send(method, path, body)
+        try:
+            answer = response.json()
+        except ValueError as error:
+            raise EngineError(f"{self.url}{path} sent what is not JSON: {response.text[:200]!r}") from error
+        if not isinstance(answer, dict):
+            raise EngineError(f"{self.url}{path} sent {type(answer).__name__}, not an object")
+        return answer
+
+    def _send(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, retried: Sequence[int] = RETRIED
+    ) -> Any:
+        """One call, tried again after a fault that may pass; repeating is harmless, since every sample has its seed."""
+        t, httpx = self._tenacity, self._httpx
+        trial = t.Retrying(
+            stop=t.stop_after_attempt(ATTEMPTS) | t.stop_after_delay(self._timeout),
+            wait=t.wait_random_exponential(multiplier=0.2, max=self._max_wait),
+            retry=t.retry_if_exception_type(httpx.TransportError) | t.retry_if_result(_failed(retried)),
+            retry_error_callback=lambda state: state.outcome.result(),  # the last failure as it is
+        )
+        try:
+            response = trial(self._http.request, method, path, json=body)
+        except httpx.TimeoutException as error:
+            raise ResourceError(
+                f"the vLLM server at {self.url} did not answer {path} within {self._timeout:g} s "
+                f"({type(error).__name__}): it is overloaded, out of KV cache or hangs; see its log, or raise "
+                "vllm_timeout"
+            ) from error
+        except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:  # RuntimeError: the client was closed
+            raise ResourceError(f"no answer from the vLLM server at {self.url}{path}: {error!r}") from error
+        if response.status_code in (401, 403):
+            raise ConfigError(f"{self.url} refuses us (HTTP {response.status_code}): set VLLM_API_KEY to its key")
+        if response.status_code >= 500 and path == "/v1/load_lora_adapter":
+            raise ConfigError(f"{self.url}{path}: {_message(response)}")
+        if response.status_code in RETRIED:
+            raise ResourceError(
+                f"the vLLM server at {self.url} failed at {path} with HTTP {response.status_code}, {ATTEMPTS} times: "
+                f"{_message(response)}. Its log says why"
+            )
+        if response.status_code >= 300:
+            raise ConfigError(f"{self.url}{path} says HTTP {response.status_code}: {_message(response)}")
+        return response
+
+
+def _failed(statuses: Sequence[int]) -> Callable[[Any], bool]:
+    return lambda response: response.status_code in statuses
+
+
+def _message(response: Any) -> str:
+    """What the server says is wrong, in one line."""
+    try:
+        answer = response.json()
+        error = answer.get("error", answer) if isinstance(answer, dict) else answer
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except ValueError:
+        text = str(response.text)
+    return " ".join(text.split())[:500]
+
+
+def how_to_start(url: str, model: str = "MODEL", options: Sequence[str] = ()) -> str:
+    """The sentence that says how to start a server by hand."""
+    port = url.rsplit(":", 1)[-1].rstrip("/") if url.count(":") > 1 else "8000"
+    more = " ".join(options) or "--enable-lora --max-loras 2 --max-lora-rank 64"
+    return (
+        "To start one by hand: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True python -m vllm.entrypoints.openai.api_server "
+        f"--model {model} --host 127.0.0.1 --port {port} {more} (docs/vllm.md)"
+    )

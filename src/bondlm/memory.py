@@ -1,0 +1,87 @@
+"""Learning in smaller micro-batches after an out-of-memory error, from the same samples, with the same gradient."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+
+from bondlm.errors import ResourceError
+
+MicroBatch = dict[str, Any]
+
+
+class SmallerBatches:
+    """Cuts the micro-batches of a step to what the memory holds, and remembers the size for the rest of the run.
+
+    An error in the backward pass leaves gradients of some parameters added and others not. So the gradients of the
+    step are thrown away, and all of its micro-batches up to here are learned from again.
+    """
+
+    def __init__(self) -> None:
+        """Whole micro-batches until an error says otherwise."""
+        self.max_prompts: int | None = None
+        self._window: list[MicroBatch] = []
+
+    def learn(self, model: nn.Module, batch: MicroBatch, step: Callable[[MicroBatch], Tensor], args: Any) -> Tensor:
+        """Forward and backward of one micro-batch by `step`; returns its loss.
+
+        Raises:
+            ResourceError: not even one prompt fits, or other processes wait for this one's gradients.
+        """
+        if len(self._window) == args.gradient_accumulation_steps or all(p.grad is None for p in model.parameters()):
+            self._window = []  # a new step
+        self._window.append(batch)
+        todo = [batch]
+        while True:
+            try:
+                losses = [step(part) for each in todo for part in parts(each, self.max_prompts)]
+                return torch.stack(losses[-len(parts(batch, self.max_prompts)) :]).sum()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            self._halve(reason, args.world_size)
+            model.zero_grad(set_to_none=True)
+            todo = self._window
+
+    def _halve(self, reason: str, world_size: int) -> None:
+        most = max(num_prompts(each) for each in self._window)
+        size = most if self.max_prompts is None else min(self.max_prompts, most)
+        if size == 1 or world_size > 1:
+            raise ResourceError(
+                f"out of memory while learning from {size} prompt(s) at a time ({reason}): use a smaller "
+                "per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_completion_length, "
+                "LoRA, or gradient_checkpointing"
+            )
+        self.max_prompts = size // 2
+        warnings.warn(
+            f"bondlm: out of memory while learning from {size} prompts at a time, going on with {self.max_prompts}, "
+            f"from the same samples ({reason})",
+            stacklevel=4,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def num_prompts(batch: MicroBatch) -> int:
+    """Prompts of a collated micro-batch."""
+    return len(batch["weight_P"])
+
+
+def parts(batch: MicroBatch, max_prompts: int | None) -> list[MicroBatch]:
+    """The micro-batch in parts of at most so many prompts; a tensor has one or several rows a prompt."""
+    prompts = num_prompts(batch)
+    if max_prompts is None or prompts <= max_prompts:
+        return [batch]
+    cuts = [(begin, min(begin + max_prompts, prompts)) for begin in range(0, prompts, max_prompts)]
+    return [{name: _rows(name, tensor, begin, end, prompts) for name, tensor in batch.items()} for begin, end in cuts]
+
+
+def _rows(name: str, tensor: Tensor, begin: int, end: int, prompts: int) -> Tensor:
+    if name == "logits_to_keep":  # columns, the same for all rows
+        return tensor
+    each = len(tensor) // prompts
+    return tensor[begin * each : end * each]

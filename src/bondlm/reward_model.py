@@ -1,0 +1,172 @@
+"""A reward model from human preferences: the Bradley-Terry model on a sequence classifier with one output.
+
+    P(chosen beats rejected) = sigmoid(r(chosen) - r(rejected))     (Bradley and Terry 1952; as in arXiv 2203.02155)
+
+Shapes: B pairs, T tokens (padded).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+from bondlm.bestofn import Estimate, bootstrap_mean
+from bondlm.errors import ConfigError
+from bondlm.rewards.batching import pad_right
+from bondlm.rewards.classifier import SequenceClassifierReward
+from bondlm.rewards.texts import refuse_bad_lengths, token_limit
+
+_ENCODER_CHAT = "{{ cls_token }}{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
+_DECODER_CHAT = (
+    "{{ bos_token if bos_token else '' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] "
+    "+ '\n' }}{% endfor %}{{ eos_token }}"
+)
+
+
+def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
+    """A pretrained encoder or language model with a fresh head of one output, and its tokenizer.
+
+    The head is the one thing here that may be random: it is what will be trained. A tokenizer without a chat template
+    gets a plain one, so that the saved reward can score conversations.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+    """
+    torch.manual_seed(seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load {name!r} as the base of a reward model: {error}") from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _DECODER_CHAT if tokenizer.sep_token is None else _ENCODER_CHAT
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+    return model, tokenizer
+
+
+class Pairs:
+    """Encodes preference pairs exactly as `SequenceClassifierReward` will encode what it scores."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
+        """Borrow the reward's own encoding."""
+        was_trainable = [parameter.requires_grad for parameter in model.parameters()]
+        self._reward = SequenceClassifierReward(model, tokenizer, max_length=max_length)
+        for parameter, trainable in zip(model.parameters(), was_trainable, strict=True):
+            parameter.requires_grad_(trainable)  # the reward has frozen it
+        self._pad_id = int(model.config.pad_token_id)
+        self._limit = token_limit(model, tokenizer, max_length)
+
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
+        """Token ids of both answers, each behind its prompt.
+
+        Raises:
+            RewardError: a row is longer than the model takes.
+        """
+        encoded = [{name: self._ids(row["prompt"], row[name]) for name in ("chosen", "rejected")} for row in rows]
+        for name in ("chosen", "rejected"):
+            refuse_bad_lengths([row[name] for row in encoded], self._limit, f"({name}) Shorten the texts.")
+        return encoded
+
+    def _ids(self, prompt: Any, answer: str) -> list[int]:
+        return self._reward.encode(
+            prompt, answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+        )
+
+    def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        """2B padded rows, all chosen ones first."""
+        ids = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+        return pad_right({"input_ids": ids}, list(range(len(ids))), self._pad_id, "cpu")
+
+
+class PreferenceTrainer(Trainer):
+    """`transformers.Trainer` with the Bradley-Terry loss."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean of `-log sigmoid(r(chosen) - r(rejected))` over the pairs."""
+        margins_B = margins(model, inputs)
+        loss = -logsigmoid(margins_B).mean()
+        if num_items_in_batch is not None:  # Trainer then sums the micro-batches of a step instead of averaging
+            loss = loss / self.args.gradient_accumulation_steps
+        return (loss, {"margins": margins_B}) if return_outputs else loss
+
+
+def margins(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """r(chosen) - r(rejected) of each pair (B,), from a batch of `Pairs.collate`."""
+    scores = model(**inputs).logits[:, 0].float()
+    return scores[: len(scores) // 2] - scores[len(scores) // 2 :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """How often the reward agrees with people on pairs that it has not seen."""
+
+    accuracy: Estimate  # interval over prompts, ties count half
+    pairs: int
+    prompts: int
+    margin: float
+
+
+@torch.no_grad()
+def held_out_accuracy(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> Accuracy:
+    """Share of pairs whose chosen answer scores higher: the mean over prompts of each prompt's share."""
+    model.eval()
+    encoded = pairs.encode(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["chosen"]) + len(encoded[i]["rejected"]))
+    margin_B = torch.zeros(len(rows), dtype=torch.float64)
+    for start in range(0, len(rows), batch_size):
+        chunk = order[start : start + batch_size]
+        inputs = {name: t.to(model.device) for name, t in pairs.collate([encoded[i] for i in chunk]).items()}
+        margin_B[chunk] = margins(model, inputs).double().cpu()
+    wins_B = (margin_B > 0).double() + 0.5 * (margin_B == 0).double()
+    by_prompt: dict[str, list[float]] = {}
+    for row, win in zip(rows, wins_B.tolist(), strict=True):
+        by_prompt.setdefault(repr(row["prompt"]), []).append(win)
+    shares = torch.tensor([sum(wins) / len(wins) for wins in by_prompt.values()], dtype=torch.float64)
+    return Accuracy(
+        accuracy=bootstrap_mean(shares), pairs=len(rows), prompts=len(by_prompt), margin=float(margin_B.mean())
+    )
+
+
+def preference_trainer(
+    name: str,
+    train_rows: Sequence[Mapping[str, Any]],
+    args: TrainingArguments,
+    *,
+    peft_config: PeftConfig | None = None,
+    max_length: int | None = None,
+) -> tuple[PreferenceTrainer, Pairs]:
+    """A trainer on rows `{"prompt", "chosen", "rejected"}`, and the encoder that it shares with the evaluation.
+
+    Raises:
+        ConfigError: the model cannot be used.
+        RewardError: a row is longer than the model takes.
+    """
+    model, tokenizer = load_base(name, seed=args.seed)
+    pairs = Pairs(model, tokenizer, max_length)
+    train = pairs.encode(train_rows)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        peft_config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # it keeps the head trainable
+        model = get_peft_model(model, peft_config)
+    model.train()
+    trainer = PreferenceTrainer(
+        model=model,
+        args=args,
+        data_collator=pairs.collate,
+        train_dataset=train,
+        processing_class=tokenizer,  # type: ignore[arg-type]
+    )
+    return trainer, pairs

@@ -1,0 +1,345 @@
+"""Rows D1 to D15 of the fault matrix on one process: whole or absent, and never afresh by accident."""
+
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from bondlm import callbacks, manifest
+from bondlm.anchor import Anchor
+from bondlm.cli import main
+from bondlm.errors import CheckpointError
+from bondlm.manifest import MANIFEST_FILE, fault, newest_checkpoint, remove_older
+from bondlm.trainer import BONDTrainer
+from faults.children import job, kill, outcome, said, start, train, wait, wrap
+
+# -- D1, D2: killed
+
+
+def count_writes(run: Path, at: int, tell: Path) -> None:
+    """SIGKILL right before the `at`-th time that a checkpoint's file is opened for writing, renamed or removed."""
+    seen = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+            return
+        if not str(args[0]).startswith(str(run / "checkpoint")):
+            return
+        if event == "open" and not (args[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        seen += 1
+        if seen == at:
+            kill()
+        if at == 0:
+            tell.write_text(str(seen))
+
+    sys.addaudithook(hook)
+
+
+@pytest.fixture(scope="module")
+def num_writes(tmp_path_factory: pytest.TempPathFactory) -> int:
+    config = job(tmp_path_factory.mktemp("count") / "job", save_total_limit=2)
+    tell = config.parent / "tell"
+    assert train(config, lambda: count_writes(config.parent / "run", 0, tell)) == 0
+    return int(tell.read_text())
+
+
+def killed_at_write(tmp_path: Path, straight: Path, at: int) -> None:
+    config = job(tmp_path / f"killed-{at}", save_total_limit=2)
+    code = train(config, lambda: count_writes(config.parent / "run", at, config))
+    assert code == -9, (at, said(config))
+    assert train(config) == 0, (at, said(config))
+    assert outcome(config) == outcome(straight)
+    assert sum(fault(path) is None for path in (config.parent / "run").glob("checkpoint-*")) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.55, 0.8, 1.0])
+def test_d1_killed_during_save(share: float, num_writes: int, straight: Path, tmp_path: Path) -> None:
+    """Also in the first save, when there is nothing yet to fall back to."""
+    assert num_writes > 20
+    killed_at_write(tmp_path, straight, 1 + round(share * (num_writes - 1)))
+
+
+@pytest.mark.slow
+def test_d1_killed_before_every_write(num_writes: int, straight: Path, tmp_path: Path) -> None:
+    for at in range(1, num_writes + 1):
+        killed_at_write(tmp_path, straight, at)
+
+
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "sampling": (BONDTrainer, "score_completions"),
+    "backward": (BONDTrainer, "training_step"),
+    "optimizer": (torch.optim.AdamW, "step"),
+    "anchor": (Anchor, "update"),
+    "log": (callbacks, "append_jsonl"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_d2_killed_mid_step(moment: str, straight: Path, tmp_path: Path) -> None:
+    config = job(tmp_path / "job")
+    owner, name = MOMENTS[moment]
+    assert train(config, lambda: wrap(owner, name, 3 if moment == "log" else 2, kill)) == -9
+    with (config.parent / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')  # torn
+    assert train(config) == 0, said(config)
+    assert outcome(config) == outcome(straight)
+    assert [row["step"] for row in outcome(config)["steps"]] == [1, 2, 3]
+
+
+# -- D3, D4: the disk
+
+
+@pytest.mark.parametrize("limit", [3500, 8000])
+def test_d3_disk_full_on_save(limit: int, straight: Path, tmp_path: Path) -> None:
+    config = job(tmp_path / "job", num_logged_samples=0)
+    run = config.parent / "run"
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    assert train(config, lambda: wrap(callbacks, "seal", 1, fill)) == 7, said(config)
+    assert "the disk of" in said(config)
+    assert "bytes are free, a checkpoint needs about" in said(config)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert fault(run / "checkpoint-1") is None
+    assert train(config) == 0
+    mine, theirs = outcome(config), outcome(straight)
+    assert {k: v for k, v in mine.items() if k != "samples"} == {k: v for k, v in theirs.items() if k != "samples"}
+
+
+def test_d4_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    config = job(tmp_path / "job", output_dir="/proc/nowhere")  # chmod would not stop root
+    assert train(config) == 2
+    assert "output_dir='/proc/nowhere' cannot be written" in said(config)
+
+
+def test_d4_a_folder_that_vanishes(tmp_path: Path) -> None:
+    config = job(tmp_path / "job")
+    run = config.parent / "run"
+    assert train(config, lambda: wrap(Anchor, "update", 2, lambda: run.rename(run.with_name("away")))) == 6
+    assert "is gone since step 1" in said(config)
+    assert not run.exists()  # no second life in another place
+    run.with_name("away").rename(run)
+    assert train(config) == 0
+    assert outcome(config)["newest"] == "checkpoint-3"
+
+
+# -- D5 to D8: what lies there is not what was sealed
+
+CUTS: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda data: b"",
+    "one byte": lambda data: data[:1],
+    "half": lambda data: data[: len(data) // 2],
+    "all but one": lambda data: data[:-1],
+}
+
+
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 4]) + data[len(data) // 3 + 1 :]
+
+
+def rejected_everywhere(run: Path, change: Callable[[bytes], bytes]) -> None:
+    """Each file of the newest checkpoint in turn; the one before is taken, and the file is named."""
+    files = [path for path in (run / "checkpoint-3").rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert names >= {"anchor.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", MANIFEST_FILE}
+    for path in files:
+        data = path.read_bytes()
+        path.write_bytes(change(data))
+        taken, rejected = newest_checkpoint(run)
+        assert taken == run / "checkpoint-2", path
+        assert path.name in rejected[0]
+        path.write_bytes(data)
+    assert newest_checkpoint(run) == (run / "checkpoint-3", [])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_d5_truncated_file_is_rejected(cut: str, copy: Path) -> None:
+    rejected_everywhere(copy.parent / "run", CUTS[cut])
+
+
+def test_d5_none_left_is_no_fresh_start(copy: Path, straight: Path) -> None:
+    run = copy.parent / "run"
+    for step in (2, 3):
+        anchor = run / f"checkpoint-{step}" / "anchor.safetensors"
+        anchor.write_bytes(anchor.read_bytes()[:-1])
+    assert train(copy) == 0
+    assert "not resumed from" in said(copy)
+    assert "anchor.safetensors has" in said(copy)
+    assert outcome(copy) == outcome(straight)
+    for path in run.glob("checkpoint-*"):
+        (path / "anchor.safetensors").write_bytes(b"")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train(copy) == 6
+    assert "no checkpoint of" in said(copy)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_d6_one_flipped_bit_is_rejected(copy: Path) -> None:
+    rejected_everywhere(copy.parent / "run", flipped)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/{tmp}/outside"])
+def test_d7_a_path_out_of_the_folder_is_not_read(name: str, copy: Path) -> None:
+    path = copy.parent / "run" / "checkpoint-3"
+    outside = path.parent / "outside"
+    os.mkfifo(outside)  # whoever reads it waits for ever
+    content = json.loads((path / MANIFEST_FILE).read_text())
+    content["files"][name.format(tmp=path.parent)] = {"size": 0, "sha256": ""}
+    (path / MANIFEST_FILE).write_text(json.dumps(content))
+    assert "leads out of the folder" in str(fault(path))
+    (path / MANIFEST_FILE).unlink()
+    (path / MANIFEST_FILE).symlink_to(outside)
+    assert "is a link" in str(fault(path))
+
+
+def test_d7_manifest_missing_or_a_file_too_many(copy: Path) -> None:
+    run = copy.parent / "run"
+    (run / "checkpoint-3" / "more.pt").touch()
+    (run / "checkpoint-2" / MANIFEST_FILE).unlink()
+    taken, rejected = newest_checkpoint(run)
+    assert taken == run / "checkpoint-1"
+    assert "more.pt is not in the manifest" in rejected[0]
+    assert "it was not finished" in rejected[1]
+    (run / "linked").symlink_to(run / "checkpoint-1")
+    assert "is a link" in str(fault(run / "linked"))
+
+
+def test_d8_stale_temp_folders_are_removed_and_said(copy: Path, straight: Path) -> None:
+    run = copy.parent / "run"
+    for name in ("checkpoint-2.tmp-99", "checkpoint-7"):  # a temporary one, and a save that was cut short
+        (run / name).mkdir()
+        (run / name / "optimizer.pt").write_bytes(b"half")
+    (run / "checkpoint-best").mkdir()  # somebody's own
+    assert train(copy) == 0
+    for name in ("checkpoint-2.tmp-99", "checkpoint-7"):
+        assert not (run / name).exists()
+        assert f"removed {run / name}: its save was not finished" in said(copy)
+    assert (run / "checkpoint-best").is_dir()
+    assert outcome(copy.parent / "run.yaml")["adapter_model.safetensors"] == outcome(straight)["adapter_model.safetensors"]
+
+
+# -- D10, D12 to D15
+
+CHANGES = {
+    "beta": 0.25,
+    "learning_rate": 2e-3,
+    "seed": 7,
+    "gamma": 0.5,
+    "reward_funcs": "{folder}/reward.py:saver",
+    "num_anchor_samples": 4,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_d10_other_config_is_refused(name: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    value = CHANGES[name]
+    value = value.format(folder=copy.parent) if isinstance(value, str) else value
+    assert main(["train", "--config", str(copy), f"--{name}", str(value)]) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: " in error
+    assert f"-> {value!r}" in error
+    assert "--allow_config_change" in error
+
+
+def test_d10_a_change_that_is_allowed_is_on_file(copy: Path) -> None:
+    allowed = ("--allow_config_change", "true", "--max_steps", "4")
+    assert train(copy, lambda: None, *allowed, "--beta", "0.25") == 0, said(copy)
+    run = copy.parent / "run"
+    assert json.loads((run / "env.json").read_text())["config_changes"] == ["beta: None -> 0.25"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["beta"] == 0.25
+    assert train(copy, lambda: None, *allowed, "--beta", "0.25", "--learning_rate", "0.5") == 2
+    assert "a checkpoint restores its optimizer" in said(copy)
+
+
+def test_d10_another_tokenizer_is_refused(copy: Path) -> None:
+    template = copy.parent / "model" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
+    assert train(copy, lambda: None, "--max_steps", "4") == 2
+    assert "makes other tokens of the prompts" in said(copy)
+
+
+def test_d12_two_processes_on_one_run_folder(copy: Path, straight: Path) -> None:
+    lock = copy.parent / "run" / ".lock"
+    lock.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    assert train(copy) == 6
+    assert f"in use by process {os.getpid()} on {socket.gethostname()}" in said(copy)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    lock.write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname()}))
+    assert train(copy) == 0
+    assert not lock.exists()
+
+
+def test_d13_an_explicit_checkpoint_that_is_absent(copy: Path) -> None:
+    missing = copy.parent / "run" / "checkpoint-999"
+    assert train(copy, lambda: None, "--resume", str(missing)) == 6
+    assert "checkpoint-999' is not a checkpoint folder" in said(copy)
+    missing.mkdir()
+    assert train(copy, lambda: None, "--resume", str(missing)) == 6
+    assert "it was not finished" in said(copy)
+
+
+def test_d14_a_newer_format_is_refused_not_passed_over(copy: Path) -> None:
+    path = copy.parent / "run" / "checkpoint-3" / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    assert train(copy) == 6
+    assert "has format 2, this bondlm reads 1" in said(copy)
+
+
+def test_d15_a_purge_that_fails_is_a_warning_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "no", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest.shutil, "rmtree", refuse)
+        with pytest.warns(UserWarning, match=r"checkpoint-1 could not be removed .* training goes on"):
+            remove_older(tmp_path, keep=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        remove_older(tmp_path, keep=2, best=str(tmp_path / "checkpoint-1"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def test_d15_the_oldest_goes_only_when_the_newest_is_sealed(tmp_path: Path) -> None:
+    config = job(tmp_path / "job", save_total_limit=2)
+    run = config.parent / "run"
+    pid = start(config, lambda: wrap(callbacks, "seal", 3, kill, after=False))
+    assert wait(pid) == -9
+    assert [fault(run / f"checkpoint-{step}") is None for step in (1, 2, 3)] == [True, True, False]
+    assert train(config) == 0
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_t11_data_that_changed_are_refused_at_resume(copy: Path) -> None:
+    data = copy.parent / "train.jsonl"
+    rows = data.read_text().splitlines(keepends=True)
+    data.write_text("".join([*rows[1:], rows[0]]))
+    assert train(copy, lambda: None, "--max_steps", "4") == 3
+    assert "train_dataset has changed since checkpoint-3" in said(copy)
+    data.write_text("".join(rows))
+    assert train(copy, lambda: None, "--max_steps", "4") == 0
+
+
+def test_d13_through_the_trainer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="it was not finished"):
+        manifest.checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-9"))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        manifest.checkpoint_to_resume(tmp_path, True)

@@ -1,0 +1,155 @@
+"""Several processes of one run (rows M1 to M5, S5 and N3 of the fault matrix): two with gloo on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.helpers import write_job
+from distributed.launch import ROOT, check, free_port, outcome, run_tiny, taken_port
+from safetensors.torch import load_file
+
+from bondlm.errors import DataDesyncError, WeightDesyncError
+from bondlm.manifest import fault
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+TIMEOUT_S = 8
+
+
+def ranks(config: Path, *options: str, world: int = 2, start: int | None = None) -> list[subprocess.Popen[str]]:
+    """`bondlm train`, once a rank and without a launcher that would end the others when one ends."""
+    port, processes = str(free_port()), []
+    for rank in range(world if start is None else start):
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        environment = os.environ | places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = str(ROOT / "src")
+        command = [sys.executable, "-m", "bondlm", "train", "--config", str(config), *options]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    return processes
+
+
+def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    log = folder / "run" / "metrics.jsonl"
+    end = time.monotonic() + 60
+    while time.monotonic() < end and all(process.poll() is None for process in processes):
+        if log.exists() and any(json.loads(line)["step"] >= step for line in log.read_text().split("\n")[:-1]):
+            return
+        time.sleep(0.02)
+    raise AssertionError([process.communicate(timeout=5) for process in processes if process.poll() is not None])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stalled"])
+def test_m1_a_rank_that_is_gone_does_not_hang_the_other(tmp_path: Path, how: signal.Signals) -> None:
+    config = write_job(tmp_path, max_steps=100_000, save_strategy="no", eval_dataset=None, ddp_timeout=TIMEOUT_S)
+    first, second = processes = ranks(config)
+    try:
+        wait_for_step(tmp_path, 2, processes)
+        second.send_signal(how)
+        began = time.monotonic()
+        _, error = first.communicate(timeout=TIMEOUT_S + 20)
+        assert time.monotonic() - began < TIMEOUT_S + 20
+        assert first.returncode == 6
+        assert "rank 0" in error
+        assert "ddp_timeout" in error
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_m1_the_launcher_ends_the_others(tmp_path: Path) -> None:
+    done = run_tiny(tmp_path / "run", 2, kind="causal", per_device_train_batch_size=2, kill_rank=1, max_steps=50)
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+
+
+@pytest.mark.parametrize("what", ["rows", "settings"])
+def test_m2_ranks_with_other_data_or_settings_are_told_apart(tmp_path: Path, what: str) -> None:
+    done = run_tiny(tmp_path / "run", 2, kind="causal", per_device_train_batch_size=2, desync=what)
+    assert done.returncode != 0
+    assert DataDesyncError.__name__ in done.stderr
+    assert "step 1: the processes have different settings or prompts" in done.stderr
+
+
+def test_m3_weights_that_drift_apart_are_found_when_they_are_saved(tmp_path: Path) -> None:
+    job = {"kind": "causal", "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    done = run_tiny(tmp_path / "run", 2, **job, desync="weights", desync_after=2)
+    assert done.returncode != 0
+    assert WeightDesyncError.__name__ in done.stderr
+    assert "the policy of rank 1 is not that of rank 0" in done.stderr
+    assert fault(tmp_path / "run" / "checkpoint-2") is None
+    assert fault(tmp_path / "run" / "checkpoint-3") is not None  # never sealed
+
+
+def test_m4_the_uneven_last_batch_of_an_epoch(tmp_path: Path) -> None:
+    job = {"kind": "causal", "rows": 5, "max_steps": 4}  # 4 + 1 prompts an epoch
+    check(run_tiny(tmp_path / "one", 1, **job, per_device_train_batch_size=4))
+    check(run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=2))
+    one, two = (load_file(tmp_path / name / "policy.safetensors") for name in ("one", "two"))
+    residuals = torch.cat([(two[name] - one[name]).flatten() for name in one])
+    assert float(residuals.abs().max()) < 2e-6
+
+
+def test_m5_a_missing_variable_is_named(tmp_path: Path) -> None:
+    config = write_job(tmp_path, eval_dataset=None)
+    environment = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "bondlm", "train", "--config", str(config)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "MASTER_ADDR" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_m5_a_taken_port_is_named(tmp_path: Path) -> None:
+    config = write_job(tmp_path, eval_dataset=None)
+    with taken_port() as port:
+        environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT / "src")}
+        command = [sys.executable, "-m", "bondlm", "train", "--config", str(config)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"MASTER_PORT={port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_s5_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, rank: int) -> None:
+    config = write_job(tmp_path, max_steps=100_000, save_steps=100_000, eval_dataset=None, ddp_timeout=30)
+    processes = ranks(config)
+    try:
+        wait_for_step(tmp_path, 2, processes)
+        processes[rank].send_signal(signal.SIGTERM)
+        ends = [process.communicate(timeout=40) for process in processes]
+        assert [process.returncode for process in processes] == [75, 75], ends
+    finally:
+        for process in processes:
+            process.kill()
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert fault(checkpoint) is None
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
+    assert "stopped by SIGTERM" in ends[0][0]
+    assert ends[1][0] == ""  # one process speaks
+
+
+def test_n3_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path: Path) -> None:
+    job: dict[str, Any] = {"kind": "causal", "per_device_train_batch_size": 2}
+    check(run_tiny(tmp_path / "run", 2, **job, nan_rank=1, nan_step=2))
+    skipped = [row["skipped_steps"] for row in outcome(tmp_path / "run") if "loss" in row]
+    assert skipped == [0, 1, 0]
+    policy = load_file(tmp_path / "run" / "policy.safetensors")
+    assert all(torch.isfinite(weights).all() for weights in policy.values())
+
+
+def test_r6_the_failure_of_one_rank_ends_all(tmp_path: Path) -> None:
+    done = run_tiny(tmp_path / "run", 2, kind="causal", per_device_train_batch_size=2, fail_on_rank=1)
+    assert done.returncode != 0
+    assert "one rank's reward is down" in done.stderr

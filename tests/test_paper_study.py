@@ -1,0 +1,138 @@
+"""The study's harness on tiny models: it resumes, measures all runs against the same samples, and judges by rule."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import prompt_rows, tiny_t5, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
+
+import plans  # noqa: E402
+import report  # noqa: E402
+import run as study  # noqa: E402
+import tasks  # noqa: E402
+import verdicts  # noqa: E402
+
+REWARD = """
+def letters(prompts, completions, **columns):
+    return [text.count("e") + 0.01 * len(text) for text in completions]
+
+def short(prompts, completions, **columns):
+    return [-float(len(text)) for text in completions]
+"""
+BUDGET = ["--steps", "2", "--completions", "6", "--prompts", "3", "--samples", "2", "--reference-samples", "4"]
+
+
+@pytest.fixture
+def tiny_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The summarization task with a tiny T5, in a scratch folder."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer(chat=False)
+    tiny_t5(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [row | {"reference": "the sky"} for row in prompt_rows(12)]
+    for name, part in (("train", rows[:8]), ("heldout", rows[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (tmp_path / "reward.py").write_text(REWARD)
+    task = dataclasses.replace(
+        tasks.SUMMARIZATION,
+        model="model",
+        reward_funcs=["reward.py:letters"],
+        judges=["reward.py:short"],
+        train="train.jsonl",
+        held_out="heldout.jsonl",
+        settings={"max_completion_length": 5, "learning_rate": 1e-3, "warmup_steps": 0, "use_cpu": True},
+    )
+    monkeypatch.setitem(tasks.TASKS, "summarization", task)
+    return tmp_path
+
+
+def test_an_experiment_runs_resumes_and_is_reported(tiny_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["x1", *BUDGET, "--seeds", "0", "--points", "2", "--only", "n4-beta0.5", "n4-beta0.0"]
+    study.main(command)
+    folder = tiny_study / "runs/paper/x1/n4-beta0.5-s0"
+    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in curve] == [1, 2]
+    assert 0 < curve[0]["tokens"] < curve[1]["tokens"]
+    assert set(curve[0]["judges"]) == {"short", "rouge_l"}
+    assert curve[1]["against_best_of"][1]["forward_kl"]["value"] > 0
+    references = list((tiny_study / "runs/paper/reference").iterdir())
+    assert len(references) == 1  # both runs were measured against one draw
+    before = (folder / "done.json").stat().st_mtime_ns
+    (tiny_study / "runs/paper/x1/n4-beta0.0-s0/done.json").unlink()  # as if it had been cut
+    study.main(command)
+    assert (folder / "done.json").stat().st_mtime_ns == before
+    assert capsys.readouterr().out.count("s0: done") == 1
+    results = tiny_study / "results" / "here"
+    report.main(["--results", str(results), "--page", str(tiny_study / "results.md")])
+    page = (tiny_study / "results.md").read_text()
+    assert "| n4-beta0.5 | 1 |" in page
+    assert "Not run yet: `python benchmarks/paper/run.py x9`" in page
+    assert "(1 of 3 seeds)" in (results.parent / "claims.md").read_text()
+    assert (results / "x1.png").stat().st_size > 10_000
+    assert len((results / "runs.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_may_stop_by_its_own_evaluation(tiny_study: Path) -> None:
+    study.main(["over", *BUDGET, "--seeds", "1", "--points", "2", "--only", "kl-budget1"])
+    done = json.loads((tiny_study / "runs/paper/over/kl-budget1-s1/done.json").read_text())
+    assert 1 <= done["steps"] <= 6
+
+
+def test_every_run_of_every_experiment_is_a_valid_config(tmp_path: Path) -> None:
+    args = study.arguments(["x1"])
+    for name, experiment, run in plans.runs(list(plans.EXPERIMENTS)):
+        task = tasks.TASKS[experiment.task]
+        config = study.config_of(task, run, 0, tmp_path, args)
+        drawn = config["per_device_train_batch_size"] * study.plan_total(run.settings)
+        assert 0.7 * task.completions <= drawn <= 1.4 * task.completions, (name, run.name)
+    names = [(name, run.name) for name, _, run in plans.runs(list(plans.EXPERIMENTS))]
+    assert len(set(names)) == len(names)
+
+
+def test_missing_files_are_named_with_the_commands_that_make_them(
+    tiny_study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        study.main(["x5"])
+    assert "models/films-reward" in str(caught.value)
+    assert "bondlm reward-model --config examples/dialogue/reward_model.yaml" in str(caught.value)
+
+
+def table(first: list[float], second: list[float]) -> verdicts.Table:
+    return {"a": {i: {"kl": x} for i, x in enumerate(first)}, "b": {i: {"kl": x} for i, x in enumerate(second)}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tolerance", "word"),
+    [
+        ([2.0, 2.1, 2.2], [1.0, 1.2, 1.1], None, "holds"),
+        ([1.0, 1.2, 1.1], [2.0, 2.1, 2.2], None, "does not hold"),
+        ([1.0, 3.0, 2.0], [2.0, 1.0, 3.0], None, "not decided"),
+        ([2.0, 2.1], [1.0, 1.2], None, "not tested here"),
+        ([], [1.0], None, "not tested here"),
+        ([1.0, 1.1, 1.2], [1.01, 1.09, 1.2], 0.05, "holds"),
+        ([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], 0.05, "does not hold"),
+    ],
+)
+def test_a_verdict_needs_three_seeds_and_an_interval_on_one_side(
+    first: list[float], second: list[float], tolerance: float | None, word: str
+) -> None:
+    assert verdicts.compare(table(first, second), "a", "b", "kl", "claim", tolerance=tolerance).word == word
+
+
+def test_the_t_interval_is_that_of_scipy_tables() -> None:
+    middle, low, high = verdicts.interval([1.0, 2.0, 3.0])
+    assert (middle, high - middle, middle - low) == pytest.approx((2.0, 4.303 / 3**0.5, 4.303 / 3**0.5))
+
+
+def test_the_cost_of_a_win_rate_is_read_between_measurements() -> None:
+    points: list[dict[str, Any]] = [{"win_rate": 0.7, "kl": 1.0}, {"win_rate": 0.9, "kl": 3.0}]
+    assert report.at_win_rate(points, 0.8, "kl") == pytest.approx(2.0)
+    assert report.at_win_rate(points, 0.6, "kl") == pytest.approx(0.5)
+    assert report.at_win_rate(points, 0.95, "kl") is None

@@ -1,0 +1,33 @@
+import pytest
+
+from bondlm.cli import main
+from bondlm.cli.options import parse
+from bondlm.config import BONDConfig
+from bondlm.errors import ConfigError
+from bondlm.presets import PRESETS, with_preset
+
+
+def test_a_preset_fills_in_what_is_not_set_and_nothing_else(monkeypatch):
+    monkeypatch.setitem(PRESETS, "quick", {"eta": 0.3, "beta": 0.8})
+    # 0.02 is BONDConfig's own default: set by the user, it stays.
+    assert with_preset({"preset": "quick", "eta": 0.02}) == {"preset": "quick", "eta": 0.02, "beta": 0.8}
+    assert with_preset({"eta": 0.02}) == {"eta": 0.02}
+
+
+def test_the_command_line_fills_it_in_below_the_file(monkeypatch, tmp_path):
+    monkeypatch.setitem(PRESETS, "quick", {"eta": 0.3, "beta": 0.8, "gamma": 1.0})
+    (tmp_path / "c.yaml").write_text("preset: quick\nbeta: 0.7\n")
+    options = parse("train", ["--config", str(tmp_path / "c.yaml"), "--gamma", "0"])
+    assert (options["eta"], options["beta"], options["gamma"]) == (0.3, 0.7, 0)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_is_a_valid_config(name, tmp_path):
+    BONDConfig(output_dir=str(tmp_path), **PRESETS[name])
+
+
+def test_an_unknown_preset_is_refused(capsys):
+    with pytest.raises(ConfigError, match="preset='fats': choose one of paper"):
+        with_preset({"preset": "fats"})
+    assert main(["train", "--preset", "fats"]) == 2
+    assert "preset='fats'" in capsys.readouterr().err
