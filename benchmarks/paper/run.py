@@ -37,7 +37,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="default: the task's (40)")
     parser.add_argument("--completions", type=int, help="drawn in a step; default: the task's (96 or 48)")
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
-    parser.add_argument("--samples", type=int, default=8, help="policy samples of each, in a measurement")
+    parser.add_argument("--samples", type=int, default=4, help="policy samples of each, in a measurement")
     parser.add_argument("--reference-samples", type=int, default=32)
     parser.add_argument("--points", type=int, default=4, help="measurements along a run, the last one at its end")
     parser.add_argument("--threads", type=int, default=1)
@@ -94,6 +94,7 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
 
     from bondlm import BONDConfig, BONDTrainer
     from bondlm.data import load_prompts
+    from bondlm.evaluation.files import model_fingerprint, reward_fingerprint
 
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
@@ -113,7 +114,9 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
     trainer.remove_callback(PrinterCallback)
     rows = trainer.eval_dataset.to_list()
     judges = load_judges(task.judges, rows, task.reference_column, trainer.args.device)
-    key = json.dumps([task.model, task.reward_funcs, task.reward_weights, task.judges, config["max_completion_length"]])
+    specs = [reward_fingerprint(spec) for spec in task.reward_funcs + task.judges]
+    made_from = [model_fingerprint(task.model, None), specs, task.reward_weights, config["max_completion_length"]]
+    key = json.dumps(made_from, default=str)
     # The reference's samples are the same for all seeds of training; they are drawn by whichever run comes first.
     bench = Bench(trainer, judges, Path(args.out) / "reference", key, args.reference_samples)
     steps = config["max_steps"]

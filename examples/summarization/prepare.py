@@ -12,10 +12,8 @@ Every step writes to a temporary folder that is renamed at the end, and is skipp
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -124,56 +122,18 @@ def save_folder(model: Any, tokenizer: Any, folder: Path) -> None:
     print(f"{folder}: written, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {size:.0f} MB")
 
 
-def load_folder(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a saved folder (the warning that embeddings will not be tied is as it should be)."""
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+def finetune(source: Path, data: Path, folder: Path, steps: int) -> None:
+    """A short supervised start with `bondlm sft`; the folder appears whole or not at all."""
+    from bondlm.cli import main as bondlm
 
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
-    model.config.tie_word_embeddings = False  # the constructor of T5Config has set it again; see build_t5
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-def batch_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> torch.Tensor:
-    """Mean cross entropy per reference token, scalar."""
-    inputs = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
-    labels = tokenizer([row["reference"] for row in rows], return_tensors="pt", padding=True)
-    target = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
-    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=target).loss
-
-
-@torch.no_grad()
-def heldout_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
-    """Loss on held-out rows, mean over batches of 20."""
-    model.eval()
-    losses = [batch_loss(model, tokenizer, rows[i : i + 20]).item() for i in range(0, len(rows), 20)]
-    return sum(losses) / len(losses)
-
-
-def finetune(source: Path, data: Path, folder: Path, steps: int, batch: int = 16, lr: float = 4e-4) -> None:
-    """A short supervised start: AdamW, constant rate after five warm-up steps, one pass over shuffled rows."""
-    rows = {
-        name: [json.loads(x) for x in (data / f"{name}.jsonl").open(encoding="utf-8")] for name in ("sft", "heldout")
-    }
-    model, tokenizer = load_folder(source)
-    before, start = heldout_loss(model, tokenizer, rows["heldout"]), time.time()
-    torch.manual_seed(0)
-    order = torch.randperm(len(rows["sft"])).tolist()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 5)
-        picks = [order[(step * batch + k) % len(order)] for k in range(batch)]
-        loss = batch_loss(model, tokenizer, [rows["sft"][k] for k in picks])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 10 == 9:
-            print(f"  step {step + 1}/{steps}: loss {loss.item():.3f}, {time.time() - start:.0f} s", flush=True)
-    after = heldout_loss(model, tokenizer, rows["heldout"])
-    print(f"held-out loss: {before:.3f} -> {after:.3f}")
-    save_folder(model.eval(), tokenizer, folder)
+    temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+    settings = Path(__file__).parent / "sft.yaml"
+    command = ["sft", "--config", str(settings), "--model", str(source), "--output_dir", str(temporary)]
+    command += ["--train_dataset", str(data / "sft.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")]
+    code = bondlm([*command, "--max_steps", str(steps)])
+    if code:
+        sys.exit(code)
+    temporary.rename(folder)
 
 
 def main() -> None:

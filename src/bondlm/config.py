@@ -4,9 +4,12 @@ Defaults are the paper's where it states one (Sessa et al. 2024, sections 5 and 
 why.
 """
 
+import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal
 
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from bondlm.errors import ConfigError
@@ -119,6 +122,8 @@ class BONDConfig(TrainingArguments):
         problems = _problems(self)
         if problems:
             raise ConfigError("; ".join(problems))
+        if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 

@@ -77,8 +77,8 @@ def waiting_for_others(args: Any) -> Iterator[None]:
         frame = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if _OURS in f.filename), None)
         place = "" if frame is None else f" in {frame.name} ({Path(frame.filename).name}:{frame.lineno})"
         raise LostRankError(
-            f"rank {args.process_index} of {args.world_size} waited in vain for another process{place}: it died, or did "
-            f"not answer within ddp_timeout={args.ddp_timeout} s. Look for the first error in the other processes' "
+            f"rank {args.process_index} of {args.world_size} waited in vain for another process{place}: it died, or "
+            f"did not answer within ddp_timeout={args.ddp_timeout} s. Look for the first error in the other processes' "
             f"output; the same command continues from the last checkpoint. ({str(error).splitlines()[0]})"
         ) from error
 

@@ -417,7 +417,7 @@ class BONDTrainer(Trainer):
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
         if checkpoint is not None:
             self._anchor_callback.restore_from(Path(checkpoint))
-        with writing_to(folder):
+        with writing_to(folder), waiting_for_others(self.args):
             return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -17,7 +17,7 @@ from test_trainer import ends_often, lora, low_ids
 from tiny import prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 
 from bondlm import BONDConfig, BONDTrainer
-from bondlm.sharding import gather_to_main, named_weights
+from bondlm.sharding import gather_to_main, local, named_weights
 
 
 class Disturb(TrainerCallback):
@@ -36,13 +36,16 @@ class Disturb(TrainerCallback):
                 next(model.parameters()).view(-1)[5] += 1e-6
 
 
-def main(out: Path, job: dict) -> None:
+def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a fault
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer()
     model = ends_often(tiny_t5(tokenizer) if job.pop("kind") == "t5" else tiny_causal(tokenizer))
     resume = job.pop("resume", False)
     desync, desync_after = job.pop("desync", None), job.pop("desync_after", 0)
     nan_rank, nan_step, kill_rank = job.pop("nan_rank", None), job.pop("nan_step", None), job.pop("kill_rank", None)
+    if job.pop("save_base", False):  # an adapter folder names the model that it belongs to
+        model.save_pretrained(out / "base")
+        model.config._name_or_path = str(out / "base")
     adapter, rows, fail = job.pop("lora", False), job.pop("rows", 12), job.pop("fail_on_rank", None)
     settings = {
         "max_steps": 3,
@@ -94,6 +97,8 @@ def main(out: Path, job: dict) -> None:
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     trainer.save_model()
+    part = sum(local(weights).numel() for weights in trainer.anchor.weights)
+    (out / f"anchor_part_{args.process_index}.json").write_text(str(part))
     is_main = trainer.is_world_process_zero()
     policy = gather_to_main(named_weights(trainer.roles.model), is_main=is_main)
     anchor = trainer.anchor.state_dict(is_main=is_main)

@@ -1,9 +1,6 @@
 """Two processes with gloo on the CPU do the mathematics of one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).with_name("run_tiny.py")
-
-
-def run(out: Path, processes: int, *, timeout: float = 120, **job: Any) -> subprocess.CompletedProcess[str]:
-    out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(SCRIPT), str(out), json.dumps(job)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2] / "src")}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def check(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
+from distributed.launch import check, run_tiny
 
 JOBS: dict[
     str, tuple[dict[str, Any], int, int, int]
@@ -46,9 +30,9 @@ JOBS: dict[
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
     job, one, each, accumulate = JOBS[name]
-    check(run(tmp_path / "one", 1, **job, per_device_train_batch_size=one))
+    check(run_tiny(tmp_path / "one", 1, **job, per_device_train_batch_size=one))
     settings = {"per_device_train_batch_size": each, "gradient_accumulation_steps": accumulate}
-    check(run(tmp_path / "two", 2, **job, **settings))
+    check(run_tiny(tmp_path / "two", 2, **job, **settings))
     for file in ("policy.safetensors", "anchor.safetensors"):
         single, double = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         assert single.keys() == double.keys()
@@ -67,10 +51,3 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
         for key in ("reward", "anchor/reward", "kl", "anchor/kl", "grad_norm"):
             if key in single_row:
                 assert double_row[key] == pytest.approx(single_row[key], rel=1e-3, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_the_failure_of_one_rank_ends_all(tmp_path: Path) -> None:
-    done = run(tmp_path / "run", 2, kind="causal", per_device_train_batch_size=2, fail_on_rank=1)
-    assert done.returncode != 0
-    assert "one rank's reward is down" in done.stderr

@@ -13,7 +13,7 @@ FACTS_FILE = "reward.json"
 
 def run(options: dict[str, Any]) -> int:
     """Read and check the pairs, train, save a classifier folder for `reward_funcs`, say how often it is right."""
-    from bondlm.cli.training import fit, fresh_folder, quiet, training_arguments, write_facts
+    from bondlm.cli.training import fit, fresh_folder, quiet, silence, training_arguments, write_facts
 
     train_rows, eval_rows = _rows(options)
     folder, console = fresh_folder(options, "runs/reward-model"), make_console()
@@ -30,6 +30,7 @@ def run(options: dict[str, Any]) -> int:
                 peft_config=lora_config(options),
                 max_length=options.get("max_length"),
             )
+        silence(trainer)
         seconds = fit(trainer, console)
         model: Any = trainer.model
         result = held_out_accuracy(model, pairs, eval_rows)

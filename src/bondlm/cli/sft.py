@@ -14,7 +14,7 @@ FACTS_FILE = "sft.json"
 
 def run(options: dict[str, Any]) -> int:
     """Read and check the rows, train, save an ordinary model or adapter folder, say the held-out loss."""
-    from bondlm.cli.training import fit, fresh_folder, quiet, training_arguments, write_facts
+    from bondlm.cli.training import fit, fresh_folder, quiet, silence, training_arguments, write_facts
     from bondlm.labelled import read_answers
 
     for name in ("model", "train_dataset"):
@@ -39,6 +39,7 @@ def run(options: dict[str, Any]) -> int:
                 max_prompt_length=options.get("max_prompt_length"),
                 max_completion_length=int(options.get("max_completion_length", 256)),
             )
+        silence(trainer)
         before = _loss(trainer) if eval_rows else None
         seconds = fit(trainer, console)
         after = _loss(trainer) if eval_rows else None

@@ -67,13 +67,20 @@ def quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
+def silence(trainer: Any) -> None:
+    """Drop the trainer's own prints."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+
 def fit(trainer: Any, console: Console) -> float:
     """Train, printing a line each logged step; returns the seconds.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite.
     """
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import TrainerCallback
 
     began = time.perf_counter()
 
@@ -88,7 +95,6 @@ def fit(trainer: Any, console: Console) -> float:
                     highlight=False,
                 )
 
-    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Lines())
     trainer.train()
     return time.perf_counter() - began
