@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
     from bondlm.data import load_prompts
     from bondlm.evaluation.files import model_fingerprint, reward_fingerprint
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

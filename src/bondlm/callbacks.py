@@ -26,7 +26,7 @@ from bondlm.manifest import remove_older, seal
 from bondlm.quantile_model import QuantileModel
 from bondlm.ranks import require_same_weights
 from bondlm.rollout import Samples
-from bondlm.runfolder import METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
+from bondlm.runfolder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.sharding import local
 
 
@@ -159,7 +159,7 @@ class RunFolderCallback(TrainerCallback):
         """Forget what was logged beyond the step that the run starts from."""
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS_FILE, SAMPLES_FILE):
+            for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE):
                 drop_after(self._folder / name, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -200,6 +200,13 @@ class StopCallback(TrainerCallback):
         self._target_n, self._kl_budget = target_n, kl_budget
         self.signal: int | None = None
         self.save_requested = False
+        self._failure: Exception | None = None
+        self.finished = False  # all is saved: a signal need not wait for anything
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that is resumed at its last step is done: Trainer would take one more."""
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a signal: save, and stop if it was one to stop; on every rank if any rank got it."""
@@ -226,6 +233,23 @@ class StopCallback(TrainerCallback):
         if stop:
             self.signal = stop  # known to all ranks from here on
         return stop > 0, save > 0
+
+    def pause(self, error: Exception, args: Any, state: Any, control: Any) -> None:
+        """Save and stop without a further step; `error` is for `raise_failure`, when all is saved.
+
+        Among several processes the others could not know: there the error ends the run, at its last checkpoint.
+        """
+        if args.world_size > 1:
+            raise error
+        self._failure = error
+        is_saved = (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+        control.should_save = state.global_step > 0 and not is_saved
+        control.should_training_stop = True
+
+    def raise_failure(self) -> None:
+        """Raise what the run was paused for, if anything."""
+        if self._failure is not None:
+            raise self._failure
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Compare with `target_n` and `kl_budget`."""

@@ -2,8 +2,11 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+import torch
 
 
 class Clock:
@@ -45,3 +48,25 @@ class Clock:
         self._charge()
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
+
+
+class StepMeans:
+    """The metrics of the steps since the last log, as means over steps and processes."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Keep a step's metrics."""
+        for name, value in metrics.items():
+            self._values[name].append(value)
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """The means since the last call; every process must call, with metrics of the same names."""
+        names = sorted(self._values)
+        means = torch.tensor([sum(self._values[n]) / len(self._values[n]) for n in names], dtype=torch.float64)
+        self._values.clear()
+        return dict(
+            zip(names, accelerator.reduce(means.to(accelerator.device), reduction="mean").tolist(), strict=True)
+        )

@@ -72,6 +72,15 @@ class BONDConfig(TrainingArguments):
     max_prompt_length: int | None = _field(None, "Longest prompt in tokens; a longer one is an error, never cut.")
     max_completion_length: int = _field(256, "Most tokens of a completion, end-of-sequence included.")
     reward_weights: list[float] | None = _field(None, "Weight of each reward function. Default: 1 each.")
+    reward_timeout_s: float = _field(60.0, "Seconds that a request to a reward server may take.")
+    reward_outage_s: float = _field(
+        600.0, "Seconds that the run waits for a reward server that is down; then it saves and ends."
+    )
+    max_skipped_frac: float = _field(
+        0.01,
+        "Fraction in [0, 1] of the prompts seen whose reward may fail: they are dropped whole and counted. One may "
+        "fail in any case, unless this is 0.",
+    )
 
     # -- model and engine
     model_init_kwargs: dict[str, Any] | None = _field(None, "Keyword arguments of from_pretrained for a model name.")
@@ -185,6 +194,9 @@ def _problems(config: BONDConfig) -> list[str]:
             f"target_n={c.target_n}: must be > 1 and at most eval_num_reference_samples="
             f"{c.eval_num_reference_samples}, which cannot show more",
         ),
+        (0 <= c.max_skipped_frac <= 1, f"max_skipped_frac={c.max_skipped_frac}: a fraction lies in [0, 1]"),
+        (c.reward_timeout_s > 0, f"reward_timeout_s={c.reward_timeout_s}: must be > 0"),
+        (c.reward_outage_s >= 0, f"reward_outage_s={c.reward_outage_s}: must be >= 0"),
         (c.max_skipped_steps >= 0, f"max_skipped_steps={c.max_skipped_steps}: must be >= 0"),
         (
             c.save_total_limit is None or c.save_total_limit >= 2,

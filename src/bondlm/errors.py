@@ -29,6 +29,10 @@ class RewardError(BondError, RuntimeError):
     exit_code = 4
 
 
+class RewardOutageError(RewardError):
+    """A reward server that is down for longer than the run waits; the run is saved (exit code 4)."""
+
+
 class NonFiniteError(BondError, ArithmeticError):
     """A loss, gradient or log-probability that is not finite (exit code 5)."""
 

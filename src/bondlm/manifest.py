@@ -161,7 +161,7 @@ def verify(folder: Path) -> None:
 
 
 def _step(path: Path) -> int:
-    number = path.name.rpartition("-")[2]
+    number = path.name.removeprefix("checkpoint-")
     return int(number) if number.isascii() and number.isdigit() else -1
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
-from bondlm.sharding import Replica, gather_to_main, named_weights
+from bondlm.sharding import Replica, check_parallelism, gather_to_main, named_weights
 
 ANCHOR_ADAPTER = "anchor"
 REFERENCE_ADAPTER = "reference"
@@ -256,6 +256,7 @@ def prepare_policy(
     Raises:
         ConfigError: it cannot be loaded, has nothing to train, or the settings contradict it.
     """
+    check_parallelism(args)
     if isinstance(model, str):
         adapter = peft_config is not None or (Path(model) / "adapter_config.json").is_file()
         model = load_model(model, dtype=_load_dtype(args, frozen=adapter), **(args.model_init_kwargs or {}))

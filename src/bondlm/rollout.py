@@ -4,7 +4,7 @@ Shapes: P prompts, M completions of each.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,12 @@ class Samples:
     texts: list[list[str]]
     rewards_PM: Tensor  # float64
     by_name: dict[str, Tensor]  # each reward function's own (P, M)
+    dropped: dict[int, str] = field(default_factory=dict)  # prompts that a reward failed for, and why; rewards are 0
+
+    @property
+    def kept(self) -> Tensor:
+        """Which prompts have all their rewards (P,) bool."""
+        return torch.tensor([i not in self.dropped for i in range(len(self.prompts))])
 
     @property
     def flat(self) -> list[Completion]:
@@ -96,8 +102,12 @@ def score_samples(
     *,
     tokenizer: Any,
     eos_ids: Sequence[int],
+    drop: bool = False,
 ) -> Samples:
-    """Decode the completions and score each text once: equal answers to a prompt share their reward."""
+    """Decode the completions and score each text once: equal answers to a prompt share their reward.
+
+    `drop` marks a prompt as dropped when a reward fails for one of its completions, instead of raising.
+    """
     texts = [decode_completions([c.ids for c in row], tokenizer, eos_ids) for row in completions]
     keys: dict[tuple[int, str, bool], int] = {}
     places = []
@@ -119,14 +129,19 @@ def score_samples(
         "completion_ids": [ids_by_place[place] for place in range(len(keys))],
         "truncated": [not finished for _, _, finished in keys],
     }
-    scores = score(rewards, prompts, as_messages(answers) if conversational else answers, columns)
+    scores = score(rewards, prompts, as_messages(answers) if conversational else answers, columns, allow_bad_rows=drop)
+    dropped: dict[int, str] = {}
+    for place, reason in scores.bad.items():
+        dropped.setdefault(owner[place], reason)
     index = torch.tensor(places)
+    is_dropped_P1 = torch.tensor([[i in dropped] for i in range(len(rows))])
     return Samples(
         prompts=[list(row[PROMPT_IDS]) for row in rows],
         completions=completions,
         texts=texts,
-        rewards_PM=scores.total[index],
-        by_name={name: values[index] for name, values in scores.by_name.items()},
+        rewards_PM=scores.total[index].masked_fill(is_dropped_P1, 0.0),
+        by_name={name: values[index].masked_fill(is_dropped_P1, 0.0) for name, values in scores.by_name.items()},
+        dropped=dropped,
     )
 
 
@@ -145,17 +160,20 @@ def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
 
 def rollout_metrics(samples: Samples, num_policy: int) -> dict[str, float]:
     """What a step logs of its samples; the policy's come first. Without any, lengths are those of the anchor's."""
-    policy, anchor = samples.rewards_PM[:, :num_policy], samples.rewards_PM[:, num_policy:]
-    ordered = samples.rewards_PM.sort(dim=1).values
+    rewards_PM = samples.rewards_PM[samples.kept]
+    policy, anchor = rewards_PM[:, :num_policy], rewards_PM[:, num_policy:]
+    ordered = rewards_PM.sort(dim=1).values
     tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     metrics = {
-        "reward_std": float(samples.rewards_PM.std()),
+        "reward_std": float(rewards_PM.std()),
         "bond/frac_tied": float(tied.double().mean()),
         "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
     }
     if num_policy:
         metrics["reward"] = float(policy.mean())
-        metrics |= {f"rewards/{name}/mean": float(v[:, :num_policy].mean()) for name, v in samples.by_name.items()}
+        metrics |= {
+            f"rewards/{name}/mean": float(v[samples.kept, :num_policy].mean()) for name, v in samples.by_name.items()
+        }
     if anchor.shape[1]:
         metrics["anchor/reward"] = float(anchor.mean())
     measured = [c for row in samples.completions for c in (row[:num_policy] if num_policy else row)]

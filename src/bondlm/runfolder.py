@@ -15,6 +15,7 @@ LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
+DROPPED_FILE = "dropped.jsonl"
 
 
 def is_main_process() -> bool:

@@ -9,7 +9,6 @@ Only public methods of Trainer are overridden:
 The anchor moves in a callback, right after the optimizer's step (`bondlm.callbacks`).
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,13 +23,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from bondlm.anchor import Anchor
 from bondlm.callbacks import AnchorCallback, RunFolderCallback, StopCallback
 from bondlm.checkpoint import writing_to
-from bondlm.clock import Clock
+from bondlm.clock import Clock, StepMeans
 from bondlm.config import BONDConfig, make_objective
 from bondlm.data import load_prompts
+from bondlm.dropping import DropBudget
 from bondlm.engines import Role
 from bondlm.engines.choose import make_engine
 from bondlm.engines.gap import GAP_METRIC, logprob_gap, padded_logprobs
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, RewardOutageError
 from bondlm.head import exact_head
 from bondlm.held_out import compare
 from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_rows, token_logprobs
@@ -55,7 +55,7 @@ from bondlm.rollout import (
     work_metrics,
 )
 from bondlm.scored import LOGGED_IDS, group_scored, is_scored
-from bondlm.sharding import check_parallelism, forward_dtype, full_precision_outputs, uses_fsdp
+from bondlm.sharding import forward_dtype, full_precision_outputs, uses_fsdp
 from bondlm.text import check_tokenizer, encode_prompts
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
@@ -104,7 +104,6 @@ class BONDTrainer(Trainer):
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
-        check_parallelism(args)
         model = prepare_policy(model, args, peft_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name)
@@ -125,7 +124,8 @@ class BONDTrainer(Trainer):
         if reward_funcs is None and eval_dataset is not None:
             raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
         self.clock, self._smaller = Clock(), SmallerBatches()
-        self._totals: dict[str, list[float]] = defaultdict(list)
+        self._means = StepMeans()
+        self.record = self._means.record  # takes a step's metrics for the next log
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
         super().__init__(
@@ -140,15 +140,12 @@ class BONDTrainer(Trainer):
         )
         full_precision_outputs(self.accelerator, asked_for=uses_fsdp(args))
         self.roles.to(args.device)
+        settings: dict[str, Any] = {"device": args.device, "dtype": fast_dtype(args.device)}
+        settings |= {"timeout": args.reward_timeout_s, "outage": args.reward_outage_s}
         self.rewards: list[NamedReward] = []
         if reward_funcs is not None:
-            self.rewards = load_rewards(
-                reward_funcs,
-                args.reward_weights,
-                processing_classes=reward_processing_classes,
-                device=args.device,
-                dtype=fast_dtype(args.device),
-            )
+            tokenizers = reward_processing_classes
+            self.rewards = load_rewards(reward_funcs, args.reward_weights, processing_classes=tokenizers, **settings)
         self.engine = make_engine(
             *(args, model, self.roles.use, processing_class),
             eos_ids=self._text.eos_ids,
@@ -158,20 +155,18 @@ class BONDTrainer(Trainer):
         self.anchor = Anchor(
             self.roles.anchor_pairs, schedule=args.anchor, eta=args.eta, update_every=args.anchor_update_every
         )
-        self.quantile_model: QuantileModel | None = None
-        if isinstance(self.objective, BOND) and self.objective.learned:
-            self.quantile_model = quantile_model(core.config.hidden_size, args)
+        learned = isinstance(self.objective, BOND) and self.objective.learned
+        self.quantile_model = quantile_model(core.config.hidden_size, args) if learned else None
         self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self.record)
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
         self.stop = StopCallback(args.target_n, args.kl_budget)
+        self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
         for callback in (self._anchor_callback, self.run_folder, self.stop):
             self.add_callback(callback)
         with self.roles.use("policy") as policy:
             self._share_prompts = can_share_prompts(policy, args.device, distributed=args.world_size > 1)
-            exact = exact_head(policy, args.device) is not None
-        self._head = core.get_output_embeddings() if exact else None
+            self._head = core.get_output_embeddings() if exact_head(policy, args.device) is not None else None
         self._reference_samples: dict[int, Samples] = {}
-        self._digest = 0 if self.train_dataset is None else work_digest(args, self.train_dataset)
 
     # -- data
 
@@ -203,11 +198,16 @@ class BONDTrainer(Trainer):
         is_real = real_rows(self.accelerator, [len(batch["rows"]) for batch in batches])
         step = self.state.global_step + 1
         num_prompts = count_prompts(self.accelerator, is_real, step=step, digest=self._digest)
-        if not rows:
+        if not rows or self.control.should_training_stop:
             return [], num_prompts
         self.clock.drain()
         self.clock.start("other")
-        window = self._roll_out(rows, step, torch.tensor(is_real))
+        try:
+            window = self._roll_out(rows, step, torch.tensor(is_real))
+        except RewardOutageError as error:
+            self.stop.pause(error, self.args, self.state, self.control)
+            return [], num_prompts
+        num_prompts = self.accelerator.gather(window["tensors"]["weight_P"].sum().to(device)).sum()
         # Prompts of similar length learn together: their sum does not depend on who sits beside whom.
         order = iter(by_length(window["groups"]))
         return [self._micro_batch(window, list(islice(order, len(b["rows"])))) for b in batches], num_prompts
@@ -217,8 +217,10 @@ class BONDTrainer(Trainer):
         plan, seed = self.objective.plan, self.args.seed
         first = self.args.process_index * len(rows)
         positions = [row[PROMPT_ROW] for row in rows]
-        all_real = self.accelerator.gather(real_P.to(self.args.device)).cpu()
         samples = self._samples_of_step(rows, step, positions)
+        self.record(self.drops.note(rows, samples, step))
+        real_P = real_P & samples.kept
+        all_real = self.accelerator.gather(real_P.to(self.args.device)).cpu()
         selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
         learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
         compared = [
@@ -267,7 +269,7 @@ class BONDTrainer(Trainer):
                 step=step,
                 positions=positions,
             )
-        return self.score_completions(rows, completions)
+        return self.score_completions(rows, completions, drop=True)
 
     def _learned_log_quantile(
         self, model: QuantileModel, rows: list[tuple[Any, Any]], labels_P: Tensor, all_real: Tensor
@@ -321,10 +323,13 @@ class BONDTrainer(Trainer):
 
     # -- scoring
 
-    def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:
-        """Decode and score completions of encoded rows."""
+    def score_completions(
+        self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]], *, drop: bool = False
+    ) -> Samples:
+        """Decode and score completions of encoded rows; `drop` marks prompts whose reward fails instead of raising."""
+        tokenizer, eos_ids = self._tokenizer, self._text.eos_ids
         with self.clock("reward"):
-            return score_samples(self.rewards, rows, completions, tokenizer=self._tokenizer, eos_ids=self._text.eos_ids)
+            return score_samples(self.rewards, rows, completions, tokenizer=tokenizer, eos_ids=eos_ids, drop=drop)
 
     def _score(self, role: Role, pairs: list[list[tuple[Any, Any]]]) -> Tensor:
         """Log-probability under `role` of (prompt, completion) pairs, in the pairs' P x C form."""
@@ -376,8 +381,7 @@ class BONDTrainer(Trainer):
         if not isinstance(dataset, Dataset) or PROMPT_IDS not in dataset.column_names:
             dataset = self._encoded(dataset)
         policy, reference = self.held_out_samples(dataset)
-        result = compare(policy, reference, self.log_ratio(policy))
-        metrics = result.metrics(metric_key_prefix)
+        metrics = compare(policy, reference, self.log_ratio(policy)).metrics(metric_key_prefix)
         metrics |= {f"{metric_key_prefix}_{k}": v for k, v in completion_metrics(policy.flat).items()}
         metrics[f"{metric_key_prefix}_runtime"] = sum(self.clock.drain().values())
         self.log(metrics)
@@ -392,19 +396,10 @@ class BONDTrainer(Trainer):
             self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
         return self.sample(rows, "policy", self.args.eval_num_samples), self._reference_samples[key]
 
-    def record(self, metrics: Mapping[str, float]) -> None:
-        """Keep a step's metrics for the next log, which reports their means."""
-        for name, value in metrics.items():
-            self._totals[name].append(value)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of all metrics recorded since the last log."""
         if "loss" in logs:
-            names = sorted(self._totals)
-            means = torch.tensor([sum(self._totals[n]) / len(self._totals[n]) for n in names], dtype=torch.float64)
-            means = self.accelerator.reduce(means.to(self.args.device), reduction="mean").tolist()
-            logs = logs | dict(zip(names, means, strict=True))
-            self._totals.clear()
+            logs = logs | self._means.drain(self.accelerator)
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
@@ -415,10 +410,13 @@ class BONDTrainer(Trainer):
         """
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
+        self._digest = 0 if self.train_dataset is None else work_digest(self.args, self.train_dataset)
         if checkpoint is not None:
             self._anchor_callback.restore_from(Path(checkpoint))
         with writing_to(folder), waiting_for_others(self.args):
-            return super().train(checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self.stop.raise_failure()
+        return output
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Also take our part of sharded weights: just sharded, and not yet those of the checkpoint to resume from."""

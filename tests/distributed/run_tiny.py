@@ -45,7 +45,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
     nan_rank, nan_step, kill_rank = job.pop("nan_rank", None), job.pop("nan_step", None), job.pop("kill_rank", None)
     if job.pop("save_base", False):  # an adapter folder names the model that it belongs to
         model.save_pretrained(out / "base")
-        model.config._name_or_path = str(out / "base")
+        model.name_or_path = model.config._name_or_path = str(out / "base")
     adapter, rows, fail = job.pop("lora", False), job.pop("rows", 12), job.pop("fail_on_rank", None)
     settings = {
         "max_steps": 3,

@@ -43,7 +43,13 @@ def test_two_sharded_processes_are_one(lora: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_the_saved_folder_is_a_standard_one(lora: bool, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    job = {"kind": "causal", "lora": lora, "per_device_train_batch_size": 2, "sharded": True, "save_base": True}
+    job: dict[str, Any] = {
+        "kind": "causal",
+        "lora": lora,
+        "per_device_train_batch_size": 2,
+        "sharded": True,
+        "save_base": True,
+    }
     check(run_tiny(out, 2, **job))
     policy = load_file(out / "policy.safetensors")
     if lora:
@@ -60,7 +66,12 @@ def test_the_saved_folder_is_a_standard_one(lora: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_d9_resume_is_exact(sharded: bool, tmp_path: Path) -> None:
-    job = {"kind": "causal", "per_device_train_batch_size": 2, "sharded": sharded, "optim": "adamw_torch"}
+    job: dict[str, Any] = {
+        "kind": "causal",
+        "per_device_train_batch_size": 2,
+        "sharded": sharded,
+        "optim": "adamw_torch",
+    }
     job |= {"save_strategy": "steps", "save_steps": 1}
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     check(run_tiny(straight, 2, **job, max_steps=4))

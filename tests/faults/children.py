@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def start(config: Path, prepare: Callable[[], object] = lambda: None, *arguments
         code = main(["train", "--config", str(config), *arguments])
     except SystemExit as stop:
         code = int(str(stop.code))
+    except Exception:  # noqa: BLE001 (the child's own end: it must not go on as a second pytest)
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)

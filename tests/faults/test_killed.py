@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from cli.helpers import write_job
 
-from bondlm.cli import main
+from faults.children import start, wait
 
 KILLS = int(os.environ.get("BONDLM_KILLS", "6"))
 STEPS = 12
@@ -23,31 +22,6 @@ STEPS = 12
 def job(folder: Path) -> Path:
     folder.mkdir()
     return write_job(folder, max_steps=STEPS, save_steps=1, num_logged_samples=4, eval_dataset=None)
-
-
-def start(config: Path) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    torch.set_num_threads(1)
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 1)
-    code = 1
-    try:
-        code = main(["train", "--config", str(config)])
-    finally:
-        os._exit(code)
-
-
-def wait(pid: int, seconds: float) -> int | None:
-    """The exit code, or None if the process still runs after so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    return None
 
 
 def outcome(folder: Path) -> tuple[bytes, bytes, list[dict[str, float]], str]:

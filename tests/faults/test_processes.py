@@ -80,7 +80,12 @@ def test_m2_ranks_with_other_data_or_settings_are_told_apart(tmp_path: Path, wha
 
 
 def test_m3_weights_that_drift_apart_are_found_when_they_are_saved(tmp_path: Path) -> None:
-    job = {"kind": "causal", "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    job: dict[str, Any] = {
+        "kind": "causal",
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     done = run_tiny(tmp_path / "run", 2, **job, desync="weights", desync_after=2)
     assert done.returncode != 0
     assert WeightDesyncError.__name__ in done.stderr
@@ -90,7 +95,7 @@ def test_m3_weights_that_drift_apart_are_found_when_they_are_saved(tmp_path: Pat
 
 
 def test_m4_the_uneven_last_batch_of_an_epoch(tmp_path: Path) -> None:
-    job = {"kind": "causal", "rows": 5, "max_steps": 4}  # 4 + 1 prompts an epoch
+    job: dict[str, Any] = {"kind": "causal", "rows": 5, "max_steps": 4}  # 4 + 1 prompts an epoch
     check(run_tiny(tmp_path / "one", 1, **job, per_device_train_batch_size=4))
     check(run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=2))
     one, two = (load_file(tmp_path / name / "policy.safetensors") for name in ("one", "two"))

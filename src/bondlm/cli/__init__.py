@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pickle import UnpicklingError
 
 from bondlm import __version__
 from bondlm.cli.options import COMMANDS, command_help, main_help, parse
@@ -16,7 +17,7 @@ from bondlm.errors import BondError
 from bondlm.redact import redact
 
 INTERRUPTED = 128 + signal.SIGINT
-OUT_OF_RESOURCES = 7
+CHECKPOINT, OUT_OF_RESOURCES = 6, 7
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
+    except UnpicklingError as error:  # Trainer loads them as data alone; a stranger's code gets no further
+        return _fail(f"a file of the checkpoint is no plain data and was not loaded: {error}", CHECKPOINT)
     except MemoryError as error:
         return _fail(f"out of memory: {error}", OUT_OF_RESOURCES)
     except OSError as error:

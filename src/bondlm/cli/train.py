@@ -71,6 +71,7 @@ def run(options: dict[str, Any]) -> int:
             if stopped_by():
                 return _say_stopped(console, folder, stopped_by())
             trainer.save_model()
+            trainer.stop.finished = True
             reporter.close_training()
             if trainer.is_world_process_zero():
                 print_phases(console, *reporter.mean_phases(), reporter.evaluation_seconds)
@@ -240,6 +241,8 @@ def _stop_on_signals(trainer: Any) -> Iterator[Any]:
     """The first SIGINT or SIGTERM lets the step finish and saves; a second one stops at once. SIGUSR1 saves alone."""
 
     def note(number: int, frame: Any) -> None:
+        if trainer.stop.finished:  # the model is saved, only its evaluation is cut short
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(PREEMPTED)
         trainer.stop.signal = number
         signal.signal(number, before[number])
 

@@ -9,7 +9,7 @@ import math
 import numbers
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,12 @@ class NamedReward:
 class Scores:
     """Rewards of B rows: ``total`` (B,), the weighted sum, and ``by_name``, each reward (B,) before its weight.
 
-    All are float64 on the CPU.
+    All are float64 on the CPU. ``bad`` says of each row without a finite total why, and is empty unless asked for.
     """
 
     total: Tensor
     by_name: dict[str, Tensor]
+    bad: dict[int, str] = field(default_factory=dict)
 
 
 def score(
@@ -55,6 +56,8 @@ def score(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    allow_bad_rows: bool = False,
 ) -> Scores:
     """Score B completions with every reward and check each value.
 
@@ -63,6 +66,7 @@ def score(
         prompts: B strings, or B lists of chat messages.
         completions: B strings, or B lists of chat messages.
         columns: Further arguments by name, each a sequence of B; a function gets those that its signature accepts.
+        allow_bad_rows: Note a row whose reward is not one finite real number in ``bad`` instead of raising.
 
     Raises:
         ConfigError: No reward, two rewards of one name, or a reward that wants an argument that is not there.
@@ -78,12 +82,13 @@ def score(
         empty = torch.zeros(0, dtype=torch.float64)
         return Scores(empty, {name: empty.clone() for name in names})
     answers = call_all([(reward.name, reward.function) for reward in rewards], offered)
-    by_name = {name: _checked(name, answer, prompts) for name, answer in zip(names, answers, strict=True)}
+    bad: dict[int, str] | None = {} if allow_bad_rows else None
+    by_name = {name: _checked(name, answer, prompts, bad) for name, answer in zip(names, answers, strict=True)}
     total = torch.zeros(len(prompts), dtype=torch.float64)
     for reward in rewards:
         total = total + reward.weight * by_name[reward.name]
-    _refuse_non_finite("the weighted sum", total, prompts)
-    return Scores(total, by_name)
+    _refuse_non_finite("the weighted sum", total, prompts, bad)
+    return Scores(total, by_name, bad or {})
 
 
 def _offered_arguments(
@@ -100,8 +105,8 @@ def _offered_arguments(
     return offered
 
 
-def _checked(name: str, answer: Any, prompts: Sequence[Any]) -> Tensor:
-    """Turn an answer into a float64 tensor (B,) of finite numbers, or raise RewardError."""
+def _checked(name: str, answer: Any, prompts: Sequence[Any], bad: dict[int, str] | None) -> Tensor:
+    """Turn an answer into a float64 tensor (B,) of finite numbers; raise RewardError, or note the rows in `bad`."""
     source = f"reward {name!r}"
     if isinstance(answer, np.ndarray):
         answer = _from_array(source, answer)
@@ -109,14 +114,14 @@ def _checked(name: str, answer: Any, prompts: Sequence[Any]) -> Tensor:
         values = _from_tensor(source, answer, len(prompts))
     elif isinstance(answer, (list, tuple)):
         _refuse_wrong_count(source, len(answer), len(prompts))
-        numbers_B = [_number(source, value, row, prompts) for row, value in enumerate(answer)]
+        numbers_B = [_number(source, value, row, prompts, bad) for row, value in enumerate(answer)]
         values = torch.tensor(numbers_B, dtype=torch.float64)
     else:
         raise RewardError(
             f"{source} returned a {type(answer).__name__} ({reprlib.repr(answer)}) for {len(prompts)} completions: "
             "return a list of numbers, an array or a tensor."
         )
-    _refuse_non_finite(source, values, prompts)
+    _refuse_non_finite(source, values, prompts, bad)
     return values
 
 
@@ -149,15 +154,19 @@ def _refuse_wrong_count(source: str, seen: int, wanted: int) -> None:
         )
 
 
-def _number(source: str, value: Any, row: int, prompts: Sequence[Any]) -> float:
+def _number(source: str, value: Any, row: int, prompts: Sequence[Any], bad: dict[int, str] | None) -> float:
     """One element of a list as a float; bool, str, None and everything else that is not a real number is refused."""
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
     if not _is_real(value):
-        raise RewardError(
+        problem = (
             f"{source} returned {reprlib.repr(value)} ({type(value).__name__}) {_place(row, prompts)}: "
             f"that is not a real number. {_ADVICE}"
         )
+        if bad is None:
+            raise RewardError(problem)
+        bad.setdefault(row, problem)
+        return math.nan
     try:
         return float(value)
     except OverflowError:  # an int beyond float64
@@ -168,9 +177,12 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _refuse_non_finite(source: str, values: Tensor, prompts: Sequence[Any]) -> None:
+def _refuse_non_finite(source: str, values: Tensor, prompts: Sequence[Any], bad: dict[int, str] | None) -> None:
     bad_rows = torch.nonzero(~torch.isfinite(values))[:, 0].tolist()
-    if bad_rows:
+    if bad is not None:
+        for row in bad_rows:
+            bad.setdefault(row, f"{source} is {values[row].item()} {_place(row, prompts)}. {_ADVICE}")
+    elif bad_rows:
         row = bad_rows[0]
         more = f" ({len(bad_rows)} rows in all)" if len(bad_rows) > 1 else ""
         raise RewardError(f"{source} is {values[row].item()} {_place(row, prompts)}{more}. {_ADVICE}")

@@ -14,6 +14,7 @@ from bondlm.rewards.calls import RewardFunction
 from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.door import NamedReward
 from bondlm.rewards.functions import load_function
+from bondlm.rewards.http import HTTPReward
 from bondlm.rewards.nli import NLIReward
 from bondlm.rewards.similarity import SimilarityReward
 
@@ -55,6 +56,8 @@ def load_rewards(
     processing_classes: Any = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "auto",
+    timeout: float = 60.0,
+    outage: float = 600.0,
 ) -> list[NamedReward]:
     """Load rewards.
 
@@ -64,6 +67,7 @@ def load_rewards(
     - an ``nn.Module``: a sequence classifier with one label; it needs a processing class;
     - ``"module:function"`` or ``"path/to/file.py:function"``;
     - ``"nli:MODEL"``: entailment (`NLIReward`); ``"similarity:MODEL"``: cosine (`SimilarityReward`);
+    - ``"http://HOST/PATH"`` or ``"https://..."``: a server (`HTTPReward`);
     - ``"MODEL"`` or ``"classifier:MODEL"``: a sequence classifier with one label (`SequenceClassifierReward`).
 
     MODEL is a folder or hub id. Options of the class follow it as in a web address, such as
@@ -79,6 +83,8 @@ def load_rewards(
             a single spec the bare tokenizer will do.
         device: Where models go.
         dtype: Dtype of models that are loaded here; "auto" is that of the checkpoint.
+        timeout: Seconds that a request to a server may take.
+        outage: Seconds without any answer of a server after which the run is given up.
 
     Returns:
         Rewards named after the function or the last part of the model's path; a second of the same name gets "_2".
@@ -93,7 +99,11 @@ def load_rewards(
     tokenizers = _one_each("processing_classes", processing_classes, len(spec_list), default=None)
     rewards: list[NamedReward] = []
     for spec, weight, tokenizer in zip(spec_list, weight_list, tokenizers, strict=True):
-        name, function = _load_one(spec, tokenizer, device, dtype)
+        if isinstance(spec, str) and spec.startswith(("http://", "https://")):
+            server = HTTPReward(spec, timeout=timeout, outage=outage)
+            name, function = _last_part(server.name), server
+        else:
+            name, function = _load_one(spec, tokenizer, device, dtype)
         rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight))
     return rewards
 

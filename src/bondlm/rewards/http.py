@@ -1,0 +1,185 @@
+"""A reward that a server computes: JSON over HTTP, answers matched by id, every wait bounded.
+
+The protocol is in docs/rewards.md, a server of twenty lines in examples/reward_server.py. A fault that may pass (no
+connection, 429, 5xx, half an answer) is tried again, with growing random pauses, until `outage` seconds have gone by
+without any answer; one that cannot (401, 404, a wrong answer) is not. While the server is down one call at a time asks
+whether it is back.
+"""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from bondlm.errors import ConfigError, RewardError, RewardOutageError
+
+TOKEN_VARIABLE = "BONDLM_REWARD_TOKEN"  # noqa: S105 (the name of a variable, not a token)
+VERSION = 1
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+MAX_CONNECTIONS = 8
+LONGEST_PAUSE = 30.0  # seconds
+BYTES_AN_ITEM, LEAST_BYTES = 4096, 65_536  # of an answer: more is not what we asked for
+
+
+class _TransientError(Exception):
+    """A fault that may pass; `after` seconds if the server says so."""
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class HTTPReward:
+    """An asynchronous reward function that asks the server at `url`."""
+
+    def __init__(self, url: str, *, timeout: float = 60.0, outage: float = 600.0, batch_size: int = 32) -> None:
+        """A request carries at most `batch_size` completions and takes at most `timeout` seconds.
+
+        The bearer token comes from the environment variable BONDLM_REWARD_TOKEN.
+
+        Raises:
+            ConfigError: the address is not one, or holds a password.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"reward {url!r}: give http://HOST/PATH or https://HOST/PATH")
+        if parts.username or parts.password:
+            raise ConfigError(
+                f"the reward server at {parts.hostname} has a password in its address, which would be written into "
+                f"the run folder: put the token into the environment variable {TOKEN_VARIABLE}"
+            )
+        self._url, self.name = url, f"{parts.hostname}{parts.path}".rstrip("/")
+        self._timeout, self._outage, self._batch_size = timeout, outage, batch_size
+        self._client: httpx.AsyncClient | None = None
+        self._failing_since: float | None = None  # shared by all requests: this is the breaker
+        self._probing = asyncio.Lock()
+
+    async def __call__(self, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[Any]:
+        """One reward a completion, in order; what is not a number is for the door to judge.
+
+        Raises:
+            RewardError: the server refuses us or answers something else.
+            RewardOutageError: it did not answer for `outage` seconds.
+        """
+        if self._client is None:  # made here, where the event loop of all later calls runs
+            token = os.environ.get(TOKEN_VARIABLE)
+            self._client = httpx.AsyncClient(
+                timeout=self._timeout,
+                limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                trust_env=False,
+                follow_redirects=False,  # another host is not the one that was asked, and must not see the token
+            )
+        extra = {name: values for name, values in columns.items() if name != "completion_ids"}
+        items = [
+            {"id": str(i), "prompt": prompt, "completion": completion} | {name: v[i] for name, v in extra.items()}
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        batches = [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
+        answers = await asyncio.gather(*(self._rewards(self._client, batch) for batch in batches))
+        return [reward for answer in answers for reward in answer]
+
+    async def _rewards(self, client: httpx.AsyncClient, items: Sequence[Mapping[str, Any]]) -> list[Any]:
+        try:
+            body = json.dumps({"version": VERSION, "items": items}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"a dataset column cannot be sent as JSON ({error}): remove the column") from error
+        attempt = 0
+        while True:
+            try:
+                if self._failing_since is None:
+                    answer = await self._ask(client, body, len(items))
+                else:
+                    async with self._probing:
+                        answer = await self._ask(client, body, len(items))
+                break
+            except _TransientError as fault:
+                await self._pause(fault, attempt)
+                attempt += 1
+        self._failing_since = None
+        return _by_id(self.name, answer, [item["id"] for item in items])
+
+    async def _pause(self, fault: _TransientError, attempt: int) -> None:
+        now = time.monotonic()
+        self._failing_since = now if self._failing_since is None else self._failing_since
+        left = self._outage - (now - self._failing_since)
+        jitter = random.uniform(0.5, 1.0)  # noqa: S311 (spreads retries; nothing secret)
+        wait = max(fault.after, jitter * min(LONGEST_PAUSE, 0.5 * 2**attempt))
+        if wait >= left:
+            raise RewardOutageError(
+                f"the reward server {self.name} has not answered for {now - self._failing_since:.0f} s "
+                f"(reward_outage_s={self._outage:g}): {fault}. Start it again; the same command continues the run."
+            )
+        await asyncio.sleep(wait)
+
+    async def _ask(self, client: httpx.AsyncClient, body: str, count: int) -> bytes:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._exchange(client, body, LEAST_BYTES + count * BYTES_AN_ITEM)
+        except TimeoutError as error:
+            raise _TransientError(f"no whole answer within {self._timeout:g} s (reward_timeout_s)") from error
+        except httpx.TransportError as error:
+            raise _TransientError(f"{type(error).__name__}: {error}") from error
+
+    async def _exchange(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        async with client.stream("POST", self._url, content=body, headers=headers) as response:
+            if response.status_code in TRANSIENT:
+                raise _TransientError(f"HTTP {response.status_code}", _retry_after(response.headers))
+            if response.status_code != 200:
+                raise RewardError(
+                    f"the reward server {self.name} answers HTTP {response.status_code}: check its address and "
+                    f"{TOKEN_VARIABLE}"
+                )
+            kind = response.headers.get("content-type", "")
+            if kind.partition(";")[0].strip().lower() != "application/json":
+                raise RewardError(f"the reward server {self.name} answers with {kind!r}, not application/json")
+            received = bytearray()
+            async for part in response.aiter_bytes():
+                received += part
+                if len(received) > limit:
+                    raise RewardError(f"the reward server {self.name} answers with more than {limit} bytes")
+            return bytes(received)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    try:
+        return max(0.0, float(headers.get("retry-after", 0)))
+    except ValueError:  # a date: our own pauses will do
+        return 0.0
+
+
+def _by_id(name: str, answer: bytes, ids: Sequence[str]) -> list[Any]:
+    """The rewards in the order of `ids`; NaN and infinity become NaN, which the door refuses like any other.
+
+    Raises:
+        RewardError: not the JSON that was asked for, or other ids.
+    """
+    try:
+        data = json.loads(answer, parse_constant=lambda word: float("nan"), object_pairs_hook=_without_repetition)
+        found = {row["id"]: row["reward"] for row in data["rewards"]}
+        repeated = len(found) < len(data["rewards"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RewardError(
+            f"the reward server {name} answers {answer[:200]!r}, not "
+            f'{{"rewards": [{{"id": ..., "reward": ...}}]}} ({type(error).__name__}: {error})'
+        ) from error
+    if repeated or set(found) != set(ids):
+        missing, extra = sorted(set(ids) - set(found))[:3], sorted(map(str, set(found) - set(ids)))[:3]
+        raise RewardError(
+            f"the reward server {name} answers for other ids than it was asked for: {len(data['rewards'])} rewards for "
+            f"{len(ids)} items, missing {missing}, unknown {extra}"
+        )
+    return [found[i] for i in ids]
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)

@@ -1,0 +1,230 @@
+"""`engine: vllm` against a real vLLM server on the CPU (`make test-vllm`), a tiny Llama with random weights."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from bondlm import BONDConfig, BONDTrainer
+from bondlm.engines.choose import server_options
+from bondlm.engines.gap import GAP_METRIC
+from bondlm.engines.hf import TransformersEngine
+from bondlm.engines.vllm import VLLMEngine
+from bondlm.engines.vllm_http import VLLMClient
+from bondlm.engines.vllm_server import LocalServer
+from bondlm.errors import ConfigError, EngineError
+from bondlm.logprobs import score_rows
+from bondlm.models import Roles, wrap_lora
+
+PYTHON = os.environ.get("BONDLM_VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not PYTHON, reason="BONDLM_VLLM_PYTHON names no interpreter with vLLM: make test-vllm"),
+]
+TOKENIZER = tiny_tokenizer()
+EOS = [2, *range(9, 300, 11)]
+IDS = [TOKENIZER.encode(prompt) for prompt in PROMPTS[:6]]
+SEEDS = list(range(100, 106))
+PROBE = TOKENIZER.encode("a text that server and trainer are compared by, with some words more")
+GAP = 1e-3  # nats a token, largest: two fp32 implementations
+
+
+def config(folder: Path, **changes: Any) -> BONDConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 3,
+        "max_completion_length": 8,
+        "warmup_steps": 0,
+        "learning_rate": 1e-2,
+        "eta": 0.3,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dtype": "float32",
+        "engine": "vllm",
+    }
+    return BONDConfig(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_causal(TOKENIZER, hidden=128).save_pretrained(folder)  # vLLM's attention on CPU wants heads of 32
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("server")
+    options = server_options(torch.float32, 8, 2, config(folder))
+    made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=180, on_cpu=True)
+    yield made
+    made.stop()
+
+
+def lora(rank: int = 8) -> LoraConfig:
+    return LoraConfig(r=rank, target_modules="all-linear")
+
+
+def change(roles: Roles, size: float) -> None:
+    with torch.no_grad():
+        for name, parameter in roles.model.named_parameters():
+            if f".{roles.policy_adapter}." in name:
+                parameter.add_(torch.randn_like(parameter) * size)
+
+
+def load(base: str, rank: int = 8) -> Roles:
+    torch.manual_seed(0)
+    roles = Roles(wrap_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora(rank)))
+    change(roles, 0.1)
+    return roles
+
+
+@pytest.fixture
+def roles(base: str) -> Roles:
+    return load(base)
+
+
+def connect(server: LocalServer, roles: Roles, folder: Path) -> VLLMEngine:
+    client = VLLMClient(server.url, timeout=60)
+    adapters: Any = {"policy": roles.policy_adapter, "anchor": "anchor"}
+    return VLLMEngine(client, roles.model, adapters, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+
+
+@pytest.fixture
+def engine(server: LocalServer, roles: Roles, tmp_path: Path) -> VLLMEngine:
+    return connect(server, roles, tmp_path)
+
+
+def draw_all(engine: VLLMEngine, count: int = 3) -> Any:
+    wanted: Any = {role: (count, SEEDS) for role in ("policy", "anchor", "reference")}
+    return engine.generate_roles(IDS, wanted, max_new_tokens=10)
+
+
+def largest_gap(roles: Roles, drawn: Any, role: Any) -> float:
+    """Between the server's log-probability of a completion and ours under `role`, a token."""
+    pairs = [(prompt, c) for prompt, row in zip(IDS, drawn, strict=True) for c in row]
+    with roles.use(role) as model:
+        ours = score_rows(model, [(p, c.ids) for p, c in pairs], 0, start_id=None, device=torch.device("cpu"))
+    return max(abs(float(x) - c.logprob) / len(c.ids) for x, (_, c) in zip(ours, pairs, strict=True))
+
+
+def test_each_role_has_its_own_law(engine: VLLMEngine, roles: Roles) -> None:
+    """Three roles drawn in one batch: each scores as our own weights of that role do, and as no other's."""
+    drawn = draw_all(engine)
+    for role in ("policy", "anchor", "reference"):
+        assert largest_gap(roles, drawn[role], role) < GAP
+    assert largest_gap(roles, drawn["policy"], "anchor") > 0.05
+    assert largest_gap(roles, drawn["anchor"], "policy") > 0.05
+    lengths = {len(c.ids) for row in drawn["policy"] for c in row}
+    assert len(lengths) > 2
+    assert any(c.finished for row in drawn["policy"] for c in row)
+
+
+def test_greedy_tokens_are_those_of_the_transformers_engine(engine: VLLMEngine, roles: Roles) -> None:
+    here = TransformersEngine(roles.use, eos_ids=EOS, pad_id=0)
+    for role in ("policy", "anchor"):
+        law: Any = {"role": role, "max_new_tokens": 10, "seeds": SEEDS, "temperature": 0.0}
+        ours, theirs = here.generate(IDS, 1, **law), engine.generate(IDS, 1, **law)
+        assert [c[0].ids for c in ours] == [c[0].ids for c in theirs]
+        for (one,), (other,) in zip(ours, theirs, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=GAP)
+
+
+def test_a_sample_belongs_to_its_seed(engine: VLLMEngine) -> None:
+    """Not to the batch, nor to how many samples are drawn; samples of a prompt differ."""
+    many = engine.generate(IDS, 4, role="policy", max_new_tokens=10, seeds=SEEDS)
+    few = engine.generate(IDS[2:3], 2, role="policy", max_new_tokens=10, seeds=SEEDS[2:3])
+    assert [c.ids for c in few[0]] == [c.ids for c in many[2][:2]]
+    assert len({tuple(c.ids) for c in many[2]}) > 1
+    other = engine.generate(IDS[2:3], 4, role="policy", max_new_tokens=10, seeds=[7777])
+    assert [c.ids for c in other[0]] != [c.ids for c in many[2]]
+
+
+def test_samples_have_the_models_frequencies(engine: VLLMEngine, roles: Roles) -> None:
+    """First tokens of 2,000 samples against the policy's probabilities: no temperature, top-p or top-k sneaks in."""
+    n = 2000
+    (row,) = engine.generate(IDS[:1], n, role="policy", max_new_tokens=1, seeds=[5])
+    with roles.use("policy") as model, torch.no_grad():
+        probs = model(input_ids=torch.tensor([IDS[0]])).logits[0, -1].double().softmax(-1)
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in row]), minlength=len(probs)).double()
+    common = probs * n >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = n * torch.cat([probs[common], probs[~common].sum()[None]])
+    chi_square, freedom = float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert freedom > 5
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+    assert counts[~common].sum() > 0  # the tail is drawn from, too
+
+
+def test_a_hot_reload_changes_probe_and_samples(engine: VLLMEngine, roles: Roles) -> None:
+    """The same prompts before and after: cached prefixes of the old weights are not used again."""
+    before = engine._client.prompt_logprobs("bondlm-policy", PROBE, "x")
+    draw_all(engine)
+    change(roles, 0.1)
+    engine.sync()
+    after = engine._client.prompt_logprobs("bondlm-policy", PROBE, "x")
+    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) > 0.05
+    assert engine.probe_gap["policy"] < GAP
+    drawn = draw_all(engine)
+    assert largest_gap(roles, drawn["policy"], "policy") < GAP
+    assert largest_gap(roles, drawn["anchor"], "anchor") < GAP
+
+
+def test_a_stale_reload_is_caught(engine: VLLMEngine, roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(roles, 1e-3)
+    monkeypatch.setattr(engine._client, "load_adapter", lambda name, folder: None)
+    with pytest.raises(EngineError, match="did nothing"):
+        engine.sync()
+
+
+def test_a_rank_too_large_is_refused(server: LocalServer, base: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rank 16.*--max-lora-rank"):
+        connect(server, load(base, 16), tmp_path)
+
+
+def short(completions: list[str]) -> list[float]:
+    return [-float(len(c)) for c in completions]
+
+
+def test_training(server: LocalServer, base: str, tmp_path: Path) -> None:
+    """Three steps of J-BOND; both adapters move at each, and every sample scores as the weights that learn."""
+    made = BONDTrainer(
+        *(base, short, config(tmp_path, vllm_base_url=server.url), prompt_rows(9)), prompt_rows(4), peft_config=lora()
+    )
+    made.train()
+    gaps = [row[GAP_METRIC] for row in made.state.log_history if GAP_METRIC in row]
+    assert len(gaps) == 3
+    assert max(gaps) < GAP
+    assert all(float((anchor - policy).abs().max()) > 0 for _, anchor, policy in made.roles.anchor_pairs)
+    assert "eval_effective_n" in made.evaluate()  # in step with the weights as they are now
+    assert made.engine.probe_gap["policy"] < GAP  # type: ignore[attr-defined]
+
+
+def test_a_server_of_our_own(base: str, tmp_path: Path) -> None:
+    """`vllm_server: auto` starts it, trains and leaves nothing running."""
+    settings = {"vllm_server": "auto", "vllm_python": PYTHON, "vllm_start_timeout": 180.0, "max_steps": 1}
+    made = BONDTrainer(*(base, short, config(tmp_path, **settings), prompt_rows(6)), peft_config=lora())
+    made.train()
+    server = made.engine._server  # type: ignore[attr-defined]
+    os.kill(server.pid, 0)
+    made.engine.close()  # type: ignore[attr-defined]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(server.pid, 0)
+    assert "Application startup complete" in (tmp_path / "vllm" / "server.log").read_text()
+
+
+def test_what_vllm_says_at_its_start_reaches_the_user(base: str, tmp_path: Path) -> None:
+    options = ["--max-model-len", "256", "--dtype", "no-such-type"]
+    with pytest.raises(ConfigError, match=r"no-such-type.*To start one by hand"):
+        LocalServer(PYTHON, base, options, log=tmp_path / "log", start_timeout=120, on_cpu=True)

@@ -1,0 +1,175 @@
+"""A small HTTP server that behaves as vLLM does, with a tiny model, and has the faults that a test asks for."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from bondlm.engines.hf import TransformersEngine
+
+Answer = tuple[int, Any]
+
+
+class Stub:
+    """What the server holds; `fault(path, body)` may answer instead of it, `spoil(answer)` change what it answers."""
+
+    def __init__(self, model: PeftModel, eos_ids: list[int], *, max_model_len: int = 256) -> None:
+        self._model, self._lock = deepcopy(model).eval(), threading.Lock()
+        self._eos_ids, self._max_model_len = eos_ids, max_model_len
+        self._adapters: dict[str, dict[str, torch.Tensor]] = {}
+        self.requests: list[tuple[str, Any]] = []
+        self.in_flight, self.most_in_flight = 0, 0
+        self.fault: Callable[[str, Any], Answer | None] = lambda path, body: None
+        self.spoil: Callable[[dict[str, Any]], None] = lambda answer: None
+        self.url = ""
+
+    def bodies(self, path: str) -> list[Any]:
+        return [body for seen, body in self.requests if seen == path]
+
+    def drawn(self) -> list[Any]:
+        """Requests for samples, without the probes."""
+        return [body for body in self.bodies("/v1/completions") if "prompt_logprobs" not in body]
+
+    def answer(self, path: str, body: Any) -> Answer:
+        self.requests.append((path, body))
+        fault = self.fault(path, body)
+        if fault is not None:
+            return fault
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "base", "parent": None, "max_model_len": self._max_model_len}]}
+        if path == "/v1/load_lora_adapter":
+            self._adapters[body["lora_name"]] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
+            return 200, "ok"
+        with self._lock, self._serving(body["model"]) as model:
+            choices = self._score(model, body) if "prompt_logprobs" in body else self._draw(model, body)
+        answer = {"choices": choices}
+        self.spoil(answer)
+        return 200, answer
+
+    @contextmanager
+    def _serving(self, name: str) -> Iterator[Any]:
+        if name == "base":
+            with self._model.disable_adapter():
+                yield self._model
+            return
+        set_peft_model_state_dict(self._model, self._adapters[name])
+        yield self._model
+
+    @torch.no_grad()
+    def _score(self, model: Any, body: Any) -> list[Any]:
+        ids = torch.tensor([body["prompt"]])
+        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        rows = [{str(t): {"logprob": x}} for t, x in zip(body["prompt"][1:], logprobs[:, 0].tolist(), strict=True)]
+        return [{"index": 0, "prompt_logprobs": [None, *rows]}]
+
+    def _draw(self, model: Any, body: Any) -> list[Any]:
+        @contextmanager
+        def use(role: str) -> Iterator[Any]:
+            yield model
+
+        engine = TransformersEngine(use, eos_ids=self._eos_ids, pad_id=0)
+        (drawn,) = engine.generate(
+            *([body["prompt"]], body["n"]), role="policy", max_new_tokens=body["max_tokens"], seeds=[body["seed"]]
+        )
+        return [
+            {
+                "index": i,
+                "prompt_token_ids": body["prompt"],
+                "token_ids": c.ids,
+                "logprobs": {"token_logprobs": c.logprobs},
+                "finish_reason": "stop" if c.finished else "length",
+            }
+            for i, c in reversed(list(enumerate(drawn)))
+        ]
+
+
+def handler_of(stub: Stub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def reply(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            body = json.loads(self.rfile.read(length)) if length else None
+            stub.in_flight += 1
+            stub.most_in_flight = max(stub.most_in_flight, stub.in_flight)
+            try:
+                status, answer = stub.answer(self.path, body)
+            finally:
+                stub.in_flight -= 1
+            if answer == "reset":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            except OSError:  # the client has given up
+                self.close_connection = True
+
+        do_GET = do_POST = reply
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def finish(self) -> None:
+            try:
+                super().finish()
+            except (OSError, ValueError):  # reset
+                self.close_connection = True
+
+        def handle(self) -> None:
+            try:
+                super().handle()
+            except (OSError, ValueError):
+                self.close_connection = True
+
+    return Handler
+
+
+@contextmanager
+def serving(stub: Stub) -> Iterator[Stub]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(stub))
+    server.daemon_threads = True
+    stub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield stub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def first(times: int, answer: Answer, path: str = "/v1/completions") -> Callable[[str, Any], Answer | None]:
+    """A fault of the first `times` calls of `path` from now on."""
+    left = [times]
+
+    def fault(seen: str, body: Any) -> Answer | None:
+        if seen != path or left[0] == 0:
+            return None
+        left[0] -= 1
+        return answer
+
+    return fault
+
+
+def slow(seconds: float) -> Callable[[str, Any], Answer | None]:
+    def fault(path: str, body: Any) -> Answer | None:
+        if path == "/v1/completions":
+            time.sleep(seconds)
+        return None
+
+    return fault

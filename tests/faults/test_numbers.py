@@ -1,0 +1,173 @@
+"""Rows N0 to N12 of the fault matrix on one process: no silent wrong number."""
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from objectives.mutants import MUTATIONS, defects, mutate
+from test_anchor import anchor_of as fp32_anchor
+from test_anchor import gap_closed, moves, pairs_of, with_bf16_master
+from test_trainer import TOKENIZER, Spoiled, ends_often, logged, lora, optimizer_tensors, same, trainer, weights
+from tiny import tiny_causal, tiny_gpt2
+from transformers import TrainingArguments
+
+from bondlm import BONDConfig
+from bondlm.bestofn import log_quantile
+from bondlm.cli import main
+from bondlm.engines.gap import logprob_gap
+from bondlm.engines.hf import TransformersEngine, sample_tokens
+from bondlm.errors import EngineError, NonFiniteError
+from bondlm.head import chosen_logprobs
+from bondlm.logprobs import score_rows
+from bondlm.models import Roles, wrap_lora
+
+SIGNS = [m for m in MUTATIONS if m.objective.__class__.__name__ == "JBOND"]
+
+
+@pytest.mark.parametrize("mutation", SIGNS, ids=lambda m: m.what)
+def test_n0_a_wrong_sign_is_found(mutation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """J-BOND's; those of the other objectives are in tests/objectives/test_mutations.py."""
+    assert defects(mutation.objective) == []
+    assert defects(mutate(mutation, monkeypatch)) != []
+
+
+def test_n1_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=9)
+    anchor = {name: tensor.clone() for name, tensor in made.anchor.state_dict().items()}
+    Spoiled(made, set(range(1, 10)))
+    with pytest.raises(NonFiniteError, match="3 steps in a row") as caught:
+        made.train()
+    assert caught.value.exit_code == 5
+    assert same(made.anchor.state_dict(), anchor)
+    assert not any(tensor.any() for tensor in optimizer_tensors(made))
+    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == [1, 2, 3]
+    assert all(row["samples"][0]["prompt"] for row in skipped)
+
+
+def test_n2_a_gradient_that_is_not_finite(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=1)
+    before, anchor = weights(made.roles.model), {n: t.clone() for n, t in made.anchor.state_dict().items()}
+    parameter = next(p for n, p in made.roles.model.named_parameters() if "q_proj" in n)
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    made.train()
+    assert math.isfinite(logged(tmp_path)[0]["loss"])
+    assert logged(tmp_path)[0]["skipped_steps"] == 1
+    assert same(weights(made.roles.model), before)
+    assert same(made.anchor.state_dict(), anchor)
+
+
+def test_n4_a_frozen_anchor_fails_gap_closed() -> None:
+    assert moves(gap_closed(fp32_anchor(pairs_of(0.01, torch.bfloat16))))
+    assert not moves(gap_closed(with_bf16_master(pairs_of(0.01, torch.bfloat16))))
+
+
+@pytest.mark.parametrize(
+    ("method", "none", "every"),
+    [("jbond", -math.log(16), 0.0), ("clamped", math.log(1 / 4), 0.0), ("harmonic", -1.5, 0.0)],
+)
+def test_n5_a_quantile_of_0_or_1(method: Any, none: float, every: float) -> None:
+    anchor = torch.tensor([[1.0, 2.0]])
+    assert float(log_quantile(torch.tensor([[0.0]]), anchor, method=method)) == pytest.approx(none)
+    assert float(log_quantile(torch.tensor([[3.0]]), anchor, method=method)) == every
+
+
+@pytest.mark.parametrize("huge", [1e4, -1e4])
+def test_n6_extreme_logits(huge: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[0, 2], logits[1, 3] = huge, -torch.inf
+    logits.requires_grad_()
+    logp = chosen_logprobs(logits, torch.tensor([2, 0]))
+    logp.sum().backward()
+    assert torch.isfinite(logp).all()
+    assert torch.isfinite(logits.grad).all()  # type: ignore[arg-type]
+    tokens, logprobs = sample_tokens(logits.detach(), torch.tensor([0.999999, 0.7]).double(), 1.0)
+    assert torch.isfinite(logprobs).all()
+    assert int(tokens[1]) != 3  # a token that is masked away is never drawn
+    one, certain = sample_tokens(torch.randn(3, 1), torch.tensor([0.0, 0.5, 0.999]).double(), 1.0)
+    assert one.tolist() == [0, 0, 0]
+    assert certain.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_n7_a_stale_sampler() -> None:
+    learner = torch.tensor([[[-1.0, -2.0], [-3.0, -1.0]]])
+    sampled = learner[:, :1].clone()
+    sampled[0, 0, 1] = float("nan")  # no token there
+    assert logprob_gap(learner, sampled, 4, strict=True) == 0
+    with pytest.warns(UserWarning, match="0.2 nats a token"):
+        logprob_gap(learner, sampled - 0.2, 4, strict=True)
+    with pytest.raises(EngineError, match=r"step 4: .* 0\.60 nats") as caught:
+        logprob_gap(learner, sampled + 0.6, 4, strict=True)
+    assert caught.value.exit_code == 5
+
+
+def test_n8_a_truncated_law_is_no_setting_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("top_p", "top_k", "temperature", "repetition_penalty"):
+        assert not hasattr(BONDConfig, name)
+        assert not hasattr(TrainingArguments, name)
+        assert main(["train", "--model", "x", "--train_dataset", "y", f"--{name}", "0.9"]) == 2
+        assert f"unknown option '{name}'" in capsys.readouterr().err
+
+
+def test_n8_what_the_model_says_of_sampling_is_not_heeded(tmp_path: Path) -> None:
+    drawn = []
+    for settings in ({}, {"top_k": 1, "top_p": 0.1, "temperature": 0.1, "repetition_penalty": 9.0, "do_sample": False}):
+        model = tiny_causal(TOKENIZER)
+        model.generation_config.update(**settings)
+        made = trainer(tmp_path, ends_often(model))
+        drawn.append(made.sample(list(made.train_dataset)[:4], "policy", 3).completions)  # type: ignore[arg-type]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("role", ["policy", "anchor"])
+def test_n9_dropout_is_off_while_scoring(role: Any) -> None:
+    roles = Roles(tiny_gpt2(TOKENIZER, dropout=0.5))
+    roles.model.train()
+    rows = [([5, 6, 7], [8, 9]), ([5, 6], [7])]
+    scores = []
+    for _ in range(2):
+        with roles.use(role) as model:
+            scores.append(score_rows(model, rows, 0, start_id=None, device=torch.device("cpu")))
+    assert torch.equal(scores[0], scores[1])
+    assert roles.model.training
+
+
+def test_n10_after_an_exception_the_policy_is_active() -> None:
+    model = wrap_lora(tiny_causal(TOKENIZER), lora())
+    roles = Roles(model)
+    engine = TransformersEngine(roles.use, eos_ids=[2], pad_id=0)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(".default." in name for name in trains)
+
+    def fails(*args: Any) -> Any:
+        raise ZeroDivisionError
+
+    engine._decode = fails  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        engine.generate([[5, 6]], 1, role="anchor", max_new_tokens=2, seeds=[1])
+    assert model.active_adapter == "default"
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trains
+
+
+def test_n11_the_batch_size_changes_no_log_probability() -> None:
+    model = tiny_causal(TOKENIZER)
+    rows = [(list(range(3, 5 + i)), list(range(20, 21 + (5 * i) % 7))) for i in range(8)]
+    scores = [score_rows(model, rows, 0, start_id=None, device=torch.device("cpu"), batch_rows=size) for size in (1, 8)]
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
+
+
+def test_n12_completions_without_text_are_no_division_by_zero(tmp_path: Path) -> None:
+    """Every completion is its end of sequence alone: one token is learned from, and nothing divides by lengths."""
+    model = tiny_causal(TOKENIZER)
+    model.generation_config.eos_token_id = list(range(300))
+    made = trainer(tmp_path, model, reward=lambda completions: [float(i) for i in range(len(completions))])
+    made.train()
+    for row in logged(tmp_path)[:2]:
+        assert row["completions/max_length"] == 1
+        assert math.isfinite(row["loss"])
+        assert row["skipped_steps"] == 0
+    assert "completion_mask" not in inspect.getsource(type(made.objective))

@@ -1,0 +1,226 @@
+"""Rows X1 to X11 of the fault matrix: nothing that was downloaded runs, nothing leaves the run folder."""
+
+import ast
+import json
+import os
+import struct
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import tiny_causal, tiny_tokenizer
+
+from bondlm.checkpoint import load_tensors
+from bondlm.cli import main
+from bondlm.cli.eval import complete
+from bondlm.cli.options import parse
+from bondlm.errors import CheckpointError, ConfigError
+from bondlm.manifest import MANIFEST_FILE, fault, seal
+from bondlm.models import load_model
+from bondlm.redact import redact, redacted
+from bondlm.report.safe import script_json, visible
+from faults.children import job, said, train
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "bondlm"
+
+
+class Hostile:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_x1_a_pickled_model_is_refused_and_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    tiny_causal(tiny_tokenizer()).config.save_pretrained(tmp_path / "model")
+    for name in ("pytorch_model.bin", "adapter_model.bin"):
+        torch.save(Hostile(marker), tmp_path / "model" / name)
+    with pytest.raises(ConfigError, match="cannot load the model"):
+        load_model(tmp_path / "model", dtype=torch.float32)
+    assert not marker.exists()
+    torch.load(tmp_path / "model" / "pytorch_model.bin", weights_only=False)  # the trap works
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_x1_a_pickled_checkpoint_is_not_run(name: str, sealed: bool, copy: Path) -> None:
+    """Not with the wrong hash, and not where the stranger has sealed it himself."""
+    marker = copy.parent / "marker"
+    path = copy.parent / "run" / "checkpoint-2"
+    torch.save(Hostile(marker), path / name)
+    if sealed:
+        (path / MANIFEST_FILE).unlink()
+        seal(path)
+        assert fault(path) is None
+    code = train(copy, lambda: None, "--resume", str(path))
+    assert code == 6, said(copy)
+    assert (f"{name} has" in said(copy)) is not sealed
+    assert not marker.exists()
+
+
+def test_x1_no_checkpoint_holds_a_pickle_of_the_settings(straight: Path) -> None:
+    assert not list((straight.parent / "run").rglob("training_args.bin"))
+
+
+def test_x2_code_that_comes_with_a_model_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = job(tmp_path / "job")
+    model, marker = tmp_path / "job" / "model", tmp_path / "marker"
+    (model / "modeling_x.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    content = json.loads((model / "config.json").read_text())
+    content |= {"model_type": "x", "auto_map": {"AutoConfig": "modeling_x.X", "AutoModelForCausalLM": "modeling_x.M"}}
+    (model / "config.json").write_text(json.dumps(content))
+    assert main(["train", "--config", str(config)]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    given = yaml.safe_load(config.read_text()) | {"model_init_kwargs": {"trust_remote_code": True}}
+    config.write_text(yaml.safe_dump(given))  # a stranger's config may not ask for it either
+    assert main(["train", "--config", str(config)]) == 2
+    assert "model_init_kwargs.trust_remote_code" in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_x2_no_source_trusts_remote_code() -> None:
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant), f"{path}: trust_remote_code is not a constant"
+                assert node.value.value is False, f"{path}: trust_remote_code"
+            if isinstance(node, ast.Dict):
+                keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+                assert "trust_remote_code" not in keys, path
+
+
+@pytest.mark.parametrize("code", ["!!python/object/apply:os.system ['touch {marker}']", "!!python/name:os.system"])
+def test_x3_yaml_with_code(code: str, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    (tmp_path / "run.yaml").write_text("model: " + code.format(marker=marker))
+    with pytest.raises(ConfigError, match="is not YAML"):
+        parse("train", ["--config", str(tmp_path / "run.yaml")])
+    with pytest.raises(ConfigError, match="is not a YAML value"):
+        parse("train", ["--beta", code.format(marker=marker)])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["_target_", "__reduce__", "learning_rat"])
+def test_x3_unknown_keys_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown option '{name}'"):
+        parse("train", [f"--{name}", "1"])
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "", "x" * 81, "a\nb"])
+def test_x4_a_run_name_that_leads_elsewhere(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = job(tmp_path / "job", run_name=name)
+    assert main(["train", "--config", str(config)]) == 2
+    assert "run_name=" in capsys.readouterr().err
+
+
+def test_x4_a_linked_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = job(tmp_path / "job")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "job" / "run").symlink_to(tmp_path / "elsewhere")
+    assert main(["train", "--config", str(config)]) == 2
+    assert "is a link" in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+GIANT = struct.pack("<Q", 1 << 62) + b"{}"
+LONG = struct.pack("<Q", 200_000_000) + b"{}" + b" " * 1000
+
+
+def overlapping() -> bytes:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"a": entry, "b": entry}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(8)
+
+
+@pytest.mark.parametrize("content", [GIANT, LONG, overlapping(), b"\xff" * 9, b""])
+def test_x5_hostile_safetensors(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "anchor.safetensors"
+    path.write_bytes(content)
+    loaded: list[Any] = []
+    with pytest.raises(CheckpointError, match=r"anchor\.safetensors"):
+        load_tensors(path, loaded.append)
+    assert not loaded
+
+
+def test_x6_hostile_completions_are_escaped() -> None:
+    hostile = "</script><script>alert(1)</script>\x1b]0;owned\x07\u202e<!--\u2028"
+    text = script_json([hostile])
+    assert not {"<", ">", "&", "\u2028"} & set(text)
+    assert json.loads(text) == [hostile]
+    shown = visible(hostile)
+    assert "\\x1b" in shown
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+    assert not list(SOURCE.rglob("*csv*"))  # none is written
+
+
+SECRETS = {
+    "address": "https://user:hunter2secret@rewards.example/score",
+    "query": "http://127.0.0.1/score?api_key=hunter2secret&n=1",
+    "token in a query": "http://127.0.0.1/score?access_token=hunter2secret",
+    "header": "Authorization: Bearer hunter2secret.abc",
+    "hub": "hf_hunter2secrethunter2secret",
+}
+
+
+@pytest.mark.parametrize("text", SECRETS.values(), ids=SECRETS.keys())
+def test_x7_secrets_are_redacted(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "hunter2" not in redact(text)
+    assert "hunter2" not in json.dumps(redacted({"reward_funcs": [text], "nested": {"hub_token": "hunter2"}}))
+    assert main(["train", "--model", text, "--nonsense", "1"]) == 2
+    assert main(["sample", "--model", text, "--prompt", "x"]) == 2
+    captured = capsys.readouterr()
+    assert "hunter2" not in captured.out + captured.err
+    for plain in ("reward of 3 tokens", "a/b@main", "nli:models/t5?template=true", "basic English words"):
+        assert redact(plain) == plain
+
+
+def test_x7_no_file_of_a_run_holds_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_hunter2secrethunter2secret")
+    config = job(tmp_path / "job", max_steps=1, logging_dir=None)
+    given = yaml.safe_load(config.read_text())
+    given.pop("logging_dir")
+    reward = Path(str(given["reward_funcs"]).rpartition(":")[0])
+    odd = reward.with_name("access_token=hunter2secret&x.py")
+    given["reward_funcs"] = f"{reward.rename(odd)}:letters"
+    config.write_text(yaml.safe_dump(given | {"hub_token": "hunter2"}))
+    assert train(config) == 2
+    assert "set HF_TOKEN in the environment" in said(config)
+    config.write_text(yaml.safe_dump(given | {"hub_model_id": "https://me:hunter2@hub/x"}))
+    assert train(config) == 0, said(config)
+    assert train(config) == 0, said(config)  # what was redacted is still the same setting
+    files = [path for path in (tmp_path / "job" / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert b"me:hunter2" not in path.read_bytes(), path
+        assert b"hf_hunter2" not in path.read_bytes(), path
+
+
+def test_x9_a_reward_that_came_with_a_run_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "stranger"
+    run.mkdir()
+    (run / "evil.py").touch()
+    settings = {"model": "m", "eval_dataset": "d"}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for spec in (f"{run}/evil.py:f", f"{tmp_path}/other/../stranger/evil.py:f", "stranger.evil:f"):
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"reward_funcs": spec}))
+        with pytest.raises(ConfigError, match="code that came with that folder"):
+            complete({"model": str(run)})
+        assert complete({"model": str(run), "reward_funcs": spec})[0]["reward_funcs"] == spec  # asked for by hand
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"reward_funcs": f"{tmp_path}/mine.py:f"}))
+    assert complete({"model": str(run)})[0]["reward_funcs"] == f"{tmp_path}/mine.py:f"
+
+
+def test_x11_dependencies_have_floors() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = {d.split(">=")[0]: d.split(">=")[1] for d in project["dependencies"]}
+    assert tuple(map(int, floors["torch"].split("."))) >= (2, 10)  # CVE-2025-32434, CVE-2026-24747
+    assert all(floors.values())
