@@ -20,7 +20,7 @@ import random
 from importlib.metadata import version
 from pathlib import Path
 
-from step import in_a_process, measure
+from step import forget_this_folder, in_a_process, measure
 
 COMPLETIONS, TOKENS, MEAN_LENGTH = 48, 64, 24
 FOLDER = Path("runs/peers")
@@ -125,6 +125,7 @@ def build(args: argparse.Namespace):
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    forget_this_folder()
     policy, reward = str(FOLDER / f"{args.size}-{args.lengths}"), str(FOLDER / f"reward-{args.size}")
     rows = Dataset.from_list(prompts(SIZES[args.size][0]))
     common = dict(

@@ -39,6 +39,12 @@ def main() -> None:
         print(f"bondlm / {name}: wall {wall:.2f}  cpu {cpu:.2f}  ({args.threads} threads)", flush=True)
 
 
+def forget_this_folder() -> None:
+    """Take it off the import path: TRL looks for a package called vllm, and would find our vllm.py."""
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
+
+
 def in_a_process(name: str, *options: str) -> dict:
     """Measure one trainer in a fresh process, and print it."""
     command = [sys.executable, *sys.argv, "--one", name, *options]
@@ -106,6 +112,7 @@ def build(args: argparse.Namespace):
     from datasets import load_dataset
     from peft import LoraConfig
 
+    forget_this_folder()
     from bondlm.rewards import load_rewards
 
     reward = load_rewards(f"similarity:{args.encoder}")[0].function

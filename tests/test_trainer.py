@@ -518,7 +518,7 @@ def raises(count: int) -> list[float]:
 
 
 FAILURES: dict[str, tuple[Callable[[int], list[float]], str]] = {
-    "NaN": (lambda count: [1.0] * (count - 1) + [float("nan")], "nan"),
+    "NaN": (lambda count: [float("nan")] * count, "nan"),
     "infinite": (lambda count: [float("inf")] * count, "inf"),
     "raises": (raises, "no such row"),
     "too few": (lambda count: [1.0] * (count - 1), "values for"),

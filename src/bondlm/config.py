@@ -78,8 +78,11 @@ class BONDConfig(TrainingArguments):
     )
     max_skipped_frac: float = _field(
         0.01,
-        "Fraction in [0, 1] of the prompts seen whose reward may fail: they are dropped whole and counted. One may "
-        "fail in any case, unless this is 0.",
+        "Fraction in [0, 1] of prompts whose reward may fail: they are dropped whole and counted. One may fail in any "
+        "case, unless this is 0. The same for bad rows with on_bad_row='skip'.",
+    )
+    on_bad_row: str = _field(
+        "fail", "Bad rows of train_dataset: 'fail', or 'skip' (left out and counted, see max_skipped_frac)."
     )
 
     # -- model and engine
@@ -195,6 +198,7 @@ def _problems(config: BONDConfig) -> list[str]:
             f"{c.eval_num_reference_samples}, which cannot show more",
         ),
         (0 <= c.max_skipped_frac <= 1, f"max_skipped_frac={c.max_skipped_frac}: a fraction lies in [0, 1]"),
+        (c.on_bad_row in ("fail", "skip"), f"on_bad_row={c.on_bad_row!r}: choose fail or skip"),
         (c.reward_timeout_s > 0, f"reward_timeout_s={c.reward_timeout_s}: must be > 0"),
         (c.reward_outage_s >= 0, f"reward_outage_s={c.reward_outage_s}: must be >= 0"),
         (c.max_skipped_steps >= 0, f"max_skipped_steps={c.max_skipped_steps}: must be >= 0"),

@@ -7,6 +7,7 @@ columns travel to the reward functions. Bad rows are refused together, each with
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,15 +29,19 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _Row = Mapping[str, Any]
+_log = logging.getLogger(__name__)
 
 
-def load_prompts(source: str | Path | Dataset | Sequence[_Row], *, split: str = "train") -> Dataset:
+def load_prompts(
+    source: str | Path | Dataset | Sequence[_Row], *, split: str = "train", skipped: list[str] | None = None
+) -> Dataset:
     """Read a prompt data set and check every row.
 
     Args:
         source: A JSONL or Parquet file, a folder written by `Dataset.save_to_disk`, the name of a data set on the
             hub, a `datasets.Dataset` (or a dictionary of splits), or a list of rows.
         split: Which split of a hub data set, or of a folder or dictionary with several.
+        skipped: A list that takes the reason of each bad row, which is then left out; None refuses bad rows.
 
     Returns:
         The data set with its columns as they are. Columns that some rows lack are None there.
@@ -49,14 +54,14 @@ def load_prompts(source: str | Path | Dataset | Sequence[_Row], *, split: str = 
 
     if isinstance(source, str | Path):
         if Path(source).suffix.lower() in _JSONL:
-            return _to_dataset(read_jsonl(source, prompts=True), str(source))
+            return _to_dataset(read_jsonl(source, prompts=True, skipped=skipped), str(source))
         dataset = _open_source(str(source), split)
     elif isinstance(source, Dataset | DatasetDict):
         dataset = source
     elif isinstance(source, Sequence):
         rows: list[Any] = list(source)
-        _check_rows(rows, [f"row {i}" for i in range(len(rows))], "the list of rows")
-        return _to_dataset(rows, "the list of rows")
+        good = _check_rows(rows, [f"row {i}" for i in range(len(rows))], "the list of rows", skipped)
+        return _to_dataset([rows[i] for i in good], "the list of rows")
     else:
         raise DataError(
             f"cannot read prompts from a {type(source).__name__}. Give a path, the name of a hub data set, a "
@@ -67,11 +72,11 @@ def load_prompts(source: str | Path | Dataset | Sequence[_Row], *, split: str = 
     _check_columns(dataset.column_names, name)
     # The other columns may hold images or long answers, and no check looks at them.
     checked = dataset.select_columns([column for column in ("prompt", "id") if column in dataset.column_names])
-    _check_rows(checked, [f"row {i}" for i in range(len(checked))], name)
-    return dataset
+    good = _check_rows(checked, [f"row {i}" for i in range(len(checked))], name, skipped)
+    return dataset if len(good) == len(checked) else dataset.select(good)
 
 
-def read_jsonl(path: str | Path, *, prompts: bool = False) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, *, prompts: bool = False, skipped: list[str] | None = None) -> list[dict[str, Any]]:
     """Read a file with one JSON object a line, strictly.
 
     The file is UTF-8; a byte-order mark may stand at its start and nowhere else. Lines end with LF or CRLF; blank
@@ -81,6 +86,7 @@ def read_jsonl(path: str | Path, *, prompts: bool = False) -> list[dict[str, Any
     Args:
         path: The file.
         prompts: Whether the rows are prompts, and so are checked as `load_prompts` does.
+        skipped: As in `load_prompts`.
 
     Returns:
         The objects, in order.
@@ -107,8 +113,10 @@ def read_jsonl(path: str | Path, *, prompts: bool = False) -> list[dict[str, Any
         raise DataError(f"{path}: cannot be read: {error.strerror or error}. Check the path.") from error
     if prompts:
         numbers = [int(place.rpartition(":")[2]) for place in places]
-        problems += [(numbers[i], text) for i, text in _row_problems(rows, places)]
-    _raise_if_any([text for _, text in sorted(problems)])
+        bad = dict(_row_problems(rows, places))
+        problems += [(numbers[i], text) for i, text in bad.items()]
+        rows = [row for i, row in enumerate(rows) if i not in bad]
+    _raise_or_note([text for _, text in sorted(problems)], skipped)
     if not rows:
         raise DataError(f"{path}: the file has no rows. Write one JSON object a line.")
     if prompts:
@@ -126,6 +134,16 @@ def overlap(train: Iterable[_Row], evaluation: Iterable[_Row]) -> int:
     """Count the rows of `evaluation` whose prompt is also a prompt of `train`."""
     seen = {_prompt_key(row["prompt"]) for row in train}
     return sum(_prompt_key(row["prompt"]) in seen for row in evaluation)
+
+
+def warn_of_overlap(train: Dataset | None, evaluation: Dataset | Mapping[str, Dataset] | None) -> None:
+    """Log how many held-out prompts are also training prompts: on those an evaluation says little."""
+    for part in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
+        if train is None or part is None:
+            continue
+        common = overlap(train.select_columns("prompt"), part.select_columns("prompt"))
+        if common:
+            _log.warning("%d of %d evaluation prompts are training prompts too", common, len(part))
 
 
 def _prompt_key(prompt: Any) -> str:
@@ -256,11 +274,14 @@ def _message_problem(message: Any) -> str | None:
     return None
 
 
-def _check_rows(rows: Iterable[Any], places: Sequence[str], name: str) -> None:
-    """Refuse an empty source and bad rows."""
-    if not places:
+def _check_rows(rows: Iterable[Any], places: Sequence[str], name: str, skipped: list[str] | None) -> list[int]:
+    """The numbers of the good rows; without any the source is refused."""
+    bad = dict(_row_problems(rows, places))
+    _raise_or_note(list(bad.values()), skipped)
+    good = [i for i in range(len(places)) if i not in bad]
+    if not good:
         raise DataError(f"{name} has no rows. Give at least one prompt.")
-    _raise_if_any([text for _, text in _row_problems(rows, places)])
+    return good
 
 
 def _check_columns(columns: Iterable[str], name: str) -> None:
@@ -272,14 +293,20 @@ def _check_columns(columns: Iterable[str], name: str) -> None:
         )
 
 
-def _raise_if_any(problems: Sequence[str]) -> None:
-    """Raise one DataError that names the first bad rows and counts the rest."""
-    if not problems:
-        return
+def _raise_or_note(problems: Sequence[str], skipped: list[str] | None) -> None:
+    """Note bad rows in `skipped`, or raise one DataError that names the first of them and counts the rest."""
+    if skipped is not None:
+        skipped += problems
+    elif problems:
+        raise DataError(listed(problems, "bad rows"))
+
+
+def listed(problems: Sequence[str], what: str) -> str:
+    """One line each for the first 10 problems, and the number of the others."""
     lines = list(problems[:_MAX_LISTED])
     if len(problems) > _MAX_LISTED:
-        lines.append(f"... and {len(problems) - _MAX_LISTED} more bad rows")
-    raise DataError("\n".join(lines))
+        lines.append(f"... and {len(problems) - _MAX_LISTED} more {what}")
+    return "\n".join(lines)
 
 
 def _union_columns(rows: Iterable[_Row]) -> list[str]:

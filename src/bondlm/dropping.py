@@ -1,42 +1,92 @@
-"""Prompts whose reward failed: dropped whole, counted, written down, and too many of them end the run.
+"""What a run leaves out, bad rows of its data and prompts whose reward failed: counted, listed, and never many.
 
-Expected quantile of the best of N is N / (N + 1): a missing sample would change N, so that the prompt goes with it.
+A prompt is dropped whole. The expected quantile of the best of N is N / (N + 1), so to go on with the samples that are
+left would change the target of that prompt.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bondlm.errors import RewardError
+import torch
+
+from bondlm.data import listed
+from bondlm.errors import DataError, RewardError
 from bondlm.rollout import Samples
 from bondlm.runfolder import DROPPED_FILE, append_jsonl
 
 
 class DropBudget:
-    """Counts dropped prompts against those seen since the process began."""
+    """Counts what is left out, on all processes and over the whole run, resumed or not."""
 
     def __init__(self, fraction: float, folder: Path) -> None:
-        """At most `fraction` of the prompts seen may be dropped; one may be in any case unless it is 0."""
-        self._fraction, self._path = fraction, folder / DROPPED_FILE
-        self.seen = self.dropped = 0
+        """At most `fraction` may be left out: of the rows of the data, and of the prompts seen so far.
 
-    def note(self, rows: Sequence[Mapping[str, Any]], samples: Samples, step: int) -> dict[str, float]:
-        """Write down the dropped prompts of a step; returns its metric.
+        One may be in any case unless `fraction` is 0: the first prompts of a run would otherwise have no budget, since
+        1% of ten prompts is less than one.
+        """
+        self._fraction, self._path = fraction, folder / DROPPED_FILE
+        self.skipped_rows: list[str] = []
+        self.seen = self.dropped = 0
+        self._counted = False
+
+    def note_rows(self, skipped: Sequence[str], num_good: int) -> None:
+        """Remember the bad rows of the data that were left out, each with its place and reason.
 
         Raises:
-            RewardError: they are too many, or all.
+            DataError: they are too many.
         """
-        self.seen += len(rows)
-        self.dropped += len(samples.dropped)
+        self.skipped_rows = list(skipped)
+        total = num_good + len(skipped)
+        if self._is_too_many(len(skipped), total):
+            raise DataError(
+                f"{len(skipped)} of {total} rows are bad, more than max_skipped_frac={self._fraction} allows:\n"
+                + listed(skipped, "bad rows")
+            )
+
+    def note(
+        self, rows: Sequence[Mapping[str, Any]], samples: Samples, step: int, accelerator: Any
+    ) -> dict[str, float]:
+        """Write down the prompts of this process that a step drops; returns its metric.
+
+        Every process must call.
+
+        Raises:
+            RewardError: on all processes, if they are too many.
+        """
+        before = 0 if self._counted else self._in_file(before=step)
+        mine = torch.tensor([[len(rows), len(samples.dropped), before]], device=accelerator.device)
+        ranks = accelerator.gather(mine).cpu()
+        num_rows, num_dropped = int(ranks[:, 0].sum()), int(ranks[:, 1].sum())
+        if not self._counted:  # a run that is resumed: what it saw, and what it dropped (as the main process knows it)
+            self._counted, self.seen, self.dropped = True, (step - 1) * num_rows, int(ranks[0, 2])
+        self.seen, self.dropped = self.seen + num_rows, self.dropped + num_dropped
         if samples.dropped:
             lost = [{"step": step, "prompt": rows[i]["prompt"], "reason": r} for i, r in samples.dropped.items()]
             self._path.parent.mkdir(parents=True, exist_ok=True)
             append_jsonl(self._path, lost)
-        allowed = max(1.0, self._fraction * self.seen) if self._fraction > 0 else 0.0
-        if self.dropped > allowed or len(samples.dropped) == len(rows) > 0:
+        if self._is_too_many(self.dropped, self.seen):
+            first = next(iter(samples.dropped.values()), "None of them on this process.")
             raise RewardError(
-                f"step {step}: the rewards of {len(samples.dropped)} of {len(rows)} prompts failed, {self.dropped} of "
-                f"{self.seen} so far (max_skipped_frac={self._fraction}). The first: "
-                f"{next(iter(samples.dropped.values()))} All are in {self._path.name}."
+                f"step {step}: the rewards of {num_dropped} of {num_rows} prompts failed, {self.dropped} of "
+                f"{self.seen} so far (max_skipped_frac={self._fraction}). {first} All are in {self._path.name}."
             )
         return {"bond/frac_dropped": len(samples.dropped) / len(rows)}
+
+    def summary(self) -> list[str]:
+        """What to say at the end of a run: one line for each kind of thing left out."""
+        lines = []
+        if self.skipped_rows:
+            lines.append(f"left out: {len(self.skipped_rows)} bad rows of train_dataset, first {self.skipped_rows[0]}")
+        if self.dropped:
+            lines.append(f"dropped: {self.dropped} of {self.seen} prompts, whose reward failed ({self._path})")
+        return lines
+
+    def _is_too_many(self, count: int, total: int) -> bool:
+        return count > (max(1.0, self._fraction * total) if self._fraction > 0 else 0.0)
+
+    def _in_file(self, *, before: int) -> int:
+        if not self._path.is_file():
+            return 0
+        return sum(json.loads(line)["step"] < before for line in self._path.read_bytes().splitlines())

@@ -3,6 +3,7 @@
 Shapes: P prompts, M completions of each.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,7 +166,7 @@ def rollout_metrics(samples: Samples, num_policy: int) -> dict[str, float]:
     ordered = rewards_PM.sort(dim=1).values
     tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     metrics = {
-        "reward_std": float(rewards_PM.std()),
+        "reward_std": float(rewards_PM.std()) if len(rewards_PM) else math.nan,  # all dropped: the step is skipped
         "bond/frac_tied": float(tied.double().mean()),
         "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
     }

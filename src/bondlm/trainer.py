@@ -25,7 +25,7 @@ from bondlm.callbacks import AnchorCallback, RunFolderCallback, StopCallback
 from bondlm.checkpoint import writing_to
 from bondlm.clock import Clock, StepMeans
 from bondlm.config import BONDConfig, make_objective
-from bondlm.data import load_prompts
+from bondlm.data import load_prompts, warn_of_overlap
 from bondlm.dropping import DropBudget
 from bondlm.engines import Role
 from bondlm.engines.choose import make_engine
@@ -68,8 +68,8 @@ class BONDTrainer(Trainer):
     Args:
         model: the policy: a model, or a folder or hub name. It is also the reference and the first anchor.
         reward_funcs: what a completion is worth: functions `f(prompts, completions, **columns) -> list[float]`,
-            names of sequence-classification models, `nli:`/`similarity:` models, modules, or a list of these. None is
-            for training from scored samples alone.
+            names of sequence-classification models, `nli:`/`similarity:` models, addresses of servers, modules, or a
+            list of these (docs/rewards.md). None is for training from scored samples alone.
         args: settings.
         train_dataset: prompts (`{"prompt": str}` or `{"prompt": messages}`); other columns reach the rewards. Or scored
             samples (`{"prompt", "completion", "reward"}`, from `bondlm score`) for an objective that learns from these.
@@ -124,6 +124,7 @@ class BONDTrainer(Trainer):
         if reward_funcs is None and eval_dataset is not None:
             raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
         self.clock, self._smaller = Clock(), SmallerBatches()
+        self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
         self._means = StepMeans()
         self.record = self._means.record  # takes a step's metrics for the next log
         if args.learning_rate is None:
@@ -138,6 +139,7 @@ class BONDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        warn_of_overlap(self.train_dataset, self.eval_dataset)
         full_precision_outputs(self.accelerator, asked_for=uses_fsdp(args))
         self.roles.to(args.device)
         settings: dict[str, Any] = {"device": args.device, "dtype": fast_dtype(args.device)}
@@ -160,7 +162,6 @@ class BONDTrainer(Trainer):
         self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self.record)
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
         self.stop = StopCallback(args.target_n, args.kl_budget)
-        self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
         for callback in (self._anchor_callback, self.run_folder, self.stop):
             self.add_callback(callback)
         with self.roles.use("policy") as policy:
@@ -171,8 +172,9 @@ class BONDTrainer(Trainer):
     # -- data
 
     def _training_data(self, dataset: Any) -> Dataset:
-        prompts = load_prompts(dataset)
-        args = self._given
+        args, skipped = self._given, list[str]()
+        prompts = load_prompts(dataset, skipped=skipped if args.on_bad_row == "skip" else None)
+        self.drops.note_rows(skipped, len(prompts))
         if not is_scored(prompts):
             if self._reward_funcs_missing:
                 raise ConfigError("reward_funcs is required: only a data set of scored samples comes without")
@@ -218,7 +220,7 @@ class BONDTrainer(Trainer):
         first = self.args.process_index * len(rows)
         positions = [row[PROMPT_ROW] for row in rows]
         samples = self._samples_of_step(rows, step, positions)
-        self.record(self.drops.note(rows, samples, step))
+        self.record(self.drops.note(rows, samples, step, self.accelerator))
         real_P = real_P & samples.kept
         all_real = self.accelerator.gather(real_P.to(self.args.device)).cpu()
         selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))

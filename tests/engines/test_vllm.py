@@ -254,12 +254,12 @@ def test_small_stale_moves_add_up(engine: VLLMEngine, stub: Stub, roles: Roles) 
     """Each move is below what a server in 16 bits must follow; all together are not."""
     engine._noise = 1e-2
     stub.fault = ignore_reloads(10**9)
-    change(roles, 2e-3)
+    change(roles, 3e-4)
     engine.sync()  # not seen yet
 
     def go_on() -> None:
         for _ in range(500):
-            change(roles, 2e-3)
+            change(roles, 3e-4)
             engine.sync()
 
     with pytest.raises(EngineError, match="reload did nothing"):

@@ -1,6 +1,8 @@
 """`engine: vllm` against a real vLLM server on the CPU (`make test-vllm`), a tiny Llama with random weights."""
 
 import os
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,9 +208,16 @@ def test_training(server: LocalServer, base: str, tmp_path: Path) -> None:
     gaps = [row[GAP_METRIC] for row in made.state.log_history if GAP_METRIC in row]
     assert len(gaps) == 3
     assert max(gaps) < GAP
-    assert all(float((anchor - policy).abs().max()) > 0 for _, anchor, policy in made.roles.anchor_pairs)
+    assert all(float((anchor - policy).detach().abs().max()) > 0 for _, anchor, policy in made.roles.anchor_pairs)
     assert "eval_effective_n" in made.evaluate()  # in step with the weights as they are now
     assert made.engine.probe_gap["policy"] < GAP  # type: ignore[attr-defined]
+
+
+def alive_in_group(group: int) -> list[str]:
+    """Processes that still run; one that has ended but that nobody has waited for does not."""
+    lines = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in lines.splitlines()]
+    return [" ".join(row) for row in rows if row[0] == str(group) and not row[1].startswith("Z")]
 
 
 def test_a_server_of_our_own(base: str, tmp_path: Path) -> None:
@@ -217,10 +226,12 @@ def test_a_server_of_our_own(base: str, tmp_path: Path) -> None:
     made = BONDTrainer(*(base, short, config(tmp_path, **settings), prompt_rows(6)), peft_config=lora())
     made.train()
     server = made.engine._server  # type: ignore[attr-defined]
-    os.kill(server.pid, 0)
+    assert len(alive_in_group(server.pid)) > 1  # the server and its workers
     made.engine.close()  # type: ignore[attr-defined]
-    with pytest.raises(ProcessLookupError):
-        os.killpg(server.pid, 0)
+    end = time.monotonic() + 10  # killed is not yet gone
+    while alive_in_group(server.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert alive_in_group(server.pid) == []
     assert "Application startup complete" in (tmp_path / "vllm" / "server.log").read_text()
 
 

@@ -65,7 +65,7 @@ def killed_at_write(tmp_path: Path, straight: Path, at: int) -> None:
     assert sum(fault(path) is None for path in (config.parent / "run").glob("checkpoint-*")) == 2
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.55, 0.8, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
 def test_d1_killed_during_save(share: float, num_writes: int, straight: Path, tmp_path: Path) -> None:
     """Also in the first save, when there is nothing yet to fall back to."""
     assert num_writes > 20

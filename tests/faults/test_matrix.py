@@ -9,7 +9,7 @@ LAST = {"d": 15, "s": 10, "n": 12, "r": 14, "t": 13, "m": 5, "x": 11}
 ROWS = {f"{letter}{i}" for letter, last in LAST.items() for i in range(1, last + 1)} | {"n0"}
 
 
-def tested() -> set[str]:
+def rows_with_a_test() -> set[str]:
     names = {
         node.name
         for path in HERE.glob("test_*.py")
@@ -27,8 +27,8 @@ def listed() -> dict[str, str]:
 
 
 def test_every_row_is_a_test_or_is_listed() -> None:
-    assert ROWS - tested() - set(listed()) == set()
-    assert tested() <= ROWS
+    assert ROWS - rows_with_a_test() - set(listed()) == set()
+    assert rows_with_a_test() <= ROWS
     assert set(listed()) <= ROWS
     assert all(len(reason) > 20 for reason in listed().values())
-    assert len(tested()) > 40
+    assert len(rows_with_a_test()) > 40

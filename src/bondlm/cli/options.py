@@ -25,7 +25,8 @@ _SAMPLING = {
     "max_rows": "Most completions that are decoded together. Default: what fits into memory (on a CPU 96).",
 }
 _REWARDS = {
-    "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, or a list.",
+    "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, a server's "
+    "http(s)://HOST/PATH, or a list.",
     "reward_weights": "A list of numbers, one per reward.",
 }
 _TRAIN = (

@@ -75,6 +75,8 @@ def run(options: dict[str, Any]) -> int:
             reporter.close_training()
             if trainer.is_world_process_zero():
                 print_phases(console, *reporter.mean_phases(), reporter.evaluation_seconds)
+                for line in trainer.drops.summary():
+                    console.print(line, highlight=False, soft_wrap=True)
             if trainer.eval_dataset is not None:
                 evaluate_run(trainer, folder, console, reporter)
             if trainer.eval_dataset is not None and is_main_process():

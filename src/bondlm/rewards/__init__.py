@@ -1,15 +1,17 @@
-"""Rewards: functions, classifiers, entailment and similarity models, and `score`, the only door to them."""
+"""Rewards: functions, classifiers, entailment and similarity models, servers, and `score`, the only door to them."""
 
 from bondlm.rewards.batching import map_micro_batches, micro_batches
 from bondlm.rewards.calls import RewardFunction
 from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.door import NamedReward, Scores, score
 from bondlm.rewards.functions import load_function
+from bondlm.rewards.http import HTTPReward
 from bondlm.rewards.load import load_rewards
 from bondlm.rewards.nli import NLIReward
 from bondlm.rewards.similarity import SimilarityReward
 
 __all__ = [
+    "HTTPReward",
     "NLIReward",
     "NamedReward",
     "RewardFunction",

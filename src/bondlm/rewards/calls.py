@@ -105,7 +105,7 @@ def _failure(name: str, error: BaseException) -> BondError:
 
 def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     """Await all together in the rewards' own thread, so that it also works inside a notebook's running loop."""
-    future = asyncio.run_coroutine_threadsafe(_gather(awaitables), _event_loop(os.getpid()))
+    future = asyncio.run_coroutine_threadsafe(await_together(awaitables), _event_loop(os.getpid()))
     try:
         return future.result()
     except BaseException:  # Ctrl-C while waiting: do not leave requests running behind the user's back
@@ -113,7 +113,8 @@ def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
         raise
 
 
-async def _gather(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+async def await_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    """All answers in order; the first failure cancels the others."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return await asyncio.gather(*tasks)

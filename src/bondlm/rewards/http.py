@@ -7,9 +7,11 @@ whether it is back.
 """
 
 import asyncio
+import ipaddress
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,12 +20,15 @@ from urllib.parse import urlsplit
 import httpx
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
+from bondlm.rewards.calls import await_together
 
 TOKEN_VARIABLE = "BONDLM_REWARD_TOKEN"  # noqa: S105 (the name of a variable, not a token)
+PLAIN_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP"
 VERSION = 1
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-MAX_CONNECTIONS = 8
-LONGEST_PAUSE = 30.0  # seconds
+PLAIN_VARIABLE = "BONDLM_ALLOW_PLAIN_HTTP"
+MAX_REQUESTS = 8  # in flight together
+LONGEST_CONNECT, LONGEST_PAUSE = 10.0, 30.0  # seconds
 BYTES_AN_ITEM, LEAST_BYTES = 4096, 65_536  # of an answer: more is not what we asked for
 
 
@@ -44,45 +49,43 @@ class HTTPReward:
         The bearer token comes from the environment variable BONDLM_REWARD_TOKEN.
 
         Raises:
-            ConfigError: the address is not one, or holds a password.
+            ConfigError: the address is not one, holds a password, or would send prompts over a network in clear; or
+                the token cannot be sent.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"reward {url!r}: give http://HOST/PATH or https://HOST/PATH")
-        if parts.username or parts.password:
-            raise ConfigError(
-                f"the reward server at {parts.hostname} has a password in its address, which would be written into "
-                f"the run folder: put the token into the environment variable {TOKEN_VARIABLE}"
-            )
-        self._url, self.name = url, f"{parts.hostname}{parts.path}".rstrip("/")
+        self._url, self.name = url, _checked_name(url)
         self._timeout, self._outage, self._batch_size = timeout, outage, batch_size
+        self._headers = _headers()
         self._client: httpx.AsyncClient | None = None
+        self._slots = asyncio.Semaphore(MAX_REQUESTS)
         self._failing_since: float | None = None  # shared by all requests: this is the breaker
         self._probing = asyncio.Lock()
+        self._random = random.Random()  # noqa: S311 (spreads retries; the run's own generators must not move)
 
     async def __call__(self, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[Any]:
         """One reward a completion, in order; what is not a number is for the door to judge.
 
         Raises:
+            ConfigError: a column cannot be sent as JSON.
             RewardError: the server refuses us or answers something else.
             RewardOutageError: it did not answer for `outage` seconds.
         """
         if self._client is None:  # made here, where the event loop of all later calls runs
-            token = os.environ.get(TOKEN_VARIABLE)
             self._client = httpx.AsyncClient(
-                timeout=self._timeout,
-                limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
-                headers={"Authorization": f"Bearer {token}"} if token else {},
-                trust_env=False,
+                timeout=httpx.Timeout(self._timeout, connect=min(LONGEST_CONNECT, self._timeout)),
+                headers=self._headers,
+                trust_env=False,  # a proxy for the web is none for a server of ours
                 follow_redirects=False,  # another host is not the one that was asked, and must not see the token
             )
-        extra = {name: values for name, values in columns.items() if name != "completion_ids"}
+        rows = [
+            {name: values[i] for name, values in columns.items() if name != "completion_ids"}
+            for i in range(len(prompts))
+        ]
         items = [
-            {"id": str(i), "prompt": prompt, "completion": completion} | {name: v[i] for name, v in extra.items()}
-            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            {"id": str(i), "prompt": prompt, "completion": completion, "columns": row}
+            for i, (prompt, completion, row) in enumerate(zip(prompts, completions, rows, strict=True))
         ]
         batches = [items[i : i + self._batch_size] for i in range(0, len(items), self._batch_size)]
-        answers = await asyncio.gather(*(self._rewards(self._client, batch) for batch in batches))
+        answers = await await_together([self._rewards(self._client, batch) for batch in batches])
         return [reward for answer in answers for reward in answer]
 
     async def _rewards(self, client: httpx.AsyncClient, items: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -90,27 +93,32 @@ class HTTPReward:
             body = json.dumps({"version": VERSION, "items": items}, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"a dataset column cannot be sent as JSON ({error}): remove the column") from error
+        async with self._slots:  # waiting for a turn is not waiting for the server: no time limit runs yet
+            answer = await self._persist(client, body, len(items))
+        return _by_id(self.name, answer, [item["id"] for item in items])
+
+    async def _persist(self, client: httpx.AsyncClient, body: str, count: int) -> bytes:
+        """Ask until there is an answer; while nobody gets any, one request at a time asks."""
         attempt = 0
         while True:
             try:
                 if self._failing_since is None:
-                    answer = await self._ask(client, body, len(items))
+                    answer = await self._ask(client, body, count)
                 else:
                     async with self._probing:
-                        answer = await self._ask(client, body, len(items))
-                break
+                        answer = await self._ask(client, body, count)
             except _TransientError as fault:
                 await self._pause(fault, attempt)
                 attempt += 1
-        self._failing_since = None
-        return _by_id(self.name, answer, [item["id"] for item in items])
+            else:
+                self._failing_since = None
+                return answer
 
     async def _pause(self, fault: _TransientError, attempt: int) -> None:
         now = time.monotonic()
         self._failing_since = now if self._failing_since is None else self._failing_since
         left = self._outage - (now - self._failing_since)
-        jitter = random.uniform(0.5, 1.0)  # noqa: S311 (spreads retries; nothing secret)
-        wait = max(fault.after, jitter * min(LONGEST_PAUSE, 0.5 * 2**attempt))
+        wait = max(fault.after, self._random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 0.5 * 2**attempt))
         if wait >= left:
             raise RewardOutageError(
                 f"the reward server {self.name} has not answered for {now - self._failing_since:.0f} s "
@@ -128,14 +136,13 @@ class HTTPReward:
             raise _TransientError(f"{type(error).__name__}: {error}") from error
 
     async def _exchange(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        async with client.stream("POST", self._url, content=body, headers=headers) as response:
+        async with client.stream("POST", self._url, content=body) as response:
             if response.status_code in TRANSIENT:
                 raise _TransientError(f"HTTP {response.status_code}", _retry_after(response.headers))
             if response.status_code != 200:
                 raise RewardError(
-                    f"the reward server {self.name} answers HTTP {response.status_code}: check its address and "
-                    f"{TOKEN_VARIABLE}"
+                    f"the reward server {self.name} answers HTTP {response.status_code}: check its address (redirects "
+                    f"are not followed), {TOKEN_VARIABLE}, and what it says of the request"
                 )
             kind = response.headers.get("content-type", "")
             if kind.partition(";")[0].strip().lower() != "application/json":
@@ -146,6 +153,45 @@ class HTTPReward:
                 if len(received) > limit:
                     raise RewardError(f"the reward server {self.name} answers with more than {limit} bytes")
             return bytes(received)
+
+
+def _checked_name(url: str) -> str:
+    """Host and path of the server's address, which are safe to show.
+
+    Raises:
+        ConfigError: see `HTTPReward`.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"reward {url!r}: give http://HOST/PATH or https://HOST/PATH")
+    if parts.username or parts.password:
+        raise ConfigError(
+            f"the reward server at {parts.hostname} has a password in its address, which would be written into the "
+            f"run folder: put the token into the environment variable {TOKEN_VARIABLE}"
+        )
+    if parts.scheme == "http" and not _is_loopback(parts.hostname) and os.environ.get(PLAIN_VARIABLE) != "1":
+        raise ConfigError(
+            f"http://{parts.hostname} would carry prompts, completions and the token over the network in clear: use "
+            f"https, or set the environment variable {PLAIN_VARIABLE}=1 if that network is yours"
+        )
+    return f"{parts.hostname}{parts.path}".rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _headers() -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # so that the cap is on what is sent
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        return headers
+    if not re.fullmatch(r"[\x21-\x7e]+", token):  # httpx would quote it in its error
+        raise ConfigError(f"{TOKEN_VARIABLE} holds spaces, line ends or other characters that no header can carry")
+    return headers | {"Authorization": f"Bearer {token}"}
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
@@ -167,7 +213,7 @@ def _by_id(name: str, answer: bytes, ids: Sequence[str]) -> list[Any]:
         repeated = len(found) < len(data["rewards"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RewardError(
-            f"the reward server {name} answers {answer[:200]!r}, not "
+            f"the reward server {name} answers {len(answer)} bytes that are not "
             f'{{"rewards": [{{"id": ..., "reward": ...}}]}} ({type(error).__name__}: {error})'
         ) from error
     if repeated or set(found) != set(ids):

@@ -101,9 +101,9 @@ def load_rewards(
     for spec, weight, tokenizer in zip(spec_list, weight_list, tokenizers, strict=True):
         if isinstance(spec, str) and spec.startswith(("http://", "https://")):
             server = HTTPReward(spec, timeout=timeout, outage=outage)
-            name, function = _last_part(server.name), server
-        else:
-            name, function = _load_one(spec, tokenizer, device, dtype)
+            rewards.append(NamedReward(_unused(_last_part(server.name), {r.name for r in rewards}), server, weight))
+            continue
+        name, function = _load_one(spec, tokenizer, device, dtype)
         rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight))
     return rewards
 

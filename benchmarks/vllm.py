@@ -1,0 +1,114 @@
+"""The vLLM engine beside the transformers engine on a J-BOND rollout, with and without one batch for both adapters.
+
+    python benchmarks/vllm.py --model models/smollm2-135m-instruct --vllm-python .venv-vllm/bin/python
+
+The server runs on this machine and has the same cores. Engines take turns; ratios of medians within the run.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROLES = ("policy", "anchor")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--vllm-python", required=True)
+    parser.add_argument("--prompts", default="examples/everyday/train.jsonl")
+    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32, help="most tokens of a completion")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", help="file for the result as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args, Path(folder))
+    result |= {"command": " ".join(["python", *sys.argv])}
+    report(result)
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict:
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    from bondlm import BONDConfig
+    from bondlm.engines.choose import make_engine
+    from bondlm.engines.hf import TransformersEngine
+    from bondlm.models import Roles, load_model, wrap_lora
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    lora = LoraConfig(r=16, target_modules="all-linear")
+    roles = Roles(wrap_lora(load_model(args.model, dtype=getattr(torch, args.dtype)), lora))
+    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: args.num_prompts]
+    prompts = [
+        tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)
+        for line in lines
+    ]
+    ends = {"eos_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id}
+    settings = {"engine": "vllm", "vllm_server": "auto", "vllm_python": args.vllm_python}
+    settings |= {"vllm_server_args": ["--max-model-len", "1024"], "max_completion_length": args.tokens}
+    config = BONDConfig(output_dir=str(folder), use_cpu=not torch.cuda.is_available(), **settings)
+    begin = time.perf_counter()
+    server = make_engine(config, roles.model, roles.use, tokenizer, **ends)
+    start_seconds = time.perf_counter() - begin
+    here = TransformersEngine(roles.use, **ends)
+    counts = {"policy": 1, "anchor": 2}
+
+    def one_by_one(engine, seeds):
+        law = {"max_new_tokens": args.tokens, "seeds": seeds}
+        return {role: engine.generate(prompts, counts[role], role=role, **law) for role in ROLES}
+
+    def together(seeds):
+        wanted = {role: (counts[role], seeds) for role in ROLES}
+        return server.generate_roles(prompts, wanted, max_new_tokens=args.tokens)
+
+    ways = {
+        "transformers": lambda seeds: one_by_one(here, seeds),
+        "vllm, one role after the other": lambda seeds: one_by_one(server, seeds),
+        "vllm, both adapters in one batch": together,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    syncs = []
+    for number in range(args.rounds + 1):  # the first warms up
+        begin = time.perf_counter()
+        server.sync()
+        syncs.append(time.perf_counter() - begin)
+        for name, draw in ways.items():
+            begin = time.perf_counter()
+            drawn = draw([1000 * number + i for i in range(len(prompts))])
+            seconds = time.perf_counter() - begin
+            rates[name].append(sum(len(c.ids) for role in ROLES for row in drawn[role] for c in row) / seconds)
+    server.close()
+    return {
+        "tokens_per_second": {name: statistics.median(values[1:]) for name, values in rates.items()},
+        "all_rounds": {name: values[1:] for name, values in rates.items()},
+        "sync_seconds": statistics.median(syncs[1:]),
+        "start_seconds": start_seconds,
+        "probe_gap": server.probe_gap,
+    }
+
+
+def report(result: dict) -> None:
+    rates = result["tokens_per_second"]
+    for name, rate in rates.items():
+        print(f"{name:34} {rate:7.1f} completion tokens/s  {rate / rates['transformers']:.2f}x")
+    print(
+        f"sync of both adapters, checked     {result['sync_seconds']:7.2f} s   server start {result['start_seconds']:.0f} s"
+    )
+    print(f"probe gap (nats a token)           {result['probe_gap']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Rows T of the fault matrix: text, tokens and data; more of each is in tests/test_text.py and tests/test_data.py."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli.helpers import write_job
+from test_text import INJECTIONS, encode, user
+from test_trainer import TOKENIZER, ends_often, logged, low_ids, same, trainer, weights
+from tiny import BOS, CHATML, prompt_rows, tiny_causal, tiny_tokenizer
+
+from bondlm.cli import main
+from bondlm.data import load_prompts, read_jsonl
+from bondlm.engines import Completion
+from bondlm.errors import BondError, ConfigError, DataError
+from bondlm.objectives import JBOND
+from bondlm.rewards import NamedReward
+from bondlm.rollout import PROMPT_IDS, score_samples, tie_noise
+from bondlm.text import check_tokenizer
+
+
+def write(path: Path, *lines: Any) -> Path:
+    """JSON for objects, bytes as they are."""
+    parts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"".join(part + b"\n" for part in parts))
+    return path
+
+
+def test_t1_an_empty_completion_is_kept_and_learned_from(tmp_path: Path) -> None:
+    """Its one token is the end of sequence; its reward is that of "", and the shortest length is logged."""
+    seen: list[str] = []
+
+    def reward(completions: list[str]) -> list[float]:
+        seen.extend(completions)
+        return [float(i) for i in range(len(completions))]
+
+    model = tiny_causal(TOKENIZER)
+    model.generation_config.eos_token_id = list(range(300))
+    made = trainer(tmp_path, model, reward=reward, max_steps=1)
+    before = weights(made.roles.model)
+    made.train()
+    assert set(seen) == {""}
+    row = logged(tmp_path)[0]
+    assert row["completions/min_length"] == row["completions/max_length"] == 1
+    assert row["num_tokens/learned"] == 2 * 4  # of 4 prompts the policy's sample and the better of the anchor's
+    assert not same(weights(made.roles.model), before)
+
+
+def test_t2_a_completion_without_end_is_flagged_and_a_reward_may_rank_it_last() -> None:
+    """The pattern of docs/rewards.md: a second reward that is far below all others for what was cut."""
+
+    def length(completions: list[str]) -> list[float]:
+        return [float(len(c)) for c in completions]
+
+    def finished(truncated: list[bool]) -> list[float]:
+        return [-1e6 if cut else 0.0 for cut in truncated]
+
+    def answer(text: str, end: bool) -> Completion:
+        ids = TOKENIZER.encode(text) + [2] * end
+        return Completion(ids, [-1.0] * len(ids), finished=end)
+
+    rows = [{"prompt": "p", PROMPT_IDS: [5]}]
+    completions = [[answer("mid size", True), answer("the longest of all", False), answer("x", True)]]
+    winners = []
+    for functions in ([length], [length, finished]):
+        rewards = [NamedReward(f.__name__, f) for f in functions]
+        samples = score_samples(rewards, rows, completions, tokenizer=TOKENIZER, eos_ids=[2])
+        winners.append(int(JBOND().select(samples.rewards_PM, tie_noise(0, 1, [0], 3)).rows_PL[0, 1]))
+    assert winners == [1, 2]
+
+
+@pytest.mark.parametrize("pad", [None, "eos"])
+def test_t3_padding_is_never_known_by_its_id(pad: Any, tmp_path: Path) -> None:
+    results = []
+    for tokenizer in (TOKENIZER, tiny_tokenizer(pad=pad)):
+        folder = tmp_path / str(len(results))
+        made = trainer(folder, ends_often(tiny_causal(tokenizer)), processing_class=tokenizer, max_steps=1)
+        made.train()
+        results.append(weights(made.roles.model))
+    assert same(*results)
+
+
+def test_t3_a_model_that_cannot_stop_is_refused() -> None:
+    with pytest.raises(ConfigError, match="could never learn to stop") as caught:
+        check_tokenizer(tiny_tokenizer(eos=False), None)
+    assert caught.value.exit_code == 2
+
+
+def test_t4_prompts_that_do_not_fit_are_named_and_never_cut(tmp_path: Path) -> None:
+    rows = [*prompt_rows(3), {"prompt": "word " * 300}, {"prompt": "x" * 260}]
+    with pytest.raises(DataError, match=r"context of 256 tokens leaves 251") as caught:
+        trainer(tmp_path, train_dataset=rows)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == ["row 3", "row 4"]
+    with pytest.raises(DataError, match="max_prompt_length is 4"):
+        trainer(tmp_path, train_dataset=prompt_rows(3), max_prompt_length=4)
+
+
+@pytest.mark.parametrize("hostile", INJECTIONS.values(), ids=INJECTIONS.keys())
+def test_t5_control_tokens_in_user_text_are_refused(hostile: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"special token .* in the text of row 1") as caught:
+        trainer(tmp_path, train_dataset=[*prompt_rows(1, chat=True), {"prompt": user(hostile)}])
+    assert caught.value.exit_code == 3
+
+
+TEMPLATES = {
+    "none": (None, "has no chat template", 2),
+    "not Jinja": ("{% for %}", "not valid Jinja", 2),
+    "attributes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "row 0: SecurityError", 3),
+    "imports": ("{{ cycler.__init__.__globals__.os.system('touch marker') }}", "row 0: SecurityError", 3),
+    "a long loop": ("{% for i in range(999999999) %}{{ i }}{% endfor %}", "row 0: OverflowError", 3),
+    "raises": ("{{ raise_exception('no system role') }}", "row 0: TemplateError: no system role", 3),
+    "a missing key": ("{{ messages[9].content }}", "row 0: UndefinedError", 3),
+    "writes nothing": ("", "row 0: no tokens", 3),
+}
+
+
+@pytest.mark.parametrize(("template", "message", "code"), TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_t6_bad_and_hostile_templates(
+    template: str | None, message: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template  # type: ignore[assignment]
+    with pytest.raises(BondError, match=message) as caught:
+        encode([user("hello")], tokenizer)
+    assert caught.value.exit_code == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_t7_two_begin_of_sequence_tokens_become_one(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    tokenizer.chat_template = BOS + CHATML
+    bos = tokenizer.bos_token_id
+    made = trainer(
+        tmp_path, tiny_causal(tokenizer), processing_class=tokenizer, train_dataset=prompt_rows(4, chat=True)
+    )
+    for ids in made.train_dataset[PROMPT_IDS]:  # type: ignore[index]
+        assert ids[0] == bos
+        assert ids.count(bos) == 1
+
+
+ODD = [
+    "a\x00b",
+    "e\u0301\u200d\u200f",
+    "\u202eabc\u202c",
+    "\U0001f469\u200d\U0001f4bb",
+    "word " * 200_000,
+    "end\r",
+    "a\u2028b",
+]
+
+
+def test_t8_odd_text_survives_and_half_a_character_does_not(tmp_path: Path) -> None:
+    rows = [{"prompt": text} for text in ODD]
+    path = write(tmp_path / "odd.jsonl", *rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_jsonl(path, prompts=True) == rows
+    short = [text[:10_000] for text in ODD]
+    for text, ids in zip(short, encode(short, TOKENIZER), strict=True):
+        assert TOKENIZER.decode(ids) == text
+    bad = write(tmp_path / "bad.jsonl", {"prompt": "fine"}, b'{"prompt": "\\ud800"}', b'\xef\xbb\xbf{"prompt": "late"}')
+    with pytest.raises(DataError) as caught:
+        read_jsonl(bad, prompts=True)
+    first, second = str(caught.value).splitlines()
+    assert first == f"{bad}:2: lone surrogate: half of a character, which UTF-8 cannot hold"
+    assert second.startswith(f"{bad}:3: invalid JSON")
+
+
+BAD_LINES = {
+    "cut": b'{"prompt": "ab',
+    "not an object": b'["prompt"]',
+    "no prompt": b'{"text": "a"}',
+    "a number": b'{"prompt": 3}',
+    "empty": b'{"prompt": " "}',
+    "twice": b'{"prompt": "x", "id": 1}',
+    "NaN": b'{"prompt": "x", "score": NaN}',
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_t9_a_bad_row_is_refused_with_its_place_or_skipped(line: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"prompt": "one", "id": 1}, line, {"prompt": "three", "id": 3})
+    with pytest.raises(DataError, match=r"data\.jsonl:2: ") as caught:
+        load_prompts(path)
+    assert caught.value.exit_code == 3
+    skipped: list[str] = []
+    assert load_prompts(path, skipped=skipped)["prompt"][:] == ["one", "three"]
+    assert skipped == [str(caught.value)]
+
+
+def test_t9_skipped_rows_are_counted_and_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_job(tmp_path, max_steps=1, save_steps=1, eval_dataset=None, max_completion_length=4)
+    data = tmp_path / "train.jsonl"
+    data.write_text(data.read_text() + '{"prompt": 5}\n{"prompt": ""}\n')
+    assert main(["train", "--config", str(config)]) == 3
+    assert main(["train", "--config", str(config), "--on_bad_row", "skip"]) == 3
+    said = capsys.readouterr().err
+    assert "2 of 18 rows are bad, more than max_skipped_frac=0.01 allows" in said
+    assert "train.jsonl:18: empty prompt" in said
+    assert main(["train", "--config", str(config), "--on_bad_row", "skip", "--max_skipped_frac", "0.2"]) == 0
+    assert "left out: 2 bad rows of train_dataset, first " in " ".join(capsys.readouterr().out.split())
+
+
+def test_t9_bad_rows_of_a_list_are_skipped_too(tmp_path: Path) -> None:
+    rows = [*prompt_rows(4), {"prompt": user("a chat among texts")}]
+    with pytest.raises(DataError, match="row 4"):
+        trainer(tmp_path, train_dataset=rows)
+    made = trainer(tmp_path, train_dataset=rows, on_bad_row="skip")
+    assert len(made.train_dataset) == 4  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="1 of 5 rows are bad"):
+        trainer(tmp_path, train_dataset=rows, on_bad_row="skip", max_skipped_frac=0.0)
+    with pytest.raises(DataError, match="has no rows"):
+        load_prompts([{"prompt": ""}], skipped=[])
+
+
+def test_t10_an_empty_file_fewer_prompts_than_a_batch_and_no_steps(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no rows") as caught:
+        trainer(tmp_path, train_dataset=str(write(tmp_path / "empty.jsonl")))
+    assert caught.value.exit_code == 3
+    made = trainer(tmp_path / "few", rows=3, per_device_train_batch_size=8, max_steps=2)
+    made.train()  # an epoch is one step of 3 prompts
+    assert made.state.global_step == 2
+    none = trainer(tmp_path / "none", max_steps=-1, num_train_epochs=0)
+    before = weights(none.roles.model)
+    none.train()
+    assert none.state.global_step == 0
+    assert same(weights(none.roles.model), before)
+
+
+def test_t11_data_that_changed_are_refused_on_resume(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    for rows in (prompt_rows(9), [*prompt_rows(7), {"prompt": "another"}]):
+        again = trainer(tmp_path, train_dataset=rows, max_steps=2)
+        with pytest.raises(DataError, match="train_dataset has changed since checkpoint-1") as caught:
+            again.train(resume_from_checkpoint=True)
+        assert caught.value.exit_code == 3
+    trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_t12_held_out_prompts_that_are_trained_on_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="bondlm.data"):
+        trainer(tmp_path, eval_dataset=prompt_rows(12)[8:])
+        assert caplog.text == ""
+        trainer(tmp_path, eval_dataset=prompt_rows(12)[6:])
+    assert "2 of 6 evaluation prompts are training prompts too" in caplog.text
+
+
+def test_t13_the_reward_sees_text_and_the_trainer_the_sampled_ids(tmp_path: Path) -> None:
+    """Sampled ids are no tokenizer's: what they decode to has other ids. They are learned as they were drawn."""
+    texts: list[str] = []
+
+    def reward(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+        texts.extend(completions)
+        return low_ids(completion_ids)
+
+    made = trainer(tmp_path, reward=reward, max_steps=1)
+    drawn: set[tuple[int, ...]] = set()
+    learned: list[tuple[int, ...]] = []
+    generate, compute_loss = made.engine.generate, made.compute_loss
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        completions = generate(*args, **kwargs)
+        drawn.update(tuple(c.ids) for row in completions for c in row)
+        return completions
+
+    def watching(model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        ids, mask = inputs["completion_ids"].flatten(0, -2), inputs["completion_mask"].flatten(0, -2).bool()
+        learned.extend(tuple(row[keep].tolist()) for row, keep in zip(ids, mask, strict=True))
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    made.engine.generate = noting  # type: ignore[method-assign,assignment]
+    made.compute_loss = watching  # type: ignore[method-assign]
+    made.train()
+    assert len(learned) == 2 * 4
+    assert set(learned) <= drawn
+    again = [tuple(TOKENIZER.encode(TOKENIZER.decode(ids))) for ids in learned]
+    assert any(one != other for one, other in zip(learned, again, strict=True))
+    assert set(texts) == {TOKENIZER.decode([i for i in ids if i % 7 != 2 or i < 2]) for ids in drawn}
