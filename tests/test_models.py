@@ -260,3 +260,18 @@ def test_fast_dtype_is_bf16_only_where_the_hardware_multiplies_it(monkeypatch: p
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         assert fast_dtype(torch.device("cpu")) == expected
     assert fast_dtype(torch.device("mps")) == torch.float32
+
+
+def test_the_reference_is_on_the_accelerator_only_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full fine-tuning holds policy, optimizer and one anchor there. Seen by what is moved: no accelerator is here."""
+    roles = Roles(tiny_causal(tiny_tokenizer()))
+    moves: list[str] = []
+    for role, model in roles._copies.items():
+        monkeypatch.setattr(model, "to", lambda device, role=role: moves.append(f"{role} to {device}"))
+    roles.to(torch.device("cuda"))
+    assert moves == ["anchor to cuda"]
+    with roles.use("anchor"), roles.use("policy"):
+        assert moves == ["anchor to cuda"]
+    with roles.use("reference"):
+        assert moves[1:] == ["reference to cuda"]
+    assert moves[1:] == ["reference to cuda", "reference to cpu"]

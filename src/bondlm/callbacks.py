@@ -121,7 +121,9 @@ class AnchorCallback(TrainerCallback):
                 remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the setting back."""
+        """Remove what a run that was killed at its end could not; give the setting back."""
+        if args.should_save and self._keep is not None:
+            remove_older(Path(args.output_dir), keep=self._keep, best=state.best_model_checkpoint)
         args.save_total_limit, self._keep = self._keep, None
 
 

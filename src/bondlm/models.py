@@ -90,6 +90,7 @@ class Roles:
         self.is_peft = isinstance(model, PeftModel)
         self._reference_adapter: str | None = None
         self._copies: dict[str, nn.Module] = {}
+        self._device: torch.device | None = None
         self._shards: dict[str, dict[int, torch.Tensor]] | None = None  # by the identity of the policy's parameter
         if self.is_peft:
             self._add_adapters(model)
@@ -166,7 +167,8 @@ class Roles:
                 yield twin.get_base_model() if self.is_peft else twin
             return
         if not self.is_peft:
-            with _eval_mode(self.model if role == "policy" else self._copies[role]) as model:
+            model = self.model if role == "policy" else self._copies[role]
+            with _eval_mode(model), _visiting(model, self._device) if role == "reference" else nullcontext():
                 yield model
             return
         with _eval_mode(self.core) as core, self._adapter_of(self.model, role):
@@ -193,9 +195,10 @@ class Roles:
             _train_only(model, trainable)
 
     def to(self, device: torch.device) -> None:
-        """Move the copies (the trainer moves the policy)."""
-        for model in self._copies.values():
-            model.to(device)
+        """Move the anchor's copy (the trainer moves the policy); the reference waits on the CPU until it is asked."""
+        self._device = device
+        if "anchor" in self._copies:
+            self._copies["anchor"].to(device)
         if self._replica is not None:
             self._replica.device = device
 
@@ -212,6 +215,19 @@ class Roles:
         only = {"selected_adapters": [self.policy_adapter]} if self.is_peft else {}
         if is_main:
             model.save_pretrained(folder, state_dict=state, **only)
+
+
+@contextmanager
+def _visiting(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Have the model on `device` for as long as it is used: a third full model would crowd an accelerator."""
+    if device is None or device.type == "cpu":
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from bondlm.dropping import DropBudget
 from bondlm.engines import Role
 from bondlm.engines.choose import make_engine
 from bondlm.engines.gap import GAP_METRIC, logprob_gap, padded_logprobs
-from bondlm.errors import ConfigError, RewardOutageError
+from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.head import exact_head
 from bondlm.held_out import compare
 from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_rows, token_logprobs
@@ -262,15 +262,8 @@ class BONDTrainer(Trainer):
             return logged_samples(rows)
         plan = self.objective.plan
         with self.clock("generate"):
-            completions = draw(
-                self.engine,
-                rows,
-                {"policy": plan.policy, "anchor": plan.anchor},
-                max_new_tokens=self.args.max_completion_length,
-                seed=self.args.seed,
-                step=step,
-                positions=positions,
-            )
+            counts: dict[Role, int] = {"policy": plan.policy, "anchor": plan.anchor}
+            completions = draw(self.engine, rows, counts, step=step, positions=positions, **self._sampling)
         return self.score_completions(rows, completions, drop=True)
 
     def _learned_log_quantile(
@@ -342,6 +335,10 @@ class BONDTrainer(Trainer):
             scores = score_rows(model, flat, self._text.pad_id, start_id=self._start_id, device=self.args.device)
         return scores.view(len(pairs), -1)
 
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.args.max_completion_length, "seed": self.args.seed}
+
     def sample(
         self, rows: Sequence[Mapping[str, Any]], role: Role, num_samples: int, *, temperature: float = 1.0
     ) -> Samples:
@@ -349,16 +346,9 @@ class BONDTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         mine = list(range(rank, len(rows), world))
         with self.clock("generate"):
-            drawn = draw(
-                self.engine,
-                [rows[i] for i in mine],
-                {role: num_samples},
-                max_new_tokens=self.args.max_completion_length,
-                seed=self.args.seed,
-                step=EVALUATION_STEP + round(1000 * abs(1 - temperature)),  # a law of its own: samples of its own
-                positions=mine,
-                temperature=temperature,
-            )
+            step = EVALUATION_STEP + round(1000 * abs(1 - temperature))  # a law of its own: samples of its own
+            law = self._sampling | {"temperature": temperature}
+            drawn = draw(self.engine, [rows[i] for i in mine], {role: num_samples}, step=step, positions=mine, **law)
         return self.score_completions(rows, gather_in_order(mine, drawn, world_size=world))
 
     def log_ratio(self, samples: Samples, role: Role = "reference") -> Tensor:
@@ -382,7 +372,13 @@ class BONDTrainer(Trainer):
             raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
         if not isinstance(dataset, Dataset) or PROMPT_IDS not in dataset.column_names:
             dataset = self._encoded(dataset)
-        policy, reference = self.held_out_samples(dataset)
+        try:
+            policy, reference = self.held_out_samples(dataset)
+        except RewardError as error:
+            if not self.is_in_train or self.args.metric_for_best_model is not None:
+                raise
+            self.stop.pause(error, self.args, self.state, self.control)
+            return {}
         metrics = compare(policy, reference, self.log_ratio(policy)).metrics(metric_key_prefix)
         metrics |= {f"{metric_key_prefix}_{k}": v for k, v in completion_metrics(policy.flat).items()}
         metrics[f"{metric_key_prefix}_runtime"] = sum(self.clock.drain().values())

@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path: 
         else:
             assert code == 0
             assert outcome(killed.parent) == outcome(straight.parent)
-            killed = job(tmp_path / f"killed-{kills}")
+            killed = job(tmp_path / f"killed-{len(list(tmp_path.iterdir()))}")
     assert wait(start(killed), 300) == 0
     adapter, anchor, steps, samples = outcome(killed.parent)
     expected = outcome(straight.parent)

@@ -17,7 +17,7 @@ from tiny import prompt_rows
 
 from bondlm.cli import main
 from bondlm.dropping import DropBudget
-from bondlm.errors import RewardError
+from bondlm.errors import RewardError, RewardOutageError
 from bondlm.objectives import JBOND
 from bondlm.rewards import NamedReward, score
 from bondlm.rollout import Samples, tie_noise
@@ -261,6 +261,23 @@ def test_r8_an_outage_saves_and_ends_with_code_4_and_the_same_command_goes_on(tm
         assert train(config) == 0, said(config)
     files = [folder / "run" / "adapter_model.safetensors" for folder in (tmp_path / "run", tmp_path / "calm")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_r8_an_outage_in_an_evaluation_saves_too(tmp_path: Path) -> None:
+    with serving() as stub:
+        made = trainer(
+            tmp_path,
+            reward=stub.url,
+            **{"eval_dataset": prompt_rows(12)[10:], "eval_strategy": "steps", "eval_steps": 2},
+            **{"max_steps": 4, "reward_outage_s": 0.2},
+        )
+        stub.script, stub.otherwise = [good, good], status(503)
+        with pytest.raises(RewardOutageError, match="reward_outage_s"):
+            made.train()
+        assert made.state.global_step == 2
+        assert (tmp_path / "checkpoint-2" / "manifest.json").is_file()
+        with pytest.raises(RewardOutageError):  # outside training an evaluation has nothing to save
+            made.evaluate()
 
 
 def test_r11_a_reward_that_depends_on_its_neighbours_is_found_by_check(

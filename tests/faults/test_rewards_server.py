@@ -149,7 +149,7 @@ def test_r8_what_is_no_answer_is_refused_at_once(answer: Answer, message: str) -
 
 def test_r8_a_body_without_end_is_cut() -> None:
     with serving(otherwise=endless) as server:
-        with pytest.raises(RewardError, match="more than 77824 bytes"):
+        with pytest.raises(RewardError, match=r"more than (73728|77824) bytes"):
             ask(server.url)
         time.sleep(0.1)
         assert server.sent < 30_000_000  # type: ignore[attr-defined]  # what fits the socket's buffers, not 10 GB
