@@ -21,9 +21,10 @@ def raising(prompts, completions, **columns):
     raise KeyError("no such answer")
 
 def bomb(prompts, completions, **columns):
+    import os, signal
     bomb.calls += 1
-    if bomb.calls == 5:
-        import os, signal
+    if bomb.calls == 5 and not os.path.exists(__file__ + ".sent"):
+        open(__file__ + ".sent", "w").close()
         os.kill(os.getpid(), signal.SIGTERM)
     return letters(prompts, completions)
 bomb.calls = 0
