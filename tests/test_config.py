@@ -23,7 +23,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("max_skipped_steps", -1),
     ("save_total_limit", 1),
     ("anchor", "moving"),
-    ("engine", "vllm"),
+    ("engine", "sglang"),
     ("log_quantile", "clamped"),  # of bond
     ("beta", -0.1),
     ("beta", 1.1),
