@@ -105,7 +105,8 @@ def report(result: dict) -> None:
     for name, rate in rates.items():
         print(f"{name:34} {rate:7.1f} completion tokens/s  {rate / rates['transformers']:.2f}x")
     print(
-        f"sync of both adapters, checked     {result['sync_seconds']:7.2f} s   server start {result['start_seconds']:.0f} s"
+        f"sync of both adapters, checked     {result['sync_seconds']:7.2f} s"
+        f"   server start {result['start_seconds']:.0f} s"
     )
     print(f"probe gap (nats a token)           {result['probe_gap']}")
 

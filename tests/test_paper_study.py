@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
 import plans  # noqa: E402
-import report  # noqa: E402
 import run as study  # noqa: E402
 import tasks  # noqa: E402
 import verdicts  # noqa: E402
+import write_up  # noqa: E402
 
 REWARD = """
 def letters(prompts, completions, **columns):
@@ -69,7 +69,7 @@ def test_an_experiment_runs_resumes_and_is_reported(tiny_study: Path, capsys: py
     assert (folder / "done.json").stat().st_mtime_ns == before
     assert capsys.readouterr().out.count("s0: done") == 1
     results = tiny_study / "results" / "here"
-    report.main(["--results", str(results), "--page", str(tiny_study / "results.md")])
+    write_up.main(["--results", str(results), "--page", str(tiny_study / "results.md")])
     page = (tiny_study / "results.md").read_text()
     assert "| n4-beta0.5 | 1 |" in page
     assert "Not run yet: `python benchmarks/paper/run.py x9`" in page
@@ -133,6 +133,6 @@ def test_the_t_interval_is_that_of_scipy_tables() -> None:
 
 def test_the_cost_of_a_win_rate_is_read_between_measurements() -> None:
     points: list[dict[str, Any]] = [{"win_rate": 0.7, "kl": 1.0}, {"win_rate": 0.9, "kl": 3.0}]
-    assert report.at_win_rate(points, 0.8, "kl") == pytest.approx(2.0)
-    assert report.at_win_rate(points, 0.6, "kl") == pytest.approx(0.5)
-    assert report.at_win_rate(points, 0.95, "kl") is None
+    assert write_up.at_win_rate(points, 0.8, "kl") == pytest.approx(2.0)
+    assert write_up.at_win_rate(points, 0.6, "kl") == pytest.approx(0.5)
+    assert write_up.at_win_rate(points, 0.95, "kl") is None

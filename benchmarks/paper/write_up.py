@@ -1,6 +1,6 @@
 """Tables, figures and verdicts of the study, from the runs that are done: nothing here is typed by hand.
 
-    python benchmarks/paper/report.py [--runs runs/paper] [--results benchmarks/paper/results]
+    python benchmarks/paper/write_up.py [--runs runs/paper] [--results benchmarks/paper/results]
 
 Writes results/runs.jsonl (every measurement of every finished run), results/summary.csv (the last one of each), a
 figure of each experiment, claims.md and docs/results.md. A verdict needs three seeds: the paired difference between two
@@ -163,7 +163,7 @@ def claims_text(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Claims",
         "",
-        "Written by `python benchmarks/paper/report.py`; do not edit. One line a claim of the paper.",
+        "Written by `python benchmarks/paper/write_up.py`; do not edit. One line a claim of the paper.",
         "",
     ]
     lines += ["| | claim | here | numbers |", "|---|---|---|---|"]
@@ -177,7 +177,7 @@ def claims_text(rows: list[dict[str, Any]]) -> str:
 def results_text(rows: list[dict[str, Any]]) -> str:
     """docs/results.md."""
     parts = [
-        "# Results of the study\n\nWritten by `python benchmarks/paper/report.py` from the finished runs of "
+        "# Results of the study\n\nWritten by `python benchmarks/paper/write_up.py` from the finished runs of "
         "`benchmarks/paper/run.py`; do not edit. How it was done, and what the words mean: "
         "[benchmarks/paper/README.md](../benchmarks/paper/README.md).\n",
         claims_text(rows).replace("# Claims", "## Claims", 1),
