@@ -109,7 +109,7 @@ def draw(engine, prompts, new: int):
 
 
 def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, float, float, float]]:
-    """Seconds, tokens, floating-point operations and bytes of each phase; the best of three."""
+    """Seconds, tokens, floating-point operations and bytes of each phase; the best of two."""
     from bondlm.head import exact_head
     from bondlm.logprobs import collate, score_rows, sequence_logprobs
 
@@ -127,9 +127,9 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
     cached = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * size  # bytes a token
     rows = [(p, c.ids) for p, (c,) in zip(prompts, draw(engine, prompts, NEW), strict=True)]
     device = torch.device("cpu")
-    prefill = min(timed(lambda: draw(engine, prompts, 1)) for _ in range(3))
-    whole = min(timed(lambda: draw(engine, prompts, NEW + 1)) for _ in range(3))
-    score = min(timed(lambda: score_rows(model, rows, 0, start_id=None, device=device)) for _ in range(3))
+    prefill = min(timed(lambda: draw(engine, prompts, 1)) for _ in range(2))
+    whole = min(timed(lambda: draw(engine, prompts, NEW + 1)) for _ in range(2))
+    score = min(timed(lambda: score_rows(model, rows, 0, start_id=None, device=device)) for _ in range(2))
     micro, exact = collate([(p, [c]) for p, c in rows[:16]], 0), exact_head(model, device)
     weights = 4.0 * (body + head)
 
@@ -141,7 +141,7 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
     if lora:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-    learning = min(timed(learn) for _ in range(3))
+    learning = min(timed(learn) for _ in range(2))
     passes = 2 if lora else 3  # forward; backward through activations; and through weights
     length = PROMPT + NEW
     forward = batch * (2 * body * length + 2 * head * NEW + attention(length, length / 2))

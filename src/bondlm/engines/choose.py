@@ -1,5 +1,6 @@
 """Which engine a run's settings ask for."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from bondlm.engines.base import Engine, Role
 from bondlm.engines.hf import TransformersEngine
 from bondlm.errors import ConfigError
 
+_LOGGER = logging.getLogger(__name__)
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain to a child why the sky is blue?"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
@@ -35,6 +37,11 @@ def make_engine(
         ConfigError: vLLM cannot serve this run, or not from that server.
     """
     if args.engine != "vllm":
+        if args.engine == "auto":
+            _LOGGER.info(
+                "engine: transformers, our own decoding loop; generate_batch (continuous batching) was 16 times slower "
+                "on a CPU (docs/speed.md), and vLLM must be asked for: engine=vllm"
+            )
         return TransformersEngine(use, eos_ids=eos_ids, pad_id=pad_id, max_rows=args.max_rows)
     check_vllm_can(args, model)
     from bondlm.engines.vllm import VLLMEngine
