@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -452,29 +453,57 @@ SERVES = (
 )
 
 
-def test_stop_ends_the_server_and_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "python"  # takes its port from the arguments, as vLLM does
+def gone(pid: int, seconds: float = 5) -> bool:
+    """Whether the process ends (one that nobody has waited for yet has ended)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    return False
+
+
+@pytest.fixture
+def server_python(tmp_path: Path) -> str:
+    """An interpreter that serves /health, on the port of its arguments as vLLM does, and has a worker."""
+    path = tmp_path / "python"
     path.write_text(
         '#!/bin/sh\nwhile [ "$1" != --port ]; do shift; done\n'
         f"STUB_PORT=$2 exec {shlex.quote(sys.executable)} -u -c {shlex.quote(SERVES)}\n"
     )
     path.chmod(0o755)
-    server = start(str(path), tmp_path)
+    return str(path)
+
+
+def test_stop_ends_the_server_and_its_workers(server_python: str, tmp_path: Path) -> None:
+    server = start(server_python, tmp_path)
     worker = int((tmp_path / "server.log").read_text().split()[0])
     server.stop()
     server.stop()
-    end = time.monotonic() + 5
-    while time.monotonic() < end:
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            break
-        if Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(worker, signal.SIGKILL)
-        pytest.fail("the worker outlived its server")
+    assert gone(worker)
+    assert gone(server.pid)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
+def test_no_server_outlives_its_run(server_python: str, tmp_path: Path, end: signal.Signals | None) -> None:
+    """However the run ends: killed, terminated, or by an exception."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom bondlm.engines.vllm_server import LocalServer\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        f"LocalServer({server_python!r}, 'm', [], log=folder / 'server.log', start_timeout=30, on_cpu=True)\n"
+        "print('up', flush=True)\n" + ("time.sleep(100)" if end else "raise RuntimeError('a bug')")
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "up\n"
+    if end is not None:
+        run.send_signal(end)
+    run.wait(30)
+    assert gone(int((tmp_path / "server.log").read_text().split()[0]))
 
 
 def test_options_of_our_server(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,17 @@ from pathlib import Path
 from bondlm.engines.vllm_http import how_to_start
 from bondlm.errors import ConfigError
 
+# The server, and a guard that kills it when our end of the pipe closes: also `kill -9` of a run leaves no server behind.
+GUARDED = """
+trap : TERM
+exec 3<&0
+"$@" 3<&- </dev/null & server=$!
+(read -r _ <&3; kill -KILL 0) & guard=$!
+wait $server; code=$?
+kill -0 $server 2>/dev/null && wait $server  # a signal has interrupted the first wait
+kill -KILL $guard 2>/dev/null
+exit $code
+"""
 STOP_GRACE = 10.0  # seconds between asking a server to end and killing it
 
 
@@ -43,18 +55,17 @@ class LocalServer:
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--host", "127.0.0.1", "--port", str(port), *options]
         log.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with log.open("w", encoding="utf-8") as out:
-                self._process = subprocess.Popen(  # noqa: S603 - the user's own interpreter
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(on_cpu),
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise ConfigError(f"vllm_python={python!r} cannot be run: {error}. {self._by_hand}") from error
+        if shutil.which(python) is None:
+            raise ConfigError(f"vllm_python={python!r} cannot be run: there is no such program. {self._by_hand}")
+        with log.open("w", encoding="utf-8") as out:
+            self._process = subprocess.Popen(  # noqa: S603 - the user's own interpreter
+                ["/bin/sh", "-c", GUARDED, "bondlm", *command],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=_environment(on_cpu),
+                start_new_session=True,
+            )
         atexit.register(self.stop)
         try:
             self._wait(start_timeout)
