@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.training_args import ParallelMode
 
 from bondlm.errors import ConfigError
 
@@ -28,6 +29,11 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 def uses_fsdp(args: Any) -> bool:
     """Whether the launcher or the settings ask for FSDP; known before the model is wrapped."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in _TRUE
+
+
+def trained_in_parallel(args: Any) -> bool:
+    """Whether Trainer wraps the model (DDP, FSDP): also where torchrun started a single process."""
+    return bool(args.parallel_mode != ParallelMode.NOT_PARALLEL)
 
 
 def check_parallelism(args: Any) -> None:

@@ -55,7 +55,7 @@ from bondlm.rollout import (
     work_metrics,
 )
 from bondlm.scored import LOGGED_IDS, group_scored, is_scored
-from bondlm.sharding import forward_dtype, full_precision_outputs, uses_fsdp
+from bondlm.sharding import forward_dtype, full_precision_outputs, trained_in_parallel, uses_fsdp
 from bondlm.text import check_tokenizer, encode_prompts
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
@@ -165,7 +165,7 @@ class BONDTrainer(Trainer):
         for callback in (self._anchor_callback, self.run_folder, self.stop):
             self.add_callback(callback)
         with self.roles.use("policy") as policy:
-            self._share_prompts = can_share_prompts(policy, args.device, distributed=args.world_size > 1)
+            self._share_prompts = can_share_prompts(policy, args.device, distributed=trained_in_parallel(args))
             self._head = core.get_output_embeddings() if exact_head(policy, args.device) is not None else None
         self._reference_samples: dict[int, Samples] = {}
 

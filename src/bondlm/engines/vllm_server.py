@@ -13,7 +13,7 @@ from pathlib import Path
 from bondlm.engines.vllm_http import how_to_start
 from bondlm.errors import ConfigError
 
-# The server, and a guard that kills it when our end of the pipe closes: `kill -9` of a run leaves no server behind.
+# The server, and a guard that kills it when our end of the pipe closes: after `kill -9` of a run no server is left.
 GUARDED = """
 trap : TERM
 exec 3<&0
