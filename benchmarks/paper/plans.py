@@ -21,6 +21,7 @@ class Run:
     settings: Settings
     times_steps: float = 1.0  # as many times the steps of the others
     own_evaluation: bool = False  # evaluate inside training, where target_n and kl_budget look
+    lora_r: int | None = None  # an adapter of this rank, where the task trains all weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,10 @@ FAST = [
         settings=bond(8, num_anchor_samples=8, log_quantile="harmonic") | {"learning_rate": 3e-4},
     ),
     Run(name="iterated-n4-k4", settings=iterated(4) | {"num_anchor_samples": 4, "log_quantile": "harmonic"}),
+    # A step's noise costs KL in every trained direction: fewer directions, less waste.
+    Run(name="eta0.3-lora4", settings=jbond(0.3, learning_rate=2e-3), lora_r=4),
+    Run(name="rloo-beta0.3-lora4", settings=rloo(0.3, learning_rate=2e-3), lora_r=4),
+    Run(name="eta0.3-lora1", settings=jbond(0.3, learning_rate=4e-3), lora_r=1),
 ]
 # Item 7: a reward that copying fools, run far past its use, and three ways to stop.
 _HACK = jbond(1.0, learning_rate=3e-4)

@@ -102,6 +102,7 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = config_of(task, run, seed, folder, args)
+    rank = run.lora_r or task.lora_r
     held_out = load_prompts(task.held_out)
     trainer = BONDTrainer(
         model=task.model,
@@ -109,9 +110,7 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
         args=BONDConfig(**config),
         train_dataset=task.train,
         eval_dataset=held_out.select(range(min(args.prompts, len(held_out)))),
-        peft_config=LoraConfig(r=task.lora_r, lora_alpha=2 * task.lora_r, target_modules="all-linear")
-        if task.lora_r
-        else None,
+        peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear") if rank else None,
     )
     trainer.remove_callback(PrinterCallback)
     rows = trainer.eval_dataset.to_list()
