@@ -5,11 +5,14 @@ error into an exit code.
 """
 
 import errno
+import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pickle import UnpicklingError
+from typing import Any
 
 from bondlm import __version__
 from bondlm.cli.options import COMMANDS, command_help, main_help, parse
@@ -17,11 +20,19 @@ from bondlm.errors import BondError
 from bondlm.redact import redact
 
 INTERRUPTED = 128 + signal.SIGINT
-CHECKPOINT, OUT_OF_RESOURCES = 6, 7
+CHECKPOINT, OUT_OF_RESOURCES, STOPPED = 6, 7, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the contract (docs/cli.md)."""
+    code = _run(argv)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        _leave_group(torch.distributed, code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ("--version", "-V"):
         return _say(f"bondlm {__version__}")
@@ -45,6 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno == errno.ENOSPC:
             return _fail(f"the disk is full: {error}", OUT_OF_RESOURCES)
         raise
+
+
+def _leave_group(distributed: Any, code: int) -> None:
+    """End a process of several, whose threads would abort the interpreter's exit (code 134) if they were left alone."""
+    if code in (0, STOPPED):  # the ranks agreed on this end, so nobody is in a collective
+        distributed.destroy_process_group()
+    elif distributed.get_world_size() > 1:  # one rank alone: leaving the group would wait for the others
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _say(text: str) -> int:
