@@ -23,8 +23,9 @@ models/smollm2-135m-instruct/config.json: .venv/.weights
 demo: models/smollm2-135m-instruct/config.json
 	$(BIN)/bondlm train --config examples/everyday/jbond.yaml
 
+# Two processes, of one thread each.
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 # With real weights, from packages.
 test-slow: models/smollm2-135m-instruct/config.json
