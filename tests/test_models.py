@@ -275,3 +275,22 @@ def test_the_reference_is_on_the_accelerator_only_while_it_is_used(monkeypatch: 
     with roles.use("reference"):
         assert moves[1:] == ["reference to cuda"]
     assert moves[1:] == ["reference to cuda", "reference to cpu"]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("peft", [False, True])
+def test_mixed_precision_is_that_of_autocast_in_every_role_and_leaves_the_weights_alone(kind: str, peft: bool) -> None:
+    model = MODELS[kind](TOKENIZER)
+    roles = Roles(wrap_lora(model, lora(kind)) if peft else model)
+    if peft:
+        shake(roles.model, "lora_B.default")
+    plain = {role: logits_of(roles, role) for role in ROLES}
+    before = list(roles.model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = {role: logits_of(roles, role) for role in ROLES}
+    roles.autocast = torch.bfloat16
+    for role in ROLES:
+        seen = logits_of(roles, role)
+        assert torch.equal(seen, wanted[role])
+        assert not torch.equal(seen.float(), plain[role])  # it did compute in bf16
+    assert all(a is b for a, b in zip(before, roles.model.parameters(), strict=True))

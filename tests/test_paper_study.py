@@ -78,6 +78,17 @@ def test_an_experiment_runs_resumes_and_is_reported(tiny_study: Path, capsys: py
     assert len((results / "runs.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_run_of_two_experiments_is_made_once(tiny_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = [*BUDGET, "--seeds", "0", "--points", "1", "--only"]
+    study.main(["x2", *budget, "fixed-n8"])
+    study.main(["x1", *budget, "n8-beta0.5"])  # the same settings, but x2 has not measured both KLs
+    assert "the same run" not in capsys.readouterr().out
+    study.main(["x3", *budget, "monte-carlo"])
+    assert "monte-carlo-s0: the same run as runs/paper/x1/n8-beta0.5-s0" in capsys.readouterr().out
+    done = json.loads((tiny_study / "runs/paper/x3/monte-carlo-s0/done.json").read_text())
+    assert (done["run"], done["seed"]) == ("monte-carlo", 0)
+
+
 def test_a_run_may_stop_by_its_own_evaluation(tiny_study: Path) -> None:
     study.main(["over", *BUDGET, "--seeds", "1", "--points", "2", "--only", "kl-budget1"])
     done = json.loads((tiny_study / "runs/paper/over/kl-budget1-s1/done.json").read_text())

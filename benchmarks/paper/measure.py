@@ -109,18 +109,20 @@ def _from_json(kept: dict[str, Any], rows: Sequence[Any]) -> tuple[Samples, dict
 
 
 class Curve(TrainerCallback):
-    """Measures at chosen steps and appends a row to the run's curve: step, tokens drawn, training seconds, numbers."""
+    """Measures at chosen steps and appends a row to the run's curve: step, tokens drawn, training seconds (wall
+    clock and CPU), numbers."""
 
     def __init__(self, bench: Bench, path: Path, at_steps: set[int], num_samples: int, *, both_kls: bool) -> None:
         """Nothing is measured before training starts."""
         self._bench, self._path, self._at = bench, path, at_steps
         self._num_samples, self._both_kls = num_samples, both_kls
         self._began = self._measuring = self._tokens = 0.0
+        self._cpu_began = self._cpu_measuring = 0.0
         self._last = -1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Start the clock."""
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         """Count tokens; a step's numbers are logged after it ended, so this is where it is measured."""
@@ -135,9 +137,11 @@ class Curve(TrainerCallback):
         if step == self._last:
             return
         self._last = step
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         seconds = began - self._began - self._measuring
+        cpu_seconds = cpu_began - self._cpu_began - self._cpu_measuring
         result = self._bench.measure(self._num_samples, both_kls=self._both_kls)
-        row = {"step": step, "tokens": self._tokens, "seconds": seconds} | result
+        row = {"step": step, "tokens": self._tokens, "seconds": seconds, "cpu_seconds": cpu_seconds} | result
         append_jsonl(self._path, [plain(row)])
         self._measuring += time.perf_counter() - began
+        self._cpu_measuring += time.process_time() - cpu_began

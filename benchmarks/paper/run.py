@@ -144,6 +144,21 @@ def facts(args: Any) -> dict[str, Any]:
     }
 
 
+def equal_run(config: dict[str, Any], experiment: Experiment, run: Run, seed: int, args: Any) -> Path | None:
+    """The folder of a finished run of another experiment with the same settings, measured at least as fully."""
+    for done in sorted(Path(args.out).glob(f"*/*-s{seed}/{DONE_FILE}")):
+        known = json.loads((done.parent / CONFIG_FILE).read_text(encoding="utf-8"))
+        facts_of_run = json.loads(done.read_text(encoding="utf-8"))
+        measured = facts_of_run["both_kls"] or not experiment.both_kls
+        if (
+            measured
+            and facts_of_run["lora_r"] == run.lora_r
+            and known | {"output_dir": ""} == config | {"output_dir": ""}
+        ):
+            return done.parent
+    return None
+
+
 def do(name: str, experiment: Experiment, run: Run, seed: int, args: Any) -> None:
     """One run in its folder, unless it is done."""
     task, folder = TASKS[experiment.task], Path(args.out) / name / f"{run.name}-s{seed}"
@@ -151,11 +166,19 @@ def do(name: str, experiment: Experiment, run: Run, seed: int, args: Any) -> Non
         print(f"{folder}: done")
         return
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     config = config_of(task, run, seed, folder, args)
+    same = equal_run(config, experiment, run, seed, args)
+    if same is not None:
+        shutil.copytree(same, folder)
+        done = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))
+        (folder / DONE_FILE).write_text(json.dumps(done | {"run": run.name, "same_as": str(same)}, indent=2) + "\n")
+        print(f"{folder}: the same run as {same}", flush=True)
+        return
+    folder.mkdir(parents=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     print(f"{folder}: {config['max_steps']} steps of {config['per_device_train_batch_size']} prompts", flush=True)
-    result = train(task, experiment, run, seed, folder, args) | facts(args) | {"run": run.name, "seed": seed}
+    result = train(task, experiment, run, seed, folder, args) | facts(args)
+    result |= {"run": run.name, "seed": seed, "lora_r": run.lora_r, "both_kls": experiment.both_kls}
     partial = folder / f"{DONE_FILE}.tmp"
     partial.write_text(json.dumps(result, indent=2) + "\n")
     partial.replace(folder / DONE_FILE)

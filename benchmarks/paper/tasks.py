@@ -39,7 +39,7 @@ SUMMARIZATION = Task(
         "python examples/summarization/prepare.py --out models --data data --sft-steps 60",
         "python examples/everyday/prepare.py --out models",
     ),
-    settings={"max_completion_length": 16, "learning_rate": 1e-4, "warmup_steps": 2},
+    settings={"max_completion_length": 16, "learning_rate": 1e-4, "warmup_steps": 2, "bf16": True, "use_cpu": True},
 )
 DIALOGUE = Task(
     model="models/smollm2-135m-instruct",

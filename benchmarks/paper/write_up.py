@@ -18,7 +18,18 @@ from plans import EXPERIMENTS
 from verdicts import VERDICTS, Table, Verdict
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = ("experiment", "run", "seed", "step", "tokens", "seconds", "effective_n", "effective_n_low", "win_rate")
+COLUMNS = (
+    "experiment",
+    "run",
+    "seed",
+    "step",
+    "tokens",
+    "seconds",
+    "cpu_seconds",
+    "effective_n",
+    "effective_n_low",
+    "win_rate",
+)
 MEASURES = ("mean_quantile", "log_quantile", "kl", "kl_ratio", "reward", "length", "entropy")
 
 
@@ -41,7 +52,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def flat(point: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a measurement under plain names; the win rate is the mean quantile with ties half."""
-    row = {name: point[name] for name in ("step", "tokens", "seconds", "kl_ratio", "entropy")}
+    row = {name: point[name] for name in ("step", "tokens", "seconds", "cpu_seconds", "kl_ratio", "entropy")}
     for name in ("effective_n", "win_rate", "kl", "reward", "log_quantile"):
         row |= {name: point[name]["value"], f"{name}_low": point[name]["low"], f"{name}_high": point[name]["high"]}
     row |= {"mean_quantile": row["win_rate"], "length": point["completions/mean_length"]}
@@ -59,7 +70,7 @@ def finals(rows: list[dict[str, Any]], experiment: str) -> Table:
     table: Table = {run.name: {} for run in EXPERIMENTS[experiment].runs}
     for run, seeds in curves(rows, experiment).items():
         for seed, points in seeds.items() if run in table else ():
-            crossing = {f"{name}_at_0.8": at_win_rate(points, 0.8, name) for name in ("kl", "seconds")}
+            crossing = {f"{name}_at_0.8": at_win_rate(points, 0.8, name) for name in ("kl", "cpu_seconds")}
             table[run][seed] = points[-1] | crossing
     return {run: seeds for run, seeds in table.items() if seeds}
 
@@ -102,8 +113,8 @@ def table_text(table: Table) -> str:
     """The last measurements of an experiment's runs, mean over seeds with the extremes."""
     judges = sorted({name for seeds in table.values() for row in seeds.values() for name in row if is_judge(name)})
     names = {"effective_n": "effective N", "win_rate": "win rate", "log_quantile": "log-quantile", "kl": "KL"}
-    names |= {"kl_ratio": "KL / exact BoN's", "tokens": "tokens drawn", "seconds": "training s"}
-    names |= {"kl_at_0.8": "KL at win rate 0.8", "seconds_at_0.8": "seconds to win rate 0.8"}
+    names |= {"kl_ratio": "KL / exact BoN's", "tokens": "tokens drawn", "cpu_seconds": "training CPU s"}
+    names |= {"kl_at_0.8": "KL at win rate 0.8", "cpu_seconds_at_0.8": "CPU s to win rate 0.8"}
     names |= {name: f"gain of {name.removeprefix('judge/')}" for name in judges}
     lines = ["| run | seeds | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
     for run, seeds in table.items():
@@ -117,7 +128,7 @@ def is_judge(name: str) -> bool:
 
 
 def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Path) -> None:
-    """Win rate against KL (with exact Best-of-N), tokens and seconds: means over seeds, bars are their extremes."""
+    """Win rate against KL (with exact Best-of-N), tokens and CPU seconds: means over seeds, bars are their extremes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,7 +139,7 @@ def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Pa
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     for axis, (x, label) in zip(
         axes,
-        (("kl", "KL to the reference, nats"), ("tokens", "tokens drawn"), ("seconds", "training seconds")),
+        (("kl", "KL to the reference, nats"), ("tokens", "tokens drawn"), ("cpu_seconds", "training CPU seconds")),
         strict=True,
     ):
         for i, (run, seeds) in enumerate(found.items()):

@@ -90,6 +90,7 @@ class Roles:
         self.is_peft = isinstance(model, PeftModel)
         self._reference_adapter: str | None = None
         self._copies: dict[str, nn.Module] = {}
+        self.autocast: torch.dtype | None = None  # what Trainer's mixed precision learns in: all roles compute in it
         self._device: torch.device | None = None
         self._shards: dict[str, dict[int, torch.Tensor]] | None = None  # by the identity of the policy's parameter
         if self.is_peft:
@@ -169,9 +170,10 @@ class Roles:
         if not self.is_peft:
             model = self.model if role == "policy" else self._copies[role]
             with _eval_mode(model), _visiting(model, self._device) if role == "reference" else nullcontext():
-                yield model
+                with computing_in(model, self.autocast):
+                    yield model
             return
-        with _eval_mode(self.core) as core, self._adapter_of(self.model, role):
+        with _eval_mode(self.core) as core, self._adapter_of(self.model, role), computing_in(core, self.autocast):
             yield core
 
     @contextmanager
@@ -215,6 +217,28 @@ class Roles:
         only = {"selected_adapters": [self.policy_adapter]} if self.is_peft else {}
         if is_main:
             model.save_pretrained(folder, state_dict=state, **only)
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast to `dtype`, linear layers' weights cast once and not at every call: the same numbers, for less.
+
+    Autocast keeps a cast weight only if it trains, and only within one call of the model: decoding would cast all
+    weights at every token.
+    """
+    if dtype is None:
+        yield
+        return
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dtype == torch.float32]
+    weights = [layer.weight for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        with torch.autocast(next(model.parameters()).device.type, dtype):
+            yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = weight
 
 
 @contextmanager

@@ -142,6 +142,7 @@ class BONDTrainer(Trainer):
         warn_of_overlap(self.train_dataset, self.eval_dataset)
         full_precision_outputs(self.accelerator, asked_for=uses_fsdp(args))
         self.roles.to(args.device)
+        self.roles.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         settings: dict[str, Any] = {"device": args.device, "dtype": fast_dtype(args.device)}
         settings |= {"timeout": args.reward_timeout_s, "outage": args.reward_outage_s}
         self.rewards: list[NamedReward] = []
@@ -303,7 +304,9 @@ class BONDTrainer(Trainer):
     ) -> Any:
         """The objective's mean over the window's prompts: a pure function of the tensors of one micro-batch."""
         plan = self.objective.plan
-        logp_PLT = token_logprobs(model, inputs, head=self._head).flatten(0, 1).unflatten(0, (-1, plan.learn))
+        with self.accelerator.autocast():  # an encoder that is called by itself is not in the model's own
+            logp = token_logprobs(model, inputs, head=self._head)
+        logp_PLT = logp.flatten(0, 1).unflatten(0, (-1, plan.learn))
         logp_PL = logp_PLT.sum(dim=2)
         loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
         if not torch.isfinite(loss.loss_P).all():  # its gradient will be skipped (AnchorCallback): say of what
