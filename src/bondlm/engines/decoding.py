@@ -61,7 +61,9 @@ class _CausalState:
             position_ids=positions_PS,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            # An index and not "the last one": its result is contiguous. A slice of rows is not, and then PyTorch copies
+            # the whole head once a row (CPU; 1.7 of 9 seconds of a rollout of SmolLM2-135M).
+            logits_to_keep=torch.tensor([ids_PS.shape[1] - 1], device=ids_PS.device),
         )
         return cls(model, cache, mask_PS, positions_PS[:, -1:]), out.logits[:, -1]
 
