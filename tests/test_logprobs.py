@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from bondlm.head import chosen_tokens, exact_head
-from bondlm.logprobs import Group, can_share_prompts, collate, score_rows, sequence_logprobs
+from bondlm.logprobs import Group, can_share_prompts, collate, score_groups, score_rows, sequence_logprobs
 from bondlm.prefix import shared_prefix
 
 TOKENIZER = tiny_tokenizer()
@@ -95,6 +95,17 @@ def test_score_rows_does_not_depend_on_batch_or_order(kind: str) -> None:
     order = [5, 2, 7, 0, 1, 6, 3, 4]
     shuffled = score_rows(model, [ROWS[i] for i in order], 0, start_id=start_id(model), device=CPU, batch_rows=3)
     assert float((shuffled - alone[order]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("prefix", [0, 9])
+def test_groups_that_share_a_prompt_score_as_plain_forwards_do(kind: str, prefix: int) -> None:
+    model = MODELS[kind](TOKENIZER)
+    common = TOKENIZER.encode(PROMPTS[9])[:prefix]
+    groups: list[Group] = [([*common, *prompt], completions) for prompt, completions in SHARED]
+    assert bool(shared_prefix(model.config, [p for p, _ in groups])) == (prefix > 0 and kind != "t5")
+    scores = score_groups(model, groups, 0, start_id=start_id(model), device=CPU, batch_rows=6)
+    assert scores == pytest.approx(plain_logprobs(model, groups).detach(), abs=1e-4)
 
 
 def test_score_rows_needs_no_gradient() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ def test_an_experiment_runs_resumes_and_is_reported(tiny_study: Path, capsys: py
     assert "Not run yet: `python benchmarks/paper/run.py x9`" in page
     assert "(1 of 3 seeds)" in (results.parent / "claims.md").read_text()
     assert (results / "x1.png").stat().st_size > 10_000
+    assert len((results / "runs.jsonl").read_text().splitlines()) == 4
+    shutil.rmtree(folder)  # as on another machine: what is in the results stays there
+    write_up.main(["--results", str(results), "--page", str(tiny_study / "results.md")])
+    assert "| n4-beta0.5 | 1 |" in (tiny_study / "results.md").read_text()
     assert len((results / "runs.jsonl").read_text().splitlines()) == 4
 
 

@@ -67,7 +67,9 @@ class Bench:
         """The numbers of `eval.json` (docs/evaluation.md) of the policy as it is now."""
         samples = self._trainer.sample(self.rows, "policy", num_samples)
         policy = self._scored(samples, self._judge(samples), self._trainer.log_ratio(samples))
-        ratio = self._trainer.log_ratio(self.reference) if both_kls else None
+        # The reference's own log-probabilities of its samples are those that it was sampled with.
+        sampled = torch.tensor([[c.logprob for c in row] for row in self.reference.completions])
+        ratio = self._trainer.log_probability(self.reference, "policy") - sampled if both_kls else None
         result = summarize(policy, self._scored(self.reference, self._reference_judges, ratio), {})
         return {name: result[name] for name in KEPT if name in result}
 

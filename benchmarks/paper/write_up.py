@@ -50,6 +50,15 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def with_earlier(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows, and those of runs that only the committed results know: they were made in another run folder."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    here = {(row["experiment"], row["run"], row["seed"]) for row in rows}
+    earlier = [json.loads(line) for line in lines]
+    rows = rows + [row for row in earlier if (row["experiment"], row["run"], row["seed"]) not in here]
+    return sorted(rows, key=lambda row: (row["experiment"], row["run"], row["seed"], row["step"]))
+
+
 def flat(point: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a measurement under plain names; the win rate is the mean quantile with ties half."""
     row = {name: point[name] for name in ("step", "tokens", "seconds", "cpu_seconds", "kl_ratio", "entropy")}
@@ -88,6 +97,8 @@ def at_win_rate(points: list[dict[str, Any]], level: float, measure: str) -> flo
     """`measure` where a curve first reaches a win rate: straight lines between measurements, from (1/2, 0) on."""
     before_win, before = 0.5, 0.0
     for point in points:
+        if point.get(measure) is None:  # an earlier run that did not count this
+            return None
         if point["win_rate"] >= level:
             share = (level - before_win) / (point["win_rate"] - before_win)
             return float(before + share * (point[measure] - before))
@@ -144,7 +155,9 @@ def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Pa
     ):
         for i, (run, seeds) in enumerate(found.items()):
             points = list(zip(*(seed_rows for seed_rows in equal_length(list(seeds.values()))), strict=True))
-            xs = [mean([row[x] for row in point]) for point in points]
+            xs = [mean([row.get(x) for row in point]) for point in points]
+            if None in xs:  # an earlier run that did not count this
+                continue
             ys = [[row["win_rate"] for row in point] for point in points]
             middle = [sum(y) / len(y) for y in ys]
             errors = [
@@ -202,10 +215,15 @@ def results_text(rows: list[dict[str, Any]]) -> str:
         parts.append(f"Task: {experiment.task}. Last measurement, mean over seeds (lowest to highest).\n")
         parts.append(table_text(table) + "\n")
         parts.append(f"![{name}](../benchmarks/paper/results/{name}.png)\n")
-        last = next(iter(next(iter(table.values())).values()))
-        versions = ", ".join(f"{package} {version}" for package, version in last["versions"].items())
-        parts.append(f"`{last['command']}` at {last['commit']}; {versions}; {last['machine']}.\n")
+        made = {facts_text(row): None for seeds in table.values() for row in seeds.values()}
+        parts.append("\n".join(made) + "\n")
     return "\n".join(parts)
+
+
+def facts_text(row: dict[str, Any]) -> str:
+    """How a run was made, one line of a list."""
+    versions = ", ".join(f"{package} {version}" for package, version in row["versions"].items())
+    return f"- `{row['command']}` at {row['commit']}; {versions}; {row['machine']}."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -214,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/paper/results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
     args = parser.parse_args(argv)
-    rows = read(args.runs)
+    rows = with_earlier(read(args.runs), args.results / "runs.jsonl")
     args.results.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (args.results / "runs.jsonl").write_text(text, encoding="utf-8")

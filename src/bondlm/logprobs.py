@@ -132,38 +132,53 @@ def _decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def score_rows(
+def score_groups(
     model: Any,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    groups: Sequence[Group],
     pad_id: int,
     *,
     start_id: int | None,
     device: torch.device,
     batch_rows: int = 16,
 ) -> Tensor:
-    """`sequence_logprobs` of any number of (prompt, completion) rows without gradient, (B,) fp32 on CPU.
+    """`sequence_logprobs` of any number of prompts with L completions each, without gradient, (P, L) fp32 on CPU.
 
-    What all prompts begin with is computed once.
+    What all prompts begin with is computed once. With L > 1 completions share their prompt's row: see
+    `can_share_prompts`.
     """
-    prefix = shared_prefix(model.config, [prompt for prompt, _ in rows])
+    prefix = shared_prefix(model.config, [prompt for prompt, _ in groups])
     n = len(prefix)
     before = prefill_prefix(model, prefix, DynamicCache(config=model.config)) if prefix else None
     head = exact_head(model, device)
-    groups: list[Group] = [(prompt[n:], [completion]) for prompt, completion in rows]
-    order = by_length(groups)
-    result = torch.empty(len(rows), dtype=torch.float32)
-    for begin in range(0, len(rows), batch_rows):
-        chunk = order[begin : begin + batch_rows]
+    groups = [(prompt[n:], completions) for prompt, completions in groups]
+    order, num_completions = by_length(groups), len(groups[0][1])
+    result = torch.empty(len(groups), num_completions, dtype=torch.float32)
+    prompts = max(1, batch_rows // num_completions)
+    for begin in range(0, len(groups), prompts):
+        chunk = order[begin : begin + prompts]
         batch = collate([groups[i] for i in chunk], pad_id, start_id=start_id)
         cache = None
         if before is not None:
             cache = repeated(before, len(chunk))
-            mask = batch["attention_mask"]
-            batch["attention_mask"] = torch.cat([mask.new_ones(len(chunk), n), mask], dim=1)
-            batch["position_ids"] = batch["position_ids"] + n  # columns stay: they count from the prefix's end
+            batch = _behind_prefix(batch, n)
         on_device = {k: v.to(device) for k, v in batch.items()}
-        result[chunk] = sequence_logprobs(model, on_device, cache, head).squeeze(1).cpu()
+        result[chunk] = sequence_logprobs(model, on_device, cache, head).cpu()
     return result
+
+
+def _behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The batch behind `n` tokens that all may attend to; columns stay: they count from the end of those."""
+    mask = batch["attention_mask"]
+    if mask.dim() == 2:
+        mask = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
+    else:
+        mask = torch.cat([mask.new_ones(*mask.shape[:3], n), mask], dim=3)
+    return batch | {"attention_mask": mask, "position_ids": batch["position_ids"] + n}
+
+
+def score_rows(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, **how: Any) -> Tensor:
+    """`score_groups` of (prompt, completion) rows, (B,)."""
+    return score_groups(model, [(prompt, [completion]) for prompt, completion in rows], pad_id, **how).squeeze(1)
 
 
 @torch.no_grad()

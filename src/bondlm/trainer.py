@@ -33,7 +33,7 @@ from bondlm.engines.gap import GAP_METRIC, logprob_gap, padded_logprobs
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.head import exact_head
 from bondlm.held_out import compare
-from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_rows, token_logprobs
+from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_groups, token_logprobs
 from bondlm.manifest import checkpoint_to_resume
 from bondlm.memory import SmallerBatches
 from bondlm.models import Roles, fast_dtype, prepare_policy
@@ -331,11 +331,13 @@ class BONDTrainer(Trainer):
 
     def _score(self, role: Role, pairs: list[list[tuple[Any, Any]]]) -> Tensor:
         """Log-probability under `role` of (prompt, completion) pairs, in the pairs' P x C form."""
-        flat = [pair for row in pairs for pair in row]
-        if not flat:
+        if not pairs or not pairs[0]:
             return torch.zeros(len(pairs), 0)
+        groups: list[Group] = [(row[0][0], [completion for _, completion in row]) for row in pairs]
+        if not self._share_prompts:
+            groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
         with self.clock("reference"), self.roles.use(role) as model:
-            scores = score_rows(model, flat, self._text.pad_id, start_id=self._start_id, device=self.args.device)
+            scores = score_groups(model, groups, self._text.pad_id, start_id=self._start_id, device=self.args.device)
         return scores.view(len(pairs), -1)
 
     @property
@@ -354,12 +356,16 @@ class BONDTrainer(Trainer):
             drawn = draw(self.engine, [rows[i] for i in mine], {role: num_samples}, step=step, positions=mine, **law)
         return self.score_completions(rows, gather_in_order(mine, drawn, world_size=world))
 
+    def log_probability(self, samples: Samples, role: Role) -> Tensor:
+        """Log pi_role(y) (P, m) of samples `y`, whoever drew them, nats."""
+        return self._score(
+            role,
+            [[(prompt, c.ids) for c in row] for prompt, row in zip(samples.prompts, samples.completions, strict=True)],
+        )
+
     def log_ratio(self, samples: Samples, role: Role = "reference") -> Tensor:
         """Log pi(y) - log pi_role(y) (P, m) of the policy's samples `y`: its mean estimates KL(policy || role), k1."""
-        pairs = [
-            [(prompt, c.ids) for c in row] for prompt, row in zip(samples.prompts, samples.completions, strict=True)
-        ]
-        return self._score("policy", pairs) - self._score(role, pairs)
+        return self.log_probability(samples, "policy") - self.log_probability(samples, role)
 
     # -- evaluation, logs, saving
 
