@@ -274,6 +274,7 @@ FLOORS = {
     1: (
         "rewards",
         "engines",
+        "adapters",
         "models",
         "anchor",
         "text",

@@ -57,7 +57,7 @@ def test_an_experiment_runs_resumes_and_is_reported(tiny_study: Path, capsys: py
     command = ["x1", *BUDGET, "--seeds", "0", "--points", "2", "--only", "n4-beta0.5", "n4-beta0.0"]
     study.main(command)
     folder = tiny_study / "runs/paper/x1/n4-beta0.5-s0"
-    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    curve = [json.loads(line) for line in (folder / "curve.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in curve] == [1, 2]
     assert 0 < curve[0]["tokens"] < curve[1]["tokens"]
     assert set(curve[0]["judges"]) == {"short", "rouge_l"}

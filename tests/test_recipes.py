@@ -132,7 +132,7 @@ TURNS = [{"role": role, "content": f"{role} says {i}"} for i, role in enumerate(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def test_documents_become_prompts_with_their_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,21 +26,22 @@ class StubEngine:
     def __init__(self) -> None:
         self.calls: list[tuple[Role, int, list[int], float]] = []
 
-    def generate(
+    def generate(self, *args: Any, **law: Any) -> list[list[Completion]]:
+        raise AssertionError("a rollout asks for all roles at once")
+
+    def generate_roles(
         self,
         prompts: Sequence[Sequence[int]],
-        num_samples: int,
+        wanted: Mapping[Role, tuple[int, Sequence[int]]],
         *,
-        role: Role,
         max_new_tokens: int,
-        seeds: Sequence[int],
         temperature: float = 1.0,
-    ) -> list[list[Completion]]:
-        self.calls.append((role, max_new_tokens, list(seeds), temperature))
-        return [
-            [answer(f"{role} {list(prompt)} {j}") for j in range(num_samples)]
-            for prompt, _ in zip(prompts, seeds, strict=True)
-        ]
+    ) -> dict[Role, list[list[Completion]]]:
+        self.calls += [(role, max_new_tokens, list(seeds), temperature) for role, (_, seeds) in wanted.items()]
+        return {
+            role: [[answer(f"{role} {list(prompt)} {j}") for j in range(count)] for prompt in prompts]
+            for role, (count, _) in wanted.items()
+        }
 
 
 ROWS: list[dict[str, Any]] = [

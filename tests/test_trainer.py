@@ -75,7 +75,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -576,14 +576,14 @@ def test_losses_that_are_not_finite_end_the_run_and_nothing_has_moved(tmp_path: 
     after = weights(made.roles.model)
     assert all(torch.equal(after[name], before[name]) for name in before if "lm_head" not in name)
     assert same(made.anchor.state_dict(), anchor)
-    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in skipped] == [1, 2, 3]
     assert skipped[0]["loss"] == [None] * 4
     assert skipped[0]["samples"][0]["prompt"] == logged_prompts(tmp_path)[0]
 
 
 def logged_prompts(folder: Path) -> list[str]:
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_bytes().splitlines()]
     return [row["prompt"] for row in rows]
 
 

@@ -13,7 +13,7 @@ from bondlm.engines.hf import TransformersEngine
 from bondlm.models import fast_dtype, load_model
 from bondlm.rewards import NamedReward
 from bondlm.rollout import PROMPT_IDS, Samples, draw, score_samples
-from bondlm.text import check_tokenizer, decode_completions, encode_prompts
+from bondlm.text import check_tokenizer, decode_completions, encode_prompts, length_limits
 
 
 class Sampler:
@@ -49,15 +49,8 @@ class Sampler:
             for row in prompts:
                 if isinstance(row["prompt"], str):
                     row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        config = self.model.config
-        ids = encode_prompts(
-            [row["prompt"] for row in prompts],
-            self.tokenizer,
-            max_prompt_length=max_prompt_length,
-            context_length=None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None),
-            max_completion_length=max_completion_length,
-            is_encoder_decoder=config.is_encoder_decoder,
-        )
+        limits = length_limits(self.model.config, max_prompt_length, max_completion_length)
+        ids = encode_prompts([row["prompt"] for row in prompts], self.tokenizer, **limits)
         return [row | {PROMPT_IDS: prompt_ids} for row, prompt_ids in zip(prompts, ids, strict=True)]
 
     def sample(

@@ -7,8 +7,8 @@ scores gets them gathered in a plain twin (`bondlm.sharding`).
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from bondlm.adapters import RowAdapters, can_join, joined
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
 from bondlm.sharding import Replica, check_parallelism, gather_to_main, named_weights
@@ -154,6 +155,27 @@ class Roles:
             for name, parameter in parameters.items()
             if mine in name and name.replace(mine, theirs) in parameters
         ]
+
+    def use_together(self, roles: Sequence[str]) -> AbstractContextManager[tuple[Any, RowAdapters]] | None:
+        """Lend one model for several roles, and what says which row is whose; None if they are not adapters of one."""
+        adapters = {"policy": self.policy_adapter, "anchor": ANCHOR_ADAPTER} if self.is_peft else {}
+        names = [adapters[role] for role in roles if role in adapters]
+        # The policy's adapter is the active one: it comes first.
+        if len(names) < len(roles) or roles[0] != "policy" or not can_join(self.model, names):
+            return None
+        return self._use_joined(names)
+
+    @contextmanager
+    def _use_joined(self, names: Sequence[str]) -> Iterator[tuple[Any, RowAdapters]]:
+        replica, weights = self._replica, named_weights(self.model, every_name=True)
+        with nullcontext(self.model) if replica is None else replica.holding(weights) as model:
+            rows = RowAdapters(len(names), next(model.parameters()).device)
+            with (
+                _eval_mode(model.get_base_model()) as core,
+                joined(model, names, rows),
+                computing_in(core, self.autocast),
+            ):
+                yield core, rows
 
     @contextmanager
     def use(self, role: str) -> Iterator[Any]:

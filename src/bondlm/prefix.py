@@ -33,10 +33,10 @@ def shared_prefix(config: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
     return first[:length] if length >= LEAST_SHARED else []
 
 
-def prefill_prefix(model: Any, prefix: Sequence[int], cache: DynamicCache) -> DynamicCache:
-    """Put the prefix's keys and values, one row, into `cache`."""
+def prefill_prefix(model: Any, prefix: Sequence[int], cache: DynamicCache, *, rows: int = 1) -> DynamicCache:
+    """Put the prefix's keys and values into `cache`: one row, or one for each adapter."""
     if prefix:
-        ids = torch.tensor([list(prefix)], device=model.device)
+        ids = torch.tensor([list(prefix)] * rows, device=model.device)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 

@@ -78,10 +78,7 @@ def draw(
     }
     if isinstance(engine, RemoteEngine):
         engine.sync()
-        drawn = engine.generate_roles(prompts, wanted, max_new_tokens=max_new_tokens, temperature=temperature)
-    else:
-        law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        drawn = {role: engine.generate(prompts, k, role=role, seeds=s, **law) for role, (k, s) in wanted.items()}
+    drawn = engine.generate_roles(prompts, wanted, max_new_tokens=max_new_tokens, temperature=temperature)
     return [[c for role in wanted for c in drawn[role][i]] for i in range(len(rows))]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArgume
 
 from bondlm.errors import ConfigError, DataError
 from bondlm.models import load_model, wrap_lora
-from bondlm.text import check_tokenizer, encode_prompts
+from bondlm.text import check_tokenizer, encode_prompts, length_limits
 
 IGNORED = -100  # a label that counts for nothing, in every transformers model
 
@@ -46,12 +46,7 @@ class Examples:
         self._tokenizer = tokenizer
         self._text = check_tokenizer(tokenizer, model.generation_config.eos_token_id)
         self.is_encoder_decoder = bool(config.is_encoder_decoder)
-        self._limits: dict[str, Any] = {
-            "max_prompt_length": max_prompt_length,
-            "max_completion_length": max_completion_length,
-            "context_length": None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None),
-            "is_encoder_decoder": self.is_encoder_decoder,
-        }
+        self._limits = length_limits(config, max_prompt_length, max_completion_length)
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
         """Rows `{"prompt", "completion"}` as `{"prompt_ids", "completion_ids"}`.

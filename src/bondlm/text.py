@@ -71,6 +71,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, generation_eos_ids: int 
     return TextInfo(eos_ids=eos_ids, pad_id=eos_ids[0] if pad_id is None else pad_id)
 
 
+def length_limits(config: Any, max_prompt_length: int | None, max_completion_length: int) -> dict[str, Any]:
+    """What `encode_prompts` must know of the model with this config, as its keyword arguments."""
+    is_seq2seq = bool(config.is_encoder_decoder)  # its positions are relative, or a matter of the encoder alone
+    return {
+        "max_prompt_length": max_prompt_length,
+        "max_completion_length": max_completion_length,
+        "context_length": None if is_seq2seq else getattr(config, "max_position_embeddings", None),
+        "is_encoder_decoder": is_seq2seq,
+    }
+
+
 def encode_prompts(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,

@@ -56,7 +56,7 @@ from bondlm.rollout import (
 )
 from bondlm.scored import LOGGED_IDS, group_scored, is_scored
 from bondlm.sharding import forward_dtype, full_precision_outputs, trained_in_parallel, uses_fsdp
-from bondlm.text import check_tokenizer, encode_prompts
+from bondlm.text import check_tokenizer, encode_prompts, length_limits
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
 PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
@@ -114,12 +114,7 @@ class BONDTrainer(Trainer):
         self._is_seq2seq = bool(core.config.is_encoder_decoder)
         self._start_id: int | None = core.config.decoder_start_token_id if self._is_seq2seq else None
         self._tokenizer = processing_class
-        self._encode_args: dict[str, Any] = {
-            "max_prompt_length": args.max_prompt_length,
-            "context_length": None if self._is_seq2seq else getattr(core.config, "max_position_embeddings", None),
-            "max_completion_length": args.max_completion_length,
-            "is_encoder_decoder": self._is_seq2seq,
-        }
+        self._limits = length_limits(core.config, args.max_prompt_length, args.max_completion_length)
         self._given, self._reward_funcs_missing = args, reward_funcs is None  # Trainer's own come with its constructor
         if reward_funcs is None and eval_dataset is not None:
             raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
@@ -154,6 +149,7 @@ class BONDTrainer(Trainer):
             eos_ids=self._text.eos_ids,
             pad_id=self._text.pad_id,
             longest_prompt=longest_prompt(self.train_dataset, self.eval_dataset),
+            use_together=self.roles.use_together,
         )
         self.anchor = Anchor(
             self.roles.anchor_pairs, schedule=args.anchor, eta=args.eta, update_every=args.anchor_update_every
@@ -187,7 +183,7 @@ class BONDTrainer(Trainer):
 
     def _encoded(self, dataset: Any) -> Dataset:
         prompts = load_prompts(dataset)
-        ids = encode_prompts(prompts["prompt"][:], self._tokenizer, **self._encode_args)
+        ids = encode_prompts(prompts["prompt"][:], self._tokenizer, **self._limits)
         return prompts.add_column(PROMPT_IDS, ids).add_column(PROMPT_ROW, list(range(len(ids))))
 
     # -- a training step

@@ -20,7 +20,7 @@ from cli.helpers import write_job
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 @pytest.mark.parametrize("kind", ["causal", "t5"])
@@ -60,7 +60,7 @@ def test_a_t5_is_fine_tuned_with_the_reward_of_an_nli_t5(tmp_path):
     row = samples[0]
     again = load_rewards(f"nli:{tmp_path}/nli?template=true")
     expected = score(again, [row["prompt"]], [row["policy"]["text"]], {}).total
-    assert row["policy"]["reward"] == pytest.approx(float(expected[0]), abs=1e-4)
+    assert row["policy"]["reward"] == pytest.approx(float(expected[0]), abs=0.05)  # in bf16 where it is fast
     assert len({sample["policy"]["reward"] for sample in samples}) > 3
     start = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model").state_dict()
     trained = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").state_dict()

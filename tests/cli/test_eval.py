@@ -16,7 +16,7 @@ FILES = (*("reference", "policy", "reference-greedy", "reference-t0.3", "referen
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def job(folder, policy_seed=1, num_prompts=20):
@@ -35,7 +35,7 @@ def job(folder, policy_seed=1, num_prompts=20):
         *("eval", "--model", f"{folder}/policy", "--reference", f"{folder}/model"),
         *("--dataset", f"{folder}/prompts.jsonl", "--reward_funcs", f"{folder}/reward.py:letters"),
         *("--max_completion_length", "8", "--num_samples", "3", "--num_reference_samples", "8"),
-        *("--output", f"{folder}/out"),
+        *("--output", f"{folder}/out", "--dtype", "float32"),  # bf16 rounds by the shape of the batch
     ]
 
 

@@ -29,7 +29,7 @@ def check(done: subprocess.CompletedProcess[str]) -> None:
 
 def outcome(out: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def free_port() -> int:

@@ -43,7 +43,7 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
     for key in ("eval_reward", "eval_win_rate", "eval_kl", "eval_effective_n"):
         assert metrics[1][key] == pytest.approx(metrics[0][key], abs=1e-4)
     logs = [
-        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_bytes().splitlines()]
         for folder in ("one", "two")
     ]
     assert len(logs[0]) == len(logs[1])  # one process writes, not two

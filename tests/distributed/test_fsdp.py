@@ -33,7 +33,7 @@ def test_two_sharded_processes_are_one(lora: bool, tmp_path: Path) -> None:
     metrics = [json.loads((folder / "eval_metrics.json").read_text()) for folder in (one, two)]
     for key in ("eval_reward", "eval_win_rate", "eval_kl", "eval_effective_n"):
         assert metrics[1][key] == pytest.approx(metrics[0][key], abs=1e-4)
-    rows = [[json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
+    rows = [[json.loads(row) for row in (folder / "metrics.jsonl").read_bytes().splitlines()] for folder in (one, two)]
     for single, double in zip(*rows, strict=True):
         for key in ("anchor/distance", "anchor/gap_closed", "anchor/kl", "reward", "grad_norm"):
             if key in single:

@@ -164,7 +164,7 @@ def test_side_by_side_shows_the_best_of_the_first_eight(tmp_path):
         assert row["reference"]["reward"] == float(reference.rewards[i, 0])
     write_results(tmp_path, {"a": math.nan}, policy, reference)
     assert json.loads((tmp_path / "eval.json").read_text()) == {"a": None}
-    assert len((tmp_path / "eval_samples.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "eval_samples.jsonl").read_bytes().splitlines()) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval_samples.jsonl"]
 
 

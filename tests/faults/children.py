@@ -92,7 +92,7 @@ def outcome(config: Path) -> dict[str, Any]:
     """All that two equal runs have in common, bytes as bytes; seconds left out."""
     run = config.parent / "run"
     newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     timed = ("time/", "step_time", "train_runtime", "train_samples_", "train_steps_")
     steps = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows if "loss" in row]
     files = {name: (newest / name).read_bytes() for name in WEIGHTS if (newest / name).is_file()}

@@ -26,7 +26,7 @@ def job(folder: Path) -> Path:
 
 def outcome(folder: Path) -> tuple[bytes, bytes, list[dict[str, float]], str]:
     run = folder / "run"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
     kept = ("step", "loss", "reward", "kl", "anchor/distance", "grad_norm", "learning_rate")
     steps = [{name: row[name] for name in kept if name in row} for row in rows if "loss" in row]
     newest = run / f"checkpoint-{STEPS}"

@@ -44,7 +44,7 @@ def test_n1_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert caught.value.exit_code == 5
     assert same(made.anchor.state_dict(), anchor)
     assert not any(tensor.any() for tensor in optimizer_tensors(made))
-    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in skipped] == [1, 2, 3]
     assert all(row["samples"][0]["prompt"] for row in skipped)
 

@@ -51,7 +51,7 @@ def test_r1_a_bad_reward_drops_its_prompt_whole_and_the_rest_learn_as_if_it_were
     settings: dict[str, Any] = {"rows": 4, "max_steps": 1, "optim": "sgd"}  # Adam's first step knows signs alone
     broken = trainer(tmp_path / "broken", reward=FailsFor(prompt, value), **settings)
     broken.train()
-    (row,) = [json.loads(line) for line in (tmp_path / "broken" / DROPPED_FILE).read_text().splitlines()]
+    (row,) = [json.loads(line) for line in (tmp_path / "broken" / DROPPED_FILE).read_bytes().splitlines()]
     assert (row["step"], row["prompt"]) == (1, prompt)
     assert "reward 'fails'" in row["reason"]
 
@@ -75,7 +75,7 @@ def test_r1_too_many_dropped_prompts_end_the_run_before_the_update(tmp_path: Pat
     made = trainer(tmp_path, reward=half_bad, rows=8, max_steps=4, max_skipped_frac=0.2)
     with pytest.raises(RewardError, match=r"max_skipped_frac=0\.2.*half_bad"):
         made.train()
-    rows = [json.loads(line) for line in (tmp_path / DROPPED_FILE).read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / DROPPED_FILE).read_bytes().splitlines()]
     assert {row["prompt"] for row in rows} <= bad
     assert len(rows) >= 2
     assert made.state.global_step == rows[-1]["step"] - 1

@@ -222,7 +222,7 @@ def test_r10_in_training_the_prompt_is_dropped_and_the_others_learn(tmp_path: Pa
         before = weights(made.roles.model)
         made.train()
     assert not same(weights(made.roles.model), before)
-    rows = [json.loads(line) for line in (tmp_path / DROPPED_FILE).read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / DROPPED_FILE).read_bytes().splitlines()]
     assert [row["prompt"] for row in rows] == [bad]
     assert "reward 'score' is nan" in rows[0]["reason"]
 

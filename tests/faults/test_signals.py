@@ -262,4 +262,4 @@ def test_s10_a_failure_that_passes_is_not_noticed(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(callbacks, "append_jsonl", once)
     trainer(tmp_path).train()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()] == [1, 2, 2]

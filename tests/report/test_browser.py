@@ -59,7 +59,7 @@ def gains(page):
 
 
 def expected_gains(run):
-    rows = [json.loads(line) for line in (run / "eval_samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "eval_samples.jsonl").read_bytes().splitlines()]
     return sorted(
         row["policy"]["reward"] - row["reference"]["reward"] for row in rows if row["policy"]["reward"] is not None
     )

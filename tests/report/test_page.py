@@ -134,7 +134,7 @@ def test_nothing_is_fetched_from_anywhere(run, page):
 
 def test_samples_are_all_there_with_their_rewards(run, page):
     (data,) = data_of(page)
-    rows = [json.loads(line) for line in (run / "eval_samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "eval_samples.jsonl").read_bytes().splitlines()]
     assert data["best"] == "Best-of-8"
     for shown, row in zip(data["rows"], rows, strict=True):
         assert shown[0] == row["prompt"]

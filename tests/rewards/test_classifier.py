@@ -1,14 +1,15 @@
 import logging
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHATML, tiny_causal, tiny_tokenizer
+from tiny import CHATML, tiny_causal, tiny_t5, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from bondlm.errors import ConfigError, RewardError
-from bondlm.rewards import NamedReward, SequenceClassifierReward, score
+from bondlm.rewards import NamedReward, NLIReward, SequenceClassifierReward, score
 
 from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved
 
@@ -227,6 +228,25 @@ def test_a_saved_model_scores_the_same(tmp_path):
     assert loaded(CHATS, ANSWERS) == pytest.approx(expected, abs=1e-6)
     half = SequenceClassifierReward.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
     assert half.model.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_a_bf16_model_scores_with_a_head_in_fp32(kind, tmp_path):
+    """Between 4 and 8 bf16 knows 32 values: rewards, which are compared, would tie."""
+    if kind == "t5":
+        tokenizer = tiny_tokenizer(chat=False)
+        path = saved(tmp_path, tiny_t5(tokenizer), tokenizer)  # its head is tied to its embedding
+        load = partial(NLIReward.from_pretrained, path)
+    else:
+        model, tokenizer = llama() if kind == "llama" else (bert_classifier(bert_tokenizer()), bert_tokenizer())
+        load = partial(SequenceClassifierReward.from_pretrained, saved(tmp_path, model, tokenizer))
+    prompts, completions = [p for p, _ in ROWS], [c for _, c in ROWS]
+    exact, half = load(dtype=torch.float32), load(dtype=torch.bfloat16)
+    scores = torch.tensor(half(prompts, completions), dtype=torch.float64)
+    assert (scores != scores.bfloat16().double()).all()
+    assert scores.tolist() == pytest.approx(exact(prompts, completions), rel=0.1, abs=0.1)
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16, torch.float32}
+    assert half.model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
 def test_a_head_that_is_not_in_the_checkpoint_is_refused(tmp_path):

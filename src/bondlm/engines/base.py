@@ -25,7 +25,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Draws completions; the one method that an engine must have."""
+    """Draws completions, of one role or of several at once."""
 
     def generate(
         self,
@@ -52,14 +52,6 @@ class Engine(Protocol):
             P lists of `num_samples` completions.
         """
 
-
-@runtime_checkable
-class RemoteEngine(Engine, Protocol):
-    """An engine with weights of its own: it must be given ours before it draws, and draws for many roles at once."""
-
-    def sync(self) -> None:
-        """Take over the trainer's weights as they are now."""
-
     def generate_roles(
         self,
         prompts: Sequence[Sequence[int]],
@@ -69,3 +61,11 @@ class RemoteEngine(Engine, Protocol):
         temperature: float = 1.0,
     ) -> dict[Role, list[list[Completion]]]:
         """`generate` for each role: role -> (samples of a prompt, one seed for each prompt)."""
+
+
+@runtime_checkable
+class RemoteEngine(Engine, Protocol):
+    """An engine with weights of its own: it must be given ours before it draws."""
+
+    def sync(self) -> None:
+        """Take over the trainer's weights as they are now."""

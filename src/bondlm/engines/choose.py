@@ -11,7 +11,7 @@ import torch
 
 from bondlm.config import BONDConfig
 from bondlm.engines.base import Engine, Role
-from bondlm.engines.hf import TransformersEngine
+from bondlm.engines.hf import TransformersEngine, UseTogether
 from bondlm.errors import ConfigError
 
 _LOGGER = logging.getLogger(__name__)
@@ -28,8 +28,10 @@ def make_engine(
     eos_ids: Sequence[int],
     pad_id: int,
     longest_prompt: int = 0,
+    use_together: UseTogether | None = None,
 ) -> Engine:
-    """The engine that `args` names; `use` lends the model of a role, `model` is the policy with its adapters.
+    """The engine that `args` names; `use` lends the model of a role, `use_together` one of
+    several; `model` is the policy with its adapters.
 
     A server must have room for the `longest_prompt` (tokens) and a completion.
 
@@ -42,7 +44,9 @@ def make_engine(
                 "engine: transformers, our own decoding loop; generate_batch (continuous batching) was 16 times slower "
                 "on a CPU (docs/speed.md), and vLLM must be asked for: engine=vllm"
             )
-        return TransformersEngine(use, eos_ids=eos_ids, pad_id=pad_id, max_rows=args.max_rows)
+        return TransformersEngine(
+            use, eos_ids=eos_ids, pad_id=pad_id, max_rows=args.max_rows, use_together=use_together
+        )
     check_vllm_can(args, model)
     from bondlm.engines.vllm import VLLMEngine
     from bondlm.engines.vllm_http import VLLMClient

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from bondlm.adapters import RowAdapters
 from bondlm.engines.cache import growing_cache
 from bondlm.prefix import prefill_prefix, shared_prefix
 
@@ -27,11 +28,18 @@ class DecodingState(Protocol):
         """Feed one token a row; returns the next logits (B, V)."""
 
 
-def start_decoding(model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[DecodingState, Tensor]:
-    """Prefill `prompts`; returns the state of P rows and the first logits (P, V)."""
+def start_decoding(
+    model: Any, prompts: Sequence[Sequence[int]], pad_id: int, adapters: RowAdapters | None, adapter_P: Sequence[int]
+) -> tuple[DecodingState, Tensor]:
+    """Prefill `prompts`; returns the state of P rows and the first logits (P, V).
+
+    With `adapters` prompt i is computed with adapter number `adapter_P[i]`.
+    """
     if not model.config.is_encoder_decoder:
-        return _CausalState.start(model, prompts, pad_id)
-    return _Seq2SeqState.start(model, *pad_left(prompts, pad_id, model.device))
+        return _CausalState.start(model, prompts, pad_id, adapters, adapter_P)
+    if adapters is not None:
+        adapters.set(adapter_P)
+    return _Seq2SeqState.start(model, *pad_left(prompts, pad_id, model.device), adapters)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -43,15 +51,30 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 
 class _CausalState:
-    def __init__(self, model: Any, cache: DynamicCache, mask_BS: Tensor, position_B1: Tensor) -> None:
+    def __init__(
+        self, model: Any, cache: DynamicCache, mask_BS: Tensor, position_B1: Tensor, adapters: RowAdapters | None
+    ) -> None:
         self._model, self._cache, self._mask_BS, self._position_B1 = model, cache, mask_BS, position_B1
+        self._adapters = adapters
 
     @classmethod
-    def start(cls, model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple["_CausalState", Tensor]:
+    def start(
+        cls,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        adapters: RowAdapters | None,
+        adapter_P: Sequence[int],
+    ) -> tuple["_CausalState", Tensor]:
         prefix = shared_prefix(model.config, prompts)
-        cache = prefill_prefix(model, prefix, growing_cache(model.config))
+        kinds = sorted(set(adapter_P))  # a common beginning is computed once an adapter
+        if adapters is not None:
+            adapters.set(kinds)
+        cache = prefill_prefix(model, prefix, growing_cache(model.config), rows=len(kinds))
         if prefix:
-            cache.batch_repeat_interleave(len(prompts))
+            cache.batch_select_indices(torch.tensor([kinds.index(kind) for kind in adapter_P], device=model.device))
+        if adapters is not None:
+            adapters.set(adapter_P)
         ids_PS, mask_PS = pad_left([p[len(prefix) :] for p in prompts], pad_id, model.device)
         mask_PS = torch.cat([mask_PS.new_ones(len(prompts), len(prefix)), mask_PS], dim=1)
         positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)[:, len(prefix) :]  # padding is masked
@@ -65,9 +88,11 @@ class _CausalState:
             # the whole head once a row (CPU; 1.7 of 9 seconds of a rollout of SmolLM2-135M).
             logits_to_keep=torch.tensor([ids_PS.shape[1] - 1], device=ids_PS.device),
         )
-        return cls(model, cache, mask_PS, positions_PS[:, -1:]), out.logits[:, -1]
+        return cls(model, cache, mask_PS, positions_PS[:, -1:], adapters), out.logits[:, -1]
 
     def select(self, rows: Tensor) -> None:
+        if self._adapters is not None:
+            self._adapters.select(rows)
         self._cache.batch_select_indices(rows)
         self._mask_BS, self._position_B1 = self._mask_BS[rows], self._position_B1[rows]
 
@@ -86,20 +111,32 @@ class _CausalState:
 
 
 class _Seq2SeqState:
-    def __init__(self, model: Any, cache: EncoderDecoderCache, hidden_BSD: Tensor, mask_BS: Tensor) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: EncoderDecoderCache,
+        hidden_BSD: Tensor,
+        mask_BS: Tensor,
+        adapters: RowAdapters | None,
+    ) -> None:
         self._model, self._cache, self._hidden_BSD, self._mask_BS = model, cache, hidden_BSD, mask_BS
+        self._adapters = adapters
 
     @classmethod
-    def start(cls, model: Any, ids_PS: Tensor, mask_PS: Tensor) -> tuple["_Seq2SeqState", Tensor]:
+    def start(
+        cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None
+    ) -> tuple["_Seq2SeqState", Tensor]:
         hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
         cache = EncoderDecoderCache(
             growing_cache(model.config), DynamicCache(config=model.config)
         )  # the prompt does not grow
-        state = cls(model, cache, hidden, mask_PS)
+        state = cls(model, cache, hidden, mask_PS, adapters)
         start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
         return state, state.step(start_P)
 
     def select(self, rows: Tensor) -> None:
+        if self._adapters is not None:
+            self._adapters.select(rows)
         self._cache.batch_select_indices(rows)
         self._hidden_BSD, self._mask_BS = self._hidden_BSD[rows], self._mask_BS[rows]
 

@@ -1,22 +1,25 @@
 """Generation with a transformers model in this process: any causal or encoder-decoder model, any device.
 
 What it does that `model.generate(num_return_sequences=n)` does not: a prompt is prefilled once and its key-value cache
-shared by its samples, rows that have ended leave the batch, and a sample does not depend on the batch it was drawn in
-(its random numbers belong to its row). The law is the model's own: no top-k, no top-p, no penalties.
+shared by its samples, rows that have ended leave the batch, policy and anchor are drawn in one batch where both are
+adapters, and a sample does not depend on the batch it was drawn in (its random numbers belong to its row; in bf16 a
+product's rounding still depends on the shape of the batch, and can tip a token). The law is the model's own: no top-k,
+no top-p, no penalties.
 
 Shapes: P prompts, B rows that still run, S prompt tokens, V vocabulary.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
+from bondlm.adapters import RowAdapters, RowsNotKnownError
 from bondlm.engines.base import Completion, Role
 from bondlm.engines.budget import automatic_rows
 from bondlm.engines.decoding import start_decoding
@@ -24,11 +27,24 @@ from bondlm.errors import ResourceError
 
 # Copying the cache costs about as much as one step of the rows that it drops: wait until a quarter has ended.
 COMPACT_BELOW = 0.75
-Row = tuple[int, int]  # a prompt's index, a sample's number
+Row = tuple[int, int]  # an index of what is wanted, a sample's number
+UseTogether = Callable[[Sequence[Role]], AbstractContextManager[tuple[Any, RowAdapters]] | None]
+
+
+class _Wanted(NamedTuple):
+    """What is to be drawn of one prompt for one role."""
+
+    prompt: Sequence[int]
+    num_samples: int
+    seed: int
+    adapter: int = 0  # the role's number, where several are drawn in one batch
 
 
 class TransformersEngine:
-    """Samples from `use(role)`, a context manager that yields the model of that role in eval mode."""
+    """Samples from `use(role)`, a context manager that yields the model of that role in eval mode.
+
+    `use_together(roles)` lends one model for several roles (`bondlm.models.Roles`), or is None where that cannot be.
+    """
 
     def __init__(
         self,
@@ -37,13 +53,14 @@ class TransformersEngine:
         eos_ids: Sequence[int],
         pad_id: int,
         max_rows: int | None = None,
+        use_together: UseTogether | None = None,
     ) -> None:
         """`eos_ids` end a completion; `pad_id` only fills; at most `max_rows` rows are decoded together.
 
         None takes as many as the memory holds. After an out-of-memory error half as many are tried, with the same
         samples, since a sample does not depend on the batch that it is drawn in.
         """
-        self._use = use
+        self._use, self._use_together = use, use_together
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._max_rows = max_rows
@@ -61,40 +78,85 @@ class TransformersEngine:
         temperature: float = 1.0,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
-        drawn: list[list[Completion | None]] = [[None] * num_samples for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # out of memory? Then at once
-        pending = [(i, j) for i in order for j in range(num_samples)]
+        wanted = [_Wanted(prompt, num_samples, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         with self._use(role) as model:
-            while pending:
-                size = self._rows_at_a_time(model, len(prompts[pending[0][0]]) + max_new_tokens)
-                chunk, rest = _whole_prompts(pending, size)
-                uniforms = np.stack([row_uniforms(seeds[i], j, max_new_tokens) for i, j in chunk])
-                rows = self._decode_or_halve(model, prompts, chunk, torch.from_numpy(uniforms), temperature)
-                if rows is None:
-                    continue
-                for (i, j), completion in zip(chunk, rows, strict=True):
-                    drawn[i][j] = completion
-                pending = rest
-                if self.on_prompts_done is not None:
-                    self.on_prompts_done(sum(j == num_samples - 1 for _, j in chunk))
+            return self._draw(model, wanted, None, max_new_tokens, temperature)
+
+    @torch.no_grad()
+    def generate_roles(
+        self,
+        prompts: Sequence[Sequence[int]],
+        wanted: Mapping[Role, tuple[int, Sequence[int]]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+    ) -> dict[Role, list[list[Completion]]]:
+        """See `Engine.generate_roles`: in one batch where the roles are adapters of one model, else one by one."""
+        together = self._use_together(tuple(wanted)) if self._use_together is not None and len(wanted) > 1 else None
+        if together is not None:
+            rows = [
+                _Wanted(prompt, count, seed, adapter)
+                for adapter, (count, seeds) in enumerate(wanted.values())
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+            try:
+                with together as (model, adapters):
+                    drawn = self._draw(model, rows, adapters, max_new_tokens, temperature)
+                return {role: drawn[k * len(prompts) : (k + 1) * len(prompts)] for k, role in enumerate(wanted)}
+            except RowsNotKnownError:  # layers that see tokens and not rows (experts): role by role from now on
+                self._use_together = None
+        law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return {role: self.generate(prompts, k, role=role, seeds=s, **law) for role, (k, s) in wanted.items()}
+
+    def _draw(
+        self,
+        model: Any,
+        wanted: Sequence[_Wanted],
+        adapters: RowAdapters | None,
+        max_new_tokens: int,
+        temperature: float,
+    ) -> list[list[Completion]]:
+        drawn: list[list[Completion | None]] = [[None] * each.num_samples for each in wanted]
+        # Longest first: out of memory? Then at once.
+        order = sorted(range(len(wanted)), key=lambda i: len(wanted[i].prompt), reverse=True)
+        pending = [(i, j) for i in order for j in range(wanted[i].num_samples)]
+        while pending:
+            size = self._rows_at_a_time(model, len(wanted[pending[0][0]].prompt) + max_new_tokens)
+            chunk, rest = _whole_prompts(pending, size)
+            uniforms = np.stack([row_uniforms(wanted[i].seed, j, max_new_tokens) for i, j in chunk])
+            rows = self._decode_or_halve(model, wanted, chunk, torch.from_numpy(uniforms), temperature, adapters)
+            if rows is None:
+                continue
+            for (i, j), completion in zip(chunk, rows, strict=True):
+                drawn[i][j] = completion
+            pending = rest
+            if self.on_prompts_done is not None:
+                self.on_prompts_done(sum(j == wanted[i].num_samples - 1 for i, j in chunk))
         return [[c for c in row if c is not None] for row in drawn]
 
     def _rows_at_a_time(self, model: Any, num_tokens: int) -> int:
         return self._max_rows if self._max_rows is not None else automatic_rows(model, num_tokens)
 
     def _decode_or_halve(
-        self, model: Any, prompts: Sequence[Sequence[int]], chunk: list[Row], uniforms: Tensor, temperature: float
+        self,
+        model: Any,
+        wanted: Sequence[_Wanted],
+        chunk: list[Row],
+        uniforms: Tensor,
+        temperature: float,
+        adapters: RowAdapters | None,
     ) -> list[Completion] | None:
         """The completions of the chunk's rows; None when they were too many for the memory: take fewer."""
         try:
-            return self._decode(model, prompts, chunk, uniforms, temperature)
+            return self._decode(model, wanted, chunk, uniforms, temperature, adapters)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             reason = str(error).splitlines()[0]
         if len(chunk) == 1:
+            length = len(wanted[chunk[0][0]].prompt)
             raise ResourceError(
-                f"out of memory while one completion of {len(prompts[chunk[0][0]])} + {uniforms.shape[1]} tokens was "
+                f"out of memory while one completion of {length} + {uniforms.shape[1]} tokens was "
                 f"drawn: use a smaller model or dtype, or a smaller max_completion_length ({reason})"
             )
         self._max_rows = len(chunk) // 2
@@ -106,10 +168,17 @@ class TransformersEngine:
         return None
 
     def _decode(
-        self, model: Any, prompts: Sequence[Sequence[int]], chunk: list[Row], uniforms: Tensor, temperature: float
+        self,
+        model: Any,
+        wanted: Sequence[_Wanted],
+        chunk: list[Row],
+        uniforms: Tensor,
+        temperature: float,
+        adapters: RowAdapters | None,
     ) -> list[Completion]:
         owners = list(dict.fromkeys(i for i, _ in chunk))
-        state, logits_PV = start_decoding(model, [prompts[i] for i in owners], self._pad_id)
+        prompts, adapter_P = [wanted[i].prompt for i in owners], [wanted[i].adapter for i in owners]
+        state, logits_PV = start_decoding(model, prompts, self._pad_id, adapters, adapter_P)
         device = logits_PV.device
         place = {i: position for position, i in enumerate(owners)}
         alive = torch.tensor([place[i] for i, _ in chunk], device=device)

@@ -18,7 +18,7 @@ from bondlm.logprobs import score_rows
 from bondlm.rewards import NamedReward
 from bondlm.rollout import PROMPT_IDS, Samples, draw
 from bondlm.runfolder import append_jsonl
-from bondlm.text import encode_prompts
+from bondlm.text import encode_prompts, length_limits
 
 CHUNK = 16  # prompts between two writes
 FIRST_STEP = 1 << 41  # the "step" of these samples' seeds: none of training's, and another one for each law
@@ -80,16 +80,9 @@ class Pair:
             DataError: prompts that cannot be used.
         """
         sampler = self.samplers["policy"]
-        config = sampler.model.config
         prompts = load_prompts(source).to_list()
-        ids = encode_prompts(
-            [row["prompt"] for row in prompts],
-            sampler.tokenizer,
-            max_prompt_length=max_prompt_length,
-            context_length=None if config.is_encoder_decoder else getattr(config, "max_position_embeddings", None),
-            max_completion_length=max_completion_length,
-            is_encoder_decoder=config.is_encoder_decoder,
-        )
+        limits = length_limits(sampler.model.config, max_prompt_length, max_completion_length)
+        ids = encode_prompts([row["prompt"] for row in prompts], sampler.tokenizer, **limits)
         return [row | {PROMPT_IDS: prompt_ids} for row, prompt_ids in zip(prompts, ids, strict=True)]
 
     def log_ratio(self, rows: Sequence[Mapping[str, Any]], samples: Samples) -> Tensor:

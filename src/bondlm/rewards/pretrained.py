@@ -20,6 +20,23 @@ def frozen(model: nn.Module) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def with_fp32_head(model: Any) -> Any:
+    """Let the last layer compute in fp32: rewards are compared, and bf16 knows 32 values between 4 and 8 only.
+
+    The head gets weights of its own if it shares them with the embedding.
+    """
+    heads = [model.get_output_embeddings(), getattr(model, "score", None), getattr(model, "classifier", None)]
+    for head in (head for head in heads if isinstance(head, nn.Module)):
+        linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        if not linear or linear[-1].weight.dtype.itemsize >= 4:
+            continue
+        last = linear[-1]
+        for name, parameter in list(last.named_parameters(recurse=False)):
+            setattr(last, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
+        last.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+    return model
+
+
 def load_config(path: str) -> Any:
     """Read a model's configuration.
 
@@ -65,6 +82,9 @@ def load_model(
         dtype: Its dtype, or "auto" for that of the checkpoint.
         may_miss: Weights whose name contains this are not used and may be missing.
 
+    Returns:
+        The model; its last layer computes in fp32 whatever the dtype.
+
     Raises:
         ConfigError: The model cannot be loaded, or weights are missing.
     """
@@ -83,7 +103,7 @@ def load_model(
             f"reward model {path!r} has no weights for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: "
             f"as a {type(model).__name__} they would be random numbers. Give a checkpoint trained as one."
         )
-    return model.to(device)
+    return with_fp32_head(model.to(device))
 
 
 def _refuse_absent_folder(path: str) -> None:
