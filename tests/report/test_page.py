@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from bondlm.errors import ConfigError
 from bondlm.report import write_report
 from bondlm.report.numbers import estimate
 from report.helpers import eval_json, sample_rows, write_jsonl, write_run
@@ -245,3 +246,20 @@ def test_the_same_run_gives_the_same_page(run, page):
     first = (run / "report.html").read_bytes()
     write_report([run])
     assert (run / "report.html").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["eval.html", "env.html", "manifest.htm", "adapter_config.html", "config.yaml"])
+def test_no_other_file_of_the_run_is_overwritten(tmp_path, name):
+    run = write_run(tmp_path)
+    (run / "adapter_config.json").write_text('{"r": 8}')
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(ConfigError, match=re.escape(f"output='{run / name}'")):
+        write_report([run], run / name)
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_report_may_be_written_again(tmp_path):
+    run = write_run(tmp_path)
+    first = write_report([run], run / "mine.html")
+    assert write_report([run], run / "mine.html") == first
+    assert "runs" in json.loads((run / "mine.json").read_text())

@@ -16,6 +16,7 @@ from bondlm.report.safe import visible
 from bondlm.report.samples import samples_block
 
 PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
+RUN_FILES = ("eval.json", "env.json", "manifest.json")
 _PAGE = Path(__file__).parent / "page"
 
 
@@ -43,11 +44,15 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     page = output or folders[0] / PAGE_FILE
     if page.is_dir() or not page.parent.is_dir():
         raise ConfigError(f"output={str(page)!r} is not a file in a folder that exists: name the page to write")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"output={str(page)!r}: a page is an HTML file, let its name end in .html")
     figures = page.parent / (FIGURES_FOLDER if page.name == PAGE_FILE else f"{page.stem}-{FIGURES_FOLDER}")
+    numbers_file = page.with_suffix(".json")
+    _refuse_others_file(numbers_file, page)
     found = numbers.report_numbers(runs, version("bondlm"))
     try:
         drawn = draw_figures(runs, figures)
-        page.with_suffix(".json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        numbers_file.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         page.write_text(render(runs, drawn, version("bondlm")), encoding="utf-8")
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -56,6 +61,22 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
             f"{str(error.filename)!r} cannot be written ({error.strerror}): choose another place with --output"
         ) from error
     return page
+
+
+def _refuse_others_file(path: Path, page: Path) -> None:
+    """The numbers go beside the page under its name, where a run folder keeps files of its own."""
+    taken = path.name in RUN_FILES
+    if path.exists() and not taken:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        taken = not (isinstance(content, dict) and {"bondlm", "runs"} <= set(content))
+    if taken:
+        raise ConfigError(
+            f"output={str(page)!r}: the page's numbers would be {str(path)!r}, which is another file's name: choose "
+            "another name for the page"
+        )
 
 
 def render(runs: Sequence[Run], drawn: Sequence[Any], bondlm_version: str) -> str:
