@@ -1,9 +1,10 @@
 import contextlib
+import math
 import time
 
 import pytest
 
-from bondlm.clock import Clock
+from bondlm.clock import Clock, StepMeans
 
 
 @pytest.fixture
@@ -64,3 +65,26 @@ def test_phases_add_up_to_the_time_that_passed() -> None:
     assert seconds["a"] >= 0.01
     assert seconds["b"] >= 0.02
     assert sum(seconds.values()) == pytest.approx(passed, abs=2e-3)
+
+
+class Alone:
+    """An accelerator of one process."""
+
+    device = "cpu"
+
+    def reduce(self, tensor, reduction):
+        assert reduction == "sum"
+        return tensor
+
+
+def test_means_are_weighted_and_nothing_of_weight_zero_counts() -> None:
+    means = StepMeans()
+    means.record({"a": 1.0}, weight=3.0)
+    means.record({"a": float("nan")}, weight=0.0)
+    means.record({"a": 5.0}, weight=1.0)
+    means.record({"b": 2.0})
+    means.record({"b": 4.0})
+    assert means.drain(Alone()) == {"a": 2.0, "b": 3.0}
+    assert means.drain(Alone()) == {}
+    means.record({"a": float("nan")}, weight=0.0)
+    assert math.isnan(means.drain(Alone())["a"])

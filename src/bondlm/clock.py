@@ -51,22 +51,22 @@ class Clock:
 
 
 class StepMeans:
-    """The metrics of the steps since the last log, as means over steps and processes."""
+    """The metrics of the steps since the last log, as weighted means over what was recorded by all processes."""
 
     def __init__(self) -> None:
         """Start empty."""
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self._sums: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
 
-    def record(self, metrics: Mapping[str, float]) -> None:
-        """Keep a step's metrics."""
+    def record(self, metrics: Mapping[str, float], *, weight: float = 1.0) -> None:
+        """Keep metrics that are means of `weight` things; with weight 0 their names alone, whatever the values."""
         for name, value in metrics.items():
-            self._values[name].append(value)
+            total, weights = self._sums[name]
+            self._sums[name] = (total + value * weight if weight else total, weights + weight)
 
     def drain(self, accelerator: Any) -> dict[str, float]:
         """The means since the last call; every process must call, with metrics of the same names."""
-        names = sorted(self._values)
-        means = torch.tensor([sum(self._values[n]) / len(self._values[n]) for n in names], dtype=torch.float64)
-        self._values.clear()
-        return dict(
-            zip(names, accelerator.reduce(means.to(accelerator.device), reduction="mean").tolist(), strict=True)
-        )
+        names = sorted(self._sums)
+        sums = torch.tensor([self._sums[n] for n in names], dtype=torch.float64).reshape(-1, 2)
+        self._sums.clear()
+        totals, weights = accelerator.reduce(sums.to(accelerator.device), reduction="sum").unbind(dim=1)
+        return dict(zip(names, (totals / weights).tolist(), strict=True))

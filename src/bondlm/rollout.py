@@ -156,31 +156,35 @@ def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
     }
 
 
-def rollout_metrics(samples: Samples, num_policy: int) -> dict[str, float]:
-    """What a step logs of its samples; the policy's come first. Without any, lengths are those of the anchor's."""
-    rewards_PM = samples.rewards_PM[samples.kept]
+def reward_metrics(samples: Samples, num_policy: int, counted_P: Tensor) -> dict[str, float]:
+    """What a step logs of the rewards of the prompts that count; the policy's samples come first."""
+    rewards_PM = samples.rewards_PM[counted_P]
     policy, anchor = rewards_PM[:, :num_policy], rewards_PM[:, num_policy:]
     ordered = rewards_PM.sort(dim=1).values
     tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     metrics = {
         "reward_std": float(rewards_PM.std()) if len(rewards_PM) else math.nan,  # all dropped: the step is skipped
         "bond/frac_tied": float(tied.double().mean()),
-        "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
     }
     if num_policy:
         metrics["reward"] = float(policy.mean())
         metrics |= {
-            f"rewards/{name}/mean": float(v[samples.kept, :num_policy].mean()) for name, v in samples.by_name.items()
+            f"rewards/{name}/mean": float(v[counted_P, :num_policy].mean()) for name, v in samples.by_name.items()
         }
     if anchor.shape[1]:
         metrics["anchor/reward"] = float(anchor.mean())
+    return metrics
+
+
+def work_metrics(
+    samples: Samples, num_policy: int, learned: Sequence[Sequence[Completion]], num_compared: int
+) -> dict[str, float]:
+    """Lengths of the policy's samples (without any, of the anchor's), and the completion tokens that a step draws,
+    learns on, and has the anchor score: what its phases worked through.
+    """
     measured = [c for row in samples.completions for c in (row[:num_policy] if num_policy else row)]
-    return metrics | completion_metrics(measured)
-
-
-def work_metrics(learned: Sequence[Sequence[Completion]], num_compared: int) -> dict[str, float]:
-    """Completion tokens that a step learns on, and those that the anchor scores: what its phases worked through."""
-    return {
+    return completion_metrics(measured) | {
+        "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
         "num_tokens/learned": float(sum(len(c.ids) for row in learned for c in row)),
         "num_tokens/compared": float(sum(len(c.ids) for row in learned for c in row[:num_compared])),
     }

@@ -52,6 +52,7 @@ def test_r1_a_bad_reward_drops_its_prompt_whole_and_the_rest_learn_as_if_it_were
     broken = trainer(tmp_path / "broken", reward=FailsFor(prompt, value), **settings)
     broken.train()
     (row,) = [json.loads(line) for line in (tmp_path / "broken" / DROPPED_FILE).read_bytes().splitlines()]
+    said_of_broken = logged(tmp_path / "broken")[0]
     assert (row["step"], row["prompt"]) == (1, prompt)
     assert "reward 'fails'" in row["reason"]
 
@@ -64,6 +65,9 @@ def test_r1_a_bad_reward_drops_its_prompt_whole_and_the_rest_learn_as_if_it_were
     assert not same(before, expected)
     for name, tensor in after.items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
+    said_of_fewer = logged(tmp_path / "fewer")[0]
+    for name in ("reward", "reward_std", "anchor/reward", "bond/advantage", "bond/forward_loss", "bond/penalty_rate"):
+        assert said_of_broken[name] == pytest.approx(said_of_fewer[name], abs=1e-5), name
 
 
 def test_r1_too_many_dropped_prompts_end_the_run_before_the_update(tmp_path: Path) -> None:

@@ -283,6 +283,20 @@ def test_penalty_rate_of_a_continuous_reward(draws: int, rate: float) -> None:
     assert abs(float((penalised < 0).double().mean()) - rate) < 4 * standard_error
 
 
+@pytest.mark.parametrize("log_quantile", ["jbond", "harmonic"])
+@pytest.mark.parametrize("k", [2, 3, 16])
+def test_the_penalty_rate_counts_what_is_below_all_whatever_the_estimate(k: int, log_quantile: Any) -> None:
+    """Row r has r of the k anchor samples at most equal to the policy's: only row 0 is below all."""
+    rewards = torch.tensor(
+        [[0.5, *([0.5] * (r % 2)), *([0.0] * (r - r % 2)), *([1.0] * (k - r))] for r in range(k + 1)]
+    )
+    objective = JBOND(num_anchor_samples=k, log_quantile=log_quantile)
+    signal = objective.select(rewards.double(), torch.zeros(k + 1, k + 1).double()).signal_PC.float()
+    zeros = torch.zeros(k + 1, 1)
+    rate = objective.loss(torch.zeros(k + 1, 2), zeros, signal, zeros).metrics["bond/penalty_rate"]
+    assert rate.tolist() == [1.0] + [0.0] * k
+
+
 @pytest.mark.parametrize(("beta", "gamma"), SETTINGS)
 def test_descent_with_a_fixed_anchor_reaches_the_fixed_point(beta: float, gamma: float) -> None:
     target = jbond_fixed_point(ANCHOR_K, REWARDS_K, beta, gamma)

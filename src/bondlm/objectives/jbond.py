@@ -74,11 +74,12 @@ class JBOND:
         backward = -logp * advantage
         regulariser = logp * log_ratio  # its mean gradient is that of KL(pi || anchor): plus, see E1
         loss = (1 - self.beta) * forward + self.beta * backward + self.gamma * regulariser
+        below_all = log_quantile(torch.zeros(1, 1), torch.ones(1, self.num_anchor_samples), method=self.log_quantile)
         return Loss(
             loss,
             {
                 "bond/forward_loss": forward.detach(),
                 "bond/advantage": advantage,
-                "bond/penalty_rate": (signal_PC.squeeze(1) < 0).to(loss.dtype),
+                "bond/penalty_rate": (signal_PC.squeeze(1) < float(below_all) + 0.5).to(loss.dtype),
             },
         )
