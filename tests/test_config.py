@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bondlm import BONDConfig
-from bondlm.config import OBJECTIVES, make_objective
+from bondlm.config import KNOBS, OBJECTIVES, make_objective
 from bondlm.errors import BondError, ConfigError
 
 
@@ -36,6 +36,11 @@ REFUSED: list[tuple[str, Any]] = [
     ("eta", math.nan),
     ("n", 1),
     ("n", 4),
+    ("correction", True),  # of bond
+    ("beta_rl", -1),
+    ("alpha", 9),
+    ("target_n", 2.0),  # eval_strategy is 'no' by default
+    ("kl_budget", 1.0),
     ("num_anchor_samples", 1),
     ("anchor_update_every", 0),
     ("max_completion_length", 0),
@@ -69,6 +74,14 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "bond", "quantile": "learned", "correction": True}, "quantile='learned'"),
     ({"objective": "bond", "quantile": "learned", "num_anchor_samples": 0}, "num_anchor_samples=0"),
     ({"objective": "best_of_n_sft", "n": 1}, "n=1"),
+    ({"objective": "best_of_n_sft", "beta": 1.0}, "beta=1.0"),
+    ({"objective": "best_of_n_sft", "gamma": 0.5}, "gamma=0.5"),
+    ({"objective": "vbon", "beta": 0.0}, "beta=0.0"),
+    ({"objective": "rloo", "n": 4}, "n=4"),
+    ({"objective": "reinforce", "alpha": 0.5}, "alpha=0.5"),
+    ({"objective": "jbond", "anchor": "fixed", "eta": 0.1}, "eta=0.1"),
+    ({"objective": "jbond", "anchor_update_every": 10}, "anchor_update_every=10"),
+    ({"objective": "bond", "quantile_learning_rate": 0.1}, "quantile_learning_rate=0.1"),
     ({"objective": "best_of_n_sft", "num_anchor_samples": 8}, "num_anchor_samples=8"),
     ({"objective": "reinforce", "beta_rl": -0.1}, "beta_rl=-0.1"),
     ({"objective": "rloo", "beta_rl": math.nan}, "beta_rl=nan"),
@@ -121,10 +134,28 @@ def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
         config(tmp_path, remove_unused_columns=True)
 
 
+def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Path) -> None:
+    other: dict[str, Any] = {
+        **{"n": 3, "beta": 0.25, "gamma": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
+        **{"correction": True, "quantile": "learned", "quantile_learning_rate": 0.5, "beta_rl": 0.5},
+        **{"num_samples": 4, "alpha": 0.5},
+    }
+    assert {name for names in KNOBS.values() for name in names} == set(other)
+    for objective, names in KNOBS.items():
+        for name, value in other.items():
+            more = {"quantile": "learned"} if name == "quantile_learning_rate" and objective == "bond" else {}
+            settings = {"objective": objective, name: value} | more
+            if name in names:
+                assert getattr(config(tmp_path, **settings), name) == value
+            else:
+                with pytest.raises(ConfigError, match=f"{name}={value!r}: objective={objective!r} does not use it"):
+                    config(tmp_path, **settings)
+
+
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        config(tmp_path, beta=2.0, eta=-1.0, n=3)
-    assert [part.split("=")[0] for part in str(caught.value).split("; ")] == ["beta", "eta", "n"]
+        config(tmp_path, beta=2.0, eta=-1.0, n=1)
+    assert [part.split("=")[0] for part in str(caught.value).split("; ")] == ["beta", "eta", "n", "n"]
 
 
 ACCEPTED: list[dict[str, Any]] = [
@@ -133,7 +164,9 @@ ACCEPTED: list[dict[str, Any]] = [
     {"anchor": "periodic", "anchor_update_every": 1},
     {"anchor": "fixed", "engine": "transformers", "dtype": "bfloat16"},
     {"max_prompt_length": 1, "max_completion_length": 1, "max_rows": 1},
-    {"eval_num_samples": 1, "eval_num_reference_samples": 2, "target_n": 2.0, "num_logged_samples": 0},
+    {"eval_num_samples": 1, "eval_num_reference_samples": 2, "num_logged_samples": 0}
+    | {"target_n": 2.0, "kl_budget": 0.1, "eval_strategy": "steps", "eval_steps": 5},
+    {"objective": "bond", "anchor": "fixed", "quantile": "learned", "quantile_learning_rate": 0.1},
 ]
 
 

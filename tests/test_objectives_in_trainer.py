@@ -140,7 +140,8 @@ def test_logged_samples_are_enough(objective: str, kind: str, tmp_path: Path, mo
     made = BONDTrainer(
         model,
         args=trainer(tmp_path / "unused").args.__class__(
-            **{"output_dir": str(tmp_path / "run"), "objective": objective, "n": 4, "anchor": "fixed", "alpha": 0.5}
+            **{"output_dir": str(tmp_path / "run"), "objective": objective, "n": 4, "anchor": "fixed"}
+            | ({"alpha": 0.5} if objective == "bonbon" else {})
             | {
                 "max_steps": 12,
                 "max_completion_length": 12,

@@ -81,7 +81,13 @@ def test_a_recipe_runs_with_tiny_models(path: Path, tmp_path: Path) -> None:
     prompts: list[Any] = CHATS if chat else [f"summarize: {text}" for text in PROMPTS]
     rows = [{"prompt": prompt, "document": "rain", "reference": "rain"} for prompt in prompts]
     few = FEW | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_anchor_samples": None}
-    few |= {"eval_strategy": "no", "save_steps": 1, "eval_num_samples": 2, "eval_num_reference_samples": 4}
+    few |= {
+        "eval_strategy": "no",
+        "kl_budget": None,
+        "save_steps": 1,
+        "eval_num_samples": 2,
+        "eval_num_reference_samples": 4,
+    }
     few |= {
         "model": saved(tmp_path / "model", model, tokenizer),
         "train_dataset": write(tmp_path / "train.jsonl", rows[:8]),

@@ -39,7 +39,7 @@ def config(folder: Path, **settings: Any) -> BONDConfig:
         "per_device_train_batch_size": 4,
         "max_completion_length": 5,
         "learning_rate": 1e-3,
-        "eta": 0.2,
+        **({"eta": 0.2} if settings.get("anchor", "ema") == "ema" else {}),
         "warmup_steps": 0,
         "logging_steps": 1,
         "save_strategy": "no",

@@ -45,8 +45,9 @@ def iterated(n: int, every: int = 10) -> Settings:
     return bond(n) | {"anchor": "periodic", "anchor_update_every": every}
 
 
-def jbond(eta: float = 0.05, **more: Any) -> Settings:
-    return {"objective": "jbond", "eta": eta} | more
+def jbond(eta: float | None = 0.05, **more: Any) -> Settings:
+    """J-BOND; eta is None where the anchor is copied and mixes nothing."""
+    return {"objective": "jbond"} | ({} if eta is None else {"eta": eta}) | more
 
 
 def rloo(beta_rl: float, samples: int = 3, **more: Any) -> Settings:
@@ -66,7 +67,7 @@ X3 = [
     Run(name="monte-carlo", settings=bond(8)),
     Run(name="learned", settings=bond(8, quantile="learned")),
 ]
-X4 = named(ema=jbond(0.1), periodic=jbond(anchor="periodic", anchor_update_every=10) | {"eta": 0.1})
+X4 = named(ema=jbond(0.1), periodic=jbond(None, anchor="periodic", anchor_update_every=10))
 X5 = [Run(name=f"eta{eta}", settings=jbond(eta)) for eta in (0.02, 0.1, 0.3)]
 X6 = [Run(name=f"gamma{gamma}", settings=jbond(0.1, gamma=gamma)) for gamma in (0.0, 0.5, 1.0, 2.0)]
 X7 = [Run(name="jbond", settings=jbond(0.1))] + [

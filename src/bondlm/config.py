@@ -5,7 +5,7 @@ why.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -23,6 +23,26 @@ OBJECTIVES = (
 OFF_POLICY = ("best_of_n_sft", "bonbon", "best_of_n_regression")  # these can learn from a file of scored samples
 QUANTILES = ("monte_carlo", "learned")
 ANCHORS = ("ema", "periodic", "fixed")
+# The settings that an objective looks at; the others must stay at their defaults, or they would be ignored in silence.
+KNOBS: dict[str, tuple[str, ...]] = {
+    "jbond": ("beta", "gamma", "num_anchor_samples", "log_quantile"),
+    "bond": (
+        *("n", "beta", "gamma", "num_anchor_samples", "log_quantile"),
+        *("correction", "quantile", "quantile_learning_rate"),
+    ),
+    "best_of_n_sft": ("n",),
+    "reinforce": ("beta_rl",),
+    "rloo": ("beta_rl", "num_samples"),
+    "vbon": ("n", "num_anchor_samples"),
+    "bonbon": ("n", "alpha"),
+    "best_of_n_regression": ("n", "num_samples"),
+}
+# The same for the settings that only one value of another setting looks at.
+NEEDED_BY = (
+    ("eta", "anchor", "ema"),
+    ("anchor_update_every", "anchor", "periodic"),
+    ("quantile_learning_rate", "quantile", "learned"),
+)
 ENGINES = ("auto", "transformers", "vllm")
 VLLM_SERVERS = ("external", "auto")
 
@@ -160,23 +180,9 @@ def _problems(config: BONDConfig) -> list[str]:
             f"gamma={c.gamma}: must be >= 0 and finite (a negative value pushes away from the anchor)",
         ),
         (0 <= c.eta <= 1, f"eta={c.eta}: the mixing rate lies in [0, 1] (it is 1 - decay)"),
-        (c.objective != "jbond" or c.n == 2, f"n={c.n}: J-BOND distils Best-of-2 of a moving anchor, set n=2"),
-        (
-            c.num_anchor_samples is None or c.objective in ("jbond", "bond", "vbon"),
-            f"num_anchor_samples={c.num_anchor_samples}: {c.objective} compares with no anchor samples, remove it",
-        ),
-        (
-            c.num_samples is None or c.objective in ("rloo", "best_of_n_regression"),
-            f"num_samples={c.num_samples}: {c.objective} has its own number of samples, remove it",
-        ),
-        (
-            c.log_quantile is None or c.objective in ("jbond", "bond"),
-            f"log_quantile={c.log_quantile!r}: {c.objective} has an estimate of its own or none, remove it",
-        ),
-        (
-            c.quantile != "learned" or c.objective == "bond",
-            f"quantile='learned': {c.objective} has none, only objective='bond' does",
-        ),
+        (c.n >= 2, f"n={c.n}: the order of Best-of-n must be at least 2"),
+        (0 <= c.beta_rl < float("inf"), f"beta_rl={c.beta_rl}: the KL coefficient must be >= 0 and finite"),
+        (0 <= c.alpha <= 1, f"alpha={c.alpha}: the weight of the fine-tuning part lies in [0, 1]"),
         (
             c.quantile != "learned" or (c.log_quantile is None and not c.correction),
             "quantile='learned': it estimates log p itself, remove log_quantile and correction",
@@ -207,15 +213,45 @@ def _problems(config: BONDConfig) -> list[str]:
             f"save_total_limit={c.save_total_limit}: must be >= 2, or a crash while saving could leave no checkpoint",
         ),
         (c.kl_budget is None or c.kl_budget > 0, f"kl_budget={c.kl_budget}: must be > 0"),
+        *(
+            (
+                getattr(c, name) is None or c.eval_strategy != "no",
+                f"{name}={getattr(c, name)}: only an evaluation looks at it, and eval_strategy='no' makes none in "
+                "training: set eval_strategy='steps' with eval_steps, and an eval_dataset",
+            )
+            for name in ("target_n", "kl_budget")
+        ),
         (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),
         (not c.remove_unused_columns, "remove_unused_columns=True would hide the data's columns from the rewards"),
     ]
-    problems = [message for holds, message in checks if not holds]
+    problems = [message for holds, message in checks if not holds] + _unused(c)
     if not problems:
         try:
             make_objective(c)
         except ConfigError as error:
             problems.append(str(error))
+    return problems
+
+
+def _unused(c: BONDConfig) -> list[str]:
+    """Settings that differ from their defaults, though nothing in this run looks at them."""
+    defaults = {f.name: f.default for f in fields(BONDConfig)}
+    known = {name for names in KNOBS.values() for name in names}
+    problems = []
+    for name in [f.name for f in fields(BONDConfig) if f.name in known and c.objective in KNOBS]:
+        users = [objective for objective, names in KNOBS.items() if name in names]
+        if getattr(c, name) != defaults[name] and c.objective not in users:
+            problems.append(
+                f"{name}={getattr(c, name)!r}: objective={c.objective!r} does not use it ({', '.join(users)} "
+                f"{'do' if len(users) > 1 else 'does'}), remove it"
+            )
+    for name, other, value in NEEDED_BY:
+        unused = getattr(c, name) != defaults[name] and getattr(c, other) != value
+        if unused and (other == "anchor" or c.objective == "bond"):
+            seen = getattr(c, other)
+            problems.append(
+                f"{name}={getattr(c, name)!r}: {other}={seen!r} does not use it ({value!r} does), remove it"
+            )
     return problems
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
-from bondlm.data import listed
+from bondlm.data import listed, load_prompts
 from bondlm.errors import DataError, RewardError
 from bondlm.rollout import Samples
 from bondlm.runfolder import DROPPED_FILE, append_jsonl
@@ -30,6 +31,17 @@ class DropBudget:
         self.skipped_rows: list[str] = []
         self.seen = self.dropped = 0
         self._counted = False
+
+    def load(self, source: Any, *, skip: bool) -> Dataset:
+        """Read prompts; bad rows are refused, or with `skip` left out and remembered.
+
+        Raises:
+            DataError: prompts that cannot be used, or too many bad rows.
+        """
+        skipped = list[str]()
+        prompts = load_prompts(source, skipped=skipped if skip else None)
+        self.note_rows(skipped, len(prompts))
+        return prompts
 
     def note_rows(self, skipped: Sequence[str], num_good: int) -> None:
         """Remember the bad rows of the data that were left out, each with its place and reason.

@@ -27,8 +27,29 @@ def is_scored(dataset: Dataset) -> bool:
     return {"prompt", "completion", "reward"} <= set(dataset.column_names)
 
 
+def check_inputs(args: BONDConfig, prompts: Dataset | None, *, has_rewards: bool, has_held_out: bool) -> None:
+    """Refuse what the settings and the data say alone, before a model is loaded.
+
+    Raises:
+        ConfigError: something is missing or contradicts the data: rewards, held-out prompts, objective, anchor.
+        DataError: scored samples with rewards missing or not finite, or with too few samples of a prompt.
+    """
+    if args.eval_strategy != "no" and not has_held_out:
+        raise ConfigError(
+            f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} (target_n="
+            f"{args.target_n}, kl_budget={args.kl_budget}) without eval_dataset: give one, or set eval_strategy='no'"
+        )
+    if has_held_out and not has_rewards:
+        raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
+    if prompts is not None and is_scored(prompts):
+        _check_settings(args)
+        _check_scored(prompts, args)
+    elif prompts is not None and not has_rewards:
+        raise ConfigError("reward_funcs is required: only a data set of scored samples comes without")
+
+
 def group_scored(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: BONDConfig, *, eos_id: int) -> Dataset:
-    """One row a prompt, with the same number of scored samples each: what the objective asks for.
+    """One row a prompt, with the same number of scored samples each: what the objective asks for (see `check_inputs`).
 
     That is n; the regression takes `num_samples`, by default as many as every prompt has.
 
@@ -42,46 +63,65 @@ def group_scored(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: BON
         Columns `prompt`, `logged_ids` and `logged_rewards`.
 
     Raises:
-        ConfigError: the objective draws its own samples, or the anchor moves.
-        DataError: rewards missing or not finite, completions that are no text or too long, too few samples of a prompt.
+        DataError: completions that are empty or too long.
     """
-    _check_settings(args)
-    most = args.num_samples if args.objective == "best_of_n_regression" else args.n
-    least = max(args.n, most or 0)
-    columns = [c for c in ("prompt", "completion", "reward", "finished") if c in dataset.column_names]
-    rows = dataset.select_columns(columns)
+    most, _ = _counts(args)
     problems: list[str] = []
-    groups: dict[str, tuple[int, Any, list[tuple[list[int], float]]]] = {}
-    for i, row in enumerate(rows):
-        problem = _problem(row)
-        if problem is not None:
-            problems.append(f"row {i}: {problem}")
-            continue
+    groups: dict[str, tuple[Any, list[tuple[list[int], float]]]] = {}
+    for i, row in enumerate(_rows(dataset)):
         ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
         ids = ids if row.get("finished") is False else [*ids, eos_id]
         if not 1 <= len(ids) <= args.max_completion_length:
             problems.append(
-                f"row {i}: the completion has {len(ids)} tokens; max_completion_length is "
-                f"{args.max_completion_length}, raise it"
+                f"row {i}: the completion has {len(ids)} tokens (prompt {_short(row['prompt'])}); "
+                f"max_completion_length is {args.max_completion_length}, raise it"
             )
             continue
-        key = json.dumps(row["prompt"], sort_keys=True)
-        groups.setdefault(key, (i, row["prompt"], []))[2].append((ids, float(row["reward"])))
-    for i, prompt, samples in groups.values():
-        if len(samples) < least:
-            problems.append(
-                f"row {i}: the prompt {_short(prompt)} has {len(samples)} scored samples, {least} are needed: score "
-                "more, lower n, or remove the prompt"
-            )
+        groups.setdefault(_key(row), (row["prompt"], []))[1].append((ids, float(row["reward"])))
     _raise_if_any(problems)
-    size = most or min(len(samples) for _, _, samples in groups.values())
+    size = most or min(len(samples) for _, samples in groups.values())
     return Dataset.from_dict(
         {
-            "prompt": [prompt for _, prompt, _ in groups.values()],
-            LOGGED_IDS: [[ids for ids, _ in samples[:size]] for _, _, samples in groups.values()],
-            LOGGED_REWARDS: [[reward for _, reward in samples[:size]] for _, _, samples in groups.values()],
+            "prompt": [prompt for prompt, _ in groups.values()],
+            LOGGED_IDS: [[ids for ids, _ in samples[:size]] for _, samples in groups.values()],
+            LOGGED_REWARDS: [[reward for _, reward in samples[:size]] for _, samples in groups.values()],
         }
     )
+
+
+def _rows(dataset: Dataset) -> Dataset:
+    columns = [c for c in ("prompt", "completion", "reward", "finished") if c in dataset.column_names]
+    return dataset.select_columns(columns)
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps(row["prompt"], sort_keys=True)
+
+
+def _counts(args: BONDConfig) -> tuple[int | None, int]:
+    """Samples that are used of a prompt (None: as many as every prompt has), and those that it must have."""
+    most = args.num_samples if args.objective == "best_of_n_regression" else args.n
+    return most, max(args.n, most or 0)
+
+
+def _check_scored(dataset: Dataset, args: BONDConfig) -> None:
+    _, least = _counts(args)
+    problems: list[str] = []
+    groups: dict[str, tuple[int, Any, int]] = {}
+    for i, row in enumerate(_rows(dataset)):
+        problem = _problem(row)
+        if problem is not None:
+            problems.append(f"row {i}: {problem}")
+            continue
+        first, prompt, count = groups.get(_key(row), (i, row["prompt"], 0))
+        groups[_key(row)] = (first, prompt, count + 1)
+    problems += [
+        f"row {i}: the prompt {_short(prompt)} has {count} scored samples, {least} are needed: score more, lower n, "
+        "or remove the prompt"
+        for i, prompt, count in groups.values()
+        if count < least
+    ]
+    _raise_if_any(problems)
 
 
 def _check_settings(args: BONDConfig) -> None:

@@ -49,12 +49,12 @@ from bondlm.rollout import (
     draw,
     logged_samples,
     longest_prompt,
-    rollout_metrics,
+    reward_metrics,
     score_samples,
     tie_noise,
     work_metrics,
 )
-from bondlm.scored import LOGGED_IDS, group_scored, is_scored
+from bondlm.scored import LOGGED_IDS, check_inputs, group_scored, is_scored
 from bondlm.sharding import forward_dtype, full_precision_outputs, trained_in_parallel, uses_fsdp
 from bondlm.text import check_tokenizer, encode_prompts, length_limits
 
@@ -104,6 +104,9 @@ class BONDTrainer(Trainer):
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
+        self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
+        prompts = None if train_dataset is None else self.drops.load(train_dataset, skip=args.on_bad_row == "skip")
+        check_inputs(args, prompts, has_rewards=reward_funcs is not None, has_held_out=eval_dataset is not None)
         model = prepare_policy(model, args, peft_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name)
@@ -115,11 +118,7 @@ class BONDTrainer(Trainer):
         self._start_id: int | None = core.config.decoder_start_token_id if self._is_seq2seq else None
         self._tokenizer = processing_class
         self._limits = length_limits(core.config, args.max_prompt_length, args.max_completion_length)
-        self._given, self._reward_funcs_missing = args, reward_funcs is None  # Trainer's own come with its constructor
-        if reward_funcs is None and eval_dataset is not None:
-            raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
         self.clock, self._smaller = Clock(), SmallerBatches()
-        self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
         self._means = StepMeans()
         self.record = self._means.record  # takes a step's metrics for the next log
         if args.learning_rate is None:
@@ -128,7 +127,7 @@ class BONDTrainer(Trainer):
             model=model,
             args=args,
             data_collator=_keep_rows,
-            train_dataset=None if train_dataset is None else self._training_data(train_dataset),
+            train_dataset=None if prompts is None else self._training_data(prompts, args),
             eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -168,13 +167,8 @@ class BONDTrainer(Trainer):
 
     # -- data
 
-    def _training_data(self, dataset: Any) -> Dataset:
-        args, skipped = self._given, list[str]()
-        prompts = load_prompts(dataset, skipped=skipped if args.on_bad_row == "skip" else None)
-        self.drops.note_rows(skipped, len(prompts))
+    def _training_data(self, prompts: Dataset, args: BONDConfig) -> Dataset:
         if not is_scored(prompts):
-            if self._reward_funcs_missing:
-                raise ConfigError("reward_funcs is required: only a data set of scored samples comes without")
             return self._encoded(prompts)
         grouped = group_scored(prompts, self._tokenizer, args, eos_id=self._text.eos_ids[0])
         if args.objective == "best_of_n_regression":
@@ -219,6 +213,7 @@ class BONDTrainer(Trainer):
         samples = self._samples_of_step(rows, step, positions)
         self.record(self.drops.note(rows, samples, step, self.accelerator))
         real_P = real_P & samples.kept
+        weight = float(real_P.sum())  # of the means: neither dropped prompts nor rows that fill up a batch count
         all_real = self.accelerator.gather(real_P.to(self.args.device)).cpu()
         selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
         learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
@@ -236,10 +231,12 @@ class BONDTrainer(Trainer):
         baseline = torch.zeros_like(everyone := self.accelerator.gather(returns.to(self.args.device)).cpu())
         baseline[all_real] = self.objective.baseline(everyone[all_real])
         if plan.policy:
-            self.record({"anchor/kl": float((sampled_logp - anchor_logp).mean())})
+            self.record({"anchor/kl": float((sampled_logp - anchor_logp)[real_P].mean())}, weight=weight)
             if step % self.state.logging_steps == 0:  # of the state: there a share of the run is a number of steps
-                self.record({"kl": float((sampled_logp - self._score("reference", compared)).mean())})
-        self.record(rollout_metrics(samples, plan.policy) | work_metrics(learned, plan.compare))
+                log_ratio = sampled_logp - self._score("reference", compared)
+                self.record({"kl": float(log_ratio[real_P].mean())}, weight=weight)
+        self.record(reward_metrics(samples, plan.policy, real_P), weight=weight)
+        self.record(work_metrics(samples, plan.policy, learned, plan.compare))
         if LOGGED_IDS not in rows[0]:
             self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
         return {
@@ -307,7 +304,9 @@ class BONDTrainer(Trainer):
         loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
         if not torch.isfinite(loss.loss_P).all():  # its gradient will be skipped (AnchorCallback): say of what
             self.run_folder.note_skipped(self.state.global_step + 1, loss.loss_P, logp_PL)
-        self.record({name: float(values.mean()) for name, values in loss.metrics.items()})
+        counted = inputs["weight_P"] > 0
+        means = {name: float(values[counted].mean()) for name, values in loss.metrics.items()}
+        self.record(means, weight=float(counted.sum()))
         if plan.policy:
             step, strict = self.state.global_step + 1, self.args.disable_dropout
             self.record({GAP_METRIC: logprob_gap(logp_PLT, inputs["sampled_PCT"], step, strict=strict)})

@@ -51,7 +51,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         "max_steps": 3,
         "max_completion_length": 5,
         "learning_rate": 1e-3,
-        "eta": 0.3,
+        **({"eta": 0.3} if job.get("anchor", "ema") == "ema" else {}),
         "warmup_steps": 0,
         "logging_steps": 1,
         "save_strategy": "no",

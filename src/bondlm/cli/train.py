@@ -40,7 +40,7 @@ FREE_NAMES = {
         "save_total_limit",
     ),
     *("num_logged_samples", "max_rows", "resume", "output_dir", "eval_dataset", "eval_num_samples", "target_n"),
-    *("eval_num_reference_samples", "report_to", "allow_config_change"),
+    *("kl_budget", "eval_num_reference_samples", "report_to", "allow_config_change"),
     *("reward_timeout_s", "reward_outage_s", "max_skipped_frac"),
 }
 # What a checkpoint restores with the optimizer: another value would be taken without a word, and have no effect.
