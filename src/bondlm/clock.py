@@ -63,6 +63,11 @@ class StepMeans:
             total, weights = self._sums[name]
             self._sums[name] = (total + value * weight if weight else total, weights + weight)
 
+    def record_of_each(self, metrics: Mapping[str, torch.Tensor], counted_P: torch.Tensor) -> None:
+        """Keep metrics that have a value (or a row of values) for each prompt; only `counted_P` prompts count."""
+        means = {name: float(values_P[counted_P].mean()) for name, values_P in metrics.items()}
+        self.record(means, weight=float(counted_P.sum()))
+
     def drain(self, accelerator: Any) -> dict[str, float]:
         """The means since the last call; every process must call, with metrics of the same names."""
         names = sorted(self._sums)

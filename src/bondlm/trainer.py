@@ -213,7 +213,6 @@ class BONDTrainer(Trainer):
         samples = self._samples_of_step(rows, step, positions)
         self.record(self.drops.note(rows, samples, step, self.accelerator))
         real_P = real_P & samples.kept
-        weight = float(real_P.sum())  # of the means: neither dropped prompts nor rows that fill up a batch count
         all_real = self.accelerator.gather(real_P.to(self.args.device)).cpu()
         selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
         learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
@@ -231,11 +230,10 @@ class BONDTrainer(Trainer):
         baseline = torch.zeros_like(everyone := self.accelerator.gather(returns.to(self.args.device)).cpu())
         baseline[all_real] = self.objective.baseline(everyone[all_real])
         if plan.policy:
-            self.record({"anchor/kl": float((sampled_logp - anchor_logp)[real_P].mean())}, weight=weight)
+            self._means.record_of_each({"anchor/kl": sampled_logp - anchor_logp}, real_P)
             if step % self.state.logging_steps == 0:  # of the state: there a share of the run is a number of steps
-                log_ratio = sampled_logp - self._score("reference", compared)
-                self.record({"kl": float(log_ratio[real_P].mean())}, weight=weight)
-        self.record(reward_metrics(samples, plan.policy, real_P), weight=weight)
+                self._means.record_of_each({"kl": sampled_logp - self._score("reference", compared)}, real_P)
+        self.record(reward_metrics(samples, plan.policy, real_P), weight=float(real_P.sum()))
         self.record(work_metrics(samples, plan.policy, learned, plan.compare))
         if LOGGED_IDS not in rows[0]:
             self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
@@ -304,9 +302,7 @@ class BONDTrainer(Trainer):
         loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
         if not torch.isfinite(loss.loss_P).all():  # its gradient will be skipped (AnchorCallback): say of what
             self.run_folder.note_skipped(self.state.global_step + 1, loss.loss_P, logp_PL)
-        counted = inputs["weight_P"] > 0
-        means = {name: float(values[counted].mean()) for name, values in loss.metrics.items()}
-        self.record(means, weight=float(counted.sum()))
+        self._means.record_of_each(loss.metrics, inputs["weight_P"] > 0)
         if plan.policy:
             step, strict = self.state.global_step + 1, self.args.disable_dropout
             self.record({GAP_METRIC: logprob_gap(logp_PLT, inputs["sampled_PCT"], step, strict=strict)})
