@@ -43,6 +43,7 @@ NEEDED_BY = (
     ("anchor_update_every", "anchor", "periodic"),
     ("quantile_learning_rate", "quantile", "learned"),
 )
+PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
 ENGINES = ("auto", "transformers", "vllm")
 VLLM_SERVERS = ("external", "auto")
 

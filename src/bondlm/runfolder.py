@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bondlm.errors import CheckpointError, ConfigError
 
 LOCK_FILE = ".lock"
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
@@ -118,3 +121,12 @@ def drop_after(path: Path, step: int) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_bytes(b"".join(kept))
     partial.replace(path)
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """The settings that a run folder was made with; none if it does not say, or is no run folder."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return config if isinstance(config, dict) else {}

@@ -24,7 +24,7 @@ from bondlm.anchor import Anchor
 from bondlm.callbacks import AnchorCallback, RunFolderCallback, StopCallback
 from bondlm.checkpoint import writing_to
 from bondlm.clock import Clock, StepMeans
-from bondlm.config import BONDConfig, make_objective
+from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
 from bondlm.data import load_prompts, warn_of_overlap
 from bondlm.dropping import DropBudget
 from bondlm.engines import Role
@@ -59,7 +59,6 @@ from bondlm.sharding import forward_dtype, full_precision_outputs, trained_in_pa
 from bondlm.text import check_tokenizer, encode_prompts, length_limits
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
-PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
 
 
 class BONDTrainer(Trainer):

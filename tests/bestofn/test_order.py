@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bondlm.bestofn import best_of_n_probs, expected_best_of_n
+from bondlm.bestofn import best_of_n_kl, best_of_n_probs, expected_best_of_n, kl_bound
+from bondlm.bestofn.order import best_of_n_kls
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5, 7])
@@ -53,3 +54,25 @@ def test_impossible_orders_are_refused(n):
 def test_a_reward_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="finite"):
         expected_best_of_n(np.array([[0.0, np.nan]]), 1)
+
+
+@pytest.mark.parametrize("n", [1.0, 1.5, 4.0, 16.0])
+def test_the_kl_of_continuous_rewards_is_the_bound_and_all_tied_there_is_none(n):
+    continuous = np.random.default_rng(2).normal(size=(5, 16))
+    assert best_of_n_kls(continuous, [n]) == pytest.approx([kl_bound(n)], abs=1e-12)
+    assert best_of_n_kls(np.ones((5, 16)), [n]) == pytest.approx([0.0], abs=1e-12)
+
+
+def test_the_kl_of_tied_rewards_is_the_exact_one():
+    """0/1 rewards, exact shares: against the law's own formula, and by hand."""
+    rewards = np.repeat([[0.0] * 12 + [1.0] * 4, [0.0] * 8 + [1.0] * 8], 3, axis=0)
+    for n in (2.0, 3.7, 8.0):
+        exact = [float(best_of_n_kl(np.array([1 - p, p]), np.array([0.0, 1.0]), n)) for p in (0.25, 0.5)]
+        assert best_of_n_kls(rewards, [n]) == pytest.approx([np.mean(exact)], abs=1e-12)
+    by_hand = 0.5625 * np.log(0.5625 / 0.75) + 0.4375 * np.log(0.4375 / 0.25)
+    assert best_of_n_kls(rewards[:1], [2]) == pytest.approx([by_hand], abs=1e-12)
+    mixed = np.concatenate([np.zeros((4, 8)), np.random.default_rng(3).uniform(1, 2, (4, 8))], axis=1)
+    # Half an atom, half continuous: the atom by hand, the rest by the integral from 1/2 to 1.
+    u = (np.arange(100_000) + 0.5) / 200_000 + 0.5
+    smooth = np.mean(4 * u**3 * np.log(4 * u**3)) / 2
+    assert best_of_n_kls(mixed, [4]) == pytest.approx([0.5**4 * np.log(0.5**4 / 0.5) + smooth], abs=1e-8)

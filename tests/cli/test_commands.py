@@ -67,6 +67,27 @@ def test_a_t5_is_fine_tuned_with_the_reward_of_an_nli_t5(tmp_path):
     assert sum(not torch.equal(trained[name], tensor) for name, tensor in start.items()) > len(start) / 2
 
 
+def test_judges_are_asked_by_the_last_evaluation_and_the_card_says_what_they_found(tmp_path, capsys):
+    config = write_job(tmp_path, objective="best_of_n_sft", n=4, anchor="fixed", max_steps=1)
+    (tmp_path / "judge.py").write_text(
+        "def small(prompts, completions, **columns):\n    return [-float(len(c[-1]['content'])) for c in completions]\n"
+    )
+    judge = ["--judge", f"{tmp_path}/judge.py:small"]
+    assert main(["train", "--config", str(config), *judge]) == 0
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert set(result["judges"]) == {"small"}
+    assert result["judges"]["small"]["reward"]["value"] < 0
+    assert "Judges that were not optimised" in capsys.readouterr().out
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- objective: best_of_n_sft (n 4, anchor fixed, learning_rate 0.001)" in card
+    assert "gain before the judge small" in card
+    assert main(["train", "--config", str(config), *judge, "--eval_dataset", "null", "--resume", "never"]) in (2, 6)
+    assert main(["check", "--config", str(config), *judge, "--target_n", "3"]) == 2
+    assert "target_n=3" in capsys.readouterr().err
+    steps = ["--eval_strategy", "steps", "--eval_steps", "1"]
+    assert main(["check", "--config", str(config), *judge, "--target_n", "3", *steps]) == 0
+
+
 def test_the_untouched_model_is_worth_best_of_1(tmp_path):
     config = write_job(tmp_path, max_steps=1, learning_rate=0.0, eval_num_samples=16, eval_num_reference_samples=16)
     assert main(["train", "--config", str(config)]) == 0

@@ -92,6 +92,33 @@ def test_a_model_beside_itself_is_worth_one_sample_at_no_kl(tmp_path):
     assert mine[:3] != theirs[:3]
 
 
+def test_another_policy_may_be_met_later_and_nothing_else_is_drawn_again(tmp_path, capsys):
+    arguments = job(tmp_path)
+    assert main([*arguments, "--orders", "[1, 3]"]) == 0
+    out = tmp_path / "out"
+    before = {name: (out / f"{name}.jsonl").read_bytes() for name in FILES}
+    assert [p["n"] for p in json.loads((out / "eval.json").read_text())["against_best_of"]] == [1, 3]
+    other_models(tmp_path)
+    assert main([*arguments, "--opponent", f"{tmp_path}/model"]) == 0
+    assert {name: (out / f"{name}.jsonl").read_bytes() for name in FILES} == before
+    assert len(rows(out / "opponent.jsonl")) == 20 * 3
+    result = json.loads((out / "eval.json").read_text())
+    mine, theirs = ([r["reward"] for r in rows(out / f"{n}.jsonl")] for n in ("policy", "opponent"))
+    pairs = [
+        (a > b) + 0.5 * (a == b) for i in range(20) for a in mine[3 * i : 3 * i + 3] for b in theirs[3 * i : 3 * i + 3]
+    ]
+    assert result["opponent"]["win_rate"]["value"] == pytest.approx(sum(pairs) / len(pairs))
+    assert result["opponent_model"] == f"{tmp_path}/model"
+    assert result["reference"] == f"{tmp_path}/model"
+    assert "Win rate against" in capsys.readouterr().out
+    assert main([*arguments, "--opponent", f"{tmp_path}/other-tokens"]) == 2  # its file is another opponent's
+    assert "opponent:" in capsys.readouterr().err
+    (out / "opponent.jsonl").unlink()
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(4)))
+    again = [*arguments, "--dataset", f"{tmp_path}/plain.jsonl", "--output", f"{tmp_path}/plain"]
+    assert main([*again, "--opponent", f"{tmp_path}/other-tokens"]) == 0  # tokens of its own
+
+
 def drawn(path):
     """What must not depend on an interruption, and the numbers that may differ by a batch's rounding."""
     exact = [{k: v for k, v in row.items() if k not in ("seconds", "logprob", "log_ratio")} for row in rows(path)]
@@ -193,6 +220,7 @@ def other_models(folder):
         (["--dataset", "{folder}/none.jsonl"], 3, "no rows"),
         (["--num_reference_samples", "1"], 2, "num_reference_samples=1"),
         (["--num_samples", "0"], 2, "num_samples=0"),
+        (["--orders", "[1, 9]"], 2, "orders=[1, 9]: whole numbers from 1 to num_reference_samples=8"),
         (["--reference_column", "nothing"], 3, "reference_column 'nothing' (other columns: answer)"),
         (["--reward_weights", "[1, 2]"], 2, "reward_weights has 2"),
         (["--reward_funcs", "{folder}/reward.py:broken"], 4, "nan"),
@@ -219,7 +247,13 @@ def test_a_run_folder_says_what_it_was_trained_with(tmp_path, kind):
     assert result["reference"] == trained["reference"] == str(tmp_path / "model")
     assert result["num_prompts"] == trained["num_prompts"] == 6
     assert result["steps"] == trained["steps"] == 2
-    assert result["objective"]["name"] == trained["objective"]["name"] == "jbond"
+    assert result["objective"] == trained["objective"]
+    assert result["objective"]["beta"] == 0.5  # not set: the default counts
+    card = (run / "README.md").read_text()
+    for text in (result["effective_n"]["text"], "objective: jbond (n 2, beta 0.5", "reward.py:letters", "train.jsonl"):
+        assert text in card
+    assert f"base_model: {tmp_path / 'model'}" in card
+    assert "{value:.3f} [{low:.3f}, {high:.3f}]".format(**result["kl"]) in card
     assert set(trained) <= set(result)
     assert result["rewards"] == trained["rewards"] == ["letters"]
     assert set(trained["baselines"]) < set(result["baselines"])  # T=0.3 is new

@@ -14,6 +14,15 @@ def test_command_line_wins_over_the_file_and_1e_4_is_a_number(tmp_path):
     assert options == {"eta": 0.25, "learning_rate": 1e-4, "lora_r": 8, "use_peft": True}
 
 
+def test_judge_is_judges_one_at_a_time():
+    given = ["--judge", "a.py:f", "--judge", "similarity:m"]
+    assert parse("eval", given) == {"judges": ["a.py:f", "similarity:m"]}
+    assert parse("eval", ["--judges", "x", *given])["judges"] == ["x", "a.py:f", "similarity:m"]
+    assert parse("train", given[:2])["judges"] == ["a.py:f"]
+    with pytest.raises(ConfigError, match="unknown option 'judge'"):
+        parse("score", given)
+
+
 def test_lists_and_plain_text_keep_their_kind():
     options = parse("train", ["--reward_weights", "[1, 0.5]", "--model", "1e4"])
     assert options == {"reward_weights": [1, 0.5], "model": "1e4"}

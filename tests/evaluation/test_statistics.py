@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from bondlm.bestofn import kl_bound
+from bondlm.bestofn import best_of_n_kl, kl_bound
 from bondlm.errors import DataError
-from bondlm.evaluation.run import describe_objective, side_by_side, write_results
+from bondlm.evaluation.describe import describe_config, describe_objective
+from bondlm.evaluation.run import side_by_side, write_results
 from bondlm.evaluation.samples import Scored, distinct, from_rows, text_metrics
 from bondlm.evaluation.statistics import summarize
 from bondlm.objectives import BOND, JBOND
@@ -71,6 +72,46 @@ def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
         result = summarize(samples, reference, others)
         assert result["kl_ratio"] is None
         assert result["kl_of_best_of_n"] == pytest.approx(needed)
+
+
+def test_ties_make_best_of_n_cheaper_than_the_bound():
+    policy, reference, others = case()
+    tied = [scored((s.rewards > 1.0).double(), log_ratio=1.2) for s in (policy, reference)]
+    result = summarize(*tied, {name: scored((s.rewards > 1.0).double()) for name, s in others.items()})
+    n = result["effective_n"]["value"]
+    assert 2 < n < 8
+    p = float((reference.rewards > 1.0).double().mean())
+    exact = float(best_of_n_kl(np.array([1 - p, p]), np.array([0.0, 1.0]), n))
+    # The shares of 16 samples differ from prompt to prompt, and the KL is not linear in them.
+    assert 0.7 * exact < result["kl_of_best_of_n"] < 1.1 * exact < 0.9 * kl_bound(n)
+    assert result["kl_ratio"] == pytest.approx(1.2 / result["kl_of_best_of_n"])
+    assert result["curve"][3]["kl"] < kl_bound(4)
+
+
+def test_every_order_has_a_win_rate_and_the_chosen_ones_have_intervals():
+    policy, reference, others = case()
+    result = summarize(policy, reference, others, orders=[3, 12])
+    assert [point["n"] for point in result["against_best_of"]] == [3, 12]
+    rates = [point["policy_win_rate"] for point in result["curve"]]
+    assert len(rates) == 16
+    assert rates[0] == pytest.approx(result["win_rate"]["value"])
+    for point in result["against_best_of"]:
+        assert point["win_rate"]["value"] == pytest.approx(rates[point["n"] - 1])
+        assert point["win_rate"]["low"] <= 4 / (4 + point["n"]) <= point["win_rate"]["high"]
+
+
+def test_an_opponent_is_met_and_baselines_have_all_the_columns():
+    policy, reference, others = case()
+    opponent = scored(case(n=8, seed=5)[0].rewards)
+    result = summarize(policy, reference, others, opponent=opponent)
+    assert result["opponent"]["win_rate"]["low"] <= 1 / 3 <= result["opponent"]["win_rate"]["high"]  # 4 against 8
+    assert "opponent" not in summarize(policy, reference, others)
+    for row in (result, result["opponent"], result["baselines"]["reference"], result["baselines"]["reference, T=0.7"]):
+        assert math.isnan(row["reward_length_correlation"])  # here all lengths are equal
+    assert result["baselines"]["reference"]["log_quantile"]["value"] == pytest.approx(-(1 - 1 / 16))
+    low, high = (result["baselines"]["reference, T=0.7"]["log_quantile"][end] for end in ("low", "high"))
+    assert low <= -(1 - 1 / 17) <= high
+    assert result["kl_k3_per_token"]["value"] == pytest.approx((math.expm1(-1.2) + 1.2) / 10)
 
 
 def warned(policy, reference, others, word):
@@ -178,3 +219,18 @@ def test_an_objective_is_described_by_its_settings():
         "log_quantile": "jbond",
     }
     assert describe_objective("bond", BOND(n=8))["n"] == 8
+
+
+def test_a_config_that_names_little_is_described_whole_and_by_its_own_knobs():
+    assert describe_config({"objective": "best_of_n_sft", "n": 8, "anchor": "fixed", "model": "m"}) == {
+        "name": "best_of_n_sft",
+        "n": 8,
+        "anchor": "fixed",
+        "learning_rate": 3e-6,
+    }
+    assert describe_config({"use_peft": True, "beta": 0.25}) == describe_objective("jbond", JBOND(beta=0.25)) | {
+        "anchor": "ema",
+        "eta": 0.02,
+        "learning_rate": 1e-4,
+    }
+    assert "num_samples" not in describe_config({"objective": "best_of_n_regression", "n": 4, "anchor": "fixed"})

@@ -17,7 +17,7 @@ C columns: numbers whose means over prompts are wanted.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +28,7 @@ from bondlm.bestofn._arrays import check_finite, check_same_shape, to_float64
 from bondlm.bestofn.bootstrap import Estimate, check_settings, percentile_interval, resample_means
 from bondlm.bestofn.divergences import kl_k3
 from bondlm.bestofn.effective import EffectiveN, _solve, best_of_n_win_rates, win_rates
-from bondlm.bestofn.law import kl_bound, log_collisions
+from bondlm.bestofn.law import log_collisions
 from bondlm.bestofn.matching import (
     best_of_n_log_quantiles,
     best_of_n_opponents,
@@ -38,7 +38,7 @@ from bondlm.bestofn.matching import (
     truncated_log_quantiles,
     winner_log_quantile,
 )
-from bondlm.bestofn.order import best_of_n_curve
+from bondlm.bestofn.order import best_of_n_curve, best_of_n_kls
 from bondlm.bestofn.quantiles import count_below, log_collision_correction, log_quantile
 
 HISTOGRAM_BINS = 10
@@ -46,13 +46,14 @@ HISTOGRAM_BINS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """Best-of-n of the reference; NaN where M samples cannot tell. `kl` is the exact one of continuous rewards."""
+    """Best-of-n of the reference; NaN where M samples cannot tell. `kl` has the ties that the samples show."""
 
     n: int
     reward: Estimate
     win_rate: float
     log_quantile: float
     kl: float
+    policy_win_rate: float  # of the policy against it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,8 @@ class Comparison:
     kl: Estimate
     kl_k3: Estimate
     kl_per_token: Estimate
+    kl_k3_per_token: Estimate
+    kl_of_best_of_n: float  # what Best-of-N at the policy's N by win rate needs; at N = M where the policy is beyond
     curve: list[CurvePoint]
     against: list[Against]
     histogram: list[float]
@@ -91,6 +94,7 @@ def compare_samples(
     lengths: object,
     ref_log_ratio: object | None = None,
     *,
+    orders: Sequence[int] | None = None,
     confidence: float = 0.95,
     num_bootstrap: int = 2000,
     seed: int = 0,
@@ -103,6 +107,7 @@ def compare_samples(
         log_ratio: (P, m) log π(y) − log π_ref(y) of the policy samples, in nats.
         lengths: (P, m) tokens of the policy samples.
         ref_log_ratio: (P, M) the same log-ratio of the *reference* samples, for the forward KL; None leaves it out.
+        orders: the Best-of-n to meet one by one, integers from 1 to M. None is 1, 2, 4, .. up to M.
         confidence: coverage of the intervals, in (0, 1).
         num_bootstrap: resamples of the prompts. With fewer than 2 prompts the intervals are infinite.
         seed: of the resampling.
@@ -128,14 +133,19 @@ def compare_samples(
     if ref_ratio is not None:
         check_finite(ref_ratio, "ref_log_ratio")
         check_same_shape(refs, "ref_rewards", ref_ratio, "ref_log_ratio")
-    orders = against_orders(refs.shape[-1])
-    columns = _columns(mine, refs, ratio, tokens) | _kl_columns(mine, refs, ratio, ref_ratio, orders)
+    num_ref = refs.shape[-1]
+    orders = against_orders(num_ref) if orders is None else list(orders)
+    columns = _columns(mine, refs, ratio, tokens, orders) | _kl_columns(mine, refs, ratio, ref_ratio, orders)
     means = _Means(columns, confidence, num_bootstrap, seed)
+    matched = _matched(means, num_ref)
+    kls = best_of_n_kls(refs, [*range(1, num_ref + 1), min(matched["win_rate"].value, num_ref)])
     return Comparison(
         **{name: means.estimate(name) for name in _SIMPLE},
-        matched=_matched(means, refs.shape[-1]),
+        matched=matched,
         kl_per_token=means.estimate_of(lambda rows: rows("kl")[:, 0] / rows("tokens")[:, 0]),
-        curve=_curve(means, refs.shape[-1]),
+        kl_k3_per_token=means.estimate_of(lambda rows: rows("kl_k3")[:, 0] / rows("tokens")[:, 0]),
+        kl_of_best_of_n=kls[-1],
+        curve=_curve(means, kls[:-1], best_of_n_opponents(mine, refs, range(1, num_ref + 1)).mean(0).tolist()),
         against=_against(means, orders),
         histogram=quantile_histogram(mine, refs),
         reward_length_correlation=within_prompt_correlation(mine, tokens),
@@ -150,7 +160,7 @@ def against_orders(num_ref: int) -> list[int]:
     return [1 << i for i in range(num_ref.bit_length()) if 1 << i <= num_ref]
 
 
-def _columns(mine: Tensor, refs: Tensor, ratio: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def _columns(mine: Tensor, refs: Tensor, ratio: Tensor, tokens: Tensor, orders: list[int]) -> dict[str, Tensor]:
     """Return each wanted number of every prompt, (P, C) under its name; shapes are checked on the way."""
     singles = {
         "win_rate": win_rates(mine, refs),
@@ -167,7 +177,7 @@ def _columns(mine: Tensor, refs: Tensor, ratio: Tensor, tokens: Tensor) -> dict[
         "curve_reward": best_of_n_curve(refs),
         "curve_log_quantile": best_of_n_log_quantiles(refs),
         "cut_log_quantile": truncated_log_quantiles(mine, refs),
-        "against_win_rate": best_of_n_opponents(mine, refs, against_orders(refs.shape[-1])),
+        "against_win_rate": best_of_n_opponents(mine, refs, orders),
     }
 
 
@@ -242,7 +252,7 @@ def _matched(means: _Means, num_ref: int) -> dict[str, EffectiveN]:
     return {name: EffectiveN(n.value, max(1.0, n.low), n.high, max_n[name]) for name, n in found.items()}
 
 
-def _curve(means: _Means, num_ref: int) -> list[CurvePoint]:
+def _curve(means: _Means, kls: list[float], opponents: list[float]) -> list[CurvePoint]:
     wins, quantiles = ([*means.mean(name), math.nan] for name in ("curve_win_rate", "curve_log_quantile"))
     return [
         CurvePoint(
@@ -250,9 +260,10 @@ def _curve(means: _Means, num_ref: int) -> list[CurvePoint]:
             reward=means.estimate("curve_reward", n - 1),
             win_rate=wins[n - 1],
             log_quantile=quantiles[n - 1],
-            kl=kl_bound(n),
+            kl=kls[n - 1],
+            policy_win_rate=opponents[n - 1],
         )
-        for n in range(1, num_ref + 1)
+        for n in range(1, len(kls) + 1)
     ]
 
 

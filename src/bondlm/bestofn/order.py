@@ -1,11 +1,14 @@
-"""Order statistics: what Best-of-n would score, from samples at hand.
+"""Order statistics: what Best-of-n would score, and what KL it would have, from samples at hand.
 
-Shape suffixes: P prompts, M samples of a prompt.
+Shape suffixes: P prompts, M samples of a prompt, L levels: sets of equal rewards of a prompt.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from bondlm.bestofn._arrays import Array, back, check_finite, check_order, to_float64
+from bondlm.bestofn.quantiles import count_below
 
 
 def expected_best_of_n(rewards: Array, n: int) -> Array:
@@ -65,3 +68,44 @@ def best_of_n_curve(rewards: Array) -> Array:
     check_finite(rewards_PM, "rewards")
     weights = torch.stack([_weights(num_samples, n) for n in range(1, num_samples + 1)], dim=1)
     return back(rewards_PM.sort(-1).values @ weights.to(rewards_PM.device), rewards)
+
+
+def best_of_n_kls(rewards: Array, orders: Sequence[float]) -> list[float]:
+    """Estimate the mean over prompts of KL(Best-of-n ‖ reference), in nats, with the ties that the samples show.
+
+    Σ_l (F_l^n − F_<^n) log[(F_l^n − F_<^n) / m_l] over the levels of two or more equal rewards, F_l and F_< the shares
+    of rewards at most, and below, and m_l = F_l − F_<. A reward that no other one equals is taken for continuous: its
+    part is ∫ n u^(n−1) log(n u^(n−1)) du from F_< to F_l. Without ties the sum is exactly `kl_bound(n)`; all tied: 0.
+    Atoms that are too rare to show twice count as continuous, so the estimate is rather too high than too low.
+
+    Args:
+        rewards: (P, M) rewards of M independent reference samples of each prompt, or (M,) for one prompt.
+        orders: real numbers n >= 1.
+
+    Returns:
+        One KL for each order.
+
+    Raises:
+        ValueError: on NaN, empty input, or an order out of range.
+    """
+    lower, at_most, num_samples = count_below(rewards, rewards)
+    num_prompts = max(1, lower[..., 0].numel())
+    # A level is known by its two counts, and few pairs occur: what each contributes is computed once.
+    keys, samples_L = torch.unique(lower * (num_samples + 1) + at_most, return_counts=True)
+    low_L, high_L = (keys // (num_samples + 1)) / num_samples, (keys % (num_samples + 1)) / num_samples
+    size_L = (high_L - low_L) * num_samples
+    levels_L = samples_L / size_L.round() / num_prompts  # mean number of a prompt's levels with these counts
+    found = []
+    for n in orders:
+        order = check_order(n)
+        mass_L = high_L**order - low_L**order
+        tied_L = torch.xlogy(mass_L, mass_L / (high_L - low_L))
+        smooth_L = _smooth_kl(high_L, order) - _smooth_kl(low_L, order)
+        found.append(max(0.0, float((levels_L * torch.where(size_L > 1.5, tied_L, smooth_L)).sum())))
+    return found
+
+
+def _smooth_kl(u: torch.Tensor, n: float) -> torch.Tensor:
+    """The integral of n v^(n−1) log(n v^(n−1)) for v from 0 to u."""
+    power = u**n
+    return power * torch.log(torch.tensor(n, dtype=torch.float64)) + (n - 1.0) * (torch.xlogy(power, u) - power / n)

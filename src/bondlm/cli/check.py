@@ -16,15 +16,18 @@ NEIGHBOUR_TOLERANCE = 1e-3
 
 def run(options: dict[str, Any]) -> int:
     """Build the trainer, take one dry step in a scratch folder, and say what was seen."""
-    from bondlm.cli.train import build_trainer, require
+    from bondlm.cli.train import build_trainer, load_judges, require, training_arguments
 
     require(options)
     console = make_console()
     wanted = Path(str(options.get("output_dir") or "runs/bond"))
     with tempfile.TemporaryDirectory() as scratch:
-        dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+        dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
+        dry |= {"eval_strategy": "no", "target_n": None, "kl_budget": None}
         with console.status("loading PyTorch, the model, data and rewards"):
+            training_arguments(options | {"output_dir": scratch})  # the settings as they are, not those of a dry step
             trainer = build_trainer(options | dry | {"output_dir": scratch, "report_to": "none"})
+            load_judges(options, trainer)
         console.print(f"model, tokenizer and rewards loaded; {len(trainer.train_dataset)} training prompts")
         with console.status("one dry step"):
             trainer.train()

@@ -1,8 +1,10 @@
-"""Where the commands print."""
+"""Where the commands print, and how they show that work goes on."""
 
 import sys
+import time
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bondlm.runfolder import is_main_process
 
@@ -17,3 +19,55 @@ def make_console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     quiet = not stderr and not is_main_process()
     return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, quiet=quiet)
+
+
+LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal to draw a bar on
+
+
+def make_progress(console: Console) -> Progress:
+    """Bars with elapsed time and ETA, which go when they are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True)
+
+
+def clock_text(seconds: float) -> str:
+    """Write a duration as "1:02:03" or "2:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def elapsed_and_eta(seconds: float, done: float, total: float) -> str:
+    """Say how long it has taken, and at this pace will take."""
+    eta = clock_text(seconds * (total - done) / done) if done else "?"
+    return f"elapsed {clock_text(seconds)}, ETA {eta}"
+
+
+class Counter:
+    """A bar on a terminal; elsewhere a line at most every two seconds, and one at the end."""
+
+    def __init__(self, progress: Progress, name: str, total: int, unit: str = "prompts") -> None:
+        """Count `total` things of the name `unit`."""
+        self._progress, self._name, self._total, self._unit, self._done = progress, name, total, unit, 0
+        self._task = progress.add_task(name, total=total)
+        self._began = self._said = time.monotonic()
+        self._known = 0  # were there before: no measure of the pace
+
+    def __call__(self, more: int) -> None:
+        """Note that `more` of them are done."""
+        console, now = self._progress.console, time.monotonic()
+        if not self._done and now - self._began < 0.05:  # on file before anything was drawn
+            self._known = more
+        self._done += more
+        self._progress.update(self._task, completed=self._done)
+        is_last = self._done >= self._total
+        if more and (is_last or (not console.is_terminal and now - self._said >= LINE_SECONDS)):
+            self._said = now
+            pace = elapsed_and_eta(now - self._began, self._done - self._known, self._total - self._known)
+            pace = f"{now - self._began:.0f} s" if is_last else pace
+            line = f"{self._name}: {self._done}/{self._total} {self._unit}, {pace}"
+            console.print(line, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._progress.remove_task(self._task)

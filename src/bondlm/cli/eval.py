@@ -7,39 +7,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bondlm.cli.console import make_console
+from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.errors import ConfigError, DataError
-from bondlm.runfolder import METRICS_FILE, locked
+from bondlm.runfolder import CONFIG_FILE, METRICS_FILE, locked, run_config
 
-CONFIG_FILE = "config.yaml"
 DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
 # Options that a run folder answers with its own settings, under the names that they have there.
 FROM_RUN = {
     "reference": "model",
     "dataset": "eval_dataset",
     **{name: name for name in ("reward_funcs", "reward_weights", "max_completion_length", "max_prompt_length")},
+    "judges": "judges",
 }
-OBJECTIVE = ("n", "beta", "gamma", "anchor", "eta", "num_anchor_samples", "beta_rl", "alpha", "learning_rate")
 
 
 def run(options: dict[str, Any]) -> int:
     """Draw what is not on file yet, then say what the samples show."""
-    settings, run_config = complete(options)
+    settings, config = complete(options)
     folder = Path(settings["output"])
     errors = make_console(stderr=True)
     with locked(folder):
         with errors.status("loading PyTorch, the models and the rewards"):
             job = _load(settings)
         result, policy, reference = _evaluate(folder, settings, job, errors)
-        result |= _description(settings, run_config, job)
+        result |= _description(settings, config, job)
+        from bondlm.evaluation.card import write_card
         from bondlm.evaluation.run import side_by_side, write_results
         from bondlm.evaluation.table import print_samples, print_table
 
         write_results(folder, result, policy, reference)
+        if config and folder.resolve() == Path(settings["model"]).resolve():
+            write_card(folder, result)
         console = make_console()
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
@@ -56,12 +56,13 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     if not options.get("model"):
         raise ConfigError("model is required: set it in the config or with --model")
     model = Path(str(options["model"]))
-    config = _run_config(model)
+    config = run_config(model)
     known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
     if "reference" not in known and _adapter_base(model) is not None:
         known["reference"] = _adapter_base(model)
-    if "reward_funcs" not in options:
-        _refuse_code_in(model, _list(known.get("reward_funcs")))
+    for name in ("reward_funcs", "judges"):
+        if name not in options:
+            _refuse_code_in(model, name, _list(known.get(name)))
     if "reward_funcs" in options:
         known.pop("reward_weights", None)  # they were for the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
@@ -75,18 +76,19 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     for name, least in (("num_samples", 1), ("num_reference_samples", 2), ("max_completion_length", 1)):
         if not isinstance(settings[name], int) or settings[name] < least:
             raise ConfigError(f"{name}={settings[name]!r}: must be a whole number >= {least}")
+    settings["orders"] = _orders(settings.get("orders"), settings["num_reference_samples"])
     return settings, config
 
 
-def _run_config(model: Path) -> dict[str, Any]:
-    path = model / CONFIG_FILE
-    if not path.is_file():
-        return {}
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return config if isinstance(config, dict) else {}
+def _orders(value: Any, most: int) -> list[int] | None:
+    orders = _list(value)
+    for n in orders:
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
+            raise ConfigError(f"orders={value!r}: whole numbers from 1 to num_reference_samples={most} are needed")
+    return sorted(set(orders)) or None
 
 
-def _refuse_code_in(model: Path, rewards: list[Any]) -> None:
+def _refuse_code_in(model: Path, option: str, rewards: list[Any]) -> None:
     """A run folder names its rewards, and naming a function runs it: never one that came with the folder."""
     for spec in map(str, rewards):
         source, _, name = spec.rpartition(":")
@@ -96,7 +98,7 @@ def _refuse_code_in(model: Path, rewards: list[Any]) -> None:
         if any(place.resolve().is_relative_to(model.resolve()) for place in places):
             raise ConfigError(
                 f"{model / CONFIG_FILE} names the reward {spec!r}, code that came with that folder: it is not run. "
-                "Read it, and if you trust it give it on the command line with --reward_funcs"
+                f"Read it, and if you trust it give it on the command line with --{option}"
             )
 
 
@@ -132,15 +134,14 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
     pair = Pair(
         settings["model"],
         str(settings["reference"]),
+        None if settings.get("opponent") is None else str(settings["opponent"]),
         dtype=str(settings.get("dtype", "auto")),
         max_rows=settings["max_rows"],
     )
     sampler = pair.samplers["policy"]
-    rows = pair.rows(
-        settings["dataset"],
-        max_prompt_length=settings.get("max_prompt_length"),
-        max_completion_length=settings["max_completion_length"],
-    )
+    lengths = {name: settings.get(name) for name in ("max_prompt_length", "max_completion_length")}
+    rows = pair.rows(settings["dataset"], **lengths)
+    opponent_rows = pair.rows(settings["dataset"], **lengths, for_opponent=True) if pair.opponent is not None else []
     if len(rows) < 2:
         raise DataError(f"{settings['dataset']}: {len(rows)} prompt, and an interval over prompts needs at least 2")
     specs, judge_specs = _list(settings["reward_funcs"]), _list(settings.get("judges"))
@@ -158,9 +159,10 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "pair": pair,
         "rows": rows,
+        "opponent_rows": opponent_rows,
         "rewards": rewards + judges,
         "num_judges": len(judge_specs) + len(judges),
-        "laws": laws(settings["num_samples"], settings["num_reference_samples"]),
+        "laws": laws(settings["num_samples"], settings["num_reference_samples"], opponent=pair.opponent is not None),
     }
 
 
@@ -171,7 +173,7 @@ def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str
     samplers = job["pair"].samplers
 
     def model(role: str, name: str) -> dict[str, Any]:
-        return model_fingerprint(name, getattr(samplers[role].model.config, "_commit_hash", None))
+        return model_fingerprint(name, _revision(samplers[role]))
 
     names = ("num_samples", "num_reference_samples", "max_completion_length", "seed", "reference_column")
     return {
@@ -186,64 +188,57 @@ def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str
     }
 
 
+def _revision(sampler: Any) -> str | None:
+    revision = getattr(sampler.model.config, "_commit_hash", None)
+    return None if revision is None else str(revision)
+
+
 def _evaluate(
     folder: Path, settings: Mapping[str, Any], job: Mapping[str, Any], console: Console
 ) -> tuple[dict[str, Any], Any, Any]:
-    from bondlm.evaluation.files import claim, read_samples
-    from bondlm.evaluation.pair import fill
+    from bondlm.evaluation.files import claim, model_fingerprint, read_samples
+    from bondlm.evaluation.pair import OPPONENT_FILE, fill
     from bondlm.evaluation.samples import from_rows
     from bondlm.evaluation.statistics import summarize
 
-    claim(folder, fingerprint(settings, job), [law.file for law in job["laws"]])
+    made_from = fingerprint(settings, job)
+    claim(folder, made_from, [law.file for law in job["laws"] if not law.of_opponent])
+    if settings.get("opponent"):  # with a manifest of its own: another one may come later
+        who = model_fingerprint(str(settings["opponent"]), _revision(job["pair"].opponent))
+        claim(folder, made_from | {"opponent": who}, [OPPONENT_FILE], manifest="opponent-manifest.json")
     total = len(job["rows"])
-    with _progress(console) as progress:
+    with make_progress(console) as progress:
         for number, law in enumerate(job["laws"]):
             fill(
                 folder / law.file,
                 law,
                 job["pair"],
-                job["rows"],
+                job["opponent_rows"] if law.of_opponent else job["rows"],
                 job["rewards"],
                 number=number,
                 num_judges=job["num_judges"],
                 seed=int(settings["seed"]),
                 max_completion_length=settings["max_completion_length"],
-                on_prompts_done=_Counter(progress, console, f"{law.name} x {law.num_samples}", total),
+                on_prompts_done=Counter(progress, f"{law.name} x {law.num_samples}", total),
             )
     scored = {law.name: from_rows(read_samples(folder / law.file), law.num_samples) for law in job["laws"]}
-    policy, reference = scored.pop("policy"), scored.pop("reference")
+    policy, reference, opponent = scored.pop("policy"), scored.pop("reference"), scored.pop("opponent", None)
     with console.status("statistics"):
-        return summarize(policy, reference, scored), policy, reference
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True)
-
-
-class _Counter:
-    """A bar on a terminal, a line for each chunk elsewhere."""
-
-    def __init__(self, progress: Progress, console: Console, name: str, total: int) -> None:
-        self._progress, self._console, self._name, self._total, self._done = progress, console, name, total, 0
-        self._task = progress.add_task(name, total=total)
-
-    def __call__(self, more: int) -> None:
-        self._done += more
-        self._progress.update(self._task, completed=self._done)
-        if more and (self._done == self._total or not self._console.is_terminal):
-            self._console.print(f"{self._name}: {self._done}/{self._total} prompts", highlight=False, soft_wrap=True)
+        result = summarize(policy, reference, scored, orders=settings["orders"], opponent=opponent)
+    return result, policy, reference
 
 
 def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    from bondlm.evaluation.describe import describe_config
+
     rewards, num_judges = job["rewards"], job["num_judges"]
-    objective = {"name": config.get("objective", "jbond")} | {k: config[k] for k in OBJECTIVE if k in config}
     return {
         "steps": _last_step(Path(settings["model"]) / METRICS_FILE),
-        "objective": objective if config else None,
+        "objective": describe_config(config) if config else None,
         "rewards": [reward.name for reward in rewards[: len(rewards) - num_judges]],
         "model": settings["model"],
         "reference": str(settings["reference"]),
+        **({"opponent_model": str(settings["opponent"])} if settings.get("opponent") else {}),
     }
 
 

@@ -35,6 +35,7 @@ _TRAIN = (
     | {
         "train_dataset": "Prompts: JSONL, Parquet, a saved data set or a hub name. Required.",
         "eval_dataset": "Held-out prompts, evaluated at the end (and every eval_steps).",
+        "judges": "Rewards that are not optimised, as reward_funcs, asked by the last evaluation. --judge adds one.",
         "resume": "'auto' (default) continues the run in output_dir, 'never' refuses one, or a checkpoint folder.",
         "allow_config_change": "Continue a run with other settings; env.json keeps the list of differences.",
         "preset": "Settings that you leave out are filled in from it: paper (the defaults).",
@@ -99,7 +100,9 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
             "model": "The policy: a run folder, an adapter folder or a model. Required.",
             "reference": "What to compare with. Default: the model that the run or adapter was trained from.",
             "dataset": "Prompts, at least 2. Default: the run's eval_dataset.",
-            "judges": "Rewards that were not optimised, as reward_funcs; they are reported beside it.",
+            "judges": "Rewards that were not optimised, as reward_funcs; reported beside them. --judge adds one.",
+            "opponent": "Another policy: the win rate against one sample of it is reported too.",
+            "orders": "The n of Best-of-n that the policy meets one by one, a list. Default: 1, 2, 4, ..",
             "reference_column": "A text column of the data: ROUGE-L against it is one more judge.",
             "num_samples": "Policy samples per prompt. Default: 8.",
             "num_reference_samples": "Reference samples per prompt: they show N up to this. Default: 32.",
@@ -124,7 +127,7 @@ _EXAMPLES = """examples:
   bondlm train  --config examples/everyday/jbond.yaml --eta 0.1
   bondlm sample --model runs/everyday --prompt "How do I boil an egg?"
   bondlm score  --model Qwen/Qwen3-0.6B --reward_funcs org/reward-model --dataset prompts.jsonl --output scored.jsonl
-  bondlm eval   --model runs/everyday --judges similarity:models/all-minilm-l6-v2
+  bondlm eval   --model runs/everyday --judge similarity:models/all-minilm-l6-v2
   bondlm report runs/everyday"""
 
 
@@ -161,6 +164,9 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         name = name.replace("-", "_")
         if name == "config":
             path = text
+        elif name == "judge" and "judges" in COMMANDS[command][1]:
+            judges = given.get("judges", [])
+            given["judges"] = [*(judges if isinstance(judges, list) else [judges]), text]
         else:
             given[name] = _value(name, text)
     options = (_read(Path(path)) if path is not None else {}) | given
@@ -181,7 +187,7 @@ def refuse_unknown(command: str, options: Mapping[str, Any]) -> None:
 
 
 def _value(name: str, text: str) -> Any:
-    if name in ("prompt", "model", "reference", "output"):
+    if name in ("prompt", "model", "reference", "opponent", "output"):
         return text
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)

@@ -1,12 +1,14 @@
 """What a person sees while a run goes: a bar with ETA on a terminal, one plain line a logged step everywhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+from bondlm.cli.console import Counter, elapsed_and_eta, make_progress
+from bondlm.evaluation.table import print_evaluation
 
 LINE = (
     ("reward", "reward", "{:.3f}"),
@@ -25,17 +27,11 @@ class ProgressReporter(TrainerCallback):
         """Listen to `trainer`."""
         self.console = console
         self._trainer = trainer
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
+        self._progress = make_progress(console)
         self._training: Any = None
+        self._began, self._first_step = time.monotonic(), 0
+        self._evaluation: Counter | None = None
+        self._reference_drawn = False
         self.phases: dict[str, float] = {}
         self.tokens: dict[str, float] = {}
         self.evaluation_seconds = 0.0
@@ -54,6 +50,7 @@ class ProgressReporter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, at the step that a resumed run starts from."""
         self._training = self._progress.add_task("train", total=state.max_steps, completed=state.global_step)
+        self._began, self._first_step = time.monotonic(), state.global_step
         world = f", {args.world_size} processes" if args.world_size > 1 else ""
         prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.console.print(
@@ -63,25 +60,36 @@ class ProgressReporter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
         self._progress.update(self._training, completed=state.global_step)
+        if control.should_evaluate and isinstance(self._trainer.eval_dataset, Sized):
+            # The reference does not move: its samples are drawn once.
+            prompts = len(self._trainer.eval_dataset)
+            total = prompts if self._reference_drawn else 2 * prompts
+            self._evaluation = Counter(self._progress, "held-out samples", total)
+            self._trainer.engine.on_prompts_done = self._evaluation
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Remove the evaluation's bar."""
+        self._reference_drawn = True
+        if self._evaluation is not None:
+            self._trainer.engine.on_prompts_done = None
+            self._evaluation.close()
+            self._evaluation = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One line, and the sums for the phase table."""
         logs = logs or {}
         if "loss" in logs:
             parts = [f"{label} {shape.format(logs[name])}" for label, name, shape in LINE if name in logs]
+            if not self.console.is_terminal:  # there the bar says it
+                steps, all_steps = state.global_step - self._first_step, state.max_steps - self._first_step
+                parts.append(elapsed_and_eta(time.monotonic() - self._began, steps, all_steps))
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), highlight=False, soft_wrap=True
             )
             self._sum(logs)
         elif "eval_effective_n" in logs:
             self.evaluation_seconds += logs.get("eval_runtime", 0.0)
-            self.console.print(
-                f"step {state.global_step}  held-out: effective N {logs['eval_effective_n']:.2f} "
-                f"[{logs['eval_effective_n_low']:.2f}, {logs['eval_effective_n_high']:.2f}]  "
-                f"win rate {logs['eval_win_rate']:.3f}  kl {logs['eval_kl']:.2f}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            print_evaluation(self.console, state.global_step, logs, args.eval_num_reference_samples)
 
     def _sum(self, logs: Mapping[str, float]) -> None:
         self._logged_steps += 1
@@ -101,20 +109,6 @@ class ProgressReporter(TrainerCallback):
         """Remove the training bar."""
         self._progress.remove_task(self._training)
 
-    def counting(self, description: str, total: int) -> "_Counter":
-        """A bar for `total` things; call the result with the number done."""
-        return _Counter(self._progress, description, total, self.console)
-
-
-class _Counter:
-    def __init__(self, progress: Progress, description: str, total: int, console: Console) -> None:
-        self._progress, self._task = progress, progress.add_task(description, total=total)
-        self._began, self._description, self._console = time.monotonic(), description, console
-
-    def __call__(self, done: int) -> None:
-        self._progress.advance(self._task, done)
-
-    def close(self) -> None:
-        self._progress.remove_task(self._task)
-        seconds = time.monotonic() - self._began
-        self._console.print(f"{self._description}: {seconds:.0f} s", highlight=False, soft_wrap=True)
+    def counting(self, description: str, total: int) -> Counter:
+        """A bar for `total` prompts; call the result with the number done."""
+        return Counter(self._progress, description, total)

@@ -1,11 +1,12 @@
 """`bondlm sample`: one answer a prompt, or the best of N by any reward."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.console import make_console
+from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.errors import ConfigError
 
 CHUNK = 16  # prompts between two writes
@@ -91,21 +92,24 @@ def generate(options: dict[str, Any], source: Any, num_samples: int, console: Co
             if options.get("reward_funcs")
             else []
         )
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        drawn = sampler.sample(
-            chunk,
-            num_samples,
-            temperature=float(options.get("temperature", 1.0)),
-            seed=int(options.get("seed", 42)),
-            first_position=start,
-            **lengths,
-        )
-        if len(rows) > CHUNK:
-            console.print(f"{min(start + CHUNK, len(rows))}/{len(rows)} prompts", highlight=False, soft_wrap=True)
-        yield _as_rows(
-            chunk, drawn, sampler.texts(drawn), sampler.score(rewards, chunk, drawn).rewards_PM if rewards else None
-        )
+    progress = make_progress(console)
+    # A live bar takes hold of stdout, where the answers go unless they are written to a file.
+    with progress if options.get("output") else nullcontext():
+        count = Counter(progress, f"{num_samples} answer(s) to each prompt", len(rows))
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            drawn = sampler.sample(
+                chunk,
+                num_samples,
+                temperature=float(options.get("temperature", 1.0)),
+                seed=int(options.get("seed", 42)),
+                first_position=start,
+                **lengths,
+            )
+            scored = sampler.score(rewards, chunk, drawn).rewards_PM if rewards else None
+            if len(rows) > 1:
+                count(len(chunk))
+            yield _as_rows(chunk, drawn, sampler.texts(drawn), scored)
 
 
 def _as_rows(rows: Any, drawn: Any, texts: list[list[str]], rewards: Any) -> list[list[dict[str, Any]]]:

@@ -20,13 +20,21 @@ from bondlm.cli.console import make_console
 from bondlm.errors import CheckpointError, ConfigError
 from bondlm.manifest import newest_checkpoint, remove_unfinished, verify
 from bondlm.redact import redacted
-from bondlm.runfolder import is_main_process, locked
+from bondlm.runfolder import CONFIG_FILE, is_main_process, locked
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PREEMPTED, INTERRUPTED = 75, 130
-CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "env.json"
-RUN_NAMES = ("model", "reward_funcs", "train_dataset", "eval_dataset", "resume", "allow_config_change", "preset")
+RUN_NAMES = (
+    "model",
+    "reward_funcs",
+    "train_dataset",
+    "eval_dataset",
+    "resume",
+    "allow_config_change",
+    "preset",
+    "judges",
+)
 LORA_NAMES = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 # What may differ when a run goes on: how long it lasts and what it prints, not what it computes.
 FREE_NAMES = {
@@ -40,7 +48,7 @@ FREE_NAMES = {
         "save_total_limit",
     ),
     *("num_logged_samples", "max_rows", "resume", "output_dir", "eval_dataset", "eval_num_samples", "target_n"),
-    *("kl_budget", "eval_num_reference_samples", "report_to", "allow_config_change"),
+    *("kl_budget", "eval_num_reference_samples", "report_to", "allow_config_change", "judges"),
     *("reward_timeout_s", "reward_outage_s", "max_skipped_frac"),
 }
 # What a checkpoint restores with the optimizer: another value would be taken without a word, and have no effect.
@@ -63,6 +71,7 @@ def run(options: dict[str, Any]) -> int:
         checkpoint, changes = _resume_point(folder, options, console)
         with console.status(f"loading {options.get('model')}, data and rewards"):
             trainer = build_trainer(options)
+            judges = load_judges(options, trainer)
         if is_main_process():
             (folder / CONFIG_FILE).write_text(yaml.safe_dump(redacted(options), sort_keys=False), encoding="utf-8")
             _note_environment(folder / ENVIRONMENT_FILE, changes)
@@ -79,7 +88,7 @@ def run(options: dict[str, Any]) -> int:
                 for line in trainer.drops.summary():
                     console.print(line, highlight=False, soft_wrap=True)
             if trainer.eval_dataset is not None:
-                evaluate_run(trainer, folder, console, reporter)
+                evaluate_run(trainer, folder, console, reporter, judges)
             if trainer.eval_dataset is not None and is_main_process():
                 _write_report(folder, console)
         console.print(f"run folder: {folder}", soft_wrap=True)
@@ -103,24 +112,17 @@ def require(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
 
 
-def build_trainer(options: Mapping[str, Any]) -> Any:
-    """The trainer that the options describe.
+def training_arguments(options: Mapping[str, Any]) -> Any:
+    """The `BONDConfig` that the options describe.
 
     Raises:
         ConfigError: a value is refused.
     """
-    from transformers import PrinterCallback
-    from transformers.utils import logging as transformers_logging
-
     from bondlm.config import BONDConfig
-    from bondlm.trainer import BONDTrainer
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     settings = {name: value for name, value in options.items() if name not in RUN_NAMES + LORA_NAMES}
     try:
-        args = BONDConfig(**{"disable_tqdm": True, "save_total_limit": 2} | settings)
+        return BONDConfig(**{"disable_tqdm": True, "save_total_limit": 2} | settings)
     except (ValueError, TypeError, ImportError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -131,6 +133,23 @@ def build_trainer(options: Mapping[str, Any]) -> Any:
             f"the processes of this run could not meet ({place}): {str(error).splitlines()[0]}. The port may be taken: "
             "choose another MASTER_PORT (accelerate launch --main_process_port), and see that every process runs"
         ) from error
+
+
+def build_trainer(options: Mapping[str, Any]) -> Any:
+    """The trainer that the options describe.
+
+    Raises:
+        ConfigError: a value is refused.
+    """
+    from transformers import PrinterCallback
+    from transformers.utils import logging as transformers_logging
+
+    from bondlm.trainer import BONDTrainer
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    args = training_arguments(options)
     trainer = BONDTrainer(
         model=str(options["model"]),
         reward_funcs=options.get("reward_funcs"),
@@ -141,6 +160,25 @@ def build_trainer(options: Mapping[str, Any]) -> Any:
     )
     trainer.remove_callback(PrinterCallback)  # the command prints its own lines
     return trainer
+
+
+def load_judges(options: Mapping[str, Any], trainer: Any) -> list[Any]:
+    """The rewards that the last evaluation asks besides those that were optimised.
+
+    Raises:
+        ConfigError: there is no evaluation, or one cannot be loaded.
+    """
+    specs = options.get("judges") or []
+    specs = list(specs) if isinstance(specs, list | tuple) else [specs]
+    if not specs:
+        return []
+    if trainer.eval_dataset is None:
+        raise ConfigError(f"judges={specs!r}: the last evaluation asks them, and it needs an eval_dataset")
+    from bondlm.models import fast_dtype
+    from bondlm.rewards import load_rewards
+
+    device = trainer.args.device
+    return load_rewards(specs, [0.0] * len(specs), device=device, dtype=fast_dtype(device))
 
 
 def lora_config(options: Mapping[str, Any]) -> Any:

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bondlm.config import BONDConfig
+from bondlm.runfolder import run_config
+
+MAX_COMPLETION_LENGTH = BONDConfig.max_completion_length
 CITATION = """```bibtex
 @inproceedings{sessa2025bond,
   title = {{BOND}: Aligning {LLMs} with Best-of-N Distillation},
@@ -15,36 +19,37 @@ CITATION = """```bibtex
 ```"""
 
 
-def write_card(folder: Path, trainer: Any, result: Mapping[str, Any]) -> None:
-    """Write README.md: base model, objective, the measured numbers, how to load it, the paper."""
-    args, core = trainer.args, trainer.roles.core
-    base = core.config._name_or_path
-    rewards = ", ".join(f"{reward.name} (weight {reward.weight:g})" for reward in trainer.rewards)
-    kind = "LoRA adapter" if trainer.roles.is_peft else "model"
-    numbers = "\n".join(
-        f"| {label} | {_shown(result[key])} |"
-        for label, key in (
-            ("effective N", "effective_n"),
-            ("win rate against the base model", "win_rate"),
-            ("KL to the base model, nats per completion", "kl"),
-            ("reward", "reward"),
-        )
-    )
-    header = f"---\nbase_model: {base}\nlibrary_name: {'peft' if trainer.roles.is_peft else 'transformers'}\n"
+def write_card(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write README.md: base model, data, objective, the measured numbers, the paper.
+
+    Args:
+        folder: a run folder; its config.yaml, where there is one, says what the run was made with.
+        result: what `eval.json` holds.
+    """
+    config, objective = run_config(folder), dict(result["objective"])
+    base = str(config.get("model") or result["reference"])
+    is_adapter = (folder / "adapter_config.json").is_file()
+    kind = "LoRA adapter" if is_adapter else "model"
+    rewards = ", ".join(str(name) for name in result["rewards"])
+    name = objective.pop("name")
+    numbers = "\n".join(f"| {label} | {_shown(result[key])} |" for label, key in MEASURED)
+    header = f"---\nbase_model: {base}\nlibrary_name: {'peft' if is_adapter else 'transformers'}\n"
     header += "tags: [bondlm, bond, best-of-n, rlhf]\n---\n"
     text = f"""{header}
-# {kind.capitalize()} aligned with {args.objective} (Best-of-N Distillation)
+# {kind.capitalize()} aligned with {name} (Best-of-N Distillation)
 
-One sample of this {kind} was measured to be worth Best-of-{result["effective_n"]["text"]} of `{base}`,
-on {result["num_prompts"]} held-out prompts at temperature 1, judged by the reward that it was trained on.
+One sample of this {kind} was measured to be worth Best-of-{result["effective_n"]["text"]} of `{result["reference"]}`,
+on {result["num_prompts"]} held-out prompts at temperature 1, judged by {rewards}.
 
 | measured | value and 95% interval |
 |---|---|
 {numbers}
-
-- objective: {args.objective}, beta {args.beta}, gamma {args.gamma}, anchor {args.anchor} (eta {args.eta})
-- reward: {rewards}
-- training: {result["steps"]} steps, learning rate {args.learning_rate:g}, at most {args.max_completion_length} tokens
+{_judges(result)}
+- base model: `{base}`
+- objective: {name} ({", ".join(f"{key} {_plain(value)}" for key, value in objective.items())})
+- reward: {_list(config.get("reward_funcs")) or rewards}{_weights(config)}
+- data: {_list(config.get("train_dataset")) or "not recorded"}; held out: {_list(config.get("eval_dataset")) or "given"}
+- training: {result["steps"]} steps{_budget(config)}
 
 A reward is not a person: a higher reward says nothing about facts or safety that the reward does not measure.
 
@@ -53,5 +58,38 @@ A reward is not a person: a higher reward says nothing about facts or safety tha
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+MEASURED = (
+    ("effective N", "effective_n"),
+    ("win rate against the reference", "win_rate"),
+    ("KL to the reference, nats per completion", "kl"),
+    ("reward", "reward"),
+)
+
+
 def _shown(numbers: Mapping[str, Any]) -> str:
     return str(numbers.get("text") or "{value:.3f} [{low:.3f}, {high:.3f}]".format(**numbers))
+
+
+def _judges(result: Mapping[str, Any]) -> str:
+    judges = result.get("judges", {})
+    rows = [f"| gain before the judge {name} | {_shown(numbers['gain'])} |" for name, numbers in judges.items()]
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _list(value: Any) -> str:
+    values = value if isinstance(value, list | tuple) else [value]
+    return ", ".join(f"`{item}`" for item in values if item is not None)
+
+
+def _weights(config: Mapping[str, Any]) -> str:
+    weights = config.get("reward_weights")
+    return f" (weights {', '.join(_plain(w) for w in weights)})" if isinstance(weights, list) else ""
+
+
+def _budget(config: Mapping[str, Any]) -> str:
+    length = config.get("max_completion_length", MAX_COMPLETION_LENGTH)
+    return f", at most {length} tokens"

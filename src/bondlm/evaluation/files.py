@@ -17,13 +17,13 @@ WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json")
 _BLOCK = 1 << 20
 
 
-def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str]) -> None:
+def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], manifest: str = MANIFEST_FILE) -> None:
     """Write the manifest of a fresh folder, or check that the samples in it have this fingerprint.
 
     Raises:
         ConfigError: samples of something else are there, each difference is named.
     """
-    path = folder / MANIFEST_FILE
+    path = folder / manifest
     present = [name for name in files if (folder / name).exists()]
     if not present:
         path.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
@@ -33,7 +33,7 @@ def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str]) ->
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{str(folder)!r} holds {present[0]} but no readable {MANIFEST_FILE}, so nobody knows what it was drawn "
+            f"{str(folder)!r} holds {present[0]} but no readable {manifest}, so nobody knows what it was drawn "
             f"from: {advice}"
         ) from error
     if not isinstance(before, dict):

@@ -33,15 +33,19 @@ class Law:
     role: Role
     num_samples: int
     temperature: float = 1.0
+    of_opponent: bool = False  # another policy, which the policy only meets
 
     @property
     def is_main(self) -> bool:
         """Whether both models score its samples: temperature 1, where the law is the model's own."""
-        return self.temperature == 1.0
+        return self.temperature == 1.0 and not self.of_opponent
 
 
-def laws(num_samples: int, num_reference_samples: int) -> list[Law]:
-    """Reference and policy at temperature 1, then the baselines that an honest sceptic would ask for."""
+OPPONENT_FILE = "opponent.jsonl"
+
+
+def laws(num_samples: int, num_reference_samples: int, *, opponent: bool = False) -> list[Law]:
+    """Reference and policy at temperature 1, the baselines that an honest sceptic would ask for, and an opponent."""
     return [
         Law(name="reference", file="reference.jsonl", role="reference", num_samples=num_reference_samples),
         Law(name="policy", file="policy.jsonl", role="policy", num_samples=num_samples),
@@ -57,29 +61,54 @@ def laws(num_samples: int, num_reference_samples: int) -> list[Law]:
             for t in (0.3, 0.7)
         ),
         Law(name="policy, greedy", file="policy-greedy.jsonl", role="policy", num_samples=1, temperature=0.0),
+        *(
+            [Law(name="opponent", file=OPPONENT_FILE, role="policy", num_samples=num_samples, of_opponent=True)]
+            if opponent
+            else []
+        ),
     ]
 
 
 class Pair:
-    """Two models over the same tokens."""
+    """Two models over the same tokens, and perhaps another policy, which may have tokens of its own."""
 
-    def __init__(self, policy: str, reference: str, *, dtype: str = "auto", max_rows: int | None = None) -> None:
-        """Load both.
+    def __init__(
+        self,
+        policy: str,
+        reference: str,
+        opponent: str | None = None,
+        *,
+        dtype: str = "auto",
+        max_rows: int | None = None,
+    ) -> None:
+        """Load them.
 
         Raises:
-            ConfigError: one cannot be loaded, or they do not share tokenizer, vocabulary and kind.
+            ConfigError: one cannot be loaded, or policy and reference do not share tokenizer, vocabulary and kind.
         """
         self.samplers: dict[Role, Sampler] = {"policy": Sampler(policy, dtype=dtype, max_rows=max_rows)}
         self.samplers["reference"] = Sampler(reference, dtype=dtype, max_rows=max_rows)
+        self.opponent = None if opponent is None else Sampler(opponent, dtype=dtype, max_rows=max_rows)
         _refuse_other_tokens(self.samplers["policy"], policy, self.samplers["reference"], reference)
 
-    def rows(self, source: Any, *, max_prompt_length: int | None, max_completion_length: int) -> list[dict[str, Any]]:
+    def sampler(self, law: Law) -> Sampler:
+        """Who draws the law's samples."""
+        return self.opponent if law.of_opponent and self.opponent is not None else self.samplers[law.role]
+
+    def rows(
+        self,
+        source: Any,
+        *,
+        max_prompt_length: int | None,
+        max_completion_length: int,
+        for_opponent: bool = False,
+    ) -> list[dict[str, Any]]:
         """Read and encode prompts as training does: plain text stays plain text, chats get the chat template.
 
         Raises:
             DataError: prompts that cannot be used.
         """
-        sampler = self.samplers["policy"]
+        sampler = self.opponent if for_opponent and self.opponent is not None else self.samplers["policy"]
         prompts = load_prompts(source).to_list()
         limits = length_limits(sampler.model.config, max_prompt_length, max_completion_length)
         ids = encode_prompts([row["prompt"] for row in prompts], sampler.tokenizer, **limits)
@@ -148,7 +177,7 @@ def fill(
     """
     done = finished_prompts(path, [row["prompt"] for row in rows], law.num_samples)
     on_prompts_done(done)
-    sampler = pair.samplers[law.role]
+    sampler = pair.sampler(law)
     for start in range(done, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         began = time.perf_counter()

@@ -5,7 +5,6 @@ mean reward, and the win rate with the N that it is worth. The untouched model a
 sharpening alone also raises the reward: a sceptic's first question. `bondlm eval` asks more of them.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bondlm.evaluation.card import write_card
+from bondlm.evaluation.describe import describe_settings
 from bondlm.evaluation.samples import Scored, from_samples
 from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
+from bondlm.rewards import NamedReward
+from bondlm.rollout import Samples, score_samples
 from bondlm.runfolder import append_jsonl, plain
+from bondlm.text import check_tokenizer
 
 BASELINES = {
     "reference, greedy": ("reference", 0.0),
@@ -27,44 +32,53 @@ BASELINES = {
 EVAL_FILE, EVAL_SAMPLES_FILE = "eval.json", "eval_samples.jsonl"
 
 
-def evaluate_run(trainer: Any, folder: Path, console: Any, reporter: Any) -> dict[str, Any]:
-    """Evaluate the trainer's policy on its held-out prompts and write the run folder's `eval.json`."""
+def evaluate_run(
+    trainer: Any, folder: Path, console: Any, reporter: Any, judges: Sequence[NamedReward] = ()
+) -> dict[str, Any]:
+    """Evaluate the trainer's policy on its held-out prompts and write the run folder's `eval.json`.
+
+    `judges` are rewards that were not optimised; they score the samples of policy and reference.
+    """
     rows, args = trainer.eval_dataset.to_list(), trainer.args
     with _counted(trainer, reporter, "held-out samples of the policy", len(rows)) as seconds:
         policy = trainer.sample(rows, "policy", args.eval_num_samples)
-    policy = from_samples(policy, rows, log_ratio=trainer.log_ratio(policy), seconds=seconds())
+    asked = _judged(trainer, judges, rows, policy)
+    policy = from_samples(policy, rows, log_ratio=trainer.log_ratio(policy), judges=asked, seconds=seconds())
     with _counted(trainer, reporter, "held-out samples of the reference", len(rows)) as seconds:
         reference = trainer.sample(rows, "reference", args.eval_num_reference_samples)
-    reference = from_samples(reference, rows, seconds=seconds())
+    asked = _judged(trainer, judges, rows, reference)
+    reference = from_samples(reference, rows, judges=asked, seconds=seconds())
     with _counted(trainer, reporter, "baselines", len(rows) * len(BASELINES)):
         others = {name: _baseline(trainer, rows, role, temp) for name, (role, temp) in BASELINES.items()}
     result = summarize(policy, reference, others)
     result |= {
         "steps": trainer.state.global_step,
-        "objective": describe_objective(args.objective, trainer.objective)
-        | {name: getattr(args, name) for name in ("anchor", "eta", "learning_rate")},
+        "objective": describe_settings(args, trainer.objective),
         "rewards": [reward.name for reward in trainer.rewards],
         "model": str(folder),
         "reference": trainer.roles.core.config._name_or_path,
     }
     if trainer.is_world_process_zero():
         write_results(folder, result, policy, reference)
-        write_card(folder, trainer, result)
+        write_card(folder, result)
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
     return result
 
 
+def _judged(
+    trainer: Any, judges: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]], samples: Samples
+) -> dict[str, Tensor]:
+    if not judges:
+        return {}
+    eos_ids = check_tokenizer(trainer.processing_class, trainer.roles.core.generation_config.eos_token_id).eos_ids
+    scored = score_samples(judges, rows, samples.completions, tokenizer=trainer.processing_class, eos_ids=eos_ids)
+    return scored.by_name
+
+
 def _baseline(trainer: Any, rows: Sequence[Mapping[str, Any]], role: str, temperature: float) -> Scored:
     count = 1 if temperature == 0 else max(1, trainer.args.eval_num_samples // 2)
     return from_samples(trainer.sample(rows, role, count, temperature=temperature), rows)
-
-
-def describe_objective(name: str, objective: Any) -> dict[str, Any]:
-    """The objective's name and its settings that are plain values."""
-    settings = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
-    settings = {"n": getattr(objective, "n", None)} | settings
-    return {"name": name} | {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
 
 
 def write_results(folder: Path, result: Mapping[str, Any], policy: Scored, reference: Scored) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bondlm.bestofn.comparison import within_prompt_correlation
 from bondlm.errors import DataError
 from bondlm.rollout import Samples
 
@@ -32,7 +33,12 @@ class Scored:
 
 
 def from_samples(
-    samples: Samples, rows: Sequence[Mapping[str, Any]], *, log_ratio: Tensor | None = None, seconds: float = 0.0
+    samples: Samples,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    log_ratio: Tensor | None = None,
+    judges: Mapping[str, Tensor] | None = None,
+    seconds: float = 0.0,
 ) -> Scored:
     """Samples that a trainer has drawn of `rows`."""
 
@@ -47,6 +53,7 @@ def from_samples(
         finished=numbers((float(c.finished) for c in row) for row in samples.completions),
         logprobs=numbers((c.logprob for c in row) for row in samples.completions),
         log_ratio=None if log_ratio is None else log_ratio.double().cpu(),
+        judges=dict(judges or {}),
         seconds=seconds,
     )
 
@@ -121,6 +128,7 @@ def text_metrics(samples: Scored) -> dict[str, float]:
         "completions/clipped_ratio": float(1.0 - samples.finished.mean()),
         # -log p of a sample is an unbiased estimate of the entropy of its law; the mean is over tokens.
         "entropy": float(-samples.logprobs.sum() / samples.lengths.sum()),
+        "reward_length_correlation": within_prompt_correlation(samples.rewards, samples.lengths),
         "distinct_1": distinct(samples.texts, 1),
         "distinct_2": distinct(samples.texts, 2),
     }

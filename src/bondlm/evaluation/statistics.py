@@ -2,12 +2,13 @@
 
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import bondlm
-from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, kl_bound, win_rates
+from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, log_quantile, win_rates
 from bondlm.bestofn.comparison import Against, Comparison, compare_samples
+from bondlm.bestofn.matching import winner_log_quantile
 from bondlm.evaluation.samples import Scored, text_metrics
 
 BEST_OF = (2, 4, 8)
@@ -15,20 +16,31 @@ FEW_PROMPTS = 30
 CUT_WARNED, LONGER_WARNED = 0.5, 1.5
 
 
-def summarize(policy: Scored, reference: Scored, others: Mapping[str, Scored]) -> dict[str, Any]:
+def summarize(
+    policy: Scored,
+    reference: Scored,
+    others: Mapping[str, Scored],
+    *,
+    orders: Sequence[int] | None = None,
+    opponent: Scored | None = None,
+) -> dict[str, Any]:
     """Everything that the samples say, in the form of `eval.json`.
 
     Args:
         policy: m samples of each of P prompts, with their log-ratios.
         reference: M samples of each. Their log-ratios, if there, give the forward KL to Best-of-n.
         others: baselines by name; they are judged against the same reference samples.
+        orders: the Best-of-n that the policy meets one by one; None is 1, 2, 4, .. up to M.
+        opponent: samples of another policy, which the policy meets as well.
 
     Raises:
         ValueError: the policy's log-ratios are missing, or numbers are not finite.
     """
     if policy.log_ratio is None:
         raise ValueError("the policy's samples need their log-ratios: score them under policy and reference")
-    result = compare_samples(policy.rewards, reference.rewards, policy.log_ratio, policy.lengths, reference.log_ratio)
+    result = compare_samples(
+        *(policy.rewards, reference.rewards, policy.log_ratio, policy.lengths, reference.log_ratio), orders=orders
+    )
     numbers = _numbers(result) | text_metrics(policy)
     numbers |= {
         "num_prompts": len(policy.prompts),
@@ -39,6 +51,8 @@ def summarize(policy: Scored, reference: Scored, others: Mapping[str, Scored]) -
         "cost": _cost(policy, reference, result.matched["win_rate"].value),
         "versions": versions(),
     }
+    if opponent is not None:
+        numbers["opponent"] = _opponent(policy, opponent)
     return numbers | {"warnings": _warnings(result, numbers, policy, reference)}
 
 
@@ -56,10 +70,9 @@ def versions() -> dict[str, str]:
 
 def _numbers(result: Comparison) -> dict[str, Any]:
     worth = result.matched["win_rate"]
-    # The KL that exact Best-of-N needs at this N; log N - (N - 1)/N holds for continuous rewards.
-    needed = kl_bound(min(worth.value, worth.max_n))
+    needed = result.kl_of_best_of_n
     known = math.isfinite(worth.value) and needed > 0
-    simple = ("win_rate", "kl", "reward", "log_quantile", "kl_k3", "kl_per_token")
+    simple = ("win_rate", "kl", "reward", "log_quantile", "kl_k3", "kl_per_token", "kl_k3_per_token")
     bins = len(result.histogram)
     return {
         "effective_n": interval(worth),
@@ -68,33 +81,49 @@ def _numbers(result: Comparison) -> dict[str, Any]:
         "kl_of_best_of_n": needed,
         "kl_ratio": result.kl.value / needed if known else None,
         "curve": [
-            {"n": p.n, "reward": interval(p.reward), "win_rate": p.win_rate, "log_quantile": p.log_quantile, "kl": p.kl}
+            {"n": p.n, "reward": interval(p.reward)}
+            | {name: getattr(p, name) for name in ("win_rate", "log_quantile", "kl", "policy_win_rate")}
             for p in result.curve
         ],
-        "against_best_of": [_opponent(p) for p in result.against],
+        "against_best_of": [_against(p) for p in result.against],
         "quantile_histogram": {"edges": [i / bins for i in range(bins + 1)], "policy": result.histogram},
-        "reward_length_correlation": result.reward_length_correlation,
     }
 
 
-def _opponent(point: Against) -> dict[str, Any]:
+def _against(point: Against) -> dict[str, Any]:
     names = ("win_rate", "forward_kl", "backward_kl")
     return {"n": point.n} | {name: interval(getattr(point, name)) for name in names}
 
 
 def _baselines(result: Comparison, reference: Scored, others: Mapping[str, Scored]) -> dict[str, Any]:
-    rows: dict[str, Any] = {"reference": {"reward": interval(result.reference_reward)} | text_metrics(reference)}
+    among_others = bootstrap_mean(winner_log_quantile(reference.rewards, 1).mean(dim=1))
+    own = {"reward": interval(result.reference_reward), "log_quantile": interval(among_others)}
+    rows: dict[str, Any] = {"reference": own | text_metrics(reference)}
     for name, samples in others.items():
         rows[name] = {
             "reward": interval(bootstrap_mean(samples.rewards.mean(dim=1))),
             "win_rate": interval(bootstrap_mean(win_rates(samples.rewards, reference.rewards))),
             "effective_n": interval(effective_n(samples.rewards, reference.rewards)),
+            "log_quantile": interval(bootstrap_mean(_log_quantiles(samples, reference))),
             **text_metrics(samples),
         }
     for n in BEST_OF:
         if n <= len(result.curve):
             rows[f"reference, best of {n}"] = {"reward": interval(result.curve[n - 1].reward)}
     return rows
+
+
+def _log_quantiles(samples: Scored, reference: Scored) -> Any:
+    return log_quantile(samples.rewards, reference.rewards, method="harmonic").mean(dim=1)
+
+
+def _opponent(policy: Scored, opponent: Scored) -> dict[str, Any]:
+    return {
+        "reward": interval(bootstrap_mean(opponent.rewards.mean(dim=1))),
+        "win_rate": interval(bootstrap_mean(win_rates(policy.rewards, opponent.rewards))),
+        "num_samples": opponent.rewards.shape[1],
+        **text_metrics(opponent),
+    }
 
 
 def _judge(mine: Any, refs: Any) -> dict[str, Any]:

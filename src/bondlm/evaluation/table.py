@@ -1,11 +1,14 @@
 """Tables for the terminal; completions are shown as text, whatever control characters they hold."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from bondlm.bestofn import EffectiveN
 
 NUM_SHOWN = 4
 
@@ -16,27 +19,101 @@ def visible(text: str) -> Text:
 
 
 def print_table(console: Console, result: Mapping[str, Any]) -> None:
-    """The policy and its baselines, each against the same reference samples."""
+    """The policy and its baselines, each against the same reference samples; then what lies behind the headline."""
     table = Table(title=f"Held-out prompts: {result['num_prompts']}. 95% intervals, bootstrap over prompts.")
     for name in ("", "reward", "win rate", "effective N", "KL", "tokens", "cut off", "distinct-2"):
         table.add_column(name, justify="left" if not name else "right")
-    baselines = result["baselines"]
-    table.add_row(*_row("untouched model, T=1", baselines["reference"]))
-    for name, numbers in baselines.items():
-        if name.startswith("reference, "):
-            table.add_row(*_row("untouched" + name.removeprefix("reference"), numbers))
-    table.add_section()
-    table.add_row(*_row("trained model, T=1", result), style="bold")
-    table.add_row(*_row("trained, greedy", baselines["policy, greedy"]))
+    _add_laws(table, result, _row)
     console.print(table)
+    _print_details(console, result)
     _print_judges(console, result.get("judges", {}))
     for warning in result.get("warnings", ()):
         console.print(visible(f"warning: {warning}"), soft_wrap=True)
+    if "opponent" in result:
+        meeting = f"Win rate against {result.get('opponent_model', 'the opponent')}: "
+        console.print(visible(meeting + _spread(result["opponent"]["win_rate"], 3)), soft_wrap=True)
+    _print_cost(console, result.get("cost"))
     console.print(
         f"One sample of the trained model = Best-of-{result['effective_n']['text']} of the untouched one, at KL "
-        f"{result['kl']['value']:.2f} nats (exact Best-of-N needs {result['kl_of_best_of_n']:.2f}).",
+        f"{result['kl']['value']:.2f} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f}).",
         highlight=False,
     )
+
+
+def _add_laws(table: Table, result: Mapping[str, Any], row: Callable[[str, Mapping[str, Any]], list[str]]) -> None:
+    baselines = result["baselines"]
+    table.add_row(*row("untouched model, T=1", baselines["reference"]))
+    for name, numbers in baselines.items():
+        if name.startswith("reference, "):
+            table.add_row(*row("untouched" + name.removeprefix("reference"), numbers))
+    table.add_section()
+    table.add_row(*row("trained model, T=1", result), style="bold")
+    table.add_row(*row("trained, greedy", baselines["policy, greedy"]))
+
+
+def _print_details(console: Console, result: Mapping[str, Any]) -> None:
+    """What the laws say of order and verbosity, and the policy before Best-of-n at each n."""
+    table = Table(title="Order and length (mean log-quantile of Best-of-N: -1/N)")
+    for name in ("", "log-quantile", "correlation of reward and length"):
+        table.add_column(name, justify="left" if not name else "right")
+    _add_laws(table, result, _detail_row)
+    console.print(table)
+    kls = [f"{name} {_spread(result[key], 3)}" for key, name in KL_ESTIMATES if key in result]
+    console.print(f"KL to the untouched model, nats: {', '.join(kls)}", highlight=False, soft_wrap=True)
+    if not result.get("against_best_of"):
+        return
+    table = Table(title="The trained model against Best-of-n of the untouched one")
+    for name in ("n", "win rate", "KL from Best-of-n (forward)", "KL to Best-of-n (backward)"):
+        table.add_column(name, justify="right")
+    for point in result["against_best_of"]:
+        cells = (_spread(point[name], digits) for name, digits in AGAINST)
+        table.add_row(str(point["n"]), *cells)
+    console.print(table)
+
+
+KL_ESTIMATES = (
+    ("kl", "k1"),
+    ("kl_k3", "k3"),
+    ("kl_per_token", "k1 a token"),
+    ("kl_k3_per_token", "k3 a token"),
+)
+AGAINST = (("win_rate", 3), ("forward_kl", 2), ("backward_kl", 2))
+
+
+def _detail_row(name: str, numbers: Mapping[str, Any]) -> list[str]:
+    correlation = numbers.get("reward_length_correlation")
+    known = correlation is not None and math.isfinite(correlation)
+    log_quantile = _spread(numbers["log_quantile"], 3) if "log_quantile" in numbers else ""
+    return [name, log_quantile, f"{correlation:.2f}" if known else ""]
+
+
+def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
+    if cost is not None:
+        console.print(
+            f"One answer: {cost['tokens']:.0f} tokens, {cost['seconds']:.3f} s; Best-of-{cost['n']} of the untouched "
+            f"model: {cost['best_of_n_tokens']:.0f} tokens, {cost['best_of_n_seconds']:.3f} s, and {cost['n']:.0f} "
+            "rewards.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def print_evaluation(console: Console, step: int, metrics: Mapping[str, float], max_n: int) -> None:
+    """A compact table of an evaluation during training: flat numbers under their logged names."""
+    table = Table(title=f"step {step}: held-out prompts, {metrics.get('eval_runtime', 0.0):.1f} s")
+    for name in ("effective N", "win rate", "reward", "untouched", "KL", "tokens"):
+        table.add_column(name, justify="right")
+    ends = [metrics[f"eval_effective_n{end}"] for end in ("", "_low", "_high")]
+    cells = [
+        _spread({end: metrics[f"eval_{name}{tail}"] for end, tail in ENDS.items()}, digits)
+        for name, digits in (("win_rate", 3), ("reward", 3), ("reference_reward", 3), ("kl", 2))
+    ]
+    length = metrics.get("eval_completions/mean_length")
+    table.add_row(str(EffectiveN(*ends, max_n)), *cells, "" if length is None else f"{length:.1f}")
+    console.print(table)
+
+
+ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
 def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
@@ -74,8 +151,13 @@ def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:
 
 
 def _spread(numbers: Mapping[str, float], digits: int) -> str:
+    """The value with half its interval; nothing where it is not known."""
+    if not math.isfinite(numbers["value"]):
+        return ""
     half = (numbers["high"] - numbers["low"]) / 2
-    return f"{numbers['value']:.{digits}f} ±{half:.{digits}f}"
+    return (
+        f"{numbers['value']:.{digits}f} ±{half:.{digits}f}" if math.isfinite(half) else f"{numbers['value']:.{digits}f}"
+    )
 
 
 def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

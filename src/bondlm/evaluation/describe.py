@@ -1,0 +1,35 @@
+"""What a run was made with, in the words of `eval.json` and of the model card: only what its objective looks at."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
+
+_OF_ANCHOR = {"ema": "eta", "periodic": "anchor_update_every"}
+
+
+def describe_objective(name: str, objective: Any) -> dict[str, Any]:
+    """The objective's name and its settings that are plain values."""
+    settings = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
+    settings = {"n": getattr(objective, "n", None)} | settings
+    return {"name": name} | {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
+
+
+def describe_settings(args: Any, objective: Any) -> dict[str, Any]:
+    """`describe_objective`, the anchor with the setting that moves it, and the learning rate."""
+    names = [name for name in ("anchor", _OF_ANCHOR.get(args.anchor), "learning_rate") if name is not None]
+    return describe_objective(args.objective, objective) | {name: getattr(args, name) for name in names}
+
+
+def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`describe_settings` of a run's `config.yaml`, which holds only what was set: the rest are the defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(BONDConfig) if f.default is not dataclasses.MISSING}
+    args = SimpleNamespace(**defaults | {name: value for name, value in config.items() if name in defaults})
+    if args.learning_rate is None:
+        args.learning_rate = LORA_LEARNING_RATE if config.get("use_peft") else PAPER_LEARNING_RATE
+    described = describe_settings(args, make_objective(args))  # type: ignore[arg-type]
+    if args.objective == "best_of_n_regression" and args.num_samples is None:
+        del described["num_samples"]  # as many as the data has of each prompt: the settings do not know
+    return described
