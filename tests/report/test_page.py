@@ -116,7 +116,15 @@ def test_the_json_beside_it_holds_eval_json_unchanged(run, page):
 
 
 def test_figures_are_files_and_in_the_page(run, page):
-    names = {"best-of-n", "kl-plane", "quantiles", "training-reward", "training-kl", "training-effective-n"}
+    names = {
+        "best-of-n",
+        "kl-plane",
+        "reward-plane",
+        "quantiles",
+        "training-reward",
+        "training-kl",
+        "training-effective-n",
+    }
     names |= {"training-penalty", "phases"}
     for end in ("svg", "png"):
         assert {path.stem for path in (run / "figures").glob(f"*.{end}")} == names
@@ -215,6 +223,30 @@ def test_several_runs_are_compared(tmp_path):
     assert (tmp_path / "compare.json").is_file()
     assert (tmp_path / "compare-figures" / "kl-plane.svg").read_text().count(">b<") == 1
     assert not (runs[0] / "report.html").exists()
+
+
+def test_runs_with_other_rewards_references_or_prompts_are_told_apart(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    assert "do not compare" not in str(page_of(*runs, output=tmp_path / "same.html").texts)
+    for run, change in ((runs[1], {"rewards": ["<other>"], "num_prompts": 7}), (runs[2], {"reference": "org/base"})):
+        result = json.loads((run / "eval.json").read_text())
+        (run / "eval.json").write_text(json.dumps(result | change))
+    page = page_of(*runs, output=tmp_path / "compare.html")
+    assert (
+        "a and b differ in their rewards (similarity:all-minilm-l6-v2, reward.py:complete; <other>)"
+        in page.texts["warning"]
+    )
+    assert "a and b differ in the number of their held-out prompts (200; 7)" in page.texts["warning"]
+    assert "a and c differ in their reference (org/model; org/base)" in page.texts["warning"]
+    assert len(json.loads((tmp_path / "compare.json").read_text())["differences"]) == 3
+
+
+def test_the_reward_plane_has_the_curve_and_every_run(tmp_path):
+    runs = [write_run(tmp_path / name, n=n) for name, n in (("a", 6.3), ("b", 4.2))]
+    page_of(*runs, output=tmp_path / "compare.html")
+    drawn = (tmp_path / "compare-figures" / "reward-plane.svg").read_text()
+    assert [drawn.count(f">{text}<") for text in ("a", "b", "mean reward", "Best-of-N of the reference")] == [1] * 4
+    assert ">16<" in drawn  # the orders along the line
 
 
 def test_only_the_contract_is_needed(tmp_path):

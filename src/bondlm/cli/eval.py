@@ -139,7 +139,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
         max_rows=settings["max_rows"],
     )
     sampler = pair.samplers["policy"]
-    lengths = {name: settings.get(name) for name in ("max_prompt_length", "max_completion_length")}
+    lengths: dict[str, Any] = {name: settings.get(name) for name in ("max_prompt_length", "max_completion_length")}
     rows = pair.rows(settings["dataset"], **lengths)
     opponent_rows = pair.rows(settings["dataset"], **lengths, for_opponent=True) if pair.opponent is not None else []
     if len(rows) < 2:

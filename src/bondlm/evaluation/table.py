@@ -103,13 +103,13 @@ def print_evaluation(console: Console, step: int, metrics: Mapping[str, float], 
     table = Table(title=f"step {step}: held-out prompts, {metrics.get('eval_runtime', 0.0):.1f} s")
     for name in ("effective N", "win rate", "reward", "untouched", "KL", "tokens"):
         table.add_column(name, justify="right")
-    ends = [metrics[f"eval_effective_n{end}"] for end in ("", "_low", "_high")]
+    value, low, high = (metrics[f"eval_effective_n{tail}"] for tail in ENDS.values())
     cells = [
         _spread({end: metrics[f"eval_{name}{tail}"] for end, tail in ENDS.items()}, digits)
         for name, digits in (("win_rate", 3), ("reward", 3), ("reference_reward", 3), ("kl", 2))
     ]
     length = metrics.get("eval_completions/mean_length")
-    table.add_row(str(EffectiveN(*ends, max_n)), *cells, "" if length is None else f"{length:.1f}")
+    table.add_row(str(EffectiveN(value, low, high, max_n)), *cells, "" if length is None else f"{length:.1f}")
     console.print(table)
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from bondlm.report.canvas import drawing, save
 from bondlm.report.curves import curve_figure, phase_figure
-from bondlm.report.figures import best_of_n_figure, plane_figure, quantile_figure
+from bondlm.report.figures import best_of_n_figure, plane_figure, quantile_figure, reward_plane_figure
 from bondlm.report.read import Run
 from bondlm.report.safe import visible
 
@@ -54,9 +54,18 @@ def _plan(runs: Sequence[Run]) -> list[tuple[str, str, str, Callable[[], Figure 
         (
             "kl-plane",
             "Win rate against KL",
-            "Exact Best-of-N (the line; its numbers are N) buys nearly the highest win rate that a KL can buy: how far "
-            "a run is to the right of it is KL that was wasted. Small marks: evaluations during training.",
+            "Exact Best-of-N of continuous rewards (the line; its numbers are N) buys nearly the highest win rate that "
+            "a KL can buy: how far a run is to the right of it is KL that was wasted. Small marks: evaluations during "
+            "training.",
             lambda: plane_figure(runs),
+            False,
+        ),
+        (
+            "reward-plane",
+            "Reward against KL",
+            "The line is the reference's own Best-of-N: the mean reward of its samples, and the KL that it needs, with "
+            "the ties that the samples show. Small marks: evaluations during training.",
+            lambda: reward_plane_figure(runs),
             False,
         ),
         (

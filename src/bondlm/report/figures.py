@@ -1,4 +1,4 @@
-"""The figures of a report about the evaluation: Best-of-N curve, win rate against KL, quantiles.
+"""The figures of a report about the evaluation: Best-of-N curve, win rate and reward against KL, quantiles.
 
 Each function returns a matplotlib figure, or None where the runs hold nothing to draw.
 """
@@ -83,19 +83,43 @@ def plane_figure(runs: Sequence[Run]) -> Figure:
             at = (float(best_of_n_kl(np.array(order))), float(best_of_n_win_rate(np.array(order))))
             axes.plot(*at, marker=".", color=INK, markersize=6, zorder=1)
             axes.annotate(f"{order}", at, xytext=(-2, 5), textcoords="offset points", ha="right", fontsize=8)
-    for i, run in enumerate(runs):
-        colour, marker = run_style(i)
-        points = [p for p in evaluation_points(run) if None not in (p["kl"]["value"], p["win_rate"]["value"])]
-        before = points[:-1]
-        if before:
-            path = [(p["kl"]["value"], p["win_rate"]["value"]) for p in points]
-            axes.plot(*zip(*path, strict=True), color=colour, alpha=0.6, linewidth=1, marker=marker, markersize=3)
-        if None not in (run.result["kl"]["value"], run.result["win_rate"]["value"]):
-            _cross(axes, run.result["kl"], run.result["win_rate"], colour, marker, run.name)
-    axes.set_xlabel("KL(policy ‖ reference), nats")
+    _plot_runs(axes, runs, "win_rate")
     axes.set_ylabel("win rate against the reference")
     axes.legend(loc="lower right")
     return figure
+
+
+def reward_plane_figure(runs: Sequence[Run]) -> Figure | None:
+    """Mean reward against KL: Best-of-N of the first run's reference, and each run with its evaluations."""
+    points = [point for point in curve(runs[0].result) if point["reward"]["value"] is not None]
+    if not points:
+        return None
+    figure, axes = new_axes()
+    kl = [best_of_n_kl(np.array(float(p["n"]))) if p.get("kl") is None else p["kl"] for p in points]
+    axes.plot(kl, _floats(points, "reward", "value"), color=INK, label="Best-of-N of the reference", zorder=1)
+    for x, point in zip(kl, points, strict=True):
+        n = point["n"]
+        if n & (n - 1) == 0:  # 1, 2, 4, ..
+            at = (float(x), point["reward"]["value"])
+            axes.plot(*at, marker=".", color=INK, markersize=6, zorder=1)
+            axes.annotate(f"{n}", at, xytext=(-2, 5), textcoords="offset points", ha="right", fontsize=8)
+    _plot_runs(axes, runs, "reward")
+    axes.set_ylabel("mean reward")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _plot_runs(axes: Axes, runs: Sequence[Run], measure: str) -> None:
+    """Each run at (KL, measure) with its intervals, and its way there through the evaluations during training."""
+    for i, run in enumerate(runs):
+        colour, marker = run_style(i)
+        points = [p for p in evaluation_points(run) if None not in (p["kl"]["value"], p[measure]["value"])]
+        if points[:-1]:
+            path = [(p["kl"]["value"], p[measure]["value"]) for p in points]
+            axes.plot(*zip(*path, strict=True), color=colour, alpha=0.6, linewidth=1, marker=marker, markersize=3)
+        if None not in (run.result["kl"]["value"], run.result[measure]["value"]):
+            _cross(axes, run.result["kl"], run.result[measure], colour, marker, run.name)
+    axes.set_xlabel("KL(policy ‖ reference), nats")
 
 
 def _cross(axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], colour: str, marker: str, label: str) -> None:

@@ -98,6 +98,31 @@ def baseline_rows(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
     return [("policy", result), *result.get("baselines", {}).items()]
 
 
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Say in which of the things that numbers depend on a run differs from the first one, where both are known."""
+    first, found = runs[0], []
+    for other in runs[1:]:
+        for key, name, hit in COMPARED:
+            mine, theirs = first.result.get(key), other.result.get(key)
+            if None not in (mine, theirs) and mine != theirs:
+                found.append(
+                    f"{first.name} and {other.name} differ in {name} ({_listed(mine)}; {_listed(theirs)}): their "
+                    f"{hit} do not compare"
+                )
+    return found
+
+
+COMPARED = (
+    ("rewards", "their rewards", "mean rewards, win rates and effective N"),
+    ("reference", "their reference", "win rates, effective N and KL"),
+    ("num_prompts", "the number of their held-out prompts", "all numbers"),
+)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def evaluation_points(run: Run) -> list[dict[str, Any]]:
     """Return the evaluations of a run in order: step, and each measure as `{value, low, high}`.
 
@@ -119,6 +144,7 @@ def report_numbers(runs: Sequence[Run], version: str) -> dict[str, Any]:
     """Return what `report.json` holds: each run's eval.json unchanged, its headline and its evaluations."""
     return {
         "bondlm": version,
+        "differences": differences(runs),
         "runs": [
             {
                 "name": run.name,

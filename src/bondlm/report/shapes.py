@@ -20,7 +20,7 @@ _BASELINE = {
     "distinct_2": "number",
 }
 EVAL_SHAPE: dict[str, Any] = {
-    **dict.fromkeys((*REQUIRED, "log_quantile", "kl_k3", "kl_per_token"), "estimate"),
+    **dict.fromkeys((*REQUIRED, "log_quantile", "kl_k3", "kl_per_token", "kl_k3_per_token"), "estimate"),
     **dict.fromkeys(("kl_of_best_of_n", "kl_ratio", "num_prompts", "num_samples", "steps"), "number"),
     **dict.fromkeys(("num_reference_samples", "entropy", "distinct_1", "distinct_2"), "number"),
     **dict.fromkeys(("completions/mean_length", "completions/clipped_ratio", "reward_length_correlation"), "number"),
@@ -29,6 +29,9 @@ EVAL_SHAPE: dict[str, Any] = {
     "against_best_of": [{"n": "number", "win_rate": "estimate", "forward_kl": "estimate", "backward_kl": "estimate"}],
     "quantile_histogram": {"edges": ["number"], "policy": ["number"]},
     "baselines": {"*": _BASELINE},
+    "opponent": {"win_rate": "estimate"},
+    "opponent_model": "text",
+    "reference": "text",
     "judges": {"*": {"reward": "estimate", "reference_reward": "estimate", "win_rate": "estimate"}},
     "warnings": ["text"],
     "cost": {"*": "number"},

@@ -98,6 +98,7 @@ def render(runs: Sequence[Run], drawn: Sequence[Any], bondlm_version: str) -> st
     return environment.get_template("report.html").render(
         runs=runs,
         headlines=[numbers.headline(run.result) for run in runs],
+        differences=numbers.differences(runs),
         ratios=[numbers.kl_ratio(run.result) for run in runs],
         baselines=numbers.baseline_rows(runs[0].result),
         figures=[figure for figure in drawn if not figure.training],
