@@ -69,7 +69,7 @@ def test_it_opens_within_two_seconds_and_fits_the_width(page):
     times = page.evaluate("performance.timing.loadEventEnd - performance.timing.navigationStart")
     assert 0 < times < 2000
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.locator("figure svg").count() == 8
+    assert page.locator("figure svg").count() == 9
     assert page.locator(".sample").count() == 20
     assert page.locator("#range").text_content() == "1–20 of 1000"
 
