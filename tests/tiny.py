@@ -159,15 +159,21 @@ def tiny_gpt2(
 
 
 def tiny_t5(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, dropout: float = 0.1, dtype: torch.dtype = torch.float32
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int = 0,
+    dropout: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+    decoder_layers: int = 2,
 ) -> T5ForConditionalGeneration:
-    """T5 (encoder-decoder, dropout); the decoder starts with the padding id."""
+    """T5 (encoder-decoder, dropout); the decoder starts with the padding id, the encoder has two layers."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=32,
         d_kv=8,
         d_ff=64,
         num_layers=2,
+        num_decoder_layers=decoder_layers,
         num_heads=4,
         dropout_rate=dropout,
         initializer_factor=1.5,

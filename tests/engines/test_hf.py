@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig
 from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration
 
 from bondlm.engines import Completion
 from bondlm.engines.hf import TransformersEngine, row_uniforms, sample_tokens
@@ -94,6 +96,27 @@ def test_samples_are_those_of_the_plain_sampler(kind: str, temperature: float) -
                 assert c.logprobs[t] == pytest.approx(float(logps[token]), abs=1e-4)
                 expected += float(logps[token])
             assert c.logprob == pytest.approx(expected, abs=1e-3)
+
+
+def other_bart() -> Any:
+    """Two encoder layers with 4 heads, three decoder layers with 2."""
+    config = BartConfig(
+        **{"vocab_size": len(TOKENIZER), "d_model": 32, "max_position_embeddings": 64, "init_std": 0.3},
+        **{"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64},
+        **{"decoder_layers": 3, "decoder_attention_heads": 2, "decoder_ffn_dim": 64},
+    )
+    torch.manual_seed(0)
+    return BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [partial(tiny_t5, TOKENIZER, decoder_layers=4), partial(tiny_t5, TOKENIZER, decoder_layers=1), other_bart],
+    ids=["t5 2 + 4", "t5 2 + 1", "bart 2 + 3"],
+)
+def test_a_decoder_may_have_other_layers_than_its_encoder(build: Callable[[], Any]) -> None:
+    model = build()
+    assert ids_of(generate(engine_of(model))) == plain_samples(model)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 
+from bondlm.engines.cache import decoder_config
+
 CPU_ROWS = 96  # measured (benchmarks/roofline.py): a CPU is busy with fewer, more rows only cost memory
 MOST_ROWS = 1024
 CACHE_SHARE = 0.5  # of the free memory: the rest is for activations, logits and fragmentation
 
 
 def cache_bytes(config: Any, element_size: int) -> int:
-    """Bytes of keys and values of one token of one row."""
-    config = config.get_text_config(decoder=True)
+    """Bytes of keys and values of one token of one row; `config` is what `decoder_config` gives."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     size = size or config.hidden_size // config.num_attention_heads
@@ -33,4 +34,4 @@ def automatic_rows(model: Any, num_tokens: int) -> int:
         return CPU_ROWS
     reserved = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free, _ = torch.cuda.mem_get_info(model.device)
-    return rows_that_fit(model.config, model.dtype.itemsize, num_tokens, free + reserved)
+    return rows_that_fit(decoder_config(model), model.dtype.itemsize, num_tokens, free + reserved)

@@ -47,6 +47,15 @@ def _longer(held: Tensor, states: Tensor, length: int) -> Tensor:
     return buffer
 
 
+def decoder_config(model: Any) -> Any:
+    """The config of what decodes: of an encoder-decoder model the decoder's own, which may have other layers.
+
+    T5's own config counts the encoder's layers, and a cache made from it would be too short for a deeper decoder.
+    """
+    config = model.get_decoder().config if model.config.is_encoder_decoder else model.config
+    return config.get_text_config(decoder=True)
+
+
 def growing_cache(config: Any) -> DynamicCache:
     """A `DynamicCache` whose full-attention layers grow in place; other kinds of layers are as they are."""
     cache = DynamicCache(config=config)

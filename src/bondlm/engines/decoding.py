@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from bondlm.adapters import RowAdapters
-from bondlm.engines.cache import growing_cache
+from bondlm.engines.cache import decoder_config, growing_cache
 from bondlm.prefix import prefill_prefix, shared_prefix
 
 
@@ -39,15 +39,18 @@ def start_decoding(
         return _CausalState.start(model, prompts, pad_id, adapters, adapter_P)
     if adapters is not None:
         adapters.set(adapter_P)
-    return _Seq2SeqState.start(model, *pad_left(prompts, pad_id, model.device), adapters)
+    # Padded right: an encoder with absolute positions (Bart) counts from the first column, padding or not.
+    return _Seq2SeqState.start(model, *padded(prompts, pad_id, model.device, left=False), adapters)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
     """Ids and mask (P, S); the mask comes from the lengths, since the padding id may be the end-of-sequence id."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
+    fills = [[pad_id] * (width - len(p)) for p in prompts]
+    masks = [([0] * len(fill), [1] * len(p)) for fill, p in zip(fills, prompts, strict=True)]
+    ids = [fill + list(p) if left else list(p) + fill for fill, p in zip(fills, prompts, strict=True)]
+    mask = [hidden + real if left else real + hidden for hidden, real in masks]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 class _CausalState:
@@ -75,7 +78,7 @@ class _CausalState:
             cache.batch_select_indices(torch.tensor([kinds.index(kind) for kind in adapter_P], device=model.device))
         if adapters is not None:
             adapters.set(adapter_P)
-        ids_PS, mask_PS = pad_left([p[len(prefix) :] for p in prompts], pad_id, model.device)
+        ids_PS, mask_PS = padded([p[len(prefix) :] for p in prompts], pad_id, model.device, left=True)
         mask_PS = torch.cat([mask_PS.new_ones(len(prompts), len(prefix)), mask_PS], dim=1)
         positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)[:, len(prefix) :]  # padding is masked
         out = model(
@@ -127,9 +130,8 @@ class _Seq2SeqState:
         cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None
     ) -> tuple["_Seq2SeqState", Tensor]:
         hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
-        cache = EncoderDecoderCache(
-            growing_cache(model.config), DynamicCache(config=model.config)
-        )  # the prompt does not grow
+        config = decoder_config(model)
+        cache = EncoderDecoderCache(growing_cache(config), DynamicCache(config=config))  # the prompt does not grow
         state = cls(model, cache, hidden, mask_PS, adapters)
         start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
         return state, state.step(start_P)
