@@ -21,13 +21,16 @@ from bondlm.checkpoint import (
     save_tensors,
 )
 from bondlm.clock import Clock
-from bondlm.errors import CheckpointError, NonFiniteError, ResourceError
+from bondlm.errors import CheckpointError, ConfigError, EngineError, NonFiniteError, ResourceError, RewardOutageError
 from bondlm.manifest import remove_older, seal
 from bondlm.quantile_model import QuantileModel
 from bondlm.ranks import require_same_weights
 from bondlm.rollout import Samples
 from bondlm.runfolder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.sharding import local
+
+# Faults of a server, or memory that is spent: the weights are as the last step left them, and worth a checkpoint.
+PAUSING = (RewardOutageError, EngineError, ResourceError, ConfigError)
 
 
 class AnchorCallback(TrainerCallback):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from bondlm.anchor import Anchor
-from bondlm.callbacks import AnchorCallback, RunFolderCallback, StopCallback
+from bondlm.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback
 from bondlm.checkpoint import writing_to
 from bondlm.clock import Clock, StepMeans
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
@@ -30,7 +30,7 @@ from bondlm.dropping import DropBudget
 from bondlm.engines import Role
 from bondlm.engines.choose import make_engine
 from bondlm.engines.gap import GAP_METRIC, logprob_gap, padded_logprobs
-from bondlm.errors import ConfigError, RewardError, RewardOutageError
+from bondlm.errors import ConfigError, RewardError
 from bondlm.head import exact_head
 from bondlm.held_out import compare
 from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_groups, token_logprobs
@@ -196,7 +196,7 @@ class BONDTrainer(Trainer):
         self.clock.start("other")
         try:
             window = self._roll_out(rows, step, torch.tensor(is_real))
-        except RewardOutageError as error:
+        except PAUSING as error:
             self.stop.pause(error, self.args, self.state, self.control)
             return [], num_prompts
         num_prompts = self.accelerator.gather(window["tensors"]["weight_P"].sum().to(device)).sum()
@@ -373,7 +373,7 @@ class BONDTrainer(Trainer):
             dataset = self._encoded(dataset)
         try:
             policy, reference = self.held_out_samples(dataset)
-        except RewardError as error:
+        except (RewardError, *PAUSING) as error:
             if not self.is_in_train or self.args.metric_for_best_model is not None:
                 raise
             self.stop.pause(error, self.args, self.state, self.control)

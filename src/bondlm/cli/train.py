@@ -7,7 +7,7 @@ import re
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,7 +76,7 @@ def run(options: dict[str, Any]) -> int:
             (folder / CONFIG_FILE).write_text(yaml.safe_dump(redacted(options), sort_keys=False), encoding="utf-8")
             _note_environment(folder / ENVIRONMENT_FILE, changes)
         reporter = ProgressReporter(console, trainer)
-        with reporter, _stop_on_signals(trainer) as stopped_by:
+        with closing(trainer.engine), reporter, _stop_on_signals(trainer) as stopped_by:
             trainer.train(resume_from_checkpoint=checkpoint)
             if stopped_by():
                 return _say_stopped(console, folder, stopped_by())

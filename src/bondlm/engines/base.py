@@ -27,6 +27,16 @@ class Completion:
 class Engine(Protocol):
     """Draws completions, of one role or of several at once."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether a completion's log-probabilities are those that the trainer's own model gives, up to rounding.
+
+        If not, the trainer computes them anew where they enter the loss.
+        """
+
+    def close(self) -> None:
+        """End connections and processes that the engine holds; it draws nothing afterwards."""
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

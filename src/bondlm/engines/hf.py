@@ -46,6 +46,8 @@ class TransformersEngine:
     `use_together(roles)` lends one model for several roles (`bondlm.models.Roles`), or is None where that cannot be.
     """
 
+    exact = True  # the same weights, the same process
+
     def __init__(
         self,
         use: Callable[[Role], AbstractContextManager[Any]],
@@ -107,6 +109,9 @@ class TransformersEngine:
                 self._use_together = None
         law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         return {role: self.generate(prompts, k, role=role, seeds=s, **law) for role, (k, s) in wanted.items()}
+
+    def close(self) -> None:
+        """Nothing to end."""
 
     def _draw(
         self,

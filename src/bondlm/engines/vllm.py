@@ -14,8 +14,8 @@ import copy
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ MAX_REQUESTS = 256  # at a time; the server queues what it cannot run yet
 
 class VLLMEngine:
     """Samples from a vLLM server that serves `use`'s base model and takes adapters at run time."""
+
+    exact = False  # another program's kernels, often in another precision
 
     def __init__(
         self,
@@ -222,22 +224,24 @@ class VLLMEngine:
                 )
         jobs = [(role, i) for role, (count, _) in wanted.items() if count for i in range(len(prompts))]
 
-        def run(job: tuple[Role, int]) -> list[Completion]:
+        def run(job: tuple[Role, int]) -> None:
             role, i = job
             count, seeds = wanted[role]
             body = self._request(role, prompts[i], count, seeds[i], max_new_tokens, temperature)
             completions = self._completions(self._client.complete(body), prompts[i], count, max_new_tokens)
+            drawn[role][i] = completions
             if self.on_prompts_done is not None:
                 self.on_prompts_done(1)
-            return completions
 
-        drawn: dict[Role, list[list[Completion]]] = {role: [] for role in wanted}
-        pool = ThreadPoolExecutor(max_workers=max(1, min(MAX_REQUESTS, len(jobs))), thread_name_prefix="bondlm-vllm")
+        drawn: dict[Role, list[list[Completion]]] = {role: [[] for _ in prompts] for role in wanted}
+        # Daemon threads: after an error nobody waits for the other answers, not even the interpreter at its exit (it
+        # would for an executor's threads, up to `vllm_timeout`).
+        pool = ThreadPool(max(1, min(MAX_REQUESTS, len(jobs))))
         try:
-            for (role, _), completions in zip(jobs, pool.map(run, jobs), strict=True):
-                drawn[role].append(completions)
+            for _ in pool.imap_unordered(run, jobs):  # whichever comes first, so that the first error ends it
+                pass
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other answers
+            pool.terminate()
         return drawn
 
     def _request(
