@@ -19,6 +19,11 @@ from torch.utils.checkpoint import checkpoint
 LOGITS_BUDGET = 2**28  # bytes of fp32 logits at a time
 
 
+def positions_in_budget(vocab_size: int) -> int:
+    """Positions whose logits fit into the budget, at least one."""
+    return max(1, LOGITS_BUDGET // (4 * vocab_size))
+
+
 def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of `ids` under `logits`, without a tensor of all log-probabilities; fp32."""
     return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1).float() - logits.float().logsumexp(dim=-1)
@@ -32,7 +37,7 @@ def chosen_tokens(head: nn.Module, position_N: Tensor, ids_N: Tensor) -> Iterato
     and more than one piece, a piece's logits are computed anew in the backward pass instead of kept.
     """
     plain = head.forward
-    size = max(1, LOGITS_BUDGET // (4 * cast(int, head.out_features)))
+    size = positions_in_budget(cast(int, head.out_features))
 
     def piece(hidden_ND: Tensor, ids: Tensor) -> Tensor:
         return chosen_logprobs(plain(hidden_ND), ids)

@@ -3,15 +3,18 @@
 Shapes: P prompts, L completions of each, S columns of a row, T tokens of a completion, N completion tokens in all.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from bondlm.head import chosen_logprobs, chosen_tokens, exact_head
+from bondlm.errors import ResourceError
+from bondlm.head import chosen_logprobs, chosen_tokens, exact_head, positions_in_budget
 from bondlm.prefix import has_full_attention, prefill_prefix, repeated, shared_prefix
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, the ids of its completions)
@@ -143,27 +146,85 @@ def score_groups(
 ) -> Tensor:
     """`sequence_logprobs` of any number of prompts with L completions each, without gradient, (P, L) fp32 on CPU.
 
-    What all prompts begin with is computed once. With L > 1 completions share their prompt's row: see
-    `can_share_prompts`.
+    What all prompts begin with is computed once. At most `batch_rows` completions go through the model together; fewer
+    after an out-of-memory error, or where a model that alters its logits would make too many of them. With L > 1
+    completions share their prompt's row: see `can_share_prompts`.
+
+    Raises:
+        ResourceError: not even the completions of one prompt fit into the memory.
     """
     prefix = shared_prefix(model.config, [prompt for prompt, _ in groups])
     n = len(prefix)
     before = prefill_prefix(model, prefix, DynamicCache(config=model.config)) if prefix else None
     head = exact_head(model, device)
     groups = [(prompt[n:], completions) for prompt, completions in groups]
-    order, num_completions = by_length(groups), len(groups[0][1])
+    num_completions = len(groups[0][1])
     result = torch.empty(len(groups), num_completions, dtype=torch.float32)
-    prompts = max(1, batch_rows // num_completions)
-    for begin in range(0, len(groups), prompts):
-        chunk = order[begin : begin + prompts]
-        batch = collate([groups[i] for i in chunk], pad_id, start_id=start_id)
+    pending, size = (
+        by_length(groups)[::-1],
+        max(1, batch_rows // num_completions),
+    )  # longest first: out of memory? At once.
+    while pending:
+        chunk = pending[:size]
+        if head is None:
+            chunk = chunk[: _within_budget(model, [groups[i] for i in chunk])]
+        scores = _score_chunk(model, [groups[i] for i in chunk], pad_id, start_id, device, n, before, head)
+        if scores is None:
+            size = len(chunk) // 2
+            continue
+        result[chunk], pending = scores, pending[len(chunk) :]
+    return result
+
+
+def _score_chunk(
+    model: Any,
+    groups: Sequence[Group],
+    pad_id: int,
+    start_id: int | None,
+    device: torch.device,
+    num_before: int,
+    before: DynamicCache | None,
+    head: nn.Module | None,
+) -> Tensor | None:
+    """One forward pass; None when its rows were too many for the memory: take fewer."""
+    batch = collate(groups, pad_id, start_id=start_id)
+    try:
         cache = None
         if before is not None:
-            cache = repeated(before, len(chunk))
-            batch = _behind_prefix(batch, n)
-        on_device = {k: v.to(device) for k, v in batch.items()}
-        result[chunk] = sequence_logprobs(model, on_device, cache, head).cpu()
-    return result
+            cache = repeated(before, len(groups))
+            batch = _behind_prefix(batch, num_before)
+        return sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache, head).cpu()
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        reason = str(error).splitlines()[0]
+    if len(groups) == 1:
+        prompt, completions = groups[0]
+        raise ResourceError(
+            f"out of memory while {len(completions)} completion(s) of {len(prompt)} + {max(map(len, completions))} "
+            f"tokens were scored: use a smaller model or dtype, or a smaller max_completion_length ({reason})"
+        )
+    warnings.warn(
+        f"bondlm: out of memory while {len(groups)} prompts were scored, going on with {len(groups) // 2} ({reason})",
+        stacklevel=3,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _within_budget(model: Any, groups: Sequence[Group]) -> int:
+    """How many of these groups, at least one, a model that makes all of their logits can score within the budget."""
+    num_positions = positions_in_budget(model.config.get_text_config(decoder=True).vocab_size)
+    for count in range(len(groups), 1, -1):
+        prompts, lengths = [len(p) for p, _ in groups[:count]], [list(map(len, cs)) for _, cs in groups[:count]]
+        if model.config.is_encoder_decoder:
+            columns = len(lengths[0]) * max(map(max, lengths))
+        else:  # from the last token of the shortest prompt on
+            columns = max(p + sum(c) for p, c in zip(prompts, lengths, strict=True)) - min(prompts) + 1
+        if count * columns <= num_positions:
+            return count
+    return 1
 
 
 def _behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:

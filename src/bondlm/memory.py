@@ -9,6 +9,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from bondlm.errors import ResourceError
+from bondlm.head import positions_in_budget
 
 MicroBatch = dict[str, Any]
 
@@ -21,9 +22,18 @@ class SmallerBatches:
     """
 
     def __init__(self) -> None:
-        """Whole micro-batches until an error says otherwise."""
+        """Whole micro-batches until an error, or whoever knows better, says otherwise."""
         self.max_prompts: int | None = None
         self._window: list[MicroBatch] = []
+
+    def within_budget(self, config: Any, num_positions: int) -> None:
+        """Only as many prompts at a time as make logits of a fixed size, for a model that makes those of all columns.
+
+        `num_positions` is the most that one prompt's completions have. It comes from settings alone, so that every rank
+        cuts alike.
+        """
+        vocab_size = config.get_text_config(decoder=True).vocab_size
+        self.max_prompts = max(1, positions_in_budget(vocab_size) // num_positions)
 
     def learn(self, model: nn.Module, batch: MicroBatch, step: Callable[[MicroBatch], Tensor], args: Any) -> Tensor:
         """Forward and backward of one micro-batch by `step`; returns its loss.

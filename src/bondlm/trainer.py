@@ -162,6 +162,8 @@ class BONDTrainer(Trainer):
         with self.roles.use("policy") as policy:
             self._share_prompts = can_share_prompts(policy, args.device, distributed=trained_in_parallel(args))
             self._head = core.get_output_embeddings() if exact_head(policy, args.device) is not None else None
+        if self._head is None:
+            self._smaller.within_budget(core.config, self.objective.plan.learn * args.max_completion_length)
         self._reference_samples: dict[int, Samples] = {}
 
     # -- data

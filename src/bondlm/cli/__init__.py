@@ -50,12 +50,23 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail("interrupted", INTERRUPTED)
     except UnpicklingError as error:  # Trainer loads them as data alone; a stranger's code gets no further
         return _fail(f"a file of the checkpoint is no plain data and was not loaded: {error}", CHECKPOINT)
-    except MemoryError as error:
-        return _fail(f"out of memory: {error}", OUT_OF_RESOURCES)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory: {str(error).partition(chr(10))[0]}", OUT_OF_RESOURCES)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _fail(f"the disk is full: {error}", OUT_OF_RESOURCES)
         raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also PyTorch's errors, of a GPU and of a CPU, where the run knew no smaller way."""
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)
 
 
 def _leave_group(distributed: Any, code: int) -> None:
