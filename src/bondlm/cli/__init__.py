@@ -50,14 +50,17 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail("interrupted", INTERRUPTED)
     except UnpicklingError as error:  # Trainer loads them as data alone; a stranger's code gets no further
         return _fail(f"a file of the checkpoint is no plain data and was not loaded: {error}", CHECKPOINT)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        spent = _what_is_spent(error)
+        if spent is None:
             raise
-        return _fail(f"out of memory: {str(error).partition(chr(10))[0]}", OUT_OF_RESOURCES)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return _fail(f"the disk is full: {error}", OUT_OF_RESOURCES)
-        raise
+        return _fail(f"{spent}: {str(error).partition(chr(10))[0]}", OUT_OF_RESOURCES)
+
+
+def _what_is_spent(error: Exception) -> str | None:
+    if isinstance(error, OSError):
+        return "the disk is full" if error.errno == errno.ENOSPC else None
+    return "out of memory" if _is_out_of_memory(error) else None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
