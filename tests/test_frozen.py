@@ -280,6 +280,7 @@ FLOORS = {
         "text",
         "data",
         "scored",
+        "fingerprints",
         "logprobs",
         "head",
         "prefix",

@@ -202,7 +202,10 @@ def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
         ({"reward": None}, r"row 5: the reward is None, not a finite number \(prompt 'Why do cats"),
         ({"reward": float("nan")}, r"row 5: the reward is nan, not a finite number"),
         ({"completion": None}, r"row 5: the completion is None, not text"),
-        ({"completion": "a much longer completion than any that would fit"}, r"row 5: the completion has \d+ tokens"),
+        (
+            {"completion": "a much longer completion than any that would fit"},
+            r"row 5: the completion has \d+ tokens \(prompt 'Why do",
+        ),
     ],
 )
 def test_bad_scored_rows_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -230,6 +233,32 @@ def test_scored_samples_and_settings_must_fit(tmp_path: Path) -> None:
         trainer(tmp_path, reward=None)
     with pytest.raises(ConfigError, match="eval_dataset needs reward_funcs"):
         logged_trainer(tmp_path, scored_rows(2), reward=None, eval_dataset=prompt_rows(2))
+
+
+@pytest.mark.parametrize("change", [{"reward": None}, {"completion": None}, {"prompt": "once"}])
+def test_bad_scored_rows_are_refused_before_a_model_is_loaded(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("bondlm.trainer.prepare_policy", loaded)
+    rows = scored_rows(3)
+    rows[5] |= change
+    path = tmp_path / "scored.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"row 5: |'once' has 1 scored samples, 3 are needed"):
+        logged_trainer(tmp_path, str(path))
+    for settings in ({"anchor": "ema"}, {"objective": "rloo", "n": 2}, {"eval_strategy": "steps", "eval_steps": 1}):
+        with pytest.raises(ConfigError):
+            logged_trainer(tmp_path, scored_rows(3), **settings)
+
+
+def test_an_evaluation_without_held_out_prompts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"eval_strategy='steps' \(target_n=2.0, kl_budget=None\) without eval_dataset"
+    ):
+        trainer(tmp_path, eval_strategy="steps", eval_steps=1, target_n=2.0)
 
 
 def test_scored_rows_may_come_in_any_order(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
 
     from bondlm import BONDConfig, BONDTrainer
     from bondlm.data import load_prompts
-    from bondlm.evaluation.files import model_fingerprint, reward_fingerprint
+    from bondlm.fingerprints import model_fingerprint, reward_fingerprint
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.set_num_threads(args.threads)

@@ -6,7 +6,9 @@ of the same prompt belong together, wherever they stand.
 
 import json
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bondlm.config import OFF_POLICY, BONDConfig
 from bondlm.errors import ConfigError, DataError
+from bondlm.fingerprints import model_fingerprint, reward_fingerprint, same_model
 
 LOGGED_IDS, LOGGED_REWARDS = (
     "logged_ids",
@@ -27,11 +30,21 @@ def is_scored(dataset: Dataset) -> bool:
     return {"prompt", "completion", "reward"} <= set(dataset.column_names)
 
 
-def check_inputs(args: BONDConfig, prompts: Dataset | None, *, has_rewards: bool, has_held_out: bool) -> None:
+def check_inputs(
+    args: BONDConfig, prompts: Dataset | None, source: Any, model: str, reward_funcs: Any, *, has_held_out: bool
+) -> None:
     """Refuse what the settings and the data say alone, before a model is loaded.
 
+    Args:
+        args: the run's settings.
+        prompts: the training data.
+        source: where they came from; a file of scored samples may have its origin beside it.
+        model: the policy's name.
+        reward_funcs: None, or what the trainer was given.
+        has_held_out: whether there are held-out prompts.
+
     Raises:
-        ConfigError: something is missing or contradicts the data: rewards, held-out prompts, objective, anchor.
+        ConfigError: something is missing or contradicts the data: rewards, held-out prompts, objective, anchor, model.
         DataError: scored samples with rewards missing or not finite, or with too few samples of a prompt.
     """
     if args.eval_strategy != "no" and not has_held_out:
@@ -39,12 +52,14 @@ def check_inputs(args: BONDConfig, prompts: Dataset | None, *, has_rewards: bool
             f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} (target_n="
             f"{args.target_n}, kl_budget={args.kl_budget}) without eval_dataset: give one, or set eval_strategy='no'"
         )
-    if has_held_out and not has_rewards:
+    if has_held_out and reward_funcs is None:
         raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
     if prompts is not None and is_scored(prompts):
         _check_settings(args)
+        if isinstance(source, str | Path):
+            _check_origin(Path(source), model, reward_funcs, args)
         _check_scored(prompts, args)
-    elif prompts is not None and not has_rewards:
+    elif prompts is not None and reward_funcs is None:
         raise ConfigError("reward_funcs is required: only a data set of scored samples comes without")
 
 
@@ -87,6 +102,44 @@ def group_scored(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: BON
             LOGGED_REWARDS: [[reward for _, reward in samples[:size]] for _, samples in groups.values()],
         }
     )
+
+
+def origin_file(path: Path) -> Path:
+    """Where `bondlm score` notes what a file of scored samples was made from."""
+    return path.with_name(f"{path.name}.meta.json")
+
+
+def _check_origin(path: Path, model: str, reward_funcs: Any, args: BONDConfig) -> None:
+    """Compare with the model that drew the samples, and the rewards that scored them, where the file says it."""
+    beside = origin_file(path)
+    if not beside.is_file():
+        return
+    try:
+        origin = json.loads(beside.read_text(encoding="utf-8"))
+        drawn_by, scored_by = dict(origin["model"]), list(origin["rewards"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{beside} does not say what {path.name} was made from ({error!r}): remove it") from error
+    if not same_model(drawn_by, mine := model_fingerprint(model, None)):
+        text = (
+            f"model={model!r}: the samples of {str(path)!r} were drawn by another one, {drawn_by.get('name')!r} "
+            f"({_hash(drawn_by)} against {_hash(mine)})"
+        )
+        if args.objective != "best_of_n_sft":  # plain fine-tuning may well learn from another model's answers
+            raise ConfigError(
+                f"{text}: {args.objective} compares with the model that drew them. Train that one, or score again"
+            )
+        warnings.warn(f"bondlm: {text}: the result will not be Best-of-n of this model", stacklevel=4)
+    specs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    if all(isinstance(spec, str) for spec in specs) and [reward_fingerprint(spec) for spec in specs] != scored_by:
+        warnings.warn(
+            f"bondlm: reward_funcs={specs!r} measure the result, but other rewards scored the samples of {str(path)!r} "
+            f"({', '.join(str(reward.get('spec')) for reward in scored_by)})",
+            stacklevel=4,
+        )
+
+
+def _hash(fingerprint: Mapping[str, Any]) -> str:
+    return f"sha256 {str(fingerprint['sha256'])[:12]}" if "sha256" in fingerprint else str(fingerprint.get("name"))
 
 
 def _rows(dataset: Dataset) -> Dataset:

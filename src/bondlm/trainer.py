@@ -105,7 +105,7 @@ class BONDTrainer(Trainer):
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
         prompts = None if train_dataset is None else self.drops.load(train_dataset, skip=args.on_bad_row == "skip")
-        check_inputs(args, prompts, has_rewards=reward_funcs is not None, has_held_out=eval_dataset is not None)
+        check_inputs(args, prompts, train_dataset, name, reward_funcs, has_held_out=eval_dataset is not None)
         model = prepare_policy(model, args, peft_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name)

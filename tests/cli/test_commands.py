@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
-from tiny import tiny_t5, tiny_tokenizer
+from tiny import tiny_causal, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from bondlm.cli import main
@@ -232,6 +232,38 @@ def test_train_learns_from_what_score_wrote(tmp_path, capsys):
     assert first["bond/regression_loss"] > 0
     assert "time/generate" not in first
     assert (tmp_path / "offline" / "model.safetensors").is_file()
+
+
+def test_samples_of_another_model_or_reward_are_not_taken_in_silence(tmp_path, capsys):
+    write_job(tmp_path)
+    scored, reward = str(tmp_path / "scored.jsonl"), f"{tmp_path}/reward.py:letters"
+    score = ["score", "--model", str(tmp_path / "model"), "--reward_funcs", reward, "--num_samples", "4"]
+    score += ["--dataset", str(tmp_path / "train.jsonl"), "--max_completion_length", "8", "--output", scored]
+    assert main(score) == 0
+    origin = json.loads((tmp_path / "scored.jsonl.meta.json").read_text())
+    assert origin["model"]["sha256"]
+    assert [r["spec"] for r in origin["rewards"]] == [reward]
+    tokenizer = tiny_tokenizer()
+    for name, seed in (("other", 7), ("copy", 0)):  # copy: the same weights at another place
+        tiny_causal(tokenizer, seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    job = ["train", "--train_dataset", scored, "--n", "4", "--anchor", "fixed", "--max_steps", "1", "--use_cpu", "true"]
+    job += ["--max_completion_length", "40"]
+
+    def train(model, objective, *more):
+        out = ["--output_dir", str(tmp_path / f"{model}-{objective}-{len(more)}"), "--objective", objective]
+        return main([*job, "--model", str(tmp_path / model), *out, *more])
+
+    assert train("other", "best_of_n_regression") == 2
+    assert f"were drawn by another one, '{tmp_path}/model'" in capsys.readouterr().err
+    assert train("copy", "best_of_n_regression") == 0
+    with pytest.warns(UserWarning, match="the result will not be Best-of-n of this model"):
+        assert train("other", "best_of_n_sft") == 0
+    held_out = ["--eval_dataset", str(tmp_path / "heldout.jsonl"), "--reward_funcs", f"{tmp_path}/reward.py:short"]
+    with pytest.warns(UserWarning, match="other rewards scored the samples"):
+        train("copy", "best_of_n_sft", *held_out, "--eval_num_reference_samples", "2")
+    (tmp_path / "scored.jsonl.meta.json").write_text("[]")
+    assert train("copy", "bonbon") == 3
 
 
 def test_sample_prints_an_answer_to_one_prompt(tmp_path, capsys):

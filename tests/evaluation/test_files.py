@@ -3,13 +3,8 @@ import json
 import pytest
 
 from bondlm.errors import ConfigError, DataError
-from bondlm.evaluation.files import (
-    claim,
-    finished_prompts,
-    model_fingerprint,
-    reward_fingerprint,
-    rows_fingerprint,
-)
+from bondlm.evaluation.files import claim, finished_prompts
+from bondlm.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
 
 
 def line(prompt, sample=0):

@@ -168,7 +168,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """All that the samples and their scores depend on."""
-    from bondlm.evaluation.files import model_fingerprint, reward_fingerprint, rows_fingerprint
+    from bondlm.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
 
     samplers = job["pair"].samplers
 
@@ -196,10 +196,11 @@ def _revision(sampler: Any) -> str | None:
 def _evaluate(
     folder: Path, settings: Mapping[str, Any], job: Mapping[str, Any], console: Console
 ) -> tuple[dict[str, Any], Any, Any]:
-    from bondlm.evaluation.files import claim, model_fingerprint, read_samples
+    from bondlm.evaluation.files import claim, read_samples
     from bondlm.evaluation.pair import OPPONENT_FILE, fill
     from bondlm.evaluation.samples import from_rows
     from bondlm.evaluation.statistics import summarize
+    from bondlm.fingerprints import model_fingerprint
 
     made_from = fingerprint(settings, job)
     claim(folder, made_from, [law.file for law in job["laws"] if not law.of_opponent])

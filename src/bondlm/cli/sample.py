@@ -1,5 +1,6 @@
 """`bondlm sample`: one answer a prompt, or the best of N by any reward."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,17 @@ def fresh_file(name: str) -> Path:
     return path
 
 
-def generate(options: dict[str, Any], source: Any, num_samples: int, console: Console) -> Any:
-    """Yield, per chunk of prompts, a list of each prompt's answers as rows {prompt, completion[, reward]}."""
+def generate(
+    options: dict[str, Any],
+    source: Any,
+    num_samples: int,
+    console: Console,
+    on_loaded: Callable[[Any], object] | None = None,
+) -> Any:
+    """Yield, per chunk of prompts, a list of each prompt's answers as rows {prompt, completion[, reward]}.
+
+    `on_loaded` is told the sampler once it is there.
+    """
     with console.status("loading PyTorch, the model and the rewards"):
         from transformers.utils import logging as transformers_logging
 
@@ -92,6 +102,8 @@ def generate(options: dict[str, Any], source: Any, num_samples: int, console: Co
             if options.get("reward_funcs")
             else []
         )
+    if on_loaded is not None:
+        on_loaded(sampler)
     progress = make_progress(console)
     # A live bar takes hold of stdout, where the answers go unless they are written to a file.
     with progress if options.get("output") else nullcontext():

@@ -1,5 +1,9 @@
-"""`bondlm score`: many scored samples per prompt, as JSONL rows {prompt, completion, reward}."""
+"""`bondlm score`: many scored samples per prompt, as JSONL rows {prompt, completion, reward}.
 
+Beside the file stands `FILE.meta.json`: which model drew them and which rewards scored them.
+"""
+
+import json
 from typing import Any
 
 from bondlm.cli.console import make_console
@@ -18,8 +22,23 @@ def run(options: dict[str, Any]) -> int:
     if num_samples < 1:
         raise ConfigError(f"num_samples={num_samples}: must be >= 1")
     path = fresh_file(str(options["output"]))
+    from bondlm.fingerprints import model_fingerprint, reward_fingerprint
     from bondlm.runfolder import append_jsonl
+    from bondlm.scored import origin_file
 
-    for groups in generate(options, options["dataset"], num_samples, make_console(stderr=True)):
+    def note_origin(sampler: Any) -> None:
+        specs = options["reward_funcs"]
+        origin = {
+            "model": model_fingerprint(str(options["model"]), getattr(sampler.model.config, "_commit_hash", None)),
+            "rewards": [reward_fingerprint(spec) for spec in (specs if isinstance(specs, list) else [specs])],
+            "reward_weights": options.get("reward_weights"),
+            "num_samples": num_samples,
+            "max_completion_length": int(options.get("max_completion_length", 256)),
+            "seed": int(options.get("seed", 42)),
+        }
+        origin_file(path).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+    console = make_console(stderr=True)
+    for groups in generate(options, options["dataset"], num_samples, console, note_origin):
         append_jsonl(path, [row for group in groups for row in group])
     return 0

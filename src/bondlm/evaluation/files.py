@@ -4,7 +4,6 @@ A file has one JSON object a line, the samples of a prompt together, prompts in 
 depend on is kept beside them in `manifest.json`; files that were made from anything else are refused.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ from typing import Any
 from bondlm.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
-WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json")
-_BLOCK = 1 << 20
 
 
 def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], manifest: str = MANIFEST_FILE) -> None:
@@ -90,39 +87,3 @@ def read_samples(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: not a sample: the file was changed, remove it")
             yield row
-
-
-def model_fingerprint(name: str, revision: str | None) -> dict[str, Any]:
-    """Path and hash of a model folder's weights; the revision of a hub model."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return {"name": name, "revision": revision}
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
-        digest.update(path.name.encode())
-        _add_file(digest, path)
-    return {"name": str(folder), "sha256": digest.hexdigest()}
-
-
-def reward_fingerprint(spec: Any) -> Any:
-    """The reward as it was written, with a hash of the file or of the weights that it names."""
-    text = str(spec)
-    source = text.rpartition(":")[0]
-    if source.endswith(".py") and Path(source).is_file():
-        digest = hashlib.sha256()
-        _add_file(digest, Path(source))
-        return {"spec": text, "sha256": digest.hexdigest()}
-    model = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
-    return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
-
-
-def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Number and hash of the rows of a data set, all columns."""
-    text = json.dumps(list(rows), sort_keys=True, default=str)
-    return {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _add_file(digest: Any, path: Path) -> None:
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
