@@ -221,7 +221,10 @@ class BONDTrainer(Trainer):
             [(row[PROMPT_IDS], c.ids) for c in cs[: plan.compare]] for row, cs in zip(rows, learned, strict=True)
         ]
         anchor_logp = self._score("anchor", compared)
-        sampled_logp = torch.tensor([[c.logprob for c in cs[: plan.compare]] for cs in learned])
+        if self.engine.exact:
+            sampled_logp = torch.tensor([[c.logprob for c in cs[: plan.compare]] for cs in learned])
+        else:  # a server's rounding must not enter the returns
+            sampled_logp = self._score("policy", compared)
         signal = selection.signal_PC.float()
         if isinstance(self.objective, BOND) and self.quantile_model is not None:
             flat = [pair for row in compared for pair in row]

@@ -38,12 +38,16 @@ def test_train_leaves_the_run_folder_of_the_contract(tmp_path, kind, capsys):
     assert len(rows(run / "eval_samples.jsonl")) == 6
     assert "Best-of-" in (run / "README.md").read_text()
     assert not (run / ".lock").exists()
+    choice = json.loads((run / "env.json").read_text())["engine"]
+    assert choice.startswith("engine: transformers (auto)")
+    assert "16 times slower on a CPU" in choice
     assert result["effective_n"]["text"] in (run / "report.html").read_text()
     if kind == "t5":
         assert AutoModelForSeq2SeqLM.from_pretrained(run).num_parameters() > 0
     else:
         assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), run)
     out = capsys.readouterr().out
+    assert out.count(choice) == 1
     assert "effective N" in out
     assert "untouched, T=0.7" in out
     assert "\x1b" not in out  # nothing garbled when piped

@@ -1,4 +1,4 @@
-"""A vLLM server that fails while a run goes on: the run saves, ends soon with the fault's code, and goes on later."""
+"""A vLLM server in a run: its rounding stays out of the loss; if it fails the run saves and ends, to go on later."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults.children import job, said, train
 from peft import LoraConfig
 from tiny import prompt_rows, tiny_causal
@@ -17,6 +18,7 @@ from bondlm.errors import ResourceError
 from bondlm.models import wrap_lora
 from engines.test_vllm import TOKENIZER, length
 from engines.test_vllm import config as config_of
+from engines.test_vllm import trainer as stub_trainer
 from engines.vllm_stub import Answer, Stub, serving
 
 TWO_STEPS = 2 * 2 * 4  # requests for samples: two roles, four prompts
@@ -117,3 +119,26 @@ def test_a_fault_in_an_evaluation_saves_too(stub: Stub, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-2" / "manifest.json").is_file()
     with pytest.raises(ResourceError):  # outside training an evaluation has nothing to save
         made.evaluate()
+
+
+def weights_after(folder: Path, stub: Stub) -> dict[str, torch.Tensor]:
+    made = stub_trainer(folder, stub)
+    made.train()
+    return {name: p.detach() for name, p in made.roles.model.named_parameters() if p.requires_grad}
+
+
+def test_log_probabilities_of_a_server_that_rounds_do_not_enter_the_loss(tmp_path: Path) -> None:
+    """The same tokens with other numbers, as from a server in bf16: the same weights after three steps."""
+
+    def rounded(answer: dict[str, Any]) -> None:
+        for choice in answer["choices"]:
+            if "logprobs" in choice:
+                choice["logprobs"]["token_logprobs"] = [x - 0.05 for x in choice["logprobs"]["token_logprobs"]]
+
+    base = wrap_lora(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with serving(Stub(base, [2])) as plain, serving(Stub(base, [2])) as rounding:
+        rounding.spoil = rounded
+        expected, weights = weights_after(tmp_path / "plain", plain), weights_after(tmp_path / "rounding", rounding)
+    assert any(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name]), name

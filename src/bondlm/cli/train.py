@@ -63,6 +63,7 @@ def run(options: dict[str, Any]) -> int:
     console = make_console()
     with console.status("loading PyTorch and transformers"):
         from bondlm.cli.progress import ProgressReporter
+        from bondlm.engines.choose import engine_choice
         from bondlm.evaluation import evaluate_run
         from bondlm.evaluation.table import print_phases
     folder = Path(str(options.get("output_dir") or "runs/bond"))
@@ -72,9 +73,11 @@ def run(options: dict[str, Any]) -> int:
         with console.status(f"loading {options.get('model')}, data and rewards"):
             trainer = build_trainer(options)
             judges = load_judges(options, trainer)
+        engine = engine_choice(trainer.args)
+        console.print(engine, highlight=False, soft_wrap=True)
         if is_main_process():
             (folder / CONFIG_FILE).write_text(yaml.safe_dump(redacted(options), sort_keys=False), encoding="utf-8")
-            _note_environment(folder / ENVIRONMENT_FILE, changes)
+            _note_environment(folder / ENVIRONMENT_FILE, changes, engine)
         reporter = ProgressReporter(console, trainer)
         with closing(trainer.engine), reporter, _stop_on_signals(trainer) as stopped_by:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -250,15 +253,16 @@ def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
     return changed
 
 
-def _note_environment(path: Path, changes: list[str]) -> None:
-    """Versions that the run was made with, and every change of its settings that was allowed."""
+def _note_environment(path: Path, changes: list[str], engine: str) -> None:
+    """Versions and engine that the run was made with, and every change of its settings that was allowed."""
     try:
         before = json.loads(path.read_text(encoding="utf-8")).get("config_changes", [])
     except (OSError, ValueError, AttributeError):
         before = []
     packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    content = {"versions": versions, "platform": platform.platform(), "config_changes": before + changes}
+    content: dict[str, Any] = {"versions": versions, "platform": platform.platform(), "engine": engine}
+    content["config_changes"] = before + changes
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

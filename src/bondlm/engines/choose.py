@@ -19,6 +19,21 @@ PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
+def engine_choice(args: BONDConfig) -> str:
+    """Who samples, and why, in one line."""
+    if args.engine == "vllm":
+        return (
+            f"engine: vllm, {'a server of this run' if args.vllm_server == 'auto' else 'the server at vllm_base_url'}"
+        )
+    if args.engine == "transformers":
+        return "engine: transformers"
+    if args.device.type == "cpu":
+        why = "transformers' continuous batching was 16 times slower on a CPU (docs/speed.md)"
+    else:
+        why = f"transformers' continuous batching was compared on CPUs alone (docs/speed.md), not on {args.device.type}"
+    return f"engine: transformers (auto), with bondlm's own decoding loop: {why}. vLLM must be asked for: engine=vllm"
+
+
 def make_engine(
     args: BONDConfig,
     model: Any,
@@ -39,11 +54,7 @@ def make_engine(
         ConfigError: vLLM cannot serve this run, or not from that server.
     """
     if args.engine != "vllm":
-        if args.engine == "auto":
-            _LOGGER.info(
-                "engine: transformers, our own decoding loop; generate_batch (continuous batching) was 16 times slower "
-                "on a CPU (docs/speed.md), and vLLM must be asked for: engine=vllm"
-            )
+        _LOGGER.info(engine_choice(args))
         return TransformersEngine(
             use, eos_ids=eos_ids, pad_id=pad_id, max_rows=args.max_rows, use_together=use_together
         )
