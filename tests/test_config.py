@@ -134,6 +134,11 @@ def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
         config(tmp_path, remove_unused_columns=True)
 
 
+def test_kernels_that_only_the_policy_would_get_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"use_liger_kernel=True: remove it.*docs/speed\.md"):
+        config(tmp_path, use_liger_kernel=True)
+
+
 def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Path) -> None:
     other: dict[str, Any] = {
         **{"n": 3, "beta": 0.25, "gamma": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},

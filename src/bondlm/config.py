@@ -223,6 +223,12 @@ def _problems(config: BONDConfig) -> list[str]:
             for name in ("target_n", "kl_budget")
         ),
         (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),
+        (
+            not c.use_liger_kernel,
+            "use_liger_kernel=True: remove it. Trainer would put the kernels into the policy after the anchor and the "
+            "reference were copied from it, so that the roles round differently, and its fused loss needs labels that "
+            "are not there; bondlm's head already makes no logits beyond a fixed budget (docs/speed.md)",
+        ),
         (not c.remove_unused_columns, "remove_unused_columns=True would hide the data's columns from the rewards"),
     ]
     problems = [message for holds, message in checks if not holds] + _unused(c)

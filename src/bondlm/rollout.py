@@ -177,16 +177,16 @@ def reward_metrics(samples: Samples, num_policy: int, counted_P: Tensor) -> dict
 
 
 def work_metrics(
-    samples: Samples, num_policy: int, learned: Sequence[Sequence[Completion]], num_compared: int
+    samples: Samples, num_policy: int, learned: Sequence[Sequence[Completion]], num_compared: int, num_passes: int = 1
 ) -> dict[str, float]:
     """Lengths of the policy's samples (without any, of the anchor's), and the completion tokens that a step draws,
-    learns on, and has the anchor score: what its phases worked through.
+    learns on, and has `num_passes` roles score: what its phases worked through.
     """
     measured = [c for row in samples.completions for c in (row[:num_policy] if num_policy else row)]
     return completion_metrics(measured) | {
         "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
         "num_tokens/learned": float(sum(len(c.ids) for row in learned for c in row)),
-        "num_tokens/compared": float(sum(len(c.ids) for row in learned for c in row[:num_compared])),
+        "num_tokens/compared": float(num_passes * sum(len(c.ids) for row in learned for c in row[:num_compared])),
     }
 
 

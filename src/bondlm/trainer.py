@@ -187,15 +187,24 @@ class BONDTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Draw, score and weigh the samples of one optimizer step; returns its micro-batches and number of prompts."""
+        self.clock.drain()  # what lies between two steps belongs to neither
+        self.clock.start("other")  # until the step's end (AnchorCallback)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = [row for batch in batches for row in batch["rows"]]
-        is_real = real_rows(self.accelerator, [len(batch["rows"]) for batch in batches])
+        micro_batches, num_prompts = self._learnable([batch["rows"] for batch in batches], device)
+        if not micro_batches:
+            self.clock.stop()
+        return micro_batches, num_prompts
+
+    def _learnable(
+        self, batches: list[list[dict[str, Any]]], device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of a window of rows, and its number of prompts; none if the run is to end."""
+        rows = [row for batch in batches for row in batch]
+        is_real = real_rows(self.accelerator, [len(batch) for batch in batches])
         step = self.state.global_step + 1
         num_prompts = count_prompts(self.accelerator, is_real, step=step, digest=self._digest)
         if not rows or self.control.should_training_stop:
             return [], num_prompts
-        self.clock.drain()
-        self.clock.start("other")
         try:
             window = self._roll_out(rows, step, torch.tensor(is_real))
         except PAUSING as error:
@@ -204,7 +213,7 @@ class BONDTrainer(Trainer):
         num_prompts = self.accelerator.gather(window["tensors"]["weight_P"].sum().to(device)).sum()
         # Prompts of similar length learn together: their sum does not depend on who sits beside whom.
         order = iter(by_length(window["groups"]))
-        return [self._micro_batch(window, list(islice(order, len(b["rows"])))) for b in batches], num_prompts
+        return [self._micro_batch(window, list(islice(order, len(batch)))) for batch in batches], num_prompts
 
     def _roll_out(self, rows: list[dict[str, Any]], step: int, real_P: Tensor) -> dict[str, Any]:
         """Everything about the window that does not need a gradient; rows that are not `real_P` get no weight."""
@@ -233,12 +242,14 @@ class BONDTrainer(Trainer):
         returns = self.objective.returns(signal, sampled_logp, anchor_logp)
         baseline = torch.zeros_like(everyone := self.accelerator.gather(returns.to(self.args.device)).cpu())
         baseline[all_real] = self.objective.baseline(everyone[all_real])
+        passes = 1 if self.engine.exact else 2  # over what is compared
         if plan.policy:
             self._means.record_of_each({"anchor/kl": sampled_logp - anchor_logp}, real_P)
             if step % self.state.logging_steps == 0:  # of the state: there a share of the run is a number of steps
+                passes += 1
                 self._means.record_of_each({"kl": sampled_logp - self._score("reference", compared)}, real_P)
         self.record(reward_metrics(samples, plan.policy, real_P), weight=float(real_P.sum()))
-        self.record(work_metrics(samples, plan.policy, learned, plan.compare))
+        self.record(work_metrics(samples, plan.policy, learned, plan.compare, passes))
         if LOGGED_IDS not in rows[0]:
             self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
         return {
