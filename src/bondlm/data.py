@@ -360,3 +360,8 @@ def _pick_split(dataset: Any, split: str) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise DataError(f"prompts must be a `datasets.Dataset`, not a {type(dataset).__name__}.")
     return dataset
+
+
+def keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch is its rows: tokens become tensors only when the completions are known."""
+    return {"rows": rows}

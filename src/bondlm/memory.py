@@ -1,15 +1,17 @@
-"""Learning in smaller micro-batches after an out-of-memory error, from the same samples, with the same gradient."""
+"""Micro-batches of a step; after an out-of-memory error smaller ones, from the same samples, with the same gradient."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from bondlm.engines.gap import padded_logprobs
 from bondlm.errors import ResourceError
 from bondlm.head import positions_in_budget
+from bondlm.logprobs import Group, collate
 
 MicroBatch = dict[str, Any]
 
@@ -74,6 +76,19 @@ class SmallerBatches:
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def micro_batch(
+    window: Mapping[str, Any], chosen: Sequence[int], pad_id: int, *, start_id: int | None, share_prompts: bool
+) -> MicroBatch:
+    """The `chosen` prompts of a step's samples as tensors."""
+    groups: list[Group] = [window["groups"][i] for i in chosen]
+    if not share_prompts:
+        groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
+    tensors = {name: tensor[chosen] for name, tensor in window["tensors"].items()}
+    batch = collate(groups, pad_id, start_id=start_id) | tensors
+    length = batch["completion_ids"].shape[-1]
+    return batch | {"sampled_PCT": padded_logprobs([window["compared"][i] for i in chosen], length)}
 
 
 def num_prompts(batch: MicroBatch) -> int:

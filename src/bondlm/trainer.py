@@ -25,17 +25,17 @@ from bondlm.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCal
 from bondlm.checkpoint import writing_to
 from bondlm.clock import Clock, StepMeans
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
-from bondlm.data import load_prompts, warn_of_overlap
+from bondlm.data import keep_rows, load_prompts, warn_of_overlap
 from bondlm.dropping import DropBudget
 from bondlm.engines import Role
 from bondlm.engines.choose import make_engine
-from bondlm.engines.gap import GAP_METRIC, logprob_gap, padded_logprobs
+from bondlm.engines.gap import GAP_METRIC, logprob_gap
 from bondlm.errors import ConfigError, RewardError
 from bondlm.head import exact_head
 from bondlm.held_out import compare
-from bondlm.logprobs import Group, by_length, can_share_prompts, collate, score_groups, token_logprobs
+from bondlm.logprobs import Group, by_length, can_share_prompts, score_groups, token_logprobs
 from bondlm.manifest import checkpoint_to_resume
-from bondlm.memory import SmallerBatches
+from bondlm.memory import SmallerBatches, micro_batch
 from bondlm.models import Roles, fast_dtype, prepare_policy
 from bondlm.objectives import BOND, BestOfNRegression, Objective
 from bondlm.quantile_model import QuantileModel, completion_features, quantile_model
@@ -125,7 +125,7 @@ class BONDTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_keep_rows,
+            data_collator=keep_rows,
             train_dataset=None if prompts is None else self._training_data(prompts, args),
             eval_dataset=None if eval_dataset is None else self._encoded(eval_dataset),
             processing_class=processing_class,
@@ -213,7 +213,9 @@ class BONDTrainer(Trainer):
         num_prompts = self.accelerator.gather(window["tensors"]["weight_P"].sum().to(device)).sum()
         # Prompts of similar length learn together: their sum does not depend on who sits beside whom.
         order = iter(by_length(window["groups"]))
-        return [self._micro_batch(window, list(islice(order, len(batch)))) for batch in batches], num_prompts
+        how: dict[str, Any] = {"start_id": self._start_id, "share_prompts": self._share_prompts}
+        chosen = [list(islice(order, len(batch))) for batch in batches]
+        return [micro_batch(window, rows, self._text.pad_id, **how) for rows in chosen], num_prompts
 
     def _roll_out(self, rows: list[dict[str, Any]], step: int, real_P: Tensor) -> dict[str, Any]:
         """Everything about the window that does not need a gradient; rows that are not `real_P` get no weight."""
@@ -285,15 +287,6 @@ class BONDTrainer(Trainer):
             loss = model.update(gather(features)[all_real], gather(labels_P.float().to(device))[all_real])
         self.record({"bond/quantile_loss": loss, "bond/quantile_mean": float(log_p.exp().mean())})
         return log_p.unsqueeze(1)
-
-    def _micro_batch(self, window: dict[str, Any], chosen: list[int]) -> dict[str, Tensor]:
-        groups: list[Group] = [window["groups"][i] for i in chosen]
-        if not self._share_prompts:
-            groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
-        tensors = {name: tensor[chosen] for name, tensor in window["tensors"].items()}
-        batch = collate(groups, self._text.pad_id, start_id=self._start_id) | tensors
-        length = batch["completion_ids"].shape[-1]
-        return batch | {"sampled_PCT": padded_logprobs([window["compared"][i] for i in chosen], length)}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, timed; in smaller parts if the memory does not hold it."""
@@ -453,8 +446,3 @@ class BONDTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: a rollout's work is not that of one forward pass."""
         return 0
-
-
-def _keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch is its rows: tokens become tensors only when the completions are known."""
-    return {"rows": rows}
