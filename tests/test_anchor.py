@@ -186,3 +186,16 @@ def test_a_state_that_does_not_fit_is_refused_whole(
     with pytest.raises(error):
         anchor.load_state_dict(spoil(state))
     assert all(torch.equal(weights, b) for (_, weights, _), b in zip(pairs, before, strict=True))
+
+
+def test_who_shares_the_anchors_weights_is_told_before_others_are_loaded() -> None:
+    anchor = anchor_of(pairs_of(0.2))
+    state = {name: tensor.clone() for name, tensor in anchor.state_dict().items()}
+    told: list[bool] = []
+    anchor.before_other_weights = lambda: told.append(
+        all(torch.equal(anchor.state_dict()[n], t) for n, t in state.items())
+    )
+    anchor.load_state_dict(state)
+    assert told == []  # the same weights
+    anchor.load_state_dict({name: tensor + 1 for name, tensor in state.items()})
+    assert told == [True]

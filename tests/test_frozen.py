@@ -58,6 +58,7 @@ CONFIG_FIELDS = {
     "num_logged_samples",
     "num_samples",
     "objective",
+    "offload_anchor",
     "on_bad_row",
     "quantile",
     "quantile_learning_rate",

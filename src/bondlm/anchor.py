@@ -5,7 +5,7 @@ The anchor's master copy is fp32 whatever the weights are: in bf16 an average wi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Anchor:
 
     def __init__(self, pairs: Pairs, *, schedule: AnchorSchedule, eta: float, update_every: int) -> None:
         """`pairs` are (name, anchor weight, policy parameter); `eta` in [0, 1] is the mixing rate of Eq. 18."""
+        self.before_other_weights: Callable[[], object] = lambda: None  # called before other weights are loaded
         self._schedule, self._eta, self._update_every = schedule, eta, update_every
         self.bind(pairs)
 
@@ -64,7 +65,7 @@ class Anchor:
         for name, anchor, policy in self._pairs:
             copies = num_copies(self._master[name])
             master = local(self._master[name])
-            target = local(policy.detach()).to(master.dtype)
+            target = local(policy.detach()).to(master.device, master.dtype)  # the anchor may rest on the CPU
             gap_sq += float((target - master).square().sum()) / copies
             if rate == 0:
                 continue
@@ -103,6 +104,10 @@ class Anchor:
                 raise ValueError(
                     f"anchor state does not fit: {name} is {tuple(state[name].shape)}, not {tuple(master.shape)}"
                 )
+        if not self._is_sharded and any(
+            not torch.equal(m.cpu(), state[name].cpu()) for name, m in self._master.items()
+        ):
+            self.before_other_weights()
         for name, anchor, _ in self._pairs:
             assign(self._master[name], state[name])
             if anchor.dtype != torch.float32:

@@ -68,6 +68,9 @@ class BONDConfig(TrainingArguments):
     anchor: AnchorSchedule = _field("ema", "How the anchor moves: 'ema' (every step), 'periodic' (copied) or 'fixed'.")
     eta: float = _field(0.02, "Mixing rate in [0, 1] of the EMA anchor (Eq. 18). Paper: 0.02 (7B), 0.05 (2B).")
     anchor_update_every: int = _field(50, "Optimizer steps between copies of a 'periodic' anchor. Paper: 50 (Fig. 5).")
+    offload_anchor: bool = _field(
+        False, "Full fine-tuning: the anchor rests on the CPU and visits the device while it is used (docs/scaling.md)."
+    )
     num_anchor_samples: int | None = _field(
         None,
         "Anchor samples k behind a quantile. Default: 2 for jbond, 16 for bond and vbon, 1 for a learned quantile.",

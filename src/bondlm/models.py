@@ -79,13 +79,17 @@ class Roles:
     `model` is what the trainer trains. `anchor_pairs` lists the (anchor, policy) parameters that an update couples.
     """
 
-    def __init__(self, model: Any, *, sharded: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, sharded: bool = False, anchor_moves: bool = True, offload_anchor: bool = False
+    ) -> None:
         """Create the anchor and the reference, both equal to the policy as it is now.
 
-        A model that will be `sharded` gets them in `on_sharded`; until then all three are the policy.
+        A model that will be `sharded` gets them in `on_sharded`; until then all three are the policy. With
+        `offload_anchor` a full copy rests on the CPU between its uses, as the reference's always does. An anchor that
+        never moves and the reference are one copy.
 
         Raises:
-            ConfigError: the model cannot be sharded.
+            ConfigError: the model cannot be sharded, or has no copy to offload.
         """
         self.model = model
         self.is_peft = isinstance(model, PeftModel)
@@ -97,7 +101,14 @@ class Roles:
         if self.is_peft:
             self._add_adapters(model)
         elif not sharded:
-            self._copies = {role: _frozen_copy(model) for role in ("anchor", "reference")}
+            anchor = _frozen_copy(model)
+            self._copies = {"anchor": anchor, "reference": _frozen_copy(model) if anchor_moves else anchor}
+        if offload_anchor and not self._copies:
+            raise ConfigError(
+                "offload_anchor=True: remove it. With LoRA the anchor is a small adapter and under FSDP2 a part of one; "
+                "only the whole copy of full fine-tuning can rest on the CPU"
+            )
+        self._at_rest_on_cpu = {"anchor", "reference"} if offload_anchor else {"reference"} if anchor_moves else set()
         if sharded and model.config.is_encoder_decoder:
             raise ConfigError(
                 f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
@@ -191,7 +202,7 @@ class Roles:
             return
         if not self.is_peft:
             model = self.model if role == "policy" else self._copies[role]
-            with _eval_mode(model), _visiting(model, self._device) if role == "reference" else nullcontext():
+            with _eval_mode(model), _visiting(model, self._device) if role in self._at_rest_on_cpu else nullcontext():
                 with computing_in(model, self.autocast):
                     yield model
             return
@@ -219,12 +230,18 @@ class Roles:
             _train_only(model, trainable)
 
     def to(self, device: torch.device) -> None:
-        """Move the anchor's copy (the trainer moves the policy); the reference waits on the CPU until it is asked."""
+        """Move the anchor's copy (the trainer moves the policy) unless it waits on the CPU, as the reference does."""
         self._device = device
-        if "anchor" in self._copies:
+        if "anchor" in self._copies and "anchor" not in self._at_rest_on_cpu:
             self._copies["anchor"].to(device)
         if self._replica is not None:
             self._replica.device = device
+
+    def keep_reference(self) -> None:
+        """Give the reference a copy of its own if it shares the anchor's, which is about to get other weights."""
+        if self._copies and self._copies["anchor"] is self._copies["reference"]:
+            self._copies["reference"] = _frozen_copy(self._copies["anchor"]).to("cpu")
+            self._at_rest_on_cpu.add("reference")
 
     def save(self, folder: str, *, is_main: bool) -> None:
         """Write the policy, or its adapter alone, as `from_pretrained` reads it; a sharded one is gathered for that.

@@ -109,7 +109,8 @@ class BONDTrainer(Trainer):
         model = prepare_policy(model, args, peft_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name)
-        self.roles = Roles(model, sharded=uses_fsdp(args))
+        moves = args.anchor != "fixed"
+        self.roles = Roles(model, sharded=uses_fsdp(args), anchor_moves=moves, offload_anchor=args.offload_anchor)
         core = self.roles.core
         self.objective: Objective = make_objective(args)
         self._text = check_tokenizer(processing_class, core.generation_config.eos_token_id)
@@ -152,6 +153,7 @@ class BONDTrainer(Trainer):
         self.anchor = Anchor(
             self.roles.anchor_pairs, schedule=args.anchor, eta=args.eta, update_every=args.anchor_update_every
         )
+        self.anchor.before_other_weights = self.roles.keep_reference
         learned = isinstance(self.objective, BOND) and self.objective.learned
         self.quantile_model = quantile_model(core.config.hidden_size, args) if learned else None
         self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self.record)
