@@ -126,7 +126,7 @@ class BONDConfig(TrainingArguments):
     vllm_timeout: float = _field(600.0, "vllm: seconds until an answer is given up for lost.")
     vllm_start_timeout: float = _field(600.0, "vllm: seconds until a server that is started must answer.")
     max_rows: int | None = _field(
-        None, "Most completions that are decoded together. Default: as many as fit into memory (on a CPU 96)."
+        None, "Most completions that are decoded together. Default: as many as fit into memory (on a CPU 96 at most)."
     )
     max_skipped_steps: int = _field(
         2, "Steps in a row whose gradient may be non-finite: they are skipped and counted. One more ends the run."
