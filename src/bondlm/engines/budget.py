@@ -11,8 +11,8 @@ from bondlm.engines.cache import decoder_config
 
 CPU_ROWS = 96  # measured (benchmarks/roofline.py): a CPU is busy with fewer, more rows only cost memory
 MOST_ROWS = 1024
-# Of one row's next-token law, for each entry of the vocabulary: logits, their fp32 copy, tempered, probabilities (4 bytes
-# each) and float64 sums.
+# Of one row's next-token law, for each entry of the vocabulary: logits, their fp32 copy, tempered logits, probabilities
+# (4 bytes each) and float64 sums.
 SAMPLER_BYTES = 24
 HOST_SHARE = 0.5  # of main memory: weights, optimizer and other programs have the rest
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
