@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from tiny import tiny_causal, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from bondlm.cli import main
+from bondlm.cli.train import _changed_settings
+from bondlm.errors import ConfigError
 from bondlm.manifest import fault
 from bondlm.rewards import load_rewards, score
 from cli.helpers import write_job
@@ -70,6 +73,26 @@ def test_a_t5_is_fine_tuned_with_the_reward_of_an_nli_t5(tmp_path):
     start = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model").state_dict()
     trained = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").state_dict()
     assert sum(not torch.equal(trained[name], tensor) for name, tensor in start.items()) > len(start) / 2
+
+
+def test_an_evaluation_during_training_shows_its_progress_and_a_table(tmp_path, capsys):
+    config = write_job(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, logging_steps=2)
+    assert main(["train", "--config", str(config)]) == 0
+    out = capsys.readouterr().out
+    # The reference is drawn with the first one alone.
+    counted = re.findall(r"held-out samples: (\d+)/(\d+) prompts", out)
+    assert counted == [("12", "12"), ("6", "6")]
+    assert re.findall(r"step (\d): held-out prompts", out) == ["2", "4"]
+    assert re.search(r"step 2/4 .*  elapsed 0:0\d, ETA 0:0\d\n", out)
+    assert "inf" not in out.replace("info", "")
+
+
+@pytest.mark.parametrize("name", ["kl_budget", "target_n", "judges"])
+def test_when_a_run_stops_and_who_judges_it_may_change_when_it_goes_on(tmp_path, name):
+    (tmp_path / "config.yaml").write_text(f"model: m\n{name}: 3\n")
+    assert _changed_settings(tmp_path / "config.yaml", {"model": "m", name: 4}) == []
+    with pytest.raises(ConfigError, match=r"beta: None -> 0.1"):
+        _changed_settings(tmp_path / "config.yaml", {"model": "m", name: 4, "beta": 0.1})
 
 
 def test_judges_are_asked_by_the_last_evaluation_and_the_card_says_what_they_found(tmp_path, capsys):

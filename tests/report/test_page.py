@@ -241,6 +241,16 @@ def test_runs_with_other_rewards_references_or_prompts_are_told_apart(tmp_path):
     assert len(json.loads((tmp_path / "compare.json").read_text())["differences"]) == 3
 
 
+def test_an_opponent_is_among_the_measures(tmp_path):
+    run = write_run(tmp_path)
+    result = eval_json() | {
+        "opponent": {"win_rate": {"value": 0.61, "low": 0.55, "high": 0.67}},
+        "opponent_model": "a<b",
+    }
+    (run / "eval.json").write_text(json.dumps(result))
+    assert ["win rate against a<b", "0.610 [0.550, 0.670]"] in page_of(run).tables["measures"]
+
+
 def test_the_reward_plane_has_the_curve_and_every_run(tmp_path):
     runs = [write_run(tmp_path / name, n=n) for name, n in (("a", 6.3), ("b", 4.2))]
     page_of(*runs, output=tmp_path / "compare.html")
