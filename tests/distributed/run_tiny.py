@@ -60,7 +60,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         "eval_num_samples": 2,
         "eval_num_reference_samples": 4,
         "optim": "sgd",
-        "gamma": 0.5,
+        **({"gamma": 0.5} if job.get("objective", "jbond") in ("jbond", "bond") else {}),
     }
     sharded = job.pop("sharded", False)
     if sharded:
