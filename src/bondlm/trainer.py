@@ -242,9 +242,7 @@ class BONDTrainer(Trainer):
         if isinstance(self.objective, BOND) and self.quantile_model is not None:
             flat = [pair for row in compared for pair in row]
             labels = self.objective.labels(samples.rewards_PM)
-            log_p = self._learned_log_quantile(self.quantile_model, flat, labels, all_real)
-            self._means.record_of_each({"bond/quantile_mean": log_p.exp()}, real_P)
-            signal = self.objective.signal(log_p)
+            signal = self.objective.signal(self._learned_log_quantile(self.quantile_model, flat, labels, all_real))
         returns = self.objective.returns(signal, sampled_logp, anchor_logp)
         baseline = torch.zeros_like(everyone := self.accelerator.gather(returns.to(self.args.device)).cpu())
         baseline[all_real] = self.objective.baseline(everyone[all_real])
@@ -286,11 +284,11 @@ class BONDTrainer(Trainer):
         device = self.args.device
         with self.clock("quantile"), self.roles.use("reference") as reference:
             features = completion_features(reference, rows, self._text.pad_id, start_id=self._start_id, device=device)
-            log_p = model.log_quantile(features).cpu()
+            log_p = model.log_quantile(features)
             gather = self.accelerator.gather
             loss = model.update(gather(features)[all_real], gather(labels_P.float().to(device))[all_real])
-        self.record({"bond/quantile_loss": loss})
-        return log_p.unsqueeze(1)
+        self.record({"bond/quantile_loss": loss, "bond/quantile_mean": float(gather(log_p)[all_real].exp().mean())})
+        return log_p.cpu().unsqueeze(1)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, timed; in smaller parts if the memory does not hold it."""
