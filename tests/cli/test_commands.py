@@ -16,7 +16,8 @@ from tiny import tiny_causal, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from bondlm.cli import main
-from bondlm.cli.train import _changed_settings
+from bondlm.cli.options import parse
+from bondlm.cli.train import _changed_settings, training_arguments
 from bondlm.errors import ConfigError
 from bondlm.manifest import fault
 from bondlm.rewards import load_rewards, score
@@ -85,6 +86,12 @@ def test_an_evaluation_during_training_shows_its_progress_and_a_table(tmp_path, 
     assert re.findall(r"step (\d): held-out prompts", out) == ["2", "4"]
     assert re.search(r"step 2/4 .*  elapsed 0:0\d, ETA 0:0\d\n", out)
     assert "inf" not in out.replace("info", "")
+
+
+def test_a_bare_no_is_the_word_no(tmp_path):
+    options = parse("train", ["--eval_strategy", "no", "--save_strategy=no", "--model", "m", "--train_dataset", "d"])
+    args = training_arguments(options | {"output_dir": str(tmp_path), "use_cpu": True})
+    assert (args.eval_strategy, args.save_strategy) == ("no", "no")
 
 
 @pytest.mark.parametrize("name", ["kl_budget", "target_n", "judges"])
@@ -240,7 +247,10 @@ def test_score_writes_rows_and_sample_takes_the_best_of_them(tmp_path, capsys):
         assert row["reward"] == max(r["reward"] for r in group)
         assert row["completion"] in [r["completion"] for r in group]
     assert main(["score", *common, "--output", str(tmp_path / "scored.jsonl")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "exists already" in printed
+    assert "4 answer(s) to each prompt: 6/6 prompts" in printed
+    assert "\n\n" not in printed
 
 
 def test_train_learns_from_what_score_wrote(tmp_path, capsys):

@@ -25,9 +25,10 @@ LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal t
 
 
 def make_progress(console: Console) -> Progress:
-    """Bars with elapsed time and ETA, which go when they are done."""
+    """Bars with elapsed time and ETA, which go when they are done; none where there is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True)
+    hidden = not console.is_terminal
+    return Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True, disable=hidden)
 
 
 def clock_text(seconds: float) -> str:

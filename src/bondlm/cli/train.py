@@ -124,6 +124,9 @@ def training_arguments(options: Mapping[str, Any]) -> Any:
     from bondlm.config import BONDConfig
 
     settings = {name: value for name, value in options.items() if name not in RUN_NAMES + LORA_NAMES}
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if settings.get(name) is False:  # what YAML makes of a bare `no`
+            settings[name] = "no"
     try:
         return BONDConfig(**{"disable_tqdm": True, "save_total_limit": 2} | settings)
     except (ValueError, TypeError, ImportError) as error:
