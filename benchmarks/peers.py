@@ -7,24 +7,26 @@
 
 The models are random (made from a config into runs/peers), so what they say does not matter, only what it costs. All
 draw 48 completions of at most 64 tokens a step, of prompts of 16 to 96 tokens, and score them with the same reward
-model. `--lengths vary` gives completions that end at random (mean about 24 tokens); `full` lets none end.
+model. `--lengths vary` gives completions of 48 lengths that are drawn once (mean about 24 tokens), `full` lets none
+end: the same lengths in every trainer and step, whatever its sampler draws, since the end-of-sequence token is forced.
 `--settings default` leaves TRL's own defaults (bf16 autocast, gradient checkpointing) in place. `sft` is one plain
 forward, backward and update on as many prompts and completions as J-BOND learns on: it draws and scores nothing, and
 its memory is the measure of ours. Needs `pip install trl==1.16.0`.
 """
 
 import argparse
+import itertools
 import json
-import platform
+import math
 import random
-from importlib.metadata import version
 from pathlib import Path
 
+from facts import add_out, append
 from step import forget_this_folder, in_a_process, measure
 
 COMPLETIONS, TOKENS, MEAN_LENGTH = 48, 64, 24
+EOS = 0  # the first token, so that the uniform number 0 draws it
 FOLDER = Path("runs/peers")
-RESULTS = Path("benchmarks/results/peers.jsonl")
 SIZES = {  # vocabulary, hidden size, layers, heads
     "6m": (4096, 256, 6, 4),
     "100m": (16384, 640, 16, 10),
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--against", nargs="*", default=["rloo", "grpo", "online_dpo", "sft"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    add_out(parser, "peers")
     args = parser.parse_args()
     if args.one:
         import torch
@@ -56,17 +59,57 @@ def main() -> None:
         if results[name]["generate"]:
             ratios["generate"] = ours["generate"] / results[name]["generate"]
         print(f"bondlm / {name}: " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()), flush=True)
-    setting = {name: getattr(args, name) for name in ("size", "lora", "lengths", "settings", "threads")}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-        file.write(json.dumps({**setting, "cpu": cpu_name(), "versions": versions, "results": results}) + "\n")
+    tokens = sum(min(TOKENS, length) for length in lengths(args.lengths))
+    for name, result in results.items():
+        if name != "sft":
+            seen = result["length"] * COMPLETIONS  # OnlineDPO does not say it
+            assert math.isnan(seen) or abs(seen - tokens) < 1, f"{name} drew {seen} tokens, not {tokens}"
+            result["cpu_ms_per_token"] = 1000 * result["cpu"] / tokens
+            print(f"{name:10} {result['cpu_ms_per_token']:.2f} CPU ms a completion token", flush=True)
+    setting = {name: getattr(args, name) for name in ("size", "lora", "lengths", "settings", "threads", "steps")}
+    append(args.out, {**setting, "tokens": tokens, "results": results})
 
 
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+def lengths(kind: str) -> list[int]:
+    """Of the completions of one step; longer than the budget: it does not end."""
+    if kind == "full":
+        return [TOKENS + 1] * COMPLETIONS
+    numbers = random.Random(0)
+    return [max(1, round(numbers.expovariate(1 / MEAN_LENGTH))) for _ in range(COMPLETIONS)]
+
+
+def force_lengths(kind: str) -> None:
+    """Make the samplers, ours and that of transformers, end their rows where `lengths` says."""
+    import numpy as np
+    import torch
+    from transformers import GenerationMixin, LogitsProcessorList
+
+    from bondlm.engines import hf
+
+    uniforms, mine = hf.row_uniforms, itertools.cycle(lengths(kind))
+
+    def forced_uniforms(seed: int, sample: int, count: int) -> np.ndarray:
+        numbers = 0.5 + uniforms(seed, sample, count) / 2  # never the first token
+        numbers[next(mine) - 1 :] = 0.0  # always
+        return numbers
+
+    generate = GenerationMixin.generate
+
+    def forced_generate(self, *args, **kwargs):
+        begin = kwargs["input_ids"].shape[1]
+        ends = torch.tensor(lengths(kind))
+
+        def force(ids, scores):
+            scores = scores.clone()
+            end = ids.shape[1] - begin == ends[: len(ids)] - 1
+            scores[:, EOS] = -torch.inf
+            scores[end] = -torch.inf
+            scores[end, EOS] = 0.0
+            return scores
+
+        return generate(self, *args, logits_processor=LogitsProcessorList([force]), **kwargs)
+
+    hf.row_uniforms, GenerationMixin.generate = forced_uniforms, forced_generate
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -76,7 +119,7 @@ def prepare(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
     vocab, hidden, layers, heads = SIZES[args.size]
-    words = {"[PAD]": 0, "[EOS]": 1, "[UNK]": 2} | {f"w{i}": i for i in range(3, vocab)}
+    words = {"[EOS]": EOS, "[PAD]": 1, "[UNK]": 2} | {f"w{i}": i for i in range(3, vocab)}
     inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -91,20 +134,17 @@ def prepare(args: argparse.Namespace) -> None:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=512,
-            eos_token_id=1,
-            pad_token_id=0,
+            eos_token_id=EOS,
+            pad_token_id=1,
             bos_token_id=None,
             **extra,
         )
 
     torch.manual_seed(0)
     policy = LlamaForCausalLM(config(hidden, layers, heads))
-    # Any of these ends a completion; under nearly uniform probabilities its length is geometric.
-    step = MEAN_LENGTH if args.lengths == "vary" else vocab
-    policy.generation_config.eos_token_id = list(range(1, vocab, step))
     policy.generation_config.bos_token_id = None
     for model, name in (
-        (policy, f"{args.size}-{args.lengths}"),
+        (policy, args.size),
         (LlamaForSequenceClassification(config(128, 2, 2, num_labels=1)), f"reward-{args.size}"),
     ):
         model.save_pretrained(FOLDER / name)
@@ -126,7 +166,8 @@ def build(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     forget_this_folder()
-    policy, reward = str(FOLDER / f"{args.size}-{args.lengths}"), str(FOLDER / f"reward-{args.size}")
+    force_lengths(args.lengths)
+    policy, reward = str(FOLDER / args.size), str(FOLDER / f"reward-{args.size}")
     rows = Dataset.from_list(prompts(SIZES[args.size][0]))
     common = dict(
         output_dir=str(FOLDER / "out"),
@@ -150,7 +191,7 @@ def build(args: argparse.Namespace):
         common |= {"bf16": False, "gradient_checkpointing": False}
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     if args.one == "sft":
-        return sft(model, rows, common, lora, AutoTokenizer.from_pretrained(policy))
+        return sft(model, rows, common, lora, AutoTokenizer.from_pretrained(policy), args.lengths)
     if args.one == "online_dpo":
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -179,7 +220,7 @@ def build(args: argparse.Namespace):
     return make_trainer(model, reward, config, train_dataset=rows, peft_config=lora)
 
 
-def sft(model, rows, common, lora, tokenizer):
+def sft(model, rows, common, lora, tokenizer, kind):
     """Plain supervised steps on 32 rows: J-BOND learns on two completions of each of 16 prompts."""
     from peft import get_peft_model
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -187,9 +228,10 @@ def sft(model, rows, common, lora, tokenizer):
     random.seed(1)
     vocab = model.config.vocab_size
 
+    ends = itertools.cycle(lengths(kind)[: 2 * COMPLETIONS // 3])
+
     def encode(row):
-        ends = len(model.generation_config.eos_token_id) > 1
-        length = max(1, min(TOKENS, int(random.expovariate(1 / MEAN_LENGTH)))) if ends else TOKENS
+        length = min(TOKENS, next(ends))
         completion = [random.randrange(3, vocab) for _ in range(length)]
         return {"input_ids": tokenizer(row["prompt"])["input_ids"] + completion}
 

@@ -1,6 +1,6 @@
 """Tokens a second of prefill, decoding, scoring and learning, against what this machine allows for the model.
 
-    python benchmarks/roofline.py --model runs/peers/100m-full --threads 2
+    python benchmarks/roofline.py --model runs/peers/100m --threads 2
     python benchmarks/roofline.py --model models/smollm2-135m-instruct --threads 2 --lora
 
 The roof is made of two measured numbers: the rate of a large matrix product, and the bandwidth of reading a tensor much
@@ -9,18 +9,14 @@ that bandwidth, whichever takes longer. The profile of a decoding step says wher
 """
 
 import argparse
-import json
 import time
 from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from peers import cpu_name
+from facts import add_out, append
 from torch.profiler import ProfilerActivity, profile
 
 PROMPT, NEW = 64, 64
-RESULTS = Path("benchmarks/results/roofline.jsonl")
 
 
 def main() -> None:
@@ -30,6 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--profile", action="store_true", help="print the operations of the decoding steps")
+    add_out(parser, "roofline")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     policy = load(args)
@@ -49,11 +46,8 @@ def main() -> None:
             draw(engine, prompts, NEW)
         print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45))
     setting = {name: getattr(args, name) for name in ("model", "lora", "threads", "batch")}
-    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        machine = {"cpu": cpu_name(), "gflops": rate / 1e9, "gb_per_s": bandwidth / 1e9}
-        file.write(json.dumps({**setting, **machine, "versions": versions, "phases": rows}) + "\n")
+    speeds = {"gflops": rate / 1e9, "gb_per_s": bandwidth / 1e9}
+    append(args.out, {**setting, **speeds, "phases": rows})
 
 
 def load(args: argparse.Namespace):

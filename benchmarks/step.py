@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from facts import add_out, append
+
 PROMPTS, COMPLETIONS = 16, 3
 
 
@@ -28,15 +30,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="most tokens of a completion")
     parser.add_argument("--against", nargs="+", default=["rloo"], choices=["rloo", "grpo"])
     parser.add_argument("--one", choices=["bondlm", "rloo", "grpo"], help=argparse.SUPPRESS)
+    add_out(parser, "step")
     args = parser.parse_args()
     if args.one:
         print("RESULT " + json.dumps(measure(build(args), args.threads)))
         return
-    ours = in_a_process("bondlm")
+    results = {"bondlm": (ours := in_a_process("bondlm"))}
     for name in args.against:
-        theirs = in_a_process(name)
+        theirs = results[name] = in_a_process(name)
         wall, cpu = ours["wall"] / theirs["wall"], ours["cpu"] / theirs["cpu"]
         print(f"bondlm / {name}: wall {wall:.2f}  cpu {cpu:.2f}  ({args.threads} threads)", flush=True)
+    names = ("model", "encoder", "prompts", "threads", "steps", "tokens")
+    append(args.out, {name: getattr(args, name) for name in names} | {"results": results})
 
 
 def forget_this_folder() -> None:
@@ -103,9 +108,16 @@ def measure(trainer, threads: int) -> dict:
         "cpu": cpu,
         "generate": phases.get("generate", generation),
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "length": statistics.mean(row.get("completions/mean_length", float("nan")) for row in logs),
+        "length": statistics.mean(mean_length(row) for row in logs),
         "phases": phases,
     }
+
+
+def mean_length(row: dict) -> float:
+    """Of all completions of a step; ours logs the policy's alone as completions/mean_length, but all tokens drawn."""
+    if "num_tokens/learned" in row:
+        return row["num_tokens"] / (PROMPTS * COMPLETIONS)
+    return row.get("completions/mean_length", float("nan"))
 
 
 def build(args: argparse.Namespace):

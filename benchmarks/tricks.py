@@ -1,6 +1,6 @@
 """What each trick of sampling and learning buys: CPU seconds without it against with it, the best of `--repeats` runs.
 
-    python benchmarks/tricks.py --model runs/peers/6m-vary --threads 1
+    python benchmarks/tricks.py --model runs/peers/6m --threads 1
     python benchmarks/tricks.py --model models/smollm2-135m-instruct --threads 1 --prompts 8
 
 The samples and log-probabilities are the same either way (tests/engines, tests/test_logprobs.py). `runs/peers/...` is
@@ -8,17 +8,14 @@ made by benchmarks/peers.py. A trick that buys nothing goes; docs/speed.md lists
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from peers import cpu_name
+from facts import add_out, append
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from bondlm.engines.hf import TransformersEngine
@@ -26,7 +23,6 @@ from bondlm.head import exact_head
 from bondlm.logprobs import collate, score_rows, sequence_logprobs
 
 LENGTHS, NEW, SAMPLES, SHARED = (16, 96), 64, 3, 64
-RESULTS = Path("benchmarks/results/tricks.jsonl")
 CPU = torch.device("cpu")
 
 
@@ -36,6 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    add_out(parser, "tricks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     work = Work(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(), args.prompts)
@@ -44,11 +41,8 @@ def main() -> None:
         seconds = [cpu_seconds(run, args.repeats) for run in (without, with_it)]
         rows[name] = {"without": seconds[0], "with": seconds[1], "ratio": seconds[1] / seconds[0]}
         print(f"{name:56} {seconds[0]:7.2f} -> {seconds[1]:7.2f} s  x {seconds[1] / seconds[0]:.2f}", flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        setting = {name: getattr(args, name) for name in ("model", "threads", "prompts")}
-        versions = {name: version(name) for name in ("torch", "transformers")}
-        file.write(json.dumps({**setting, "cpu": cpu_name(), "versions": versions, "tricks": rows}) + "\n")
+    setting = {name: getattr(args, name) for name in ("model", "threads", "prompts")}
+    append(args.out, {**setting, "tricks": rows})
 
 
 def cpu_seconds(run: Callable[[], Any], repeats: int) -> float:

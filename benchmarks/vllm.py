@@ -8,10 +8,11 @@ The server runs on this machine and has the same cores. Engines take turns; rati
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from facts import add_out, append
 
 ROLES = ("policy", "anchor")
 
@@ -26,14 +27,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", help="file for the result as JSON")
+    add_out(parser, "vllm")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
-    result |= {"command": " ".join(["python", *sys.argv])}
     report(result)
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    names = ("model", "num_prompts", "tokens", "threads", "dtype", "rounds")
+    append(args.out, {name: getattr(args, name) for name in names} | result)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
