@@ -26,7 +26,7 @@ from bondlm.trainer import BONDTrainer
 from faults.children import job, outcome, said, train, wrap
 
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "sampling": (TransformersEngine, "generate"),
+    "sampling": (TransformersEngine, "generate_roles"),
     "backward": (BONDTrainer, "training_step"),
     "anchor": (Anchor, "update"),
     "saving": (callbacks, "save_tensors"),
@@ -40,7 +40,7 @@ def send(number: int) -> Callable[[], None]:
 
 def stopped_at(config: Path, moment: str, number: int) -> int | None:
     owner, name = MOMENTS[moment]
-    return train(config, lambda: wrap(owner, name, 3 if name == "generate" else 2, send(number), after=False))
+    return train(config, lambda: wrap(owner, name, 2, send(number), after=False))
 
 
 def checkpoints(config: Path) -> list[str]:
