@@ -30,7 +30,7 @@ class Sampler:
         # An adapter is merged: nobody trains it here, and the merged model decodes faster.
         core = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
         self.model: Any = core.to(self.device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         self.text = check_tokenizer(self.tokenizer, core.generation_config.eos_token_id)
         self.engine = TransformersEngine(
             self._use, eos_ids=self.text.eos_ids, pad_id=self.text.pad_id, max_rows=max_rows

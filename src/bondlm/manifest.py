@@ -83,8 +83,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run folder that verifies, and why newer ones were rejected.
 
     Raises:
-        CheckpointError: there are checkpoints, but none that verifies, or the newest is of another format. A run must
-            never start afresh by accident.
+        CheckpointError: there are checkpoints, but none that verifies, or the newest is of another format, or there
+            were some and all are gone. A run must never start afresh by accident.
     """
     found = [(_step(path), path) for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
     rejected: list[str] = []
@@ -99,6 +99,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         raise CheckpointError(
             f"no checkpoint of {folder} can be trusted: {'; '.join(rejected)}. Choose another output_dir, or remove "
             "these to start afresh."
+        )
+    if (folder / SEALED_FILE).exists():
+        raise CheckpointError(
+            f"{folder} holds no checkpoint any more, though one was finished there ({SEALED_FILE}): bring it back. To "
+            f"start afresh choose another output_dir, or remove {folder / SEALED_FILE}"
         )
     return None, rejected
 

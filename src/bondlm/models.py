@@ -34,15 +34,22 @@ def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> P
     Raises:
         ConfigError: nothing that can be loaded lies there.
     """
+    if init_kwargs.pop("trust_remote_code", False):
+        raise ConfigError(
+            f"trust_remote_code would run code that comes with {str(path)!r}: bondlm does not. Load the model yourself "
+            "and pass it to BONDTrainer"
+        )
     try:
         if (Path(path) / "adapter_config.json").is_file():
+            if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
+                raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
             base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
             if base is None:
                 raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
             return PeftModel.from_pretrained(load_model(base, dtype=dtype, **init_kwargs), str(path), is_trainable=True)
-        config = AutoConfig.from_pretrained(path, **init_kwargs)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **init_kwargs)
+        return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **init_kwargs)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

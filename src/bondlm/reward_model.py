@@ -39,9 +39,9 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
     """
     torch.manual_seed(seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, dtype=torch.float32, use_safetensors=True
+            name, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load {name!r} as the base of a reward model: {error}") from error

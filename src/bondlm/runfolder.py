@@ -123,10 +123,33 @@ def drop_after(path: Path, step: int) -> None:
     partial.replace(path)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def run_config(folder: Path) -> dict[str, Any]:
-    """The settings that a run folder was made with; none if it does not say, or is no run folder."""
+    """The settings that a run folder was made with; none if it does not say, or is no run folder.
+
+    Raises:
+        CheckpointError: they are there, but cannot be read.
+    """
     path = folder / CONFIG_FILE
     if not path.is_file():
         return {}
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return config if isinstance(config, dict) else {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        reason = f"it holds {type(config).__name__}, not settings"
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config, reason = None, " ".join(str(error).split())
+    if not isinstance(config, dict) or not config:
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}), so nobody can tell which settings the run has: restore it, or remove "
+            "it to continue with the settings that you give now"
+        )
+    return config

@@ -106,7 +106,7 @@ def sft_trainer(
     """
     model: Any = prepare_model(name, peft_config)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
     examples = Examples(core, tokenizer, **limits)  # type: ignore[arg-type]
     return Trainer(

@@ -108,7 +108,7 @@ class BONDTrainer(Trainer):
         check_inputs(args, prompts, train_dataset, name, reward_funcs, has_held_out=eval_dataset is not None)
         model = prepare_policy(model, args, peft_config)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(name)
+            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         moves = args.anchor != "fixed"
         self.roles = Roles(model, sharded=uses_fsdp(args), anchor_moves=moves, offload_anchor=args.offload_anchor)
         core = self.roles.core

@@ -242,7 +242,9 @@ def test_a_run_folder_says_what_it_was_trained_with(tmp_path, kind):
     assert main(["train", "--config", str(config)]) == 0
     run = tmp_path / "run"
     trained = json.loads((run / "eval.json").read_text())
-    assert main(["eval", "--model", str(run), "--num_samples", "2", "--num_reference_samples", "8"]) == 0
+    again = ["eval", "--model", str(run), "--num_samples", "2", "--num_reference_samples", "8"]
+    assert main(again) == 2  # its reward is a function: whoever wants it run says so
+    assert main([*again, "--reward_funcs", f"{tmp_path / 'reward.py'}:letters"]) == 0
     result = json.loads((run / "eval.json").read_text())
     assert result["reference"] == trained["reference"] == str(tmp_path / "model")
     assert result["num_prompts"] == trained["num_prompts"] == 6

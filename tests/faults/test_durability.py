@@ -188,6 +188,21 @@ def test_d5_none_left_is_no_fresh_start(copy: Path, straight: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_d5_all_gone_is_no_fresh_start(copy: Path) -> None:
+    run = copy.parent / "run"
+    for path in run.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    before = (run / "metrics.jsonl").read_bytes()
+    for more in ((), ("--resume", "never")):
+        assert train(copy, lambda: None, *more) == 6
+        assert "holds no checkpoint any more" in said(copy)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(CheckpointError, match="no checkpoint any more"):
+        manifest.checkpoint_to_resume(run, True)
+    (run / ".sealed").unlink()  # as the message says
+    assert newest_checkpoint(run) == (None, [])
+
+
 def test_d6_one_flipped_bit_is_rejected(copy: Path) -> None:
     rejected_everywhere(copy.parent / "run", flipped)
 
@@ -231,6 +246,38 @@ def test_d8_stale_temp_folders_are_removed_and_said(copy: Path, straight: Path) 
     assert (run / "checkpoint-best").is_dir()
     (run / "checkpoint-best").rmdir()
     assert outcome(copy) == outcome(straight)
+
+
+@pytest.mark.parametrize("content", ["", "- a\n", "a: [", "\xff"], ids=["empty", "list", "torn", "binary"])
+def test_d5_settings_that_cannot_be_read(content: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy.parent / "run"
+    (run / "config.yaml").write_bytes(content.encode("latin-1"))
+    assert main(["train", "--config", str(copy)]) == 6
+    assert "config.yaml cannot be read" in capsys.readouterr().err
+    assert main(["eval", "--model", str(run)]) == 6
+
+
+def test_d1_the_settings_are_written_whole(tmp_path: Path) -> None:
+    """Killed right before the new file takes its place: the old one is there."""
+    config = job(tmp_path / "job", max_steps=1)
+    assert train(config) == 0
+    before = (config.parent / "run" / "config.yaml").read_bytes()
+
+    def kill_at_config() -> None:
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            name = str(args[1 if event == "os.rename" else 0]) if args else ""
+            if (
+                event in ("open", "os.rename")
+                and name.endswith("run/config.yaml")
+                and (event != "open" or args[1] != "r")
+            ):
+                kill()
+
+        sys.addaudithook(hook)
+
+    assert train(config, kill_at_config, "--max_steps", "2") == -9, said(config)
+    assert (config.parent / "run" / "config.yaml").read_bytes() == before
+    assert train(config, lambda: None, "--max_steps", "2") == 0, said(config)
 
 
 # -- D10, D12 to D15

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shlex
 import struct
 import tomllib
 from pathlib import Path
@@ -45,6 +46,12 @@ def test_x1_a_pickled_model_is_refused_and_not_run(tmp_path: Path) -> None:
         torch.save(Hostile(marker), tmp_path / "model" / name)
     with pytest.raises(ConfigError, match="cannot load the model"):
         load_model(tmp_path / "model", dtype=torch.float32)
+    tiny_causal(tiny_tokenizer()).save_pretrained(tmp_path / "base")
+    (tmp_path / "model" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
+        load_model(tmp_path / "model", dtype=torch.float32)
     assert not marker.exists()
     torch.load(tmp_path / "model" / "pytorch_model.bin", weights_only=False)  # the trap works
     assert marker.exists()
@@ -71,15 +78,31 @@ def test_x1_no_checkpoint_holds_a_pickle_of_the_settings(straight: Path) -> None
     assert not list((straight.parent / "run").rglob("training_args.bin"))
 
 
-def test_x2_code_that_comes_with_a_model_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_x2_code_that_comes_with_a_model_is_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = job(tmp_path / "job")
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "completion": "c"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, marker = tmp_path / "job" / "model", tmp_path / "marker"
     (model / "modeling_x.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     content = json.loads((model / "config.json").read_text())
     content |= {"model_type": "x", "auto_map": {"AutoConfig": "modeling_x.X", "AutoModelForCausalLM": "modeling_x.M"}}
     (model / "config.json").write_text(json.dumps(content))
-    assert main(["train", "--config", str(config)]) == 2
-    assert "trust_remote_code" in capsys.readouterr().err
+    # transformers asks "Do you wish to run the custom code? [y/N]" of whoever has not said False.
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    for command in (
+        ["train", "--config", str(config)],
+        ["sample", "--model", str(model), "--prompt", "x"],
+        ["sft", "--model", str(model), "--train_dataset", str(tmp_path / "rows.jsonl")],
+        ["reward-model", "--model", str(model), "--train_dataset", str(tmp_path / "rows.jsonl")],
+    ):
+        own = [] if command[0] in ("train", "sample") else ["--output_dir", str(tmp_path / command[0])]
+        assert main(command + own) == 2
+        assert "trust_remote_code" in capsys.readouterr().err
+        assert not marker.exists()
+    with pytest.raises(ConfigError, match="trust_remote_code would run code"):
+        load_model(model, dtype=torch.float32, trust_remote_code=True)
     given = yaml.safe_load(config.read_text()) | {"model_init_kwargs": {"trust_remote_code": True}}
     config.write_text(yaml.safe_dump(given))  # a stranger's config may not ask for it either
     assert main(["train", "--config", str(config)]) == 2
@@ -87,15 +110,25 @@ def test_x2_code_that_comes_with_a_model_is_not_run(tmp_path: Path, capsys: pyte
     assert not marker.exists()
 
 
+# Classes of PEFT and our own: they have no such argument.
+WITHOUT_CODE = ("PeftConfig", "PeftModel", "reward_class")
+
+
 def test_x2_no_source_trusts_remote_code() -> None:
+    loads = 0
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                if node.func.attr == "from_pretrained" and ast.unparse(node.func.value) not in WITHOUT_CODE:
+                    loads += 1  # without it transformers asks on the terminal, and a "y" in a pipe is a yes
+                    assert "trust_remote_code" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert isinstance(node.value, ast.Constant), f"{path}: trust_remote_code is not a constant"
                 assert node.value.value is False, f"{path}: trust_remote_code"
             if isinstance(node, ast.Dict):
                 keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
                 assert "trust_remote_code" not in keys, path
+    assert loads >= 9
 
 
 @pytest.mark.parametrize("code", ["!!python/object/apply:os.system ['touch {marker}']", "!!python/name:os.system"])
@@ -204,19 +237,31 @@ def test_x7_no_file_of_a_run_holds_a_secret(tmp_path: Path, monkeypatch: pytest.
         assert b"hf_hunter2" not in path.read_bytes(), path
 
 
-def test_x9_a_reward_that_came_with_a_run_folder_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("option", ["reward_funcs", "judges"])
+def test_x9_code_that_a_run_folder_names_is_not_run(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only code that lies in it: a function of Python's own library can do all that a stranger wants."""
     run = tmp_path / "stranger"
     run.mkdir()
     (run / "evil.py").touch()
-    settings = {"model": "m", "eval_dataset": "d"}
     monkeypatch.syspath_prepend(str(tmp_path))
-    for spec in (f"{run}/evil.py:f", f"{tmp_path}/other/../stranger/evil.py:f", "stranger.evil:f"):
-        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"reward_funcs": spec}))
-        with pytest.raises(ConfigError, match="code that came with that folder"):
+    for spec in (
+        "subprocess:getoutput",
+        f"{run}/evil.py:f",
+        f"{tmp_path}/mine.py:f",
+        "stranger.evil:f",
+        "https://stranger.example/score",  # gets the prompts of a file that the config names, and our token
+    ):
+        settings = {"model": "m", "eval_dataset": "d", "reward_funcs": "org/reward", option: ["nli:models/t5", spec]}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        with pytest.raises(ConfigError, match=f"a run folder alone does not start them.* --{option} "):
             complete({"model": str(run)})
-        assert complete({"model": str(run), "reward_funcs": spec})[0]["reward_funcs"] == spec  # asked for by hand
-    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"reward_funcs": f"{tmp_path}/mine.py:f"}))
-    assert complete({"model": str(run)})[0]["reward_funcs"] == f"{tmp_path}/mine.py:f"
+        assert main(["eval", "--model", str(run)]) == 2
+        advice = shlex.split(capsys.readouterr().err.rpartition("say so: ")[2])
+        assert complete(parse("eval", ["--model", str(run), *advice]))[0][option] == ["nli:models/t5", spec]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {option: ["similarity:models/minilm"]}))
+    assert complete({"model": str(run)})[0][option] == ["similarity:models/minilm"]  # a model is data
 
 
 def test_x11_dependencies_have_floors() -> None:

@@ -1,7 +1,7 @@
 """`bondlm eval`: which Best-of-N is one sample of a policy worth? Samples on file, `eval.json`, a table."""
 
 import json
-import sys
+import shlex
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,8 +62,8 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         known["reference"] = _adapter_base(model)
     for name in ("reward_funcs", "judges"):
         if name not in options:
-            _refuse_code_in(model, name, _list(known.get(name)))
-    if "reward_funcs" in options:
+            _refuse_code_of(model, name, _list(known.get(name)))
+    if "reward_funcs" in options and _list(options["reward_funcs"]) != _list(config.get("reward_funcs")):
         known.pop("reward_weights", None)  # they were for the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
     settings["model"] = str(model)
@@ -88,17 +88,21 @@ def _orders(value: Any, most: int) -> list[int] | None:
     return sorted(set(orders)) or None
 
 
-def _refuse_code_in(model: Path, option: str, rewards: list[Any]) -> None:
-    """A run folder names its rewards, and naming a function runs it: never one that came with the folder."""
+def _refuse_code_of(folder: Path, option: str, rewards: list[Any]) -> None:
+    """A run folder may come from a stranger, and its rewards be any function of any module, or a server of his.
+
+    What it says is run only if the user says it, too. Models are data, and asked without that.
+    """
+    if not rewards:
+        return
+    from bondlm.rewards.load import is_model
+
     for spec in map(str, rewards):
-        source, _, name = spec.rpartition(":")
-        if not name.isidentifier() or not source:
-            continue
-        places = [Path(source)] if source.endswith(".py") else [Path(p) / source.replace(".", "/") for p in sys.path]
-        if any(place.resolve().is_relative_to(model.resolve()) for place in places):
+        if not is_model(spec):
+            again = json.dumps([str(reward) for reward in rewards])
             raise ConfigError(
-                f"{model / CONFIG_FILE} names the reward {spec!r}, code that came with that folder: it is not run. "
-                f"Read it, and if you trust it give it on the command line with --{option}"
+                f"{folder / CONFIG_FILE} names the reward {spec!r}: a function runs code and a server is sent prompts, "
+                f"so a run folder alone does not start them. If you know them, say so: --{option} {shlex.quote(again)}"
             )
 
 

@@ -20,7 +20,7 @@ from bondlm.cli.console import make_console
 from bondlm.errors import CheckpointError, ConfigError
 from bondlm.manifest import newest_checkpoint, remove_unfinished, verify
 from bondlm.redact import redacted
-from bondlm.runfolder import CONFIG_FILE, is_main_process, locked
+from bondlm.runfolder import CONFIG_FILE, is_main_process, locked, run_config, write_whole
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PREEMPTED, INTERRUPTED = 75, 130
@@ -76,7 +76,7 @@ def run(options: dict[str, Any]) -> int:
         engine = engine_choice(trainer.args)
         console.print(engine, highlight=False, soft_wrap=True)
         if is_main_process():
-            (folder / CONFIG_FILE).write_text(yaml.safe_dump(redacted(options), sort_keys=False), encoding="utf-8")
+            write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
             _note_environment(folder / ENVIRONMENT_FILE, changes, engine)
         reporter = ProgressReporter(console, trainer)
         with closing(trainer.engine), reporter, _stop_on_signals(trainer) as stopped_by:
@@ -237,9 +237,9 @@ def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) ->
 
 def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
     """Each difference to the settings on file; refused unless `allow_config_change` is set."""
-    if not path.is_file():
+    before, now = run_config(path.parent), redacted(dict(options))
+    if not before:
         return []
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), redacted(dict(options))
     names = [n for n in sorted((set(before) | set(now)) - FREE_NAMES) if before.get(n) != now.get(n)]
     changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
     if changed and not options.get("allow_config_change"):
@@ -266,7 +266,7 @@ def _note_environment(path: Path, changes: list[str], engine: str) -> None:
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     content: dict[str, Any] = {"versions": versions, "platform": platform.platform(), "engine": engine}
     content["config_changes"] = before + changes
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def refuse_unsafe(options: Mapping[str, Any]) -> None:

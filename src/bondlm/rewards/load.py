@@ -108,6 +108,12 @@ def load_rewards(
     return rewards
 
 
+def is_model(spec: str) -> bool:
+    """Whether a spec names a model: no function to import and no server to send to."""
+    kind, _, rest = spec.partition(":")
+    return kind in _KINDS or not rest
+
+
 def _one_each(name: str, values: Any, count: int, default: Any) -> list[Any]:
     if values is None:
         return [default] * count
@@ -136,7 +142,7 @@ def _load_one(
         return _last_part(path), SequenceClassifierReward(spec.to(device), tokenizer)
     if isinstance(spec, str):
         kind, _, rest = spec.partition(":")
-        if kind in _KINDS or not rest:
+        if is_model(spec):
             return _load_model_reward(kind if rest else "classifier", rest or kind, tokenizer, device, dtype)
         name, function = spec.rpartition(":")[2], _load_named_function(spec, kind)
     elif callable(spec):
