@@ -16,6 +16,7 @@ from bondlm.checkpoint import (
     QUANTILE_FILE,
     data_digest,
     load_tensors,
+    prompts_per_step,
     refuse_other_data,
     require_space,
     save_tensors,
@@ -60,7 +61,7 @@ class AnchorCallback(TrainerCallback):
         # Trainer would remove the oldest checkpoint before the newest is sealed: we do it afterwards.
         self._keep, args.save_total_limit = args.save_total_limit or self._keep, None
         if (loader := kwargs.get("train_dataloader")) is not None:
-            self._data = data_digest(loader.dataset)
+            self._data = data_digest(loader.dataset) | prompts_per_step(args)
         if args.should_save and str(args.save_strategy) != "no":
             kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
             require_space(Path(args.output_dir), self._anchor, num_checkpoints=kept)
@@ -206,6 +207,7 @@ class StopCallback(TrainerCallback):
         self.signal: int | None = None
         self.save_requested = False
         self._failure: Exception | None = None
+        self.stopped = False  # by a signal, on all ranks, and saved
         self.finished = False  # all is saved: a signal need not wait for anything
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -215,21 +217,21 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a signal: save, and stop if it was one to stop; on every rank if any rank got it."""
-        stop, save = self._agreed(args)
+        stop, save = self.agree(args)
         self.save_requested = False
         if stop or save:
             control.should_save = True
         if stop:
-            control.should_training_stop = True
+            control.should_training_stop = self.stopped = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A signal that came during the save: what it asks for is done."""
-        stop, _ = self._agreed(args)
+        stop, _ = self.agree(args)
         self.save_requested = False
         if stop:
-            control.should_training_stop = True
+            control.should_training_stop = self.stopped = True
 
-    def _agreed(self, args: Any) -> tuple[bool, bool]:
+    def agree(self, args: Any) -> tuple[bool, bool]:
         """Whether to stop, and whether to save: what any rank was asked."""
         wanted = torch.tensor([float(self.signal or 0), float(self.save_requested)], device=args.device)
         if args.world_size > 1:

@@ -6,6 +6,7 @@
 import errno
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -77,12 +78,22 @@ def data_digest(dataset: Any) -> dict[str, Any]:
     return {"rows": len(dataset), "text": text.hexdigest(), "tokens": tokens.hexdigest()}
 
 
+def prompts_per_step(args: Any) -> dict[str, Any]:
+    """How many prompts all processes together learn from in a step, and of what that is the product."""
+    parts = (args.world_size, args.train_batch_size, args.gradient_accumulation_steps)
+    return {
+        "prompts_per_step": math.prod(parts),
+        "made_of": "{} processes x per_device_train_batch_size={} x gradient_accumulation_steps={}".format(*parts),
+    }
+
+
 def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
     """Compare the digest that a checkpoint holds with that of the data `now`.
 
     Raises:
         DataError: the data are not those that the run was trained on.
-        ConfigError: they are, but the tokenizer or its template makes other tokens of them.
+        ConfigError: they are, but the tokenizer or its template makes other tokens of them, or a step takes more or
+            fewer prompts: a checkpoint counts steps, so some would be left out or taken twice.
     """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -93,6 +104,12 @@ def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
         raise DataError(
             f"train_dataset has changed since {path.parent.name} was saved ({rows} rows then, {now['rows']} now, with "
             "other contents): restore it, or start a new run from these weights in another output_dir"
+        )
+    if before.get("prompts_per_step", now["prompts_per_step"]) != now["prompts_per_step"]:
+        raise ConfigError(
+            f"{path.parent.name} was trained with {before['prompts_per_step']} prompts a step ({before['made_of']}), "
+            f"and now it would be {now['prompts_per_step']} ({now['made_of']}): prompts would be left out or trained "
+            "twice. Keep the product"
         )
     if tokens != now["tokens"]:
         raise ConfigError(

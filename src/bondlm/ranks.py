@@ -8,19 +8,20 @@ import dataclasses
 import hashlib
 import json
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bondlm.errors import BondError, DataDesyncError, LostRankError, WeightDesyncError
 from bondlm.rollout import PROMPT_IDS
 
+_T = TypeVar("_T")
 _TRANSPORTS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting", "tcpstore")
 _OURS = str(Path(__file__).parent)
 # Of transformers' settings those that change what a step computes; ours all count.
@@ -59,6 +60,25 @@ def count_prompts(accelerator: Any, is_real: Sequence[bool], *, step: int, diges
                 "same files."
             )
     return ranks[:, 0].sum()
+
+
+def decided_by_main(decide: Callable[[], _T], args: Any) -> _T:
+    """What `decide` returns on the main process, on all; an error that it raises there ends all alike.
+
+    For what is read from the run folder while the main process may change it.
+    """
+    outcome: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            outcome = [decide()]
+        except BondError as error:
+            outcome = [error]
+    if args.world_size > 1:
+        with waiting_for_others(args):
+            broadcast_object_list(outcome)
+    if isinstance(outcome[0], BondError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[no-any-return]
 
 
 @contextmanager

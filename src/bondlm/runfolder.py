@@ -1,9 +1,12 @@
 """The run folder's logs and its lock."""
 
+import errno
+import fcntl
 import json
 import math
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +31,10 @@ def is_main_process() -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this run; a lock whose process is gone is taken over.
+    """Hold the folder for this run; of several processes of a run the main one holds it for all.
 
-    Of several processes of a run the main one holds it for all.
+    The lock is the operating system's (`flock`): it goes with its process, however that ends, so there is none that
+    is stale. What the file says is for the message alone.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -39,52 +43,55 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    path = folder / LOCK_FILE
     if folder.is_symlink():
         raise ConfigError(f"output_dir={str(folder)!r} is a link: name the folder that it leads to")
+    path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _refuse_live_owner(path)
-            path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        descriptor = _take(path)
     except FileExistsError as error:
-        if path.exists():
-            raise CheckpointError(
-                f"{folder} was taken by another process a moment ago: choose another output_dir"
-            ) from error
         raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder") from error
     except OSError as error:
         raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}") from error
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+        os.close(descriptor)
 
 
-def _refuse_live_owner(path: Path) -> None:
+def _take(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 1000, 0).decode(errors="replace")
+            os.close(descriptor)
+            raise CheckpointError(
+                f"{path.parent} is in use by {owner or 'another process'}: wait for it, or choose another output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                os.close(descriptor)
+                raise
+            warnings.warn(
+                f"bondlm: {path.parent} lies on a disk without locks ({error.strerror}): see to it yourself that no "
+                "two runs write into it",
+                stacklevel=4,
+            )
+        if _is_still(path, descriptor):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            return descriptor
+        os.close(descriptor)  # its owner ended, and removed it, between our two steps
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
     try:
-        owner = json.loads(path.read_text())
-        pid, host = int(owner["pid"]), str(owner["host"])
-    except (ValueError, KeyError, TypeError):
-        return  # cut short by a crash: nobody can tell whose it was
-    if host != socket.gethostname() or (pid != os.getpid() and _is_alive(pid)):
-        raise CheckpointError(
-            f"{path.parent} is in use by process {pid} on {host}: wait for it, choose another output_dir, or remove "
-            f"{path} if that process is gone"
-        )
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from bondlm.cli.train import _changed_settings, training_arguments
 from bondlm.errors import ConfigError
 from bondlm.manifest import fault
 from bondlm.rewards import load_rewards, score
+from bondlm.runfolder import locked
 from cli.helpers import write_job
 
 
@@ -215,12 +216,9 @@ def test_other_settings_do_not_continue_a_run(tmp_path, capsys):
 
 def test_a_run_folder_in_use_is_refused(tmp_path, capsys):
     config = write_job(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".lock").write_text(
-        json.dumps({"pid": os.getppid(), "host": __import__("socket").gethostname()})
-    )
-    assert main(["train", "--config", str(config)]) == 6
-    assert f"in use by process {os.getppid()}" in capsys.readouterr().err
+    with locked(tmp_path / "run"):
+        assert main(["train", "--config", str(config)]) == 6
+    assert f"in use by process {os.getpid()} on" in capsys.readouterr().err
 
 
 def test_check_takes_a_dry_step_and_changes_nothing(tmp_path, capsys):

@@ -4,8 +4,8 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,6 +23,11 @@ from bondlm.errors import CheckpointError
 from bondlm.manifest import MANIFEST_FILE, fault, newest_checkpoint, remove_older
 from bondlm.trainer import BONDTrainer
 from faults.children import job, kill, outcome, said, start, train, wait, wrap
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
 
 # -- D1, D2: killed
 
@@ -320,16 +325,32 @@ def test_d10_another_tokenizer_is_refused(copy: Path) -> None:
     assert "makes other tokens of the prompts" in said(copy)
 
 
+def test_d11_another_number_of_prompts_a_step_is_refused(copy: Path, straight: Path) -> None:
+    """A checkpoint counts steps: with twice as many prompts each, some would never be trained."""
+    twice = ("--max_steps", "4", "--per_device_train_batch_size", "8")
+    for allowed in ((), ("--allow_config_change", "true")):
+        assert train(copy, lambda: None, *twice, *allowed) == 2
+        assert "checkpoint-3 was trained with 4 prompts a step (1 processes x per_device_train_batch_size=4 x" in said(
+            copy
+        )
+        assert "and now it would be 8" in said(copy)
+    cut = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
+    assert train(copy, lambda: None, "--max_steps", "4", *cut) == 0, said(copy)
+    assert train(straight, lambda: None, "--output_dir", str(copy.parent / "whole"), "--max_steps", "4") == 0
+    drawn = [(copy.parent / name / "samples.jsonl").read_text().splitlines()[-4:] for name in ("run", "whole")]
+    assert drawn[0] == drawn[1]
+
+
 def test_d12_two_processes_on_one_run_folder(copy: Path, straight: Path) -> None:
-    lock = copy.parent / "run" / ".lock"
-    lock.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-    assert train(copy) == 6
-    assert f"in use by process {os.getpid()} on {socket.gethostname()}" in said(copy)
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    lock.write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname()}))
+    """The first is stopped in the middle of its step; then killed, and its lock with it."""
+    first = start(copy, lambda: wrap(BONDTrainer, "training_step", 1, stop), "--max_steps", "4")
+    os.waitpid(first, os.WUNTRACED)
+    assert train(copy, lambda: None, "--max_steps", "4") == 6
+    assert f"in use by process {first} on {socket.gethostname()}" in said(copy)
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
     assert train(copy) == 0
-    assert not lock.exists()
+    assert not (copy.parent / "run" / ".lock").exists()
 
 
 def test_d13_an_explicit_checkpoint_that_is_absent(copy: Path) -> None:

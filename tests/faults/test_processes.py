@@ -22,10 +22,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 TIMEOUT_S = 8
 
 
-def ranks(config: Path, *options: str, world: int = 2, start: int | None = None) -> list[subprocess.Popen[str]]:
-    """`bondlm train`, once a rank and without a launcher that would end the others when one ends."""
-    port, processes = str(free_port()), []
-    for rank in range(world if start is None else start):
+def ranks(config: Path, *options: str, late: float = 0) -> list[subprocess.Popen[str]]:
+    """`bondlm train`, once a rank and without a launcher that would end the others when one ends.
+
+    The main one comes `late` (seconds).
+    """
+    port, world, processes = str(free_port()), 2, list[subprocess.Popen[str]]()
+    for rank in reversed(range(world)):
+        time.sleep(late if rank == 0 else 0)
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         environment = os.environ | places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = str(ROOT / "src")
@@ -33,7 +37,7 @@ def ranks(config: Path, *options: str, world: int = 2, start: int | None = None)
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    return processes
+    return processes[::-1]
 
 
 def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
@@ -92,6 +96,40 @@ def test_m3_weights_that_drift_apart_are_found_when_they_are_saved(tmp_path: Pat
     assert "the policy of rank 1 is not that of rank 0" in done.stderr
     assert fault(tmp_path / "run" / "checkpoint-2") is None
     assert fault(tmp_path / "run" / "checkpoint-3") is not None  # never sealed
+
+
+def test_d8_one_process_decides_where_to_resume(tmp_path: Path) -> None:
+    """A first save that was cut short: the main process, which comes late, removes what others see before it."""
+    config = write_job(tmp_path, max_steps=1, save_strategy="no", eval_dataset=None, ddp_timeout=60)
+    unfinished = tmp_path / "run" / "checkpoint-1"
+    unfinished.mkdir(parents=True)
+    (unfinished / "optimizer.pt").write_bytes(b"half")
+    processes = ranks(config, late=4)
+    ends = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert f"removed {unfinished}" in ends[0][0]
+
+
+def test_d10_what_the_main_process_refuses_ends_all(tmp_path: Path) -> None:
+    config = write_job(tmp_path, max_steps=1, save_strategy="no", eval_dataset=None, ddp_timeout=60)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".sealed").touch()
+    processes = ranks(config)
+    ends = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [6, 6], ends
+    assert all("holds no checkpoint any more" in error for _, error in ends)
+
+
+def test_d11_another_number_of_processes(tmp_path: Path) -> None:
+    job: dict[str, Any] = {"kind": "causal", "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    check(run_tiny(tmp_path / "one", 1, **job, per_device_train_batch_size=4, max_steps=4))
+    check(run_tiny(tmp_path / "two", 1, **job, per_device_train_batch_size=4, max_steps=2))
+    refused = run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=4, max_steps=4, resume=True)
+    assert refused.returncode != 0
+    assert "and now it would be 8 (2 processes x per_device_train_batch_size=4" in refused.stderr
+    check(run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=2, max_steps=4, resume=True))
+    one, two = (load_file(tmp_path / name / "policy.safetensors") for name in ("one", "two"))
+    assert max(float((two[name] - one[name]).abs().max()) for name in one) < 2e-6
 
 
 def test_m4_the_uneven_last_batch_of_an_epoch(tmp_path: Path) -> None:

@@ -73,6 +73,34 @@ def test_s1_sigterm_in_the_last_evaluation_does_not_wait_for_it(tmp_path: Path) 
     assert (run / "eval.json").is_file()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+def test_s1_a_signal_while_the_run_is_loaded(number: int, code: int, straight: Path, tmp_path: Path) -> None:
+    """There is nothing to finish and nothing to save: it stops, or is let pass."""
+    config = job(tmp_path / "job")
+    assert train(config, lambda: wrap(BONDTrainer, "__init__", 1, send(number), after=False)) == code, said(config)
+    assert bool(checkpoints(config)) is (code == 0)
+    assert train(config) == 0
+    assert outcome(config) == outcome(straight)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_s1_sigterm_in_the_last_save(after: bool, tmp_path: Path) -> None:
+    """The model is whole, its evaluation is left out, and the same command makes it."""
+    config = job(tmp_path / "job", eval_dataset=str(tmp_path / "job" / "heldout.jsonl"), max_steps=1)
+    run = config.parent / "run"
+    last = wrap_last_save(after)
+    assert train(config, last) == 75, said(config)
+    assert "stopped by SIGTERM" in said(config)
+    assert (run / "adapter_model.safetensors").is_file()
+    assert not (run / "eval.json").exists()
+    assert train(config) == 0
+    assert (run / "eval.json").is_file()
+
+
+def wrap_last_save(after: bool) -> Callable[[], None]:
+    return lambda: wrap(BONDTrainer, "save_model", 2, send(signal.SIGTERM), after=after)  # the first is a checkpoint's
+
+
 @pytest.mark.parametrize("moment", ["sampling", "backward"])
 def test_s2_sigusr1(moment: str, straight: Path, tmp_path: Path) -> None:
     config = job(tmp_path / "job", save_steps=100)

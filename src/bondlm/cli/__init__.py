@@ -25,10 +25,14 @@ CHECKPOINT, OUT_OF_RESOURCES, STOPPED = 6, 7, 75
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the contract (docs/cli.md)."""
-    code = _run(argv)
+    agreed = True
+    try:
+        code = _run(argv)
+    except SystemExit as stop:  # a signal, in this process alone, with nothing to save
+        code, agreed = int(str(stop.code)), False
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        _leave_group(torch.distributed, code)
+        _leave_group(torch.distributed, code, agreed=agreed and code in (0, STOPPED))
     return code
 
 
@@ -72,9 +76,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     return should_reduce_batch_size(error)
 
 
-def _leave_group(distributed: Any, code: int) -> None:
+def _leave_group(distributed: Any, code: int, *, agreed: bool) -> None:
     """End a process of several, whose threads would abort the interpreter's exit (code 134) if they were left alone."""
-    if code in (0, STOPPED):  # the ranks agreed on this end, so nobody is in a collective
+    if agreed:  # all ranks end so, and nobody is in a collective
         distributed.destroy_process_group()
     elif distributed.get_world_size() > 1:  # one rank alone: leaving the group would wait for the others
         logging.shutdown()

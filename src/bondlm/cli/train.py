@@ -50,6 +50,8 @@ FREE_NAMES = {
     *("num_logged_samples", "max_rows", "resume", "output_dir", "eval_dataset", "eval_num_samples", "target_n"),
     *("kl_budget", "eval_num_reference_samples", "report_to", "allow_config_change", "judges"),
     *("reward_timeout_s", "reward_outage_s", "max_skipped_frac"),
+    # Their product with the number of processes may not change: the checkpoint knows it (callbacks.py).
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 # What a checkpoint restores with the optimizer: another value would be taken without a word, and have no effect.
 OPTIMIZER_NAMES = {"learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"}
@@ -61,41 +63,50 @@ def run(options: dict[str, Any]) -> int:
     """Train, evaluate, save. Exit codes: 0 done, 75 stopped by SIGTERM and saved, 130 by Ctrl-C and saved."""
     require(options)
     console = make_console()
-    with console.status("loading PyTorch and transformers"):
-        from bondlm.cli.progress import ProgressReporter
-        from bondlm.engines.choose import engine_choice
-        from bondlm.evaluation import evaluate_run
-        from bondlm.evaluation.table import print_phases
     folder = Path(str(options.get("output_dir") or "runs/bond"))
     options = options | {"output_dir": str(folder)}
-    with locked(folder):
-        checkpoint, changes = _resume_point(folder, options, console)
+    with _stop_on_signals() as watched, locked(folder):
+        with console.status("loading PyTorch and transformers"):
+            from bondlm.cli.progress import ProgressReporter
+            from bondlm.engines.choose import engine_choice
+            from bondlm.ranks import decided_by_main
+        args = training_arguments(options)  # here the processes of a run find each other
+        checkpoint, changes = decided_by_main(lambda: _resume_point(folder, options, console), args)
         with console.status(f"loading {options.get('model')}, data and rewards"):
-            trainer = build_trainer(options)
+            trainer = build_trainer(options, args)
             judges = load_judges(options, trainer)
         engine = engine_choice(trainer.args)
         console.print(engine, highlight=False, soft_wrap=True)
         if is_main_process():
             write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
             _note_environment(folder / ENVIRONMENT_FILE, changes, engine)
-        reporter = ProgressReporter(console, trainer)
-        with closing(trainer.engine), reporter, _stop_on_signals(trainer) as stopped_by:
+        watched.append(trainer.stop)
+        with closing(trainer.engine), ProgressReporter(console, trainer) as reporter:
             trainer.train(resume_from_checkpoint=checkpoint)
-            if stopped_by():
-                return _say_stopped(console, folder, stopped_by())
+            if trainer.stop.stopped:
+                return _say_stopped(console, folder, trainer.stop.signal)
             trainer.save_model()
             trainer.stop.finished = True
+            if trainer.stop.agree(args)[0]:  # it came during the save
+                return _say_stopped(console, folder, trainer.stop.signal)
             reporter.close_training()
-            if trainer.is_world_process_zero():
-                print_phases(console, *reporter.mean_phases(), reporter.evaluation_seconds)
-                for line in trainer.drops.summary():
-                    console.print(line, highlight=False, soft_wrap=True)
-            if trainer.eval_dataset is not None:
-                evaluate_run(trainer, folder, console, reporter, judges)
-            if trainer.eval_dataset is not None and is_main_process():
-                _write_report(folder, console)
+            _evaluate(trainer, folder, console, reporter, judges)
         console.print(f"run folder: {folder}", soft_wrap=True)
     return 0
+
+
+def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judges: list[Any]) -> None:
+    from bondlm.evaluation import evaluate_run
+    from bondlm.evaluation.table import print_phases
+
+    if trainer.is_world_process_zero():
+        print_phases(console, *reporter.mean_phases(), reporter.evaluation_seconds)
+        for line in trainer.drops.summary():
+            console.print(line, highlight=False, soft_wrap=True)
+    if trainer.eval_dataset is not None:
+        evaluate_run(trainer, folder, console, reporter, judges)
+    if trainer.eval_dataset is not None and is_main_process():
+        _write_report(folder, console)
 
 
 def _write_report(folder: Path, console: Console) -> None:
@@ -141,8 +152,8 @@ def training_arguments(options: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def build_trainer(options: Mapping[str, Any]) -> Any:
-    """The trainer that the options describe.
+def build_trainer(options: Mapping[str, Any], args: Any = None) -> Any:
+    """The trainer that the options describe; `args` are their `training_arguments`, if these are made already.
 
     Raises:
         ConfigError: a value is refused.
@@ -155,7 +166,7 @@ def build_trainer(options: Mapping[str, Any]) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    args = training_arguments(options)
+    args = training_arguments(options) if args is None else args
     trainer = BONDTrainer(
         model=str(options["model"]),
         reward_funcs=options.get("reward_funcs"),
@@ -285,22 +296,28 @@ def refuse_unsafe(options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _stop_on_signals(trainer: Any) -> Iterator[Any]:
-    """The first SIGINT or SIGTERM lets the step finish and saves; a second one stops at once. SIGUSR1 saves alone."""
+def _stop_on_signals() -> Iterator[list[Any]]:
+    """The first SIGINT or SIGTERM lets the step finish and saves; a second one stops at once. SIGUSR1 saves alone.
+
+    Yields the list to which the trainer's `stop` is added. As long as there is none a run has nothing to finish or to
+    save: the first signal stops it, and SIGUSR1 is let pass.
+    """
+    watched: list[Any] = []
 
     def note(number: int, frame: Any) -> None:
-        if trainer.stop.finished:  # the model is saved, only its evaluation is cut short
+        if not watched or watched[0].finished:  # afterwards the model is saved, only its evaluation is cut short
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(PREEMPTED)
-        trainer.stop.signal = number
+        watched[0].signal = number
         signal.signal(number, before[number])
 
     def save(number: int, frame: Any) -> None:
-        trainer.stop.save_requested = True
+        for stop in watched:
+            stop.save_requested = True
 
     before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, save)
     try:
-        yield lambda: trainer.stop.signal
+        yield watched
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
