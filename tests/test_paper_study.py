@@ -26,7 +26,20 @@ def letters(prompts, completions, **columns):
 def short(prompts, completions, **columns):
     return [-float(len(text)) for text in completions]
 """
-BUDGET = ["--steps", "2", "--completions", "6", "--prompts", "3", "--samples", "2", "--reference-samples", "4"]
+BUDGET = [
+    "--results",
+    "none.jsonl",
+    "--steps",
+    "2",
+    "--completions",
+    "6",
+    "--prompts",
+    "3",
+    "--samples",
+    "2",
+    "--reference-samples",
+    "4",
+]
 
 
 @pytest.fixture
@@ -77,7 +90,10 @@ def test_an_experiment_runs_resumes_and_is_reported(tiny_study: Path, capsys: py
     assert "(1 of 3 seeds)" in (results.parent / "claims.md").read_text()
     assert (results / "x1.png").stat().st_size > 10_000
     assert len((results / "runs.jsonl").read_text().splitlines()) == 4
-    shutil.rmtree(folder)  # as on another machine: what is in the results stays there
+    shutil.rmtree(folder)  # as on another machine: what is in the results stays done
+    study.main([*command, "--results", str(results / "runs.jsonl")])
+    assert not folder.exists()
+    assert capsys.readouterr().out.count("s0: done") == 2
     write_up.main(["--results", str(results), "--page", str(tiny_study / "results.md")])
     assert "| n4-beta0.5 | 1 |" in (tiny_study / "results.md").read_text()
     assert len((results / "runs.jsonl").read_text().splitlines()) == 4

@@ -6,7 +6,8 @@
     python benchmarks/paper/write_up.py                               # tables, figures, claims.md, docs/results.md
 
 A run's folder is runs/paper/EXPERIMENT/NAME-sSEED: config.json, curve.jsonl (a row each measurement), metrics.jsonl,
-done.json. A run that was cut starts anew. Other budgets go into other folders (--out).
+done.json. A run that was cut starts anew. Runs of benchmarks/paper/results count as done: a study may go on elsewhere.
+Other budgets go into other folders (--out, --results).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from plans import EXPERIMENTS, Experiment, Run, runs
 from tasks import TASKS, Task, missing
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/paper/results/runs.jsonl"
 DONE_FILE, CONFIG_FILE = "done.json", "config.json"
 
 
@@ -42,6 +44,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reference-samples", type=int, default=32)
     parser.add_argument("--points", type=int, default=4, help="measurements along a run, the last one at its end")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="runs that are in this file are done, wherever they were made"
+    )
     parser.add_argument("--list", action="store_true", help="say which runs there are and which are done")
     args = parser.parse_args(argv)
     unknown = [name for name in args.experiments if name not in EXPERIMENTS]
@@ -145,6 +150,15 @@ def facts(args: Any) -> dict[str, Any]:
     }
 
 
+def is_done(name: str, run: Run, seed: int, args: Any) -> bool:
+    """Whether a run has finished, here or, as the results say, elsewhere."""
+    if (Path(args.out) / name / f"{run.name}-s{seed}" / DONE_FILE).exists():
+        return True
+    rows = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
+    keys = ("experiment", "run", "seed")
+    return (name, run.name, seed) in {tuple(json.loads(row)[key] for key in keys) for row in rows}
+
+
 def equal_run(config: dict[str, Any], experiment: Experiment, run: Run, seed: int, args: Any) -> Path | None:
     """The folder of a finished run of another experiment with the same settings, measured at least as fully."""
     for done in sorted(Path(args.out).glob(f"*/*-s{seed}/{DONE_FILE}")):
@@ -163,7 +177,7 @@ def equal_run(config: dict[str, Any], experiment: Experiment, run: Run, seed: in
 def do(name: str, experiment: Experiment, run: Run, seed: int, args: Any) -> None:
     """One run in its folder, unless it is done."""
     task, folder = TASKS[experiment.task], Path(args.out) / name / f"{run.name}-s{seed}"
-    if (folder / DONE_FILE).exists():
+    if is_done(name, run, seed, args):
         print(f"{folder}: done")
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -196,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     if args.list:
         for name, _, run, seed in jobs:
-            done = (args.out / name / f"{run.name}-s{seed}" / DONE_FILE).exists()
+            done = is_done(name, run, seed, args)
             print(f"{name:6}{run.name:28}seed {seed}  {'done' if done else ''}")
         return
     for name in args.experiments:

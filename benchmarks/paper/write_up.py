@@ -10,12 +10,15 @@ runs, seed by seed, with a t interval.
 import argparse
 import csv
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from plans import EXPERIMENTS
 from verdicts import VERDICTS, Table, Verdict
+
+from bondlm.bestofn import kl_bound
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = (
@@ -56,7 +59,13 @@ def with_earlier(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]
     here = {(row["experiment"], row["run"], row["seed"]) for row in rows}
     earlier = [json.loads(line) for line in lines]
     rows = rows + [row for row in earlier if (row["experiment"], row["run"], row["seed"]) not in here]
+    rows = [row | {"kl_ratio": wasted(row["kl"], row["effective_n"])} for row in rows]
     return sorted(rows, key=lambda row: (row["experiment"], row["run"], row["seed"], row["step"]))
+
+
+def wasted(kl: float, n: float) -> float | None:
+    """KL over what Best-of-n of a continuous reward needs: one definition for all runs, whatever bondlm's was then."""
+    return kl / kl_bound(n) if math.isfinite(n) and n > 1.05 else None
 
 
 def flat(point: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +133,7 @@ def table_text(table: Table) -> str:
     """The last measurements of an experiment's runs, mean over seeds with the extremes."""
     judges = sorted({name for seeds in table.values() for row in seeds.values() for name in row if is_judge(name)})
     names = {"effective_n": "effective N", "win_rate": "win rate", "log_quantile": "log-quantile", "kl": "KL"}
-    names |= {"kl_ratio": "KL / exact BoN's", "tokens": "tokens drawn", "cpu_seconds": "training CPU s"}
+    names |= {"kl_ratio": "KL / Best-of-N's", "tokens": "tokens drawn", "cpu_seconds": "training CPU s"}
     names |= {"kl_at_0.8": "KL at win rate 0.8", "cpu_seconds_at_0.8": "CPU s to win rate 0.8"}
     names |= {name: f"gain of {name.removeprefix('judge/')}" for name in judges}
     lines = ["| run | seeds | " + " | ".join(names.values()) + " |", "|---" * (len(names) + 2) + "|"]
@@ -144,8 +153,6 @@ def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Pa
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    from bondlm.bestofn import kl_bound
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     for axis, (x, label) in zip(
