@@ -578,13 +578,7 @@ def test_losses_that_are_not_finite_end_the_run_and_nothing_has_moved(tmp_path: 
     assert same(made.anchor.state_dict(), anchor)
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in skipped] == [1, 2, 3]
-    assert skipped[0]["loss"] == [None] * 4
-    assert skipped[0]["samples"][0]["prompt"] == logged_prompts(tmp_path)[0]
-
-
-def logged_prompts(folder: Path) -> list[str]:
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_bytes().splitlines()]
-    return [row["prompt"] for row in rows]
+    assert [sample["loss"] for sample in skipped[0]["samples"]] == ["nan"] * 4
 
 
 def test_one_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:

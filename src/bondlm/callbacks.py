@@ -1,11 +1,13 @@
 """What happens around an optimizer step: the anchor moves, the run folder is written, the run stops in good order."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -13,6 +15,7 @@ from bondlm.anchor import Anchor
 from bondlm.checkpoint import (
     ANCHOR_FILE,
     DATA_FILE,
+    MEANS_FILE,
     QUANTILE_FILE,
     data_digest,
     load_tensors,
@@ -21,13 +24,14 @@ from bondlm.checkpoint import (
     require_space,
     save_tensors,
 )
-from bondlm.clock import Clock
+from bondlm.clock import Clock, StepMeans
 from bondlm.errors import CheckpointError, ConfigError, EngineError, NonFiniteError, ResourceError, RewardOutageError
 from bondlm.manifest import remove_older, seal
 from bondlm.quantile_model import QuantileModel
 from bondlm.ranks import require_same_weights
 from bondlm.rollout import Samples
 from bondlm.runfolder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
+from bondlm.scored import LOGGED_IDS
 from bondlm.sharding import local
 
 # Faults of a server, or memory that is spent: the weights are as the last step left them, and worth a checkpoint.
@@ -42,10 +46,12 @@ class AnchorCallback(TrainerCallback):
         anchor: Anchor,
         quantile_model: QuantileModel | None,
         clock: Clock,
-        record: Callable[[Mapping[str, float]], None],
+        means: StepMeans,
+        run_folder: "RunFolderCallback",
     ) -> None:
-        """`record` takes the metrics of a step."""
-        self._anchor, self._quantile_model, self._clock, self._record = anchor, quantile_model, clock, record
+        """`means` takes the metrics of a step, `run_folder` the prompts of one that is skipped."""
+        self._anchor, self._quantile_model, self._clock = anchor, quantile_model, clock
+        self._means, self._record, self._run_folder = means, means.record, run_folder
         self._restore: Path | None = None
         self._keep: int | None = None
         self._data: dict[str, Any] = {}
@@ -71,6 +77,9 @@ class AnchorCallback(TrainerCallback):
             load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
             if self._quantile_model is not None:
                 load_tensors(self._restore / QUANTILE_FILE, self._quantile_model.load_tensors)
+            if (path := self._restore / MEANS_FILE).is_file():
+                state = json.loads(path.read_text(encoding="utf-8"))
+                self._means.load_state(state, rank=args.process_index, world_size=args.world_size)
             self._restore = None  # a second `train` goes on from where the first one ended
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -83,6 +92,7 @@ class AnchorCallback(TrainerCallback):
             return
         for parameter in model.parameters():
             parameter.grad = None  # an optimizer leaves a parameter without gradient as it is
+        self._run_folder.write_skipped(state.global_step + 1, args)
         if self._skips_in_a_row > args.max_skipped_steps:
             raise NonFiniteError(
                 f"step {state.global_step + 1}: the gradient is not finite, {self._skips_in_a_row} steps in a row "
@@ -113,6 +123,8 @@ class AnchorCallback(TrainerCallback):
             torch.distributed.barrier()  # every rank has written its part
             require_same_weights(kwargs["model"], self._anchor.weights, step=state.global_step, device=args.device)
         anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if it is sharded
+        means = [self._means.state()]
+        means = gather_object(means) if args.world_size > 1 else means
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_tensors(anchor, folder / ANCHOR_FILE)
@@ -120,6 +132,7 @@ class AnchorCallback(TrainerCallback):
                 save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads, tokens in it
             (folder / DATA_FILE).write_text(json.dumps(self._data), encoding="utf-8")
+            (folder / MEANS_FILE).write_text(json.dumps(means), encoding="utf-8")
             seal(folder)
             if self._keep is not None:
                 remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint)
@@ -137,35 +150,52 @@ class RunFolderCallback(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         """`folder` is the run's output_dir."""
         self._folder = folder
-        self._samples: list[dict[str, Any]] = []
+        self._step: tuple[Sequence[Mapping[str, Any]], Samples, int] | None = None
+        self._num_logged = 0
+        self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
         self._failure: OSError | None = None
 
-    def note_samples(self, rows: Sequence[Mapping[str, Any]], samples: Samples, num_policy: int, limit: int) -> None:
-        """Remember the completions of the first prompts of a step, in case the step is logged."""
-        self._samples = [
-            {
-                "prompt": row["prompt"],
-                "policy": [
-                    {"text": t, "reward": r} for t, r in zip(texts[:num_policy], rewards[:num_policy], strict=True)
-                ],
-                "anchor": [
-                    {"text": t, "reward": r} for t, r in zip(texts[num_policy:], rewards[num_policy:], strict=True)
-                ],
-            }
-            for row, texts, rewards in list(zip(rows, samples.texts, samples.rewards_PM.tolist(), strict=True))[:limit]
-        ]
+    def note_step(self, rows: Sequence[Mapping[str, Any]], samples: Samples, num_policy: int, num_logged: int) -> None:
+        """Remember a step's samples; those of its first prompts are written if the step is logged (and made them)."""
+        self._step, self._bad = (rows, samples, num_policy), {}
+        self._num_logged = 0 if LOGGED_IDS in rows[0] else num_logged
 
-    def note_skipped(self, step: int, loss_P: Tensor, logp_PL: Tensor) -> None:
-        """Write which losses of a step are not finite, with the step's prompts and completions that are kept."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        row = {"step": step, "loss": loss_P.tolist(), "logp": logp_PL.tolist(), "samples": self._samples}
-        append_jsonl(self._folder / SKIPPED_FILE, [row])
+    def note_losses(self, row_P: Tensor, loss_P: Tensor) -> Tensor:
+        """Remember which prompts have a loss that is not finite; returns which have a finite one (P,) bool."""
+        is_finite_P = torch.isfinite(loss_P)
+        if not is_finite_P.all():
+            losses = zip(row_P.tolist(), loss_P.tolist(), strict=True)
+            self._bad |= {row: loss for row, loss in losses if not math.isfinite(loss)}
+        return is_finite_P
+
+    def write_skipped(self, step: int, args: Any) -> None:
+        """Write the prompts whose loss is not finite; if all losses are, and the gradient is not, all of the step.
+
+        Every process must call, and writes its own.
+        """
+        anywhere = torch.tensor(float(bool(self._bad)), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+        by_loss = bool(anywhere.item())
+        which = sorted(self._bad) if by_loss else range(0 if self._step is None else len(self._step[0]))
+        if which:
+            samples = [self._sampled(i) | ({"loss": str(self._bad[i])} if by_loss else {}) for i in which]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            row = {"step": step, "not_finite": "loss" if by_loss else "gradient", "samples": samples}
+            append_jsonl(self._folder / SKIPPED_FILE, [row])
+
+    def _sampled(self, place: int) -> dict[str, Any]:
+        """One prompt of the step with its completions and rewards."""
+        rows, samples, num_policy = self._step  # type: ignore[misc]
+        rewards = samples.rewards_PM[place].tolist()
+        scored = [{"text": t, "reward": r} for t, r in zip(samples.texts[place], rewards, strict=True)]
+        return {"prompt": rows[place]["prompt"], "policy": scored[:num_policy], "anchor": scored[num_policy:]}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what was logged beyond the step that the run starts from."""
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE):
+            for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
                 drop_after(self._folder / name, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -174,7 +204,8 @@ class RunFolderCallback(TrainerCallback):
             return
         files = {METRICS_FILE: [{"step": state.global_step, **logs}]}
         if "loss" in logs:
-            files[SAMPLES_FILE] = [{"step": state.global_step, **row} for row in self._samples]
+            count = 0 if self._step is None else min(self._num_logged, len(self._step[0]))
+            files[SAMPLES_FILE] = [{"step": state.global_step, **self._sampled(i)} for i in range(count)]
         for name, rows in files.items():
             self._failure = self._failure or _write_or_retry(self._folder / name, rows)
         if self._failure is not None:  # what was learned is saved first

@@ -27,6 +27,7 @@ DATA_FILE = "data.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ANCHOR_FILE = "anchor.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
+MEANS_FILE = "means.json"  # metrics of the steps since the last log, of each process
 
 
 def require_space(folder: Path, anchor: Anchor, *, num_checkpoints: int) -> None:

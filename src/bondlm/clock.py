@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,20 @@ class StepMeans:
         """Keep metrics that have a value (or a row of values) for each prompt; only `counted_P` prompts count."""
         means = {name: float(values_P[counted_P].mean()) for name, values_P in metrics.items()}
         self.record(means, weight=float(counted_P.sum()))
+
+    def state(self) -> dict[str, tuple[float, float]]:
+        """What this process has recorded since the last log, for a checkpoint."""
+        return dict(self._sums)
+
+    def load_state(self, of_ranks: Sequence[Mapping[str, Sequence[float]]], *, rank: int, world_size: int) -> None:
+        """Continue from what the ranks had recorded; if there are more or fewer now, the first takes all."""
+        self._sums.clear()
+        mine = of_ranks if len(of_ranks) != world_size else of_ranks[rank : rank + 1]
+        for state in mine:
+            for name, (total, weight) in state.items():
+                share = 0.0 if mine is of_ranks and rank > 0 else 1.0
+                before = self._sums[name]
+                self._sums[name] = (before[0] + share * total, before[1] + share * weight)
 
     def drain(self, accelerator: Any) -> dict[str, float]:
         """The means since the last call; every process must call, with metrics of the same names."""

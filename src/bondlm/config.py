@@ -225,6 +225,8 @@ def _problems(config: BONDConfig) -> list[str]:
             )
             for name in ("target_n", "kl_budget")
         ),
+        (not c.save_only_model, "save_only_model=True: no run could be continued from such checkpoints"),
+        (not c.ignore_data_skip, "ignore_data_skip=True: a run that is continued would take its first prompts again"),
         (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),
         (
             not c.use_liger_kernel,

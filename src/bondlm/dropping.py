@@ -15,7 +15,7 @@ from datasets import Dataset
 from bondlm.data import listed, load_prompts
 from bondlm.errors import DataError, RewardError
 from bondlm.rollout import Samples
-from bondlm.runfolder import DROPPED_FILE, append_jsonl
+from bondlm.runfolder import DROPPED_FILE, SKIPPED_FILE, append_jsonl
 
 
 class DropBudget:
@@ -93,6 +93,10 @@ class DropBudget:
             lines.append(f"left out: {len(self.skipped_rows)} bad rows of train_dataset, first {self.skipped_rows[0]}")
         if self.dropped:
             lines.append(f"dropped: {self.dropped} of {self.seen} prompts, whose reward failed ({self._path})")
+        skipped = self._path.with_name(SKIPPED_FILE)
+        if skipped.is_file():
+            steps = {json.loads(line)["step"] for line in skipped.read_bytes().splitlines()}
+            lines.append(f"skipped: {len(steps)} steps, whose loss or gradient was not finite ({skipped})")
         return lines
 
     def _is_too_many(self, count: int, total: int) -> bool:

@@ -88,6 +88,7 @@ def micro_batch(
     tensors = {name: tensor[chosen] for name, tensor in window["tensors"].items()}
     batch = collate(groups, pad_id, start_id=start_id) | tensors
     length = batch["completion_ids"].shape[-1]
+    batch["row_P"] = torch.tensor(chosen)
     return batch | {"sampled_PCT": padded_logprobs([window["compared"][i] for i in chosen], length)}
 
 

@@ -40,12 +40,17 @@ class QuantileModel(nn.Module):
         return logsigmoid(self.net(features_BD).squeeze(1))
 
     def update(self, features_BD: Tensor, labels_B: Tensor) -> float:
-        """One step on the binary cross-entropy against `labels_B` in [0, 1]; returns the loss before it, in nats."""
+        """One step on the binary cross-entropy against `labels_B` in [0, 1]; returns the loss before it, in nats.
+
+        If loss or gradient is not finite there is no step: one would spoil the model for good.
+        """
         with torch.enable_grad():
             loss = binary_cross_entropy_with_logits(self.net(features_BD).squeeze(1), labels_B)
             self.optimizer.zero_grad()
             loss.backward()
-        self.optimizer.step()
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        if all(torch.isfinite(each).all() for each in (loss, *gradients)):
+            self.optimizer.step()
         return float(loss.detach())
 
     def tensors(self) -> dict[str, Tensor]:

@@ -156,8 +156,8 @@ class BONDTrainer(Trainer):
         self.anchor.before_other_weights = self.roles.keep_reference
         learned = isinstance(self.objective, BOND) and self.objective.learned
         self.quantile_model = quantile_model(core.config.hidden_size, args) if learned else None
-        self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self.record)
-        self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
+        folder = self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
+        self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self._means, folder)
         self.stop = StopCallback(args.target_n, args.kl_budget)
         for callback in (self._anchor_callback, self.run_folder, self.stop):
             self.add_callback(callback)
@@ -254,8 +254,7 @@ class BONDTrainer(Trainer):
                 self._means.record_of_each({"kl": sampled_logp - self._score("reference", compared)}, real_P)
         self.record(reward_metrics(samples, plan.policy, real_P), weight=float(real_P.sum()))
         self.record(work_metrics(samples, plan.policy, learned, plan.compare, passes))
-        if LOGGED_IDS not in rows[0]:
-            self.run_folder.note_samples(rows, samples, plan.policy, self.args.num_logged_samples)
+        self.run_folder.note_step(rows, samples, plan.policy, self.args.num_logged_samples)
         return {
             "groups": [(row[PROMPT_IDS], [c.ids for c in cs]) for row, cs in zip(rows, learned, strict=True)],
             "compared": [cs[: plan.compare] for cs in learned],
@@ -287,7 +286,8 @@ class BONDTrainer(Trainer):
             log_p = model.log_quantile(features)
             gather = self.accelerator.gather
             loss = model.update(gather(features)[all_real], gather(labels_P.float().to(device))[all_real])
-        self.record({"bond/quantile_loss": loss, "bond/quantile_mean": float(gather(log_p)[all_real].exp().mean())})
+        mean = float(gather(log_p)[all_real].exp().mean())
+        self.record({"bond/quantile_loss": loss, "bond/quantile_mean": mean}, weight=float(abs(loss) < float("inf")))
         return log_p.cpu().unsqueeze(1)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -310,9 +310,8 @@ class BONDTrainer(Trainer):
         logp_PLT = logp.flatten(0, 1).unflatten(0, (-1, plan.learn))
         logp_PL = logp_PLT.sum(dim=2)
         loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
-        if not torch.isfinite(loss.loss_P).all():  # its gradient will be skipped (AnchorCallback): say of what
-            self.run_folder.note_skipped(self.state.global_step + 1, loss.loss_P, logp_PL)
-        self._means.record_of_each(loss.metrics, inputs["weight_P"] > 0)
+        counted_P = self.run_folder.note_losses(inputs["row_P"], loss.loss_P) & (inputs["weight_P"] > 0)
+        self._means.record_of_each(loss.metrics | {"loss": loss.loss_P.detach()}, counted_P)
         if plan.policy:
             step, strict = self.state.global_step + 1, self.args.disable_dropout
             self.record({GAP_METRIC: logprob_gap(logp_PLT, inputs["sampled_PCT"], step, strict=strict)})
@@ -405,7 +404,7 @@ class BONDTrainer(Trainer):
         return self.sample(rows, "policy", self.args.eval_num_samples), self._reference_samples[key]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of all metrics recorded since the last log."""
+        """Add the means of all recorded since the last log, the loss included: Trainer's own forgets at a resume."""
         if "loss" in logs:
             logs = logs | self._means.drain(self.accelerator)
         super().log(logs, start_time)

@@ -341,6 +341,15 @@ def test_d11_another_number_of_prompts_a_step_is_refused(copy: Path, straight: P
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("name", ["save_only_model", "ignore_data_skip"])
+def test_d9_settings_under_which_no_resume_is_exact_are_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = job(tmp_path / "job", **{name: True})
+    assert main(["train", "--config", str(config)]) == 2
+    assert f"{name}=True: " in capsys.readouterr().err
+
+
 def test_d12_two_processes_on_one_run_folder(copy: Path, straight: Path) -> None:
     """The first is stopped in the middle of its step; then killed, and its lock with it."""
     first = start(copy, lambda: wrap(BONDTrainer, "training_step", 1, stop), "--max_steps", "4")

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from bondlm.errors import EngineError, NonFiniteError
 from bondlm.head import chosen_logprobs
 from bondlm.logprobs import score_rows
 from bondlm.models import Roles, wrap_lora
+from bondlm.quantile_model import QuantileModel
 
 SIGNS = [m for m in MUTATIONS if m.objective.__class__.__name__ == "JBOND"]
 
@@ -47,6 +49,43 @@ def test_n1_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_bytes().splitlines()]
     assert [row["step"] for row in skipped] == [1, 2, 3]
     assert all(row["samples"][0]["prompt"] for row in skipped)
+    assert made.drops.summary() == [
+        f"skipped: 3 steps, whose loss or gradient was not finite ({tmp_path / 'skipped.jsonl'})"
+    ]
+
+
+def test_n1_the_prompts_whose_loss_it_is_are_saved(tmp_path: Path) -> None:
+    """Not the first ones of the step, and also if none are logged; a resumed run writes them again."""
+    made = trainer(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_logged_samples=0,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    seen, learn, note = list[str](), made.compute_loss, made.run_folder.note_step
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs["anchor_logp_PC"] = inputs["anchor_logp_PC"].masked_fill(inputs["row_P"][:, None] == 3, torch.nan)
+        return learn(model, inputs, *args, **kwargs)
+
+    def note_step(rows: Any, *rest: Any) -> None:
+        seen.append(rows[3]["prompt"])
+        note(rows, *rest)
+
+    made.compute_loss, made.run_folder.note_step = compute_loss, note_step  # type: ignore[method-assign]
+    made.train()
+    for expected in ([1, 2], [1, 2]):
+        skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_bytes().splitlines()]
+        assert [row["step"] for row in skipped] == expected
+        assert [[s["prompt"] for s in row["samples"]] for row in skipped] == [[prompt] for prompt in seen[:2]]
+        assert all(row["samples"][0]["loss"] == "nan" and row["samples"][0]["policy"] for row in skipped)
+        assert all(math.isfinite(row["loss"]) for row in logged(tmp_path)[:2])  # the mean of the others
+        made.run_folder.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
+    made.run_folder.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=1), None)
+    assert len((tmp_path / "skipped.jsonl").read_bytes().splitlines()) == 1
 
 
 def test_n2_a_gradient_that_is_not_finite(tmp_path: Path) -> None:
@@ -57,8 +96,24 @@ def test_n2_a_gradient_that_is_not_finite(tmp_path: Path) -> None:
     made.train()
     assert math.isfinite(logged(tmp_path)[0]["loss"])
     assert logged(tmp_path)[0]["skipped_steps"] == 1
+    (skipped,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_bytes().splitlines()]
+    assert skipped["not_finite"] == "gradient"
+    assert len(skipped["samples"]) == made.args.per_device_train_batch_size  # nobody knows which of them it was
     assert same(weights(made.roles.model), before)
     assert same(made.anchor.state_dict(), anchor)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_n2_the_learned_quantile_takes_no_step_either(value: float) -> None:
+    model = QuantileModel(4, learning_rate=0.1, seed=0)
+    model.update(torch.randn(3, 8), torch.tensor([0.0, 1.0, 1.0]))
+    before = {name: tensor.clone() for name, tensor in model.tensors().items()}
+    features = torch.randn(3, 8)
+    features[1, 2] = value
+    assert not math.isfinite(model.update(features, torch.tensor([0.0, 1.0, 1.0])))
+    assert same(model.tensors(), before)
+    assert math.isfinite(model.update(torch.randn(3, 8), torch.tensor([0.0, 1.0, 1.0])))
+    assert not same(model.tensors(), before)
 
 
 def test_n4_a_frozen_anchor_fails_gap_closed() -> None:

@@ -100,7 +100,8 @@ def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judge
     from bondlm.evaluation.table import print_phases
 
     if trainer.is_world_process_zero():
-        print_phases(console, *reporter.mean_phases(), reporter.evaluation_seconds)
+        seconds, tokens = reporter.mean_phases()
+        print_phases(console, seconds, tokens, reporter.evaluation_seconds)
         for line in trainer.drops.summary():
             console.print(line, highlight=False, soft_wrap=True)
     if trainer.eval_dataset is not None:
