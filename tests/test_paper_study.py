@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
 import plans  # noqa: E402
 import run as study  # noqa: E402
+import sharpened  # noqa: E402
 import tasks  # noqa: E402
 import verdicts  # noqa: E402
 import write_up  # noqa: E402
@@ -108,6 +109,15 @@ def test_a_run_of_two_experiments_is_made_once(tiny_study: Path, capsys: pytest.
     assert "monte-carlo-s0: the same run as runs/paper/x1/n8-beta0.5-s0" in capsys.readouterr().out
     done = json.loads((tiny_study / "runs/paper/x3/monte-carlo-s0/done.json").read_text())
     assert (done["run"], done["seed"]) == ("monte-carlo", 0)
+
+
+def test_the_reference_at_lower_temperatures_is_a_rival(tiny_study: Path) -> None:
+    file = tiny_study / "sharpened.json"
+    sharpened.main(["summarization", *BUDGET, "--file", str(file)])
+    points = json.loads(file.read_text())["summarization"]["points"]
+    assert [each["temperature"] for each in points] == [0.9, 0.8, 0.7, 0.6, 0.5]
+    assert points[0]["kl"] < points[-1]["kl"]  # the further from T = 1, the more it costs
+    assert all(0 <= each["win_rate"] <= 1 for each in points)
 
 
 def test_a_run_may_stop_by_its_own_evaluation(tiny_study: Path) -> None:

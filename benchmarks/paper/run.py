@@ -91,10 +91,10 @@ def every(steps: int, points: int) -> int:
     return max(1, steps // points)
 
 
-def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path, args: Any) -> dict[str, Any]:
-    """One run: train, measure on the way, keep the curve; returns what `done.json` says."""
+def prepare(task: Task, config: dict[str, Any], lora_r: int | None, args: Any) -> tuple[Any, Any]:
+    """The trainer of a run, and the bench that measures its policy."""
     import torch
-    from measure import CURVE_FILE, Bench, Curve, load_judges
+    from measure import Bench, load_judges
     from peft import LoraConfig
     from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
@@ -107,8 +107,7 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    config = config_of(task, run, seed, folder, args)
-    rank = run.lora_r or task.lora_r
+    rank = lora_r or task.lora_r
     held_out = load_prompts(task.held_out)
     trainer = BONDTrainer(
         model=task.model,
@@ -125,7 +124,15 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
     made_from = [model_fingerprint(task.model, None), specs, task.reward_weights, config["max_completion_length"]]
     key = json.dumps(made_from, default=str)
     # The reference's samples are the same for all seeds of training; they are drawn by whichever run comes first.
-    bench = Bench(trainer, judges, Path(args.out) / "reference", key, args.reference_samples)
+    return trainer, Bench(trainer, judges, Path(args.out) / "reference", key, args.reference_samples)
+
+
+def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path, args: Any) -> dict[str, Any]:
+    """One run: train, measure on the way, keep the curve; returns what `done.json` says."""
+    from measure import CURVE_FILE, Curve
+
+    config = config_of(task, run, seed, folder, args)
+    trainer, bench = prepare(task, config, run.lora_r, args)
     steps = config["max_steps"]
     at = {step for step in range(1, steps + 1) if step % every(steps, args.points) == 0} | {steps}
     curve = Curve(bench, folder / CURVE_FILE, at, args.samples, both_kls=experiment.both_kls)

@@ -147,8 +147,11 @@ def is_judge(name: str) -> bool:
     return name.startswith("judge/") and not name.endswith(("_low", "_high"))
 
 
-def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Path) -> None:
-    """Win rate against KL (with exact Best-of-N), tokens and CPU seconds: means over seeds, bars are their extremes."""
+def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Path, sharpened: list[Any]) -> None:
+    """Win rate against KL (with the exact one and that of sharpening), tokens and CPU seconds.
+
+    Means over seeds; bars are their extremes.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,6 +179,9 @@ def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Pa
         if x == "kl":
             exact = [1 + i / 20 for i in range(400)]
             axis.plot([kl_bound(n) for n in exact], [n / (n + 1) for n in exact], "k--", lw=1, label="exact Best-of-N")
+            if sharpened:
+                kls, wins = zip(*[(0.0, 0.5), *((each["kl"], each["win_rate"]) for each in sharpened)], strict=True)
+                axis.plot(kls, wins, "k:", lw=1, label="reference at lower temperatures")
         axis.set(xlabel=label, ylabel="win rate = mean quantile")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
@@ -247,10 +253,13 @@ def main(argv: list[str] | None = None) -> None:
         writer = csv.DictWriter(file, fieldnames=[*COLUMNS, *MEASURES], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(row for row in rows if row["is_last"])
+    path = args.results / "sharpened.json"
+    rivals = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, experiment in EXPERIMENTS.items():
         found = curves(rows, name)
         if found:
-            draw(found, f"{name}: {experiment.claim}", args.results / f"{name}.png")
+            sharpened = rivals.get(experiment.task, {}).get("points", [])
+            draw(found, f"{name}: {experiment.claim}", args.results / f"{name}.png", sharpened)
     (args.results.parent / "claims.md").write_text(claims_text(rows), encoding="utf-8")
     args.page.write_text(results_text(rows), encoding="utf-8")
     print(f"{len({(r['experiment'], r['run'], r['seed']) for r in rows})} finished runs -> {args.results}, {args.page}")
