@@ -238,7 +238,8 @@ def test_metric_names(logged: list[dict[str, Any]]) -> None:
     assert set(evaluation) - FROM_TRANSFORMERS - {"step"} == EVAL_METRICS
 
 
-def test_the_phases_are_the_whole_step(logged: list[dict[str, Any]]) -> None:
+def test_step_time_is_the_sum_of_the_phases(logged: list[dict[str, Any]]) -> None:
+    """Whether that is the time that passed, a wall clock says (test_step_books.py)."""
     for row in logged[:2]:
         phases = [value for name, value in row.items() if name.startswith("time/")]
         assert all(value >= 0 for value in phases)

@@ -158,7 +158,7 @@ def test_logged_samples_are_enough(objective: str, kind: str, tmp_path: Path, mo
     def no_generation(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("generated")
 
-    monkeypatch.setattr(made.engine, "generate", no_generation)
+    monkeypatch.setattr(made.engine, "generate_roles", no_generation)
     groups = made.train_dataset.to_list()
     width = 6 if objective == "best_of_n_regression" else 4
     assert [len(g["logged_ids"]) for g in groups] == [width] * 12
