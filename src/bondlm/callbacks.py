@@ -25,10 +25,18 @@ from bondlm.checkpoint import (
     save_tensors,
 )
 from bondlm.clock import Clock, StepMeans
-from bondlm.errors import CheckpointError, ConfigError, EngineError, NonFiniteError, ResourceError, RewardOutageError
+from bondlm.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    NonFiniteError,
+    ResourceError,
+    RewardError,
+    RewardOutageError,
+)
 from bondlm.manifest import remove_older, seal
 from bondlm.quantile_model import QuantileModel
-from bondlm.ranks import require_same_weights
+from bondlm.ranks import decided_by_main, require_same_weights
 from bondlm.rollout import Samples
 from bondlm.runfolder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.scored import LOGGED_IDS
@@ -275,12 +283,14 @@ class StopCallback(TrainerCallback):
     def pause(self, error: Exception, args: Any, state: Any, control: Any) -> None:
         """Save and stop without a further step; `error` is for `raise_failure`, when all is saved.
 
-        Among several processes the others could not know: there the error ends the run, at its last checkpoint.
+        Several processes agree on what a reward raises. Of other errors the others could not know: there such a one
+        ends the run, at its last checkpoint.
         """
-        if args.world_size > 1:
+        if args.world_size > 1 and not isinstance(error, RewardError):
             raise error
         self._failure = error
-        is_saved = (Path(args.output_dir) / f"checkpoint-{state.global_step}").is_dir()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        is_saved = decided_by_main(folder.is_dir, args)
         control.should_save = state.global_step > 0 and not is_saved
         control.should_training_stop = True
 

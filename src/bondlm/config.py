@@ -96,7 +96,9 @@ class BONDConfig(TrainingArguments):
     max_prompt_length: int | None = _field(None, "Longest prompt in tokens; a longer one is an error, never cut.")
     max_completion_length: int = _field(256, "Most tokens of a completion, end-of-sequence included.")
     reward_weights: list[float] | None = _field(None, "Weight of each reward function. Default: 1 each.")
-    reward_timeout_s: float = _field(60.0, "Seconds that a request to a reward server may take.")
+    reward_timeout_s: float = _field(
+        60.0, "Seconds that a request to a reward server, or a call of an async reward function, may take."
+    )
     reward_outage_s: float = _field(
         600.0, "Seconds that the run waits for a reward server that is down; then it saves and ends."
     )

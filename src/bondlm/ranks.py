@@ -18,7 +18,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bondlm.errors import BondError, DataDesyncError, LostRankError, WeightDesyncError
+from bondlm.errors import (
+    BondError,
+    DataDesyncError,
+    LostRankError,
+    RewardError,
+    RewardOutageError,
+    WeightDesyncError,
+)
 from bondlm.rollout import PROMPT_IDS
 
 _T = TypeVar("_T")
@@ -79,6 +86,28 @@ def decided_by_main(decide: Callable[[], _T], args: Any) -> _T:
     if isinstance(outcome[0], BondError):
         raise outcome[0]
     return outcome[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def failing_together(args: Any) -> Iterator[None]:
+    """A reward that fails on one rank fails on all, so that they can save together; every rank must call this."""
+    failure: RewardError | None = None
+    try:
+        yield
+    except RewardError as error:
+        failure = error
+    kind = 0 if failure is None else 2 if isinstance(failure, RewardOutageError) else 1
+    if args.world_size > 1:
+        mine = torch.tensor([kind], device=args.device)
+        ranks = [torch.empty_like(mine) for _ in range(args.world_size)]
+        torch.distributed.all_gather(ranks, mine)
+        kinds = [int(rank) for rank in ranks]
+        if failure is None and any(kinds):
+            error_class = RewardOutageError if max(kinds) == 2 else RewardError
+            failed = [rank for rank, kind in enumerate(kinds) if kind]
+            failure = error_class(f"the rewards of rank {failed[0]} failed: its own message says why")
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

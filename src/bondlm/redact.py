@@ -1,6 +1,10 @@
-"""Secrets never reach a file or a message: what looks like one is replaced before it is written."""
+"""Secrets never reach a file or a message: what looks like one is replaced before it is written.
+
+Neither do control characters reach a terminal or a page: they are written as escapes.
+"""
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +13,27 @@ _NAMES = r"(?:[a-z]+[_-])?(?:token|secret|password|passwd|api[_-]?key|access[_-]
 _PATTERNS = (
     (re.compile(r"(?<=://)[^/\s@]+(?=@)"), HIDDEN),  # user and password in an address
     (re.compile(rf"(?i)([?&;]{_NAMES}=)[^&\s#'\";]+"), rf"\g<1>{HIDDEN}"),
+    (re.compile(rf"(?i)(--{_NAMES}['\"]?[\s,=]+['\"]?)[^\s'\",\]]+"), rf"\g<1>{HIDDEN}"),
     (re.compile(r"(?i)\b(bearer|basic)(\s+)[a-z0-9._~+/=-]{8,}"), rf"\g<1>\g<2>{HIDDEN}"),
     (re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xoxb-)[A-Za-z0-9_-]{16,}"), HIDDEN),
 )
 _SECRET_NAME = re.compile(rf"(?i)^{_NAMES}$")
+_SECRET_OPTION = re.compile(rf"(?i)^--{_NAMES}$")
+_NOT_PLAIN = re.compile(r"[^\x20-\x7e\n\t]")
+_CONTROL = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Zero-width joiners belong to emoji and to several scripts; all other format characters can hide or reorder text.
+_JOINERS = "\u200c\u200d"
+
+
+def visible(text: str) -> str:
+    r"""Return `text` with control, format and separator characters as escapes (`\x1b`); new lines and tabs stay."""
+    return _NOT_PLAIN.sub(lambda match: _shown(match.group()), text)
+
+
+def _shown(char: str) -> str:
+    if unicodedata.category(char) not in _CONTROL or char in _JOINERS:
+        return char
+    return char.encode("unicode_escape").decode("ascii")
 
 
 def redact(text: str) -> str:
@@ -32,5 +53,7 @@ def redacted(value: Any) -> Any:
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
+        after = [isinstance(item, str) and _SECRET_OPTION.match(item) for item in value]  # --api-key, and then the key
+        pairs = zip(value, [None, *after], strict=False)
+        return [HIDDEN if secret and isinstance(item, str) else redacted(item) for item, secret in pairs]
     return value

@@ -39,7 +39,7 @@ from bondlm.memory import SmallerBatches, micro_batch
 from bondlm.models import Roles, fast_dtype, prepare_policy
 from bondlm.objectives import BOND, BestOfNRegression, Objective
 from bondlm.quantile_model import QuantileModel, completion_features, quantile_model
-from bondlm.ranks import count_prompts, gather_in_order, real_rows, waiting_for_others, work_digest
+from bondlm.ranks import count_prompts, failing_together, gather_in_order, real_rows, waiting_for_others, work_digest
 from bondlm.rewards import NamedReward, load_rewards
 from bondlm.rollout import (
     PROMPT_IDS,
@@ -326,7 +326,7 @@ class BONDTrainer(Trainer):
     ) -> Samples:
         """Decode and score completions of encoded rows; `drop` marks prompts whose reward fails instead of raising."""
         tokenizer, eos_ids = self._tokenizer, self._text.eos_ids
-        with self.clock("reward"):
+        with self.clock("reward"), failing_together(self.args):
             return score_samples(self.rewards, rows, completions, tokenizer=tokenizer, eos_ids=eos_ids, drop=drop)
 
     def _score(self, role: Role, pairs: list[list[tuple[Any, Any]]]) -> Tensor:

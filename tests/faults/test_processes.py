@@ -196,3 +196,29 @@ def test_r6_the_failure_of_one_rank_ends_all(tmp_path: Path) -> None:
     done = run_tiny(tmp_path / "run", 2, kind="causal", per_device_train_batch_size=2, fail_on_rank=1)
     assert done.returncode != 0
     assert "one rank's reward is down" in done.stderr
+
+
+OUTAGE = """
+from bondlm.errors import RewardOutageError
+import os
+
+def down(prompts, completions, **columns):
+    down.calls += 1
+    if down.calls == 2 and os.environ["RANK"] == "1":
+        raise RewardOutageError("the server is down")
+    return [float(len(str(c))) for c in completions]
+down.calls = 0
+"""
+
+
+def test_r8_an_outage_on_one_rank_saves_the_run_on_all(tmp_path: Path) -> None:
+    (tmp_path / "down.py").write_text(OUTAGE)
+    config = write_job(tmp_path, save_steps=100, eval_dataset=None, reward_funcs=f"{tmp_path}/down.py:down")
+    processes = ranks(config)
+    ends = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [4, 4], ends
+    assert "the rewards of rank 1 failed" in ends[0][1]
+    assert "the server is down" in ends[1][1]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-1"
+    assert fault(checkpoint) is None

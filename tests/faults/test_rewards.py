@@ -235,7 +235,11 @@ def test_r5_winners_of_ties_have_no_favourite_place() -> None:
 def test_r6_a_reward_that_raises_ends_the_run_with_code_4_and_its_traceback(tmp_path: Path) -> None:
     config = job(tmp_path / "run", reward_funcs=f"{tmp_path / 'run' / 'reward.py'}:raising")
     assert train(config) == 4
-    assert "no such answer" in said(config)
+    trace, error = said(config).rsplit("bondlm: error:", 1)
+    assert f'{tmp_path / "run" / "reward.py"}", line' in trace
+    assert "in raising" in trace
+    assert "KeyError: 'no such answer'" in trace
+    assert "The traceback above is the function's own" in error
 
 
 def test_r6_a_reward_that_raises_for_one_row_ends_the_run_too(tmp_path: Path) -> None:

@@ -101,11 +101,19 @@ def test_r8_retry_after_is_honoured() -> None:
         began = time.monotonic()
         assert ask(server.url) == VALUES
         assert time.monotonic() - began >= 1.0
-    with serving(status(503, Retry_After="3600")) as server:
-        began = time.monotonic()
-        with pytest.raises(RewardOutageError, match="HTTP 503"):  # longer than the run would wait in any case
-            ask(server.url)
-        assert time.monotonic() - began < 1.0
+
+
+def test_r8_a_long_retry_after_does_not_end_the_run_early() -> None:
+    """The server asks for an hour: it is asked once more when `reward_outage_s` is over, and then given up."""
+    for answers, outcome in (([status(503, Retry_After="3600")], VALUES), ([], None)):
+        with serving(*answers, otherwise=good if answers else status(503, Retry_After="3600")) as server:
+            began = time.monotonic()
+            if outcome is not None:
+                assert ask(server.url, outage=1.0) == outcome
+            else:
+                with pytest.raises(RewardOutageError, match="HTTP 503"):
+                    ask(server.url, outage=1.0)
+            assert 0.9 < time.monotonic() - began < 4
 
 
 def test_r8_pauses_grow_and_no_two_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:

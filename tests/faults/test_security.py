@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import struct
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,13 @@ def test_x6_hostile_completions_are_escaped() -> None:
     assert not list(SOURCE.rglob("*csv*"))  # none is written
 
 
+def test_x6_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model", "\x1b]0;owned\x07\u202e", "--nonsense\x1b[2J", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "\\x1b[2J" in error
+    assert not {"\x1b", "\x07", "\u202e"} & set(error)
+
+
 SECRETS = {
     "address": "https://user:hunter2secret@rewards.example/score",
     "query": "http://127.0.0.1/score?api_key=hunter2secret&n=1",
@@ -212,8 +220,35 @@ def test_x7_secrets_are_redacted(text: str, capsys: pytest.CaptureFixture[str]) 
     assert main(["sample", "--model", text, "--prompt", "x"]) == 2
     captured = capsys.readouterr()
     assert "hunter2" not in captured.out + captured.err
-    for plain in ("reward of 3 tokens", "a/b@main", "nli:models/t5?template=true", "basic English words"):
+    for option in ("--api-key hunter2", "['--api-key=hunter2', '-x']", "['--api-key', 'hunter2', '--n', '4']"):
+        assert "hunter2" not in redact(option)
+        assert redact(option).endswith(option[-4:]) or option.endswith("hunter2")
+    given = {"vllm_server_args": ["--api-key", "hunter2", "--max-num-seqs", "4"]}
+    assert redacted(given) == {"vllm_server_args": ["--api-key", "<secret>", "--max-num-seqs", "4"]}
+    for plain in (
+        "reward of 3 tokens",
+        "--max-model-len 512 --tokens 4",
+        "a/b@main",
+        "nli:models/t5?template=true",
+        "basic English words",
+    ):
         assert redact(plain) == plain
+
+
+def test_x7_a_traceback_holds_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(options: Any) -> int:
+        raise ZeroDivisionError("https://me:hunter2@host/\x1b[2J")
+
+    monkeypatch.setattr("bondlm.cli.sample.run", fails)
+    monkeypatch.setattr(sys, "argv", ["bondlm", "sample", "--model", "m"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # pytest gives it back
+    with pytest.raises(ZeroDivisionError) as caught:
+        main()
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    error = capsys.readouterr().err
+    assert "in fails" in error
+    assert "hunter2" not in error
+    assert "\x1b" not in error
 
 
 def test_x7_no_file_of_a_run_holds_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from bondlm.errors import ConfigError, ResourceError, RewardError
-from bondlm.rewards import NamedReward, score
+from bondlm.errors import ConfigError, ResourceError, RewardError, RewardOutageError
+from bondlm.rewards import NamedReward, load_rewards, score
+from bondlm.rewards.calls import call_all
 
 COLUMNS = {"solution": ["4", "5"], "completion_ids": [[1, 2], [3]], "truncated": [False, True]}
 
@@ -207,3 +208,23 @@ def test_a_failing_plain_function_leaves_no_unawaited_coroutine():
 def test_async_values_pass_the_same_checks():
     with pytest.raises(RewardError, match="reward 'r0' is nan for row 0"):
         run(slow(0.0, float("nan")))
+
+
+def test_an_asynchronous_function_has_a_limit() -> None:
+    async def sleeps(completions: list[str]) -> list[float]:
+        await asyncio.sleep(30)
+        return [0.0] * len(completions)
+
+    async def fails(completions: list[str]) -> list[float]:
+        raise TimeoutError("my own")
+
+    offered = {"prompts": ["p"], "completions": ["c"]}
+    began = time.monotonic()
+    with pytest.raises(RewardOutageError, match=r"'sleeps' did not answer within 0\.2 s \(reward_timeout_s\)"):
+        call_all([("sleeps", sleeps)], offered, {"sleeps": 0.2})
+    assert time.monotonic() - began < 10
+    with pytest.raises(RewardError, match="raised TimeoutError: my own"):
+        call_all([("fails", fails)], offered, {"fails": 5.0})
+    (loaded,) = load_rewards(sleeps, timeout=0.2)
+    with pytest.raises(RewardOutageError):
+        score([loaded], ["p"], ["c"])

@@ -9,15 +9,17 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pickle import UnpicklingError
+from types import TracebackType
 from typing import Any
 
 from bondlm import __version__
 from bondlm.cli.options import COMMANDS, command_help, main_help, parse
-from bondlm.errors import BondError
-from bondlm.redact import redact
+from bondlm.errors import BondError, RewardError
+from bondlm.redact import redact, visible
 
 INTERRUPTED = 128 + signal.SIGINT
 CHECKPOINT, OUT_OF_RESOURCES, STOPPED = 6, 7, 75
@@ -25,6 +27,8 @@ CHECKPOINT, OUT_OF_RESOURCES, STOPPED = 6, 7, 75
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the contract (docs/cli.md)."""
+    if argv is None:  # the process is ours: an error that nobody foresaw must not print secrets either
+        sys.excepthook = _write_traceback
     agreed = True
     try:
         code = _run(argv)
@@ -49,6 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
         options = parse(command, rest)
         return int(import_module(f"bondlm.cli.{command.replace('-', '_')}").run(options))
     except BondError as error:
+        _show_users_traceback(error)
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -93,5 +98,17 @@ def _say(text: str) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"bondlm: error: {redact(message)}\n")
+    sys.stderr.write(f"bondlm: error: {visible(redact(message))}\n")
     return code
+
+
+def _show_users_traceback(error: BondError) -> None:
+    """The traceback that a reward function of the user's own has raised; the error itself follows it."""
+    cause = error.__cause__
+    if isinstance(error, RewardError) and cause is not None and not isinstance(cause, BondError):
+        _write_traceback(type(cause), cause, cause.__traceback__)
+
+
+def _write_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python would print, without secrets and control characters."""
+    sys.stderr.write(visible(redact("".join(traceback.format_exception(kind, error, trace)))))

@@ -10,13 +10,17 @@ from typing import Any, TypeAlias
 
 import torch
 
-from bondlm.errors import BondError, ConfigError, ResourceError, RewardError
+from bondlm.errors import BondError, ConfigError, ResourceError, RewardError, RewardOutageError
 
 RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's signature: ``f(prompts, completions, **columns) -> list[float]``, sync or async."""
 
 
-def call_all(named: Sequence[tuple[str, RewardFunction]], offered: Mapping[str, list[Any]]) -> list[Any]:
+def call_all(
+    named: Sequence[tuple[str, RewardFunction]],
+    offered: Mapping[str, list[Any]],
+    limits: Mapping[str, float | None] | None = None,
+) -> list[Any]:
     """Call every function once with the arguments that it accepts and return the answers in order.
 
     Plain functions run one after the other, in the caller's thread. Asynchronous ones are then awaited together.
@@ -24,9 +28,11 @@ def call_all(named: Sequence[tuple[str, RewardFunction]], offered: Mapping[str, 
     Args:
         named: (name, function) pairs.
         offered: ``prompts``, ``completions`` and the columns, each a list of B.
+        limits: Seconds that an asynchronous function may take, by name; a plain one cannot be interrupted.
 
     Raises:
         ConfigError: A function wants an argument that is not offered.
+        RewardOutageError: An asynchronous function took longer than its limit.
         RewardError: A function raised; its own exception is the ``__cause__``.
         ResourceError: A function ran out of memory.
     """
@@ -45,7 +51,9 @@ def call_all(named: Sequence[tuple[str, RewardFunction]], offered: Mapping[str, 
                 awaitable.close()  # else Python warns that it was never awaited, on top of the real error
         raise
     if pending:
-        awaited = _await_all([_named_await(named[index][0], pending[index]) for index in pending])
+        names = {index: named[index][0] for index in pending}
+        limits = limits or {}
+        awaited = _await_all([_named_await(names[i], pending[i], limits.get(names[i])) for i in pending])
         answers.update(zip(pending, awaited, strict=True))
     return [answers[index] for index in range(len(named))]
 
@@ -83,9 +91,17 @@ def _call(name: str, function: RewardFunction, arguments: Mapping[str, list[Any]
         raise _failure(name, error) from error
 
 
-async def _named_await(name: str, awaitable: Awaitable[Any]) -> Any:
+async def _named_await(name: str, awaitable: Awaitable[Any], limit: float | None) -> Any:
     try:
-        return await awaitable
+        async with asyncio.timeout(limit) as watch:
+            return await awaitable
+    except TimeoutError as error:
+        if not watch.expired():  # the function's own
+            raise _failure(name, error) from error
+        raise RewardOutageError(
+            f"reward {name!r} did not answer within {limit:g} s (reward_timeout_s): see what it waits for, or raise "
+            "the limit; the same command continues the run"
+        ) from None
     except (Exception, SystemExit) as error:  # SystemExit would end the loop's thread and leave the caller waiting
         raise _failure(name, error) from error
 

@@ -33,6 +33,7 @@ class NamedReward:
     name: str
     function: RewardFunction
     weight: float = 1.0
+    timeout: float | None = None  # seconds, of an asynchronous function; a server has time limits of its own
 
     def __post_init__(self) -> None:
         if not _is_real(self.weight) or not math.isfinite(self.weight):
@@ -81,7 +82,8 @@ def score(
     if not prompts:
         empty = torch.zeros(0, dtype=torch.float64)
         return Scores(empty, {name: empty.clone() for name in names})
-    answers = call_all([(reward.name, reward.function) for reward in rewards], offered)
+    limits = {reward.name: reward.timeout for reward in rewards}
+    answers = call_all([(reward.name, reward.function) for reward in rewards], offered, limits)
     bad: dict[int, str] | None = {} if allow_bad_rows else None
     by_name = {name: _checked(name, answer, prompts, bad) for name, answer in zip(names, answers, strict=True)}
     total = torch.zeros(len(prompts), dtype=torch.float64)

@@ -118,12 +118,12 @@ class HTTPReward:
         self._failing_since = now if self._failing_since is None else self._failing_since
         left = self._outage - (now - self._failing_since)
         wait = max(fault.after, self._random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 0.5 * 2**attempt))
-        if wait >= left:
+        if left <= 0:
             raise RewardOutageError(
                 f"the reward server {self.name} has not answered for {now - self._failing_since:.0f} s "
                 f"(reward_outage_s={self._outage:g}): {fault}. Start it again; the same command continues the run."
             )
-        await asyncio.sleep(wait)
+        await asyncio.sleep(min(wait, left))  # however long the server asks for: once more before the run is given up
 
     async def _ask(self, client: httpx.AsyncClient, body: str, count: int) -> bytes:
         try:

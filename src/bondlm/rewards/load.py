@@ -83,7 +83,7 @@ def load_rewards(
             a single spec the bare tokenizer will do.
         device: Where models go.
         dtype: Dtype of models that are loaded here; "auto" is that of the checkpoint.
-        timeout: Seconds that a request to a server may take.
+        timeout: Seconds that a request to a server, or a call of an asynchronous function, may take.
         outage: Seconds without any answer of a server after which the run is given up.
 
     Returns:
@@ -104,7 +104,7 @@ def load_rewards(
             rewards.append(NamedReward(_unused(_last_part(server.name), {r.name for r in rewards}), server, weight))
             continue
         name, function = _load_one(spec, tokenizer, device, dtype)
-        rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight))
+        rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight, timeout))
     return rewards
 
 
