@@ -8,6 +8,7 @@ made by benchmarks/peers.py. A trick that buys nothing goes; docs/speed.md lists
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from unittest.mock import patch
 
 import torch
 from facts import add_out, append
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from bondlm.engines.hf import TransformersEngine
 from bondlm.head import exact_head
 from bondlm.logprobs import collate, score_rows, sequence_logprobs
+from bondlm.models import Roles, wrap_lora
 
 LENGTHS, NEW, SAMPLES, SHARED = (16, 96), 64, 3, 64
 CPU = torch.device("cpu")
@@ -32,16 +35,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     add_out(parser, "tricks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    work = Work(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(), args.prompts)
+    work = Work(AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval(), args.prompts)
     rows = {}
     for name, (with_it, without) in work.tricks().items():
         seconds = [cpu_seconds(run, args.repeats) for run in (without, with_it)]
         rows[name] = {"without": seconds[0], "with": seconds[1], "ratio": seconds[1] / seconds[0]}
         print(f"{name:56} {seconds[0]:7.2f} -> {seconds[1]:7.2f} s  x {seconds[1] / seconds[0]:.2f}", flush=True)
-    setting = {name: getattr(args, name) for name in ("model", "threads", "prompts")}
+    setting = {name: getattr(args, name) for name in ("model", "threads", "prompts", "dtype")}
     append(args.out, {**setting, "tricks": rows})
 
 
@@ -60,6 +64,7 @@ class Work:
 
     def __init__(self, model: Any, num_prompts: int) -> None:
         self.model = model
+        self.roles: Roles | None = None
         generator = torch.Generator().manual_seed(0)
 
         def ids(length: int) -> list[int]:
@@ -86,6 +91,18 @@ class Work:
         engine = TransformersEngine(use, eos_ids=self.eos_ids, pad_id=0)
         seeds = list(range(len(prompts)))
         return engine.generate(prompts, num_samples, role="policy", max_new_tokens=NEW, seeds=seeds)
+
+    def draw_roles(self, *, together: bool) -> Any:
+        """A rollout of J-BOND with LoRA: one sample of the policy, two of the anchor."""
+        if self.roles is None:  # a copy: adapters go into the layers of the model that they are put on
+            lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+            self.roles = Roles(wrap_lora(copy.deepcopy(self.model), lora))
+        use_together = self.roles.use_together if together else None
+        engine = TransformersEngine(self.roles.use, eos_ids=self.eos_ids, pad_id=0, use_together=use_together)
+        seeds = list(range(len(self.prompts)))
+        return engine.generate_roles(
+            self.prompts, {"policy": (1, seeds), "anchor": (SAMPLES - 1, seeds)}, max_new_tokens=NEW
+        )
 
     def patched(self, target: str, value: Any, run: Callable[[], Any]) -> Callable[[], Any]:
         def patched_run() -> Any:
@@ -140,6 +157,10 @@ class Work:
                 self.patched(
                     "bondlm.engines.decoding.shared_prefix", lambda *a: [], lambda: self.draw(self.alike, SAMPLES)
                 ),
+            ),
+            "sample: policy and anchor, two adapters, in one batch": (
+                lambda: self.draw_roles(together=True),
+                lambda: self.draw_roles(together=False),
             ),
             "sample: instead of transformers' continuous batching": (draw, self.continuous),
             f"score: a common beginning of {SHARED} tokens is computed once": (
