@@ -40,7 +40,7 @@ def check_parallelism(args: Any) -> None:
     """Refuse, before any work, what the anchor could not follow.
 
     Raises:
-        ConfigError: FSDP version 1, FSDP with offloaded weights, or DeepSpeed ZeRO-3.
+        ConfigError: FSDP version 1, FSDP with offloaded weights, or DeepSpeed.
     """
     if uses_fsdp(args):
         settings = args.fsdp_plugin_args or {}
@@ -50,11 +50,17 @@ def check_parallelism(args: Any) -> None:
                 f"fsdp_version={version}: the anchor is sharded as the policy is, and needs FSDP2: set fsdp_version: 2 "
                 "(examples/accelerate/fsdp2.yaml)"
             )
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None and int(plugin.zero_stage) == 3:
+        offload = settings.get("cpu_offload", os.environ.get("FSDP_OFFLOAD_PARAMS", "false"))
+        if str(offload).lower() in _TRUE:
+            raise ConfigError(
+                "FSDP with weights offloaded to the CPU: the anchor's average runs where the policy's weights are, and "
+                "this was never run. Set fsdp_offload_params: false (examples/accelerate/fsdp2.yaml)"
+            )
+    if getattr(args, "deepspeed_plugin", None) is not None:
         raise ConfigError(
-            "DeepSpeed ZeRO-3 partitions weights in a form that the anchor's average cannot follow: use FSDP2, which "
-            "shards the same things (examples/accelerate/fsdp2.yaml), or ZeRO-2"
+            "DeepSpeed steps its optimizer inside `backward`: a gradient that is not finite could not be kept from the "
+            "weights, and ZeRO-3 partitions them in a form that the anchor cannot follow. FSDP2 shards the same things "
+            "(examples/accelerate/fsdp2.yaml)"
         )
 
 

@@ -33,12 +33,14 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
     check(run_tiny(tmp_path / "one", 1, **job, per_device_train_batch_size=one))
     settings = {"per_device_train_batch_size": each, "gradient_accumulation_steps": accumulate}
     check(run_tiny(tmp_path / "two", 2, **job, **settings))
+    policy, anchor = (load_file(tmp_path / "one" / f"{name}.safetensors") for name in ("policy", "anchor"))
+    moved = float(torch.cat([(policy[name] - anchor[name]).abs().flatten() for name in anchor]).mean())
     for file in ("policy.safetensors", "anchor.safetensors"):
         single, double = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         assert single.keys() == double.keys()
         residuals = torch.cat([(double[n] - single[n]).flatten() for n in single])
         assert float(residuals.abs().max()) < 2e-6
-        assert float(residuals.mean().abs()) < 1e-8
+        assert float(residuals.abs().mean()) < 1e-4 * moved
     metrics = [json.loads((tmp_path / folder / "eval_metrics.json").read_text()) for folder in ("one", "two")]
     for key in ("eval_reward", "eval_win_rate", "eval_kl", "eval_effective_n"):
         assert metrics[1][key] == pytest.approx(metrics[0][key], abs=1e-4)

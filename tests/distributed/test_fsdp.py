@@ -1,6 +1,7 @@
 """FSDP2 with two gloo processes on the CPU: the mathematics of one process, a sharded anchor, exact resume."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distributed.launch import check, run_tiny
+from distributed.launch import check, outcome, run_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -21,6 +22,12 @@ def residuals(one: Path, two: Path, file: str) -> torch.Tensor:
     return torch.cat([(second[name] - first[name]).flatten() for name in first])
 
 
+def moved(one: Path) -> float:
+    """Mean distance of the policy from its anchor: what a residual is small against."""
+    policy, anchor = load_file(one / "policy.safetensors"), load_file(one / "anchor.safetensors")
+    return float(torch.cat([(policy[name] - anchor[name]).abs().flatten() for name in anchor]).mean())
+
+
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_two_sharded_processes_are_one(lora: bool, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -29,7 +36,7 @@ def test_two_sharded_processes_are_one(lora: bool, tmp_path: Path) -> None:
     for file in ("policy.safetensors", "anchor.safetensors"):
         gap = residuals(one, two, file)
         assert float(gap.abs().max()) < 2e-6
-        assert float(gap.mean().abs()) < 1e-8
+        assert float(gap.abs().mean()) < 1e-4 * moved(one)
     metrics = [json.loads((folder / "eval_metrics.json").read_text()) for folder in (one, two)]
     for key in ("eval_reward", "eval_win_rate", "eval_kl", "eval_effective_n"):
         assert metrics[1][key] == pytest.approx(metrics[0][key], abs=1e-4)
@@ -64,21 +71,46 @@ def test_the_saved_folder_is_a_standard_one(lora: bool, tmp_path: Path) -> None:
     assert all(torch.equal(weights, policy[name]) for name, weights in mine.items())
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_d9_resume_is_exact(sharded: bool, tmp_path: Path) -> None:
-    job: dict[str, Any] = {
-        "kind": "causal",
-        "per_device_train_batch_size": 2,
-        "sharded": sharded,
-        "optim": "adamw_torch",
-    }
-    job |= {"save_strategy": "steps", "save_steps": 1}
+def moments(path: Path) -> dict[str, dict[str, Any]]:
+    state = torch.load(path, weights_only=True)["state"]
+    return {str(name): {key: value.tolist() for key, value in each.items()} for name, each in state.items()}
+
+
+BOND_K = {"objective": "bond", "n": 4, "num_anchor_samples": 3}
+RESUMED: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "causal"},
+    "ddp-bond-lora-4": {"kind": "causal", "lora": True, "gradient_accumulation_steps": 4, **BOND_K},
+    "ddp-t5": {"kind": "t5"},
+    "fsdp2": {"kind": "causal", "sharded": True},
+    "fsdp2-bond-lora-4": {"kind": "causal", "lora": True, "sharded": True, "gradient_accumulation_steps": 4, **BOND_K},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_d9_resume_is_exact(case: str, tmp_path: Path) -> None:
+    """All files of the last checkpoint that hold state, byte for byte."""
+    job = RESUMED[case] | {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1, "rows": 20}
+    job |= {"per_device_train_batch_size": 1 if "gradient_accumulation_steps" in job else 2, "logging_steps": 3}
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     check(run_tiny(straight, 2, **job, max_steps=4))
-    check(run_tiny(stopped, 2, **job, max_steps=2))
+    shutil.copytree(straight, stopped)
+    for step in (3, 4):
+        shutil.rmtree(stopped / f"checkpoint-{step}")
     check(run_tiny(stopped, 2, **job, max_steps=4, resume=True))
-    for file in ("policy.safetensors", "anchor.safetensors"):
-        assert float(residuals(straight, stopped, file).abs().max()) == 0
+    names = {path.relative_to(straight) for path in (straight / "checkpoint-4").rglob("*") if path.is_file()}
+    assert {path.name for path in names} >= {"anchor.safetensors", "rng_state_1.pth", "means.json"}
+    assert any(path.name.startswith("optimizer.") for path in names)
+    for name in names:
+        # Times are metrics, and logged in trainer_state.json; PEFT writes a set's names in any order.
+        if name.name not in ("trainer_state.json", "manifest.json", "means.json", "adapter_config.json"):
+            one, two = straight / name, stopped / name
+            same = one.read_bytes() == two.read_bytes()
+            # FSDP's optimizer comes back with its settings in another order: there its tensors must be the same.
+            assert same or (name.name == "optimizer.bin" and moments(one) == moments(two) != {}), name
+    rows = [[row for row in outcome(folder) if "loss" in row] for folder in (straight, stopped)]
+    assert [row["step"] for row in rows[0]] == [3]
+    for key in ("loss", "reward", "anchor/kl", "grad_norm"):
+        assert rows[0][0][key] == rows[1][0][key]
 
 
 def test_no_process_holds_a_whole_anchor(tmp_path: Path) -> None:
