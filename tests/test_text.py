@@ -280,7 +280,7 @@ HARMLESS = [
 def test_special_tokens_in_the_text_are_refused(hostile: str, make: Callable[[str], Any]) -> None:
     tokenizer = tiny_tokenizer(pad=None)
     name = next(token for _, token in sorted((hostile.find(t), t) for t in (PAD, START, END) if t in hostile))
-    with pytest.raises(DataError, match="allow_special_tokens_in_text") as caught:
+    with pytest.raises(DataError, match="Remove it, or give conversations as lists of messages") as caught:
         encode([make("fine"), make(hostile)], tokenizer)
     assert str(caught.value).endswith(f"\nspecial token {name} in the text of row 1")
     control = sum(token_id < 3 for row in encode([make("x")], tokenizer) for token_id in row)

@@ -143,12 +143,14 @@ class AnchorCallback(TrainerCallback):
             (folder / MEANS_FILE).write_text(json.dumps(means), encoding="utf-8")
             seal(folder)
             if self._keep is not None:
-                remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint)
+                remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint, step=state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove what a run that was killed at its end could not; give the setting back."""
         if args.should_save and self._keep is not None:
-            remove_older(Path(args.output_dir), keep=self._keep, best=state.best_model_checkpoint)
+            remove_older(
+                Path(args.output_dir), keep=self._keep, best=state.best_model_checkpoint, step=state.global_step
+            )
         args.save_total_limit, self._keep = self._keep, None
 
 

@@ -126,9 +126,13 @@ def remove_unfinished(folder: Path) -> list[str]:
     return [f"removed {path}: its save was not finished" for path in stale]
 
 
-def remove_older(folder: Path, *, keep: int, best: str | None = None) -> None:
-    """Remove the oldest checkpoints beyond `keep`; `best` stays. What cannot be removed is tried again later."""
+def remove_older(folder: Path, *, keep: int, best: str | None = None, step: int | None = None) -> None:
+    """Remove the oldest checkpoints beyond `keep`; `best` stays. What cannot be removed is tried again later.
+
+    Those beyond `step`, where the run is, do not count: a resume has passed them over, since they are damaged.
+    """
     found = sorted((_step(path), path) for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0)
+    found = [each for each in found if step is None or each[0] <= step]
     for _, path in found[: max(0, len(found) - keep)]:
         if best is not None and path.resolve() == Path(best).resolve():
             continue

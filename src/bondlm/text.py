@@ -257,8 +257,8 @@ def _refuse_special_tokens(prompts: Sequence[Prompt], tokenizer: PreTrainedToken
         problems += [f"special token {name} in the text of row {row}" for row, name in found.items()]
     _raise_if_any(
         problems,
-        "prompts contain text that the model reads as control tokens. Remove it, give conversations as lists of "
-        "messages, or set `allow_special_tokens_in_text=True` if you trust this data:",
+        "prompts contain text that the model reads as control tokens. Remove it, or give conversations as lists "
+        "of messages:",
     )
 
 

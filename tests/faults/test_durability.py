@@ -193,6 +193,17 @@ def test_d5_none_left_is_no_fresh_start(copy: Path, straight: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_d5_damaged_ones_do_not_drive_out_the_good(copy: Path) -> None:
+    """The two newest are damaged and the run goes on behind them: what it then writes must not be the oldest of all."""
+    run = copy.parent / "run"
+    (run / "checkpoint-3").rename(run / "checkpoint-8")
+    (run / "checkpoint-8" / "anchor.safetensors").write_bytes(b"")
+    shutil.copytree(run / "checkpoint-8", run / "checkpoint-9")
+    assert train(copy, lambda: None, "--save_total_limit", "2") == 0, said(copy)
+    assert [fault(run / f"checkpoint-{step}") is None for step in (2, 3)] == [True, True]
+    assert newest_checkpoint(run)[0] == run / "checkpoint-3"
+
+
 def test_d5_all_gone_is_no_fresh_start(copy: Path) -> None:
     run = copy.parent / "run"
     for path in run.glob("checkpoint-*"):

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def run(options: dict[str, Any]) -> int:
             training_arguments(options | {"output_dir": scratch})  # the settings as they are, not those of a dry step
             trainer = build_trainer(options | dry | {"output_dir": scratch, "report_to": "none"})
             load_judges(options, trainer)
+        packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
+        console.print(", ".join(f"{name} {version(name)}" for name in packages), highlight=False, soft_wrap=True)
         console.print(f"model, tokenizer and rewards loaded; {len(trainer.train_dataset)} training prompts")
         with console.status("one dry step"):
             trainer.train()
