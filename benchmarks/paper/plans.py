@@ -102,6 +102,7 @@ FAST = [
         settings=bond(8, num_anchor_samples=8, log_quantile="harmonic") | {"learning_rate": 3e-4},
     ),
     Run(name="iterated-n4-k4", settings=iterated(4) | {"num_anchor_samples": 4, "log_quantile": "harmonic"}),
+    Run(name="eta0.1-slow", settings=jbond(0.1, learning_rate=3e-5), times_steps=3),
     # A step's noise costs KL in every trained direction: fewer directions, less waste.
     Run(name="eta0.3-lora4", settings=jbond(0.3, learning_rate=2e-3), lora_r=4),
     Run(name="rloo-beta0.3-lora4", settings=rloo(0.3, learning_rate=2e-3), lora_r=4),

@@ -21,6 +21,7 @@ from verdicts import VERDICTS, Table, Verdict
 from bondlm.bestofn import kl_bound
 
 ROOT = Path(__file__).parents[2]
+FINDINGS = Path(__file__).parent / "findings.md"  # what the tables do not say by themselves, written by people
 COLUMNS = (
     "experiment",
     "run",
@@ -215,10 +216,11 @@ def results_text(rows: list[dict[str, Any]]) -> str:
     """docs/results.md."""
     parts = [
         "# Results of the study\n\nWritten by `python benchmarks/paper/write_up.py` from the finished runs of "
-        "`benchmarks/paper/run.py`; do not edit. How it was done, and what the words mean: "
+        "`benchmarks/paper/run.py` and `findings.md` beside it; do not edit. How it was done, and what the words mean: "
         "[benchmarks/paper/README.md](../benchmarks/paper/README.md).\n",
         claims_text(rows).replace("# Claims", "## Claims", 1),
     ]
+    parts.append(FINDINGS.read_text(encoding="utf-8"))
     for name, experiment in EXPERIMENTS.items():
         table = finals(rows, name)
         parts.append(f"## {name.upper()}: {experiment.claim}\n")

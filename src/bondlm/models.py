@@ -41,11 +41,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> P
         )
     try:
         if (Path(path) / "adapter_config.json").is_file():
-            if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
-                raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
             base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
             if base is None:
                 raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
+            if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
+                raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
             return PeftModel.from_pretrained(load_model(base, dtype=dtype, **init_kwargs), str(path), is_trainable=True)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

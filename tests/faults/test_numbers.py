@@ -25,6 +25,7 @@ from bondlm.errors import EngineError, NonFiniteError
 from bondlm.head import chosen_logprobs
 from bondlm.logprobs import score_rows
 from bondlm.models import Roles, wrap_lora
+from bondlm.objectives import BOND, JBOND, VBON
 from bondlm.quantile_model import QuantileModel
 
 SIGNS = [m for m in MUTATIONS if m.objective.__class__.__name__ == "JBOND"]
@@ -131,6 +132,24 @@ def test_n5_a_quantile_of_0_or_1(method: Any, none: float, every: float) -> None
     assert float(log_quantile(torch.tensor([[3.0]]), anchor, method=method)) == every
 
 
+@pytest.mark.parametrize("policy_reward", [-5.0, 5.0])
+@pytest.mark.parametrize(
+    "objective", [JBOND(), JBOND(log_quantile="harmonic"), BOND(n=4, num_anchor_samples=4), VBON(n=4)], ids=repr
+)
+def test_n5_such_a_quantile_gives_a_finite_loss_and_gradient(objective: Any, policy_reward: float) -> None:
+    plan = objective.plan
+    rewards = torch.cat([torch.full((3, plan.policy), policy_reward), torch.randn(3, plan.anchor)], dim=1).double()
+    selection = objective.select(rewards, torch.rand(rewards.shape, dtype=torch.float64))
+    signal, anchor_logp = selection.signal_PC.float(), torch.full((3, plan.compare), -7.0)
+    logp = torch.full((3, plan.learn), -6.0, requires_grad=True)
+    baseline = objective.baseline(objective.returns(signal, logp.detach()[:, : plan.compare], anchor_logp))
+    loss = objective.loss(logp, anchor_logp, signal, baseline).loss_P
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(gradient).all()
+    assert (signal < -1 if policy_reward < 0 else signal == 0).all()
+
+
 @pytest.mark.parametrize("huge", [1e4, -1e4])
 def test_n6_extreme_logits(huge: float) -> None:
     logits = torch.zeros(2, 5)
@@ -158,6 +177,24 @@ def test_n7_a_stale_sampler() -> None:
     with pytest.raises(EngineError, match=r"step 4: .* 0\.60 nats") as caught:
         logprob_gap(learner, sampled + 0.6, 4, strict=True)
     assert caught.value.exit_code == 5
+
+
+def test_n7_a_run_whose_sampler_holds_other_weights_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(tmp_path)
+    draw = made.engine.generate_roles
+    stale = tiny_causal(TOKENIZER, seed=3).state_dict()
+
+    def from_other_weights(*args: Any, **law: Any) -> Any:
+        mine = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+        made.model.load_state_dict(stale)
+        try:
+            return draw(*args, **law)
+        finally:
+            made.model.load_state_dict(mine)
+
+    monkeypatch.setattr(made.engine, "generate_roles", from_other_weights)
+    with pytest.raises(EngineError, match="the samples are stale or come from another model"):
+        made.train()
 
 
 def test_n8_a_truncated_law_is_no_setting_of_training(capsys: pytest.CaptureFixture[str]) -> None:
