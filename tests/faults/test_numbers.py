@@ -134,7 +134,9 @@ def test_n5_a_quantile_of_0_or_1(method: Any, none: float, every: float) -> None
 
 @pytest.mark.parametrize("policy_reward", [-5.0, 5.0])
 @pytest.mark.parametrize(
-    "objective", [JBOND(), JBOND(log_quantile="harmonic"), BOND(n=4, num_anchor_samples=4), VBON(n=4)], ids=repr
+    "objective",
+    [JBOND(), JBOND(log_quantile="harmonic"), BOND(n=4, num_anchor_samples=4), VBON(n=4, num_anchor_samples=4)],
+    ids=repr,
 )
 def test_n5_such_a_quantile_gives_a_finite_loss_and_gradient(objective: Any, policy_reward: float) -> None:
     plan = objective.plan
