@@ -1,14 +1,20 @@
 """Two processes with gloo on the CPU do the mathematics of one."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli.helpers import write_job
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from distributed.launch import check, run_tiny
+from distributed.launch import ROOT, check, outcome, run_tiny
 
 JOBS: dict[
     str, tuple[dict[str, Any], int, int, int]
@@ -53,3 +59,18 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
         for key in ("reward", "anchor/reward", "kl", "anchor/kl", "grad_norm"):
             if key in single_row:
                 assert double_row[key] == pytest.approx(single_row[key], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_shipped_config_starts_two_processes_of_the_command(tmp_path: Path) -> None:
+    config = write_job(tmp_path, max_steps=2, per_device_train_batch_size=2)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "examples/accelerate/ddp.yaml"), "-m", "bondlm", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    command += ["--config", str(config)]
+    check(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False))
+    steps = [row for row in outcome(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2]  # one process writes, not two
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_bytes().splitlines()]
+    assert len(samples) > 0
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "run")
