@@ -32,6 +32,7 @@ def test_kl_of_best_of_n_is_the_one_of_the_library():
         (-0.02, -0.05, 0.01, "-0.020 [-0.050, 0.010]"),
         (0.5, 0.5, 0.5, "0.5 [0.5, 0.5]"),
         (None, 2.0, None, "– [2, –]"),
+        (None, None, None, "–"),
     ],
 )
 def test_an_estimate_is_written_with_the_digits_that_its_interval_supports(value, low, high, text):

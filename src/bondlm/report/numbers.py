@@ -45,6 +45,8 @@ def estimate(value: Mapping[str, Any] | None) -> str:
         return str(value["text"])
     ends = [value[name] for name in ("value", "low", "high")]
     known = [end for end in ends if end is not None]
+    if not known:
+        return NONE
     spread = max(known) - min(known) if len(known) > 1 else 0.0
     if spread == 0.0:
         shown = [number(end) for end in ends]
