@@ -27,6 +27,7 @@ def run(options: dict[str, Any]) -> int:
     from bondlm.scored import origin_file
 
     def note_origin(sampler: Any) -> None:
+        """Say beside the file what its rows were made from, once the model is loaded."""
         specs = options["reward_funcs"]
         origin = {
             "model": model_fingerprint(str(options["model"]), getattr(sampler.model.config, "_commit_hash", None)),
