@@ -37,7 +37,8 @@ def prefill_prefix(model: Any, prefix: Sequence[int], cache: DynamicCache, *, ro
     """Put the prefix's keys and values into `cache`: one row, or one for each adapter."""
     if prefix:
         ids = torch.tensor([list(prefix)] * rows, device=model.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        last = torch.tensor([len(prefix) - 1], device=model.device)  # an index: see `engines.decoding`
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
     return cache
 
 
