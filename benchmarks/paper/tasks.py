@@ -62,7 +62,8 @@ DIALOGUE = Task(
     ),
     settings={"max_completion_length": 32, "learning_rate": 3e-4, "warmup_steps": 2},
     lora_r=16,
-    completions=48,
+    steps=24,
+    completions=24,
 )
 TASKS = {"summarization": SUMMARIZATION, "dialogue": DIALOGUE}
 
