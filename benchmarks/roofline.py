@@ -1,11 +1,11 @@
 """Tokens a second of prefill, decoding, scoring and learning, against what this machine allows for the model.
 
     python benchmarks/roofline.py --model runs/peers/100m --threads 2
-    python benchmarks/roofline.py --model models/smollm2-135m-instruct --threads 2 --lora
+    python benchmarks/roofline.py --model models/smollm2-135m-instruct --threads 2 --lora --dtype bfloat16
 
-The roof is made of two measured numbers: the rate of a large matrix product, and the bandwidth of reading a tensor much
-larger than the caches. A phase needs at least its multiplications at that rate, or its weights and key-value cache at
-that bandwidth, whichever takes longer. The profile of a decoding step says where the rest goes.
+The roof is made of two measured numbers: the rate of a large matrix product in the model's dtype, and the bandwidth of
+reading a tensor much larger than the caches. A phase needs at least its multiplications at that rate, or its weights
+and key-value cache at that bandwidth, whichever takes longer. The profile of a decoding step says where the rest goes.
 """
 
 import argparse
@@ -25,13 +25,14 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and products")
     parser.add_argument("--profile", action="store_true", help="print the operations of the decoding steps")
     add_out(parser, "roofline")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     policy = load(args)
     engine, prompts = engine_of(policy), prompts_of(policy, args.batch)
-    rate, bandwidth = matrix_rate(), read_bandwidth()
+    rate, bandwidth = matrix_rate(policy.dtype), read_bandwidth()
     print(f"{rate / 1e9:.0f} GFLOP/s in a matrix product, {bandwidth / 1e9:.1f} GB/s read")
     rows = {}
     for phase, (seconds, tokens, flops, data) in measure(policy, engine, prompts, lora=args.lora).items():
@@ -45,25 +46,25 @@ def main() -> None:
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             draw(engine, prompts, NEW)
         print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45))
-    setting = {name: getattr(args, name) for name in ("model", "lora", "threads", "batch")}
+    setting = {name: getattr(args, name) for name in ("model", "lora", "threads", "batch", "dtype")}
     speeds = {"gflops": rate / 1e9, "gb_per_s": bandwidth / 1e9}
     append(args.out, {**setting, **speeds, "phases": rows})
 
 
 def load(args: argparse.Namespace):
-    """The model in fp32, with an adapter if asked for."""
+    """The model, with an fp32 adapter if asked for."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     if args.lora:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     return model
 
 
-def matrix_rate(size: int = 2048) -> float:
-    """Floating-point operations a second of a square fp32 product, the best of ten."""
-    a, b = torch.rand(size, size), torch.rand(size, size)
+def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations a second of a square product, the best of ten."""
+    a, b = torch.rand(size, size, dtype=dtype), torch.rand(size, size, dtype=dtype)
     return max(2 * size**3 / timed(lambda: a @ b) for _ in range(10))
 
 
@@ -118,14 +119,15 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
     def attention(queries: int, keys: float) -> float:  # operations of one row
         return 4 * config.num_hidden_layers * heads * size * queries * keys
 
-    cached = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * size  # bytes a token
+    width = model.dtype.itemsize
+    cached = 2 * width * config.num_hidden_layers * config.num_key_value_heads * size  # bytes a token
     rows = [(p, c.ids) for p, (c,) in zip(prompts, draw(engine, prompts, NEW), strict=True)]
     device = torch.device("cpu")
     prefill = min(timed(lambda: draw(engine, prompts, 1)) for _ in range(2))
     whole = min(timed(lambda: draw(engine, prompts, NEW + 1)) for _ in range(2))
     score = min(timed(lambda: score_rows(model, rows, 0, start_id=None, device=device)) for _ in range(2))
     micro, exact = collate([(p, [c]) for p, c in rows[:16]], 0), exact_head(model, device)
-    weights = 4.0 * (body + head)
+    weights = float(width * (body + head))
 
     def learn() -> None:
         sequence_logprobs(model, micro, head=exact).sum().backward()

@@ -63,7 +63,8 @@ def tiny_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         held_out="heldout.jsonl",
         settings={"max_completion_length": 5, "learning_rate": 1e-3, "warmup_steps": 0, "use_cpu": True},
     )
-    monkeypatch.setitem(tasks.TASKS, "summarization", task)
+    for name in ("summarization", "hackable"):
+        monkeypatch.setitem(tasks.TASKS, name, task)
     return tmp_path
 
 

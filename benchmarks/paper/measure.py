@@ -142,7 +142,8 @@ class Curve(TrainerCallback):
         began, cpu_began = time.perf_counter(), time.process_time()
         seconds = began - self._began - self._measuring
         cpu_seconds = cpu_began - self._cpu_began - self._cpu_measuring
-        result = self._bench.measure(self._num_samples, both_kls=self._both_kls)
+        # Both KLs take the policy's log-probability of every reference sample: once, at the end.
+        result = self._bench.measure(self._num_samples, both_kls=self._both_kls and step >= max(self._at))
         row = {"step": step, "tokens": self._tokens, "seconds": seconds, "cpu_seconds": cpu_seconds} | result
         append_jsonl(self._path, [plain(row)])
         self._measuring += time.perf_counter() - began

@@ -55,6 +55,11 @@ def rloo(beta_rl: float, samples: int = 3, **more: Any) -> Settings:
     return {"objective": "rloo", "beta_rl": beta_rl, "num_samples": samples, "anchor": "fixed"} | more
 
 
+def regression(n: int, samples: int) -> Settings:
+    """Best-of-n by regression on the log-quantiles of the reference's own samples."""
+    return {"objective": "best_of_n_regression", "n": n, "num_samples": samples, "anchor": "fixed"}
+
+
 def named(**runs: Settings) -> list[Run]:
     return [Run(name=name.replace("__", "-"), settings=settings) for name, settings in runs.items()]
 
@@ -86,36 +91,27 @@ X9 = [
     Run(name="best-of-4-sft-ema", settings={"objective": "best_of_n_sft", "n": 4, "anchor": "ema", "eta": 0.3}),
     Run(name="reinforce-beta0.3", settings={"objective": "reinforce", "beta_rl": 0.3, "anchor": "fixed"}),
 ]
-# Item 6: what J-BOND can turn, one at a time, and together.
+# Item 6: what may reach N sooner, or cheaper in KL, than X9's jbond-eta0.3.
 FAST = [
-    Run(name="eta0.3", settings=jbond(0.3)),
-    Run(name="eta1", settings=jbond(1.0)),
-    Run(name="eta0.3-k4", settings=jbond(0.3, num_anchor_samples=4)),
-    Run(name="eta0.3-harmonic-k4", settings=jbond(0.3, num_anchor_samples=4, log_quantile="harmonic")),
-    Run(name="eta0.3-lr3", settings=jbond(0.3, learning_rate=3e-4)),
     Run(name="eta0.3-beta0.8", settings=jbond(0.3, beta=0.8)),
-    Run(name="eta0.3-beta0.2", settings=jbond(0.3, beta=0.2)),
-    Run(name="bond-n4-harmonic-k8", settings=bond(4, num_anchor_samples=8, log_quantile="harmonic")),
-    Run(name="bond-n4-harmonic-k4", settings=bond(4, num_anchor_samples=4, log_quantile="harmonic")),
-    Run(
-        name="bond-n8-harmonic-k8-lr3",
-        settings=bond(8, num_anchor_samples=8, log_quantile="harmonic") | {"learning_rate": 3e-4},
-    ),
-    Run(name="iterated-n4-k4", settings=iterated(4) | {"num_anchor_samples": 4, "log_quantile": "harmonic"}),
+    # Many samples of a prompt, and a loss whose noise is gone where the policy is Best-of-n.
+    Run(name="regression-n4-m8", settings=regression(4, 8)),
+    Run(name="regression-n8-m8", settings=regression(8, 8)),
+    # A step's noise costs KL: smaller steps, more of them; or fewer trained directions.
     Run(name="eta0.1-slow", settings=jbond(0.1, learning_rate=3e-5), times_steps=3),
-    # A step's noise costs KL in every trained direction: fewer directions, less waste.
+    Run(name="rloo-beta0.3-slow", settings=rloo(0.3, learning_rate=3e-5), times_steps=3),
+    Run(name="eta0.3-decay", settings=jbond(0.3, lr_scheduler_type="linear"), times_steps=1.5),
     Run(name="eta0.3-lora4", settings=jbond(0.3, learning_rate=2e-3), lora_r=4),
     Run(name="rloo-beta0.3-lora4", settings=rloo(0.3, learning_rate=2e-3), lora_r=4),
     Run(name="eta0.3-lora1", settings=jbond(0.3, learning_rate=4e-3), lora_r=1),
 ]
-# Item 7: a reward that copying fools, run far past its use, and three ways to stop.
+# Item 7: a reward that can be hacked, run far past its use, and three ways to stop.
 _HACK = jbond(1.0, learning_rate=3e-4)
 OVER = [
-    Run(name="free", settings=_HACK, times_steps=3),
-    Run(name="rloo-free", settings=rloo(0.02, learning_rate=3e-4), times_steps=3),
-    Run(name="target-n4", settings=_HACK | {"target_n": 4.0}, times_steps=3, own_evaluation=True),
-    Run(name="kl-budget1", settings=_HACK | {"kl_budget": 1.0}, times_steps=3, own_evaluation=True),
-    Run(name="gamma2", settings=_HACK | {"gamma": 2.0}, times_steps=3),
+    Run(name="free", settings=_HACK, times_steps=1.5),
+    Run(name="target-n4", settings=_HACK | {"target_n": 4.0}, times_steps=1.5, own_evaluation=True),
+    Run(name="kl-budget1", settings=_HACK | {"kl_budget": 1.0}, times_steps=1.5, own_evaluation=True),
+    Run(name="gamma2", settings=_HACK | {"gamma": 2.0}, times_steps=1.5),
 ]
 
 EXPERIMENTS = {
@@ -154,7 +150,7 @@ EXPERIMENTS = {
         task="summarization", claim="which settings of ours reach N soonest and cheapest in KL", runs=FAST
     ),
     "over": Experiment(
-        task="summarization",
+        task="hackable",
         claim="judges turn when a hackable reward is pushed; target_n, kl_budget and gamma stop in time",
         runs=OVER,
     ),

@@ -174,6 +174,7 @@ def equal_run(config: dict[str, Any], experiment: Experiment, run: Run, seed: in
         measured = facts_of_run["both_kls"] or not experiment.both_kls
         if (
             measured
+            and EXPERIMENTS[done.parent.parent.name].task == experiment.task
             and facts_of_run["lora_r"] == run.lora_r
             and known | {"output_dir": ""} == config | {"output_dir": ""}
         ):

@@ -1,6 +1,6 @@
-"""The two tasks of the study: what every run of a task has in common."""
+"""The tasks of the study: what every run of a task has in common."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ SUMMARIZATION = Task(
     ),
     settings={"max_completion_length": 16, "learning_rate": 1e-4, "warmup_steps": 2, "bf16": True, "use_cpu": True},
 )
+# A reward that can be hacked: likeness to the document, which a heap of its words has, too. Entailment is a judge here.
+HACKABLE = replace(SUMMARIZATION, reward_funcs=SUMMARIZATION.judges, judges=SUMMARIZATION.reward_funcs)
 DIALOGUE = Task(
     model="models/smollm2-135m-instruct",
     reward_funcs=[
@@ -65,7 +67,7 @@ DIALOGUE = Task(
     steps=24,
     completions=24,
 )
-TASKS = {"summarization": SUMMARIZATION, "dialogue": DIALOGUE}
+TASKS = {"summarization": SUMMARIZATION, "hackable": HACKABLE, "dialogue": DIALOGUE}
 
 
 def missing(task: Task, root: Path) -> list[str]:
