@@ -1,6 +1,7 @@
 """What the guards cost: checks for finite numbers, flags, hashes of a step; and how long a LoRA checkpoint takes.
 
     python benchmarks/guards.py
+    python benchmarks/guards.py --sharded     # what two processes hold of the anchor under FSDP2
 
 A tiny Llama of 10 M parameters on CPU, one thread, trained with J-BOND: 8 prompts, up to 32 tokens. Every guard that a
 step goes through is timed by itself, inside a real run, and compared with the step around it. What is done once a
@@ -9,7 +10,9 @@ run or once a save is listed apart.
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,11 +23,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
+from accelerate import DistributedType, PartialState
 from peft import LoraConfig
 from tiny import prompt_rows, tiny_causal, tiny_tokenizer
 
 from bondlm import BONDConfig, BONDTrainer, callbacks, manifest, memory
 from bondlm import trainer as trainer_module
+from bondlm.sharding import local
 
 SPENT: dict[str, list[float]] = defaultdict(list)
 
@@ -43,7 +48,7 @@ def timed(owner, name: str, label: str | None = None) -> None:
     setattr(owner, name, wrapped)
 
 
-def build(folder: str, *, lora: bool, steps: int):
+def build(folder: str, *, lora: bool, steps: int, **more):
     tokenizer = tiny_tokenizer()
     model = tiny_causal(tokenizer, layers=12, hidden=288)
     args = BONDConfig(
@@ -56,7 +61,10 @@ def build(folder: str, *, lora: bool, steps: int):
         save_steps=steps // 2,
         disable_tqdm=True,
         use_cpu=True,
+        **more,
     )
+    if "fsdp" in more:  # accelerate offers FSDP2 on accelerators alone; PyTorch's own works on CPUs as well
+        PartialState().distributed_type = DistributedType.MULTI_GPU
 
     def reward(completion_ids):
         return [float(sum(ids)) for ids in completion_ids]
@@ -85,12 +93,36 @@ def learn_alone(self, model, batch, step, args):
 LEARN = memory.SmallerBatches.learn
 
 
+def sharded(folder: str) -> None:
+    """One of two processes: the memory behind its parts of the anchor; a view of a whole one would show."""
+    config = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    made = build(folder, lora=False, steps=2, fsdp="full_shard", fsdp_config=config)
+    made.train()
+    storages = [local(weights).untyped_storage() for weights in made.anchor.weights]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    held, whole = sum(sizes.values()) / 2**20, made.anchor.num_bytes / 2**20
+    print(f"process {made.args.process_index} holds {held:.1f} MiB of an anchor of {whole:.1f} MiB", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def launch() -> None:
+    """Run `sharded` in two processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, "--in", folder]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--sharded", action="store_true", help="memory of two processes under FSDP2, and nothing else")
+    parser.add_argument("--in", dest="folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    if args.folder or args.sharded:
+        sharded(args.folder) if args.folder else launch()
+        return
     memory.SmallerBatches.learn = learn_alone
     timed(callbacks, "_finite_on_all_ranks", "finite gradients (N1, N2)")
     timed(trainer_module, "logprob_gap", "sampler against learner (N7)")
