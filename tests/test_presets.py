@@ -21,13 +21,23 @@ def test_the_command_line_fills_it_in_below_the_file(monkeypatch, tmp_path):
     assert (options["eta"], options["beta"], options["gamma"]) == (0.3, 0.7, 0)
 
 
+def test_fast_fits_what_is_trained_and_how_the_anchor_moves():
+    whole, lora = with_preset({"preset": "fast"}), with_preset({"preset": "fast", "use_peft": True})
+    assert whole["eta"] == lora["eta"] == 0.3
+    assert whole["learning_rate"] < lora["learning_rate"]
+    fixed = with_preset({"preset": "fast", "objective": "bond", "anchor": "fixed"})
+    assert "eta" not in fixed  # refused as unused, though the user has not set it
+    del fixed["preset"]
+    BONDConfig(output_dir="unused", **fixed)
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_is_a_valid_config(name, tmp_path):
     BONDConfig(output_dir=str(tmp_path), **PRESETS[name])
 
 
 def test_an_unknown_preset_is_refused(capsys):
-    with pytest.raises(ConfigError, match="preset='fats': choose one of paper"):
+    with pytest.raises(ConfigError, match="preset='fats': choose one of paper, fast"):
         with_preset({"preset": "fats"})
     assert main(["train", "--preset", "fats"]) == 2
     assert "preset='fats'" in capsys.readouterr().err

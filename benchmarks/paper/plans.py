@@ -74,7 +74,9 @@ X3 = [
 ]
 X4 = named(ema=jbond(0.1), periodic=jbond(None, anchor="periodic", anchor_update_every=10))
 X5 = [Run(name=f"eta{eta}", settings=jbond(eta)) for eta in (0.02, 0.1, 0.3)]
-X6 = [Run(name=f"gamma{gamma}", settings=jbond(0.1, gamma=gamma)) for gamma in (0.0, 0.5, 2.0)]
+X6 = [Run(name="gamma0.0", settings=jbond(0.1))] + [  # the same run as X5's
+    Run(name=f"gamma{gamma}", settings=jbond(0.1, gamma=gamma)) for gamma in (0.5, 2.0)
+]
 X7 = [Run(name="jbond", settings=jbond(0.1))] + [
     Run(name=f"rloo-beta{beta}", settings=rloo(beta, samples=2)) for beta in (0.001, 0.01, 0.1, 1.0)
 ]

@@ -38,7 +38,7 @@ _TRAIN = (
         "judges": "Rewards that are not optimised, as reward_funcs, asked by the last evaluation. --judge adds one.",
         "resume": "'auto' (default) continues the run in output_dir, 'never' refuses one, or a checkpoint folder.",
         "allow_config_change": "Continue a run with other settings; env.json keeps the list of differences.",
-        "preset": "Settings that you leave out are filled in from it: paper (the defaults).",
+        "preset": "What you leave out is filled in: paper (the defaults) or fast (for tens of steps).",
         "use_peft": "Train a LoRA adapter instead of all weights.",
         "lora_r": "Rank. Default: 16.",
         "lora_alpha": "Default: 2 * lora_r.",
