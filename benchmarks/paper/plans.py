@@ -77,9 +77,13 @@ X5 = [Run(name=f"eta{eta}", settings=jbond(eta)) for eta in (0.02, 0.1, 0.3)]
 X6 = [Run(name="gamma0.0", settings=jbond(0.1))] + [  # the same run as X5's
     Run(name=f"gamma{gamma}", settings=jbond(0.1, gamma=gamma)) for gamma in (0.5, 2.0)
 ]
-X7 = [Run(name="jbond", settings=jbond(0.1))] + [
-    Run(name=f"rloo-beta{beta}", settings=rloo(beta, samples=2)) for beta in (0.001, 0.01, 0.1, 1.0)
-]
+X7 = (
+    named(jbond=jbond(0.1))
+    + [Run(name="jbond-eta0.3", settings=jbond(0.3))]
+    + [  # both are X5's
+        Run(name=f"rloo-beta{beta}", settings=rloo(beta, samples=2)) for beta in (0.001, 0.01, 0.1, 1.0)
+    ]
+)
 X9 = [
     Run(name="jbond-eta0.05", settings=jbond(0.05)),
     Run(name="jbond-eta0.3", settings=jbond(0.3)),

@@ -122,10 +122,9 @@ def x6(table: Table) -> list[Verdict]:
 
 
 def x7(table: Table) -> list[Verdict]:
+    mine = "jbond-eta0.3"  # the one whose N is comparable: any run that has hardly moved has a high ratio
     return [
-        compare(
-            table, f"rloo-beta{b}", "jbond", "kl_ratio", f"J-BOND spends less KL for its N than RLOO at beta_RL {b}"
-        )
+        compare(table, f"rloo-beta{b}", mine, "kl_ratio", f"J-BOND spends less KL for its N than RLOO at beta_RL {b}")
         for b in (0.001, 0.01, 0.1, 1.0)
     ]
 

@@ -60,13 +60,15 @@ def with_earlier(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]
     here = {(row["experiment"], row["run"], row["seed"]) for row in rows}
     earlier = [json.loads(line) for line in lines]
     rows = rows + [row for row in earlier if (row["experiment"], row["run"], row["seed"]) not in here]
-    rows = [row | {"kl_ratio": wasted(row["kl"], row["effective_n"])} for row in rows]
+    rows = [row | {"kl_ratio": wasted(row["kl"], row["win_rate"])} for row in rows]
     return sorted(rows, key=lambda row: (row["experiment"], row["run"], row["seed"], row["step"]))
 
 
-def wasted(kl: float, n: float) -> float | None:
-    """KL over what Best-of-n of a continuous reward needs: one definition for all runs, whatever bondlm's was then."""
-    return kl / kl_bound(n) if math.isfinite(n) and n > 1.05 else None
+def wasted(kl: float, win_rate: float) -> float | None:
+    """KL over what Best-of-n of a continuous reward needs for this win rate, n / (n + 1); also beyond the N that the
+    reference's samples can show."""
+    n = win_rate / (1 - win_rate) if win_rate < 1 else math.inf
+    return kl / kl_bound(n) if 1.05 < n < math.inf else None
 
 
 def flat(point: dict[str, Any]) -> dict[str, Any]:
