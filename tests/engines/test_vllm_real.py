@@ -241,7 +241,7 @@ def test_a_server_of_our_own(base: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose head is its embedding: vLLM on a CPU does not reload such a head, unless it is told otherwise."""
+    """A model whose head is its embedding: vLLM on a CPU does not reload such a head, unless it is given it too."""
     folder = tmp_path_factory.mktemp("tied")
     model = tiny_causal(TOKENIZER, hidden=128)
     model.config.tie_word_embeddings = True

@@ -138,12 +138,8 @@ def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDC
 
 def whole_model_options(model: Any, args: BONDConfig) -> list[str]:
     """Options of a server that is given whole models, at the precision that the trainer computes in."""
-    from bondlm.engines.vllm_whole import UNTIED, is_tied
-
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
     options = ["--dtype", _dtype_name(dtype), "--load-format", "dummy"]  # it is given the weights
-    if args.device.type == "cpu" and is_tied(model):  # there vLLM packs the head, and a reload does not reach it
-        options += UNTIED
     return options + _law_options(args)
 
 

@@ -78,7 +78,7 @@ class VLLMEngine:
         self._vocab_size = int(model.config.vocab_size)
         # Weights in 16 bits round a small step away: only a larger move of the probe says that the server must move.
         self._noise = 1e-5 if model.dtype == torch.float32 else 1e-2
-        self._gap_limit, self._hint = GAP_LIMIT, ""
+        self._gap_limit = GAP_LIMIT
         self._version, self._run = 0, secrets.token_hex(4)
         self._moved: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when last it moved
         self.probe_gap: dict[Role, float] = {}  # mean absolute gap of the last probe, nats a token
@@ -127,7 +127,7 @@ class VLLMEngine:
                 return
         raise EngineError(
             f"{role} {self.sends}, reload {self._version}: {problem}. It was reloaded twice from {str(path)!r}. "
-            f"Restart the server and resume from the last checkpoint; does another run use the same server?{self._hint}"
+            "Restart the server and resume from the last checkpoint; does another run use the same server?"
         )
 
     def _mismatch(self, name: str, gap: float, ours: np.ndarray, theirs: np.ndarray) -> str:

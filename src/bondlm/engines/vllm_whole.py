@@ -7,7 +7,6 @@ NCCL and CUDA IPC do. Each reload is checked by the log-probabilities of the pro
 the gap may hardly grow, either: a reload of a part of the weights was seen, too.
 """
 
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ from bondlm.errors import ConfigError, ResourceError
 
 GAP_GROWTH = 4.0  # times the first reload's gap, which is that of two programs' rounding
 LEAST_GAP_LIMIT = 1e-3  # nats a token: below, fp32 rounds
-UNTIED = ("--hf-overrides", '{"tie_word_embeddings": false}')  # vLLM then has a head that it loads
 ONE_FILE = "100TB"  # with an index of several vLLM would read none beside them
 
 
@@ -36,7 +34,6 @@ class WholeModelEngine(VLLMEngine):
 
     def _start(self) -> None:
         """The first reload, of a server that holds random weights if it was started as told: it must work."""
-        self._hint = _hint(self._model)
         self._held: tuple[int, ...] | None = None  # digest of the weights on the server
         # A server that was started without weights would look for none.
         self._client.rpc("update_config", args=[{"load_config": {"load_format": "auto"}}])
@@ -118,7 +115,9 @@ def weights_digest(model: nn.Module) -> tuple[int, ...]:
 
 
 def write_weights(model: Any, path: Path) -> None:
-    """Write the weights as a checkpoint; a tied head is written, too, for a server that has them untied.
+    """Write the weights as a checkpoint, and a tied head by its own name too.
+
+    On a CPU vLLM computes with a packed copy of the head, and packs it again only if it has read a head.
 
     Raises:
         ResourceError: the disk is full, or the folder is gone.
@@ -127,7 +126,7 @@ def write_weights(model: Any, path: Path) -> None:
     logging.disable_progress_bar()
     try:
         model.save_pretrained(path, max_shard_size=ONE_FILE)
-        if is_tied(model):
+        if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
             head = model.get_output_embeddings()
             name = next(name for name, module in model.named_modules() if module is head)
             save_file({f"{name}.weight": head.weight.detach().cpu().clone()}, path / "head.safetensors")
@@ -136,17 +135,3 @@ def write_weights(model: Any, path: Path) -> None:
     finally:
         if bars:
             logging.enable_progress_bar()
-
-
-def is_tied(model: Any) -> bool:
-    """Whether the model's head is its embedding."""
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-
-
-def _hint(model: Any) -> str:
-    if not is_tied(model):
-        return ""
-    return (
-        " The model's head is its embedding, and on a CPU a reload does not reach vLLM's packed copy of such a head: "
-        f"start it with --load-format dummy {shlex.join(UNTIED)}"
-    )
