@@ -2,7 +2,9 @@
 
     python benchmarks/vllm.py --model models/smollm2-135m-instruct --vllm-python .venv-vllm/bin/python
 
-The server runs on this machine and has the same cores. Engines take turns; ratios of medians within the run.
+The server runs on this machine and has the same cores. Engines take turns; ratios of medians within the run. With
+--whole policy and anchor are whole models: the time of an update is that of one role's weights, and drawing from both
+roles includes two updates.
 """
 
 import argparse
@@ -27,12 +29,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--whole", action="store_true", help="full fine-tuning instead of LoRA")
     add_out(parser, "vllm")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args, Path(folder))
     report(result)
-    names = ("model", "num_prompts", "tokens", "threads", "dtype", "rounds")
+    names = ("model", "num_prompts", "tokens", "threads", "dtype", "rounds", "whole")
     append(args.out, {name: getattr(args, name) for name in names} | result)
 
 
@@ -49,8 +52,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    lora = LoraConfig(r=16, target_modules="all-linear")
-    roles = Roles(wrap_lora(load_model(args.model, dtype=getattr(torch, args.dtype)), lora))
+    model = load_model(args.model, dtype=getattr(torch, args.dtype))
+    roles = Roles(model if args.whole else wrap_lora(model, LoraConfig(r=16, target_modules="all-linear")))
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: args.num_prompts]
     prompts = [
         tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)
@@ -79,12 +82,25 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "vllm, one role after the other": lambda seeds: one_by_one(server, seeds),
         "vllm, both adapters in one batch": together,
     }
+    if args.whole:
+        ways.popitem()
+
+    def update():
+        """Seconds until the server holds what has just been learned; for both adapters, or for each role's weights."""
+        seconds = []
+        with torch.no_grad():
+            for parameter in filter(lambda p: p.requires_grad, roles.model.parameters()):
+                parameter.mul_(1 + 1e-3 * torch.randn(1, device=parameter.device))
+        for role in ROLES if args.whole else (None,):
+            begin = time.perf_counter()
+            server._hold(role) if args.whole else server.sync()
+            seconds.append(time.perf_counter() - begin)
+        return statistics.mean(seconds)
+
     rates: dict[str, list[float]] = {name: [] for name in ways}
     syncs = []
     for number in range(args.rounds + 1):  # the first warms up
-        begin = time.perf_counter()
-        server.sync()
-        syncs.append(time.perf_counter() - begin)
+        syncs.append(update())
         for name, draw in ways.items():
             begin = time.perf_counter()
             drawn = draw([1000 * number + i for i in range(len(prompts))])
@@ -105,7 +121,7 @@ def report(result: dict) -> None:
     for name, rate in rates.items():
         print(f"{name:34} {rate:7.1f} completion tokens/s  {rate / rates['transformers']:.2f}x")
     print(
-        f"sync of both adapters, checked     {result['sync_seconds']:7.2f} s"
+        f"update of the server, checked      {result['sync_seconds']:7.2f} s"
         f"   server start {result['start_seconds']:.0f} s"
     )
     print(f"probe gap (nats a token)           {result['probe_gap']}")

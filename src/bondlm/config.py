@@ -116,7 +116,7 @@ class BONDConfig(TrainingArguments):
     dtype: str = _field(
         "auto", "Dtype of frozen weights with LoRA: 'float32', 'bfloat16' or 'auto' (bf16 where the hardware has it)."
     )
-    engine: str = _field("auto", "Who generates: 'auto', 'transformers' or 'vllm' (docs/vllm.md; needs LoRA).")
+    engine: str = _field("auto", "Who generates: 'auto', 'transformers' or 'vllm' (docs/vllm.md).")
     vllm_server: str = _field(
         "external", "vllm: 'external' (it runs at vllm_base_url) or 'auto' (started, and stopped)."
     )

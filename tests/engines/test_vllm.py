@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 
 from bondlm import BONDConfig, BONDTrainer
@@ -356,8 +356,8 @@ def length(completions: list[str]) -> list[float]:
 @pytest.mark.parametrize(
     ("make", "peft_config", "message"),
     [
-        (tiny_t5, LoraConfig(target_modules=["q"]), "encoder-decoder.*engine='transformers'"),
-        (tiny_causal, None, "needs LoRA.*engine='transformers'"),
+        (tiny_t5, None, "encoder-decoder.*engine='transformers'"),
+        (tiny_causal, IA3Config(target_modules=["v_proj"], feedforward_modules=[]), "not IA3: use engine"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused(tmp_path: Path, make: Any, peft_config: Any, message: str) -> None:

@@ -14,12 +14,13 @@ from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from bondlm import BONDConfig, BONDTrainer
-from bondlm.engines.choose import server_options
+from bondlm.engines.choose import server_options, whole_model_options
 from bondlm.engines.gap import GAP_METRIC
 from bondlm.engines.hf import TransformersEngine
 from bondlm.engines.vllm import VLLMEngine
 from bondlm.engines.vllm_http import VLLMClient
 from bondlm.engines.vllm_server import LocalServer
+from bondlm.engines.vllm_whole import WholeModelEngine
 from bondlm.errors import ConfigError, EngineError
 from bondlm.logprobs import score_rows
 from bondlm.models import Roles, wrap_lora
@@ -233,6 +234,102 @@ def test_a_server_of_our_own(base: str, tmp_path: Path) -> None:
         time.sleep(0.1)
     assert alive_in_group(server.pid) == []
     assert "Application startup complete" in (tmp_path / "vllm" / "server.log").read_text()
+
+
+# -- full fine-tuning: one server, given policy's and anchor's weights in turn
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose head is its embedding: vLLM on a CPU does not reload such a head, unless it is given it too."""
+    folder = tmp_path_factory.mktemp("tied")
+    model = tiny_causal(TOKENIZER, hidden=128)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def load_whole(folder: str) -> Roles:
+    return Roles(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def move(roles: Roles, size: float) -> None:
+    with torch.no_grad():
+        for parameter in roles.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * size)
+
+
+@pytest.fixture(scope="module")
+def whole_server(tied: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("whole_server")
+    options = whole_model_options(load_whole(tied).model, config(folder))
+    made = LocalServer(PYTHON, tied, options, log=folder / "server.log", start_timeout=180, on_cpu=True)
+    yield made
+    made.stop()
+
+
+def connect_whole(server: LocalServer, roles: Roles, folder: Path) -> WholeModelEngine:
+    client = VLLMClient(server.url, timeout=60)
+    return WholeModelEngine(client, roles.model, {}, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+
+
+def test_one_server_is_given_each_roles_weights_in_turn(whole_server: LocalServer, tied: str, tmp_path: Path) -> None:
+    """Policy, anchor, reference, policy: each scores as our own weights of that role, on the same prompts again."""
+    roles = load_whole(tied)
+    move(roles, 0.02)
+    engine = connect_whole(whole_server, roles, tmp_path)
+    for _ in range(2):
+        drawn = draw_all(engine)
+        for role in ("policy", "anchor", "reference"):
+            assert engine.probe_gap[role] < GAP  # type: ignore[index]
+            assert largest_gap(roles, drawn[role], role) < GAP
+        assert largest_gap(roles, drawn["policy"], "anchor") > 0.05
+        assert largest_gap(roles, drawn["anchor"], "policy") > 0.05
+        move(roles, 0.02)
+        engine.sync()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reload_of_whole_weights_that_did_nothing_is_caught(
+    whole_server: LocalServer, tied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roles = load_whole(tied)
+    engine = connect_whole(whole_server, roles, tmp_path)
+    move(roles, 1e-6)  # about 1e-4 nats a token
+    monkeypatch.setattr(engine._client, "rpc", lambda method, **arguments: None)
+    with pytest.raises(EngineError, match="did nothing"):
+        engine.generate(IDS, 1, role="policy", max_new_tokens=4, seeds=SEEDS)
+
+
+def test_full_fine_tuning(whole_server: LocalServer, tied: str, tmp_path: Path) -> None:
+    """Two steps of J-BOND; the server's weights change for each draw, and every sample scores as what learns."""
+    args = config(tmp_path, vllm_base_url=whole_server.url, max_steps=2, learning_rate=1e-3)
+    made = BONDTrainer(tied, short, args, prompt_rows(6), prompt_rows(4))
+    engine: Any = made.engine
+    probes: list[float] = []
+    sent = engine._send
+
+    def send(role: str, path: Path) -> None:
+        sent(role, path)
+        probes.append(sum(engine._client.prompt_logprobs(engine._base, engine._probe_ids, str(len(probes)))))
+
+    engine._send = send
+    made.train()
+    gaps = [row[GAP_METRIC] for row in made.state.log_history if GAP_METRIC in row]
+    assert len(gaps) == 2
+    assert max(gaps) < GAP
+    assert len(set(probes)) == len(probes) == 2  # the first step's roles are what the server was given at its start
+    assert "eval_effective_n" in made.evaluate()
+    assert engine.probe_gap["policy"] < GAP
+
+
+def test_weights_of_another_shape_are_refused(whole_server: LocalServer, base: str, tmp_path: Path) -> None:
+    """The last test of this server: it has no weights any more."""
+    roles = Roles(tiny_causal(TOKENIZER, hidden=64))
+    with pytest.raises(ConfigError, match=r"(size|shape).*this architecture.*start it again"):
+        connect_whole(whole_server, roles, tmp_path)
 
 
 def test_what_vllm_says_at_its_start_reaches_the_user(base: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ Answer = tuple[int, Any]
 class Stub:
     """What the server holds; `fault(path, body)` may answer instead of it, `spoil(answer)` change what it answers."""
 
-    def __init__(self, model: PeftModel, eos_ids: list[int], *, max_model_len: int = 256) -> None:
+    def __init__(self, model: Any, eos_ids: list[int], *, max_model_len: int = 256) -> None:
         self._model, self._lock = deepcopy(model).eval(), threading.Lock()
         self._eos_ids, self._max_model_len = eos_ids, max_model_len
         self._adapters: dict[str, dict[str, torch.Tensor]] = {}
@@ -50,6 +50,12 @@ class Stub:
         if path == "/v1/load_lora_adapter":
             self._adapters[body["lora_name"]] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
             return 200, "ok"
+        if path == "/collective_rpc":
+            if body["method"] == "reload_weights":
+                folder = Path(body["kwargs"]["weights_path"])
+                state = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+                self._model.load_state_dict(state)
+            return 200, {"results": [None]}
         with self._lock, self._serving(body["model"]) as model:
             choices = self._score(model, body) if "prompt_logprobs" in body else self._draw(model, body)
         answer = {"choices": choices}
@@ -58,6 +64,9 @@ class Stub:
 
     @contextmanager
     def _serving(self, name: str) -> Iterator[Any]:
+        if not isinstance(self._model, PeftModel):
+            yield self._model
+            return
         if name == "base":
             with self._model.disable_adapter():
                 yield self._model

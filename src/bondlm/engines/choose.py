@@ -60,29 +60,32 @@ def make_engine(
         )
     check_vllm_can(args, model)
     from bondlm.engines.vllm import VLLMEngine
-    from bondlm.engines.vllm_http import VLLMClient
+    from bondlm.engines.vllm_http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
     from bondlm.engines.vllm_server import LocalServer
+    from bondlm.engines.vllm_whole import WholeModelEngine
 
-    folder = Path(str(args.output_dir)) / "vllm"
-    client = VLLMClient(args.vllm_base_url, timeout=args.vllm_timeout)  # says now if a package is missing
-    adapters: dict[Role, str] = {"policy": model.active_adapter, "anchor": "anchor"}
-    if "reference" in model.peft_config:  # the run continues an adapter
+    folder, is_lora = Path(str(args.output_dir)) / "vllm", hasattr(model, "peft_config")
+    start_options = LORA_OPTIONS if is_lora else WHOLE_OPTIONS
+    # It says now if a package is missing.
+    client = VLLMClient(args.vllm_base_url, timeout=args.vllm_timeout, start_options=start_options)
+    adapters: dict[Role, str] = {"policy": model.active_adapter, "anchor": "anchor"} if is_lora else {}
+    if is_lora and "reference" in model.peft_config:  # the run continues an adapter
         adapters["reference"] = "reference"
     server = None
     if args.vllm_server == "auto":
-        core = model.get_base_model()
+        options = server_options(model.dtype, max_rank(model), len(adapters), args) if is_lora else []
         server = LocalServer(
             args.vllm_python or sys.executable,
-            core.config._name_or_path,
-            server_options(core.dtype, max_rank(model), len(adapters), args),
+            model.config._name_or_path,
+            options or whole_model_options(model, args),
             log=folder / "server.log",
             start_timeout=args.vllm_start_timeout,
             on_cpu=args.device.type == "cpu",
         )
-        client = VLLMClient(server.url, timeout=args.vllm_timeout)
+        client = VLLMClient(server.url, timeout=args.vllm_timeout, start_options=start_options)
     probe_ids = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64]
     try:
-        engine = VLLMEngine(
+        engine = (VLLMEngine if is_lora else WholeModelEngine)(
             *(client, model, adapters, use), eos_ids=eos_ids, probe_ids=probe_ids, folder=folder, server=server
         )
         if longest_prompt + args.max_completion_length > engine.max_model_len:
@@ -107,17 +110,13 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
     instead = "use engine='transformers'"
     if model.config.is_encoder_decoder:
         raise ConfigError(f"engine=vllm: vLLM serves no encoder-decoder models such as this one, {instead}")
-    if not hasattr(model, "peft_config"):
-        raise ConfigError(
-            "engine=vllm needs LoRA (peft_config): vLLM's weight-update routes for full fine-tuning exist for CUDA "
-            f"only and bondlm does not drive them (docs/vllm.md). Pass a peft_config, or {instead}"
-        )
     if args.world_size > 1:
         raise ConfigError(f"engine=vllm runs with one training process, not {args.world_size}: start one, or {instead}")
-    kind = str(model.peft_config[model.active_adapter].peft_type).rsplit(".", 1)[-1]
-    if kind != "LORA":
-        raise ConfigError(f"engine=vllm serves LoRA adapters, not {kind}: {instead}")
-    if args.vllm_server == "auto" and not model.get_base_model().config._name_or_path:
+    if hasattr(model, "peft_config"):
+        kind = str(model.peft_config[model.active_adapter].peft_type).rsplit(".", 1)[-1]
+        if kind != "LORA":
+            raise ConfigError(f"engine=vllm serves LoRA adapters, not {kind}: {instead}")
+    if args.vllm_server == "auto" and not model.config._name_or_path:
         raise ConfigError("vllm_server=auto needs a model that was loaded from a folder or by hub name")
 
 
@@ -132,9 +131,24 @@ def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDC
     fitting = [r for r in VLLM_RANKS if r >= rank]
     if not fitting:
         raise ConfigError(f"LoRA r={rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
-    options = ["--dtype", str(dtype).removeprefix("torch."), "--enable-lora", "--max-loras", str(num_adapters)]
-    options += ["--max-lora-rank", str(fitting[0]), "--generation-config", "vllm"]
-    options += ["--logprobs-mode", "processed_logprobs"]
+    options = ["--dtype", _dtype_name(dtype), "--enable-lora", "--max-loras", str(num_adapters)]
+    options += ["--max-lora-rank", str(fitting[0])]
+    return options + _law_options(args)
+
+
+def whole_model_options(model: Any, args: BONDConfig) -> list[str]:
+    """Options of a server that is given whole models, at the precision that the trainer computes in."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+    options = ["--dtype", _dtype_name(dtype), "--load-format", "dummy"]  # it is given the weights
+    return options + _law_options(args)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _law_options(args: BONDConfig) -> list[str]:
+    options = ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
     if args.device.type == "cpu":
         options.append("--enforce-eager")  # compiling takes minutes and gains little there
     return options + list(args.vllm_server_args or [])

@@ -1,17 +1,21 @@
 """Generation by a vLLM server over HTTP: policy and anchor are two LoRA adapters of one server, drawn in one batch.
 
+(Whole models: `bondlm.engines.vllm_whole`.)
+
 After every optimizer step `sync` writes both adapters to new folders and reloads them under their names. A reload that
 silently did nothing would train on stale samples, so each is checked: the server scores a probe text, and must agree
 with the trainer's own weights and have moved as they have.
 
 A new folder and a cache salt for each version: vLLM does not drop prefix-cache blocks that an adapter's old weights
-computed when it reloads the adapter in place.
+computed when it reloads the adapter in place. The salt is also each run's own, since versions are counted from 1 again
+by a run that goes on with the same server.
 
 Shapes: P prompts, T tokens.
 """
 
 import copy
 import math
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -40,6 +44,7 @@ class VLLMEngine:
     """Samples from a vLLM server that serves `use`'s base model and takes adapters at run time."""
 
     exact = False  # another program's kernels, often in another precision
+    sends = "adapter"
 
     def __init__(
         self,
@@ -72,9 +77,10 @@ class VLLMEngine:
         self._eos_ids, self._probe_ids, self._folder, self._server = list(eos_ids), list(probe_ids), folder, server
         self._vocab_size = int(model.config.vocab_size)
         # Weights in 16 bits round a small step away: only a larger move of the probe says that the server must move.
-        self._noise = 1e-5 if model.get_base_model().dtype == torch.float32 else 1e-2
-        self._version = 0
-        self._moved: dict[Role, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when last it moved
+        self._noise = 1e-5 if model.dtype == torch.float32 else 1e-2
+        self._gap_limit = GAP_LIMIT
+        self._version, self._run = 0, secrets.token_hex(4)
+        self._moved: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when last it moved
         self.probe_gap: dict[Role, float] = {}  # mean absolute gap of the last probe, nats a token
         self.on_prompts_done: Callable[[int], object] | None = None  # told how many more prompts are finished
         self._base, self.max_model_len = client.base_model()
@@ -113,26 +119,26 @@ class VLLMEngine:
         problem = ""
         for attempt in (1, 2):
             path = self._folder / f"{role}-{self._version:06d}-{attempt}"
-            self._write_adapter(role, path)
-            self._client.load_adapter(ADAPTERS[role], path)
+            self._send(role, path)
             gap, theirs = self._probe(role, ours)
-            problem = self._mismatch(role, gap, ours, theirs)
+            problem = self._mismatch(self._name(role), gap, ours, theirs)
             if not problem:
                 self._keep_only(role, path)
                 return
         raise EngineError(
-            f"{role} adapter, reload {self._version}: {problem}. It was reloaded twice from {str(path)!r}. Restart the "
-            "server and resume from the last checkpoint; does another run use the same server?"
+            f"{role} {self.sends}, reload {self._version}: {problem}. It was reloaded twice from {str(path)!r}. "
+            "Restart the server and resume from the last checkpoint; does another run use the same server?"
         )
 
-    def _mismatch(self, role: Role, gap: float, ours: np.ndarray, theirs: np.ndarray) -> str:
-        """Why the server cannot hold our weights; empty if it may."""
-        if not gap <= GAP_LIMIT:
-            return f"server and trainer differ by {gap:.3f} nats a token on a probe text (limit {GAP_LIMIT})"
-        if role in self._moved:
+    def _mismatch(self, name: str, gap: float, ours: np.ndarray, theirs: np.ndarray) -> str:
+        """Why the server cannot hold our weights under `name`; empty if it may."""
+        if not gap <= self._gap_limit:
+            limit = f"{self._gap_limit:.2g}"
+            return f"server and trainer differ by {gap:.2g} nats a token on a probe text (limit {limit})"
+        if name in self._moved:
             our_move, their_move = (
                 float(np.abs(now - before).mean())
-                for now, before in zip((ours, theirs), self._moved[role], strict=True)
+                for now, before in zip((ours, theirs), self._moved[name], strict=True)
             )
             if our_move <= self._noise:
                 return ""  # compared with the same point next time, so that small moves add up
@@ -141,7 +147,7 @@ class VLLMEngine:
                     f"the reload did nothing: the probe text's log-probabilities moved by {our_move:.2e} nats a token "
                     f"in the trainer, by {their_move:.2e} on the server"
                 )
-        self._moved[role] = (ours, theirs)
+        self._moved[name] = (ours, theirs)
         return ""
 
     @torch.no_grad()
@@ -159,7 +165,8 @@ class VLLMEngine:
         self.probe_gap[role] = float(np.abs(ours - theirs).mean())
         return self.probe_gap[role], theirs
 
-    def _write_adapter(self, role: Role, path: Path) -> None:
+    def _send(self, role: Role, path: Path) -> None:
+        """Write the role's weights into the folder `path` and have the server load them."""
         path.mkdir(parents=True, exist_ok=True)
         name = self._adapters[role]
         config: PeftConfig = copy.deepcopy(self._model.peft_config[name])
@@ -167,6 +174,7 @@ class VLLMEngine:
         config.save_pretrained(str(path))
         state = get_peft_model_state_dict(self._model, adapter_name=name)
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
+        self._client.load_adapter(ADAPTERS[role], path)
 
     def _keep_only(self, role: Role, path: Path) -> None:
         for old in self._folder.glob(f"{role}-*"):
@@ -177,7 +185,7 @@ class VLLMEngine:
         return ADAPTERS[role] if role in self._adapters else self._base
 
     def _salt(self, role: Role) -> str:
-        return f"{role}-{self._version if role in MOVING else 0}"
+        return f"{self._run}-{role}-{self._version if role in MOVING else 0}"
 
     # -- drawing
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from bondlm.errors import ConfigError, EngineError, NonFiniteError, ResourceError
 
 RETRIED = (429, 500, 502, 503, 504)
+PASSING = (502, 503, 504)  # where 500 is how vLLM says that it will not
+LORA_OPTIONS = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64")
+WHOLE_OPTIONS = ("--load-format", "dummy")  # without weights until it is given ours
 ATTEMPTS = 4
 CONNECT_TIMEOUT = 5.0  # seconds
 
@@ -16,13 +20,16 @@ CONNECT_TIMEOUT = 5.0  # seconds
 class VLLMClient:
     """A connection to one server; safe to use from many threads."""
 
-    def __init__(self, url: str, *, timeout: float, max_wait: float = 10.0) -> None:
+    def __init__(
+        self, url: str, *, timeout: float, max_wait: float = 10.0, start_options: Sequence[str] = LORA_OPTIONS
+    ) -> None:
         """No call waits longer than `timeout` seconds for an answer, no retry begins later than that.
 
         Args:
             url: of the server, such as http://127.0.0.1:8000.
             timeout: seconds.
             max_wait: longest pause between two tries, seconds; it is drawn at random.
+            start_options: what a user who must start the server is told to start it with.
 
         Raises:
             ConfigError: httpx or tenacity is missing.
@@ -34,6 +41,7 @@ class VLLMClient:
             raise ConfigError(f"engine=vllm needs the package {error.name!r}: pip install 'bondlm[vllm]'") from error
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._max_wait = timeout, max_wait
+        self.by_hand = how_to_start(self.url, "MODEL", start_options)
         self._httpx, self._tenacity = httpx, tenacity
         key = os.environ.get("VLLM_API_KEY")
         self._http = httpx.Client(
@@ -57,7 +65,7 @@ class VLLMClient:
         try:
             models = self._answer("GET", "/v1/models").get("data")
         except (ResourceError, EngineError) as error:
-            raise ConfigError(f"{error}. {how_to_start(self.url)}") from error
+            raise ConfigError(f"{error}. {self.by_hand}") from error
         for model in models if isinstance(models, list) else []:
             if model.get("parent") is None and isinstance(model.get("max_model_len"), int):
                 return str(model["id"]), model["max_model_len"]
@@ -71,7 +79,7 @@ class VLLMClient:
         """
         body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
         try:
-            response = self._send("POST", "/v1/load_lora_adapter", body, retried=RETRIED[2:])
+            response = self._send("POST", "/v1/load_lora_adapter", body, retried=PASSING)
         except ConfigError as error:
             raise ConfigError(
                 f"{error}. Adapters need a server that was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
@@ -80,6 +88,21 @@ class VLLMClient:
             ) from error
         if response.status_code != 200:
             raise EngineError(f"{self.url} did not load {name!r}: HTTP {response.status_code}")
+
+    def rpc(self, method: str, **arguments: Any) -> None:
+        """Have vLLM's workers call their method of that name, with `args` (a list) and `kwargs` (a dictionary).
+
+        Raises:
+            ConfigError: the server has no such route, or the method failed.
+        """
+        try:
+            self._send("POST", "/collective_rpc", {"method": method} | arguments, retried=PASSING)
+        except ConfigError as error:
+            if "HTTP 404" not in str(error):
+                raise
+            raise ConfigError(
+                f"{error}: it takes new weights only in vLLM's development mode, VLLM_SERVER_DEV_MODE=1. {self.by_hand}"
+            ) from error
 
     def prompt_logprobs(self, model: str, ids: Sequence[int], salt: str) -> list[float]:
         """Log-probability of each of `ids` but the first.
@@ -148,7 +171,7 @@ class VLLMClient:
             raise ResourceError(f"no answer from the vLLM server at {self.url}{path}: {error!r}") from error
         if response.status_code in (401, 403):
             raise ConfigError(f"{self.url} refuses us (HTTP {response.status_code}): set VLLM_API_KEY to its key")
-        if response.status_code >= 500 and path == "/v1/load_lora_adapter":
+        if response.status_code >= 500 and response.status_code not in retried:  # it will not, and says why
             raise ConfigError(f"{self.url}{path}: {_message(response)}")
         if response.status_code in RETRIED:
             raise ResourceError(
@@ -175,11 +198,11 @@ def _message(response: Any) -> str:
     return " ".join(text.split())[:500]
 
 
-def how_to_start(url: str, model: str = "MODEL", options: Sequence[str] = ()) -> str:
+def how_to_start(url: str, model: str, options: Sequence[str]) -> str:
     """The sentence that says how to start a server by hand."""
     port = url.rsplit(":", 1)[-1].rstrip("/") if url.count(":") > 1 else "8000"
-    more = " ".join(options) or "--enable-lora --max-loras 2 --max-lora-rank 64"
+    setting = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if "--enable-lora" in options else "VLLM_SERVER_DEV_MODE=1"
     return (
-        "To start one by hand: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True python -m vllm.entrypoints.openai.api_server "
-        f"--model {model} --host 127.0.0.1 --port {port} {more} (docs/vllm.md)"
+        f"To start one by hand: {setting} python -m vllm.entrypoints.openai.api_server "
+        f"--model {model} --host 127.0.0.1 --port {port} {shlex.join(options)} (docs/vllm.md)"
     )

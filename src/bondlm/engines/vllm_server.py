@@ -63,7 +63,7 @@ class LocalServer:
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=_environment(on_cpu),
+                env=_environment(on_cpu, for_lora="--enable-lora" in options),
                 start_new_session=True,
             )
         atexit.register(self.stop)
@@ -120,9 +120,14 @@ class LocalServer:
         self._process.poll()
 
 
-def _environment(on_cpu: bool) -> dict[str, str]:
-    """Ours, and what a server for us needs; no usage statistics leave the machine."""
+def _environment(on_cpu: bool, *, for_lora: bool) -> dict[str, str]:
+    """Ours, and what a server for us needs; no usage statistics leave the machine.
+
+    Routes for whole models' weights exist in development mode alone. It also lets whoever reaches the server run its
+    workers' methods: the server listens on the loopback interface.
+    """
     ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if for_lora else {"VLLM_SERVER_DEV_MODE": "1"}
+    needed |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     space = {"VLLM_CPU_KVCACHE_SPACE": "1"} if on_cpu else {}  # GiB
     return space | ours | needed
