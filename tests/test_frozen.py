@@ -136,6 +136,7 @@ TRAIN_METRICS = {
     "bond/frac_tied",
     "bond/penalty_rate",
     "completions/clipped_ratio",
+    "completions/frac_empty",
     "completions/max_length",
     "completions/mean_length",
     "completions/min_length",
@@ -172,7 +173,10 @@ EVAL_ESTIMATES = {"eval_effective_n", "eval_kl", "eval_reference_reward", "eval_
 EVAL_METRICS = (
     EVAL_ESTIMATES
     | {f"{name}_{end}" for name in EVAL_ESTIMATES for end in ("low", "high")}
-    | {f"eval_completions/{name}" for name in ("clipped_ratio", "max_length", "mean_length", "min_length")}
+    | {
+        f"eval_completions/{name}"
+        for name in ("clipped_ratio", "frac_empty", "max_length", "mean_length", "min_length")
+    }
     | {"eval_entropy", "eval_runtime"}
 )
 FROM_TRANSFORMERS = {"epoch", "grad_norm", "learning_rate"}

@@ -144,13 +144,14 @@ def score_samples(
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Lengths in tokens and the fraction cut at the budget, under TRL's names."""
+    """Lengths in tokens and the fraction cut at the budget, under TRL's names; and the fraction that says nothing."""
     lengths = [len(c.ids) for c in completions]
     return {
         "completions/mean_length": float(np.mean(lengths)),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
+        "completions/frac_empty": float(np.mean([c.finished and len(c.ids) == 1 for c in completions])),
         # -log p of a sample is an unbiased estimate of the entropy of its law; the mean is over tokens.
         "entropy": -sum(c.logprob for c in completions) / sum(lengths),
     }

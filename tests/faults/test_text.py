@@ -30,7 +30,7 @@ def write(path: Path, *lines: Any) -> Path:
 
 
 def test_t1_an_empty_completion_is_kept_and_learned_from(tmp_path: Path) -> None:
-    """Its one token is the end of sequence; its reward is that of "", and the shortest length is logged."""
+    """Its one token is the end of sequence; its reward is that of "", and it is counted."""
     seen: list[str] = []
 
     def reward(completions: list[str]) -> list[float]:
@@ -44,9 +44,13 @@ def test_t1_an_empty_completion_is_kept_and_learned_from(tmp_path: Path) -> None
     made.train()
     assert set(seen) == {""}
     row = logged(tmp_path)[0]
-    assert row["completions/min_length"] == row["completions/max_length"] == 1
+    assert row["completions/min_length"] == row["completions/max_length"] == row["completions/frac_empty"] == 1
     assert row["num_tokens/learned"] == 2 * 4  # of 4 prompts the policy's sample and the better of the anchor's
     assert not same(weights(made.roles.model), before)
+    cut = trainer(tmp_path / "cut", tiny_causal(TOKENIZER), max_steps=1, max_completion_length=1)
+    cut.train()
+    row = logged(tmp_path / "cut")[0]  # one token, too, but no end
+    assert (row["completions/frac_empty"], row["completions/clipped_ratio"]) == (0, 1)
 
 
 def test_t2_a_completion_without_end_is_flagged_and_a_reward_may_rank_it_last() -> None:
