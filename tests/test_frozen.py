@@ -50,6 +50,7 @@ CONFIG_FIELDS = {
     "max_rows",
     "max_skipped_frac",
     "max_skipped_steps",
+    "missing_eos",
     "reward_outage_s",
     "reward_timeout_s",
     "model_init_kwargs",
@@ -296,7 +297,7 @@ FLOORS = {
     ),
     2: (
         *("rollout", "dropping", "ranks", "trainer", "checkpoint", "manifest", "callbacks", "held_out", "runfolder"),
-        *("inference", "memory"),
+        *("inference", "memory", "missing_eos"),
         *("labelled", "supervised", "reward_model"),
     ),
     3: ("evaluation", "report", "cli", "recipes", "__main__"),

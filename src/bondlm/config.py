@@ -44,8 +44,17 @@ NEEDED_BY = (
     ("quantile_learning_rate", "quantile", "learned"),
 )
 PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
-ENGINES = ("auto", "transformers", "vllm")
-VLLM_SERVERS = ("external", "auto")
+# Settings with a few values.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": OBJECTIVES,
+    "anchor": ANCHORS,
+    "engine": ("auto", "transformers", "vllm"),
+    "vllm_server": ("external", "auto"),
+    "quantile": QUANTILES,
+    "missing_eos": ("keep", "worst", "drop"),
+    "on_bad_row": ("fail", "skip"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
 
 
 def _field(default: Any, help_text: str) -> Any:
@@ -95,6 +104,11 @@ class BONDConfig(TrainingArguments):
     # -- prompts, completions, rewards
     max_prompt_length: int | None = _field(None, "Longest prompt in tokens; a longer one is an error, never cut.")
     max_completion_length: int = _field(256, "Most tokens of a completion, end-of-sequence included.")
+    missing_eos: str = _field(
+        "keep",
+        "A completion that does not end within max_completion_length: 'keep' it with its reward (as the paper does), "
+        "rank it 'worst' among its prompt's samples, or 'drop' the prompt from the step.",
+    )
     reward_weights: list[float] | None = _field(None, "Weight of each reward function. Default: 1 each.")
     reward_timeout_s: float = _field(
         60.0, "Seconds that a request to a reward server, or a call of an async reward function, may take."
@@ -169,17 +183,16 @@ def _problems(config: BONDConfig) -> list[str]:
     """Every contradiction, each as one sentence that says the value seen and what is allowed."""
     c = config
     checks = [
-        (c.objective in OBJECTIVES, f"objective={c.objective!r}: choose one of {', '.join(OBJECTIVES)}"),
-        (c.anchor in ANCHORS, f"anchor={c.anchor!r}: choose one of {', '.join(ANCHORS)}"),
-        (c.engine in ENGINES, f"engine={c.engine!r}: choose one of {', '.join(ENGINES)}"),
-        (c.vllm_server in VLLM_SERVERS, f"vllm_server={c.vllm_server!r}: choose one of {', '.join(VLLM_SERVERS)}"),
+        *(
+            (getattr(c, name) in values, f"{name}={getattr(c, name)!r}: choose one of {', '.join(values)}")
+            for name, values in CHOICES.items()
+        ),
         (
             c.vllm_base_url.startswith(("http://", "https://")),
             f"vllm_base_url={c.vllm_base_url!r}: must begin with http:// or https://",
         ),
         (c.vllm_timeout > 0, f"vllm_timeout={c.vllm_timeout}: must be > 0 seconds"),
         (c.vllm_start_timeout > 0, f"vllm_start_timeout={c.vllm_start_timeout}: must be > 0 seconds"),
-        (c.quantile in QUANTILES, f"quantile={c.quantile!r}: choose one of {', '.join(QUANTILES)}"),
         (0 <= c.beta <= 1, f"beta={c.beta}: the Jeffreys weight lies in [0, 1]"),
         (
             0 <= c.gamma < float("inf"),
@@ -210,7 +223,6 @@ def _problems(config: BONDConfig) -> list[str]:
             f"{c.eval_num_reference_samples}, which cannot show more",
         ),
         (0 <= c.max_skipped_frac <= 1, f"max_skipped_frac={c.max_skipped_frac}: a fraction lies in [0, 1]"),
-        (c.on_bad_row in ("fail", "skip"), f"on_bad_row={c.on_bad_row!r}: choose fail or skip"),
         (c.reward_timeout_s > 0, f"reward_timeout_s={c.reward_timeout_s}: must be > 0"),
         (c.reward_outage_s >= 0, f"reward_outage_s={c.reward_outage_s}: must be >= 0"),
         (c.max_skipped_steps >= 0, f"max_skipped_steps={c.max_skipped_steps}: must be >= 0"),
@@ -229,7 +241,6 @@ def _problems(config: BONDConfig) -> list[str]:
         ),
         (not c.save_only_model, "save_only_model=True: no run could be continued from such checkpoints"),
         (not c.ignore_data_skip, "ignore_data_skip=True: a run that is continued would take its first prompts again"),
-        (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),
         (
             not c.use_liger_kernel,
             "use_liger_kernel=True: remove it. Trainer would put the kernels into the policy after the anchor and the "
@@ -266,6 +277,11 @@ def _unused(c: BONDConfig) -> list[str]:
             problems.append(
                 f"{name}={getattr(c, name)!r}: {other}={seen!r} does not use it ({value!r} does), remove it"
             )
+    if c.missing_eos == "worst" and c.objective == "reinforce":
+        problems.append(
+            "missing_eos='worst': objective='reinforce' draws one sample a prompt, and there is no other to rank it "
+            "below; use 'drop', or a reward that looks at `truncated`"
+        )
     return problems
 
 

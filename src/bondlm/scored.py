@@ -183,6 +183,11 @@ def _check_settings(args: BONDConfig) -> None:
             f"train_dataset holds scored samples (columns completion and reward), but objective={args.objective!r} "
             f"draws its own: choose {', '.join(OFF_POLICY)}, or remove these columns"
         )
+    if args.missing_eos != "keep":
+        raise ConfigError(
+            f"missing_eos={args.missing_eos!r}: it looks at samples that the run draws, and these are scored already. "
+            "Remove it; the rows of `bondlm score` say which samples are `finished`"
+        )
     if args.anchor != "fixed":
         raise ConfigError(
             f"anchor={args.anchor!r}: scored samples were drawn from the model as it was, set anchor='fixed'"

@@ -36,6 +36,7 @@ from bondlm.held_out import compare
 from bondlm.logprobs import Group, by_length, can_share_prompts, score_groups, token_logprobs
 from bondlm.manifest import checkpoint_to_resume
 from bondlm.memory import SmallerBatches, micro_batch
+from bondlm.missing_eos import treat_truncated
 from bondlm.models import Roles, fast_dtype, prepare_policy
 from bondlm.objectives import BOND, BestOfNRegression, Objective
 from bondlm.quantile_model import QuantileModel, completion_features, quantile_model
@@ -118,8 +119,7 @@ class BONDTrainer(Trainer):
         self._start_id: int | None = core.config.decoder_start_token_id if self._is_seq2seq else None
         self._tokenizer = processing_class
         self._limits = length_limits(core.config, args.max_prompt_length, args.max_completion_length)
-        self.clock, self._smaller = Clock(), SmallerBatches()
-        self._means = StepMeans()
+        self.clock, self._smaller, self._means = Clock(), SmallerBatches(), StepMeans()
         self.record = self._means.record  # takes a step's metrics for the next log
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
@@ -228,7 +228,7 @@ class BONDTrainer(Trainer):
         self.record(self.drops.note(rows, samples, step, self.accelerator))
         real_P = real_P & samples.kept
         all_real = self.accelerator.gather(real_P.to(self.args.device)).cpu()
-        selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
+        selection = self.objective.select(samples.ranked, tie_noise(seed, step, positions, plan.total))
         learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
         compared = [
             [(row[PROMPT_IDS], c.ids) for c in cs[: plan.compare]] for row, cs in zip(rows, learned, strict=True)
@@ -241,7 +241,7 @@ class BONDTrainer(Trainer):
         signal = selection.signal_PC.float()
         if isinstance(self.objective, BOND) and self.quantile_model is not None:
             flat = [pair for row in compared for pair in row]
-            labels = self.objective.labels(samples.rewards_PM)
+            labels = self.objective.labels(samples.ranked)
             signal = self.objective.signal(self._learned_log_quantile(self.quantile_model, flat, labels, all_real))
         returns = self.objective.returns(signal, sampled_logp, anchor_logp)
         baseline = torch.zeros_like(everyone := self.accelerator.gather(returns.to(self.args.device)).cpu())
@@ -274,7 +274,7 @@ class BONDTrainer(Trainer):
         with self.clock("generate"):
             counts: dict[Role, int] = {"policy": plan.policy, "anchor": plan.anchor}
             completions = draw(self.engine, rows, counts, step=step, positions=positions, **self._sampling)
-        return self.score_completions(rows, completions, drop=True)
+        return treat_truncated(self.score_completions(rows, completions, drop=True), self.args.missing_eos)
 
     def _learned_log_quantile(
         self, model: QuantileModel, rows: list[tuple[Any, Any]], labels_P: Tensor, all_real: Tensor

@@ -150,7 +150,7 @@ def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: P
     """3 of 16 prompts are within a quarter; so are 4; 7 of 24 are not, although this process dropped only one."""
     rows = prompt_rows(4)
     budget = DropBudget(0.25, tmp_path)
-    ranks = Ranks([4, 0, 0], [4, 3, 0], [4, 2, 0])
+    ranks = Ranks([4, 0, 0, 0, 0], [4, 3, 0, 0, 0], [4, 2, 0, 0, 0])
     assert budget.note(rows, dropping(0), 1, ranks) == {"bond/frac_dropped": 0.0}
     assert budget.note(rows, dropping(1), 2, ranks) == {"bond/frac_dropped": 0.25}
     assert (budget.seen, budget.dropped) == (16, 4)
@@ -159,10 +159,10 @@ def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: P
     assert budget.summary()[0].startswith("dropped: 7 of 24 prompts")
     # Resumed at step 3: what is in the file from before it still counts, as the main process has it.
     again = DropBudget(0.25, tmp_path)
-    again.note(rows, dropping(0), 3, Ranks([4, 0, 4]))
+    again.note(rows, dropping(0), 3, Ranks([4, 0, 0, 4, 0]))
     assert (again.seen, again.dropped) == (24, 4)
     alone = DropBudget(0.25, tmp_path / "empty")
-    alone.note(rows, dropping(1), 1, Ranks([4, 0, 0]))
+    alone.note(rows, dropping(1), 1, Ranks([4, 0, 0, 0, 0]))
     assert (alone.seen, alone.dropped) == (8, 1)
 
 

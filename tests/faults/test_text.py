@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,10 @@ from tiny import BOS, CHATML, prompt_rows, tiny_causal, tiny_tokenizer
 
 from bondlm.cli import main
 from bondlm.data import load_prompts, read_jsonl
-from bondlm.engines import Completion
 from bondlm.errors import BondError, ConfigError, DataError
-from bondlm.objectives import JBOND
-from bondlm.rewards import NamedReward
-from bondlm.rollout import PROMPT_IDS, score_samples, tie_noise
+from bondlm.missing_eos import REASON
+from bondlm.rollout import PROMPT_IDS
+from bondlm.runfolder import DROPPED_FILE
 from bondlm.text import check_tokenizer
 
 
@@ -53,27 +54,119 @@ def test_t1_an_empty_completion_is_kept_and_learned_from(tmp_path: Path) -> None
     assert (row["completions/frac_empty"], row["completions/clipped_ratio"]) == (0, 1)
 
 
-def test_t2_a_completion_without_end_is_flagged_and_a_reward_may_rank_it_last() -> None:
-    """The pattern of docs/rewards.md: a second reward that is far below all others for what was cut."""
+def long_ids(completion_ids: list[list[int]]) -> list[float]:
+    """Mostly the length, so that those without end are the best."""
+    return [len(ids) + low / 10 for ids, low in zip(completion_ids, low_ids(completion_ids), strict=True)]
 
-    def length(completions: list[str]) -> list[float]:
-        return [float(len(c)) for c in completions]
 
-    def finished(truncated: list[bool]) -> list[float]:
-        return [-1e6 if cut else 0.0 for cut in truncated]
+def test_t2_a_completion_without_end_is_kept_with_its_reward_and_flagged(tmp_path: Path) -> None:
+    seen: list[tuple[int, bool]] = []
 
-    def answer(text: str, end: bool) -> Completion:
-        ids = TOKENIZER.encode(text) + [2] * end
-        return Completion(ids, [-1.0] * len(ids), finished=end)
+    def reward(completion_ids: list[list[int]], truncated: list[bool]) -> list[float]:
+        seen.extend((len(ids), cut) for ids, cut in zip(completion_ids, truncated, strict=True))
+        return long_ids(completion_ids)
 
-    rows = [{"prompt": "p", PROMPT_IDS: [5]}]
-    completions = [[answer("mid size", True), answer("the longest of all", False), answer("x", True)]]
-    winners = []
-    for functions in ([length], [length, finished]):
-        rewards = [NamedReward(f.__name__, f) for f in functions]
-        samples = score_samples(rewards, rows, completions, tokenizer=TOKENIZER, eos_ids=[2])
-        winners.append(int(JBOND().select(samples.rewards_PM, tie_noise(0, 1, [0], 3)).rows_PL[0, 1]))
-    assert winners == [1, 2]
+    made, other = (trainer(tmp_path / name, reward=f, max_steps=1) for name, f in (("a", reward), ("b", long_ids)))
+    made.train()
+    other.train()
+    assert same(weights(made.roles.model), weights(other.roles.model))
+    assert {length for length, cut in seen if cut} == {5}  # max_completion_length
+    assert 0 < logged(tmp_path / "a")[0]["completions/clipped_ratio"] < 1
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "jbond": {},
+    "bond": {"objective": "bond", "n": 4, "num_anchor_samples": 3},
+    "sft": {"objective": "best_of_n_sft", "n": 4},
+    "rloo": {"objective": "rloo", "num_samples": 3},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_t2_worst_ranks_it_below_all_that_end(name: str, tmp_path: Path) -> None:
+    """The same steps as with a reward that does it by itself; what is logged stays raw. Rloo looks at values."""
+
+    def ends(completion_ids: list[list[int]], truncated: list[bool]) -> list[float]:
+        return [r - 1e6 * cut for r, cut in zip(long_ids(completion_ids), truncated, strict=True)]
+
+    results = {}
+    for case, reward, missing in (("keep", long_ids, "keep"), ("worst", long_ids, "worst"), ("by hand", ends, "keep")):
+        made = trainer(tmp_path / case, reward=reward, missing_eos=missing, **OBJECTIVES[name])
+        made.train()
+        results[case] = weights(made.roles.model)
+    assert not same(results["worst"], results["keep"])
+    assert same(results["worst"], results["by hand"]) == (name != "rloo")
+    first = {case: logged(tmp_path / case)[0] for case in ("keep", "worst", "by hand")}
+    for metric in first["keep"].keys() & {"reward", "reward_std", "anchor/reward", "completions/clipped_ratio"}:
+        assert first["worst"][metric] == first["keep"][metric]
+        assert (first["by hand"][metric] == first["keep"][metric]) == (metric == "completions/clipped_ratio")
+
+
+def test_t2_worst_needs_others_to_rank_it_below(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing_eos='worst': objective='reinforce' draws one sample a prompt"):
+        trainer(tmp_path, objective="reinforce", missing_eos="worst")
+    with pytest.raises(ConfigError, match="missing_eos='best': choose one of keep, worst, drop"):
+        trainer(tmp_path, missing_eos="best")
+
+
+def test_t2_drop_leaves_the_prompt_out_whole_and_counts_it(tmp_path: Path) -> None:
+    """The same steps as with a reward that fails for it; but nothing failed, so no budget ends the run."""
+
+    def fails(completion_ids: list[list[int]], truncated: list[bool]) -> list[float | None]:
+        return [None if cut else r for r, cut in zip(long_ids(completion_ids), truncated, strict=True)]
+
+    model = tiny_causal(TOKENIZER)
+    model.generation_config.eos_token_id = list(range(2, 300, 2))  # half of the tokens: most completions end
+    results = []
+    for case, reward, settings in (
+        ("drop", long_ids, {"missing_eos": "drop"}),
+        ("by hand", fails, {"max_skipped_frac": 1.0}),
+    ):
+        made = trainer(tmp_path / case, deepcopy(model), reward=reward, optim="sgd", **settings)
+        made.train()
+        results.append((weights(made.roles.model), logged(tmp_path / case)[:2]))
+    (one, rows), (other, others) = results
+    assert not same(one, weights(model))
+    for name, tensor in one.items():  # rounding: what is learned with weight 0 is padded otherwise
+        torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=0)
+    assert [row["bond/frac_dropped"] for row in rows] == [row["bond/frac_dropped"] for row in others]
+    num_dropped = round(4 * sum(row["bond/frac_dropped"] for row in rows))
+    assert 0 < num_dropped < 8
+    listed = [json.loads(line) for line in (tmp_path / "drop" / DROPPED_FILE).read_bytes().splitlines()]
+    assert {row["reason"] for row in listed} == {REASON}
+    assert len(listed) == num_dropped
+
+
+def test_t2_what_is_dropped_is_counted_over_the_whole_run(tmp_path: Path) -> None:
+    """Resumed after step 1: the file says how many there were; no number of them is too many."""
+    made = trainer(tmp_path, max_steps=3, missing_eos="drop", max_skipped_frac=0.0, save_strategy="steps", save_steps=1)
+    made.train()
+    assert 4 < made.drops.left_out < 12
+    assert made.drops.summary() == [
+        f"dropped: {made.drops.left_out} of 12 prompts, because {REASON} ({tmp_path / DROPPED_FILE})"
+    ]
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    again = trainer(tmp_path, max_steps=3, missing_eos="drop", max_skipped_frac=0.0)
+    again.train(resume_from_checkpoint=True)
+    assert again.drops.left_out == made.drops.left_out
+
+
+def test_t2_a_step_of_which_nothing_is_left_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(tmp_path, tiny_causal(TOKENIZER), max_steps=1, max_completion_length=1, missing_eos="drop")
+    before = weights(made.roles.model)
+    made.train()
+    assert same(weights(made.roles.model), before)
+    assert "step 1 is skipped: for every prompt a completion did not end" in caplog.text
+
+
+def test_t2_an_evaluation_reports_the_rewards_as_they_are(tmp_path: Path) -> None:
+    reports = [
+        trainer(tmp_path / missing, reward=long_ids, missing_eos=missing, eval_dataset=prompt_rows(12)[8:]).evaluate()
+        for missing in ("keep", "worst", "drop")
+    ]
+    without = [{k: v for k, v in report.items() if k != "eval_runtime"} for report in reports]
+    assert without[0] == without[1] == without[2]
 
 
 @pytest.mark.parametrize("pad", [None, "eos"])
