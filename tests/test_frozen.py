@@ -64,6 +64,7 @@ CONFIG_FIELDS = {
     "quantile",
     "quantile_learning_rate",
     "reward_weights",
+    "strict",
     "target_n",
     "vllm_base_url",
     "vllm_python",

@@ -124,6 +124,7 @@ class BONDConfig(TrainingArguments):
     on_bad_row: str = _field(
         "fail", "Bad rows of train_dataset: 'fail', or 'skip' (left out and counted, see max_skipped_frac)."
     )
+    strict: bool = _field(False, "Held-out prompts that are training prompts too are an error, not a warning.")
 
     # -- model and engine
     model_init_kwargs: dict[str, Any] | None = _field(None, "Keyword arguments of from_pretrained for a model name.")

@@ -25,7 +25,7 @@ from bondlm.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCal
 from bondlm.checkpoint import writing_to
 from bondlm.clock import Clock, StepMeans
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
-from bondlm.data import keep_rows, load_prompts, warn_of_overlap
+from bondlm.data import check_overlap, keep_rows, load_prompts
 from bondlm.dropping import DropBudget
 from bondlm.engines import Role
 from bondlm.engines.choose import make_engine
@@ -133,7 +133,7 @@ class BONDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        warn_of_overlap(self.train_dataset, self.eval_dataset)
+        check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)
         full_precision_outputs(self.accelerator, asked_for=uses_fsdp(args))
         self.roles.to(args.device)
         self.roles.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)

@@ -345,6 +345,19 @@ def test_t12_held_out_prompts_that_are_trained_on_are_counted(tmp_path: Path, ca
     assert "2 of 6 evaluation prompts are training prompts too" in caplog.text
 
 
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_t12_strict_makes_them_an_error(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_job(tmp_path, max_steps=1, save_steps=1, max_completion_length=4)  # its held-out prompts are trained
+    assert main([command, "--config", str(config), "--strict", "true"]) == 3
+    first, *rows = capsys.readouterr().err.rsplit("bondlm: error:", 1)[1].splitlines()
+    assert "6 of 6 evaluation prompts are training prompts too, and strict=True forbids it" in first
+    assert rows[1].startswith("row 1 of eval_dataset: ")
+    assert prompt_rows(2)[1]["prompt"] in rows[1]
+    held_out = tmp_path / "heldout.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(20, chat=True)[16:]))
+    assert main(["check", "--config", str(config), "--strict", "true"]) == 0
+
+
 def test_t13_the_reward_sees_text_and_the_trainer_the_sampled_ids(tmp_path: Path) -> None:
     """Sampled ids are no tokenizer's: what they decode to has other ids. They are learned as they were drawn."""
     texts: list[str] = []
