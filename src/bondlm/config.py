@@ -4,6 +4,7 @@ Defaults are the paper's where it states one (Sessa et al. 2024, sections 5 and 
 why.
 """
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -43,6 +44,7 @@ NEEDED_BY = (
     ("anchor_update_every", "anchor", "periodic"),
     ("quantile_learning_rate", "quantile", "learned"),
 )
+DEFAULT_WAIT_S, YEAR_S = 600, 31_536_000
 PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
 # Settings with a few values.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -166,6 +168,11 @@ class BONDConfig(TrainingArguments):
     logging_steps: float = _field(10, "Log every so many steps.")
     dataloader_pin_memory: bool = _field(False, "A batch is rows of text; there is nothing to pin.")
     remove_unused_columns: bool = _field(False, "Must stay False: other columns reach the reward functions.")
+    ddp_timeout: int | None = _field(  # type: ignore[assignment]
+        None,
+        "Seconds that a process waits for another one. Default: 600, or longer than a reward server may take "
+        "(reward_outage_s + 2 * reward_timeout_s + 60): 780.",
+    )
     report_to: str | list[str] | None = _field(
         "none", "Loggers of transformers to report to. metrics.jsonl is always written."
     )
@@ -175,9 +182,22 @@ class BONDConfig(TrainingArguments):
         problems = _problems(self)
         if problems:
             raise ConfigError("; ".join(problems))
+        if self.ddp_timeout is None:
+            self.ddp_timeout = _longest_wait(self)
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+def _longest_wait(c: BONDConfig) -> int:
+    """Seconds after which another process must be lost.
+
+    Between two collectives of a step a process draws and scores its own samples, and the wait for a server that is down
+    is the longest of it: one request until it is noticed, the outage, and one request more. The minute is for samples
+    that end later than the others'.
+    """
+    of_rewards = c.reward_outage_s + 2 * c.reward_timeout_s + 60
+    return max(DEFAULT_WAIT_S, math.ceil(min(of_rewards, YEAR_S)))  # who waits for a server without end says infinity
 
 
 def _problems(config: BONDConfig) -> list[str]:
@@ -226,6 +246,7 @@ def _problems(config: BONDConfig) -> list[str]:
         (0 <= c.max_skipped_frac <= 1, f"max_skipped_frac={c.max_skipped_frac}: a fraction lies in [0, 1]"),
         (c.reward_timeout_s > 0, f"reward_timeout_s={c.reward_timeout_s}: must be > 0"),
         (c.reward_outage_s >= 0, f"reward_outage_s={c.reward_outage_s}: must be >= 0"),
+        (c.ddp_timeout is None or c.ddp_timeout > 0, f"ddp_timeout={c.ddp_timeout}: must be > 0 seconds"),
         (c.max_skipped_steps >= 0, f"max_skipped_steps={c.max_skipped_steps}: must be >= 0"),
         (
             c.save_total_limit is None or c.save_total_limit >= 2,

@@ -49,7 +49,7 @@ FREE_NAMES = {
     ),
     *("num_logged_samples", "max_rows", "resume", "output_dir", "eval_dataset", "eval_num_samples", "target_n"),
     *("kl_budget", "eval_num_reference_samples", "report_to", "allow_config_change", "judges"),
-    *("reward_timeout_s", "reward_outage_s", "max_skipped_frac", "strict"),
+    *("reward_timeout_s", "reward_outage_s", "max_skipped_frac", "strict", "ddp_timeout"),
     # Their product with the number of processes may not change: the checkpoint knows it (callbacks.py).
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
