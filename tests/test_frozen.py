@@ -286,6 +286,7 @@ FLOORS = {
         "models",
         "anchor",
         "text",
+        "templates",
         "data",
         "scored",
         "fingerprints",

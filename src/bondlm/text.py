@@ -7,11 +7,12 @@ sampled ids themselves. Masks follow from lengths, so the padding id may be equa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bondlm.errors import ConfigError, DataError
+from bondlm.templates import render_chat, strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ _CHUNK = 1024
 # model reads them as structure, so a prompt must not be able to write them either.
 _PLAIN_MARKER = re.compile(r"<\|[^<>|\s]+\|>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
 # What a template can raise beside Jinja's own errors: those of the Python operators that it uses.
-_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # What separates a template's own tokens (<think>, [INST]) from added words and runs of spaces.
 _BRACKETED = re.compile(r"[<\[].+[>\]]")
 
@@ -113,7 +114,8 @@ def encode_prompts(
         The ids of each prompt, in order.
 
     Raises:
-        ConfigError: If messages are given and the tokenizer has no chat template, or one that is not valid Jinja.
+        ConfigError: If messages are given and the tokenizer has no chat template, or one that is not valid Jinja or
+            takes too long or writes too much.
         DataError: If rows are too long, empty, hold special tokens or are refused by the template. Up to 10 are named.
     """
     if not prompts:
@@ -192,36 +194,20 @@ def _encode_chats(
     """Render and tokenise conversational prompts; add the rows that the template refuses to `refused`."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    def render(batch: Sequence[Any]) -> list[list[int]]:
-        # `datasets` fills message keys that other rows have with None, and templates print None as text.
-        clean = [[{k: v for k, v in message.items() if v is not None} for message in chat] for chat in batch]
-        return tokenizer.apply_chat_template(  # type: ignore[return-value]
-            clean,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            padding=False,
-            truncation=False,
-            tokenizer_kwargs={"verbose": False},
-        )
-
-    try:
-        return render(chats)
-    except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the tokenizer's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
-            "Correct `tokenizer.chat_template`."
-        ) from error
-    except (*_TEMPLATE_ERRORS, TemplateError):
-        pass
-    rows: list[list[int]] = []
-    # One by one: only so is it known which of them failed.
+    texts: list[str] = []
     for row, chat in enumerate(chats, start=first_row):
         try:
-            rows += render([chat])
+            texts.append(render_chat(chat, tokenizer, add_generation_prompt=True, place=f"row {row}"))
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the tokenizer's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
+                "Correct `tokenizer.chat_template`."
+            ) from error
+        except ConfigError:  # a ValueError, too
+            raise
         except (*_TEMPLATE_ERRORS, TemplateError) as error:
             refused.append(f"row {row}: {type(error).__name__}: {error}")
-    return rows
+    return _plain_ids(texts, tokenizer, add_special_tokens=False) if texts else []  # the template has written them
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -285,21 +271,8 @@ def _texts(prompt: Prompt) -> list[str]:
     """
     if isinstance(prompt, str):
         return [prompt]
-    texts = [text for message in prompt for text in _strings(message)]
+    texts = [text for message in prompt for text in strings(message)]
     return [*texts, "".join(texts)] if len(texts) > 1 else texts
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Walk the strings in a message; its role is one of four words, and dictionary keys are not rendered."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key != "role":
-                yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
 
 
 def _single_bos(ids: list[int], bos_id: int | None) -> list[int]:

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from test_text import INJECTIONS, encode, user
 from test_trainer import TOKENIZER, ends_often, logged, low_ids, same, trainer, weights
 from tiny import BOS, CHATML, prompt_rows, tiny_causal, tiny_tokenizer
 
+from bondlm import templates
 from bondlm.cli import main
 from bondlm.data import load_prompts, read_jsonl
 from bondlm.errors import BondError, ConfigError, DataError
@@ -225,6 +228,59 @@ def test_t6_bad_and_hostile_templates(
         encode([user("hello")], tokenizer)
     assert caught.value.exit_code == code
     assert list(tmp_path.iterdir()) == []
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
+BOMBS = {
+    "a loop that writes nothing": (LOOP.replace("BODY", ""), "took more than 0.3 s of CPU time, for row 0"),
+    "a filter that catches errors": (LOOP.replace("BODY", "{{ 'a'|int }}"), "took more than 0.3 s of CPU time"),
+    "generators in filters": (
+        LOOP.replace("BODY", "{{ range(9999)|map('string')|join|length }}"),
+        "took more",
+    ),
+    "much text": (
+        "{% for i in range(2000) %}{{ 'x' * 1000 }}{% endfor %}",
+        "wrote 2000000 characters around messages of 5",
+    ),
+    "a text beyond memory": ("{{ 'x' * 10 ** 17 }}", "asked for more memory than there is"),
+}
+
+
+@pytest.mark.parametrize(("template", "message"), BOMBS.values(), ids=BOMBS.keys())
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_t6_a_template_that_does_not_end_is_stopped(
+    template: str, message: str, in_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (templates.MAX_ADDED, templates.MAX_SECONDS) == (2**20, 5.0)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    trace = sys.gettrace()
+
+    def bomb() -> None:
+        with pytest.raises(ConfigError, match=message) as caught:
+            encode([user("hello")], tokenizer)
+        assert caught.value.exit_code == 2
+
+    if in_thread:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(bomb).result()
+    else:
+        bomb()
+    assert sys.gettrace() is trace
+
+
+def test_t6_ends_the_command_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_job(tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for i in range(2000) %}{{ 'x' * 1000 }}{% endfor %}")
+    assert main(["train", "--config", str(config)]) == 2
+    assert "chat template wrote 2000000 characters" in capsys.readouterr().err
+
+
+def test_t6_long_messages_are_not_the_templates_fault() -> None:
+    """1.2 MB of them pass, and are as long as they were."""
+    (ids,) = encode([user("word " * 240_000)], TOKENIZER)
+    assert TOKENIZER.decode(ids).count("word ") == 240_000
 
 
 def test_t7_two_begin_of_sequence_tokens_become_one(tmp_path: Path) -> None:
