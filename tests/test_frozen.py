@@ -66,6 +66,7 @@ CONFIG_FIELDS = {
     "reward_weights",
     "strict",
     "target_n",
+    "truncate_prompt",
     "vllm_base_url",
     "vllm_python",
     "vllm_server",

@@ -55,6 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "quantile": QUANTILES,
     "missing_eos": ("keep", "worst", "drop"),
     "on_bad_row": ("fail", "skip"),
+    "truncate_prompt": ("never", "left"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
 
@@ -104,7 +105,14 @@ class BONDConfig(TrainingArguments):
     alpha: float = _field(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
 
     # -- prompts, completions, rewards
-    max_prompt_length: int | None = _field(None, "Longest prompt in tokens; a longer one is an error, never cut.")
+    max_prompt_length: int | None = _field(
+        None, "Longest prompt in tokens; a longer one is an error, see truncate_prompt."
+    )
+    truncate_prompt: str = _field(
+        "never",
+        "Prompts that do not fit: 'never' refuses them, 'left' leaves out their beginning. Text alone: of a "
+        "conversation that would cut the template. Reward functions see the prompt whole.",
+    )
     max_completion_length: int = _field(256, "Most tokens of a completion, end-of-sequence included.")
     missing_eos: str = _field(
         "keep",

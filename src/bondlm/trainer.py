@@ -115,10 +115,10 @@ class BONDTrainer(Trainer):
         core = self.roles.core
         self.objective: Objective = make_objective(args)
         self._text = check_tokenizer(processing_class, core.generation_config.eos_token_id)
-        self._is_seq2seq = bool(core.config.is_encoder_decoder)
-        self._start_id: int | None = core.config.decoder_start_token_id if self._is_seq2seq else None
+        self._start_id: int | None = core.config.decoder_start_token_id if core.config.is_encoder_decoder else None
         self._tokenizer = processing_class
-        self._limits = length_limits(core.config, args.max_prompt_length, args.max_completion_length)
+        lengths = (args.max_prompt_length, args.max_completion_length)
+        self._limits = length_limits(core.config, *lengths, args.truncate_prompt)
         self.clock, self._smaller, self._means = Clock(), SmallerBatches(), StepMeans()
         self.record = self._means.record  # takes a step's metrics for the next log
         if args.learning_rate is None:

@@ -189,13 +189,52 @@ def test_t3_a_model_that_cannot_stop_is_refused() -> None:
     assert caught.value.exit_code == 2
 
 
-def test_t4_prompts_that_do_not_fit_are_named_and_never_cut(tmp_path: Path) -> None:
+def test_t4_prompts_that_do_not_fit_are_named_and_not_cut(tmp_path: Path) -> None:
     rows = [*prompt_rows(3), {"prompt": "word " * 300}, {"prompt": "x" * 260}]
     with pytest.raises(DataError, match=r"context of 256 tokens leaves 251") as caught:
         trainer(tmp_path, train_dataset=rows)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == ["row 3", "row 4"]
     with pytest.raises(DataError, match="max_prompt_length is 4"):
         trainer(tmp_path, train_dataset=prompt_rows(3), max_prompt_length=4)
+
+
+def test_t4_truncation_is_opt_in_from_the_left_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is left is the end of the same ids, and it trains; the reward sees the whole text."""
+    rows = [*prompt_rows(3), {"prompt": "word " * 300}]
+    whole = [TOKENIZER.encode(row["prompt"]) for row in rows]
+    prompts: set[str] = set()
+
+    def reward(prompts_seen: set[str] = prompts, **columns: Any) -> list[float]:
+        prompts_seen.update(columns["prompts"])
+        return low_ids(columns["completion_ids"])
+
+    settings: dict[str, Any] = {"train_dataset": rows, "max_steps": 1, "truncate_prompt": "left"}
+    made = trainer(tmp_path / "context", reward=reward, **settings)
+    assert made.train_dataset[PROMPT_IDS][:] == [*whole[:3], whole[3][-251:]]  # type: ignore[index]
+    assert "1 of 4 prompts are longer than 251 tokens (the longest has 1" in caplog.text
+    assert "the first is row 3" in caplog.text
+    made.train()
+    assert rows[3]["prompt"] in prompts
+    made = trainer(tmp_path / "length", max_prompt_length=4, eval_dataset=rows[1:2], **settings)
+    assert made.train_dataset[PROMPT_IDS][:] == [ids[-4:] for ids in whole]  # type: ignore[index]
+    assert made.eval_dataset[PROMPT_IDS][:] == [whole[1][-4:]]  # type: ignore[index,call-overload]
+    with pytest.raises(ConfigError, match="no room for a prompt"):
+        trainer(tmp_path, max_completion_length=256, **settings)
+
+
+def test_t4_what_begins_every_text_stays_and_conversations_are_not_cut(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    (whole,) = encode([prompt_rows(1)[0]["prompt"]], tokenizer)
+    assert whole[0] == tokenizer.bos_token_id
+    cut = encode([prompt_rows(1)[0]["prompt"]], tokenizer, max_prompt_length=5, truncate_prompt="left")
+    assert cut == [[tokenizer.bos_token_id, *whole[-4:]]]
+    ends = encode(["word " * 9], tiny_tokenizer(adds_eos=True), max_prompt_length=5, truncate_prompt="left")
+    assert ends == [TOKENIZER.encode("word " * 9)[-5:]]  # a decoder-only model gets no end behind its prompt
+    seq2seq: dict[str, Any] = {"is_encoder_decoder": True, "max_prompt_length": 5, "truncate_prompt": "left"}
+    assert encode(["word " * 9], tiny_tokenizer(adds_eos=True), **seq2seq)[0][-1] == 2  # an encoder does
+    with pytest.raises(ConfigError, match="the prompts are conversations") as caught:
+        trainer(tmp_path, train_dataset=prompt_rows(3, chat=True), truncate_prompt="left")
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("hostile", INJECTIONS.values(), ids=INJECTIONS.keys())
