@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from bondlm.anchor import Anchor
-from bondlm.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback
+from bondlm.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback, TiesCallback
 from bondlm.checkpoint import writing_to
 from bondlm.clock import Clock, StepMeans
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
@@ -159,7 +159,7 @@ class BONDTrainer(Trainer):
         folder = self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
         self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self._means, folder)
         self.stop = StopCallback(args.target_n, args.kl_budget)
-        for callback in (self._anchor_callback, self.run_folder, self.stop):
+        for callback in (self._anchor_callback, self.run_folder, self.stop, TiesCallback()):
             self.add_callback(callback)
         with self.roles.use("policy") as policy:
             self._share_prompts = can_share_prompts(policy, args.device, distributed=trained_in_parallel(args))
