@@ -50,6 +50,7 @@ CONFIG_FIELDS = {
     "max_rows",
     "max_skipped_frac",
     "max_skipped_steps",
+    "missing_eos",
     "reward_outage_s",
     "reward_timeout_s",
     "model_init_kwargs",
@@ -63,7 +64,9 @@ CONFIG_FIELDS = {
     "quantile",
     "quantile_learning_rate",
     "reward_weights",
+    "strict",
     "target_n",
+    "truncate_prompt",
     "vllm_base_url",
     "vllm_python",
     "vllm_server",
@@ -136,6 +139,7 @@ TRAIN_METRICS = {
     "bond/frac_tied",
     "bond/penalty_rate",
     "completions/clipped_ratio",
+    "completions/frac_empty",
     "completions/max_length",
     "completions/mean_length",
     "completions/min_length",
@@ -172,7 +176,10 @@ EVAL_ESTIMATES = {"eval_effective_n", "eval_kl", "eval_reference_reward", "eval_
 EVAL_METRICS = (
     EVAL_ESTIMATES
     | {f"{name}_{end}" for name in EVAL_ESTIMATES for end in ("low", "high")}
-    | {f"eval_completions/{name}" for name in ("clipped_ratio", "max_length", "mean_length", "min_length")}
+    | {
+        f"eval_completions/{name}"
+        for name in ("clipped_ratio", "frac_empty", "max_length", "mean_length", "min_length")
+    }
     | {"eval_entropy", "eval_runtime"}
 )
 FROM_TRANSFORMERS = {"epoch", "grad_norm", "learning_rate"}
@@ -280,6 +287,7 @@ FLOORS = {
         "models",
         "anchor",
         "text",
+        "templates",
         "data",
         "scored",
         "fingerprints",
@@ -292,7 +300,7 @@ FLOORS = {
     ),
     2: (
         *("rollout", "dropping", "ranks", "trainer", "checkpoint", "manifest", "callbacks", "held_out", "runfolder"),
-        *("inference", "memory"),
+        *("inference", "memory", "missing_eos"),
         *("labelled", "supervised", "reward_model"),
     ),
     3: ("evaluation", "report", "cli", "recipes", "__main__"),

@@ -229,6 +229,10 @@ def test_scored_samples_and_settings_must_fit(tmp_path: Path) -> None:
         logged_trainer(tmp_path, scored_rows(2), objective="jbond", n=2)
     with pytest.raises(ConfigError, match="anchor='ema': scored samples were drawn from the model as it was"):
         logged_trainer(tmp_path, scored_rows(2), anchor="ema")
+    with pytest.raises(ConfigError, match="missing_eos='worst': it looks at samples that the run draws"):
+        logged_trainer(tmp_path, scored_rows(2), missing_eos="worst")
+    with pytest.raises(ConfigError, match="truncate_prompt='left': the samples were drawn for whole prompts"):
+        logged_trainer(tmp_path, scored_rows(2), truncate_prompt="left")
     with pytest.raises(ConfigError, match="reward_funcs is required"):
         trainer(tmp_path, reward=None)
     with pytest.raises(ConfigError, match="eval_dataset needs reward_funcs"):

@@ -175,5 +175,6 @@ def test_completion_metrics_by_hand() -> None:
         "completions/min_length": 1.0,
         "completions/max_length": 4.0,
         "completions/clipped_ratio": pytest.approx(1 / 3),
+        "completions/frac_empty": pytest.approx(1 / 3),
         "entropy": pytest.approx(6 / 7),
     }

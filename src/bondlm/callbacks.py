@@ -1,6 +1,7 @@
 """What happens around an optimizer step: the anchor moves, the run folder is written, the run stops in good order."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,9 @@ from bondlm.runfolder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_F
 from bondlm.scored import LOGGED_IDS
 from bondlm.sharding import local
 
+_log = logging.getLogger(__name__)
+
+TIED_PROMPTS, TIED_STEPS = 0.5, 10  # `TiesCallback` warns if more than half of the prompts tie for so many steps
 # Faults of a server, or memory that is spent: the weights are as the last step left them, and worth a checkpoint.
 PAUSING = (RewardOutageError, EngineError, ResourceError, ConfigError)
 
@@ -237,6 +241,35 @@ class RunFolderCallback(TrainerCallback):
                 f"step {state.global_step}: {error.filename} cannot be written ({error.strerror}), twice. The run is "
                 "saved: make the file writable or free some space, then the same command continues"
             ) from error
+
+
+class TiesCallback(TrainerCallback):
+    """Warns of rewards that tie: a run learns nothing from them, and all its other numbers look well."""
+
+    def __init__(self) -> None:
+        """A warning takes ten times as many steps as the one before it."""
+        self._untied, self._enough = 0, TIED_STEPS
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from here."""
+        self._untied = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Look at the steps since the last log whose rewards were apart."""
+        tied = (logs or {}).get("bond/frac_tied")
+        if tied is None or not state.is_world_process_zero:
+            return
+        if not tied > TIED_PROMPTS:
+            self._untied = state.global_step
+        elif (steps := state.global_step - self._untied) >= self._enough:
+            self._enough = 10 * steps
+            _log.warning(
+                "step %d: %.0f%% of the prompts have equal rewards among their samples, and most had in the last %d "
+                "steps. Equal samples teach nothing: BOND learns from their order. See whether the reward is constant, "
+                "or has few values (0/1, clipped, rounded); use one that is graded, or add a second one that breaks "
+                "ties (docs/rewards.md)",
+                *(state.global_step, 100 * tied, steps),
+            )
 
 
 class StopCallback(TrainerCallback):

@@ -4,6 +4,7 @@ Defaults are the paper's where it states one (Sessa et al. 2024, sections 5 and 
 why.
 """
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -43,9 +44,20 @@ NEEDED_BY = (
     ("anchor_update_every", "anchor", "periodic"),
     ("quantile_learning_rate", "quantile", "learned"),
 )
+DEFAULT_WAIT_S, YEAR_S = 600, 31_536_000
 PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
-ENGINES = ("auto", "transformers", "vllm")
-VLLM_SERVERS = ("external", "auto")
+# Settings with a few values.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": OBJECTIVES,
+    "anchor": ANCHORS,
+    "engine": ("auto", "transformers", "vllm"),
+    "vllm_server": ("external", "auto"),
+    "quantile": QUANTILES,
+    "missing_eos": ("keep", "worst", "drop"),
+    "on_bad_row": ("fail", "skip"),
+    "truncate_prompt": ("never", "left"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
 
 
 def _field(default: Any, help_text: str) -> Any:
@@ -93,8 +105,20 @@ class BONDConfig(TrainingArguments):
     alpha: float = _field(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
 
     # -- prompts, completions, rewards
-    max_prompt_length: int | None = _field(None, "Longest prompt in tokens; a longer one is an error, never cut.")
+    max_prompt_length: int | None = _field(
+        None, "Longest prompt in tokens; a longer one is an error, see truncate_prompt."
+    )
+    truncate_prompt: str = _field(
+        "never",
+        "Prompts that do not fit: 'never' refuses them, 'left' leaves out their beginning. Text alone: of a "
+        "conversation that would cut the template. Reward functions see the prompt whole.",
+    )
     max_completion_length: int = _field(256, "Most tokens of a completion, end-of-sequence included.")
+    missing_eos: str = _field(
+        "keep",
+        "A completion that does not end within max_completion_length: 'keep' it with its reward (as the paper does), "
+        "rank it 'worst' among its prompt's samples, or 'drop' the prompt from the step.",
+    )
     reward_weights: list[float] | None = _field(None, "Weight of each reward function. Default: 1 each.")
     reward_timeout_s: float = _field(
         60.0, "Seconds that a request to a reward server, or a call of an async reward function, may take."
@@ -110,6 +134,7 @@ class BONDConfig(TrainingArguments):
     on_bad_row: str = _field(
         "fail", "Bad rows of train_dataset: 'fail', or 'skip' (left out and counted, see max_skipped_frac)."
     )
+    strict: bool = _field(False, "Held-out prompts that are training prompts too are an error, not a warning.")
 
     # -- model and engine
     model_init_kwargs: dict[str, Any] | None = _field(None, "Keyword arguments of from_pretrained for a model name.")
@@ -151,6 +176,11 @@ class BONDConfig(TrainingArguments):
     logging_steps: float = _field(10, "Log every so many steps.")
     dataloader_pin_memory: bool = _field(False, "A batch is rows of text; there is nothing to pin.")
     remove_unused_columns: bool = _field(False, "Must stay False: other columns reach the reward functions.")
+    ddp_timeout: int | None = _field(  # type: ignore[assignment]
+        None,
+        "Seconds that a process waits for another one. Default: 600, or longer than a reward server may take "
+        "(reward_outage_s + 2 * reward_timeout_s + 60): 780.",
+    )
     report_to: str | list[str] | None = _field(
         "none", "Loggers of transformers to report to. metrics.jsonl is always written."
     )
@@ -160,26 +190,38 @@ class BONDConfig(TrainingArguments):
         problems = _problems(self)
         if problems:
             raise ConfigError("; ".join(problems))
+        if self.ddp_timeout is None:
+            self.ddp_timeout = _longest_wait(self)
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+def _longest_wait(c: BONDConfig) -> int:
+    """Seconds after which another process must be lost.
+
+    Between two collectives of a step a process draws and scores its own samples, and the wait for a server that is down
+    is the longest of it: one request until it is noticed, the outage, and one request more. The minute is for samples
+    that end later than the others'.
+    """
+    of_rewards = c.reward_outage_s + 2 * c.reward_timeout_s + 60
+    return max(DEFAULT_WAIT_S, math.ceil(min(of_rewards, YEAR_S)))  # who waits for a server without end says infinity
 
 
 def _problems(config: BONDConfig) -> list[str]:
     """Every contradiction, each as one sentence that says the value seen and what is allowed."""
     c = config
     checks = [
-        (c.objective in OBJECTIVES, f"objective={c.objective!r}: choose one of {', '.join(OBJECTIVES)}"),
-        (c.anchor in ANCHORS, f"anchor={c.anchor!r}: choose one of {', '.join(ANCHORS)}"),
-        (c.engine in ENGINES, f"engine={c.engine!r}: choose one of {', '.join(ENGINES)}"),
-        (c.vllm_server in VLLM_SERVERS, f"vllm_server={c.vllm_server!r}: choose one of {', '.join(VLLM_SERVERS)}"),
+        *(
+            (getattr(c, name) in values, f"{name}={getattr(c, name)!r}: choose one of {', '.join(values)}")
+            for name, values in CHOICES.items()
+        ),
         (
             c.vllm_base_url.startswith(("http://", "https://")),
             f"vllm_base_url={c.vllm_base_url!r}: must begin with http:// or https://",
         ),
         (c.vllm_timeout > 0, f"vllm_timeout={c.vllm_timeout}: must be > 0 seconds"),
         (c.vllm_start_timeout > 0, f"vllm_start_timeout={c.vllm_start_timeout}: must be > 0 seconds"),
-        (c.quantile in QUANTILES, f"quantile={c.quantile!r}: choose one of {', '.join(QUANTILES)}"),
         (0 <= c.beta <= 1, f"beta={c.beta}: the Jeffreys weight lies in [0, 1]"),
         (
             0 <= c.gamma < float("inf"),
@@ -210,9 +252,9 @@ def _problems(config: BONDConfig) -> list[str]:
             f"{c.eval_num_reference_samples}, which cannot show more",
         ),
         (0 <= c.max_skipped_frac <= 1, f"max_skipped_frac={c.max_skipped_frac}: a fraction lies in [0, 1]"),
-        (c.on_bad_row in ("fail", "skip"), f"on_bad_row={c.on_bad_row!r}: choose fail or skip"),
         (c.reward_timeout_s > 0, f"reward_timeout_s={c.reward_timeout_s}: must be > 0"),
         (c.reward_outage_s >= 0, f"reward_outage_s={c.reward_outage_s}: must be >= 0"),
+        (c.ddp_timeout is None or c.ddp_timeout > 0, f"ddp_timeout={c.ddp_timeout}: must be > 0 seconds"),
         (c.max_skipped_steps >= 0, f"max_skipped_steps={c.max_skipped_steps}: must be >= 0"),
         (
             c.save_total_limit is None or c.save_total_limit >= 2,
@@ -229,7 +271,6 @@ def _problems(config: BONDConfig) -> list[str]:
         ),
         (not c.save_only_model, "save_only_model=True: no run could be continued from such checkpoints"),
         (not c.ignore_data_skip, "ignore_data_skip=True: a run that is continued would take its first prompts again"),
-        (c.dtype in ("auto", "float32", "bfloat16"), f"dtype={c.dtype!r}: choose auto, float32 or bfloat16"),
         (
             not c.use_liger_kernel,
             "use_liger_kernel=True: remove it. Trainer would put the kernels into the policy after the anchor and the "
@@ -266,6 +307,11 @@ def _unused(c: BONDConfig) -> list[str]:
             problems.append(
                 f"{name}={getattr(c, name)!r}: {other}={seen!r} does not use it ({value!r} does), remove it"
             )
+    if c.missing_eos == "worst" and c.objective == "reinforce":
+        problems.append(
+            "missing_eos='worst': objective='reinforce' draws one sample a prompt, and there is no other to rank it "
+            "below; use 'drop', or a reward that looks at `truncated`"
+        )
     return problems
 
 

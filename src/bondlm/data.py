@@ -132,18 +132,35 @@ def is_conversational(dataset_or_example: Dataset | Sequence[_Row] | _Row) -> bo
 
 def overlap(train: Iterable[_Row], evaluation: Iterable[_Row]) -> int:
     """Count the rows of `evaluation` whose prompt is also a prompt of `train`."""
-    seen = {_prompt_key(row["prompt"]) for row in train}
-    return sum(_prompt_key(row["prompt"]) in seen for row in evaluation)
+    return len(_common_rows(train, evaluation))
 
 
-def warn_of_overlap(train: Dataset | None, evaluation: Dataset | Mapping[str, Dataset] | None) -> None:
-    """Log how many held-out prompts are also training prompts: on those an evaluation says little."""
-    for part in evaluation.values() if isinstance(evaluation, Mapping) else [evaluation]:
+def check_overlap(
+    train: Dataset | None, evaluation: Dataset | Mapping[str, Dataset] | None, *, strict: bool = False
+) -> None:
+    """Log how many held-out prompts are also training prompts: on those an evaluation says little.
+
+    Raises:
+        DataError: there are some, and `strict` forbids it; the first 10 are named.
+    """
+    parts = evaluation if isinstance(evaluation, Mapping) else {"eval_dataset": evaluation}
+    for name, part in parts.items():
         if train is None or part is None:
             continue
-        common = overlap(train.select_columns("prompt"), part.select_columns("prompt"))
+        common = _common_rows(train.select_columns("prompt"), part.select_columns("prompt"))
+        if common and strict:
+            rows = [f"row {i} of {name}: {_prompt_key(part[i]['prompt'])[:80]}" for i in common]
+            raise DataError(
+                f"{len(common)} of {len(part)} evaluation prompts are training prompts too, and strict=True forbids "
+                f"it. Remove them from one of the two:\n{listed(rows, 'rows')}"
+            )
         if common:
-            _log.warning("%d of %d evaluation prompts are training prompts too", common, len(part))
+            _log.warning("%d of %d evaluation prompts are training prompts too", len(common), len(part))
+
+
+def _common_rows(train: Iterable[_Row], evaluation: Iterable[_Row]) -> list[int]:
+    seen = {_prompt_key(row["prompt"]) for row in train}
+    return [i for i, row in enumerate(evaluation) if _prompt_key(row["prompt"]) in seen]
 
 
 def _prompt_key(prompt: Any) -> str:

@@ -1,10 +1,13 @@
 """What a run leaves out, bad rows of its data and prompts whose reward failed: counted, listed, and never many.
 
+Prompts that `missing_eos='drop'` leaves out are counted and listed, too; nothing failed there, so they have no limit.
+
 A prompt is dropped whole. The expected quantile of the best of N is N / (N + 1), so to go on with the samples that are
 left would change the target of that prompt.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,11 @@ from datasets import Dataset
 
 from bondlm.data import listed, load_prompts
 from bondlm.errors import DataError, RewardError
+from bondlm.missing_eos import REASON
 from bondlm.rollout import Samples
 from bondlm.runfolder import DROPPED_FILE, SKIPPED_FILE, append_jsonl
+
+_log = logging.getLogger(__name__)
 
 
 class DropBudget:
@@ -29,7 +35,7 @@ class DropBudget:
         """
         self._fraction, self._path = fraction, folder / DROPPED_FILE
         self.skipped_rows: list[str] = []
-        self.seen = self.dropped = 0
+        self.seen = self.dropped = self.left_out = 0
         self._counted = False
 
     def load(self, source: Any, *, skip: bool) -> Dataset:
@@ -65,26 +71,36 @@ class DropBudget:
         Every process must call.
 
         Raises:
-            RewardError: on all processes, if they are too many.
+            RewardError: on all processes, if too many rewards failed.
         """
-        before = 0 if self._counted else self._in_file(before=step)
-        mine = torch.tensor([[len(rows), len(samples.dropped), before]], device=accelerator.device)
+        before = (0, 0) if self._counted else self._in_file(before=step)
+        mine = torch.tensor(
+            [[len(rows), len(samples.dropped), len(samples.left_out), *before]], device=accelerator.device
+        )
         ranks = accelerator.gather(mine).cpu()
-        num_rows, num_dropped = int(ranks[:, 0].sum()), int(ranks[:, 1].sum())
+        num_rows, num_dropped, num_left_out = ranks[:, :3].sum(dim=0).tolist()
         if not self._counted:  # a run that is resumed: what it saw, and what it dropped (as the main process knows it)
-            self._counted, self.seen, self.dropped = True, (step - 1) * num_rows, int(ranks[0, 2])
+            self._counted, self.seen, (self.dropped, self.left_out) = True, (step - 1) * num_rows, ranks[0, 3:].tolist()
         self.seen, self.dropped = self.seen + num_rows, self.dropped + num_dropped
-        if samples.dropped:
-            lost = [{"step": step, "prompt": rows[i]["prompt"], "reason": r} for i, r in samples.dropped.items()]
+        self.left_out += num_left_out
+        lost = samples.dropped | dict.fromkeys(sorted(samples.left_out), REASON)
+        if lost:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_jsonl(self._path, lost)
+            append_jsonl(
+                self._path, [{"step": step, "prompt": rows[i]["prompt"], "reason": r} for i, r in lost.items()]
+            )
+        if num_left_out == num_rows and accelerator.is_main_process:
+            _log.warning(
+                "step %d is skipped: for every prompt %s. Raise max_completion_length, or use missing_eos='worst'",
+                *(step, REASON),
+            )
         if self._is_too_many(self.dropped, self.seen):
             first = next(iter(samples.dropped.values()), "None of them on this process.")
             raise RewardError(
                 f"step {step}: the rewards of {num_dropped} of {num_rows} prompts failed, {self.dropped} of "
                 f"{self.seen} so far (max_skipped_frac={self._fraction}). {first} All are in {self._path.name}."
             )
-        return {"bond/frac_dropped": len(samples.dropped) / len(rows)}
+        return {"bond/frac_dropped": len(lost) / len(rows)}
 
     def summary(self) -> list[str]:
         """What to say at the end of a run: one line for each kind of thing left out."""
@@ -93,6 +109,8 @@ class DropBudget:
             lines.append(f"left out: {len(self.skipped_rows)} bad rows of train_dataset, first {self.skipped_rows[0]}")
         if self.dropped:
             lines.append(f"dropped: {self.dropped} of {self.seen} prompts, whose reward failed ({self._path})")
+        if self.left_out:
+            lines.append(f"dropped: {self.left_out} of {self.seen} prompts, because {REASON} ({self._path})")
         skipped = self._path.with_name(SKIPPED_FILE)
         if skipped.is_file():
             steps = {json.loads(line)["step"] for line in skipped.read_bytes().splitlines()}
@@ -102,7 +120,10 @@ class DropBudget:
     def _is_too_many(self, count: int, total: int) -> bool:
         return count > (max(1.0, self._fraction * total) if self._fraction > 0 else 0.0)
 
-    def _in_file(self, *, before: int) -> int:
+    def _in_file(self, *, before: int) -> tuple[int, int]:
+        """Prompts on file from the steps before: those whose reward failed, and those that did not end."""
         if not self._path.is_file():
-            return 0
-        return sum(json.loads(line)["step"] < before for line in self._path.read_bytes().splitlines())
+            return 0, 0
+        rows = [json.loads(line) for line in self._path.read_bytes().splitlines()]
+        cut = [row["reason"] == REASON for row in rows if row["step"] < before]
+        return len(cut) - sum(cut), sum(cut)

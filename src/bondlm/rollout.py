@@ -32,11 +32,18 @@ class Samples:
     rewards_PM: Tensor  # float64
     by_name: dict[str, Tensor]  # each reward function's own (P, M)
     dropped: dict[int, str] = field(default_factory=dict)  # prompts that a reward failed for, and why; rewards are 0
+    left_out: frozenset[int] = frozenset()  # other prompts, with a completion that did not end (`bondlm.missing_eos`)
+    reranked_PM: Tensor | None = None  # what the objective sees instead of the rewards, if anything
 
     @property
     def kept(self) -> Tensor:
-        """Which prompts have all their rewards (P,) bool."""
-        return torch.tensor([i not in self.dropped for i in range(len(self.prompts))])
+        """Which prompts are learned from (P,) bool."""
+        return torch.tensor([i not in self.dropped and i not in self.left_out for i in range(len(self.prompts))])
+
+    @property
+    def ranked(self) -> Tensor:
+        """The rewards as the objective sees them (P, M)."""
+        return self.rewards_PM if self.reranked_PM is None else self.reranked_PM
 
     @property
     def flat(self) -> list[Completion]:
@@ -144,13 +151,14 @@ def score_samples(
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Lengths in tokens and the fraction cut at the budget, under TRL's names."""
+    """Lengths in tokens and the fraction cut at the budget, under TRL's names; and the fraction that says nothing."""
     lengths = [len(c.ids) for c in completions]
     return {
         "completions/mean_length": float(np.mean(lengths)),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
+        "completions/frac_empty": float(np.mean([c.finished and len(c.ids) == 1 for c in completions])),
         # -log p of a sample is an unbiased estimate of the entropy of its law; the mean is over tokens.
         "entropy": -sum(c.logprob for c in completions) / sum(lengths),
     }
@@ -160,7 +168,7 @@ def reward_metrics(samples: Samples, num_policy: int, counted_P: Tensor) -> dict
     """What a step logs of the rewards of the prompts that count; the policy's samples come first."""
     rewards_PM = samples.rewards_PM[counted_P]
     policy, anchor = rewards_PM[:, :num_policy], rewards_PM[:, num_policy:]
-    ordered = rewards_PM.sort(dim=1).values
+    ordered = samples.ranked[counted_P].sort(dim=1).values
     tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     metrics = {
         "reward_std": float(rewards_PM.std()) if len(rewards_PM) else math.nan,  # all dropped: the step is skipped

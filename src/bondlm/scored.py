@@ -183,6 +183,16 @@ def _check_settings(args: BONDConfig) -> None:
             f"train_dataset holds scored samples (columns completion and reward), but objective={args.objective!r} "
             f"draws its own: choose {', '.join(OFF_POLICY)}, or remove these columns"
         )
+    if args.missing_eos != "keep":
+        raise ConfigError(
+            f"missing_eos={args.missing_eos!r}: it looks at samples that the run draws, and these are scored already. "
+            "Remove it; the rows of `bondlm score` say which samples are `finished`"
+        )
+    if args.truncate_prompt != "never":
+        raise ConfigError(
+            f"truncate_prompt={args.truncate_prompt!r}: the samples were drawn for whole prompts. Remove it, or the "
+            "prompts that are too long"
+        )
     if args.anchor != "fixed":
         raise ConfigError(
             f"anchor={args.anchor!r}: scored samples were drawn from the model as it was, set anchor='fixed'"

@@ -1,20 +1,24 @@
 """Between text and token ids: end-of-sequence ids, chat templates, prompt lengths, and completions as text.
 
-Prompts are tokenised here once, and never truncated. Completions are only ever decoded: the trainer learns on the
-sampled ids themselves. Masks follow from lengths, so the padding id may be equal to an EOS id.
+Prompts are tokenised here once, and never truncated unless asked for. Completions are only ever decoded: the trainer
+learns on the sampled ids themselves. Masks follow from lengths, so the padding id may be equal to an EOS id.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bondlm.errors import ConfigError, DataError
+from bondlm.templates import render_chat, strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
@@ -26,7 +30,7 @@ _CHUNK = 1024
 # model reads them as structure, so a prompt must not be able to write them either.
 _PLAIN_MARKER = re.compile(r"<\|[^<>|\s]+\|>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
 # What a template can raise beside Jinja's own errors: those of the Python operators that it uses.
-_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # What separates a template's own tokens (<think>, [INST]) from added words and runs of spaces.
 _BRACKETED = re.compile(r"[<\[].+[>\]]")
 
@@ -71,7 +75,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, generation_eos_ids: int 
     return TextInfo(eos_ids=eos_ids, pad_id=eos_ids[0] if pad_id is None else pad_id)
 
 
-def length_limits(config: Any, max_prompt_length: int | None, max_completion_length: int) -> dict[str, Any]:
+def length_limits(
+    config: Any, max_prompt_length: int | None, max_completion_length: int, truncate_prompt: str = "never"
+) -> dict[str, Any]:
     """What `encode_prompts` must know of the model with this config, as its keyword arguments."""
     is_seq2seq = bool(config.is_encoder_decoder)  # its positions are relative, or a matter of the encoder alone
     return {
@@ -79,6 +85,7 @@ def length_limits(config: Any, max_prompt_length: int | None, max_completion_len
         "max_completion_length": max_completion_length,
         "context_length": None if is_seq2seq else getattr(config, "max_position_embeddings", None),
         "is_encoder_decoder": is_seq2seq,
+        "truncate_prompt": truncate_prompt,
     }
 
 
@@ -90,9 +97,10 @@ def encode_prompts(
     context_length: int | None,
     max_completion_length: int,
     is_encoder_decoder: bool = False,
+    truncate_prompt: str = "never",
     allow_special_tokens_in_text: bool = False,
 ) -> list[list[int]]:
-    """Turn prompts into token ids, whole: a prompt that does not fit is refused, never cut.
+    """Turn prompts into token ids, whole: a prompt that does not fit is refused, or cut only where that is asked for.
 
     Text gets the tokenizer's usual special tokens, except that a decoder-only model gets no EOS behind its prompt.
     Messages are rendered with the chat template and its generation prompt; the template alone decides on BOS. Two BOS
@@ -106,6 +114,8 @@ def encode_prompts(
             prompt and the completion into it, an encoder-decoder model only the prompt.
         max_completion_length: Longest completion, in tokens.
         is_encoder_decoder: Whether the prompt goes into an encoder, and so keeps the EOS that its tokenizer adds.
+        truncate_prompt: What is done with a text that does not fit: "never" refuses it, "left" leaves out its beginning
+            (but BOS) and warns with the number of such texts.
         allow_special_tokens_in_text: Let text such as `<|im_end|>` inside a prompt become the control token. With
             False such prompts are refused: data could otherwise write system messages.
 
@@ -113,12 +123,18 @@ def encode_prompts(
         The ids of each prompt, in order.
 
     Raises:
-        ConfigError: If messages are given and the tokenizer has no chat template, or one that is not valid Jinja.
+        ConfigError: If messages are given and the tokenizer has no chat template, or one that is not valid Jinja or
+            takes too long or writes too much. If conversations are to be truncated.
         DataError: If rows are too long, empty, hold special tokens or are refused by the template. Up to 10 are named.
     """
     if not prompts:
         return []
     conversational = not isinstance(prompts[0], str)
+    if conversational and truncate_prompt != "never":
+        raise ConfigError(
+            f"truncate_prompt={truncate_prompt!r}: the prompts are conversations, and cutting their token ids would "
+            "cut the template's markers and roles with them. Leave out whole messages in the data instead"
+        )
     template = _chat_template(tokenizer) if conversational else ""
     if not allow_special_tokens_in_text:
         _refuse_special_tokens(prompts, tokenizer, template)
@@ -132,7 +148,10 @@ def encode_prompts(
             ids += _encode_texts(chunk, tokenizer, keep_eos=is_encoder_decoder)
     _raise_if_any(refused, "the chat template refuses these prompts. Change the messages or the template:")
     ids = [_single_bos(row, tokenizer.bos_token_id) for row in ids]
-    _refuse_bad_lengths(ids, max_prompt_length, context_length, 0 if is_encoder_decoder else max_completion_length)
+    beside = 0 if is_encoder_decoder else max_completion_length
+    if truncate_prompt == "left":
+        ids = _cut_left(ids, _longest(max_prompt_length, context_length, beside), tokenizer.bos_token_id)
+    _refuse_bad_lengths(ids, max_prompt_length, context_length, beside)
     return ids
 
 
@@ -192,36 +211,20 @@ def _encode_chats(
     """Render and tokenise conversational prompts; add the rows that the template refuses to `refused`."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
-    def render(batch: Sequence[Any]) -> list[list[int]]:
-        # `datasets` fills message keys that other rows have with None, and templates print None as text.
-        clean = [[{k: v for k, v in message.items() if v is not None} for message in chat] for chat in batch]
-        return tokenizer.apply_chat_template(  # type: ignore[return-value]
-            clean,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            padding=False,
-            truncation=False,
-            tokenizer_kwargs={"verbose": False},
-        )
-
-    try:
-        return render(chats)
-    except TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the tokenizer's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
-            "Correct `tokenizer.chat_template`."
-        ) from error
-    except (*_TEMPLATE_ERRORS, TemplateError):
-        pass
-    rows: list[list[int]] = []
-    # One by one: only so is it known which of them failed.
+    texts: list[str] = []
     for row, chat in enumerate(chats, start=first_row):
         try:
-            rows += render([chat])
+            texts.append(render_chat(chat, tokenizer, add_generation_prompt=True, place=f"row {row}"))
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the tokenizer's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
+                "Correct `tokenizer.chat_template`."
+            ) from error
+        except ConfigError:  # a ValueError, too
+            raise
         except (*_TEMPLATE_ERRORS, TemplateError) as error:
             refused.append(f"row {row}: {type(error).__name__}: {error}")
-    return rows
+    return _plain_ids(texts, tokenizer, add_special_tokens=False) if texts else []  # the template has written them
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -285,27 +288,37 @@ def _texts(prompt: Prompt) -> list[str]:
     """
     if isinstance(prompt, str):
         return [prompt]
-    texts = [text for message in prompt for text in _strings(message)]
+    texts = [text for message in prompt for text in strings(message)]
     return [*texts, "".join(texts)] if len(texts) > 1 else texts
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Walk the strings in a message; its role is one of four words, and dictionary keys are not rendered."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key != "role":
-                yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
 
 
 def _single_bos(ids: list[int], bos_id: int | None) -> list[int]:
     """Drop repeated BOS ids at the start: one from the text or the template, one from the tokenizer."""
     while bos_id is not None and ids[:2] == [bos_id, bos_id]:
         ids = ids[1:]
+    return ids
+
+
+def _longest(max_prompt_length: int | None, context_length: int | None, completion_length: int) -> int | None:
+    """Most tokens of a prompt with `completion_length` tokens after it; None for no limit."""
+    room = None if context_length is None else context_length - completion_length
+    return min((limit for limit in (max_prompt_length, room) if limit is not None), default=None)
+
+
+def _cut_left(ids: list[list[int]], limit: int | None, bos_id: int | None) -> list[list[int]]:
+    """The last `limit` tokens of longer prompts; a BOS stays, because a model has seen no text without it."""
+    too_long = [row for row, own in enumerate(ids) if limit is not None and 0 < limit < len(own)]
+    if limit is None or not too_long:
+        return ids
+    ids, most = list(ids), max(len(own) for own in ids)
+    for row in too_long:
+        head = ids[row][:1] if ids[row][0] == bos_id else []
+        ids[row] = [*head, *ids[row][len(ids[row]) - limit + len(head) :]]
+    _log.warning(
+        "%d of %d prompts are longer than %d tokens (the longest has %d): their beginning is left out "
+        "(truncate_prompt='left'), the first is row %d",
+        *(len(too_long), len(ids), limit, most, too_long[0]),
+    )
     return ids
 
 
@@ -323,7 +336,7 @@ def _refuse_bad_lengths(
         [f"row {row}: no tokens" for row, own in enumerate(ids) if not own],
         "prompts that the tokenizer turns into nothing. Remove these rows:",
     )
-    limit = min((limit for limit in (max_prompt_length, room) if limit is not None), default=None)
+    limit = _longest(max_prompt_length, context_length, completion_length)
     if limit is None:
         return
     if limit == max_prompt_length:

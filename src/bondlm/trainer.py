@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from bondlm.anchor import Anchor
-from bondlm.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback
+from bondlm.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback, TiesCallback
 from bondlm.checkpoint import writing_to
 from bondlm.clock import Clock, StepMeans
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
-from bondlm.data import keep_rows, load_prompts, warn_of_overlap
+from bondlm.data import check_overlap, keep_rows, load_prompts
 from bondlm.dropping import DropBudget
 from bondlm.engines import Role
 from bondlm.engines.choose import make_engine
@@ -36,6 +36,7 @@ from bondlm.held_out import compare
 from bondlm.logprobs import Group, by_length, can_share_prompts, score_groups, token_logprobs
 from bondlm.manifest import checkpoint_to_resume
 from bondlm.memory import SmallerBatches, micro_batch
+from bondlm.missing_eos import treat_truncated
 from bondlm.models import Roles, fast_dtype, prepare_policy
 from bondlm.objectives import BOND, BestOfNRegression, Objective
 from bondlm.quantile_model import QuantileModel, completion_features, quantile_model
@@ -114,12 +115,11 @@ class BONDTrainer(Trainer):
         core = self.roles.core
         self.objective: Objective = make_objective(args)
         self._text = check_tokenizer(processing_class, core.generation_config.eos_token_id)
-        self._is_seq2seq = bool(core.config.is_encoder_decoder)
-        self._start_id: int | None = core.config.decoder_start_token_id if self._is_seq2seq else None
+        self._start_id: int | None = core.config.decoder_start_token_id if core.config.is_encoder_decoder else None
         self._tokenizer = processing_class
-        self._limits = length_limits(core.config, args.max_prompt_length, args.max_completion_length)
-        self.clock, self._smaller = Clock(), SmallerBatches()
-        self._means = StepMeans()
+        lengths = (args.max_prompt_length, args.max_completion_length)
+        self._limits = length_limits(core.config, *lengths, args.truncate_prompt)
+        self.clock, self._smaller, self._means = Clock(), SmallerBatches(), StepMeans()
         self.record = self._means.record  # takes a step's metrics for the next log
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
@@ -133,7 +133,7 @@ class BONDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        warn_of_overlap(self.train_dataset, self.eval_dataset)
+        check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)
         full_precision_outputs(self.accelerator, asked_for=uses_fsdp(args))
         self.roles.to(args.device)
         self.roles.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
@@ -159,7 +159,7 @@ class BONDTrainer(Trainer):
         folder = self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
         self._anchor_callback = AnchorCallback(self.anchor, self.quantile_model, self.clock, self._means, folder)
         self.stop = StopCallback(args.target_n, args.kl_budget)
-        for callback in (self._anchor_callback, self.run_folder, self.stop):
+        for callback in (self._anchor_callback, self.run_folder, self.stop, TiesCallback()):
             self.add_callback(callback)
         with self.roles.use("policy") as policy:
             self._share_prompts = can_share_prompts(policy, args.device, distributed=trained_in_parallel(args))
@@ -228,7 +228,7 @@ class BONDTrainer(Trainer):
         self.record(self.drops.note(rows, samples, step, self.accelerator))
         real_P = real_P & samples.kept
         all_real = self.accelerator.gather(real_P.to(self.args.device)).cpu()
-        selection = self.objective.select(samples.rewards_PM, tie_noise(seed, step, positions, plan.total))
+        selection = self.objective.select(samples.ranked, tie_noise(seed, step, positions, plan.total))
         learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
         compared = [
             [(row[PROMPT_IDS], c.ids) for c in cs[: plan.compare]] for row, cs in zip(rows, learned, strict=True)
@@ -241,7 +241,7 @@ class BONDTrainer(Trainer):
         signal = selection.signal_PC.float()
         if isinstance(self.objective, BOND) and self.quantile_model is not None:
             flat = [pair for row in compared for pair in row]
-            labels = self.objective.labels(samples.rewards_PM)
+            labels = self.objective.labels(samples.ranked)
             signal = self.objective.signal(self._learned_log_quantile(self.quantile_model, flat, labels, all_real))
         returns = self.objective.returns(signal, sampled_logp, anchor_logp)
         baseline = torch.zeros_like(everyone := self.accelerator.gather(returns.to(self.args.device)).cpu())
@@ -274,7 +274,7 @@ class BONDTrainer(Trainer):
         with self.clock("generate"):
             counts: dict[Role, int] = {"policy": plan.policy, "anchor": plan.anchor}
             completions = draw(self.engine, rows, counts, step=step, positions=positions, **self._sampling)
-        return self.score_completions(rows, completions, drop=True)
+        return treat_truncated(self.score_completions(rows, completions, drop=True), self.args.missing_eos)
 
     def _learned_log_quantile(
         self, model: QuantileModel, rows: list[tuple[Any, Any]], labels_P: Tensor, all_real: Tensor

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import get_scheduler
 
 from bondlm import callbacks, manifest
 from bondlm.anchor import Anchor
 from bondlm.cli import main
-from bondlm.errors import CheckpointError
+from bondlm.cli.train import _changed_settings, training_arguments
+from bondlm.errors import CheckpointError, ConfigError
 from bondlm.manifest import MANIFEST_FILE, fault, newest_checkpoint, remove_older
 from bondlm.trainer import BONDTrainer
 from faults.children import job, kill, outcome, said, start, train, wait, wrap
@@ -327,6 +329,60 @@ def test_d10_a_change_that_is_allowed_is_on_file(copy: Path) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["beta"] == 0.25
     assert train(copy, lambda: None, *allowed, "--beta", "0.25", "--learning_rate", "0.5") == 2
     assert "a checkpoint restores its optimizer" in said(copy)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "is_refused"),
+    [
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0}, True),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 1}, True),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.5}, True),  # a share of the run
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, False),
+        ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2}, False),
+        ({"lr_scheduler_type": "constant"}, False),
+    ],
+    ids=str,
+)
+def test_d10_the_length_is_a_setting_of_a_schedule_that_depends_on_it(
+    schedule: dict[str, Any], is_refused: bool, tmp_path: Path
+) -> None:
+    """And it does so for just those whose learning rates of the first steps change with the length of the run."""
+    options = {"max_steps": 3, "beta": 0.5} | schedule
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    for change, line in (
+        ({"max_steps": 4}, "max_steps: 3 -> 4"),
+        ({"num_train_epochs": 2}, "num_train_epochs: None -> 2"),
+    ):
+        changed, path = options | change, tmp_path / "config.yaml"
+        if is_refused:
+            with pytest.raises(ConfigError, match=rf"\({line}\).*--allow_config_change"):
+                _changed_settings(path, changed)
+        allowed = _changed_settings(path, changed | {"allow_config_change": True})
+        assert allowed == ([line] if is_refused else [])
+        assert is_refused or _changed_settings(path, changed) == []
+
+    def rates(num_steps: int) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        args = training_arguments({"output_dir": str(tmp_path / "out"), "use_cpu": True} | schedule)
+        warmup = args.get_warmup_steps(num_steps)
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, num_steps)
+        seen = []
+        for _ in range(5):
+            seen.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        return seen
+
+    assert (rates(5) != rates(10)) == is_refused
+
+
+def test_d10_a_run_under_such_a_schedule_does_not_go_on_longer(copy: Path) -> None:
+    for path in (copy, copy.parent / "run" / "config.yaml"):
+        path.write_text(path.read_text() + "lr_scheduler_type: linear\n")
+    assert train(copy, lambda: None, "--max_steps", "4") == 2
+    assert "holds a run with other settings (max_steps: 3 -> 4)" in said(copy)
+    assert train(copy, lambda: None, "--max_steps", "4", "--allow_config_change") == 0, said(copy)
+    assert json.loads((copy.parent / "run" / "env.json").read_text())["config_changes"] == ["max_steps: 3 -> 4"]
 
 
 def test_d10_another_tokenizer_is_refused(copy: Path) -> None:

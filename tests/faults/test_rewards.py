@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from rewards.small_models import bert_classifier, bert_tokenizer, saved
 from safetensors.torch import load_file, save_file
 from test_trainer import logged, low_ids, same, trainer, weights
 from tiny import prompt_rows
+from transformers import TrainerControl, TrainerState
 
+from bondlm.callbacks import TiesCallback
 from bondlm.cli import main
 from bondlm.dropping import DropBudget
 from bondlm.errors import RewardError, RewardOutageError
@@ -150,7 +153,7 @@ def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: P
     """3 of 16 prompts are within a quarter; so are 4; 7 of 24 are not, although this process dropped only one."""
     rows = prompt_rows(4)
     budget = DropBudget(0.25, tmp_path)
-    ranks = Ranks([4, 0, 0], [4, 3, 0], [4, 2, 0])
+    ranks = Ranks([4, 0, 0, 0, 0], [4, 3, 0, 0, 0], [4, 2, 0, 0, 0])
     assert budget.note(rows, dropping(0), 1, ranks) == {"bond/frac_dropped": 0.0}
     assert budget.note(rows, dropping(1), 2, ranks) == {"bond/frac_dropped": 0.25}
     assert (budget.seen, budget.dropped) == (16, 4)
@@ -159,10 +162,10 @@ def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: P
     assert budget.summary()[0].startswith("dropped: 7 of 24 prompts")
     # Resumed at step 3: what is in the file from before it still counts, as the main process has it.
     again = DropBudget(0.25, tmp_path)
-    again.note(rows, dropping(0), 3, Ranks([4, 0, 4]))
+    again.note(rows, dropping(0), 3, Ranks([4, 0, 0, 4, 0]))
     assert (again.seen, again.dropped) == (24, 4)
     alone = DropBudget(0.25, tmp_path / "empty")
-    alone.note(rows, dropping(1), 1, Ranks([4, 0, 0]))
+    alone.note(rows, dropping(1), 1, Ranks([4, 0, 0, 0, 0]))
     assert (alone.seen, alone.dropped) == (8, 1)
 
 
@@ -220,6 +223,53 @@ def test_r4_a_constant_reward_gives_no_backward_signal() -> None:
     for seed in range(20):
         selection = objective.select(torch.ones(5, 3, dtype=torch.float64), tie_noise(seed, 1, range(5), 3))
         assert not selection.signal_PC.any()
+
+
+def test_r4_fifty_steps_of_a_constant_reward_stay_at_the_anchor_and_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What remains is fine-tuning on samples of the anchor, noise without direction: its KL stays about 0."""
+    made = trainer(
+        tmp_path,
+        reward=lambda completions: [0.5] * len(completions),
+        **{"max_steps": 50, "per_device_train_batch_size": 8, "learning_rate": 1e-4},
+    )
+    made.train()
+    rows = logged(tmp_path)[:50]
+    assert {row["bond/penalty_rate"] for row in rows} == {0.0}
+    assert {row["bond/frac_tied"] for row in rows} == {1.0}
+    assert {row["reward_std"] for row in rows} == {0.0}
+    assert abs(sum(row["anchor/kl"] for row in rows) / 50) < 0.01
+    warned = [record.getMessage() for record in caplog.records if "Equal samples teach nothing" in record.getMessage()]
+    assert len(warned) == 1
+    assert warned[0].startswith("step 10: 100% of the prompts have equal rewards among their samples")
+
+
+def steps_warned(
+    tied: Callable[[int], float], caplog: pytest.LogCaptureFixture, *, every: int = 1, n: int = 5000
+) -> Any:
+    watch, control = TiesCallback(), TrainerControl()
+    watch.on_train_begin(None, TrainerState(global_step=0), control)
+    caplog.clear()
+    for step in range(every, n + 1, every):
+        state = TrainerState(global_step=step, is_world_process_zero=True)
+        watch.on_log(None, state, control, {"loss": 1.0, "bond/frac_tied": tied(step)})
+        watch.on_log(None, state, control, {"eval_reward": 1.0})
+    return [int(record.getMessage().split(":")[0].removeprefix("step ")) for record in caplog.records]
+
+
+def test_r4_the_warning_wants_steps_in_a_row_and_is_rare(caplog: pytest.LogCaptureFixture) -> None:
+    assert steps_warned(lambda step: 1.0, caplog) == [10, 100, 1000]
+    assert steps_warned(lambda step: 1.0, caplog, every=25) == [25, 250, 2500]
+    assert steps_warned(lambda step: 0.5, caplog) == []
+    assert steps_warned(lambda step: float("nan"), caplog) == []
+    assert steps_warned(lambda step: float(step % 10 > 0), caplog) == []  # never ten in a row
+    assert steps_warned(lambda step: float(step % 20 > 0), caplog) == [10]  # ten often, a hundred never
+    others = TiesCallback()
+    caplog.clear()
+    for step in range(1, 50):
+        others.on_log(None, TrainerState(global_step=step, is_world_process_zero=False), None, {"bond/frac_tied": 1.0})
+    assert caplog.records == []
 
 
 def test_r5_winners_of_ties_have_no_favourite_place() -> None:

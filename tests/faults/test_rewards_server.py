@@ -1,6 +1,7 @@
 """Rows R3 and R7 to R10 of the fault matrix: what a reward server can do wrong, on a real socket."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from rewards.reward_stub import (
     text,
     trickle,
 )
-from test_trainer import same, trainer, weights
+from test_trainer import config, same, trainer, weights
 from tiny import prompt_rows
 
-from bondlm.errors import RewardError, RewardOutageError
+from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.rewards import HTTPReward, NamedReward, score
 from bondlm.runfolder import DROPPED_FILE
 
@@ -238,3 +239,40 @@ def test_r10_in_training_the_prompt_is_dropped_and_the_others_learn(tmp_path: Pa
 def test_a_stub_that_is_good_is_good() -> None:
     with serving(otherwise=good) as server:
         assert ask(server.url) == VALUES
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [
+        ({}, 780),  # the default limits of rewards are longer than ten minutes
+        ({"reward_outage_s": 120.0}, 600),
+        ({"reward_outage_s": 3600.0, "reward_timeout_s": 0.25}, 3661),
+        ({"reward_outage_s": math.inf}, 31_536_000),
+        ({"ddp_timeout": 8}, 8),
+    ],
+)
+def test_m1_processes_wait_longer_for_each_other_than_one_may_for_its_server(
+    settings: dict[str, Any], seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the limit reaches the process group. A rank that is gone: test_processes.py."""
+    limits: list[float] = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("bondlm.config.PartialState", lambda timeout, **others: limits.append(timeout.total_seconds()))
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
+    made = config(tmp_path, **settings)
+    assert made.ddp_timeout == seconds
+    assert limits == [seconds]
+
+
+def test_m1_a_server_that_is_down_is_given_up_within_its_limits() -> None:
+    """One request until it is noticed, the outage, one request more: what `ddp_timeout` counts with."""
+    with serving(otherwise=hang) as server:
+        began = time.monotonic()
+        with pytest.raises(RewardOutageError):
+            ask(server.url, timeout=0.5, outage=1.0)
+        assert time.monotonic() - began < 1.0 + 2 * 0.5 + 2  # two seconds for a busy machine; a request hangs for 20
+
+
+def test_m1_a_limit_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ddp_timeout=0: must be > 0 seconds"):
+        config(tmp_path, ddp_timeout=0)

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,13 @@ from test_text import INJECTIONS, encode, user
 from test_trainer import TOKENIZER, ends_often, logged, low_ids, same, trainer, weights
 from tiny import BOS, CHATML, prompt_rows, tiny_causal, tiny_tokenizer
 
+from bondlm import templates
 from bondlm.cli import main
 from bondlm.data import load_prompts, read_jsonl
-from bondlm.engines import Completion
 from bondlm.errors import BondError, ConfigError, DataError
-from bondlm.objectives import JBOND
-from bondlm.rewards import NamedReward
-from bondlm.rollout import PROMPT_IDS, score_samples, tie_noise
+from bondlm.missing_eos import REASON
+from bondlm.rollout import PROMPT_IDS
+from bondlm.runfolder import DROPPED_FILE
 from bondlm.text import check_tokenizer
 
 
@@ -30,7 +34,7 @@ def write(path: Path, *lines: Any) -> Path:
 
 
 def test_t1_an_empty_completion_is_kept_and_learned_from(tmp_path: Path) -> None:
-    """Its one token is the end of sequence; its reward is that of "", and the shortest length is logged."""
+    """Its one token is the end of sequence; its reward is that of "", and it is counted."""
     seen: list[str] = []
 
     def reward(completions: list[str]) -> list[float]:
@@ -44,32 +48,128 @@ def test_t1_an_empty_completion_is_kept_and_learned_from(tmp_path: Path) -> None
     made.train()
     assert set(seen) == {""}
     row = logged(tmp_path)[0]
-    assert row["completions/min_length"] == row["completions/max_length"] == 1
+    assert row["completions/min_length"] == row["completions/max_length"] == row["completions/frac_empty"] == 1
     assert row["num_tokens/learned"] == 2 * 4  # of 4 prompts the policy's sample and the better of the anchor's
     assert not same(weights(made.roles.model), before)
+    cut = trainer(tmp_path / "cut", tiny_causal(TOKENIZER), max_steps=1, max_completion_length=1)
+    cut.train()
+    row = logged(tmp_path / "cut")[0]  # one token, too, but no end
+    assert (row["completions/frac_empty"], row["completions/clipped_ratio"]) == (0, 1)
 
 
-def test_t2_a_completion_without_end_is_flagged_and_a_reward_may_rank_it_last() -> None:
-    """The pattern of docs/rewards.md: a second reward that is far below all others for what was cut."""
+def long_ids(completion_ids: list[list[int]]) -> list[float]:
+    """Mostly the length, so that those without end are the best."""
+    return [len(ids) + low / 10 for ids, low in zip(completion_ids, low_ids(completion_ids), strict=True)]
 
-    def length(completions: list[str]) -> list[float]:
-        return [float(len(c)) for c in completions]
 
-    def finished(truncated: list[bool]) -> list[float]:
-        return [-1e6 if cut else 0.0 for cut in truncated]
+def test_t2_a_completion_without_end_is_kept_with_its_reward_and_flagged(tmp_path: Path) -> None:
+    seen: list[tuple[int, bool]] = []
 
-    def answer(text: str, end: bool) -> Completion:
-        ids = TOKENIZER.encode(text) + [2] * end
-        return Completion(ids, [-1.0] * len(ids), finished=end)
+    def reward(completion_ids: list[list[int]], truncated: list[bool]) -> list[float]:
+        seen.extend((len(ids), cut) for ids, cut in zip(completion_ids, truncated, strict=True))
+        return long_ids(completion_ids)
 
-    rows = [{"prompt": "p", PROMPT_IDS: [5]}]
-    completions = [[answer("mid size", True), answer("the longest of all", False), answer("x", True)]]
-    winners = []
-    for functions in ([length], [length, finished]):
-        rewards = [NamedReward(f.__name__, f) for f in functions]
-        samples = score_samples(rewards, rows, completions, tokenizer=TOKENIZER, eos_ids=[2])
-        winners.append(int(JBOND().select(samples.rewards_PM, tie_noise(0, 1, [0], 3)).rows_PL[0, 1]))
-    assert winners == [1, 2]
+    made, other = (trainer(tmp_path / name, reward=f, max_steps=1) for name, f in (("a", reward), ("b", long_ids)))
+    made.train()
+    other.train()
+    assert same(weights(made.roles.model), weights(other.roles.model))
+    assert {length for length, cut in seen if cut} == {5}  # max_completion_length
+    assert 0 < logged(tmp_path / "a")[0]["completions/clipped_ratio"] < 1
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "jbond": {},
+    "bond": {"objective": "bond", "n": 4, "num_anchor_samples": 3},
+    "sft": {"objective": "best_of_n_sft", "n": 4},
+    "rloo": {"objective": "rloo", "num_samples": 3},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_t2_worst_ranks_it_below_all_that_end(name: str, tmp_path: Path) -> None:
+    """The same steps as with a reward that does it by itself; what is logged stays raw. Rloo looks at values."""
+
+    def ends(completion_ids: list[list[int]], truncated: list[bool]) -> list[float]:
+        return [r - 1e6 * cut for r, cut in zip(long_ids(completion_ids), truncated, strict=True)]
+
+    results = {}
+    for case, reward, missing in (("keep", long_ids, "keep"), ("worst", long_ids, "worst"), ("by hand", ends, "keep")):
+        made = trainer(tmp_path / case, reward=reward, missing_eos=missing, **OBJECTIVES[name])
+        made.train()
+        results[case] = weights(made.roles.model)
+    assert not same(results["worst"], results["keep"])
+    assert same(results["worst"], results["by hand"]) == (name != "rloo")
+    first = {case: logged(tmp_path / case)[0] for case in ("keep", "worst", "by hand")}
+    for metric in first["keep"].keys() & {"reward", "reward_std", "anchor/reward", "completions/clipped_ratio"}:
+        assert first["worst"][metric] == first["keep"][metric]
+        assert (first["by hand"][metric] == first["keep"][metric]) == (metric == "completions/clipped_ratio")
+
+
+def test_t2_worst_needs_others_to_rank_it_below(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing_eos='worst': objective='reinforce' draws one sample a prompt"):
+        trainer(tmp_path, objective="reinforce", missing_eos="worst")
+    with pytest.raises(ConfigError, match="missing_eos='best': choose one of keep, worst, drop"):
+        trainer(tmp_path, missing_eos="best")
+
+
+def test_t2_drop_leaves_the_prompt_out_whole_and_counts_it(tmp_path: Path) -> None:
+    """The same steps as with a reward that fails for it; but nothing failed, so no budget ends the run."""
+
+    def fails(completion_ids: list[list[int]], truncated: list[bool]) -> list[float | None]:
+        return [None if cut else r for r, cut in zip(long_ids(completion_ids), truncated, strict=True)]
+
+    model = tiny_causal(TOKENIZER)
+    model.generation_config.eos_token_id = list(range(2, 300, 2))  # half of the tokens: most completions end
+    results = []
+    for case, reward, settings in (
+        ("drop", long_ids, {"missing_eos": "drop"}),
+        ("by hand", fails, {"max_skipped_frac": 1.0}),
+    ):
+        made = trainer(tmp_path / case, deepcopy(model), reward=reward, optim="sgd", **settings)
+        made.train()
+        results.append((weights(made.roles.model), logged(tmp_path / case)[:2]))
+    (one, rows), (other, others) = results
+    assert not same(one, weights(model))
+    for name, tensor in one.items():  # rounding: what is learned with weight 0 is padded otherwise
+        torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=0)
+    assert [row["bond/frac_dropped"] for row in rows] == [row["bond/frac_dropped"] for row in others]
+    num_dropped = round(4 * sum(row["bond/frac_dropped"] for row in rows))
+    assert 0 < num_dropped < 8
+    listed = [json.loads(line) for line in (tmp_path / "drop" / DROPPED_FILE).read_bytes().splitlines()]
+    assert {row["reason"] for row in listed} == {REASON}
+    assert len(listed) == num_dropped
+
+
+def test_t2_what_is_dropped_is_counted_over_the_whole_run(tmp_path: Path) -> None:
+    """Resumed after step 1: the file says how many there were; no number of them is too many."""
+    made = trainer(tmp_path, max_steps=3, missing_eos="drop", max_skipped_frac=0.0, save_strategy="steps", save_steps=1)
+    made.train()
+    assert 4 < made.drops.left_out < 12
+    assert made.drops.summary() == [
+        f"dropped: {made.drops.left_out} of 12 prompts, because {REASON} ({tmp_path / DROPPED_FILE})"
+    ]
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    again = trainer(tmp_path, max_steps=3, missing_eos="drop", max_skipped_frac=0.0)
+    again.train(resume_from_checkpoint=True)
+    assert again.drops.left_out == made.drops.left_out
+
+
+def test_t2_a_step_of_which_nothing_is_left_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(tmp_path, tiny_causal(TOKENIZER), max_steps=1, max_completion_length=1, missing_eos="drop")
+    before = weights(made.roles.model)
+    made.train()
+    assert same(weights(made.roles.model), before)
+    assert "step 1 is skipped: for every prompt a completion did not end" in caplog.text
+
+
+def test_t2_an_evaluation_reports_the_rewards_as_they_are(tmp_path: Path) -> None:
+    reports = [
+        trainer(tmp_path / missing, reward=long_ids, missing_eos=missing, eval_dataset=prompt_rows(12)[8:]).evaluate()
+        for missing in ("keep", "worst", "drop")
+    ]
+    without = [{k: v for k, v in report.items() if k != "eval_runtime"} for report in reports]
+    assert without[0] == without[1] == without[2]
 
 
 @pytest.mark.parametrize("pad", [None, "eos"])
@@ -89,13 +189,52 @@ def test_t3_a_model_that_cannot_stop_is_refused() -> None:
     assert caught.value.exit_code == 2
 
 
-def test_t4_prompts_that_do_not_fit_are_named_and_never_cut(tmp_path: Path) -> None:
+def test_t4_prompts_that_do_not_fit_are_named_and_not_cut(tmp_path: Path) -> None:
     rows = [*prompt_rows(3), {"prompt": "word " * 300}, {"prompt": "x" * 260}]
     with pytest.raises(DataError, match=r"context of 256 tokens leaves 251") as caught:
         trainer(tmp_path, train_dataset=rows)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == ["row 3", "row 4"]
     with pytest.raises(DataError, match="max_prompt_length is 4"):
         trainer(tmp_path, train_dataset=prompt_rows(3), max_prompt_length=4)
+
+
+def test_t4_truncation_is_opt_in_from_the_left_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is left is the end of the same ids, and it trains; the reward sees the whole text."""
+    rows = [*prompt_rows(3), {"prompt": "word " * 300}]
+    whole = [TOKENIZER.encode(row["prompt"]) for row in rows]
+    prompts: set[str] = set()
+
+    def reward(prompts_seen: set[str] = prompts, **columns: Any) -> list[float]:
+        prompts_seen.update(columns["prompts"])
+        return low_ids(columns["completion_ids"])
+
+    settings: dict[str, Any] = {"train_dataset": rows, "max_steps": 1, "truncate_prompt": "left"}
+    made = trainer(tmp_path / "context", reward=reward, **settings)
+    assert made.train_dataset[PROMPT_IDS][:] == [*whole[:3], whole[3][-251:]]  # type: ignore[index]
+    assert "1 of 4 prompts are longer than 251 tokens (the longest has 1" in caplog.text
+    assert "the first is row 3" in caplog.text
+    made.train()
+    assert rows[3]["prompt"] in prompts
+    made = trainer(tmp_path / "length", max_prompt_length=4, eval_dataset=rows[1:2], **settings)
+    assert made.train_dataset[PROMPT_IDS][:] == [ids[-4:] for ids in whole]  # type: ignore[index]
+    assert made.eval_dataset[PROMPT_IDS][:] == [whole[1][-4:]]  # type: ignore[index,call-overload]
+    with pytest.raises(ConfigError, match="no room for a prompt"):
+        trainer(tmp_path, max_completion_length=256, **settings)
+
+
+def test_t4_what_begins_every_text_stays_and_conversations_are_not_cut(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(adds_bos=True)
+    (whole,) = encode([prompt_rows(1)[0]["prompt"]], tokenizer)
+    assert whole[0] == tokenizer.bos_token_id
+    cut = encode([prompt_rows(1)[0]["prompt"]], tokenizer, max_prompt_length=5, truncate_prompt="left")
+    assert cut == [[tokenizer.bos_token_id, *whole[-4:]]]
+    ends = encode(["word " * 9], tiny_tokenizer(adds_eos=True), max_prompt_length=5, truncate_prompt="left")
+    assert ends == [TOKENIZER.encode("word " * 9)[-5:]]  # a decoder-only model gets no end behind its prompt
+    seq2seq: dict[str, Any] = {"is_encoder_decoder": True, "max_prompt_length": 5, "truncate_prompt": "left"}
+    assert encode(["word " * 9], tiny_tokenizer(adds_eos=True), **seq2seq)[0][-1] == 2  # an encoder does
+    with pytest.raises(ConfigError, match="the prompts are conversations") as caught:
+        trainer(tmp_path, train_dataset=prompt_rows(3, chat=True), truncate_prompt="left")
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("hostile", INJECTIONS.values(), ids=INJECTIONS.keys())
@@ -128,6 +267,59 @@ def test_t6_bad_and_hostile_templates(
         encode([user("hello")], tokenizer)
     assert caught.value.exit_code == code
     assert list(tmp_path.iterdir()) == []
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
+BOMBS = {
+    "a loop that writes nothing": (LOOP.replace("BODY", ""), "took more than 0.3 s of CPU time, for row 0"),
+    "a filter that catches errors": (LOOP.replace("BODY", "{{ 'a'|int }}"), "took more than 0.3 s of CPU time"),
+    "generators in filters": (
+        LOOP.replace("BODY", "{{ range(9999)|map('string')|join|length }}"),
+        "took more",
+    ),
+    "much text": (
+        "{% for i in range(2000) %}{{ 'x' * 1000 }}{% endfor %}",
+        "wrote 2000000 characters around messages of 5",
+    ),
+    "a text beyond memory": ("{{ 'x' * 10 ** 17 }}", "asked for more memory than there is"),
+}
+
+
+@pytest.mark.parametrize(("template", "message"), BOMBS.values(), ids=BOMBS.keys())
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_t6_a_template_that_does_not_end_is_stopped(
+    template: str, message: str, in_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (templates.MAX_ADDED, templates.MAX_SECONDS) == (2**20, 5.0)
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.3)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    trace = sys.gettrace()
+
+    def bomb() -> None:
+        with pytest.raises(ConfigError, match=message) as caught:
+            encode([user("hello")], tokenizer)
+        assert caught.value.exit_code == 2
+
+    if in_thread:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(bomb).result()
+    else:
+        bomb()
+    assert sys.gettrace() is trace
+
+
+def test_t6_ends_the_command_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_job(tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for i in range(2000) %}{{ 'x' * 1000 }}{% endfor %}")
+    assert main(["train", "--config", str(config)]) == 2
+    assert "chat template wrote 2000000 characters" in capsys.readouterr().err
+
+
+def test_t6_long_messages_are_not_the_templates_fault() -> None:
+    """1.2 MB of them pass, and are as long as they were."""
+    (ids,) = encode([user("word " * 240_000)], TOKENIZER)
+    assert TOKENIZER.decode(ids).count("word ") == 240_000
 
 
 def test_t7_two_begin_of_sequence_tokens_become_one(tmp_path: Path) -> None:
@@ -246,6 +438,19 @@ def test_t12_held_out_prompts_that_are_trained_on_are_counted(tmp_path: Path, ca
         assert caplog.text == ""
         trainer(tmp_path, eval_dataset=prompt_rows(12)[6:])
     assert "2 of 6 evaluation prompts are training prompts too" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_t12_strict_makes_them_an_error(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_job(tmp_path, max_steps=1, save_steps=1, max_completion_length=4)  # its held-out prompts are trained
+    assert main([command, "--config", str(config), "--strict", "true"]) == 3
+    first, *rows = capsys.readouterr().err.rsplit("bondlm: error:", 1)[1].splitlines()
+    assert "6 of 6 evaluation prompts are training prompts too, and strict=True forbids it" in first
+    assert rows[1].startswith("row 1 of eval_dataset: ")
+    assert prompt_rows(2)[1]["prompt"] in rows[1]
+    held_out = tmp_path / "heldout.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(20, chat=True)[16:]))
+    assert main(["check", "--config", str(config), "--strict", "true"]) == 0
 
 
 def test_t13_the_reward_sees_text_and_the_trainer_the_sampled_ids(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def run(options: dict[str, Any]) -> int:
     if logs["completions/clipped_ratio"] > CUT_WARNED:
         console.print(
             f"warning: {logs['completions/clipped_ratio']:.0%} of the answers were cut: raise max_completion_length, "
-            "or use a reward that wants them to end",
+            "use a reward that wants them to end, or rank them last (missing_eos: worst; it is "
+            f"{trainer.args.missing_eos})",
             soft_wrap=True,
         )
     console.print("check passed")

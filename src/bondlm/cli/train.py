@@ -49,10 +49,13 @@ FREE_NAMES = {
     ),
     *("num_logged_samples", "max_rows", "resume", "output_dir", "eval_dataset", "eval_num_samples", "target_n"),
     *("kl_budget", "eval_num_reference_samples", "report_to", "allow_config_change", "judges"),
-    *("reward_timeout_s", "reward_outage_s", "max_skipped_frac"),
+    *("reward_timeout_s", "reward_outage_s", "max_skipped_frac", "strict", "ddp_timeout"),
     # Their product with the number of processes may not change: the checkpoint knows it (callbacks.py).
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
+# How long a run lasts may differ only where its learning rates do not depend on it.
+LENGTH_NAMES = {"max_steps", "num_train_epochs"}
+ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 # What a checkpoint restores with the optimizer: another value would be taken without a word, and have no effect.
 OPTIMIZER_NAMES = {"learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"}
 SECRET_NAMES = ("hub_token",)
@@ -252,7 +255,8 @@ def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
     before, now = run_config(path.parent), redacted(dict(options))
     if not before:
         return []
-    names = [n for n in sorted((set(before) | set(now)) - FREE_NAMES) if before.get(n) != now.get(n)]
+    free = FREE_NAMES if _is_endless(now) else FREE_NAMES - LENGTH_NAMES
+    names = [n for n in sorted((set(before) | set(now)) - free) if before.get(n) != now.get(n)]
     changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
     if changed and not options.get("allow_config_change"):
         raise ConfigError(
@@ -266,6 +270,15 @@ def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
             "these weights in another output_dir"
         )
     return changed
+
+
+def _is_endless(options: Mapping[str, Any]) -> bool:
+    """Whether the learning rate of a step is the same however long the run lasts; a warmup below 1 is a share of it."""
+    from bondlm.config import BONDConfig
+
+    schedule = str(options.get("lr_scheduler_type", BONDConfig.lr_scheduler_type))
+    warmup = float(options.get("warmup_steps", BONDConfig.warmup_steps) or 0)
+    return schedule == "constant" or (schedule in ENDLESS_SCHEDULES and not 0 < warmup < 1)
 
 
 def _note_environment(path: Path, changes: list[str], engine: str) -> None:

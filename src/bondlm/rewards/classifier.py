@@ -15,6 +15,7 @@ from bondlm.errors import ConfigError
 from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import check_batch_bounds, check_choice, refuse_bad_lengths, token_limit
+from bondlm.templates import render_chat
 
 _logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class SequenceClassifierReward:
                 "the prompts are conversations and the reward model's tokenizer has no chat_template: set one on it "
                 "(reward_processing_classes), or wrap the model in a function that builds the text."
             )
-        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False), True
+        return render_chat([*prompt, *completion], self.tokenizer, place="an answer that a reward model scores"), True
 
     @torch.no_grad()
     def _forward(self, encoded: dict[str, list[list[int]]], rows: list[int]) -> Tensor:
