@@ -1,5 +1,6 @@
 """Rows T of the fault matrix: text, tokens and data; more of each is in tests/test_text.py and tests/test_data.py."""
 
+import inspect
 import json
 import logging
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cli.helpers import write_job
+from jinja2.filters import do_int
 from test_text import INJECTIONS, encode, user
 from test_trainer import TOKENIZER, ends_often, logged, low_ids, same, trainer, weights
 from tiny import BOS, CHATML, prompt_rows, tiny_causal, tiny_tokenizer
@@ -272,7 +274,6 @@ def test_t6_bad_and_hostile_templates(
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
 BOMBS = {
     "a loop that writes nothing": (LOOP.replace("BODY", ""), "took more than 0.3 s of CPU time, for row 0"),
-    "a filter that catches errors": (LOOP.replace("BODY", "{{ 'a'|int }}"), "took more than 0.3 s of CPU time"),
     "generators in filters": (
         LOOP.replace("BODY", "{{ range(9999)|map('string')|join|length }}"),
         "took more",
@@ -307,6 +308,23 @@ def test_t6_a_template_that_does_not_end_is_stopped(
     else:
         bomb()
     assert sys.gettrace() is trace
+
+
+def test_t6_a_filter_does_not_swallow_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is up inside a `try` of Jinja's own, which catches what numbers raise."""
+    lines, first = inspect.getsourcelines(do_int)
+    place = first + next(i for i, line in enumerate(lines) if "return int(value, base)" in line)
+
+    def clock() -> float:
+        frame = sys._getframe(1).f_locals.get("frame")
+        return float("inf") if frame and frame.f_code is do_int.__code__ and frame.f_lineno == place else 0.0
+
+    monkeypatch.setattr(templates, "LINES_A_LOOK", 1)
+    monkeypatch.setattr(templates.time, "thread_time", clock)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ '12'|int }}"
+    with pytest.raises(ConfigError, match="took more than 5 s"):
+        encode([user("hello")], tokenizer)
 
 
 def test_t6_ends_the_command_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
