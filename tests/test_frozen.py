@@ -288,6 +288,7 @@ FLOORS = {
         "prefix",
         "quantile_model",
         "sharding",
+        "zero",
         "clock",
     ),
     2: (

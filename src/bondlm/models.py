@@ -2,8 +2,8 @@
 
 With LoRA the three share one set of base weights: policy and anchor are two adapters, and the reference is the base
 with its adapters off (or, when training starts from an adapter, a third, frozen one). With full fine-tuning the
-anchor and the reference are frozen copies. Under FSDP2 each process holds its part of all three, and whoever samples or
-scores gets them gathered in a plain twin (`bondlm.sharding`).
+anchor and the reference are frozen copies. Under FSDP2 and ZeRO-3 each process holds its part of all three, and whoever
+samples or scores gets them gathered in a plain twin (`bondlm.sharding`).
 """
 
 import copy
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from bondlm.adapters import RowAdapters, can_join, joined
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
-from bondlm.sharding import Replica, check_parallelism, gather_to_main, named_weights
+from bondlm.sharding import Replica, check_parallelism, copied, gather_to_main, named_weights
 
 ANCHOR_ADAPTER = "anchor"
 REFERENCE_ADAPTER = "reference"
@@ -133,7 +133,7 @@ class Roles:
             return
         self._replica.dtype = dtype
         start = [] if self.is_peft else [p for p in self.model.parameters() if p.requires_grad]
-        self._shards = {role: {id(p): p.detach().clone() for p in start} for role in ("anchor", "reference")}
+        self._shards = {role: {id(p): copied(p) for p in start} for role in ("anchor", "reference")}
 
     def _add_adapters(self, model: PeftModel) -> None:
         self.policy_adapter = model.active_adapter

@@ -56,7 +56,8 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        # accelerate takes DeepSpeed only where it was not told to use the CPU, and then wants to know the backend.
+        **({"ddp_backend": "gloo"} if "ACCELERATE_USE_DEEPSPEED" in os.environ else {"use_cpu": True}),
         "eval_num_samples": 2,
         "eval_num_reference_samples": 4,
         "optim": "sgd",
