@@ -205,7 +205,10 @@ class Roles:
             own = (self._shards or {}).get(role, {})
             weights = {n: own.get(id(p), p) for n, p in named_weights(self.model, every_name=True).items()}
             with self._replica.holding(weights) as twin, self._adapter_of(twin, role):
-                yield twin.get_base_model() if self.is_peft else twin
+                core = twin.get_base_model() if self.is_peft else twin
+                # FSDP's forward pass casts weights, as the replica then does; ZeRO-3 learns under autocast.
+                with computing_in(core, self.autocast if self._replica.dtype is None else None):
+                    yield core
             return
         if not self.is_peft:
             model = self.model if role == "policy" else self._copies[role]

@@ -48,13 +48,7 @@ def check_zero(args: Any) -> None:
     if beyond := sorted({"optimizer", "scheduler", "tensor_parallel"} & config.keys()):
         raise ConfigError(f"{beyond[0]!r} in DeepSpeed's config: remove it, the run's settings name these ({_CONFIGS})")
     if args.fp16 or config.get("fp16", {}).get("enabled") is True:
-        raise ConfigError("fp16 under DeepSpeed was never run: use bf16, or mixed_precision: no")
-    asked = config.get("bf16", {}).get("enabled", "auto")
-    if asked != "auto" and asked != args.bf16:
-        raise ConfigError(
-            f"mixed precision: the launcher's config asks for {'bf16' if asked else 'none'}, the run's settings say "
-            f"bf16={args.bf16}: let them agree (bf16: true in the run's config, or --mixed_precision no)"
-        )
+        raise ConfigError("fp16 under DeepSpeed was never run: use mixed_precision: bf16 or no")
 
 
 def settle_precision(accelerator: Any, args: Any) -> torch.dtype | None:
@@ -66,17 +60,18 @@ def settle_precision(accelerator: Any, args: Any) -> torch.dtype | None:
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import propagate_args_to_deepspeed, unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # while it is set `from_pretrained` would partition reward models, too
-    if accelerator.mixed_precision != "bf16":
-        return None
-    config = plugin.hf_ds_config.config
-    del config["bf16"]
-    config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    plugin.hf_ds_config.trainer_config_process(args)  # Trainer would round our tensors to its dtype
-    accelerator.native_amp = False  # accelerate's autocast would now take the device's default, fp16 on CUDA
-    return torch.bfloat16
+    in_bf16 = accelerator.mixed_precision == "bf16"
+    if in_bf16:
+        del plugin.deepspeed_config["bf16"]
+        # Of no module may gradients be averaged in bf16.
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        plugin.deepspeed_config["torch_autocast"] = autocast
+        propagate_args_to_deepspeed(accelerator, args)  # else Trainer rounds our tensors to bf16
+        accelerator.native_amp = False  # accelerate's autocast would now take the device's default, fp16 on CUDA
+    unset_hf_deepspeed_config()  # while it is set `from_pretrained` partitions reward models, too
+    return torch.bfloat16 if in_bf16 else None
 
 
 def step_was_skipped(optimizer: Any) -> bool:

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("run_tiny.py")
 
 
 def run_tiny(
-    out: Path, processes: int, *, timeout: float = 100, config: str | None = None, **job: Any
+    out: Path, processes: int, *, timeout: float = 100, config: str | None = None, precision: str = "no", **job: Any
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun`, or `accelerate launch` with a shipped `config`; see `run_tiny.py` for `job`."""
     out.mkdir(exist_ok=True)
@@ -24,7 +24,7 @@ def run_tiny(
     if config is not None:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         command += ["--main_process_port", "0", "--config_file", str(ROOT / "examples/accelerate" / config)]
-        command += ["--mixed_precision", "bf16" if job.get("bf16") else "no"]
+        command += ["--mixed_precision", precision]
     command += [str(SCRIPT), str(out), json.dumps(job)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
