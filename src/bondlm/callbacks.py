@@ -79,7 +79,8 @@ class AnchorCallback(TrainerCallback):
             self._data = data_digest(loader.dataset) | prompts_per_step(args)
         if args.should_save and str(args.save_strategy) != "no":
             kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
-            require_space(Path(args.output_dir), self._anchor, num_checkpoints=kept)
+            folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
+            require_space(folder, self._anchor, num_checkpoints=kept, by_deepspeed=by_deepspeed)
         if self._restore is not None:
             if self._data:
                 refuse_other_data(self._restore / DATA_FILE, self._data)
