@@ -112,8 +112,8 @@ class Roles:
             self._copies = {"anchor": anchor, "reference": _frozen_copy(model) if anchor_moves else anchor}
         if offload_anchor and not self._copies:
             raise ConfigError(
-                "offload_anchor=True: remove it. With LoRA the anchor is an adapter, under FSDP2 and ZeRO-3 a part of a "
-                "copy; only the whole copy of full fine-tuning can rest on the CPU"
+                "offload_anchor=True: remove it. With LoRA the anchor is an adapter, under FSDP2 and ZeRO-3 a part of "
+                "a copy; only the whole copy of full fine-tuning can rest on the CPU"
             )
         self._at_rest_on_cpu = {"anchor", "reference"} if offload_anchor else {"reference"} if anchor_moves else set()
         self._replica = Replica(model) if sharded else None
