@@ -57,7 +57,7 @@ from bondlm.rollout import (
 from bondlm.scored import LOGGED_IDS, check_inputs, group_scored, is_scored
 from bondlm.sharding import forward_dtype, full_precision_outputs, shards_weights, trained_in_parallel, uses_fsdp
 from bondlm.text import check_tokenizer, encode_prompts, length_limits
-from bondlm.zero import load_without_code, settle_precision, stepping
+from bondlm.zero import load_without_code, require_same_sharding, settle_precision, stepping
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
 
@@ -416,6 +416,7 @@ class BONDTrainer(Trainer):
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
         self._digest = 0 if self.train_dataset is None else work_digest(self.args, self.train_dataset)
         if checkpoint is not None:
+            require_same_sharding(Path(checkpoint), self.args)
             self._anchor_callback.restore_from(Path(checkpoint))
         with writing_to(folder), waiting_for_others(self.args):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)

@@ -6,6 +6,7 @@ its own check of the gradient's norm, over all processes; `step_was_skipped` say
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,22 @@ def stepping(accelerator: Any, learn: Callable[[Any], Tensor]) -> Callable[[Any,
             state._set_sync_gradients(ends)
 
     return step
+
+
+def require_same_sharding(checkpoint: Path, args: Any) -> None:
+    """Raise ConfigError unless DeepSpeed, with as many processes, wrote the optimizer's state that it shall read now.
+
+    Trainer would begin with a fresh optimizer where it finds no file that it knows.
+    """
+    num_parts = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    stage = 0 if not num_parts else 2 if list(checkpoint.glob("global_step*/mp_rank_00_model_states.pt")) else 3
+    now = (zero_stage(args), args.world_size if zero_stage(args) else 0)
+    if (stage, num_parts) != now:
+        said = [f"ZeRO-{s} with {n} processes" if s else "no DeepSpeed" for s, n in ((stage, num_parts), now)]
+        raise ConfigError(
+            f"{checkpoint.name} was written by {said[0]}, and now it is {said[1]}: the optimizer's state does not fit. "
+            "Start as then, or a new run from these weights in another output_dir"
+        )
 
 
 def load_without_code(engine: Any) -> None:

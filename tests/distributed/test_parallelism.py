@@ -1,5 +1,6 @@
 """What is refused before any work: engines that the anchor could not follow."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from bondlm.errors import ConfigError
 from bondlm.sharding import check_parallelism
+from bondlm.zero import require_same_sharding
 
 
 def arguments(**given: Any) -> Any:
@@ -51,6 +53,32 @@ def test_what_the_launcher_asks_for(variables: dict[str, str], message: str, mon
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         check_parallelism(arguments())
+
+
+@pytest.mark.parametrize(
+    ("files", "stage", "processes", "message"),
+    [
+        ([], 0, 2, None),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 2, 2, None),
+        (["zero_pp_rank_0_mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 3, 2, None),
+        ([], 2, 2, "no DeepSpeed, and now it is ZeRO-2 with 2 processes"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 0, 1, "ZeRO-2 with 1 processes, and now it is no"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 2, 2, "with 1 processes, and now it is ZeRO-2 with 2"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 3, 1, "ZeRO-2 with 1 processes, and now it is ZeRO-3"),
+    ],
+)
+def test_a_checkpoint_is_resumed_as_it_was_sharded(
+    files: list[str], stage: int, processes: int, message: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "global_step4").mkdir()
+    for name in files:
+        (tmp_path / "global_step4" / name).touch()
+    now = arguments(world_size=processes, deepspeed_plugin=zero(stage) if stage else None)
+    if message is None:
+        require_same_sharding(tmp_path, now)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            require_same_sharding(tmp_path, now)
 
 
 def test_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
