@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vllm soak lint setup clean
+.PHONY: demo test test-slow test-vllm test-deepspeed soak lint setup clean
 
 setup: .venv/.installed
 
@@ -42,6 +42,21 @@ test-slow: models/smollm2-135m-instruct/config.json
 test-vllm: .venv/.installed .venv-vllm/.installed
 	BONDLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest tests/engines/test_vllm_real.py
 
+# DeepSpeed on the CPU, in an environment that sees .venv (half a minute); --no-deps: torch stays as it is.
+.venv-deepspeed/.installed: .venv/.installed
+	$(BIN)/python -m venv .venv-deepspeed
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	  > "$$(.venv-deepspeed/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	.venv-deepspeed/bin/python -m pip install --quiet --no-deps setuptools==80.9.0 wheel==0.48.0 ninja==1.13.2 \
+	  hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.2.4 einops==0.8.2
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install --quiet --no-deps --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+# ZeRO-2 and ZeRO-3 with two processes, by the configs in examples/accelerate: minutes. DeepSpeed compiles a file of C++
+# at its first start, and needs g++ for it.
+test-deepspeed: .venv-deepspeed/.installed
+	PATH="$(CURDIR)/.venv-deepspeed/bin:$$PATH" python -m pytest tests/distributed/test_deepspeed.py -m slow
+
 # A tiny run is killed a hundred times at random instants, and must end as if it never was.
 soak: .venv/.installed
 	BONDLM_KILLS=100 $(BIN)/python -m pytest tests/faults/test_killed.py -m slow
@@ -52,4 +67,4 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm models runs
+	rm -rf .venv .venv-vllm .venv-deepspeed models runs

@@ -296,6 +296,7 @@ FLOORS = {
         "prefix",
         "quantile_model",
         "sharding",
+        "zero",
         "clock",
     ),
     2: (
@@ -407,7 +408,8 @@ def problems(tree: ast.Module, *, may_print: bool = False) -> list[str]:
             name = ast.unparse(node.func)
             if name == "print" and not may_print:
                 found.append(f"{line}: print")
-            if name in ("torch.load", "pickle.load", "pickle.loads", "eval", "exec"):
+            runs_code = not any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            if name in ("pickle.load", "pickle.loads", "eval", "exec") or (name == "torch.load" and runs_code):
                 found.append(f"{line}: {name}")
             for keyword in node.keywords:
                 value = keyword.value
@@ -432,6 +434,8 @@ def test_no_forbidden_call(path: Path) -> None:
     [
         "print(1)",
         "torch.load('x')",
+        "torch.load('x', weights_only=False)",
+        "torch.load('x', weights_only=flag)",
         "pickle.loads(b'')",
         "load(trust_remote_code=True)",
         "load(trust_remote_code=flag)",

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bondlm.config import AnchorSchedule
-from bondlm.sharding import assign, gather_to_main, local, num_copies
+from bondlm.sharding import assign, copied, gather_to_main, is_sharded, local, num_copies, whole_shape
 
 Pairs = Sequence[tuple[str, Tensor, nn.Parameter]]  # (name, anchor weight, policy parameter)
 
@@ -31,14 +30,14 @@ class Anchor:
         self.bind(pairs)
 
     def bind(self, pairs: Pairs) -> None:
-        """Couple these weights from now on: wrapping a model for FSDP makes new ones."""
+        """Couple these weights from now on: a model that is wrapped to be sharded has new ones."""
         self._pairs = list(pairs)
         self._master: dict[str, Tensor] = {
             # Itself, not its `.data`: FSDP may give a sharded parameter other memory.
-            name: anchor if anchor.dtype == torch.float32 else anchor.detach().float()
+            name: anchor if anchor.dtype == torch.float32 else copied(anchor, torch.float32)
             for name, anchor, _ in pairs
         }
-        self._is_sharded = any(isinstance(tensor, DTensor) for tensor in self._master.values())
+        self._is_sharded = any(is_sharded(tensor) for tensor in self._master.values())
 
     @property
     def weights(self) -> list[Tensor]:
@@ -48,7 +47,7 @@ class Anchor:
     @property
     def num_bytes(self) -> int:
         """Size of the whole fp32 master copy."""
-        return sum(4 * tensor.numel() for tensor in self._master.values())
+        return sum(4 * whole_shape(tensor).numel() for tensor in self._master.values())
 
     @torch.no_grad()
     def update(self, step: int) -> dict[str, float]:
@@ -65,7 +64,7 @@ class Anchor:
         for name, anchor, policy in self._pairs:
             copies = num_copies(self._master[name])
             master = local(self._master[name])
-            target = local(policy.detach()).to(master.device, master.dtype)  # the anchor may rest on the CPU
+            target = local(policy).detach().to(master.device, master.dtype)  # the anchor may rest on the CPU
             gap_sq += float((target - master).square().sum()) / copies
             if rate == 0:
                 continue
@@ -100,9 +99,9 @@ class Anchor:
             missing, extra = self._master.keys() - state.keys(), state.keys() - self._master.keys()
             raise KeyError(f"anchor state does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(extra)[:3]}")
         for name, master in self._master.items():
-            if state[name].shape != master.shape:  # `copy_` would broadcast
+            if state[name].shape != whole_shape(master):  # `copy_` would broadcast
                 raise ValueError(
-                    f"anchor state does not fit: {name} is {tuple(state[name].shape)}, not {tuple(master.shape)}"
+                    f"anchor state does not fit: {name} is {tuple(state[name].shape)}, not {tuple(whole_shape(master))}"
                 )
         if not self._is_sharded and any(
             not torch.equal(m.cpu(), state[name].cpu()) for name, m in self._master.items()

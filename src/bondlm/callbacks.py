@@ -42,6 +42,7 @@ from bondlm.rollout import Samples
 from bondlm.runfolder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.scored import LOGGED_IDS
 from bondlm.sharding import local
+from bondlm.zero import step_was_skipped, zero_stage
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class AnchorCallback(TrainerCallback):
             self._data = data_digest(loader.dataset) | prompts_per_step(args)
         if args.should_save and str(args.save_strategy) != "no":
             kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
-            require_space(Path(args.output_dir), self._anchor, num_checkpoints=kept)
+            folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
+            require_space(folder, self._anchor, num_checkpoints=kept, by_deepspeed=by_deepspeed)
         if self._restore is not None:
             if self._data:
                 refuse_other_data(self._restore / DATA_FILE, self._data)
@@ -94,10 +96,13 @@ class AnchorCallback(TrainerCallback):
                 self._means.load_state(state, rank=args.process_index, world_size=args.world_size)
             self._restore = None  # a second `train` goes on from where the first one ended
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Start timing the optimizer; take from it a gradient that is not finite."""
         self._clock.start("optimizer")
-        self.skipped = not _finite_on_all_ranks(model, args)
+        # DeepSpeed has stepped already, within `backward`, unless it saw the same.
+        self.skipped = step_was_skipped(optimizer) if zero_stage(args) else not _finite_on_all_ranks(model, args)
         self._skips_in_a_row = self._skips_in_a_row + 1 if self.skipped else 0
         self._record({"skipped_steps": float(self.skipped)})
         if not self.skipped:

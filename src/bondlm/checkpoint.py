@@ -30,14 +30,15 @@ QUANTILE_FILE = "quantile.safetensors"
 MEANS_FILE = "means.json"  # metrics of the steps since the last log, of each process
 
 
-def require_space(folder: Path, anchor: Anchor, *, num_checkpoints: int) -> None:
+def require_space(folder: Path, anchor: Anchor, *, num_checkpoints: int, by_deepspeed: bool = False) -> None:
     """Raise ResourceError unless `folder` has room for its checkpoints; asked before the first step, not at the last.
 
     A checkpoint is the policy, its anchor in fp32 and two moments of the optimizer: four times the trained weights.
+    DeepSpeed writes the policy twice more, as it is and in fp32.
     """
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    size = 4 * anchor.num_bytes
+    size = (6 if by_deepspeed else 4) * anchor.num_bytes
     if free < num_checkpoints * size:
         raise ResourceError(
             f"{existing} has {free / 2**30:.2f} GiB free, {num_checkpoints} checkpoints need about "

@@ -12,6 +12,7 @@ from bondlm.engines.gap import padded_logprobs
 from bondlm.errors import ResourceError
 from bondlm.head import positions_in_budget
 from bondlm.logprobs import Group, collate
+from bondlm.zero import zero_stage
 
 MicroBatch = dict[str, Any]
 
@@ -37,11 +38,14 @@ class SmallerBatches:
         vocab_size = config.get_text_config(decoder=True).vocab_size
         self.max_prompts = max(1, positions_in_budget(vocab_size) // num_positions)
 
-    def learn(self, model: nn.Module, batch: MicroBatch, step: Callable[[MicroBatch], Tensor], args: Any) -> Tensor:
-        """Forward and backward of one micro-batch by `step`; returns its loss.
+    def learn(
+        self, model: nn.Module, batch: MicroBatch, step: Callable[[MicroBatch, bool], Tensor], args: Any
+    ) -> Tensor:
+        """Forward and backward of one micro-batch by `step(part, whether it is the last one)`; returns its loss.
 
         Raises:
-            ResourceError: not even one prompt fits, or other processes wait for this one's gradients.
+            ResourceError: not even one prompt fits, or other processes wait for this one's gradients, or DeepSpeed
+                keeps them.
         """
         if len(self._window) == args.gradient_accumulation_steps or all(p.grad is None for p in model.parameters()):
             self._window = []  # a new step
@@ -49,20 +53,21 @@ class SmallerBatches:
         todo = [batch]
         while True:
             try:
-                losses = [step(part) for each in todo for part in parts(each, self.max_prompts)]
+                pieces = [part for each in todo for part in parts(each, self.max_prompts)]
+                losses = [step(part, i == len(pieces)) for i, part in enumerate(pieces, start=1)]
                 return torch.stack(losses[-len(parts(batch, self.max_prompts)) :]).sum()
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
                 reason = str(error).splitlines()[0]
-            self._halve(reason, args.world_size)
+            self._halve(reason, is_alone=args.world_size == 1 and zero_stage(args) == 0)
             model.zero_grad(set_to_none=True)
             todo = self._window
 
-    def _halve(self, reason: str, world_size: int) -> None:
+    def _halve(self, reason: str, *, is_alone: bool) -> None:
         most = max(num_prompts(each) for each in self._window)
         size = most if self.max_prompts is None else min(self.max_prompts, most)
-        if size == 1 or world_size > 1:
+        if size == 1 or not is_alone:
             raise ResourceError(
                 f"out of memory while learning from {size} prompt(s) at a time ({reason}): use a smaller "
                 "per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_completion_length, "

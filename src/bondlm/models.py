@@ -2,8 +2,8 @@
 
 With LoRA the three share one set of base weights: policy and anchor are two adapters, and the reference is the base
 with its adapters off (or, when training starts from an adapter, a third, frozen one). With full fine-tuning the
-anchor and the reference are frozen copies. Under FSDP2 each process holds its part of all three, and whoever samples or
-scores gets them gathered in a plain twin (`bondlm.sharding`).
+anchor and the reference are frozen copies. Under FSDP2 and ZeRO-3 each process holds its part of all three, and whoever
+samples or scores gets them gathered in a plain twin (`bondlm.sharding`).
 """
 
 import copy
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from bondlm.adapters import RowAdapters, can_join, joined
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
-from bondlm.sharding import Replica, check_parallelism, gather_to_main, named_weights
+from bondlm.sharding import Replica, check_parallelism, copied, gather_to_main, named_weights, uses_fsdp
 
 ANCHOR_ADAPTER = "anchor"
 REFERENCE_ADAPTER = "reference"
@@ -96,7 +96,7 @@ class Roles:
         never moves and the reference are one copy.
 
         Raises:
-            ConfigError: the model cannot be sharded, or has no copy to offload.
+            ConfigError: the model has no copy to offload.
         """
         self.model = model
         self.is_peft = isinstance(model, PeftModel)
@@ -112,15 +112,10 @@ class Roles:
             self._copies = {"anchor": anchor, "reference": _frozen_copy(model) if anchor_moves else anchor}
         if offload_anchor and not self._copies:
             raise ConfigError(
-                "offload_anchor=True: remove it. With LoRA the anchor is an adapter, under FSDP2 a part of a copy; "
-                "only the whole copy of full fine-tuning can rest on the CPU"
+                "offload_anchor=True: remove it. With LoRA the anchor is an adapter, under FSDP2 and ZeRO-3 a part of "
+                "a copy; only the whole copy of full fine-tuning can rest on the CPU"
             )
         self._at_rest_on_cpu = {"anchor", "reference"} if offload_anchor else {"reference"} if anchor_moves else set()
-        if sharded and model.config.is_encoder_decoder:
-            raise ConfigError(
-                f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
-                "accelerate cannot shard in two groups; use DDP (examples/accelerate/ddp.yaml)"
-            )
         self._replica = Replica(model) if sharded else None
 
     @torch.no_grad()
@@ -133,7 +128,7 @@ class Roles:
             return
         self._replica.dtype = dtype
         start = [] if self.is_peft else [p for p in self.model.parameters() if p.requires_grad]
-        self._shards = {role: {id(p): p.detach().clone() for p in start} for role in ("anchor", "reference")}
+        self._shards = {role: {id(p): copied(p) for p in start} for role in ("anchor", "reference")}
 
     def _add_adapters(self, model: PeftModel) -> None:
         self.policy_adapter = model.active_adapter
@@ -205,7 +200,10 @@ class Roles:
             own = (self._shards or {}).get(role, {})
             weights = {n: own.get(id(p), p) for n, p in named_weights(self.model, every_name=True).items()}
             with self._replica.holding(weights) as twin, self._adapter_of(twin, role):
-                yield twin.get_base_model() if self.is_peft else twin
+                core = twin.get_base_model() if self.is_peft else twin
+                # FSDP's forward pass casts weights, as the replica then does; ZeRO-3 learns under autocast.
+                with computing_in(core, self.autocast if self._replica.dtype is None else None):
+                    yield core
             return
         if not self.is_peft:
             model = self.model if role == "policy" else self._copies[role]
@@ -352,6 +350,11 @@ def prepare_policy(
         if isinstance(model, PeftModel):
             raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
         model = wrap_lora(model, peft_config)
+    if uses_fsdp(args) and model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
+            "accelerate cannot shard in two groups; use DDP (examples/accelerate/ddp.yaml)"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bondlm.errors import (
     BondError,
@@ -27,6 +26,7 @@ from bondlm.errors import (
     WeightDesyncError,
 )
 from bondlm.rollout import PROMPT_IDS
+from bondlm.sharding import is_sharded
 
 _T = TypeVar("_T")
 _TRANSPORTS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting", "tcpstore")
@@ -172,7 +172,7 @@ def require_same_weights(model: nn.Module, anchor: Iterable[Tensor], *, step: in
         return
     trained = [p for p in model.parameters() if p.requires_grad]
     pairs: list[tuple[str, list[Tensor]]] = [("policy", list(trained)), ("anchor", list(anchor))]
-    if any(isinstance(tensor, DTensor) for _, tensors in pairs for tensor in tensors):
+    if any(is_sharded(tensor) for _, tensors in pairs for tensor in tensors):
         return
     mine = torch.tensor([weights_digest(tensors) for _, tensors in pairs], device=device)
     ranks = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]

@@ -1,4 +1,7 @@
-"""Weights that several processes share (FSDP2): gathering them, working on one process's part, a plain twin of a model.
+"""Weights that several processes share: gathering them, working on one process's part, a plain twin of a model.
+
+FSDP2 makes a `DTensor` of a weight. ZeRO-3 leaves an empty parameter that has a `ds_tensor`, this process's even share
+of the flattened weight, and its `ds_shape`; copies of such a part are kept in the same form.
 
 A process that generates calls its model as often as its longest completion needs, another process more or less often.
 A sharded model gathers weights inside its forward pass, so that processes with different numbers of calls would wait
@@ -20,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.training_args import ParallelMode
 
 from bondlm.errors import ConfigError
+from bondlm.zero import check_zero, zero_stage
 
 _TRUE = ("1", "true", "yes", "y", "on", "t")
 # What activation checkpointing and `torch.compile` put into the names of parameters.
@@ -31,6 +35,11 @@ def uses_fsdp(args: Any) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in _TRUE
 
 
+def shards_weights(args: Any) -> bool:
+    """Whether each process will hold a part of the weights (FSDP, ZeRO-3)."""
+    return uses_fsdp(args) or zero_stage(args) == 3
+
+
 def trained_in_parallel(args: Any) -> bool:
     """Whether Trainer wraps the model (DDP, FSDP): also where torchrun started a single process."""
     return bool(args.parallel_mode != ParallelMode.NOT_PARALLEL)
@@ -40,7 +49,7 @@ def check_parallelism(args: Any) -> None:
     """Refuse, before any work, what the anchor could not follow.
 
     Raises:
-        ConfigError: FSDP version 1, FSDP with offloaded weights, or DeepSpeed.
+        ConfigError: FSDP version 1, FSDP with offloaded weights, or what `check_zero` refuses.
     """
     if uses_fsdp(args):
         settings = args.fsdp_plugin_args or {}
@@ -57,11 +66,7 @@ def check_parallelism(args: Any) -> None:
                 "this was never run. Set fsdp_offload_params: false (examples/accelerate/fsdp2.yaml)"
             )
     if getattr(args, "deepspeed_plugin", None) is not None:
-        raise ConfigError(
-            "DeepSpeed steps its optimizer inside `backward`: a gradient that is not finite could not be kept from the "
-            "weights, and ZeRO-3 partitions them in a form that the anchor cannot follow. FSDP2 shards the same things "
-            "(examples/accelerate/fsdp2.yaml)"
-        )
+        check_zero(args)
 
 
 def full_precision_outputs(accelerator: Any, *, asked_for: bool) -> None:
@@ -81,20 +86,51 @@ def full_precision_outputs(accelerator: Any, *, asked_for: bool) -> None:
 
 
 def forward_dtype(accelerator: Any) -> torch.dtype | None:
-    """The dtype that FSDP's mixed precision casts weights to; None: it leaves them as they are."""
-    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    """The dtype that FSDP's mixed precision casts weights to; None: they stay as they are, as under ZeRO-3."""
+    policy = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
     return None if policy is None else policy.param_dtype
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of this tensor."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor")
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of all of a tensor."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor (it shares its memory); any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    if hasattr(tensor, "ds_tensor"):
+        begin, end = _zero_range(tensor)
+        return tensor.ds_tensor[: end - begin]  # without the last ones' padding, which is uninitialized memory
+    return tensor
 
 
 def whole(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """All of a tensor. If it is sharded every process must call this."""
+    if hasattr(tensor, "ds_tensor"):
+        part = tensor.ds_tensor.detach() if device is None else tensor.ds_tensor.detach().to(device)
+        parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, part)
+        shape = whole_shape(tensor)
+        return torch.cat(parts)[: shape.numel()].view(shape)
     tensor = tensor.detach() if device is None else tensor.detach().to(device)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy without gradient, sharded as `tensor` is."""
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach().to(dtype or tensor.dtype, copy=True)
+    part: Any = torch.empty(0, dtype=dtype or tensor.dtype)
+    part.ds_tensor = tensor.ds_tensor.detach().to(part.dtype, copy=True)
+    part.ds_shape = whole_shape(tensor)
+    return part  # type: ignore[no-any-return]
 
 
 def num_copies(tensor: Tensor) -> int:
@@ -111,7 +147,17 @@ def assign(target: Tensor, source: Tensor) -> None:
     if isinstance(target, DTensor):
         mesh, placements = target.device_mesh, target.placements
         source = distribute_tensor(source.to(target.device), mesh, placements, src_data_rank=None).to_local()
+    elif hasattr(target, "ds_tensor"):
+        begin, end = _zero_range(target)
+        source = source.flatten()[begin:end]
     local(target).copy_(source)
+
+
+def _zero_range(tensor: Any) -> tuple[int, int]:
+    """What of the flattened weight lies here."""
+    size, total = tensor.ds_tensor.numel(), whole_shape(tensor).numel()
+    begin = min(torch.distributed.get_rank() * size, total)
+    return begin, min(begin + size, total)
 
 
 def gather_to_main(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor]:

@@ -37,11 +37,11 @@ from bondlm.logprobs import Group, by_length, can_share_prompts, score_groups, t
 from bondlm.manifest import checkpoint_to_resume
 from bondlm.memory import SmallerBatches, micro_batch
 from bondlm.missing_eos import treat_truncated
-from bondlm.models import Roles, fast_dtype, prepare_policy
+from bondlm.models import Roles, prepare_policy
 from bondlm.objectives import BOND, BestOfNRegression, Objective
 from bondlm.quantile_model import QuantileModel, completion_features, quantile_model
 from bondlm.ranks import count_prompts, failing_together, gather_in_order, real_rows, waiting_for_others, work_digest
-from bondlm.rewards import NamedReward, load_rewards
+from bondlm.rewards import rewards_of_run
 from bondlm.rollout import (
     PROMPT_IDS,
     PROMPT_ROW,
@@ -56,8 +56,9 @@ from bondlm.rollout import (
     work_metrics,
 )
 from bondlm.scored import LOGGED_IDS, check_inputs, group_scored, is_scored
-from bondlm.sharding import forward_dtype, full_precision_outputs, trained_in_parallel, uses_fsdp
+from bondlm.sharding import forward_dtype, full_precision_outputs, shards_weights, trained_in_parallel, uses_fsdp
 from bondlm.text import check_tokenizer, encode_prompts, length_limits
+from bondlm.zero import load_without_code, require_same_sharding, settle_precision, stepping
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
 
@@ -111,7 +112,7 @@ class BONDTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         moves = args.anchor != "fixed"
-        self.roles = Roles(model, sharded=uses_fsdp(args), anchor_moves=moves, offload_anchor=args.offload_anchor)
+        self.roles = Roles(model, sharded=shards_weights(args), anchor_moves=moves, offload_anchor=args.offload_anchor)
         core = self.roles.core
         self.objective: Objective = make_objective(args)
         self._text = check_tokenizer(processing_class, core.generation_config.eos_token_id)
@@ -136,13 +137,8 @@ class BONDTrainer(Trainer):
         check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)
         full_precision_outputs(self.accelerator, asked_for=uses_fsdp(args))
         self.roles.to(args.device)
-        self.roles.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        settings: dict[str, Any] = {"device": args.device, "dtype": fast_dtype(args.device)}
-        settings |= {"timeout": args.reward_timeout_s, "outage": args.reward_outage_s}
-        self.rewards: list[NamedReward] = []
-        if reward_funcs is not None:
-            tokenizers = reward_processing_classes
-            self.rewards = load_rewards(reward_funcs, args.reward_weights, processing_classes=tokenizers, **settings)
+        self.roles.autocast = settle_precision(self.accelerator, args)
+        self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
         self.engine = make_engine(
             *(args, model, self.roles.use, processing_class),
             eos_ids=self._text.eos_ids,
@@ -293,8 +289,9 @@ class BONDTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, timed; in smaller parts if the memory does not hold it."""
         learn = super().training_step
+        step = stepping(self.accelerator, lambda part: learn(model, part, num_items_in_batch))
         with self.clock("learn"):
-            return self._smaller.learn(model, inputs, lambda part: learn(model, part, num_items_in_batch), self.args)
+            return self._smaller.learn(model, inputs, step, self.args)
 
     def compute_loss(
         self,
@@ -419,6 +416,7 @@ class BONDTrainer(Trainer):
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
         self._digest = 0 if self.train_dataset is None else work_digest(self.args, self.train_dataset)
         if checkpoint is not None:
+            require_same_sharding(Path(checkpoint), self.args)
             self._anchor_callback.restore_from(Path(checkpoint))
         with writing_to(folder), waiting_for_others(self.args):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -427,14 +425,16 @@ class BONDTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Also take our part of sharded weights: just sharded, and not yet those of the checkpoint to resume from."""
-        if self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
+            load_without_code(self.accelerator.deepspeed_engine_wrapped.engine)
+        if shards_weights(self.args):
             self.roles.on_sharded(forward_dtype(self.accelerator))
             self.anchor.bind(self.roles.anchor_pairs)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a folder that `from_pretrained` loads; of the adapters the policy's alone."""
-        if self.is_deepspeed_enabled or not (self.roles.is_peft or self.is_fsdp_enabled):
+        if not (self.roles.is_peft or self.is_fsdp_enabled or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return
         output_dir = str(output_dir if output_dir is not None else self.args.output_dir)

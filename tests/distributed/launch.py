@@ -14,11 +14,18 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("run_tiny.py")
 
 
-def run_tiny(out: Path, processes: int, *, timeout: float = 100, **job: Any) -> subprocess.CompletedProcess[str]:
-    """`torchrun` with so many processes; see `run_tiny.py` for `job`."""
+def run_tiny(
+    out: Path, processes: int, *, timeout: float = 100, config: str | None = None, precision: str = "no", **job: Any
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun`, or `accelerate launch` with a shipped `config`; see `run_tiny.py` for `job`."""
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(SCRIPT), str(out), json.dumps(job)]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    if config is not None:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        command += ["--main_process_port", "0", "--config_file", str(ROOT / "examples/accelerate" / config)]
+        command += ["--mixed_precision", precision]
+    command += [str(SCRIPT), str(out), json.dumps(job)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 

@@ -20,6 +20,27 @@ from bondlm import BONDConfig, BONDTrainer
 from bondlm.sharding import gather_to_main, local, named_weights
 
 
+class SpoilBackward(TrainerCallback):
+    """After so many steps: a gradient that is not finite, in the backward pass of an accumulation window's first part.
+
+    For DeepSpeed, which has stepped when the pass is over.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after, self.hooks = after, []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.after:
+            weights = next(p for p in model.parameters() if p.requires_grad)
+            self.hooks.append(weights.register_hook(lambda gradient: gradient * float("nan")))
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    on_pre_optimizer_step = on_substep_end
+
+
 class Disturb(TrainerCallback):
     """After so many steps: a gradient that is not finite, or a weight that is not the other rank's."""
 
@@ -56,7 +77,8 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        # accelerate takes DeepSpeed only where it was not told to use the CPU, and then wants to know the backend.
+        **({"ddp_backend": "gloo"} if "ACCELERATE_USE_DEEPSPEED" in os.environ else {"use_cpu": True}),
         "eval_num_samples": 2,
         "eval_num_reference_samples": 4,
         "optim": "sgd",
@@ -93,7 +115,8 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
     if desync == "weights" and args.process_index == 1:
         trainer.add_callback(Disturb(desync_after, gradient=False))
     if nan_rank is not None and args.process_index == nan_rank:
-        trainer.callback_handler.callbacks.insert(0, Disturb(nan_step - 1, gradient=True))
+        disturb = SpoilBackward(nan_step - 1) if args.deepspeed_plugin else Disturb(nan_step - 1, gradient=True)
+        trainer.callback_handler.callbacks.insert(0, disturb)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     trainer.save_model()

@@ -1,5 +1,6 @@
 """What is refused before any work: engines that the anchor could not follow."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,10 +8,18 @@ import pytest
 
 from bondlm.errors import ConfigError
 from bondlm.sharding import check_parallelism
+from bondlm.zero import require_same_sharding
 
 
 def arguments(**given: Any) -> Any:
-    return SimpleNamespace(**{"fsdp": "", "fsdp_plugin_args": None, "deepspeed_plugin": None} | given)
+    none = {"fsdp": "", "fsdp_plugin_args": None, "deepspeed": None, "deepspeed_plugin": None, "fp16": False}
+    return SimpleNamespace(**none | given)
+
+
+def zero(stage: int, *, flag: bool = False, beside: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """DeepSpeed's settings as accelerate hands them on."""
+    config = {"zero_optimization": {"stage": stage, "offload_param": {"device": "none"}} | settings, **(beside or {})}
+    return SimpleNamespace(deepspeed_config=config, zero3_init_flag=flag)
 
 
 @pytest.mark.parametrize(
@@ -19,8 +28,14 @@ def arguments(**given: Any) -> Any:
         ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp_version=1"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {}}, "fsdp_version=1"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}, "offloaded to the CPU"),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, "DeepSpeed steps its optimizer"),
-        ({"deepspeed_plugin": SimpleNamespace(zero_stage=3)}, "DeepSpeed steps its optimizer"),
+        ({"deepspeed": "ds.json", "deepspeed_plugin": zero(2)}, "start with `accelerate launch`"),
+        ({"deepspeed_plugin": zero(1)}, "zero_stage=1"),
+        ({"deepspeed_plugin": zero(2, offload_optimizer={"device": "cpu"})}, "offload_optimizer_device=cpu"),
+        ({"deepspeed_plugin": zero(3, offload_param={"device": "nvme"})}, "offload_param_device=nvme"),
+        ({"deepspeed_plugin": zero(3, zero_hpz_partition_size=8)}, "ZeRO\\+\\+"),
+        ({"deepspeed_plugin": zero(3, flag=True)}, "zero3_init_flag=true"),
+        ({"deepspeed_plugin": zero(2, beside={"optimizer": {"type": "Adam"}})}, "'optimizer' in DeepSpeed's config"),
+        ({"deepspeed_plugin": zero(2, beside={"fp16": {"enabled": True}})}, "fp16 under DeepSpeed"),
     ],
 )
 def test_what_the_settings_ask_for(given: dict[str, Any], message: str) -> None:
@@ -40,8 +55,36 @@ def test_what_the_launcher_asks_for(variables: dict[str, str], message: str, mon
         check_parallelism(arguments())
 
 
+@pytest.mark.parametrize(
+    ("files", "stage", "processes", "message"),
+    [
+        ([], 0, 2, None),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 2, 2, None),
+        (["zero_pp_rank_0_mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 3, 2, None),
+        ([], 2, 2, "no DeepSpeed, and now it is ZeRO-2 with 2 processes"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 0, 1, "ZeRO-2 with 1 processes, and now it is no"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 2, 2, "with 1 processes, and now it is ZeRO-2 with 2"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 3, 1, "ZeRO-2 with 1 processes, and now it is ZeRO-3"),
+    ],
+)
+def test_a_checkpoint_is_resumed_as_it_was_sharded(
+    files: list[str], stage: int, processes: int, message: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "global_step4").mkdir()
+    for name in files:
+        (tmp_path / "global_step4" / name).touch()
+    now = arguments(world_size=processes, deepspeed_plugin=zero(stage) if stage else None)
+    if message is None:
+        require_same_sharding(tmp_path, now)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            require_same_sharding(tmp_path, now)
+
+
 def test_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     check_parallelism(arguments())
+    for stage in (2, 3):
+        check_parallelism(arguments(deepspeed_plugin=zero(stage, beside={"bf16": {"enabled": True}})))
     check_parallelism(arguments(fsdp="full_shard", fsdp_plugin_args={"fsdp_version": 2, "cpu_offload": False}))
     for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("FSDP_OFFLOAD_PARAMS", "false")):
         monkeypatch.setenv(name, value)

@@ -6,7 +6,7 @@ from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.door import NamedReward, Scores, score
 from bondlm.rewards.functions import load_function
 from bondlm.rewards.http import HTTPReward
-from bondlm.rewards.load import load_rewards
+from bondlm.rewards.load import load_rewards, rewards_of_run
 from bondlm.rewards.nli import NLIReward
 from bondlm.rewards.similarity import SimilarityReward
 
@@ -22,5 +22,6 @@ __all__ = [
     "load_rewards",
     "map_micro_batches",
     "micro_batches",
+    "rewards_of_run",
     "score",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bondlm.errors import ConfigError
+from bondlm.models import fast_dtype
 from bondlm.rewards.calls import RewardFunction
 from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.door import NamedReward
@@ -106,6 +107,15 @@ def load_rewards(
         name, function = _load_one(spec, tokenizer, device, dtype)
         rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight, timeout))
     return rewards
+
+
+def rewards_of_run(specs: Any, args: Any, processing_classes: Any) -> list[NamedReward]:
+    """The rewards of a training run with these settings; none if it learns from samples that are scored already."""
+    if specs is None:
+        return []
+    settings: dict[str, Any] = {"device": args.device, "dtype": fast_dtype(args.device)}
+    settings |= {"timeout": args.reward_timeout_s, "outage": args.reward_outage_s}
+    return load_rewards(specs, args.reward_weights, processing_classes=processing_classes, **settings)
 
 
 def is_model(spec: str) -> bool:
