@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import prompt_rows, tiny_t5, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
+import directions  # noqa: E402
 import plans  # noqa: E402
 import run as study  # noqa: E402
 import sharpened  # noqa: E402
@@ -119,6 +121,18 @@ def test_the_reference_at_lower_temperatures_is_a_rival(tiny_study: Path) -> Non
     assert [each["temperature"] for each in points] == [0.9, 0.8, 0.7, 0.6, 0.5]
     assert points[0]["kl"] < points[-1]["kl"]  # the further from T = 1, the more it costs
     assert all(0 <= each["win_rate"] <= 1 for each in points)
+
+
+def test_a_change_of_weights_is_taken_apart(tiny_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    signal = 9.0 * torch.outer(torch.ones(40), torch.linspace(1, 2, 30))
+    noise = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    assert (directions.leading(signal + noise) - signal).norm() < 0.5 * noise.norm()
+    kept = directions.largest({"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([3.0, -2.0])}, 0.5)
+    assert (kept["a"].tolist(), kept["b"].tolist()) == ([0.0, -4.0], [3.0, 0.0])
+    directions.main([*BUDGET, "--seed", "0"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "win rate" in line]
+    assert len(lines) == 8
+    assert float(lines[0].rsplit(maxsplit=1)[1]) != float(lines[2].rsplit(maxsplit=1)[1])  # less change, another KL
 
 
 def test_a_run_may_stop_by_its_own_evaluation(tiny_study: Path) -> None:

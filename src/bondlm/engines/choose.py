@@ -73,11 +73,15 @@ def make_engine(
         adapters["reference"] = "reference"
     server = None
     if args.vllm_server == "auto":
-        options = server_options(model.dtype, max_rank(model), len(adapters), args) if is_lora else []
+        options = (
+            server_options(model.dtype, max_rank(model), len(adapters), args)
+            if is_lora
+            else whole_model_options(model, args)
+        )
         server = LocalServer(
             args.vllm_python or sys.executable,
             model.config._name_or_path,
-            options or whole_model_options(model, args),
+            options,
             log=folder / "server.log",
             start_timeout=args.vllm_start_timeout,
             on_cpu=args.device.type == "cpu",
