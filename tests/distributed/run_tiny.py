@@ -130,7 +130,10 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         save_file({n: t.clone() for n, t in anchor.items()}, out / "anchor.safetensors")
         (out / "eval_metrics.json").write_text(json.dumps(metrics))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # as the command does: its threads would abort the exit now and then
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # as the command does: threads of the group would abort the interpreter's own exit now and then
 
 
 if __name__ == "__main__":

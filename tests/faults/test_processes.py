@@ -20,6 +20,14 @@ from bondlm.manifest import fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 TIMEOUT_S = 8
+LAST_WORDS = """
+import atexit, os
+atexit.register(os.write, 2, b"the tracker has ended")
+class Last:
+    def __del__(self, write=os.write):
+        write(2, b"the interpreter has ended")
+last = Last()
+"""
 
 
 def ranks(config: Path, *options: str, late: float = 0) -> list[subprocess.Popen[str]]:
@@ -162,6 +170,19 @@ def test_m5_a_taken_port_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"MASTER_PORT={port}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_s5_ranks_end_before_the_interpreter_does(tmp_path: Path) -> None:
+    """Its finalization is where a thread of the group aborts now and then; a tracker ends its run before it."""
+    config = write_job(tmp_path, max_steps=1, save_strategy="no", eval_dataset=None)
+    with (tmp_path / "reward.py").open("a") as reward:
+        reward.write(LAST_WORDS)
+    processes = ranks(config)
+    ends = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    for _, error in ends:
+        assert "the tracker has ended" in error
+        assert "the interpreter has ended" not in error
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,6 +4,7 @@ Nothing heavy is imported until a command runs, so that `--help` answers at once
 error into an exit code.
 """
 
+import atexit
 import errno
 import logging
 import os
@@ -82,10 +83,17 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _leave_group(distributed: Any, code: int, *, agreed: bool) -> None:
-    """End a process of several, whose threads would abort the interpreter's exit (code 134) if they were left alone."""
-    if agreed:  # all ranks end so, and nobody is in a collective
+    """End a process of several, here and without the interpreter's own exit.
+
+    Threads of gloo outlive the group where an FSDP2 mesh or a model still holds it, and one that asks a dying
+    interpreter for its lock aborts the process (code 134) now and then.
+    """
+    several = distributed.get_world_size() > 1
+    if agreed:  # all ranks end so, and nobody is in a collective; one rank alone would wait for the others here
         distributed.destroy_process_group()
-    elif distributed.get_world_size() > 1:  # one rank alone: leaving the group would wait for the others
+    if several:
+        if agreed:
+            atexit._run_exitfuncs()  # where experiment trackers end their runs
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
