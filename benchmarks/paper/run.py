@@ -65,6 +65,10 @@ def plan_total(settings: dict[str, Any]) -> int:
 
 def config_of(task: Task, run: Run, seed: int, folder: Path, args: Any) -> dict[str, Any]:
     """Everything that `BONDConfig` gets for a run."""
+    import torch
+
+    from bondlm.models import fast_dtype
+
     steps = max(1, round((args.steps or task.steps) * run.times_steps))
     prompts = max(2, round((args.completions or task.completions) / plan_total(run.settings)))
     settings = task.settings | {
@@ -82,8 +86,11 @@ def config_of(task: Task, run: Run, seed: int, folder: Path, args: Any) -> dict[
         "disable_tqdm": True,
         "report_to": "none",
     }
+    if settings.get("bf16") and fast_dtype(torch.device("cpu")) is torch.float32:
+        settings["bf16"] = False  # this processor would emulate it, several times slower than fp32
     if run.own_evaluation:
-        settings |= {"eval_strategy": "steps", "eval_steps": every(steps, args.points)}
+        # Five times as often as it is measured here: a stop cannot come between two evaluations.
+        settings |= {"eval_strategy": "steps", "eval_steps": every(steps, 5 * args.points)}
     return settings | run.settings
 
 

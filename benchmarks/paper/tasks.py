@@ -42,7 +42,7 @@ SUMMARIZATION = Task(
     settings={"max_completion_length": 16, "learning_rate": 1e-4, "warmup_steps": 2, "bf16": True, "use_cpu": True},
 )
 # A reward that can be hacked: likeness to the document, which a heap of its words has, too. Entailment is a judge here.
-HACKABLE = replace(SUMMARIZATION, reward_funcs=SUMMARIZATION.judges, judges=SUMMARIZATION.reward_funcs)
+HACKABLE = replace(SUMMARIZATION, reward_funcs=SUMMARIZATION.judges, judges=SUMMARIZATION.reward_funcs, completions=48)
 DIALOGUE = Task(
     model="models/smollm2-135m-instruct",
     reward_funcs=[
