@@ -1,4 +1,5 @@
-"""A run stops at the effective N that was asked for, or past the KL that was allowed: by the intervals' lower ends."""
+"""A run stops at the effective N that was asked for, by the lower end of its interval, and past the KL that
+was allowed, by its estimate."""
 
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ def stops(callback, metrics):
 
 
 @pytest.mark.parametrize(
-    ("target_n", "kl_budget", "n_low", "kl_low", "expected"),
+    ("target_n", "kl_budget", "n_low", "kl", "expected"),
     [
         (4.0, None, 3.9, 99.0, False),
         (4.0, None, 4.0, 0.0, True),
@@ -26,9 +27,9 @@ def stops(callback, metrics):
         (None, None, 99.0, 99.0, False),
     ],
 )
-def test_the_lower_ends_decide(target_n, kl_budget, n_low, kl_low, expected):
-    high = {"eval_effective_n_high": 99.0, "eval_kl_high": 99.0, "eval_kl": 99.0, "eval_effective_n": 99.0}
-    metrics = high | {"eval_effective_n_low": n_low, "eval_kl_low": kl_low}
+def test_a_goal_is_reached_for_certain_and_a_budget_is_not_overspent(target_n, kl_budget, n_low, kl, expected):
+    others = {"eval_effective_n_high": 99.0, "eval_effective_n": 99.0, "eval_kl_high": 99.0, "eval_kl_low": 0.0}
+    metrics = others | {"eval_effective_n_low": n_low, "eval_kl": kl}
     assert stops(StopCallback(target_n, kl_budget), metrics) is expected
 
 

@@ -281,7 +281,10 @@ class StopCallback(TrainerCallback):
     """Stops on a signal (the step is finished and saved), at the effective N asked for, or when the KL is spent."""
 
     def __init__(self, target_n: float | None, kl_budget: float | None = None) -> None:
-        """Stop when the lower end of an evaluation's effective N reaches `target_n`, or its KL's passes `kl_budget`."""
+        """Stop when the lower end of an evaluation's effective N reaches `target_n`, or its KL passes `kl_budget`.
+
+        A goal must be certain to be reached. A budget must not wait until it is certain to be overspent.
+        """
         self._target_n, self._kl_budget = target_n, kl_budget
         self.signal: int | None = None
         self.save_requested = False
@@ -341,7 +344,7 @@ class StopCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Compare with `target_n` and `kl_budget`."""
-        n, kl = ((metrics or {}).get(f"eval_{name}_low") for name in ("effective_n", "kl"))
+        n, kl = ((metrics or {}).get(f"eval_{name}") for name in ("effective_n_low", "kl"))
         reached = self._target_n is not None and n is not None and n >= self._target_n
         spent = self._kl_budget is not None and kl is not None and kl > self._kl_budget
         if reached or spent:

@@ -164,7 +164,7 @@ class BONDConfig(TrainingArguments):
     eval_num_samples: int = _field(4, "Policy completions per held-out prompt in an evaluation.")
     eval_num_reference_samples: int = _field(16, "Reference completions per held-out prompt: they show N up to this.")
     target_n: float | None = _field(None, "Stop training once the lower end of effective N reaches this value.")
-    kl_budget: float | None = _field(None, "Stop training once the lower end of the held-out KL, in nats, passes this.")
+    kl_budget: float | None = _field(None, "Stop training once the held-out KL, in nats, passes this.")
     num_logged_samples: int = _field(4, "Prompts per logged step whose completions go to samples.jsonl.")
 
     # -- other defaults than TrainingArguments
