@@ -118,6 +118,8 @@ OVER = [
     Run(name="target-n4", settings=_HACK | {"target_n": 4.0}, times_steps=1.5, own_evaluation=True),
     Run(name="kl-budget1", settings=_HACK | {"kl_budget": 1.0}, times_steps=1.5, own_evaluation=True),
     Run(name="gamma2", settings=_HACK | {"gamma": 2.0}, times_steps=1.5),
+    # With eta 1 the anchor is the policy of a step ago, and a distance to it holds nothing back.
+    Run(name="eta0.1-gamma2", settings=_HACK | {"eta": 0.1, "gamma": 2.0}, times_steps=1.5),
 ]
 
 EXPERIMENTS = {

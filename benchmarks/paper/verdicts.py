@@ -152,7 +152,7 @@ def over(table: Table) -> list[Verdict]:
     )
     return [
         compare(table, guard, "free", judge, f"{guard}: {judge.removeprefix('judge/')} ends above that of the free run")
-        for guard in ("target-n4", "kl-budget1", "gamma2")
+        for guard in ("target-n4", "kl-budget1", "gamma2", "eta0.1-gamma2")
         for judge in judges
     ]
 
