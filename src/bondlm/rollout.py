@@ -34,6 +34,7 @@ class Samples:
     dropped: dict[int, str] = field(default_factory=dict)  # prompts that a reward failed for, and why; rewards are 0
     left_out: frozenset[int] = frozenset()  # other prompts, with a completion that did not end (`bondlm.missing_eos`)
     reranked_PM: Tensor | None = None  # what the objective sees instead of the rewards, if anything
+    seconds: float = 0.0  # that drawing them took, of held-out prompts
 
     @property
     def kept(self) -> Tensor:

@@ -9,7 +9,9 @@ Only public methods of Trainer are overridden:
 The anchor moves in a callback, right after the optimizer's step (`bondlm.callbacks`).
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -162,7 +164,8 @@ class BONDTrainer(Trainer):
             self._head = core.get_output_embeddings() if exact_head(policy, args.device) is not None else None
         if self._head is None:
             self._smaller.within_budget(core.config, self.objective.plan.learn * args.max_completion_length)
-        self._reference_samples: dict[int, Samples] = {}
+        self._reference_samples: dict[str, Samples] = {}
+        self._sampling: dict[str, Any] = {"max_new_tokens": args.max_completion_length, "seed": args.seed}
 
     # -- data
 
@@ -337,21 +340,19 @@ class BONDTrainer(Trainer):
             scores = score_groups(model, groups, self._text.pad_id, start_id=self._start_id, device=self.args.device)
         return scores.view(len(pairs), -1)
 
-    @property
-    def _sampling(self) -> dict[str, Any]:
-        return {"max_new_tokens": self.args.max_completion_length, "seed": self.args.seed}
-
     def sample(
         self, rows: Sequence[Mapping[str, Any]], role: Role, num_samples: int, *, temperature: float = 1.0
     ) -> Samples:
         """Draw and score completions of encoded rows outside training; the prompts are shared among the processes."""
-        rank, world = self.args.process_index, self.args.world_size
-        mine = list(range(rank, len(rows), world))
+        mine = list(range(self.args.process_index, len(rows), self.args.world_size))
         with self.clock("generate"):
+            began = time.perf_counter()
             step = EVALUATION_STEP + round(1000 * abs(1 - temperature))  # a law of its own: samples of its own
             law = self._sampling | {"temperature": temperature}
             drawn = draw(self.engine, [rows[i] for i in mine], {role: num_samples}, step=step, positions=mine, **law)
-        return self.score_completions(rows, gather_in_order(mine, drawn, world_size=world))
+            seconds = time.perf_counter() - began
+        scored = self.score_completions(rows, gather_in_order(mine, drawn, world_size=self.args.world_size))
+        return replace(scored, seconds=seconds)
 
     def log_probability(self, samples: Samples, role: Role) -> Tensor:
         """Log pi_role(y) (P, m) of samples `y`, whoever drew them, nats."""
@@ -394,8 +395,7 @@ class BONDTrainer(Trainer):
 
     def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
         """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves."""
-        rows = dataset.to_list()
-        key = hash(dataset._fingerprint) if hasattr(dataset, "_fingerprint") else id(dataset)
+        rows, key = dataset.to_list(), dataset._fingerprint
         if key not in self._reference_samples:
             self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
         return self.sample(rows, "policy", self.args.eval_num_samples), self._reference_samples[key]

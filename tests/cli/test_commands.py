@@ -81,9 +81,9 @@ def test_an_evaluation_during_training_shows_its_progress_and_a_table(tmp_path, 
     config = write_job(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, logging_steps=2)
     assert main(["train", "--config", str(config)]) == 0
     out = capsys.readouterr().out
-    # The reference is drawn with the first one alone.
-    counted = re.findall(r"held-out samples: (\d+)/(\d+) prompts", out)
-    assert counted == [("12", "12"), ("6", "6")]
+    # The reference is drawn with the first one alone, and not for the evaluation that ends the run.
+    counted = re.findall(r"held-out samples( at the end)?: (\d+)/(\d+) prompts", out)
+    assert counted == [("", "12", "12"), ("", "6", "6"), (" at the end", "6", "6")]
     assert re.findall(r"step (\d): held-out prompts", out) == ["2", "4"]
     assert re.search(r"step 2/4 .*  elapsed 0:0\d, ETA 0:0\d\n", out)
     assert "inf" not in out.replace("info", "")

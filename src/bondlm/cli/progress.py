@@ -31,7 +31,7 @@ class ProgressReporter(TrainerCallback):
         self._training: Any = None
         self._began, self._first_step = time.monotonic(), 0
         self._evaluation: Counter | None = None
-        self._reference_drawn = False
+        self.reference_drawn = False
         self.phases: dict[str, float] = {}
         self.tokens: dict[str, float] = {}
         self.evaluation_seconds = 0.0
@@ -63,13 +63,13 @@ class ProgressReporter(TrainerCallback):
         if control.should_evaluate and isinstance(self._trainer.eval_dataset, Sized):
             # The reference does not move: its samples are drawn once.
             prompts = len(self._trainer.eval_dataset)
-            total = prompts if self._reference_drawn else 2 * prompts
+            total = prompts if self.reference_drawn else 2 * prompts
             self._evaluation = Counter(self._progress, "held-out samples", total)
             self._trainer.engine.on_prompts_done = self._evaluation
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Remove the evaluation's bar."""
-        self._reference_drawn = True
+        self.reference_drawn = True
         if self._evaluation is not None:
             self._trainer.engine.on_prompts_done = None
             self._evaluation.close()

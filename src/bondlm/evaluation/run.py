@@ -6,7 +6,6 @@ sharpening alone also raises the reward: a sceptic's first question. `bondlm eva
 """
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,14 +39,11 @@ def evaluate_run(
     `judges` are rewards that were not optimised; they score the samples of policy and reference.
     """
     rows, args = trainer.eval_dataset.to_list(), trainer.args
-    with _counted(trainer, reporter, "held-out samples of the policy", len(rows)) as seconds:
-        policy = trainer.sample(rows, "policy", args.eval_num_samples)
+    with _counted(trainer, reporter, "held-out samples at the end", len(rows) * (1 if reporter.reference_drawn else 2)):
+        policy, reference = trainer.held_out_samples(trainer.eval_dataset)
     asked = _judged(trainer, judges, rows, policy)
-    policy = from_samples(policy, rows, log_ratio=trainer.log_ratio(policy), judges=asked, seconds=seconds())
-    with _counted(trainer, reporter, "held-out samples of the reference", len(rows)) as seconds:
-        reference = trainer.sample(rows, "reference", args.eval_num_reference_samples)
-    asked = _judged(trainer, judges, rows, reference)
-    reference = from_samples(reference, rows, judges=asked, seconds=seconds())
+    policy = from_samples(policy, rows, log_ratio=trainer.log_ratio(policy), judges=asked)
+    reference = from_samples(reference, rows, judges=_judged(trainer, judges, rows, reference))
     with _counted(trainer, reporter, "baselines", len(rows) * len(BASELINES)):
         others = {name: _baseline(trainer, rows, role, temp) for name, (role, temp) in BASELINES.items()}
     result = summarize(policy, reference, others)
@@ -95,15 +91,13 @@ def write_results(folder: Path, result: Mapping[str, Any], policy: Scored, refer
 
 
 @contextmanager
-def _counted(trainer: Any, reporter: Any, description: str, total: int) -> Iterator[Any]:
-    """Show progress over `total` prompts; yields a function that says how many seconds have gone by."""
-    counter, began = reporter.counting(description, total), time.perf_counter()
+def _counted(trainer: Any, reporter: Any, description: str, total: int) -> Iterator[None]:
+    """Show progress over `total` prompts."""
+    counter = reporter.counting(description, total)
     trainer.engine.on_prompts_done = counter
-    ended: list[float] = []
     try:
-        yield lambda: (ended[0] if ended else time.perf_counter()) - began
+        yield
     finally:
-        ended.append(time.perf_counter())
         trainer.engine.on_prompts_done = None
         counter.close()
 

@@ -38,7 +38,6 @@ def from_samples(
     *,
     log_ratio: Tensor | None = None,
     judges: Mapping[str, Tensor] | None = None,
-    seconds: float = 0.0,
 ) -> Scored:
     """Samples that a trainer has drawn of `rows`."""
 
@@ -54,7 +53,7 @@ def from_samples(
         logprobs=numbers((c.logprob for c in row) for row in samples.completions),
         log_ratio=None if log_ratio is None else log_ratio.double().cpu(),
         judges=dict(judges or {}),
-        seconds=seconds,
+        seconds=samples.seconds,
     )
 
 
