@@ -151,7 +151,7 @@ def is_judge(name: str) -> bool:
 
 
 def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Path, sharpened: list[Any]) -> None:
-    """Win rate against KL (with the exact one and that of sharpening), tokens and CPU seconds.
+    """Win rate against KL (with the exact one and that of sharpening), tokens and CPU seconds; each judge against KL.
 
     Means over seeds; bars are their extremes.
     """
@@ -160,18 +160,21 @@ def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Pa
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
-    for axis, (x, label) in zip(
-        axes,
-        (("kl", "KL to the reference, nats"), ("tokens", "tokens drawn"), ("cpu_seconds", "training CPU seconds")),
-        strict=True,
-    ):
+    labels = {"kl": "KL to the reference, nats", "tokens": "tokens drawn", "cpu_seconds": "training CPU seconds"}
+    known = [set(row) for seeds in found.values() for rows in seeds.values() for row in rows]
+    judges = sorted(filter(is_judge, set.intersection(*known)))
+    panels = [(x, "win_rate") for x in labels] + [("kl", judge) for judge in judges]
+    lines = math.ceil(len(panels) / len(labels))
+    figure, axes = plt.subplots(lines, len(labels), figsize=(15, 4.8 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (x, measure) in zip(axes.flat, panels, strict=False):
         for i, (run, seeds) in enumerate(found.items()):
             points = list(zip(*(seed_rows for seed_rows in equal_length(list(seeds.values()))), strict=True))
             xs = [mean([row.get(x) for row in point]) for point in points]
             if None in xs:  # an earlier run that did not count this
                 continue
-            ys = [[row["win_rate"] for row in point] for point in points]
+            ys = [[row[measure] for row in point] for point in points]
             middle = [sum(y) / len(y) for y in ys]
             errors = [
                 [m - min(y) for m, y in zip(middle, ys, strict=True)],
@@ -179,15 +182,16 @@ def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Pa
             ]
             style = {"color": plt.cm.tab20(i % 20), "marker": "os^v"[i % 4], "markersize": 4, "capsize": 2, "lw": 1.2}
             axis.errorbar(xs, middle, yerr=errors, label=f"{run} ({len(seeds)})", **style)
-        if x == "kl":
+        if (x, measure) == panels[0]:
             exact = [1 + i / 20 for i in range(400)]
             axis.plot([kl_bound(n) for n in exact], [n / (n + 1) for n in exact], "k--", lw=1, label="exact Best-of-N")
             if sharpened:
                 kls, wins = zip(*[(0.0, 0.5), *((each["kl"], each["win_rate"]) for each in sharpened)], strict=True)
                 axis.plot(kls, wins, "k:", lw=1, label="reference at lower temperatures")
-        axis.set(xlabel=label, ylabel="win rate = mean quantile")
+        gain = f"{measure.removeprefix('judge/')}, a judge: gain on the reference"
+        axis.set(xlabel=labels[x], ylabel="win rate = mean quantile" if measure == "win_rate" else gain)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
