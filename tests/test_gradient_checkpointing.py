@@ -24,7 +24,8 @@ def run(folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch, peft: bool, *
     args = BONDConfig(
         **{"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "max_completion_length": 6},
         **{"warmup_steps": 0, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True},
-        **{"logging_steps": 1, "num_logged_samples": 4},
+        # Recomputing rounds differently. Adam would make a whole step of a gradient that is nothing but rounding.
+        **{"logging_steps": 1, "num_logged_samples": 4, "optim": "sgd"},
         **changes,
     )
     made = BONDTrainer(
