@@ -1,15 +1,17 @@
-"""J-BOND beside TRL's RLOO, GRPO and OnlineDPO on the same work: a Llama of 6 M or 100 M parameters.
+"""J-BOND beside TRL's RLOO, GRPO and OnlineDPO on the same work: a Llama of 6 M to 1.3 B parameters.
 
     python benchmarks/peers.py --size 6m --threads 1
     python benchmarks/peers.py --size 6m --threads 1 --lengths full
     python benchmarks/peers.py --size 6m --threads 1 --settings default
     python benchmarks/peers.py --size 100m --lora --threads 2
+    python benchmarks/peers.py --size 500m --lora --dtype bfloat16 --tokens 256      # with a GPU
 
 The models are random (made from a config into runs/peers), so what they say does not matter, only what it costs. All
 draw 48 completions of at most 64 tokens a step, of prompts of 16 to 96 tokens, and score them with the same reward
-model. `--lengths vary` gives completions of 48 lengths that are drawn once (mean about 24 tokens), `full` lets none
-end: the same lengths in every trainer and step, whatever its sampler draws, since the end-of-sequence token is forced.
-`--settings default` leaves TRL's own defaults (bf16 autocast, gradient checkpointing) in place. `sft` is one plain
+model. `--lengths vary` gives completions of 48 lengths that are drawn once (mean about 24 of 64 tokens), `full` lets
+none end: the same lengths in every trainer and step, whatever its sampler draws, since the end-of-sequence token is
+forced. `--settings default` leaves TRL's own defaults (bf16 autocast, gradient checkpointing) in place. `--dtype
+bfloat16` is for all of them: bf16 base weights under an adapter, else autocast over fp32 weights. `sft` is one plain
 forward, backward and update on as many prompts and completions as J-BOND learns on: it draws and scores nothing, and
 its memory is the measure of ours. Needs `pip install trl==1.16.0`.
 """
@@ -24,12 +26,15 @@ from pathlib import Path
 from facts import add_out, append
 from step import forget_this_folder, in_a_process, measure
 
-COMPLETIONS, TOKENS, MEAN_LENGTH = 48, 64, 24
+COMPLETIONS = 48
+MEAN_LENGTH = 3 / 8  # of the budget, before it cuts
 EOS = 0  # the first token, so that the uniform number 0 draws it
 FOLDER = Path("runs/peers")
 SIZES = {  # vocabulary, hidden size, layers, heads
     "6m": (4096, 256, 6, 4),
     "100m": (16384, 640, 16, 10),
+    "500m": (32768, 1280, 24, 20),
+    "1.3b": (32768, 2048, 24, 16),
 }
 
 
@@ -37,6 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="6m")
     parser.add_argument("--lora", action="store_true", help="an adapter instead of all weights")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens of a completion")
     parser.add_argument("--lengths", choices=["vary", "full"], default="vary")
     parser.add_argument("--settings", choices=["sensible", "default"], default="sensible", help="TRL's")
     parser.add_argument("--threads", type=int, default=1)
@@ -59,26 +66,27 @@ def main() -> None:
         if results[name]["generate"]:
             ratios["generate"] = ours["generate"] / results[name]["generate"]
         print(f"bondlm / {name}: " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()), flush=True)
-    tokens = sum(min(TOKENS, length) for length in lengths(args.lengths))
+    tokens = sum(min(args.tokens, length) for length in lengths(args))
     for name, result in results.items():
         if name != "sft":
             seen = result["length"] * COMPLETIONS  # OnlineDPO does not say it
             assert math.isnan(seen) or abs(seen - tokens) < 1, f"{name} drew {seen} tokens, not {tokens}"
             result["cpu_ms_per_token"] = 1000 * result["cpu"] / tokens
             print(f"{name:10} {result['cpu_ms_per_token']:.2f} CPU ms a completion token", flush=True)
-    setting = {name: getattr(args, name) for name in ("size", "lora", "lengths", "settings", "threads", "steps")}
-    append(args.out, {**setting, "tokens": tokens, "results": results})
+    names = ("size", "lora", "dtype", "lengths", "settings", "threads", "steps")
+    setting = {name: getattr(args, name) for name in names}
+    append(args.out, {**setting, "most_tokens": args.tokens, "tokens": tokens, "results": results})
 
 
-def lengths(kind: str) -> list[int]:
+def lengths(args: argparse.Namespace) -> list[int]:
     """Of the completions of one step; longer than the budget: it does not end."""
-    if kind == "full":
-        return [TOKENS + 1] * COMPLETIONS
-    numbers = random.Random(0)
-    return [max(1, round(numbers.expovariate(1 / MEAN_LENGTH))) for _ in range(COMPLETIONS)]
+    if args.lengths == "full":
+        return [args.tokens + 1] * COMPLETIONS
+    numbers, mean = random.Random(0), MEAN_LENGTH * args.tokens
+    return [max(1, round(numbers.expovariate(1 / mean))) for _ in range(COMPLETIONS)]
 
 
-def force_lengths(kind: str) -> None:
+def force_lengths(args: argparse.Namespace) -> None:
     """Make the samplers, ours and that of transformers, end their rows where `lengths` says."""
     import numpy as np
     import torch
@@ -86,7 +94,7 @@ def force_lengths(kind: str) -> None:
 
     from bondlm.engines import hf
 
-    uniforms, mine = hf.row_uniforms, itertools.cycle(lengths(kind))
+    uniforms, mine = hf.row_uniforms, itertools.cycle(lengths(args))
 
     def forced_uniforms(seed: int, sample: int, count: int) -> np.ndarray:
         numbers = 0.5 + uniforms(seed, sample, count) / 2  # never the first token
@@ -95,9 +103,11 @@ def force_lengths(kind: str) -> None:
 
     generate = GenerationMixin.generate
 
-    def forced_generate(self, *args, **kwargs):
+    wanted = lengths(args)
+
+    def forced_generate(self, *a, **kwargs):
         begin = kwargs["input_ids"].shape[1]
-        ends = torch.tensor(lengths(kind))
+        ends = torch.tensor(wanted, device=kwargs["input_ids"].device)
 
         def force(ids, scores):
             scores = scores.clone()
@@ -107,7 +117,7 @@ def force_lengths(kind: str) -> None:
             scores[end, EOS] = 0.0
             return scores
 
-        return generate(self, *args, logits_processor=LogitsProcessorList([force]), **kwargs)
+        return generate(self, *a, logits_processor=LogitsProcessorList([force]), **kwargs)
 
     hf.row_uniforms, GenerationMixin.generate = forced_uniforms, forced_generate
 
@@ -133,7 +143,7 @@ def prepare(args: argparse.Namespace) -> None:
             intermediate_size=int(hidden * 2.7),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            max_position_embeddings=512,
+            max_position_embeddings=1024,
             eos_token_id=EOS,
             pad_token_id=1,
             bos_token_id=None,
@@ -141,13 +151,14 @@ def prepare(args: argparse.Namespace) -> None:
         )
 
     torch.manual_seed(0)
-    policy = LlamaForCausalLM(config(hidden, layers, heads))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers take a while
+        policy = LlamaForCausalLM(config(hidden, layers, heads))
     policy.generation_config.bos_token_id = None
     for model, name in (
         (policy, args.size),
         (LlamaForSequenceClassification(config(128, 2, 2, num_labels=1)), f"reward-{args.size}"),
     ):
-        model.save_pretrained(FOLDER / name)
+        model.cpu().save_pretrained(FOLDER / name)
         tokenizer.save_pretrained(FOLDER / name)
 
 
@@ -166,7 +177,8 @@ def build(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     forget_this_folder()
-    force_lengths(args.lengths)
+    force_lengths(args)
+    mixed = args.dtype == "bfloat16"
     policy, reward = str(FOLDER / args.size), str(FOLDER / f"reward-{args.size}")
     rows = Dataset.from_list(prompts(SIZES[args.size][0]))
     common = dict(
@@ -177,26 +189,32 @@ def build(args: argparse.Namespace):
         report_to="none",
         learning_rate=1e-5,
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
     )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM") if args.lora else None
     if args.one == "bondlm":
         from bondlm import BONDConfig, BONDTrainer
 
+        # An adapter on bf16 weights needs no autocast; weights that train stay fp32.
+        precision = {"dtype": args.dtype} if args.lora else {"dtype": "float32", "bf16": mixed}
         config = BONDConfig(
-            per_device_train_batch_size=COMPLETIONS // 3, max_completion_length=TOKENS, dtype="float32", **common
+            per_device_train_batch_size=COMPLETIONS // 3, max_completion_length=args.tokens, **precision, **common
         )
         return BONDTrainer(policy, reward, config, train_dataset=rows, peft_config=lora)
     if args.settings == "sensible":
-        common |= {"bf16": False, "gradient_checkpointing": False}
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+        common |= {"bf16": mixed, "gradient_checkpointing": False}
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=args.dtype if args.lora else "float32")
     if args.one == "sft":
-        return sft(model, rows, common, lora, AutoTokenizer.from_pretrained(policy), args.lengths)
+        return sft(model, rows, common, lora, AutoTokenizer.from_pretrained(policy), args)
     if args.one == "online_dpo":
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
         config = OnlineDPOConfig(
-            per_device_train_batch_size=COMPLETIONS // 2, max_new_tokens=TOKENS, max_length=192, beta=0.05, **common
+            per_device_train_batch_size=COMPLETIONS // 2,
+            max_new_tokens=args.tokens,
+            max_length=args.tokens + 128,
+            beta=0.05,
+            **common,
         )
         return OnlineDPOTrainer(
             model,
@@ -213,14 +231,14 @@ def build(args: argparse.Namespace):
     config = make_config(
         per_device_train_batch_size=COMPLETIONS,
         num_generations=3,
-        max_completion_length=TOKENS,
+        max_completion_length=args.tokens,
         beta=0.05,
         **common,
     )
     return make_trainer(model, reward, config, train_dataset=rows, peft_config=lora)
 
 
-def sft(model, rows, common, lora, tokenizer, kind):
+def sft(model, rows, common, lora, tokenizer, args):
     """Plain supervised steps on 32 rows: J-BOND learns on two completions of each of 16 prompts."""
     from peft import get_peft_model
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -228,18 +246,18 @@ def sft(model, rows, common, lora, tokenizer, kind):
     random.seed(1)
     vocab = model.config.vocab_size
 
-    ends = itertools.cycle(lengths(kind)[: 2 * COMPLETIONS // 3])
+    ends = itertools.cycle(lengths(args)[: 2 * COMPLETIONS // 3])
 
     def encode(row):
-        length = min(TOKENS, next(ends))
+        length = min(args.tokens, next(ends))
         completion = [random.randrange(3, vocab) for _ in range(length)]
         return {"input_ids": tokenizer(row["prompt"])["input_ids"] + completion}
 
     data = rows.map(encode, remove_columns=["prompt"])
-    args = TrainingArguments(per_device_train_batch_size=2 * COMPLETIONS // 3, **common)
+    config = TrainingArguments(per_device_train_batch_size=2 * COMPLETIONS // 3, **common)
     model = model if lora is None else get_peft_model(model, lora)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    return Trainer(model, args, data_collator=collator, train_dataset=data)
+    return Trainer(model, config, data_collator=collator, train_dataset=data)
 
 
 if __name__ == "__main__":

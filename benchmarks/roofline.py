@@ -2,10 +2,12 @@
 
     python benchmarks/roofline.py --model runs/peers/100m --threads 2
     python benchmarks/roofline.py --model models/smollm2-135m-instruct --threads 2 --lora --dtype bfloat16
+    python benchmarks/roofline.py --model runs/peers/500m --dtype bfloat16 --batch 64 256      # with a GPU
 
 The roof is made of two measured numbers: the rate of a large matrix product in the model's dtype, and the bandwidth of
 reading a tensor much larger than the caches. A phase needs at least its multiplications at that rate, or its weights
 and key-value cache at that bandwidth, whichever takes longer. The profile of a decoding step says where the rest goes.
+On a GPU, where there is one.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from facts import add_out, append
 from torch.profiler import ProfilerActivity, profile
 
 PROMPT, NEW = 64, 64
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
@@ -24,31 +27,39 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and products")
     parser.add_argument("--profile", action="store_true", help="print the operations of the decoding steps")
     add_out(parser, "roofline")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     policy = load(args)
-    engine, prompts = engine_of(policy), prompts_of(policy, args.batch)
     rate, bandwidth = matrix_rate(policy.dtype), read_bandwidth()
     print(f"{rate / 1e9:.0f} GFLOP/s in a matrix product, {bandwidth / 1e9:.1f} GB/s read")
+    for batch in args.batch:
+        against_the_roof(args, policy, batch, rate, bandwidth)
+
+
+def against_the_roof(args: argparse.Namespace, policy, batch: int, rate: float, bandwidth: float) -> None:
+    """Measure one size of batch, print it and note it."""
+    engine, prompts = engine_of(policy), prompts_of(policy, batch)
     rows = {}
     for phase, (seconds, tokens, flops, data) in measure(policy, engine, prompts, lora=args.lora).items():
         least = max(flops / rate, data / bandwidth)
         rows[phase] = {"tokens_per_s": tokens / seconds, "roof": tokens / least, "share": least / seconds}
         bound = "products" if flops / rate > data / bandwidth else "bandwidth"
         print(
-            f"{phase:8} {tokens / seconds:7.0f} tokens/s of {tokens / least:7.0f} ({least / seconds:.0%}; by {bound})"
+            f"{batch:4} rows {phase:8} {tokens / seconds:8.0f} tokens/s of {tokens / least:8.0f} "
+            f"({least / seconds:.0%}; by {bound})",
+            flush=True,
         )
     if args.profile:
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             draw(engine, prompts, NEW)
         print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45))
-    setting = {name: getattr(args, name) for name in ("model", "lora", "threads", "batch", "dtype")}
+    setting = {name: getattr(args, name) for name in ("model", "lora", "threads", "dtype")}
     speeds = {"gflops": rate / 1e9, "gb_per_s": bandwidth / 1e9}
-    append(args.out, {**setting, **speeds, "phases": rows})
+    append(args.out, {**setting, "batch": batch, **speeds, "phases": rows})
 
 
 def load(args: argparse.Namespace):
@@ -59,26 +70,34 @@ def load(args: argparse.Namespace):
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     if args.lora:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return model
+    return model.to(DEVICE)
 
 
-def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+def matrix_rate(dtype: torch.dtype, size: int = 2048 if DEVICE.type == "cpu" else 8192) -> float:
     """Floating-point operations a second of a square product, the best of ten."""
-    a, b = torch.rand(size, size, dtype=dtype), torch.rand(size, size, dtype=dtype)
+    a, b = torch.rand(2, size, size, device=DEVICE).to(dtype)
     return max(2 * size**3 / timed(lambda: a @ b) for _ in range(10))
 
 
-def read_bandwidth(size: int = 2**28) -> float:
-    """Bytes a second of summing 1 GiB, the best of ten."""
-    x = torch.ones(size)
+def read_bandwidth(size: int = 2**28 if DEVICE.type == "cpu" else 2**31) -> float:
+    """Bytes a second of summing 1 GiB (on a GPU 8), the best of ten."""
+    x = torch.ones(size, device=DEVICE)
     return max(4 * size / timed(x.sum) for _ in range(10))
 
 
 def timed(work) -> float:
     """Seconds that `work()` takes."""
+    wait()
     began = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - began
+
+
+def wait() -> None:
+    """Until all that was launched has run."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def engine_of(model):
@@ -104,7 +123,7 @@ def draw(engine, prompts, new: int):
 
 
 def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, float, float, float]]:
-    """Seconds, tokens, floating-point operations and bytes of each phase; the best of two."""
+    """Seconds, tokens, floating-point operations and bytes of each phase; the best of three."""
     from bondlm.head import exact_head
     from bondlm.logprobs import collate, score_rows, sequence_logprobs
 
@@ -122,11 +141,11 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
     width = model.dtype.itemsize
     cached = 2 * width * config.num_hidden_layers * config.num_key_value_heads * size  # bytes a token
     rows = [(p, c.ids) for p, (c,) in zip(prompts, draw(engine, prompts, NEW), strict=True)]
-    device = torch.device("cpu")
-    prefill = min(timed(lambda: draw(engine, prompts, 1)) for _ in range(2))
-    whole = min(timed(lambda: draw(engine, prompts, NEW + 1)) for _ in range(2))
-    score = min(timed(lambda: score_rows(model, rows, 0, start_id=None, device=device)) for _ in range(2))
-    micro, exact = collate([(p, [c]) for p, c in rows[:16]], 0), exact_head(model, device)
+    prefill = min(timed(lambda: draw(engine, prompts, 1)) for _ in range(3))
+    whole = min(timed(lambda: draw(engine, prompts, NEW + 1)) for _ in range(3))
+    score = min(timed(lambda: score_rows(model, rows, 0, start_id=None, device=DEVICE)) for _ in range(3))
+    micro = {name: tensor.to(DEVICE) for name, tensor in collate([(p, [c]) for p, c in rows[:16]], 0).items()}
+    exact = exact_head(model, DEVICE)
     weights = float(width * (body + head))
 
     def learn() -> None:
@@ -137,7 +156,8 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
     if lora:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
-    learning = min(timed(learn) for _ in range(2))
+    learning = min(timed(learn) for _ in range(3))
+    model.eval()
     passes = 2 if lora else 3  # forward; backward through activations; and through weights
     length = PROMPT + NEW
     forward = batch * (2 * body * length + 2 * head * NEW + attention(length, length / 2))

@@ -72,12 +72,18 @@ def measure(trainer, threads: int) -> dict:
     from transformers import GenerationMixin, TrainerCallback
 
     torch.set_num_threads(threads)
+    on_gpu = torch.cuda.is_available()
     steps: list[tuple[float, float, float]] = []
     generating = [0.0]
 
+    def clock() -> float:
+        if on_gpu:  # what was launched must also have run
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     class Timer(TrainerCallback):
         def now(self):
-            return time.perf_counter(), time.process_time(), generating[0]
+            return clock(), time.process_time(), generating[0]
 
         def on_train_begin(self, *a, **k):
             self.last = self.now()
@@ -90,9 +96,9 @@ def measure(trainer, threads: int) -> dict:
     generate = GenerationMixin.generate  # what TRL samples with
 
     def timed(*a, **k):
-        began = time.perf_counter()
+        began = clock()
         result = generate(*a, **k)
-        generating[0] += time.perf_counter() - began
+        generating[0] += clock() - began
         return result
 
     GenerationMixin.generate = timed
@@ -103,11 +109,12 @@ def measure(trainer, threads: int) -> dict:
     names = [name for name in logs[0] if name.startswith("time/")]
     phases = {name[5:]: round(statistics.median(row[name] for row in logs), 2) for name in names}
     wall, cpu, generation = (statistics.median(column) for column in zip(*steps[1:], strict=True))
+    main_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     return {
         "wall": wall,
         "cpu": cpu,
         "generate": phases.get("generate", generation),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": (torch.cuda.max_memory_allocated() if on_gpu else main_memory) / 2**30,  # a GPU's own
         "length": statistics.mean(mean_length(row) for row in logs),
         "phases": phases,
     }

@@ -1,10 +1,12 @@
-"""What each trick of sampling and learning buys: CPU seconds without it against with it, the best of `--repeats` runs.
+"""What each trick of sampling and learning buys: seconds without it against with it, the best of `--repeats` runs.
 
     python benchmarks/tricks.py --model runs/peers/6m --threads 1
     python benchmarks/tricks.py --model models/smollm2-135m-instruct --threads 1 --prompts 8
+    python benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16      # with a GPU
 
-The samples and log-probabilities are the same either way (tests/engines, tests/test_logprobs.py). `runs/peers/...` is
-made by benchmarks/peers.py. A trick that buys nothing goes; docs/speed.md lists those that went.
+CPU seconds, which other work on the machine hardly changes; on a GPU, where there is one, those of the clock. The
+samples and log-probabilities are the same either way (tests/engines, tests/test_logprobs.py). `runs/peers/...` is made
+by benchmarks/peers.py. A trick that buys nothing goes; docs/speed.md lists those that went.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from bondlm.logprobs import collate, score_rows, sequence_logprobs
 from bondlm.models import Roles, wrap_lora
 
 LENGTHS, NEW, SAMPLES, SHARED = (16, 96), 64, 3, 64
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
@@ -39,24 +41,36 @@ def main() -> None:
     add_out(parser, "tricks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    work = Work(AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval(), args.prompts)
+    work = Work(AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().to(DEVICE), args.prompts)
     rows = {}
     for name, (with_it, without) in work.tricks().items():
-        seconds = [cpu_seconds(run, args.repeats) for run in (without, with_it)]
+        try:
+            seconds = [seconds_of(run, args.repeats) for run in (without, with_it)]
+        except Exception as error:  # noqa: BLE001  transformers' own batching wants kernels that not every machine has
+            print(f"{name:56} not measured: {type(error).__name__}: {error}", flush=True)
+            continue
         rows[name] = {"without": seconds[0], "with": seconds[1], "ratio": seconds[1] / seconds[0]}
         print(f"{name:56} {seconds[0]:7.2f} -> {seconds[1]:7.2f} s  x {seconds[1] / seconds[0]:.2f}", flush=True)
     setting = {name: getattr(args, name) for name in ("model", "threads", "prompts", "dtype")}
     append(args.out, {**setting, "tricks": rows})
 
 
-def cpu_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """CPU seconds of the fastest of `repeats` runs: the machine may be busy."""
+def seconds_of(run: Callable[[], Any], repeats: int) -> float:
+    """Of the fastest of `repeats` runs."""
     taken = []
     for _ in range(repeats):
-        began = time.process_time()
+        began = now()
         run()
-        taken.append(time.process_time() - began)
+        taken.append(now() - began)
     return min(taken)
+
+
+def now() -> float:
+    """CPU seconds, since the machine may be busy; on a GPU those of the clock, when all that was launched has run."""
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Work:
@@ -81,14 +95,14 @@ class Work:
         self.apart = [(p, [c]) for p, cs in self.groups for c in cs]
         self.rows = [(p, cs[0]) for p, cs in self.groups]
         self.alike_rows = [(p, c) for p, (_, c) in zip(self.alike, self.rows, strict=True)]
-        self.head = exact_head(model, CPU)
+        self.head = exact_head(model, DEVICE)
 
-    def draw(self, prompts: list[list[int]], num_samples: int) -> Any:
+    def draw(self, prompts: list[list[int]], num_samples: int, **settings: Any) -> Any:
         @contextmanager
         def use(role: str) -> Iterator[Any]:
             yield self.model
 
-        engine = TransformersEngine(use, eos_ids=self.eos_ids, pad_id=0)
+        engine = TransformersEngine(use, eos_ids=self.eos_ids, pad_id=0, **settings)
         seeds = list(range(len(prompts)))
         return engine.generate(prompts, num_samples, role="policy", max_new_tokens=NEW, seeds=seeds)
 
@@ -112,11 +126,12 @@ class Work:
         return patched_run
 
     def learn(self, groups: Any, head: Any) -> None:
-        sequence_logprobs(self.model, collate(groups, 0), head=head).sum().backward()
+        micro = {name: tensor.to(DEVICE) for name, tensor in collate(groups, 0).items()}
+        sequence_logprobs(self.model, micro, head=head).sum().backward()
         self.model.zero_grad()
 
     def score(self, rows: Any) -> None:
-        score_rows(self.model, rows, 0, start_id=None, device=CPU)
+        score_rows(self.model, rows, 0, start_id=None, device=DEVICE)
 
     @torch.no_grad()
     def continuous(self) -> None:
@@ -140,9 +155,14 @@ class Work:
         repeated = [p for p in self.prompts for _ in range(SAMPLES)]
         table: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
             "sample: a prompt's prefill is shared by its samples": (draw, lambda: self.draw(repeated, 1)),
+            "sample: prompts of similar length are prefilled together": (
+                draw,
+                self.patched("bondlm.engines.decoding.PADDING_WORTH_A_PASS", 10**9, draw),
+            ),
+            "sample: a step is a CUDA graph": (draw, lambda: self.draw(self.prompts, SAMPLES, cuda_graphs=False)),
             "sample: rows that ended leave the batch": (
                 draw,
-                self.patched("bondlm.engines.hf.COMPACT_BELOW", -1.0, draw),
+                self.patched("bondlm.engines.decoding.COMPACT_BELOW", -1.0, draw),
             ),
             "sample: the cache grows in place": (
                 draw,
@@ -180,6 +200,10 @@ class Work:
                 lambda: self.learn(self.groups, None),
             ),
         }
+        if DEVICE.type == "cpu":
+            del table["sample: a step is a CUDA graph"]
+        else:
+            del table["sample: prompts of similar length are prefilled together"]
         return table
 
 

@@ -4,10 +4,11 @@
 decoding time of a small model with as many key as query heads (`benchmarks/tricks.py`).
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -61,3 +62,14 @@ def growing_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def stacked(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """The rows of all caches, one below the other, in the first; shorter ones are filled up with zeros on the left."""
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        width = max(layer.keys.shape[2] for layer in layers)
+        for name in ("keys", "values"):
+            held = [getattr(layer, name) for layer in layers]
+            filled = [nn.functional.pad(states, (0, 0, width - states.shape[2], 0)) for states in held]
+            setattr(layers[0], name, torch.cat(filled))
+    return caches[0]

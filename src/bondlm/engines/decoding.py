@@ -2,20 +2,27 @@
 
 Both kinds have the same life: prefill P prompts once, `select` rows (to share a prompt among its samples, later to drop
 the rows that ended), and `step` by one token a row. What all prompts begin with (a system prompt, a chat template) is
-prefilled once for all of them.
+prefilled once for all of them, and on a CPU prompts of similar length are prefilled together.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from bondlm.adapters import RowAdapters
-from bondlm.engines.cache import decoder_config, growing_cache
-from bondlm.prefix import prefill_prefix, shared_prefix
+from bondlm.engines.cache import decoder_config, growing_cache, stacked
+from bondlm.engines.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState
+from bondlm.prefix import has_full_attention, prefill_prefix, shared_prefix
+
+# Copying the cache costs about as much as one step of the rows that it drops: wait until a quarter has ended.
+COMPACT_BELOW = 0.75
+# A forward pass of its own costs about as much as this many tokens of padding: the weights are read once more.
+PADDING_WORTH_A_PASS = 64
 
 
 class DecodingState(Protocol):
@@ -25,18 +32,33 @@ class DecodingState(Protocol):
         """Keep or repeat rows (long indices)."""
 
     def step(self, token_B: Tensor) -> Tensor:
-        """Feed one token a row; returns the next logits (B, V)."""
+        """Feed one token a row; returns the next logits (B, V), which are good until the next step."""
+
+    def compact_below(self, num_rows: int) -> float:
+        """The share of `num_rows` rows below which those that still run are worth a `select`."""
 
 
 def start_decoding(
-    model: Any, prompts: Sequence[Sequence[int]], pad_id: int, adapters: RowAdapters | None, adapter_P: Sequence[int]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    adapters: RowAdapters | None,
+    adapter_P: Sequence[int],
+    *,
+    max_new_tokens: int,
+    graphs: CudaGraphs,
 ) -> tuple[DecodingState, Tensor]:
     """Prefill `prompts`; returns the state of P rows and the first logits (P, V).
 
     With `adapters` prompt i is computed with adapter number `adapter_P[i]`.
     """
     if not model.config.is_encoder_decoder:
-        return _CausalState.start(model, prompts, pad_id, adapters, adapter_P)
+        state, logits = _CausalState.start(model, prompts, pad_id, adapters, adapter_P)
+        if not graphs.usable(model):
+            return state, logits
+        if not graphs.agrees(state.copied().step, state.copied().graphed(PROBED_STEPS, graphs).step, logits.argmax(-1)):
+            return state, logits
+        return state.graphed(max_new_tokens, graphs), logits
     if adapters is not None:
         adapters.set(adapter_P)
     # Padded right: an encoder with absolute positions (Bart) counts from the first column, padding or not.
@@ -51,6 +73,22 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, 
     ids = [fill + list(p) if left else list(p) + fill for fill, p in zip(fills, prompts, strict=True)]
     mask = [hidden + real if left else real + hidden for hidden, real in masks]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def similar_lengths(lengths: Sequence[int], model: Any) -> Iterator[range]:
+    """Cut rows, which come longest first, into those that are prefilled together.
+
+    A group ends before its padding costs more than a forward pass. On an accelerator, where a pass costs what launching
+    it costs, and in a model whose layers do not all see all tokens, all rows are one group.
+    """
+    begin, padding = 0, 0
+    if model.device.type == "cpu" and has_full_attention(model.config):
+        for i, length in enumerate(lengths):
+            padding += lengths[begin] - length
+            if padding > PADDING_WORTH_A_PASS:
+                yield range(begin, i)
+                begin, padding = i, 0
+    yield range(begin, len(lengths))
 
 
 class _CausalState:
@@ -73,14 +111,36 @@ class _CausalState:
         kinds = sorted(set(adapter_P))  # a common beginning is computed once an adapter
         if adapters is not None:
             adapters.set(kinds)
-        cache = prefill_prefix(model, prefix, growing_cache(model.config), rows=len(kinds))
-        if prefix:
-            cache.batch_select_indices(torch.tensor([kinds.index(kind) for kind in adapter_P], device=model.device))
+        cache_of_prefix = prefill_prefix(model, prefix, growing_cache(model.config), rows=len(kinds))
+        rests, prefills, logits = [p[len(prefix) :] for p in prompts], [], []
+        for group in similar_lengths([len(rest) for rest in rests], model):
+            kind_of_row = [adapter_P[i] for i in group]
+            if adapters is not None:
+                adapters.set(kind_of_row)
+            cache = copy.deepcopy(cache_of_prefix)
+            if prefix:
+                cache.batch_select_indices(torch.tensor([kinds.index(k) for k in kind_of_row], device=model.device))
+            prefill, logits_GV = cls._prefill(model, [rests[i] for i in group], pad_id, cache, len(prefix), adapters)
+            prefills.append(prefill)
+            logits.append(logits_GV)
         if adapters is not None:
             adapters.set(adapter_P)
-        ids_PS, mask_PS = padded([p[len(prefix) :] for p in prompts], pad_id, model.device, left=True)
-        mask_PS = torch.cat([mask_PS.new_ones(len(prompts), len(prefix)), mask_PS], dim=1)
-        positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)[:, len(prefix) :]  # padding is masked
+        return cls._joined(prefills), torch.cat(logits)
+
+    @classmethod
+    def _prefill(
+        cls,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        cache: DynamicCache,
+        seen: int,
+        adapters: RowAdapters | None,
+    ) -> tuple["_CausalState", Tensor]:
+        """Prefill what the prompts go on with after the `seen` tokens that the cache holds."""
+        ids_PS, mask_PS = padded(prompts, pad_id, model.device, left=True)
+        mask_PS = torch.cat([mask_PS.new_ones(len(prompts), seen), mask_PS], dim=1)
+        positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)[:, seen:]  # padding is masked
         out = model(
             input_ids=ids_PS,
             attention_mask=mask_PS,
@@ -92,6 +152,30 @@ class _CausalState:
             logits_to_keep=torch.tensor([ids_PS.shape[1] - 1], device=ids_PS.device),
         )
         return cls(model, cache, mask_PS, positions_PS[:, -1:], adapters), out.logits[:, -1]
+
+    @classmethod
+    def _joined(cls, parts: Sequence["_CausalState"]) -> "_CausalState":
+        """All rows in one state, padded left to the longest."""
+        first, width = parts[0], max(part._mask_BS.shape[1] for part in parts)
+        if len(parts) == 1:
+            return first
+        masks = [nn.functional.pad(part._mask_BS, (width - part._mask_BS.shape[1], 0)) for part in parts]
+        positions = torch.cat([part._position_B1 for part in parts])
+        cache = stacked([part._cache for part in parts])
+        return cls(first._model, cache, torch.cat(masks), positions, first._adapters)
+
+    def copied(self) -> "_CausalState":
+        """The same rows, to be stepped without a trace in this state; the adapters are shared."""
+        return _CausalState(self._model, copy.deepcopy(self._cache), self._mask_BS, self._position_B1, self._adapters)
+
+    def graphed(self, room: int, graphs: CudaGraphs) -> GraphedState:
+        """This state, to be stepped by CUDA graphs from now on."""
+        return GraphedState(
+            *(self._model, self._cache, self._mask_BS, self._position_B1, self._adapters), room=room, graphs=graphs
+        )
+
+    def compact_below(self, num_rows: int) -> float:
+        return COMPACT_BELOW
 
     def select(self, rows: Tensor) -> None:
         if self._adapters is not None:
@@ -135,6 +219,9 @@ class _Seq2SeqState:
         state = cls(model, cache, hidden, mask_PS, adapters)
         start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
         return state, state.step(start_P)
+
+    def compact_below(self, num_rows: int) -> float:
+        return COMPACT_BELOW
 
     def select(self, rows: Tensor) -> None:
         if self._adapters is not None:

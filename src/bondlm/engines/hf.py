@@ -22,11 +22,10 @@ from torch import Tensor
 from bondlm.adapters import RowAdapters, RowsNotKnownError
 from bondlm.engines.base import Completion, Role
 from bondlm.engines.budget import automatic_rows
+from bondlm.engines.cuda_graph import CudaGraphs
 from bondlm.engines.decoding import start_decoding
 from bondlm.errors import ResourceError
 
-# Copying the cache costs about as much as one step of the rows that it drops: wait until a quarter has ended.
-COMPACT_BELOW = 0.75
 Row = tuple[int, int]  # an index of what is wanted, a sample's number
 UseTogether = Callable[[Sequence[Role]], AbstractContextManager[tuple[Any, RowAdapters]] | None]
 
@@ -56,6 +55,7 @@ class TransformersEngine:
         pad_id: int,
         max_rows: int | None = None,
         use_together: UseTogether | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         """`eos_ids` end a completion; `pad_id` only fills; at most `max_rows` rows are decoded together.
 
@@ -66,6 +66,7 @@ class TransformersEngine:
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._max_rows = max_rows
+        self._graphs = CudaGraphs(wanted=cuda_graphs)
         self.on_prompts_done: Callable[[int], object] | None = None  # told how many more prompts are finished
 
     @torch.no_grad()
@@ -183,7 +184,8 @@ class TransformersEngine:
     ) -> list[Completion]:
         owners = list(dict.fromkeys(i for i, _ in chunk))
         prompts, adapter_P = [wanted[i].prompt for i in owners], [wanted[i].adapter for i in owners]
-        state, logits_PV = start_decoding(model, prompts, self._pad_id, adapters, adapter_P)
+        law: dict[str, Any] = {"max_new_tokens": uniforms.shape[1], "graphs": self._graphs}
+        state, logits_PV = start_decoding(model, prompts, self._pad_id, adapters, adapter_P, **law)
         device = logits_PV.device
         place = {i: position for position, i in enumerate(owners)}
         alive = torch.tensor([place[i] for i, _ in chunk], device=device)
@@ -205,7 +207,7 @@ class TransformersEngine:
             num_alive = int((~ended).sum())
             if num_alive == 0 or t == max_new_tokens - 1:
                 break
-            if num_alive <= COMPACT_BELOW * len(rows):
+            if num_alive <= state.compact_below(len(rows)) * len(rows):
                 keep = (~ended).nonzero().squeeze(1)
                 state.select(keep)
                 rows, token_B, ended = rows[keep], token_B[keep], ended[keep]

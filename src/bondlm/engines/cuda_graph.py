@@ -1,0 +1,205 @@
+"""Decoding on CUDA: a step is recorded once as a CUDA graph and then replayed.
+
+A step of one token a row is some hundred small kernels, and launching them one by one from Python takes longer than
+they run. A graph needs every tensor at a fixed place with a fixed shape: the cache is as long as it will get, a mask
+says which of it counts, and where the next token goes is a number on the device.
+
+Only a model that says that it can be compiled whole, and whose every layer sees every earlier token, is recorded. The
+first rollout compares it with the ordinary way, and falls back to that, with a warning, where the two differ.
+
+Shapes: B rows, L tokens of cache, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from bondlm.adapters import RowAdapters
+from bondlm.prefix import has_full_attention
+
+ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this long
+FEW_ROWS = 64  # of so few a step costs what its weights cost to read: dropping rows would only cost a new recording
+PROBED_STEPS = 3  # one unrecorded, one recorded, one replayed
+MOST_DIFFERENCE = 0.1  # total variation between two ways to compute a law; bf16 stays below it, a wrong mask does not
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+
+
+class CudaGraphs:
+    """Whether an engine records its steps: wanted, possible, and seen to give the model's own law."""
+
+    def __init__(self, *, wanted: bool = True) -> None:
+        """Nothing has been probed yet."""
+        self.wanted = wanted
+        self._probed = False
+
+    def usable(self, model: Any) -> bool:
+        """Whether `model` can be recorded at all; `agrees` says whether it should."""
+        return (
+            self.wanted
+            and model.device.type == "cuda"
+            and has_full_attention(model.config)
+            and model.config._attn_implementation == "sdpa"
+            and bool(getattr(model, "_can_compile_fullgraph", False))
+        )
+
+    @torch.no_grad()
+    def agrees(
+        self, ordinary: Callable[[Tensor], Tensor], recorded: Callable[[Tensor], Tensor], token_B: Tensor
+    ) -> bool:
+        """Whether both ways to step give the same laws; asked once, then remembered. Out of memory is raised.
+
+        Both are stepped: give it states that nobody needs.
+        """
+        if self._probed:
+            return self.wanted
+        try:
+            for _ in range(PROBED_STEPS):
+                mine, theirs = (step(token_B).float().softmax(dim=-1) for step in (recorded, ordinary))
+                difference = float((mine - theirs).abs().sum(dim=-1).max() / 2)
+                if not difference <= MOST_DIFFERENCE:  # NaN too
+                    return self.refuse(f"the laws of the next token differ by {difference:.2f} in total variation")
+                token_B = theirs.argmax(dim=-1)
+        except FAILURES as error:
+            if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+                raise
+            return self.refuse(error)
+        self._probed = True
+        return True
+
+    def refuse(self, reason: object) -> bool:
+        """Record no more, and say why."""
+        self._probed, self.wanted = True, False
+        text = (str(reason).splitlines() or [type(reason).__name__])[0]
+        warnings.warn(f"bondlm: this model decodes without CUDA graphs, which is slower ({text})", stacklevel=2)
+        return False
+
+
+def _recorded(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of what `work` launches, which is recorded and not run, and the tensor that a replay writes.
+
+    Not `torch.cuda.graph`: that empties the allocator's cache first, which would be filled anew at every rollout.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            result = work()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, result
+
+
+class FixedLayer(DynamicLayer):
+    """Keys and values (B, H, L, D) of all tokens there will be; those of a step go to `column` (1,)."""
+
+    def __init__(self, layer: Any, length: int, column: Tensor) -> None:
+        """Take over what `layer` holds, with room up to `length`; zeros, since a masked NaN would still be one."""
+        super().__init__()
+        self._column = column
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.keys, self.values = (_longer(held, length) for held in (layer.keys, layer.values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put one token of each row in its place; returns the whole, of which the mask hides the rest."""
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        keys.index_copy_(2, self._column, key_states)
+        values.index_copy_(2, self._column, value_states)
+        return keys, values
+
+
+def _longer(held: Tensor, length: int) -> Tensor:
+    rows, heads, width, size = held.shape
+    longer = held.new_zeros(rows, heads, length, size)
+    longer[:, :, :width] = held
+    return longer
+
+
+class GraphedState:
+    """Rows that are being decoded; see `engines.decoding.DecodingState`."""
+
+    def __init__(
+        self,
+        model: Any,
+        cache: DynamicCache,
+        mask_BS: Tensor,
+        position_B1: Tensor,
+        adapters: RowAdapters | None,
+        *,
+        room: int,
+        graphs: CudaGraphs,
+    ) -> None:
+        """Go on from a cache of S tokens a row, with room for `room` more."""
+        width = mask_BS.shape[1]
+        length = -(-(width + room) // ROUND_TO) * ROUND_TO
+        self._model, self._cache, self._adapters, self._graphs = model, cache, adapters, graphs
+        self._column = torch.tensor([width], device=mask_BS.device)
+        cache.layers = [FixedLayer(layer, length, self._column) for layer in cache.layers]
+        self._mask_BL = torch.nn.functional.pad(mask_BS.bool(), (0, length - width))
+        self._position_B1 = position_B1.clone()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._token_B1 = torch.zeros_like(self._position_B1)
+        self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # and the logits that it writes
+        self._is_warm = False
+
+    def compact_below(self, num_rows: int) -> float:
+        """Rows leave when at most this share of them still runs: a recording costs two ordinary steps."""
+        return 0.5 if num_rows > FEW_ROWS else 0.0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat rows (long indices): other shapes, another recording."""
+        if self._adapters is not None:
+            self._adapters.select(rows)
+        self._cache.batch_select_indices(rows)
+        self._mask_BL, self._position_B1 = self._mask_BL[rows], self._position_B1[rows]
+        self._forget()
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Feed one token a row; the logits (B, V) are good until the next step."""
+        self._token_B1.copy_(token_B.unsqueeze(1))
+        if self._graph is None and self._is_warm:
+            self._graph = self._recording()
+        if self._graph is None:
+            self._is_warm = (
+                True  # the first step of a shape makes what a recording may not: workspaces, adapters' masks
+            )
+            return self._forward()
+        graph, logits_BV = self._graph
+        graph.replay()
+        return logits_BV
+
+    def _recording(self) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        if not self._graphs.wanted or self._token_B1.device.type != "cuda":
+            return None
+        try:
+            return _recorded(self._forward)
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise
+            self._graphs.refuse(error)
+            return None
+
+    def _forward(self) -> Tensor:
+        """One step, all of it in place."""
+        self._mask_BL.index_fill_(1, self._column, True)
+        self._position_B1.add_(1)
+        out = self._model(
+            input_ids=self._token_B1,
+            attention_mask=self._mask_BL[:, None, None],
+            position_ids=self._position_B1,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._column.add_(1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
