@@ -13,7 +13,7 @@ run() {
 }
 case ${1:-check} in
   check)
-    run 150 python3 -m pytest -q -p no:cacheprovider -n 4 tests/test_cuda.py tests/engines/test_cuda_graph.py
+    run 150 python3 -m pytest -q --show-capture=no -p no:cacheprovider -n 4 tests/test_cuda.py tests/engines/test_cuda_graph.py
     ;;
   speed)
     peers() { run 150 python3 benchmarks/peers.py --dtype bfloat16 --tokens 256 --steps 3 --out "$results/peers.jsonl" "$@"; }
