@@ -16,11 +16,11 @@ case ${1:-check} in
     run 150 python3 -m pytest -q --show-capture=no -p no:cacheprovider -n 4 tests/test_cuda.py tests/engines/test_cuda_graph.py
     ;;
   speed)
-    peers() { run 150 python3 benchmarks/peers.py --dtype bfloat16 --tokens 256 --steps 3 --out "$results/peers.jsonl" "$@"; }
+    peers() { run 160 python3 benchmarks/peers.py --dtype bfloat16 --tokens 128 --steps 3 --out "$results/peers.jsonl" "$@"; }
     peers --size 500m --lora --against rloo grpo sft
-    peers --size 500m --against rloo grpo
+    peers --size 500m --against rloo grpo sft
     peers --size 1.3b --lora --lengths full --against rloo
-    run 60 python3 benchmarks/roofline.py --model runs/peers/500m --dtype bfloat16 --batch 64 256 --out "$results/roofline.jsonl"
-    run 120 python3 benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16 --out "$results/tricks.jsonl"
+    run 60 python3 benchmarks/roofline.py --model runs/peers/500m --dtype bfloat16 --batch 64 256 --profile --out "$results/roofline.jsonl"
+    run 120 python3 benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16 --prompts 64 --repeats 2 --out "$results/tricks.jsonl"
     ;;
 esac

@@ -54,9 +54,11 @@ def against_the_roof(args: argparse.Namespace, policy, batch: int, rate: float, 
             flush=True,
         )
     if args.profile:
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        on_gpu = DEVICE.type == "cuda"
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
             draw(engine, prompts, NEW)
-        print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45))
+        order = f"self_{DEVICE.type}_time_total"
+        print(seen.key_averages().table(sort_by=order, row_limit=20 if on_gpu else 12, max_name_column_width=60))
     setting = {name: getattr(args, name) for name in ("model", "lora", "threads", "dtype")}
     speeds = {"gflops": rate / 1e9, "gb_per_s": bandwidth / 1e9}
     append(args.out, {**setting, "batch": batch, **speeds, "phases": rows})

@@ -38,12 +38,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--only", default="", help="tricks whose name has this in it")
     add_out(parser, "tricks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     work = Work(AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval().to(DEVICE), args.prompts)
     rows = {}
     for name, (with_it, without) in work.tricks().items():
+        if args.only not in name:
+            continue
         try:
             seconds = [seconds_of(run, args.repeats) for run in (without, with_it)]
         except Exception as error:  # noqa: BLE001  transformers' own batching wants kernels that not every machine has
@@ -152,18 +155,20 @@ class Work:
             token = torch.multinomial(probs, 1).squeeze(1)
             return token, probs.gather(1, token.unsqueeze(1)).squeeze(1).log()
 
+        def roles() -> Any:
+            return self.draw_roles(together=True)
+
+        on_cpu, module = DEVICE.type == "cpu", "bondlm.engines."
+        never_compact = (module + "decoding.COMPACT_BELOW", -1.0) if on_cpu else (module + "cuda_graph.FEW_ROWS", 10**9)
         repeated = [p for p in self.prompts for _ in range(SAMPLES)]
         table: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
             "sample: a prompt's prefill is shared by its samples": (draw, lambda: self.draw(repeated, 1)),
             "sample: prompts of similar length are prefilled together": (
-                draw,
-                self.patched("bondlm.engines.decoding.PADDING_WORTH_A_PASS", 10**9, draw),
+                roles,
+                self.patched("bondlm.engines.decoding.PADDING_WORTH_A_PASS", 10**9, roles),
             ),
             "sample: a step is a CUDA graph": (draw, lambda: self.draw(self.prompts, SAMPLES, cuda_graphs=False)),
-            "sample: rows that ended leave the batch": (
-                draw,
-                self.patched("bondlm.engines.decoding.COMPACT_BELOW", -1.0, draw),
-            ),
+            "sample: rows that ended leave the batch": (draw, self.patched(*never_compact, draw)),
             "sample: the cache grows in place": (
                 draw,
                 self.patched("bondlm.engines.decoding.growing_cache", lambda c: DynamicCache(config=c), draw),
@@ -179,7 +184,7 @@ class Work:
                 ),
             ),
             "sample: policy and anchor, two adapters, in one batch": (
-                lambda: self.draw_roles(together=True),
+                roles,
                 lambda: self.draw_roles(together=False),
             ),
             "sample: instead of transformers' continuous batching": (draw, self.continuous),
@@ -200,7 +205,7 @@ class Work:
                 lambda: self.learn(self.groups, None),
             ),
         }
-        if DEVICE.type == "cpu":
+        if on_cpu:
             del table["sample: a step is a CUDA graph"]
         else:
             del table["sample: prompts of similar length are prefilled together"]

@@ -47,6 +47,7 @@ CONFIG_FIELDS = {
     "log_quantile",
     "max_completion_length",
     "max_prompt_length",
+    "cuda_graphs",
     "max_rows",
     "max_skipped_frac",
     "max_skipped_steps",

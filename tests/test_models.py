@@ -266,15 +266,22 @@ def test_the_reference_is_on_the_accelerator_only_while_it_is_used(monkeypatch: 
     """Full fine-tuning holds policy, optimizer and one anchor there. Seen by what is moved: no accelerator is here."""
     roles = Roles(tiny_causal(tiny_tokenizer()))
     moves: list[str] = []
-    for role, model in roles._copies.items():
-        monkeypatch.setattr(model, "to", lambda device, role=role: moves.append(f"{role} to {device}"))
+    monkeypatch.setattr(roles._copies["anchor"], "to", lambda device: moves.append(f"anchor to {device}"))
+    monkeypatch.setattr("bondlm.models._copied_to", lambda device, data: moves.append(str(device)) or data.clone())
     roles.to(torch.device("cuda"))
     assert moves == ["anchor to cuda"]
     with roles.use("anchor"), roles.use("policy"):
         assert moves == ["anchor to cuda"]
-    with roles.use("reference"):
-        assert moves[1:] == ["reference to cuda"]
-    assert moves[1:] == ["reference to cuda", "reference to cpu"]
+    reference = roles._copies["reference"]
+    at_rest = {name: (p.data_ptr(), p.clone()) for name, p in reference.named_parameters()}
+    with roles.use("reference") as model:
+        assert set(moves[1:]) == {"cuda"}
+        for name, p in model.named_parameters():
+            assert p.data_ptr() != at_rest[name][0]
+            assert torch.equal(p, at_rest[name][1])
+    for name, p in reference.named_parameters():  # the same memory again: nothing was copied back
+        assert p.data_ptr() == at_rest[name][0]
+    assert len(moves) == 1 + len([*reference.parameters(), *reference.buffers()])
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -155,6 +155,10 @@ class BONDConfig(TrainingArguments):
     max_rows: int | None = _field(
         None, "Most completions that are decoded together. Default: as many as fit into memory (on a CPU 96 at most)."
     )
+    cuda_graphs: bool = _field(
+        True,
+        "Transformers engine on CUDA: decode by replaying a recorded step. False if it gets in the way of something.",
+    )
     max_skipped_steps: int = _field(
         2, "Steps in a row whose gradient may be non-finite: they are skipped and counted. One more ends the run."
     )

@@ -287,15 +287,25 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def _visiting(model: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Have the model on `device` for as long as it is used: a third full model would crowd an accelerator."""
+    """Have the model on `device` for as long as it is used: a third full model would crowd an accelerator.
+
+    Its weights stay where they rest too, so that nothing needs to be copied back: nobody changes them there.
+    """
     if device is None or device.type == "cpu":
         yield
         return
-    model.to(device)
+    at_rest = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
     try:
+        for tensor, data in at_rest:
+            tensor.data = _copied_to(device, data)
         yield
     finally:
-        model.to("cpu")
+        for tensor, data in at_rest:
+            tensor.data = data
+
+
+def _copied_to(device: torch.device, data: torch.Tensor) -> torch.Tensor:
+    return data.to(device, non_blocking=True)
 
 
 @contextmanager
