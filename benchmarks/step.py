@@ -7,6 +7,7 @@ figure of a step is the median after one step of warm-up. Needs `pip install trl
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 from facts import add_out, append
 
@@ -59,7 +61,7 @@ def in_a_process(name: str, *options: str) -> dict:
         sys.exit(done.stdout + done.stderr)
     r = json.loads(lines[0][7:])
     print(
-        f"{name:8} wall {r['wall']:6.2f} s  cpu {r['cpu']:6.2f} s  generate {r['generate']:6.2f} s  "
+        f"{name:8} wall {r['wall']:6.2f} s  cpu {r['cpu']:6.2f} s  of it generation {r['generate']:6.2f} s  "
         f"peak {r['peak_gib']:.2f} GiB  mean completion {r['length']:.1f} tokens  {r['phases']}",
         flush=True,
     )
@@ -67,9 +69,11 @@ def in_a_process(name: str, *options: str) -> dict:
 
 
 def measure(trainer, threads: int) -> dict:
-    """Median wall clock and CPU seconds of its steps after the first, and how they were spent where it says so."""
+    """Median wall clock and CPU seconds of its steps after the first, of them generation's, and its own phases."""
     import torch
     from transformers import GenerationMixin, TrainerCallback
+
+    from bondlm.engines.hf import TransformersEngine
 
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()
@@ -80,6 +84,9 @@ def measure(trainer, threads: int) -> dict:
         if on_gpu:  # what was launched must also have run
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def busy() -> float:  # CPU seconds, since the machine may be; a GPU's are those of the clock
+        return clock() if on_gpu else time.process_time()
 
     class Timer(TrainerCallback):
         def now(self):
@@ -93,18 +100,22 @@ def measure(trainer, threads: int) -> dict:
             steps.append(tuple(b - a for a, b in zip(self.last, now, strict=True)))
             self.last = now
 
-    generate = GenerationMixin.generate  # what TRL samples with
+    def timed(work):
+        @functools.wraps(work)
+        def timed_work(*a, **k):
+            began = busy()
+            result = work(*a, **k)
+            generating[0] += busy() - began
+            return result
 
-    def timed(*a, **k):
-        began = clock()
-        result = generate(*a, **k)
-        generating[0] += clock() - began
-        return result
+        return timed_work
 
-    GenerationMixin.generate = timed
     trainer.add_callback(Timer())
-    trainer.train()
-    GenerationMixin.generate = generate
+    with (
+        patch.object(GenerationMixin, "generate", timed(GenerationMixin.generate)),  # what TRL samples with
+        patch.object(TransformersEngine, "_draw", timed(TransformersEngine._draw)),
+    ):
+        trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row][1:]
     names = [name for name in logs[0] if name.startswith("time/")]
     phases = {name[5:]: round(statistics.median(row[name] for row in logs), 2) for name in names}
@@ -113,7 +124,7 @@ def measure(trainer, threads: int) -> dict:
     return {
         "wall": wall,
         "cpu": cpu,
-        "generate": phases.get("generate", generation),
+        "generate": generation,
         "peak_gib": (torch.cuda.max_memory_allocated() if on_gpu else main_memory) / 2**30,  # a GPU's own
         "length": statistics.mean(mean_length(row) for row in logs),
         "phases": phases,

@@ -159,7 +159,9 @@ class Work:
             return self.draw_roles(together=True)
 
         on_cpu, module = DEVICE.type == "cpu", "bondlm.engines."
-        never_compact = (module + "decoding.COMPACT_BELOW", -1.0) if on_cpu else (module + "cuda_graph.FEW_ROWS", 10**9)
+        never_compact = (
+            (module + "decoding.COMPACT_BELOW_IN_PLACE", -1.0) if on_cpu else (module + "cuda_graph.FEW_ROWS", 10**9)
+        )
         repeated = [p for p in self.prompts for _ in range(SAMPLES)]
         table: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
             "sample: a prompt's prefill is shared by its samples": (draw, lambda: self.draw(repeated, 1)),
@@ -171,7 +173,7 @@ class Work:
             "sample: rows that ended leave the batch": (draw, self.patched(*never_compact, draw)),
             "sample: the cache grows in place": (
                 draw,
-                self.patched("bondlm.engines.decoding.growing_cache", lambda c: DynamicCache(config=c), draw),
+                self.patched(module + "decoding.growing_cache", lambda c, room: DynamicCache(config=c), draw),
             ),
             "sample: one uniform number a row, not multinomial": (
                 draw,

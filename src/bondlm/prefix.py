@@ -13,8 +13,9 @@ LEAST_SHARED = 8
 
 def has_full_attention(config: Any) -> bool:
     """Whether every layer sees every earlier token: no sliding window, no recurrence, no encoder."""
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return not config.is_encoder_decoder and layers == {"full_attention"} and not getattr(config, "sliding_window", 0)
+    text = config.get_text_config(decoder=True)  # of a model that sees images too, its language model's
+    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    return not config.is_encoder_decoder and layers == {"full_attention"} and not getattr(text, "sliding_window", 0)
 
 
 def shared_prefix(config: Any, prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -8,7 +8,7 @@ from tiny import tiny_causal, tiny_gpt2, tiny_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, MistralConfig
 
-from bondlm.engines.cache import ROOM, GrowingLayer, growing_cache
+from bondlm.engines.cache import ROOM, GrowingLayer, gaps_filled, growing_cache, moves_rows_in_place
 
 TOKENIZER = tiny_tokenizer()
 
@@ -51,12 +51,45 @@ def test_it_holds_what_a_joined_cache_holds_whatever_happens_to_its_rows(build: 
 def test_tokens_are_written_in_place_until_the_room_is_used_up() -> None:
     model = tiny_causal(TOKENIZER)
     cache: Any = growing_cache(model.config)
+    feed(model, cache, torch.full((2, 4), 7))
+    cache.batch_select_indices(torch.tensor([0, 1, 1]))
     addresses = []
-    for width in [4] + [1] * (ROOM + 1):
-        feed(model, cache, torch.full((2, width), 7))
+    for _ in range(ROOM + 1):
+        feed(model, cache, torch.full((3, 1), 7))
         addresses.append(cache.layers[0].keys.data_ptr())
-    assert len(set(addresses[: ROOM + 1])) == 1
+    assert len(set(addresses[:ROOM])) == 1
     assert addresses[-1] != addresses[0]
+
+
+@torch.no_grad()
+def test_rows_that_go_leave_gaps_that_others_fill_in_place() -> None:
+    model, generator = tiny_causal(TOKENIZER), torch.Generator().manual_seed(0)
+    cache: Any = growing_cache(model.config, room=2)
+    feed(model, cache, torch.randint(3, 300, (9, 4), generator=generator))
+    cache.batch_select_indices(torch.arange(9))
+    address = cache.layers[0].keys.data_ptr()
+    for keep in ([1, 0, 1, 1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [0, 0, 0, 1]):
+        before = [tensor.clone() for tensor in held(cache)]
+        rows = gaps_filled(torch.tensor(keep, dtype=torch.bool))
+        assert sorted(rows.tolist()) == [i for i, kept in enumerate(keep) if kept]
+        cache.batch_select_indices(rows)
+        for was, now in zip(before, held(cache), strict=True):
+            assert torch.equal(now, was[rows])
+        assert cache.layers[0].keys.data_ptr() == address
+    assert moves_rows_in_place(cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0], [1, 2], [2, 2], [2, 1]])
+def test_rows_in_an_order_that_would_overwrite_others_are_copied(rows: list[int]) -> None:
+    model, generator = tiny_causal(TOKENIZER), torch.Generator().manual_seed(0)
+    cache: Any = growing_cache(model.config)
+    feed(model, cache, torch.randint(3, 300, (3, 4), generator=generator))
+    cache.batch_select_indices(torch.arange(3))
+    before = [tensor.clone() for tensor in held(cache)]
+    cache.batch_select_indices(torch.tensor(rows))
+    for was, now in zip(before, held(cache), strict=True):
+        assert torch.equal(now, was[rows])
 
 
 def test_a_sliding_window_keeps_its_own_layer() -> None:

@@ -14,7 +14,7 @@ from bondlm.engines.choose import engine_choice
     ("settings", "said"),
     [
         ({"engine": "auto", "device": torch.device("cpu")}, "16 times slower on CPUs"),
-        ({"engine": "auto", "device": torch.device("cuda")}, "11 times slower on an H200"),
+        ({"engine": "auto", "device": torch.device("cuda")}, "9 to 11 times slower on an H200"),
         ({"engine": "auto", "device": torch.device("mps")}, "compared on CPUs and CUDA alone, not on mps"),
         ({"engine": "transformers", "device": torch.device("cpu")}, "engine: transformers$"),
         ({"engine": "vllm", "vllm_server": "auto"}, "engine: vllm, a server of this run$"),

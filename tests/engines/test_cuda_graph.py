@@ -7,13 +7,14 @@ and only the recording itself is left to tests that are skipped there.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
-from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, Gemma3Config, MixtralConfig, MixtralForCausalLM
 
 from bondlm.engines.cuda_graph import CudaGraphs
 from bondlm.engines.hf import TransformersEngine
@@ -157,6 +158,13 @@ def test_what_is_never_recorded() -> None:
     assert graphs.usable(tiny_causal(TOKENIZER))
     assert not CudaGraphs(wanted=False).usable(tiny_causal(TOKENIZER))
     assert not graphs.usable(tiny_t5(TOKENIZER))  # its positions are counted in Python
+    sees_images = deepcopy(tiny_causal(TOKENIZER))  # Gemma 3: the window is in the config of its language model
+    sees_images.config = Gemma3Config(text_config={"sliding_window": 16, "num_hidden_layers": 2})
+    sees_images.config._attn_implementation = "sdpa"
+    assert not graphs.usable(sees_images)
+    spread = tiny_causal(TOKENIZER)
+    spread.hf_device_map = {"": 0}
+    assert not graphs.usable(spread)
     eager = tiny_causal(TOKENIZER)
     eager.set_attn_implementation("eager")
     assert not graphs.usable(eager)
@@ -183,4 +191,9 @@ def test_a_recording_replays_and_a_model_that_cannot_be_recorded_goes_on_without
     with pytest.warns(UserWarning, match="without CUDA graphs"):
         samples = drawn(engine, 2)
     assert samples == drawn(engine_of(experts, cuda_graphs=False), 2)
-    assert drawn(engine_of(tiny_causal(TOKENIZER).cuda()), 2)  # the device is as usable as before
+    torch.cuda.empty_cache()  # the device is as usable as before
+    held = torch.cuda.memory_reserved()
+    torch.rand(2**20, device="cuda")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == held
+    assert drawn(engine_of(tiny_causal(TOKENIZER).cuda()), 2)

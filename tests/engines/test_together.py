@@ -47,9 +47,13 @@ def count_calls(model: nn.Module) -> list[int]:
     return calls
 
 
+@pytest.mark.parametrize("worth_a_pass", [64, 0])  # with 0 every length is prefilled by itself
 @pytest.mark.parametrize("max_rows", [None, 5])
 @pytest.mark.parametrize("kind", MODELS)
-def test_one_batch_gives_what_each_role_gives_alone(kind: str, max_rows: int | None) -> None:
+def test_one_batch_gives_what_each_role_gives_alone(
+    kind: str, max_rows: int | None, worth_a_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bondlm.engines.decoding.PADDING_WORTH_A_PASS", worth_a_pass)
     roles = roles_of(kind)
     calls = count_calls(roles.core)
     alone = engine_of(roles, together=False, max_rows=max_rows).generate_roles(IDS, WANTED, max_new_tokens=12)

@@ -1,7 +1,7 @@
 """A key-value cache with room to grow: a token is written into place instead of copying all that came before it.
 
-`DynamicCache` joins the old and the new keys at every token, which copies the whole cache each time: a fifth of the
-decoding time of a small model with as many key as query heads (`benchmarks/tricks.py`).
+`DynamicCache` joins the old and the new keys at every token and indexes them whenever a row leaves, which copies the
+whole cache each time, into memory that the operating system has to find first (`benchmarks/tricks.py`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens that the buffers are longer than what they hold when they are made
+ROOM = 64  # tokens that a buffer which was too short gets beyond those that it must hold
 
 
 class GrowingLayer(DynamicLayer):
@@ -20,32 +20,84 @@ class GrowingLayer(DynamicLayer):
 
     _buffers: tuple[Tensor, Tensor] | None = None
 
+    def __init__(self, room: int = ROOM) -> None:
+        """Selected rows get room for so many tokens more."""
+        super().__init__()
+        self._room = room
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the new keys and values; returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
         old = self.get_seq_length()
+        if old == 0:
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
         new = old + key_states.shape[2]
-        if self._buffers is None or not _is_view(keys, self._buffers[0]) or new > self._buffers[0].shape[2]:
-            self._buffers = (_longer(keys, key_states, new), _longer(values, value_states, new))
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, old:new] = states
-        self.keys, self.values = (buffer[:, :, :new] for buffer in self._buffers)
+        if not self._is_buffered() or new > self._held_by_buffers()[0].shape[2]:
+            everything = torch.arange(len(key_states), device=key_states.device)
+            self._take(everything, new - old + ROOM)
+        for buffer, states in zip(self._held_by_buffers(), (key_states, value_states), strict=True):
+            buffer[: len(states), :, old:new] = states
+        return self._show(len(key_states), new)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep or repeat rows. On a CPU, where new memory is dear, rows that only fill gaps are moved in place."""
+        if self.get_seq_length() == 0:
+            return
+        if self.moves_in_place() and _fills_gaps(rows := indices.tolist()):
+            for held in (cast(Tensor, self.keys), cast(Tensor, self.values)):
+                for i, row in enumerate(rows):
+                    if i != row:
+                        held[i] = held[row]
+            self._show(len(rows), self.get_seq_length())
+        else:
+            self._take(indices, self._room)
+
+    def _take(self, indices: Tensor, room: int) -> None:
+        """Move these rows to new buffers, with room for more tokens."""
+        length = self.get_seq_length()
+        buffers = []
+        for held in (cast(Tensor, self.keys), cast(Tensor, self.values)):
+            _, heads, _, size = held.shape
+            buffer = held.new_empty(len(indices), heads, length + room, size)
+            torch.index_select(held, 0, indices, out=buffer[:, :, :length])
+            buffers.append(buffer)
+        self._buffers = (buffers[0], buffers[1])
+        self._show(len(indices), length)
+
+    def _show(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self._held_by_buffers())
         return self.keys, self.values
+
+    def moves_in_place(self) -> bool:
+        """Whether rows can be dropped without new memory."""
+        return self._is_buffered() and cast(Tensor, self.keys).device.type == "cpu"
+
+    def _is_buffered(self) -> bool:
+        """Whether what is held is still a part of the buffers: others than this class make new tensors of it."""
+        return self._buffers is not None and _is_view(cast(Tensor, self.keys), self._buffers[0])
+
+    def _held_by_buffers(self) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], self._buffers)
+
+
+def _fills_gaps(rows: Sequence[int]) -> bool:
+    """Whether row i stays where it is or comes from behind all that stay, so that no row overwrites one to come."""
+    return all(row == i or row >= len(rows) for i, row in enumerate(rows)) and len(set(rows)) == len(rows)
+
+
+def gaps_filled(keep_B: Tensor) -> Tensor:
+    """Indices of the rows to keep (a mask), those at the end moved into the gaps of those that go."""
+    count = int(keep_B.sum())
+    rows = torch.arange(count, device=keep_B.device)
+    rows[~keep_B[:count]] = keep_B[count:].nonzero().squeeze(1) + count
+    return rows
 
 
 def _is_view(held: Tensor, buffer: Tensor) -> bool:
     """Whether `held` is still a part of the buffer: selecting or repeating rows makes new tensors."""
     return held.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
-
-
-def _longer(held: Tensor, states: Tensor, length: int) -> Tensor:
-    rows, heads, _, size = states.shape
-    buffer = torch.empty(rows, heads, length + ROOM, size, dtype=states.dtype, device=states.device)
-    if held.numel():
-        buffer[:, :, : held.shape[2]] = held
-    return buffer
 
 
 def decoder_config(model: Any) -> Any:
@@ -57,11 +109,24 @@ def decoder_config(model: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def growing_cache(config: Any) -> DynamicCache:
-    """A `DynamicCache` whose full-attention layers grow in place; other kinds of layers are as they are."""
+def growing_cache(config: Any, room: int = ROOM) -> DynamicCache:
+    """A `DynamicCache` whose full-attention layers grow in place; other kinds of layers are as they are.
+
+    `room` is for how many tokens selected rows get memory at once.
+    """
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def grows(cache: DynamicCache) -> bool:
+    """Whether all layers are growing ones, none shared with another or of another kind."""
+    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+
+
+def moves_rows_in_place(cache: DynamicCache) -> bool:
+    """Whether dropping a few rows costs no more than moving as many others."""
+    return all(isinstance(layer, GrowingLayer) and layer.moves_in_place() for layer in cache.layers)
 
 
 def stacked(caches: Sequence[DynamicCache]) -> DynamicCache:

@@ -12,6 +12,7 @@ Shapes: B rows, L tokens of cache, V vocabulary.
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,8 @@ ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this l
 FEW_ROWS = 256  # a step of fewer costs much the same (H200): dropping rows would only cost a new recording
 PROBED_STEPS = 3  # one unrecorded, one recorded, one replayed
 MOST_DIFFERENCE = 0.1  # total variation between two ways to compute a law; bf16 stays below it, a wrong mask does not
+Step = Callable[[Tensor], Tensor]
+Recording = tuple[torch.cuda.CUDAGraph, Tensor]  # and the logits that a replay writes
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
@@ -37,30 +40,31 @@ class CudaGraphs:
         """Nothing has been probed yet."""
         self.wanted = wanted
         self._probed = False
+        self._stream: torch.cuda.Stream | None = None  # one for all: each keeps workspaces of its own
 
     def usable(self, model: Any) -> bool:
         """Whether `model` can be recorded at all; `agrees` says whether it should."""
         return (
             self.wanted
             and model.device.type == "cuda"
+            and getattr(model, "hf_device_map", None) is None  # layers on several devices
             and has_full_attention(model.config)
             and model.config._attn_implementation == "sdpa"
             and bool(getattr(model, "_can_compile_fullgraph", False))
         )
 
     @torch.no_grad()
-    def agrees(
-        self, ordinary: Callable[[Tensor], Tensor], recorded: Callable[[Tensor], Tensor], token_B: Tensor
-    ) -> bool:
+    def agrees(self, copies: Callable[[], tuple[Step, Step]], token_B: Tensor) -> bool:
         """Whether both ways to step give the same laws; asked once, then remembered. Out of memory is raised.
 
-        Both are stepped: give it states that nobody needs.
+        `copies` makes what is stepped, ordinary and recorded, of states that nobody needs.
         """
         if self._probed:
             return self.wanted
         try:
+            ways = copies()
             for _ in range(PROBED_STEPS):
-                mine, theirs = (step(token_B).float().softmax(dim=-1) for step in (recorded, ordinary))
+                theirs, mine = (step(token_B).float().softmax(dim=-1) for step in ways)
                 difference = float((mine - theirs).abs().sum(dim=-1).max() / 2)
                 if not difference <= MOST_DIFFERENCE:  # NaN too
                     return self.refuse(f"the laws of the next token differ by {difference:.2f} in total variation")
@@ -79,22 +83,47 @@ class CudaGraphs:
         warnings.warn(f"bondlm: this model decodes without CUDA graphs, which is slower ({text})", stacklevel=2)
         return False
 
+    def record(self, work: Callable[[], Tensor], device: torch.device) -> Recording | None:
+        """What `work` launches, recorded and not run, and the tensor that a replay writes; None if it cannot be."""
+        if not self.wanted or device.type != "cuda":
+            return None
+        for attempt in range(2):
+            try:
+                with torch.cuda.device(device):
+                    self._stream = self._stream or torch.cuda.Stream()
+                    return _recorded(work, self._stream)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    self.refuse(error)
+                    return None
+                if attempt:
+                    raise
+                torch.cuda.empty_cache()  # a recording cannot use what the allocator keeps
+        return None
 
-def _recorded(work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of what `work` launches, which is recorded and not run, and the tensor that a replay writes.
 
-    Not `torch.cuda.graph`: that empties the allocator's cache first, which would be filled anew at every rollout.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+def _recorded(work: Callable[[], Tensor], stream: torch.cuda.Stream) -> Recording:
+    """Not `torch.cuda.graph`: that empties the allocator's cache first, which would be filled anew at every rollout."""
+    graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             result = work()
-        finally:
             graph.capture_end()
+        except RuntimeError:
+            _abandon(graph)
+            raise
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result
+
+
+def _abandon(graph: torch.cuda.CUDAGraph) -> None:
+    """End a recording that failed; PyTorch itself leaves its allocator believing that it goes on."""
+    with suppress(RuntimeError):
+        graph.capture_end()
+    with suppress(RuntimeError):  # it did end
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
 
 
 class FixedLayer(DynamicLayer):
@@ -148,7 +177,7 @@ class GraphedState:
 
     def _forget(self) -> None:
         self._token_B1 = torch.zeros_like(self._position_B1)
-        self._graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None  # and the logits that it writes
+        self._graph: Recording | None = None
         self._is_warm = False
 
     def compact_below(self, num_rows: int) -> float:
@@ -167,7 +196,7 @@ class GraphedState:
         """Feed one token a row; the logits (B, V) are good until the next step."""
         self._token_B1.copy_(token_B.unsqueeze(1))
         if self._graph is None and self._is_warm:
-            self._graph = self._recording()
+            self._graph = self._graphs.record(self._forward, self._token_B1.device)
         if self._graph is None:
             self._is_warm = (
                 True  # the first step of a shape makes what a recording may not: workspaces, adapters' masks
@@ -176,17 +205,6 @@ class GraphedState:
         graph, logits_BV = self._graph
         graph.replay()
         return logits_BV
-
-    def _recording(self) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
-        if not self._graphs.wanted or self._token_B1.device.type != "cuda":
-            return None
-        try:
-            return _recorded(self._forward)
-        except RuntimeError as error:
-            if should_reduce_batch_size(error):
-                raise
-            self._graphs.refuse(error)
-            return None
 
     def _forward(self) -> Tensor:
         """One step, all of it in place."""

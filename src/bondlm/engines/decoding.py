@@ -6,6 +6,7 @@ prefilled once for all of them, and on a CPU prompts of similar length are prefi
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -15,12 +16,13 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from bondlm.adapters import RowAdapters
-from bondlm.engines.cache import decoder_config, growing_cache, stacked
-from bondlm.engines.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState
+from bondlm.engines.cache import decoder_config, growing_cache, grows, moves_rows_in_place, stacked
+from bondlm.engines.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState, Step
 from bondlm.prefix import has_full_attention, prefill_prefix, shared_prefix
 
-# Copying the cache costs about as much as one step of the rows that it drops: wait until a quarter has ended.
-COMPACT_BELOW = 0.75
+# Where dropping a row moves at most one other, rows leave as they end. Copying the whole cache costs about as much as
+# one step of the rows that it drops: wait until a quarter has ended.
+COMPACT_BELOW_IN_PLACE, COMPACT_BELOW = 1.0, 0.75
 # A forward pass of its own costs about as much as this many tokens of padding: the weights are read once more.
 PADDING_WORTH_A_PASS = 64
 
@@ -53,16 +55,18 @@ def start_decoding(
     With `adapters` prompt i is computed with adapter number `adapter_P[i]`.
     """
     if not model.config.is_encoder_decoder:
-        state, logits = _CausalState.start(model, prompts, pad_id, adapters, adapter_P)
-        if not graphs.usable(model):
-            return state, logits
-        if not graphs.agrees(state.copied().step, state.copied().graphed(PROBED_STEPS, graphs).step, logits.argmax(-1)):
-            return state, logits
-        return state.graphed(max_new_tokens, graphs), logits
+        state, logits = _CausalState.start(model, prompts, pad_id, adapters, adapter_P, room=max_new_tokens)
+
+        def copies() -> tuple[Step, Step]:
+            return state.copied().step, state.copied().graphed(max_new_tokens, graphs).step
+
+        if graphs.usable(model) and grows(state.cache) and graphs.agrees(copies, logits.argmax(-1)):
+            return state.graphed(max_new_tokens, graphs), logits
+        return state, logits
     if adapters is not None:
         adapters.set(adapter_P)
     # Padded right: an encoder with absolute positions (Bart) counts from the first column, padding or not.
-    return _Seq2SeqState.start(model, *padded(prompts, pad_id, model.device, left=False), adapters)
+    return _Seq2SeqState.start(model, *padded(prompts, pad_id, model.device, left=False), adapters, room=max_new_tokens)
 
 
 def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -75,19 +79,17 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, 
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def similar_lengths(lengths: Sequence[int], model: Any) -> Iterator[range]:
+def similar_lengths(lengths: Sequence[int], *, worth_a_pass: float) -> Iterator[range]:
     """Cut rows, which come longest first, into those that are prefilled together.
 
-    A group ends before its padding costs more than a forward pass. On an accelerator, where a pass costs what launching
-    it costs, and in a model whose layers do not all see all tokens, all rows are one group.
+    A group ends before its padding has more tokens than are worth a forward pass.
     """
     begin, padding = 0, 0
-    if model.device.type == "cpu" and has_full_attention(model.config):
-        for i, length in enumerate(lengths):
-            padding += lengths[begin] - length
-            if padding > PADDING_WORTH_A_PASS:
-                yield range(begin, i)
-                begin, padding = i, 0
+    for i, length in enumerate(lengths):
+        padding += lengths[begin] - length
+        if padding > worth_a_pass:
+            yield range(begin, i)
+            begin, padding = i, 0
     yield range(begin, len(lengths))
 
 
@@ -95,7 +97,7 @@ class _CausalState:
     def __init__(
         self, model: Any, cache: DynamicCache, mask_BS: Tensor, position_B1: Tensor, adapters: RowAdapters | None
     ) -> None:
-        self._model, self._cache, self._mask_BS, self._position_B1 = model, cache, mask_BS, position_B1
+        self._model, self.cache, self._mask_BS, self._position_B1 = model, cache, mask_BS, position_B1
         self._adapters = adapters
 
     @classmethod
@@ -106,14 +108,19 @@ class _CausalState:
         pad_id: int,
         adapters: RowAdapters | None,
         adapter_P: Sequence[int],
+        *,
+        room: int,
     ) -> tuple["_CausalState", Tensor]:
         prefix = shared_prefix(model.config, prompts)
         kinds = sorted(set(adapter_P))  # a common beginning is computed once an adapter
         if adapters is not None:
             adapters.set(kinds)
-        cache_of_prefix = prefill_prefix(model, prefix, growing_cache(model.config), rows=len(kinds))
+        cache_of_prefix = prefill_prefix(model, prefix, growing_cache(model.config, room), rows=len(kinds))
+        # On an accelerator a pass costs what launching it costs; layers that see a part of the tokens cannot be joined.
+        joins = model.device.type == "cpu" and has_full_attention(model.config) and grows(cache_of_prefix)
+        worth_a_pass = PADDING_WORTH_A_PASS if joins else math.inf
         rests, prefills, logits = [p[len(prefix) :] for p in prompts], [], []
-        for group in similar_lengths([len(rest) for rest in rests], model):
+        for group in similar_lengths([len(rest) for rest in rests], worth_a_pass=worth_a_pass):
             kind_of_row = [adapter_P[i] for i in group]
             if adapters is not None:
                 adapters.set(kind_of_row)
@@ -161,26 +168,32 @@ class _CausalState:
             return first
         masks = [nn.functional.pad(part._mask_BS, (width - part._mask_BS.shape[1], 0)) for part in parts]
         positions = torch.cat([part._position_B1 for part in parts])
-        cache = stacked([part._cache for part in parts])
+        cache = stacked([part.cache for part in parts])
         return cls(first._model, cache, torch.cat(masks), positions, first._adapters)
 
     def copied(self) -> "_CausalState":
         """The same rows, to be stepped without a trace in this state; the adapters are shared."""
-        return _CausalState(self._model, copy.deepcopy(self._cache), self._mask_BS, self._position_B1, self._adapters)
+        return _CausalState(self._model, copy.deepcopy(self.cache), self._mask_BS, self._position_B1, self._adapters)
 
     def graphed(self, room: int, graphs: CudaGraphs) -> GraphedState:
         """This state, to be stepped by CUDA graphs from now on."""
         return GraphedState(
-            *(self._model, self._cache, self._mask_BS, self._position_B1, self._adapters), room=room, graphs=graphs
+            self._model,
+            self.cache,
+            self._mask_BS,
+            self._position_B1,
+            self._adapters,
+            room=max(room, PROBED_STEPS),
+            graphs=graphs,
         )
 
     def compact_below(self, num_rows: int) -> float:
-        return COMPACT_BELOW
+        return COMPACT_BELOW_IN_PLACE if moves_rows_in_place(self.cache) else COMPACT_BELOW
 
     def select(self, rows: Tensor) -> None:
         if self._adapters is not None:
             self._adapters.select(rows)
-        self._cache.batch_select_indices(rows)
+        self.cache.batch_select_indices(rows)
         self._mask_BS, self._position_B1 = self._mask_BS[rows], self._position_B1[rows]
 
     def step(self, token_B: Tensor) -> Tensor:
@@ -190,7 +203,7 @@ class _CausalState:
             input_ids=token_B.unsqueeze(1),
             attention_mask=self._mask_BS,
             position_ids=self._position_B1,
-            past_key_values=self._cache,
+            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -211,11 +224,13 @@ class _Seq2SeqState:
 
     @classmethod
     def start(
-        cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None
+        cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None, *, room: int
     ) -> tuple["_Seq2SeqState", Tensor]:
         hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
         config = decoder_config(model)
-        cache = EncoderDecoderCache(growing_cache(config), DynamicCache(config=config))  # the prompt does not grow
+        cache = EncoderDecoderCache(
+            growing_cache(config, room), growing_cache(config, room=0)
+        )  # the prompt does not grow
         state = cls(model, cache, hidden, mask_PS, adapters)
         start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
         return state, state.step(start_P)

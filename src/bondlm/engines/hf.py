@@ -22,6 +22,7 @@ from torch import Tensor
 from bondlm.adapters import RowAdapters, RowsNotKnownError
 from bondlm.engines.base import Completion, Role
 from bondlm.engines.budget import automatic_rows
+from bondlm.engines.cache import gaps_filled
 from bondlm.engines.cuda_graph import CudaGraphs
 from bondlm.engines.decoding import start_decoding
 from bondlm.errors import ResourceError
@@ -207,8 +208,8 @@ class TransformersEngine:
             num_alive = int((~ended).sum())
             if num_alive == 0 or t == max_new_tokens - 1:
                 break
-            if num_alive <= state.compact_below(len(rows)) * len(rows):
-                keep = (~ended).nonzero().squeeze(1)
+            if num_alive < len(rows) and num_alive <= state.compact_below(len(rows)) * len(rows):
+                keep = gaps_filled(~ended)
                 state.select(keep)
                 rows, token_B, ended = rows[keep], token_B[keep], ended[keep]
             logits_BV = state.step(token_B)
