@@ -61,7 +61,10 @@ class GrowingLayer(DynamicLayer):
         for held in (cast(Tensor, self.keys), cast(Tensor, self.values)):
             _, heads, _, size = held.shape
             buffer = held.new_empty(len(indices), heads, length + room, size)
-            torch.index_select(held, 0, indices, out=buffer[:, :, :length])
+            if held.device.type == "cpu":  # straight into its place
+                torch.index_select(held, 0, indices, out=buffer[:, :, :length])
+            else:
+                buffer[:, :, :length] = held[indices]
             buffers.append(buffer)
         self._buffers = (buffers[0], buffers[1])
         self._show(len(indices), length)

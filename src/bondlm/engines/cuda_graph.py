@@ -198,9 +198,8 @@ class GraphedState:
         if self._graph is None and self._is_warm:
             self._graph = self._graphs.record(self._forward, self._token_B1.device)
         if self._graph is None:
-            self._is_warm = (
-                True  # the first step of a shape makes what a recording may not: workspaces, adapters' masks
-            )
+            # The first step of a shape is not recorded: it makes what a recording may not, the adapters' masks.
+            self._is_warm = True
             return self._forward()
         graph, logits_BV = self._graph
         graph.replay()
