@@ -3,13 +3,14 @@
 #     bash benchmarks/on_gpu.sh check
 #     bash benchmarks/on_gpu.sh speed [folder for the results, default benchmarks/results]
 # Each line has a time limit of its own, so that one that hangs does not take the others with it.
-set -u
+set -uo pipefail
+failed=0
 results=${2:-benchmarks/results}
 run() {
   local limit=$1
   shift
   echo "--- $*"
-  timeout "$limit" "$@" 2>&1 | grep -v -E "Loading weights|Writing model|Warning|warnings.warn"
+  timeout "$limit" "$@" 2>&1 | grep -v -E "Loading weights|Writing model|Warning|warnings.warn" || failed=1
 }
 case ${1:-check} in
   check)
@@ -24,3 +25,4 @@ case ${1:-check} in
     run 120 python3 benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16 --prompts 64 --repeats 2 --out "$results/tricks.jsonl"
     ;;
 esac
+exit $failed

@@ -4,7 +4,7 @@
     python benchmarks/peers.py --size 6m --threads 1 --lengths full
     python benchmarks/peers.py --size 6m --threads 1 --settings default
     python benchmarks/peers.py --size 100m --lora --threads 2
-    python benchmarks/peers.py --size 500m --lora --dtype bfloat16 --tokens 256      # with a GPU
+    python benchmarks/peers.py --size 500m --lora --dtype bfloat16 --tokens 128      # with a GPU
 
 The models are random (made from a config into runs/peers), so what they say does not matter, only what it costs. All
 draw 48 completions of at most 64 tokens a step, of prompts of 16 to 96 tokens, and score them with the same reward

@@ -6,7 +6,7 @@ and only the recording itself is left to tests that are skipped there.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -151,6 +151,36 @@ def test_out_of_memory_is_no_reason_to_do_without() -> None:
     with pytest.warns(UserWarning, match="out of memory with 18 rows, going on with 9"):
         assert drawn(engine, 3) == expected
     assert engine._graphs.wanted
+
+
+def attempts_of(outcomes: list[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """Record with recordings that end as `outcomes` say; returns the result and what was done in between."""
+    done: list[str] = []
+
+    def recorded(work: Any, stream: Any) -> Any:
+        done.append("record")
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("bondlm.engines.cuda_graph._recorded", recorded)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: object())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    return CudaGraphs().record(lambda: torch.zeros(1), torch.device("cuda")), done
+
+
+def test_a_recording_without_memory_is_tried_again_in_an_emptied_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert attempts_of([full, "recording"], monkeypatch) == ("recording", ["record", "empty", "record"])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attempts_of([full, full], monkeypatch)
+
+
+def test_a_recording_that_fails_otherwise_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match=r"without CUDA graphs.*operation not permitted"):
+        assert attempts_of([RuntimeError("operation not permitted")], monkeypatch) == (None, ["record"])
 
 
 def test_what_is_never_recorded() -> None:

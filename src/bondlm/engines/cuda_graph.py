@@ -25,7 +25,7 @@ from bondlm.adapters import RowAdapters
 from bondlm.prefix import has_full_attention
 
 ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this long
-FEW_ROWS = 256  # a step of fewer costs much the same (H200): dropping rows would only cost a new recording
+FEW_ROWS = 256  # dropping some of 192 rows cost more, for a new recording, than it saved (H200)
 PROBED_STEPS = 3  # one unrecorded, one recorded, one replayed
 MOST_DIFFERENCE = 0.1  # total variation between two ways to compute a law; bf16 stays below it, a wrong mask does not
 Step = Callable[[Tensor], Tensor]

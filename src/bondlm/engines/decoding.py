@@ -111,6 +111,7 @@ class _CausalState:
         *,
         room: int,
     ) -> tuple["_CausalState", Tensor]:
+        """Prefill: what all prompts begin with, then group by group; `room` is for how many tokens they may go on."""
         prefix = shared_prefix(model.config, prompts)
         kinds = sorted(set(adapter_P))  # a common beginning is computed once an adapter
         if adapters is not None:
@@ -226,11 +227,11 @@ class _Seq2SeqState:
     def start(
         cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None, *, room: int
     ) -> tuple["_Seq2SeqState", Tensor]:
+        """Encode the prompts and feed the token that decoders start with."""
         hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
         config = decoder_config(model)
-        cache = EncoderDecoderCache(
-            growing_cache(config, room), growing_cache(config, room=0)
-        )  # the prompt does not grow
+        of_prompt = growing_cache(config, room=0)  # it does not grow
+        cache = EncoderDecoderCache(growing_cache(config, room), of_prompt)
         state = cls(model, cache, hidden, mask_PS, adapters)
         start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
         return state, state.step(start_P)

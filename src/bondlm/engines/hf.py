@@ -185,15 +185,16 @@ class TransformersEngine:
     ) -> list[Completion]:
         owners = list(dict.fromkeys(i for i, _ in chunk))
         prompts, adapter_P = [wanted[i].prompt for i in owners], [wanted[i].adapter for i in owners]
-        law: dict[str, Any] = {"max_new_tokens": uniforms.shape[1], "graphs": self._graphs}
-        state, logits_PV = start_decoding(model, prompts, self._pad_id, adapters, adapter_P, **law)
+        num_rows, max_new_tokens = uniforms.shape
+        state, logits_PV = start_decoding(
+            model, prompts, self._pad_id, adapters, adapter_P, max_new_tokens=max_new_tokens, graphs=self._graphs
+        )
         device = logits_PV.device
         place = {i: position for position, i in enumerate(owners)}
         alive = torch.tensor([place[i] for i, _ in chunk], device=device)
         state.select(alive)  # every sample of a prompt continues from the same prefill
         logits_BV = logits_PV[alive]
 
-        num_rows, max_new_tokens = uniforms.shape
         uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
         tokens = torch.full((num_rows, max_new_tokens), -1, dtype=torch.long, device=device)
         logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
