@@ -55,9 +55,9 @@ def rloo(beta_rl: float, samples: int = 3, **more: Any) -> Settings:
     return {"objective": "rloo", "beta_rl": beta_rl, "num_samples": samples, "anchor": "fixed"} | more
 
 
-def regression(n: int, samples: int) -> Settings:
+def regression(n: int, samples: int, **more: Any) -> Settings:
     """Best-of-n by regression on the log-quantiles of the reference's own samples."""
-    return {"objective": "best_of_n_regression", "n": n, "num_samples": samples, "anchor": "fixed"}
+    return {"objective": "best_of_n_regression", "n": n, "num_samples": samples, "anchor": "fixed"} | more
 
 
 def named(**runs: Settings) -> list[Run]:
@@ -103,6 +103,7 @@ FAST = [
     # Many samples of a prompt, and a loss whose noise is gone where the policy is Best-of-n.
     Run(name="regression-n4-m8", settings=regression(4, 8)),
     Run(name="regression-n8-m8", settings=regression(8, 8)),
+    Run(name="regression-n8-m8-decay", settings=regression(8, 8, lr_scheduler_type="linear")),
     # A step's noise costs KL: smaller steps, more of them; or fewer trained directions.
     Run(name="eta0.1-slow", settings=jbond(0.1, learning_rate=3e-5), times_steps=3),
     Run(name="rloo-beta0.3-slow", settings=rloo(0.3, learning_rate=3e-5), times_steps=3),
