@@ -29,7 +29,7 @@ from tiny import prompt_rows, tiny_causal, tiny_tokenizer
 
 from bondlm import BONDConfig, BONDTrainer, callbacks, manifest, memory
 from bondlm import trainer as trainer_module
-from bondlm.sharding import local
+from bondlm.models.sharding import local
 
 SPENT: dict[str, list[float]] = defaultdict(list)
 

@@ -104,7 +104,7 @@ def wait() -> None:
 
 def engine_of(model):
     """Our engine, no completion of which ends before the budget."""
-    from bondlm.engines.hf import TransformersEngine
+    from bondlm.engines.local.engine import TransformersEngine
 
     @contextmanager
     def use(role):
@@ -126,8 +126,8 @@ def draw(engine, prompts, new: int):
 
 def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, float, float, float]]:
     """Seconds, tokens, floating-point operations and bytes of each phase; the best of three."""
-    from bondlm.head import exact_head
-    from bondlm.logprobs import collate, score_rows, sequence_logprobs
+    from bondlm.models.head import exact_head
+    from bondlm.models.logprobs import collate, score_rows, sequence_logprobs
 
     batch = len(prompts)
     head = model.get_output_embeddings().weight.numel()

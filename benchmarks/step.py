@@ -73,7 +73,7 @@ def measure(trainer, threads: int) -> dict:
     import torch
     from transformers import GenerationMixin, TrainerCallback
 
-    from bondlm.engines.hf import TransformersEngine
+    from bondlm.engines.local.engine import TransformersEngine
 
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()

@@ -22,10 +22,11 @@ from facts import add_out, append
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-from bondlm.engines.hf import TransformersEngine
-from bondlm.head import exact_head
-from bondlm.logprobs import collate, score_rows, sequence_logprobs
-from bondlm.models import Roles, wrap_lora
+from bondlm.engines.local.engine import TransformersEngine
+from bondlm.models.head import exact_head
+from bondlm.models.load import wrap_lora
+from bondlm.models.logprobs import collate, score_rows, sequence_logprobs
+from bondlm.models.roles import Roles
 
 LENGTHS, NEW, SAMPLES, SHARED = (16, 96), 64, 3, 64
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,7 +168,7 @@ class Work:
             "sample: a prompt's prefill is shared by its samples": (draw, lambda: self.draw(repeated, 1)),
             "sample: prompts of similar length are prefilled together": (
                 roles,
-                self.patched("bondlm.engines.decoding.PADDING_WORTH_A_PASS", 10**9, roles),
+                self.patched("bondlm.engines.local.decoding.PADDING_WORTH_A_PASS", 10**9, roles),
             ),
             "sample: a step is a CUDA graph": (draw, lambda: self.draw(self.prompts, SAMPLES, cuda_graphs=False)),
             "sample: rows that ended leave the batch": (draw, self.patched(*never_compact, draw)),
@@ -177,12 +178,12 @@ class Work:
             ),
             "sample: one uniform number a row, not multinomial": (
                 draw,
-                self.patched("bondlm.engines.hf.sample_tokens", multinomial, draw),
+                self.patched("bondlm.engines.local.engine.sample_tokens", multinomial, draw),
             ),
             f"sample: a common beginning of {SHARED} tokens is computed once": (
                 lambda: self.draw(self.alike, SAMPLES),
                 self.patched(
-                    "bondlm.engines.decoding.shared_prefix", lambda *a: [], lambda: self.draw(self.alike, SAMPLES)
+                    "bondlm.engines.local.decoding.shared_prefix", lambda *a: [], lambda: self.draw(self.alike, SAMPLES)
                 ),
             ),
             "sample: policy and anchor, two adapters, in one batch": (
@@ -192,11 +193,15 @@ class Work:
             "sample: instead of transformers' continuous batching": (draw, self.continuous),
             f"score: a common beginning of {SHARED} tokens is computed once": (
                 lambda: self.score(self.alike_rows),
-                self.patched("bondlm.logprobs.shared_prefix", lambda *a: [], lambda: self.score(self.alike_rows)),
+                self.patched(
+                    "bondlm.models.logprobs.shared_prefix", lambda *a: [], lambda: self.score(self.alike_rows)
+                ),
             ),
             "score: rows of similar length together": (
                 lambda: self.score(self.rows),
-                self.patched("bondlm.logprobs.by_length", lambda g: range(len(g)), lambda: self.score(self.rows)),
+                self.patched(
+                    "bondlm.models.logprobs.by_length", lambda g: range(len(g)), lambda: self.score(self.rows)
+                ),
             ),
             "learn: two completions share their prompt's row": (
                 lambda: self.learn(self.groups, self.head),

@@ -46,8 +46,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
     from bondlm import BONDConfig
     from bondlm.engines.choose import make_engine
-    from bondlm.engines.hf import TransformersEngine
-    from bondlm.models import Roles, load_model, wrap_lora
+    from bondlm.engines.local.engine import TransformersEngine
+    from bondlm.models.load import load_model, wrap_lora
+    from bondlm.models.roles import Roles
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bondlm.anchor import Anchor
+from bondlm.models.anchor import Anchor
 
 ETA = 0.02
 Pairs = list[tuple[str, nn.Parameter, nn.Parameter]]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from bondlm.anchor import Anchor
-from bondlm.checkpoint import ANCHOR_FILE, load_tensors, require_space, save_tensors
 from bondlm.errors import CheckpointError, ResourceError
+from bondlm.models.anchor import Anchor
+from bondlm.runs.checkpoint import ANCHOR_FILE, load_tensors, require_space, save_tensors
 
 
 def anchor(value: float, size: int = 4, name: str = "w", dtype: torch.dtype = torch.float32) -> Anchor:
@@ -69,7 +69,7 @@ def test_the_anchor_of_another_model_is_refused(tmp_path: Path, other: Anchor) -
 def test_room_for_the_checkpoints_is_asked_for_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = anchor(0.0, size=1000)  # 8,000 bytes in fp32; policy, anchor and two moments make 32,000
+    one = anchor(0.0, size=1000).num_bytes  # 8,000 bytes in fp32; policy, anchor and two moments make 32,000
     usage = shutil.disk_usage(tmp_path)
     for free, enough in ((96_000, True), (95_999, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from bondlm.clock import Clock, StepMeans
+from bondlm.training.clock import Clock, StepMeans
 
 
 @pytest.fixture

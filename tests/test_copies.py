@@ -10,7 +10,7 @@ from tiny import prompt_rows, tiny_causal, tiny_tokenizer
 
 from bondlm import BONDConfig, BONDTrainer
 from bondlm.errors import ConfigError
-from bondlm.models import Roles
+from bondlm.models.roles import Roles
 
 TOKENIZER = tiny_tokenizer()
 NUMBERS = ("loss", "kl", "reward", "anchor/kl", "anchor/distance", "eval_kl", "eval_reward", "eval_reference_reward")
@@ -84,7 +84,7 @@ def test_where_the_copies_rest(moves: bool, offload: bool, monkeypatch: pytest.M
     visits: list[str] = []
     for name, model in roles._copies.items():
         monkeypatch.setattr(model, "to", lambda device, name=name: stays.add(f"{name} on {device}"))
-    monkeypatch.setattr("bondlm.models._copied_to", lambda device, data: visits.append(str(device)) or data)
+    monkeypatch.setattr("bondlm.models.roles._copied_to", lambda device, data: visits.append(str(device)) or data)
     roles.to(torch.device("cuda"))
     assert stays == (set() if offload else {"anchor on cuda" if moves else "reference on cuda"})
     for role in ("anchor", "reference"):

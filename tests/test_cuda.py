@@ -118,8 +118,8 @@ def test_out_of_memory_halves_the_rows(tmp_path: Path) -> None:
         **{"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 4096},
     )
     torch.manual_seed(0)
-    from bondlm.engines.hf import TransformersEngine
-    from bondlm.models import Roles
+    from bondlm.engines.local.engine import TransformersEngine
+    from bondlm.models.roles import Roles
 
     model = Qwen2ForCausalLM(config).eval().cuda()
     prompts = [[5 + i] * 512 for i in range(16)]

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny import prompt_rows
 
-from bondlm.data import is_conversational, load_prompts, overlap, read_jsonl
+from bondlm.data.prompts import is_conversational, load_prompts, overlap, read_jsonl
 from bondlm.errors import DataError
 
 Write = Callable[..., Path]

@@ -279,36 +279,23 @@ def test_every_metric_is_documented_and_no_other() -> None:
 
 # -- the house
 
-FLOORS = {
-    0: ("bestofn", "objectives", "errors", "config", "presets", "redact"),
-    1: (
-        "rewards",
-        "engines",
-        "adapters",
-        "models",
-        "anchor",
-        "text",
-        "templates",
-        "data",
-        "scored",
-        "fingerprints",
-        "logprobs",
-        "head",
-        "prefix",
-        "quantile_model",
-        "sharding",
-        "zero",
-        "clock",
-    ),
-    2: (
-        *("rollout", "dropping", "ranks", "trainer", "checkpoint", "manifest", "callbacks", "held_out", "runfolder"),
-        *("inference", "memory", "missing_eos"),
-        *("labelled", "supervised", "reward_model"),
-    ),
-    3: ("evaluation", "report", "cli", "recipes", "__main__"),
-}
 HOMES = {"BONDConfig": "config", "BONDTrainer": "trainer"}  # names of the package itself
-FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+FLAT = {"__init__", "__main__", "config", "errors", "trainer"}  # the modules that lie beside the packages
+
+
+def table_of_imports() -> dict[str, set[str]]:
+    """Room -> the rooms that it may import, from the table in CONTRIBUTING.md; the order of its rows is the order of
+    the house.
+    """
+    rooms: dict[str, set[str]] = {}
+    for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        cells = [re.findall(r"`(\w+)`", cell) for cell in line.split("|")[1:-1]]
+        if len(cells) == 3 and len(cells[0]) == 1:
+            rooms[cells[0][0]] = set(cells[2])
+    return rooms
+
+
+IMPORTS = table_of_imports()
 
 
 def room_of(path: Path) -> str:
@@ -336,15 +323,26 @@ def imported_names(node: ast.AST, path: Path) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_dependencies_run_upward_only(path: Path) -> None:
-    room = room_of(path)
-    if room == "__init__":  # the package itself: it imports on first use
-        return
-    assert room in FLOOR, f"{path} has no floor: add its room to FLOORS"
-    for line, other in imported_rooms(TREES[path], path):
-        if other != "__version__":
-            assert FLOOR[other] <= FLOOR[room], f"{path}:{line}: floor {FLOOR[room]} imports {other}, {FLOOR[other]}"
+def test_rooms_import_exactly_what_the_table_says() -> None:
+    """No room imports another than its row names, and no row names one that is not imported any more."""
+    seen: dict[str, set[str]] = {room_of(path): set() for path in FILES}
+    for path in FILES:
+        seen[room_of(path)] |= {room for _, room in imported_rooms(TREES[path], path)} - {room_of(path), "__version__"}
+    del seen["__init__"]  # the package itself: it imports on first use
+    assert seen == IMPORTS
+
+
+def test_imports_run_one_way() -> None:
+    """Each row of the table names rows above it alone, so that no two rooms can need each other."""
+    order = list(IMPORTS)
+    for room, others in IMPORTS.items():
+        assert {other for other in others if order.index(other) >= order.index(room)} == set(), room
+
+
+def test_few_modules_lie_flat_and_every_package_says_what_lives_there() -> None:
+    assert {path.stem for path in SOURCE.glob("*.py")} == FLAT
+    for path in SOURCE.rglob("__init__.py"):
+        assert len(ast.get_docstring(TREES[path]) or "") > 40, path
 
 
 def test_the_check_of_dependencies_sees_every_kind_of_import() -> None:
@@ -352,7 +350,7 @@ def test_the_check_of_dependencies_sees_every_kind_of_import() -> None:
         "import bondlm.cli\n"
         "from bondlm.trainer import BONDTrainer\n"
         "from bondlm import BONDConfig, evaluation\n"
-        "def f():\n    from bondlm.rollout import draw\n    import_module('bondlm.report')\n"
+        "def f():\n    from bondlm.rollout.samples import draw\n    import_module('bondlm.report')\n"
     )
     rooms = [room for _, room in imported_rooms(ast.parse(code), Path("x"))]
     assert sorted(rooms) == ["cli", "config", "evaluation", "report", "rollout", "trainer"]

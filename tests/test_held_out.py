@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bondlm.held_out import compare
-from bondlm.rollout import Samples
+from bondlm.rollout.samples import Samples
+from bondlm.training.held_out import compare
 
 
 def samples(rewards_PM: Tensor) -> Samples:

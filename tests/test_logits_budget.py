@@ -12,8 +12,8 @@ from transformers import BartConfig, BartForConditionalGeneration, CohereConfig,
 
 from bondlm import BONDConfig, BONDTrainer
 from bondlm.errors import ResourceError
-from bondlm.head import exact_head
-from bondlm.logprobs import score_groups
+from bondlm.models.head import exact_head
+from bondlm.models.logprobs import score_groups
 
 VOCABULARY = 300
 
@@ -100,7 +100,7 @@ def test_scores_of_a_model_that_alters_its_logits_stay_within_the_budget(
     budget = 60 * VOCABULARY
     assert max(seen) > budget  # without one it makes more
     seen.clear()
-    monkeypatch.setattr("bondlm.head.LOGITS_BUDGET", 4 * budget)
+    monkeypatch.setattr("bondlm.models.head.LOGITS_BUDGET", 4 * budget)
     torch.testing.assert_close(score_groups(model, groups, 0, **how), expected, atol=1e-4, rtol=1e-5)
     assert budget / 4 < max(seen) <= budget
 
@@ -132,7 +132,7 @@ def test_a_model_that_alters_its_logits_learns_a_few_prompts_at_a_time(
 ) -> None:
     """Two prompts at a time and not eight: the same step."""
     whole, expected = learned(tmp_path / "whole", build)
-    monkeypatch.setattr("bondlm.head.LOGITS_BUDGET", 4 * VOCABULARY * 2 * (2 * 6))
+    monkeypatch.setattr("bondlm.models.head.LOGITS_BUDGET", 4 * VOCABULARY * 2 * (2 * 6))
     parts, weights = learned(tmp_path / "parts", build)
     assert (len(whole), len(parts)) == (1, 4)
     assert max(parts) < max(whole)

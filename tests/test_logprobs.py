@@ -12,9 +12,9 @@ from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from bondlm.head import chosen_tokens, exact_head
-from bondlm.logprobs import Group, can_share_prompts, collate, score_groups, score_rows, sequence_logprobs
-from bondlm.prefix import shared_prefix
+from bondlm.models.head import chosen_tokens, exact_head
+from bondlm.models.logprobs import Group, can_share_prompts, collate, score_groups, score_rows, sequence_logprobs
+from bondlm.models.prefix import shared_prefix
 
 TOKENIZER = tiny_tokenizer()
 MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}
@@ -158,7 +158,7 @@ def test_the_head_makes_logits_of_the_completions_tokens_alone_a_few_at_a_time(
     weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
     gradients = torch.autograd.grad((weights * expected).sum(), list(model.parameters()))
 
-    monkeypatch.setattr("bondlm.head.LOGITS_BUDGET", 4 * model.config.vocab_size * tokens_at_a_time)
+    monkeypatch.setattr("bondlm.models.head.LOGITS_BUDGET", 4 * model.config.vocab_size * tokens_at_a_time)
     seen = counting(model.lm_head)
     head = exact_head(model, CPU)
     seen.clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bondlm.errors import CheckpointError
-from bondlm.manifest import MANIFEST_FILE, fault, newest_checkpoint, seal, verify
+from bondlm.runs.manifest import MANIFEST_FILE, fault, newest_checkpoint, seal, verify
 
 
 def checkpoint(folder: Path, step: int = 4) -> Path:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bondlm.missing_eos import rank_truncated_last
+from bondlm.rollout.truncated import rank_truncated_last
 
 
 def by_hand(rewards: list[float], finished: list[bool]) -> list[float]:

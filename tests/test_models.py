@@ -10,7 +10,8 @@ from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import Tensor, nn
 
 from bondlm.errors import ConfigError
-from bondlm.models import Roles, disable_dropout, fast_dtype, load_model, wrap_lora
+from bondlm.models.load import disable_dropout, fast_dtype, load_model, wrap_lora
+from bondlm.models.roles import Roles
 
 TOKENIZER = tiny_tokenizer()
 IDS = torch.tensor([TOKENIZER.encode(PROMPTS[0])])
@@ -267,7 +268,9 @@ def test_the_reference_is_on_the_accelerator_only_while_it_is_used(monkeypatch: 
     roles = Roles(tiny_causal(tiny_tokenizer()))
     moves: list[str] = []
     monkeypatch.setattr(roles._copies["anchor"], "to", lambda device: moves.append(f"anchor to {device}"))
-    monkeypatch.setattr("bondlm.models._copied_to", lambda device, data: moves.append(str(device)) or data.clone())
+    monkeypatch.setattr(
+        "bondlm.models.roles._copied_to", lambda device, data: moves.append(str(device)) or data.clone()
+    )
     roles.to(torch.device("cuda"))
     assert moves == ["anchor to cuda"]
     with roles.use("anchor"), roles.use("policy"):

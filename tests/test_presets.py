@@ -2,9 +2,9 @@ import pytest
 
 from bondlm.cli import main
 from bondlm.cli.options import parse
+from bondlm.cli.presets import PRESETS, with_preset
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
-from bondlm.presets import PRESETS, with_preset
 
 
 def test_a_preset_fills_in_what_is_not_set_and_nothing_else(monkeypatch):

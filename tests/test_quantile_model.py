@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 
-from bondlm.quantile_model import QuantileModel, completion_features
+from bondlm.models.learned_quantile import QuantileModel, completion_features
 
 CPU = torch.device("cpu")
 

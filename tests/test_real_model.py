@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bondlm.cli import main
-from bondlm.inference import Sampler
 from bondlm.rewards import load_rewards, score
+from bondlm.rollout.sampler import Sampler
 
 ROOT = Path(__file__).parents[1]
 MODEL, ENCODER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "models" / "all-minilm-l6-v2"

@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
+from bondlm.data.columns import PROMPT_IDS
 from bondlm.engines import Completion, Role
 from bondlm.errors import RewardError
 from bondlm.rewards import NamedReward
-from bondlm.rollout import PROMPT_IDS, completion_metrics, draw, prompt_seed, score_samples, tie_noise
+from bondlm.rollout.samples import completion_metrics, draw, prompt_seed, score_samples, tie_noise
 
 TOKENIZER = tiny_tokenizer()
 EOS = 2

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bondlm.errors import CheckpointError, ConfigError
-from bondlm.runfolder import LOCK_FILE, append_jsonl, drop_after, locked, plain
+from bondlm.runs.folder import LOCK_FILE, append_jsonl, drop_after, locked, plain
 
 ODD = "a\u2028b\x85c\x0bd \U0001f600 \u00e9\n\ttab"
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bondlm.callbacks import StopCallback
+from bondlm.training.callbacks import StopCallback
 
 
 def stops(callback, metrics):

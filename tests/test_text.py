@@ -7,8 +7,7 @@ from tiny import CHATML, CHATS, END, PAD, PROMPTS, START, tiny_causal, tiny_gpt2
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bondlm.errors import ConfigError, DataError
-from bondlm.text import (
+from bondlm.data.tokens import (
     TextInfo,
     as_messages,
     check_tokenizer,
@@ -16,6 +15,7 @@ from bondlm.text import (
     encode_prompts,
     strip_after_eos,
 )
+from bondlm.errors import ConfigError, DataError
 
 ODD_TEXTS = [
     "one\r\ntwo\rthree\n",
@@ -66,14 +66,14 @@ def test_check_tokenizer_refuses_what_is_not_a_token_id(bad: Any) -> None:
 
 
 def test_standard_prompts_are_tokenised_in_order_and_across_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bondlm.text._CHUNK", 5)
+    monkeypatch.setattr("bondlm.data.tokens._CHUNK", 5)
     tokenizer = tiny_tokenizer()
     assert encode(PROMPTS, tokenizer) == [tokenizer.encode(prompt) for prompt in PROMPTS]
     assert encode([], tokenizer) == []
 
 
 def test_conversations_are_rendered_with_the_generation_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bondlm.text._CHUNK", 5)
+    monkeypatch.setattr("bondlm.data.tokens._CHUNK", 5)
     tokenizer = tiny_tokenizer()
     expected = [f"{START}user\n{prompt}{END}\n{START}assistant\n" for prompt in PROMPTS]
     ids = encode(CHATS, tokenizer)
@@ -159,7 +159,7 @@ RAISING = {
 
 @pytest.mark.parametrize("fault", RAISING.values(), ids=RAISING.keys())
 def test_rows_that_the_template_refuses_are_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bondlm.text._CHUNK", 5)
+    monkeypatch.setattr("bondlm.data.tokens._CHUNK", 5)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + fault + "{% endif %}" + CHATML
     chats: list[Any] = list(CHATS)

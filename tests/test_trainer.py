@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
 
 from bondlm import BONDConfig, BONDTrainer
-from bondlm.checkpoint import ANCHOR_FILE
 from bondlm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, RewardError
+from bondlm.runs.checkpoint import ANCHOR_FILE
 
 TOKENIZER = tiny_tokenizer()
 MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}

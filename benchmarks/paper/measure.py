@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from bondlm.data.tokens import check_tokenizer
 from bondlm.engines import Completion
 from bondlm.evaluation.rouge import rouge_judge
 from bondlm.evaluation.samples import Scored, from_samples
 from bondlm.evaluation.statistics import summarize
 from bondlm.rewards import NamedReward, load_rewards
-from bondlm.rollout import Samples, score_samples
-from bondlm.runfolder import append_jsonl, plain
-from bondlm.text import check_tokenizer
+from bondlm.rollout.samples import Samples, score_samples
+from bondlm.runs.folder import append_jsonl, plain
 
 CURVE_FILE = "curve.jsonl"
 KEPT = (

@@ -67,7 +67,7 @@ def config_of(task: Task, run: Run, seed: int, folder: Path, args: Any) -> dict[
     """Everything that `BONDConfig` gets for a run."""
     import torch
 
-    from bondlm.models import fast_dtype
+    from bondlm.models.load import fast_dtype
 
     steps = max(1, round((args.steps or task.steps) * run.times_steps))
     prompts = max(2, round((args.completions or task.completions) / plan_total(run.settings)))
@@ -107,8 +107,8 @@ def prepare(task: Task, config: dict[str, Any], lora_r: int | None, args: Any) -
     from transformers.utils import logging as transformers_logging
 
     from bondlm import BONDConfig, BONDTrainer
-    from bondlm.data import load_prompts
-    from bondlm.fingerprints import model_fingerprint, reward_fingerprint
+    from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint
+    from bondlm.data.prompts import load_prompts
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.set_num_threads(args.threads)

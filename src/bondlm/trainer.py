@@ -6,7 +6,7 @@ Only public methods of Trainer are overridden:
 - `compute_loss`, a pure function of tensors;
 - `evaluate`, `save_model`, `log`, `train`, `training_step`, `floating_point_ops`: small extensions.
 
-The anchor moves in a callback, right after the optimizer's step (`bondlm.callbacks`).
+The anchor moves in a callback, right after the optimizer's step (`bondlm.training.callbacks`).
 """
 
 import time
@@ -22,31 +22,26 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from bondlm.anchor import Anchor
-from bondlm.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback, TiesCallback
-from bondlm.checkpoint import writing_to
-from bondlm.clock import Clock, StepMeans
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
-from bondlm.data import check_overlap, keep_rows, load_prompts
-from bondlm.dropping import DropBudget
+from bondlm.data.columns import LOGGED_IDS, PROMPT_IDS, PROMPT_ROW
+from bondlm.data.prompts import check_overlap, keep_rows, load_prompts
+from bondlm.data.scored import check_inputs, group_scored, is_scored
+from bondlm.data.tokens import check_tokenizer, encode_prompts, length_limits
 from bondlm.engines import Role
+from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
-from bondlm.engines.gap import GAP_METRIC, logprob_gap
 from bondlm.errors import ConfigError, RewardError
-from bondlm.head import exact_head
-from bondlm.held_out import compare
-from bondlm.logprobs import Group, by_length, can_share_prompts, score_groups, token_logprobs
-from bondlm.manifest import checkpoint_to_resume
-from bondlm.memory import SmallerBatches, micro_batch
-from bondlm.missing_eos import treat_truncated
-from bondlm.models import Roles, prepare_policy
+from bondlm.models.anchor import Anchor
+from bondlm.models.deepspeed import load_without_code, require_same_sharding, settle_precision, stepping
+from bondlm.models.head import exact_head
+from bondlm.models.learned_quantile import QuantileModel, completion_features, quantile_model
+from bondlm.models.load import prepare_policy
+from bondlm.models.logprobs import Group, by_length, can_share_prompts, score_groups, token_logprobs
+from bondlm.models.roles import Roles
+from bondlm.models.sharding import forward_dtype, full_precision_outputs, shards_weights, trained_in_parallel, uses_fsdp
 from bondlm.objectives import BOND, BestOfNRegression, Objective
-from bondlm.quantile_model import QuantileModel, completion_features, quantile_model
-from bondlm.ranks import count_prompts, failing_together, gather_in_order, real_rows, waiting_for_others, work_digest
 from bondlm.rewards import rewards_of_run
-from bondlm.rollout import (
-    PROMPT_IDS,
-    PROMPT_ROW,
+from bondlm.rollout.samples import (
     Samples,
     completion_metrics,
     draw,
@@ -57,10 +52,22 @@ from bondlm.rollout import (
     tie_noise,
     work_metrics,
 )
-from bondlm.scored import LOGGED_IDS, check_inputs, group_scored, is_scored
-from bondlm.sharding import forward_dtype, full_precision_outputs, shards_weights, trained_in_parallel, uses_fsdp
-from bondlm.text import check_tokenizer, encode_prompts, length_limits
-from bondlm.zero import load_without_code, require_same_sharding, settle_precision, stepping
+from bondlm.rollout.truncated import treat_truncated
+from bondlm.runs.checkpoint import writing_to
+from bondlm.runs.manifest import checkpoint_to_resume
+from bondlm.training.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback, TiesCallback
+from bondlm.training.clock import Clock, StepMeans
+from bondlm.training.dropped import DropBudget
+from bondlm.training.held_out import compare
+from bondlm.training.micro_batches import SmallerBatches, micro_batch
+from bondlm.training.processes import (
+    count_prompts,
+    failing_together,
+    gather_in_order,
+    real_rows,
+    waiting_for_others,
+    work_digest,
+)
 
 EVALUATION_STEP = 1 << 40  # the "step" of evaluation seeds: the same samples at every evaluation, none of training's
 

@@ -19,9 +19,9 @@ from bondlm.cli import main
 from bondlm.cli.options import parse
 from bondlm.cli.train import _changed_settings, training_arguments
 from bondlm.errors import ConfigError
-from bondlm.manifest import fault
 from bondlm.rewards import load_rewards, score
-from bondlm.runfolder import locked
+from bondlm.runs.folder import locked
+from bondlm.runs.manifest import fault
 from cli.helpers import write_job
 
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bondlm.cli import main
 from bondlm.errors import DataError
-from bondlm.labelled import hold_out, read_answers, read_preferences
 from bondlm.rewards import load_rewards, score
-from bondlm.supervised import IGNORED, Examples
+from bondlm.stages.rows import hold_out, read_answers, read_preferences
+from bondlm.stages.sft import IGNORED, Examples
 
 CHEAP = ["--use_cpu", "true", "--warmup_steps", "0", "--per_device_train_batch_size", "4", "--logging_steps", "5"]
 
@@ -156,8 +156,8 @@ def test_a_reward_model_learns_the_preference_and_loads_as_a_reward(
 
 
 def test_the_margin_in_training_is_the_difference_of_the_rewards_later(tmp_path: Path) -> None:
-    from bondlm.reward_model import Pairs, held_out_accuracy, load_base, margins
     from bondlm.rewards.classifier import SequenceClassifierReward
+    from bondlm.stages.reward_model import Pairs, held_out_accuracy, load_base, margins
 
     model, tokenizer = load_base(save(tmp_path / "model", "causal"))
     rows, pairs = preferences(5), Pairs(model, tokenizer)

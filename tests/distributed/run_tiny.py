@@ -17,7 +17,7 @@ from test_trainer import ends_often, lora, low_ids
 from tiny import prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 
 from bondlm import BONDConfig, BONDTrainer
-from bondlm.sharding import gather_to_main, local, named_weights
+from bondlm.models.sharding import gather_to_main, local, named_weights
 
 
 class SpoilBackward(TrainerCallback):

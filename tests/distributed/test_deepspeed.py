@@ -16,7 +16,7 @@ from faults.test_security import Hostile
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bondlm.manifest import MANIFEST_FILE, fault, seal
+from bondlm.runs.manifest import MANIFEST_FILE, fault, seal
 from distributed.launch import check, outcome, run_tiny
 from distributed.test_fsdp import moved, residuals
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from bondlm.errors import ConfigError
-from bondlm.sharding import check_parallelism
-from bondlm.zero import require_same_sharding
+from bondlm.models.deepspeed import require_same_sharding
+from bondlm.models.sharding import check_parallelism
 
 
 def arguments(**given: Any) -> Any:

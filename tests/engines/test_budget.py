@@ -9,7 +9,7 @@ from tiny import tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
-from bondlm.engines.budget import (
+from bondlm.engines.local.batch_size import (
     CPU_ROWS,
     MOST_ROWS,
     SAMPLER_BYTES,
@@ -18,8 +18,8 @@ from bondlm.engines.budget import (
     host_memory,
     rows_that_fit,
 )
-from bondlm.engines.cache import decoder_config
-from bondlm.engines.hf import sample_tokens
+from bondlm.engines.local.cache import decoder_config
+from bondlm.engines.local.engine import sample_tokens
 
 TOKENIZER = tiny_tokenizer()
 
@@ -68,15 +68,15 @@ def test_a_next_token_needs_no_more_than_is_reckoned(temperature: float) -> None
 def test_a_cpu_has_a_fixed_number_unless_memory_is_short(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(TOKENIZER)
     row = 2 * 10_000 * cache_bytes(decoder_config(model), 4) + SAMPLER_BYTES * model.config.vocab_size
-    monkeypatch.setattr("bondlm.engines.budget.host_memory", lambda: 4 * 1000 * row)
+    monkeypatch.setattr("bondlm.engines.local.batch_size.host_memory", lambda: 4 * 1000 * row)
     assert automatic_rows(model, 10_000) == CPU_ROWS
-    monkeypatch.setattr("bondlm.engines.budget.host_memory", lambda: 4 * 7 * row)
+    monkeypatch.setattr("bondlm.engines.local.batch_size.host_memory", lambda: 4 * 7 * row)
     assert automatic_rows(model, 10_000) == 7
 
 
 def test_a_container_may_have_less_than_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr("bondlm.engines.budget.CGROUP_LIMIT", limit)
+    monkeypatch.setattr("bondlm.engines.local.batch_size.CGROUP_LIMIT", limit)
     whole = host_memory()
     assert whole > 2**28
     limit.write_text("max\n")

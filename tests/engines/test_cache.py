@@ -8,7 +8,7 @@ from tiny import tiny_causal, tiny_gpt2, tiny_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, MistralConfig
 
-from bondlm.engines.cache import ROOM, GrowingLayer, gaps_filled, growing_cache, moves_rows_in_place
+from bondlm.engines.local.cache import ROOM, GrowingLayer, gaps_filled, growing_cache, moves_rows_in_place
 
 TOKENIZER = tiny_tokenizer()
 

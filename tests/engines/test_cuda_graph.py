@@ -16,9 +16,10 @@ from peft import LoraConfig
 from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from transformers import FalconConfig, FalconForCausalLM, Gemma3Config, MixtralConfig, MixtralForCausalLM
 
-from bondlm.engines.cuda_graph import CudaGraphs
-from bondlm.engines.hf import TransformersEngine
-from bondlm.models import Roles, wrap_lora
+from bondlm.engines.local.cuda_graph import CudaGraphs
+from bondlm.engines.local.engine import TransformersEngine
+from bondlm.models.load import wrap_lora
+from bondlm.models.roles import Roles
 
 TOKENIZER = tiny_tokenizer()
 SYSTEM = TOKENIZER.encode("All of these begin alike. ")
@@ -164,7 +165,7 @@ def attempts_of(outcomes: list[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[A
             raise outcome
         return outcome
 
-    monkeypatch.setattr("bondlm.engines.cuda_graph._recorded", recorded)
+    monkeypatch.setattr("bondlm.engines.local.cuda_graph._recorded", recorded)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda: object())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))

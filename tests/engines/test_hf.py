@@ -18,11 +18,12 @@ from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 from bondlm.engines import Completion
-from bondlm.engines.decoding import similar_lengths
-from bondlm.engines.hf import TransformersEngine, row_uniforms, sample_tokens
+from bondlm.engines.local.decoding import similar_lengths
+from bondlm.engines.local.engine import TransformersEngine, row_uniforms, sample_tokens
 from bondlm.errors import ResourceError
-from bondlm.logprobs import collate, sequence_logprobs
-from bondlm.models import Roles, wrap_lora
+from bondlm.models.load import wrap_lora
+from bondlm.models.logprobs import collate, sequence_logprobs
+from bondlm.models.roles import Roles
 
 TOKENIZER = tiny_tokenizer()
 MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}
@@ -328,7 +329,7 @@ def test_prompts_of_similar_length_are_prefilled_together_and_change_no_sample(
     together = ids_of(generate(engine_of(model), prompts=prompts))
     shapes: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(lambda m, a, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
-    monkeypatch.setattr("bondlm.engines.decoding.PADDING_WORTH_A_PASS", 0)
+    monkeypatch.setattr("bondlm.engines.local.decoding.PADDING_WORTH_A_PASS", 0)
     assert ids_of(generate(engine_of(model), prompts=prompts)) == together
     shared = shapes.pop(0)[1] if begin else 0
     of_each_length = Counter(len(prompt) - shared for prompt in prompts)

@@ -9,10 +9,11 @@ from peft import LoraConfig
 from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import nn
 
-from bondlm.adapters import RowAdapters, RowsNotKnownError, can_join, joined
 from bondlm.engines import Role
-from bondlm.engines.hf import TransformersEngine
-from bondlm.models import ANCHOR_ADAPTER, Roles, wrap_lora
+from bondlm.engines.local.engine import TransformersEngine
+from bondlm.models.load import wrap_lora
+from bondlm.models.roles import ANCHOR_ADAPTER, Roles
+from bondlm.models.row_adapters import RowAdapters, RowsNotKnownError, can_join, joined
 
 TOKENIZER = tiny_tokenizer()
 MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}
@@ -53,7 +54,7 @@ def count_calls(model: nn.Module) -> list[int]:
 def test_one_batch_gives_what_each_role_gives_alone(
     kind: str, max_rows: int | None, worth_a_pass: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bondlm.engines.decoding.PADDING_WORTH_A_PASS", worth_a_pass)
+    monkeypatch.setattr("bondlm.engines.local.decoding.PADDING_WORTH_A_PASS", worth_a_pass)
     roles = roles_of(kind)
     calls = count_calls(roles.core)
     alone = engine_of(roles, together=False, max_rows=max_rows).generate_roles(IDS, WANTED, max_new_tokens=12)

@@ -18,14 +18,15 @@ from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 
 from bondlm import BONDConfig, BONDTrainer
 from bondlm.engines import Completion, RemoteEngine
+from bondlm.engines.agreement import GAP_METRIC, logprob_gap, padded_logprobs
 from bondlm.engines.choose import server_options
-from bondlm.engines.gap import GAP_METRIC, logprob_gap, padded_logprobs
-from bondlm.engines.hf import TransformersEngine
-from bondlm.engines.vllm import VLLMEngine
-from bondlm.engines.vllm_http import ATTEMPTS, VLLMClient
-from bondlm.engines.vllm_server import LocalServer
+from bondlm.engines.local.engine import TransformersEngine
+from bondlm.engines.vllm.http import ATTEMPTS, VLLMClient
+from bondlm.engines.vllm.lora import VLLMEngine
+from bondlm.engines.vllm.server import LocalServer
 from bondlm.errors import BondError, ConfigError, DataError, EngineError, NonFiniteError, ResourceError
-from bondlm.models import Roles, wrap_lora
+from bondlm.models.load import wrap_lora
+from bondlm.models.roles import Roles
 from engines.vllm_stub import Answer, Stub, first, serving, slow
 
 TOKENIZER = tiny_tokenizer()
@@ -494,7 +495,7 @@ def test_stop_ends_the_server_and_its_workers(server_python: str, tmp_path: Path
 def test_no_server_outlives_its_run(server_python: str, tmp_path: Path, end: signal.Signals | None) -> None:
     """However the run ends: killed, terminated, or by an exception."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom bondlm.engines.vllm_server import LocalServer\n"
+        "import sys, time\nfrom pathlib import Path\nfrom bondlm.engines.vllm.server import LocalServer\n"
         f"folder = Path({str(tmp_path)!r})\n"
         f"LocalServer({server_python!r}, 'm', [], log=folder / 'server.log', start_timeout=30, on_cpu=True)\n"
         "print('up', flush=True)\n" + ("time.sleep(100)" if end else "raise RuntimeError('a bug')")

@@ -15,7 +15,7 @@ from tiny import prompt_rows, tiny_causal
 
 from bondlm import BONDTrainer
 from bondlm.errors import ResourceError
-from bondlm.models import wrap_lora
+from bondlm.models.load import wrap_lora
 from engines.test_vllm import TOKENIZER, length
 from engines.test_vllm import config as config_of
 from engines.test_vllm import trainer as stub_trainer

@@ -14,16 +14,17 @@ from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from bondlm import BONDConfig, BONDTrainer
+from bondlm.engines.agreement import GAP_METRIC
 from bondlm.engines.choose import server_options, whole_model_options
-from bondlm.engines.gap import GAP_METRIC
-from bondlm.engines.hf import TransformersEngine
-from bondlm.engines.vllm import VLLMEngine
-from bondlm.engines.vllm_http import VLLMClient
-from bondlm.engines.vllm_server import LocalServer
-from bondlm.engines.vllm_whole import WholeModelEngine
+from bondlm.engines.local.engine import TransformersEngine
+from bondlm.engines.vllm.http import VLLMClient
+from bondlm.engines.vllm.lora import VLLMEngine
+from bondlm.engines.vllm.server import LocalServer
+from bondlm.engines.vllm.whole import WholeModelEngine
 from bondlm.errors import ConfigError, EngineError
-from bondlm.logprobs import score_rows
-from bondlm.models import Roles, wrap_lora
+from bondlm.models.load import wrap_lora
+from bondlm.models.logprobs import score_rows
+from bondlm.models.roles import Roles
 
 PYTHON = os.environ.get("BONDLM_VLLM_PYTHON", "")
 pytestmark = [

@@ -11,13 +11,13 @@ from tiny import prompt_rows, tiny_causal
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bondlm import BONDTrainer
+from bondlm.engines.agreement import GAP_METRIC
 from bondlm.engines.choose import whole_model_options
-from bondlm.engines.gap import GAP_METRIC
-from bondlm.engines.hf import TransformersEngine
-from bondlm.engines.vllm_http import WHOLE_OPTIONS, VLLMClient
-from bondlm.engines.vllm_whole import WholeModelEngine, weights_digest, write_weights
+from bondlm.engines.local.engine import TransformersEngine
+from bondlm.engines.vllm.http import WHOLE_OPTIONS, VLLMClient
+from bondlm.engines.vllm.whole import WholeModelEngine, weights_digest, write_weights
 from bondlm.errors import ConfigError, EngineError, ResourceError
-from bondlm.models import Roles
+from bondlm.models.roles import Roles
 from engines.test_vllm import EOS, IDS, PROBE, SEEDS, TOKENIZER, config, draw_both, length
 from engines.vllm_stub import Answer, Stub, first, serving
 

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from bondlm.engines.hf import TransformersEngine
+from bondlm.engines.local.engine import TransformersEngine
 
 Answer = tuple[int, Any]
 

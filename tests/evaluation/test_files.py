@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
 from bondlm.errors import ConfigError, DataError
 from bondlm.evaluation.files import claim, finished_prompts
-from bondlm.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
 
 
 def line(prompt, sample=0):

@@ -14,7 +14,7 @@ from bondlm.evaluation.run import side_by_side, write_results
 from bondlm.evaluation.samples import Scored, distinct, from_rows, text_metrics
 from bondlm.evaluation.statistics import summarize
 from bondlm.objectives import BOND, JBOND
-from bondlm.runfolder import plain
+from bondlm.runs.folder import plain
 
 
 def scored(rewards, *, length=10.0, log_ratio=None, judges=None, seconds=0.0, text="one two three", finished=1.0):

@@ -17,13 +17,14 @@ import torch
 import yaml
 from transformers import get_scheduler
 
-from bondlm import callbacks, manifest
-from bondlm.anchor import Anchor
 from bondlm.cli import main
 from bondlm.cli.train import _changed_settings, training_arguments
 from bondlm.errors import CheckpointError, ConfigError
-from bondlm.manifest import MANIFEST_FILE, fault, newest_checkpoint, remove_older
+from bondlm.models.anchor import Anchor
+from bondlm.runs import manifest
+from bondlm.runs.manifest import MANIFEST_FILE, fault, newest_checkpoint, remove_older
 from bondlm.trainer import BONDTrainer
+from bondlm.training import callbacks
 from faults.children import job, kill, outcome, said, start, train, wait, wrap
 
 

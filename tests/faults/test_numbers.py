@@ -19,14 +19,15 @@ from transformers import TrainingArguments
 from bondlm import BONDConfig
 from bondlm.bestofn import log_quantile
 from bondlm.cli import main
-from bondlm.engines.gap import logprob_gap
-from bondlm.engines.hf import TransformersEngine, sample_tokens
+from bondlm.engines.agreement import logprob_gap
+from bondlm.engines.local.engine import TransformersEngine, sample_tokens
 from bondlm.errors import EngineError, NonFiniteError
-from bondlm.head import chosen_logprobs
-from bondlm.logprobs import score_rows
-from bondlm.models import Roles, wrap_lora
+from bondlm.models.head import chosen_logprobs
+from bondlm.models.learned_quantile import QuantileModel
+from bondlm.models.load import wrap_lora
+from bondlm.models.logprobs import score_rows
+from bondlm.models.roles import Roles
 from bondlm.objectives import BOND, JBOND, VBON
-from bondlm.quantile_model import QuantileModel
 
 SIGNS = [m for m in MUTATIONS if m.objective.__class__.__name__ == "JBOND"]
 

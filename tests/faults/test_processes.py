@@ -16,7 +16,7 @@ from distributed.launch import ROOT, check, free_port, outcome, run_tiny, taken_
 from safetensors.torch import load_file
 
 from bondlm.errors import DataDesyncError, WeightDesyncError
-from bondlm.manifest import fault
+from bondlm.runs.manifest import fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 TIMEOUT_S = 8

@@ -17,14 +17,14 @@ from test_trainer import logged, low_ids, same, trainer, weights
 from tiny import prompt_rows
 from transformers import TrainerControl, TrainerState
 
-from bondlm.callbacks import TiesCallback
 from bondlm.cli import main
-from bondlm.dropping import DropBudget
 from bondlm.errors import RewardError, RewardOutageError
 from bondlm.objectives import JBOND
 from bondlm.rewards import NamedReward, score
-from bondlm.rollout import Samples, tie_noise
-from bondlm.runfolder import DROPPED_FILE
+from bondlm.rollout.samples import Samples, tie_noise
+from bondlm.runs.folder import DROPPED_FILE
+from bondlm.training.callbacks import TiesCallback
+from bondlm.training.dropped import DropBudget
 from faults.children import job, said, train
 
 

@@ -25,7 +25,7 @@ from tiny import prompt_rows
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.rewards import HTTPReward, NamedReward, score
-from bondlm.runfolder import DROPPED_FILE
+from bondlm.runs.folder import DROPPED_FILE
 
 TEXTS = ["5", "-2", "11", "0", "7"]
 VALUES = [5.0, -2.0, 11.0, 0.0, 7.0]

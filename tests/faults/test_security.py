@@ -15,15 +15,15 @@ import torch
 import yaml
 from tiny import tiny_causal, tiny_tokenizer
 
-from bondlm.checkpoint import load_tensors
 from bondlm.cli import main
 from bondlm.cli.eval import complete
 from bondlm.cli.options import parse
 from bondlm.errors import CheckpointError, ConfigError
-from bondlm.manifest import MANIFEST_FILE, fault, seal
-from bondlm.models import load_model
-from bondlm.redact import redact, redacted
+from bondlm.models.load import load_model
 from bondlm.report.safe import script_json, visible
+from bondlm.runs.checkpoint import load_tensors
+from bondlm.runs.manifest import MANIFEST_FILE, fault, seal
+from bondlm.runs.redact import redact, redacted
 from faults.children import job, said, train
 
 ROOT = Path(__file__).parents[2]

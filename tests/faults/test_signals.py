@@ -16,13 +16,13 @@ import torch
 from test_trainer import Gradients, lora, same, trainer, weights
 from torch import Tensor
 
-from bondlm import callbacks
-from bondlm.anchor import Anchor
-from bondlm.engines.hf import TransformersEngine
+from bondlm.engines.local.engine import TransformersEngine
 from bondlm.errors import ResourceError
-from bondlm.manifest import fault
-from bondlm.memory import SmallerBatches
+from bondlm.models.anchor import Anchor
+from bondlm.runs.manifest import fault
 from bondlm.trainer import BONDTrainer
+from bondlm.training import callbacks
+from bondlm.training.micro_batches import SmallerBatches
 from faults.children import job, outcome, said, train, wrap
 
 MOMENTS: dict[str, tuple[Any, str]] = {

@@ -18,14 +18,14 @@ from test_text import INJECTIONS, encode, user
 from test_trainer import TOKENIZER, ends_often, logged, low_ids, same, trainer, weights
 from tiny import BOS, CHATML, prompt_rows, tiny_causal, tiny_tokenizer
 
-from bondlm import templates
 from bondlm.cli import main
-from bondlm.data import load_prompts, read_jsonl
+from bondlm.data import chat_templates as templates
+from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.prompts import load_prompts, read_jsonl
+from bondlm.data.tokens import check_tokenizer
 from bondlm.errors import BondError, ConfigError, DataError
-from bondlm.missing_eos import REASON
-from bondlm.rollout import PROMPT_IDS
-from bondlm.runfolder import DROPPED_FILE
-from bondlm.text import check_tokenizer
+from bondlm.rollout.truncated import REASON
+from bondlm.runs.folder import DROPPED_FILE
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -451,7 +451,7 @@ def test_t11_data_that_changed_are_refused_on_resume(tmp_path: Path) -> None:
 
 
 def test_t12_held_out_prompts_that_are_trained_on_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="bondlm.data"):
+    with caplog.at_level(logging.WARNING, logger="bondlm.data.prompts"):
         trainer(tmp_path, eval_dataset=prompt_rows(12)[8:])
         assert caplog.text == ""
         trainer(tmp_path, eval_dataset=prompt_rows(12)[6:])

@@ -129,7 +129,7 @@ MUTATIONS = [
         ]
     ),
     *(
-        Mutation(BestOfNRegression(n=3, num_samples=3), "objectives.qrpo", *m)
+        Mutation(BestOfNRegression(n=3, num_samples=3), "objectives.best_of_n_regression", *m)
         for m in [
             ("error = signal_PC", "error = -signal_PC", "target"),
             ("- (logp_PL - anchor", "+ (logp_PL - anchor", "log-ratio"),

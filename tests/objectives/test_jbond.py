@@ -15,7 +15,7 @@ from torch import Tensor
 from bondlm.bestofn import best_of_n_probs, jbond_fixed_point, jbond_gradient, kl_divergence
 from bondlm.objectives import JBOND, Selection
 from bondlm.objectives.terms import argmax_random_ties, leave_one_out_mean
-from bondlm.rollout import tie_noise
+from bondlm.rollout.samples import tie_noise
 
 REWARDS_K = torch.tensor([0.0, 1.0, 1.0, 2.0, 3.0], dtype=torch.float64)  # outcomes 1 and 2 are tied
 LOGITS_K = torch.tensor([0.9, 0.4, -0.6, 0.1, -0.8], dtype=torch.float64)

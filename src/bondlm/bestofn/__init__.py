@@ -4,9 +4,10 @@ Pure functions of numpy arrays or torch tensors (the kind that comes in goes out
 """
 
 from bondlm.bestofn.bootstrap import Estimate, bootstrap_mean
+from bondlm.bestofn.distribution import best_of_n_kl, best_of_n_probs, kl_bound
 from bondlm.bestofn.divergences import backward_kl, best_of_n_logprob, forward_kl, kl_k1, kl_k3
 from bondlm.bestofn.effective import EffectiveN, best_of_n_win_rates, effective_n, win_rate, win_rates
-from bondlm.bestofn.exact_objectives import (
+from bondlm.bestofn.oracle.exact_objectives import (
     best_and_worst_probs,
     bonbon_fixed_point,
     bonbon_gradient,
@@ -17,17 +18,8 @@ from bondlm.bestofn.exact_objectives import (
     regression_fixed_point,
     regression_gradient,
 )
-from bondlm.bestofn.exact_signal import mean_signal
-from bondlm.bestofn.law import best_of_n_kl, best_of_n_probs, kl_bound
-from bondlm.bestofn.order import expected_best_of_n
-from bondlm.bestofn.quantiles import (
-    LogQuantileMethod,
-    log_collision_correction,
-    log_quantile,
-    quantile,
-    two_level_penalty,
-)
-from bondlm.bestofn.tabular import (
+from bondlm.bestofn.oracle.exact_signal import mean_signal
+from bondlm.bestofn.oracle.tabular import (
     backward_kl_gradient,
     forward_kl_gradient,
     iterated_best_of_n,
@@ -37,6 +29,14 @@ from bondlm.bestofn.tabular import (
     jeffreys_gradient,
     kl_divergence,
     mean_two_level_reward,
+)
+from bondlm.bestofn.order import expected_best_of_n
+from bondlm.bestofn.quantiles import (
+    LogQuantileMethod,
+    log_collision_correction,
+    log_quantile,
+    quantile,
+    two_level_penalty,
 )
 
 __all__ = [

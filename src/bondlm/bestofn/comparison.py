@@ -26,9 +26,9 @@ from torch import Tensor
 
 from bondlm.bestofn._arrays import check_finite, check_same_shape, to_float64
 from bondlm.bestofn.bootstrap import Estimate, check_settings, percentile_interval, resample_means
+from bondlm.bestofn.distribution import log_collisions
 from bondlm.bestofn.divergences import kl_k3
 from bondlm.bestofn.effective import EffectiveN, _solve, best_of_n_win_rates, win_rates
-from bondlm.bestofn.law import log_collisions
 from bondlm.bestofn.matching import (
     best_of_n_log_quantiles,
     best_of_n_opponents,

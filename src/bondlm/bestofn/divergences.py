@@ -2,7 +2,7 @@
 
 All functions are elementwise and return one term per sample; the estimate is the mean over samples (average over a
 prompt's samples first, then over prompts). They differ in *who drew the samples*, which each function states. The
-log-probabilities are of completions: whoever sums them leaves the padding out (`bondlm.logprobs` does).
+log-probabilities are of completions: whoever sums them leaves the padding out (`bondlm.models.logprobs` does).
 
 What to expect, S samples of a prompt (`tests/bestofn/test_divergences.py` checks each line against the oracle):
 
@@ -24,7 +24,7 @@ of `kl_k1` is then zero, and that of `kl_k3` is the gradient of the other KL.
 import torch
 
 from bondlm.bestofn._arrays import Array, back, check_order, check_same_shape, to_float64
-from bondlm.bestofn.law import log_collisions
+from bondlm.bestofn.distribution import log_collisions
 
 
 def kl_k1(logp: Array, other_logp: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from bondlm.bestofn._arrays import Array, back, check_no_nan, check_order, to_float64
-from bondlm.bestofn.law import log_collisions
+from bondlm.bestofn.distribution import log_collisions
 
 LogQuantileMethod = Literal["jbond", "clamped", "harmonic"]
 

@@ -20,7 +20,7 @@ from typing import Any
 from bondlm import __version__
 from bondlm.cli.options import COMMANDS, command_help, main_help, parse
 from bondlm.errors import BondError, RewardError
-from bondlm.redact import redact, visible
+from bondlm.runs.redact import redact, visible
 
 INTERRUPTED = 128 + signal.SIGINT
 CHECKPOINT, OUT_OF_RESOURCES, STOPPED = 6, 7, 75

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.errors import ConfigError, DataError
-from bondlm.runfolder import CONFIG_FILE, METRICS_FILE, locked, run_config
+from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, run_config
 
 DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
 # Options that a run folder answers with its own settings, under the names that they have there.
@@ -129,7 +129,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     from bondlm.evaluation.pair import Pair, laws
     from bondlm.evaluation.rouge import rouge_judge
-    from bondlm.models import fast_dtype
+    from bondlm.models.load import fast_dtype
     from bondlm.rewards import load_rewards
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -172,7 +172,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """All that the samples and their scores depend on."""
-    from bondlm.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
+    from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
 
     samplers = job["pair"].samplers
 
@@ -200,11 +200,11 @@ def _revision(sampler: Any) -> str | None:
 def _evaluate(
     folder: Path, settings: Mapping[str, Any], job: Mapping[str, Any], console: Console
 ) -> tuple[dict[str, Any], Any, Any]:
+    from bondlm.data.fingerprints import model_fingerprint
     from bondlm.evaluation.files import claim, read_samples
     from bondlm.evaluation.pair import OPPONENT_FILE, fill
     from bondlm.evaluation.samples import from_rows
     from bondlm.evaluation.statistics import summarize
-    from bondlm.fingerprints import model_fingerprint
 
     made_from = fingerprint(settings, job)
     claim(folder, made_from, [law.file for law in job["laws"] if not law.of_opponent])

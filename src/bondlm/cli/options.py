@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from bondlm.cli.presets import with_preset
 from bondlm.errors import ConfigError
-from bondlm.presets import with_preset
 
 _MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
 _SAMPLING = {

@@ -6,7 +6,7 @@ from bondlm.cli.console import make_console
 from bondlm.cli.options import REWARD_MODEL
 from bondlm.cli.train import lora_config
 from bondlm.errors import ConfigError, DataError
-from bondlm.runfolder import locked
+from bondlm.runs.folder import locked
 
 FACTS_FILE = "reward.json"
 
@@ -19,7 +19,7 @@ def run(options: dict[str, Any]) -> int:
     folder, console = fresh_folder(options, "runs/reward-model"), make_console()
     with locked(folder):
         with console.status("loading PyTorch and the model"):
-            from bondlm.reward_model import held_out_accuracy, preference_trainer
+            from bondlm.stages.reward_model import held_out_accuracy, preference_trainer
 
             quiet()
             rate = 2e-4 if options.get("use_peft") else 5e-5
@@ -68,8 +68,8 @@ def _rows(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str,
         ConfigError: a required option is missing.
         DataError: pairs that cannot be used, or prompts that are in both parts.
     """
-    from bondlm.data import overlap
-    from bondlm.labelled import hold_out, read_preferences
+    from bondlm.data.prompts import overlap
+    from bondlm.stages.rows import hold_out, read_preferences
 
     for name in ("model", "train_dataset"):
         if not options.get(name):

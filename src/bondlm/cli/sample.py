@@ -28,7 +28,7 @@ def run(options: dict[str, Any]) -> int:
     errors = make_console(stderr=True)
     answers = generate(options, source, best_of, errors)
     if options.get("output"):
-        from bondlm.runfolder import append_jsonl
+        from bondlm.runs.folder import append_jsonl
 
         path = fresh_file(str(options["output"]))
         for rows in answers:
@@ -81,9 +81,9 @@ def generate(
     with console.status("loading PyTorch, the model and the rewards"):
         from transformers.utils import logging as transformers_logging
 
-        from bondlm.inference import Sampler
-        from bondlm.models import fast_dtype
+        from bondlm.models.load import fast_dtype
         from bondlm.rewards import load_rewards
+        from bondlm.rollout.sampler import Sampler
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

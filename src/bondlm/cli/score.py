@@ -22,9 +22,9 @@ def run(options: dict[str, Any]) -> int:
     if num_samples < 1:
         raise ConfigError(f"num_samples={num_samples}: must be >= 1")
     path = fresh_file(str(options["output"]))
-    from bondlm.fingerprints import model_fingerprint, reward_fingerprint
-    from bondlm.runfolder import append_jsonl
-    from bondlm.scored import origin_file
+    from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint
+    from bondlm.data.scored import origin_file
+    from bondlm.runs.folder import append_jsonl
 
     def note_origin(sampler: Any) -> None:
         """Say beside the file what its rows were made from, once the model is loaded."""

@@ -7,7 +7,7 @@ from bondlm.cli.console import make_console
 from bondlm.cli.options import SFT
 from bondlm.cli.train import lora_config
 from bondlm.errors import ConfigError
-from bondlm.runfolder import locked
+from bondlm.runs.folder import locked
 
 FACTS_FILE = "sft.json"
 
@@ -15,7 +15,7 @@ FACTS_FILE = "sft.json"
 def run(options: dict[str, Any]) -> int:
     """Read and check the rows, train, save an ordinary model or adapter folder, say the held-out loss."""
     from bondlm.cli.training import fit, fresh_folder, quiet, silence, training_arguments, write_facts
-    from bondlm.labelled import read_answers
+    from bondlm.stages.rows import read_answers
 
     for name in ("model", "train_dataset"):
         if not options.get(name):
@@ -26,7 +26,7 @@ def run(options: dict[str, Any]) -> int:
     folder, console = fresh_folder(options, "runs/sft"), make_console()
     with locked(folder):
         with console.status("loading PyTorch and the model"):
-            from bondlm.supervised import sft_trainer
+            from bondlm.stages.sft import sft_trainer
 
             quiet()
             rate = 2e-4 if options.get("use_peft") else 1e-4

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from bondlm.cli.console import make_console
 from bondlm.errors import CheckpointError, ConfigError
-from bondlm.manifest import newest_checkpoint, remove_unfinished, verify
-from bondlm.redact import redacted
-from bondlm.runfolder import CONFIG_FILE, is_main_process, locked, run_config, write_whole
+from bondlm.runs.folder import CONFIG_FILE, is_main_process, locked, run_config, write_whole
+from bondlm.runs.manifest import newest_checkpoint, remove_unfinished, verify
+from bondlm.runs.redact import redacted
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PREEMPTED, INTERRUPTED = 75, 130
@@ -72,7 +72,7 @@ def run(options: dict[str, Any]) -> int:
         with console.status("loading PyTorch and transformers"):
             from bondlm.cli.progress import ProgressReporter
             from bondlm.engines.choose import engine_choice
-            from bondlm.ranks import decided_by_main
+            from bondlm.training.processes import decided_by_main
         args = training_arguments(options)  # here the processes of a run find each other
         checkpoint, changes = decided_by_main(lambda: _resume_point(folder, options, console), args)
         with console.status(f"loading {options.get('model')}, data and rewards"):
@@ -195,7 +195,7 @@ def load_judges(options: Mapping[str, Any], trainer: Any) -> list[Any]:
         return []
     if trainer.eval_dataset is None:
         raise ConfigError(f"judges={specs!r}: the last evaluation asks them, and it needs an eval_dataset")
-    from bondlm.models import fast_dtype
+    from bondlm.models.load import fast_dtype
     from bondlm.rewards import load_rewards
 
     device = trainer.args.device

@@ -1,4 +1,4 @@
-"""Engines: who generates. `Engine` is the seam; `TransformersEngine` (in `bondlm.engines.hf`) the default."""
+"""Engines: who generates. `Engine` is the seam; `TransformersEngine` (in `bondlm.engines.local.engine`) the default."""
 
 from bondlm.engines.base import Completion, Engine, RemoteEngine, Role
 

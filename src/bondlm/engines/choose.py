@@ -11,7 +11,7 @@ import torch
 
 from bondlm.config import BONDConfig
 from bondlm.engines.base import Engine, Role
-from bondlm.engines.hf import TransformersEngine, UseTogether
+from bondlm.engines.local.engine import TransformersEngine, UseTogether
 from bondlm.errors import ConfigError
 
 _LOGGER = logging.getLogger(__name__)
@@ -63,10 +63,10 @@ def make_engine(
             cuda_graphs=args.cuda_graphs,
         )
     check_vllm_can(args, model)
-    from bondlm.engines.vllm import VLLMEngine
-    from bondlm.engines.vllm_http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
-    from bondlm.engines.vllm_server import LocalServer
-    from bondlm.engines.vllm_whole import WholeModelEngine
+    from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
+    from bondlm.engines.vllm.lora import VLLMEngine
+    from bondlm.engines.vllm.server import LocalServer
+    from bondlm.engines.vllm.whole import WholeModelEngine
 
     folder, is_lora = Path(str(args.output_dir)) / "vllm", hasattr(model, "peft_config")
     start_options = LORA_OPTIONS if is_lora else WHOLE_OPTIONS

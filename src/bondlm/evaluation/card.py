@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.config import BONDConfig
-from bondlm.runfolder import run_config
+from bondlm.runs.folder import run_config
 
 MAX_COMPLETION_LENGTH = BONDConfig.max_completion_length
 CITATION = """```bibtex

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bondlm.data import load_prompts
+from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.prompts import load_prompts
+from bondlm.data.tokens import encode_prompts, length_limits
 from bondlm.engines import Role
 from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.evaluation.files import finished_prompts
-from bondlm.inference import Sampler
-from bondlm.logprobs import score_rows
+from bondlm.models.logprobs import score_rows
 from bondlm.rewards import NamedReward
-from bondlm.rollout import PROMPT_IDS, Samples, draw
-from bondlm.runfolder import append_jsonl
-from bondlm.text import encode_prompts, length_limits
+from bondlm.rollout.sampler import Sampler
+from bondlm.rollout.samples import Samples, draw
+from bondlm.runs.folder import append_jsonl
 
 CHUNK = 16  # prompts between two writes
 FIRST_STEP = 1 << 41  # the "step" of these samples' seeds: none of training's, and another one for each law

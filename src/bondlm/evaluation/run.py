@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
+from bondlm.data.tokens import check_tokenizer
 from bondlm.evaluation.card import write_card
 from bondlm.evaluation.describe import describe_settings
 from bondlm.evaluation.samples import Scored, from_samples
 from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward
-from bondlm.rollout import Samples, score_samples
-from bondlm.runfolder import append_jsonl, plain
-from bondlm.text import check_tokenizer
+from bondlm.rollout.samples import Samples, score_samples
+from bondlm.runs.folder import append_jsonl, plain
 
 BASELINES = {
     "reference, greedy": ("reference", 0.0),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bondlm.bestofn.comparison import within_prompt_correlation
 from bondlm.errors import DataError
-from bondlm.rollout import Samples
+from bondlm.rollout.samples import Samples
 
 
 @dataclass(frozen=True, kw_only=True)

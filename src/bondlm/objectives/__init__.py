@@ -1,11 +1,11 @@
 """Objectives: pure losses, scores and log-probabilities in, loss and metrics out. One file each, no registry."""
 
+from bondlm.objectives.base import Loss, Objective, SamplePlan, Selection
+from bondlm.objectives.best_of_n_regression import BestOfNRegression
 from bondlm.objectives.best_of_n_sft import BestOfNSFT
 from bondlm.objectives.bonbon import BoNBoN
 from bondlm.objectives.bond import BOND
 from bondlm.objectives.jbond import JBOND
-from bondlm.objectives.plan import Loss, Objective, SamplePlan, Selection
-from bondlm.objectives.qrpo import BestOfNRegression
 from bondlm.objectives.reinforce import Reinforce
 from bondlm.objectives.rloo import RLOO
 from bondlm.objectives.vbon import VBON

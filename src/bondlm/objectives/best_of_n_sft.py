@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bondlm.objectives.plan import Loss, SamplePlan, Selection
+from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.terms import argmax_random_ties, check_count
 
 

@@ -15,8 +15,8 @@ Each step, for each prompt x:
 B is the collision term of Eq. 4, which the paper drops: a constant n for continuous rewards, and what keeps 0/1 rewards
 exact. With a fixed anchor this is Best-of-n of the reference; with a copied or EMA anchor it is iterative BOND
 (Algorithm 1). With `learned`, log p_ comes from a small model that is trained beside the policy (App. B.1, see
-`bondlm.quantile_model`); then m = n, and the first k of y', one by default, label its training. The n candidates of [2]
-are among the k of [3]: they are different terms, so neither is biased by it.
+`bondlm.models.learned_quantile`); then m = n, and the first k of y', one by default, label its training. The n
+candidates of [2] are among the k of [3]: they are different terms, so neither is biased by it.
 J-BOND is n = 2 with the two-level reward in place of log p_.
 """
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bondlm.bestofn import log_collision_correction, log_quantile
-from bondlm.objectives.plan import Loss, SamplePlan, Selection
+from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.terms import argmax_random_ties, check_choice, check_count, check_weight, leave_one_out_mean
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bondlm.bestofn import log_quantile
-from bondlm.objectives.plan import Loss, SamplePlan, Selection
+from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.terms import argmax_random_ties, check_choice, check_count, check_weight, leave_one_out_mean
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bondlm.objectives.plan import Loss, SamplePlan, Selection
+from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.terms import check_weight, leave_one_out_mean
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bondlm.bestofn import quantile
-from bondlm.objectives.plan import Loss, SamplePlan, Selection
+from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.terms import check_count, leave_one_out_mean
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bondlm.errors import ConfigError, DataError
 from bondlm.report.shapes import ANSWER_SHAPE, EVAL_SHAPE, REQUIRED, SAMPLE_SHAPE, check_shape
-from bondlm.runfolder import METRICS_FILE, plain
+from bondlm.runs.folder import METRICS_FILE, plain
 
 EVAL_FILE, EVAL_SAMPLES_FILE, CONFIG_FILE = "eval.json", "eval_samples.jsonl", "config.yaml"
 # A page is passed around more freely than a run folder.

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from bondlm.redact import visible
+from bondlm.runs.redact import visible
 
 __all__ = ["script_json", "visible"]
 

@@ -3,11 +3,11 @@
 from bondlm.rewards.batching import map_micro_batches, micro_batches
 from bondlm.rewards.calls import RewardFunction
 from bondlm.rewards.classifier import SequenceClassifierReward
-from bondlm.rewards.door import NamedReward, Scores, score
 from bondlm.rewards.functions import load_function
 from bondlm.rewards.http import HTTPReward
 from bondlm.rewards.load import load_rewards, rewards_of_run
 from bondlm.rewards.nli import NLIReward
+from bondlm.rewards.scoring import NamedReward, Scores, score
 from bondlm.rewards.similarity import SimilarityReward
 
 __all__ = [

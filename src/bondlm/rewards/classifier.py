@@ -11,11 +11,11 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from bondlm.data.chat_templates import render_chat
 from bondlm.errors import ConfigError
 from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import check_batch_bounds, check_choice, refuse_bad_lengths, token_limit
-from bondlm.templates import render_chat
 
 _logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from bondlm.errors import ConfigError
-from bondlm.models import fast_dtype
+from bondlm.models.load import fast_dtype
 from bondlm.rewards.calls import RewardFunction
 from bondlm.rewards.classifier import SequenceClassifierReward
-from bondlm.rewards.door import NamedReward
 from bondlm.rewards.functions import load_function
 from bondlm.rewards.http import HTTPReward
 from bondlm.rewards.nli import NLIReward
+from bondlm.rewards.scoring import NamedReward
 from bondlm.rewards.similarity import SimilarityReward
 
 RewardSpec: TypeAlias = str | RewardFunction | nn.Module

@@ -1,0 +1,6 @@
+"""Names of the columns that bondlm adds to a data set."""
+
+PROMPT_IDS = "prompt_ids"  # a row's prompt as token ids
+PROMPT_ROW = "prompt_row"  # the row's number in its data set: its samples' seeds are the same on any process
+LOGGED_IDS = "logged_ids"  # a prompt's scored samples as token ids
+LOGGED_REWARDS = "logged_rewards"  # and their rewards

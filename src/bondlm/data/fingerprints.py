@@ -1,0 +1,63 @@
+"""What a file of samples was made from: names, and hashes of the files behind them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bondlm.data.columns import PROMPT_IDS
+
+WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json")
+_BLOCK = 1 << 20
+
+
+def model_fingerprint(name: str, revision: str | None) -> dict[str, Any]:
+    """Path and hash of a model folder's weights; the revision of a hub model."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return {"name": name, "revision": revision}
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
+        digest.update(path.name.encode())
+        _add_file(digest, path)
+    return {"name": str(folder), "sha256": digest.hexdigest()}
+
+
+def reward_fingerprint(spec: Any) -> Any:
+    """The reward as it was written, with a hash of the file or of the weights that it names."""
+    text = str(spec)
+    source = text.rpartition(":")[0]
+    if source.endswith(".py") and Path(source).is_file():
+        digest = hashlib.sha256()
+        _add_file(digest, Path(source))
+        return {"spec": text, "sha256": digest.hexdigest()}
+    model = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
+    return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same weights: by hash where both have one, else by name."""
+    key = "sha256" if "sha256" in one and "sha256" in other else "name"
+    return bool(one.get(key) == other.get(key))
+
+
+def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Number and hash of the rows of a data set, all columns."""
+    text = json.dumps(list(rows), sort_keys=True, default=str)
+    return {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def data_digest(dataset: Any) -> dict[str, Any]:
+    """Number and hashes of all rows of an encoded data set: of their columns, and of the prompts as tokens."""
+    text, tokens = hashlib.sha256(), hashlib.sha256()
+    for batch in dataset.iter(1000):
+        tokens.update(json.dumps(batch.pop(PROMPT_IDS, None)).encode())
+        text.update(json.dumps(batch, sort_keys=True, default=str).encode())
+    return {"rows": len(dataset), "text": text.hexdigest(), "tokens": tokens.hexdigest()}
+
+
+def _add_file(digest: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)

@@ -1,0 +1,1 @@
+"""Generation with the model that is trained, in this process: decoding loop, cache, CUDA graph, batch size."""

@@ -1,0 +1,222 @@
+"""Decoding on CUDA: a step is recorded once as a CUDA graph and then replayed.
+
+A step of one token a row is some hundred small kernels, and launching them one by one from Python takes longer than
+they run. A graph needs every tensor at a fixed place with a fixed shape: the cache is as long as it will get, a mask
+says which of it counts, and where the next token goes is a number on the device.
+
+Only a model that says that it can be compiled whole, and whose every layer sees every earlier token, is recorded. The
+first rollout compares it with the ordinary way, and falls back to that, with a warning, where the two differ.
+
+Shapes: B rows, L tokens of cache, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from bondlm.models.prefix import has_full_attention
+from bondlm.models.row_adapters import RowAdapters
+
+ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this long
+FEW_ROWS = 256  # dropping some of 192 rows cost more, for a new recording, than it saved (H200)
+PROBED_STEPS = 3  # one unrecorded, one recorded, one replayed
+MOST_DIFFERENCE = 0.1  # total variation between two ways to compute a law; bf16 stays below it, a wrong mask does not
+Step = Callable[[Tensor], Tensor]
+Recording = tuple[torch.cuda.CUDAGraph, Tensor]  # and the logits that a replay writes
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+
+
+class CudaGraphs:
+    """Whether an engine records its steps: wanted, possible, and seen to give the model's own law."""
+
+    def __init__(self, *, wanted: bool = True) -> None:
+        """Nothing has been probed yet."""
+        self.wanted = wanted
+        self._probed = False
+        self._stream: torch.cuda.Stream | None = None  # one for all: each keeps workspaces of its own
+
+    def usable(self, model: Any) -> bool:
+        """Whether `model` can be recorded at all; `agrees` says whether it should."""
+        return (
+            self.wanted
+            and model.device.type == "cuda"
+            and getattr(model, "hf_device_map", None) is None  # layers on several devices
+            and has_full_attention(model.config)
+            and model.config._attn_implementation == "sdpa"
+            and bool(getattr(model, "_can_compile_fullgraph", False))
+        )
+
+    @torch.no_grad()
+    def agrees(self, copies: Callable[[], tuple[Step, Step]], token_B: Tensor) -> bool:
+        """Whether both ways to step give the same laws; asked once, then remembered. Out of memory is raised.
+
+        `copies` makes what is stepped, ordinary and recorded, of states that nobody needs.
+        """
+        if self._probed:
+            return self.wanted
+        try:
+            ways = copies()
+            for _ in range(PROBED_STEPS):
+                theirs, mine = (step(token_B).float().softmax(dim=-1) for step in ways)
+                difference = float((mine - theirs).abs().sum(dim=-1).max() / 2)
+                if not difference <= MOST_DIFFERENCE:  # NaN too
+                    return self.refuse(f"the laws of the next token differ by {difference:.2f} in total variation")
+                token_B = theirs.argmax(dim=-1)
+        except FAILURES as error:
+            if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+                raise
+            return self.refuse(error)
+        self._probed = True
+        return True
+
+    def refuse(self, reason: object) -> bool:
+        """Record no more, and say why."""
+        self._probed, self.wanted = True, False
+        text = (str(reason).splitlines() or [type(reason).__name__])[0]
+        warnings.warn(f"bondlm: this model decodes without CUDA graphs, which is slower ({text})", stacklevel=2)
+        return False
+
+    def record(self, work: Callable[[], Tensor], device: torch.device) -> Recording | None:
+        """What `work` launches, recorded and not run, and the tensor that a replay writes; None if it cannot be."""
+        if not self.wanted or device.type != "cuda":
+            return None
+        for attempt in range(2):
+            try:
+                with torch.cuda.device(device):
+                    self._stream = self._stream or torch.cuda.Stream()
+                    return _recorded(work, self._stream)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    self.refuse(error)
+                    return None
+                if attempt:
+                    raise
+                torch.cuda.empty_cache()  # a recording cannot use what the allocator keeps
+        return None
+
+
+def _recorded(work: Callable[[], Tensor], stream: torch.cuda.Stream) -> Recording:
+    """Not `torch.cuda.graph`: that empties the allocator's cache first, which would be filled anew at every rollout."""
+    graph = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            result = work()
+            graph.capture_end()
+        except RuntimeError:
+            _abandon(graph)
+            raise
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, result
+
+
+def _abandon(graph: torch.cuda.CUDAGraph) -> None:
+    """End a recording that failed; PyTorch itself leaves its allocator believing that it goes on."""
+    with suppress(RuntimeError):
+        graph.capture_end()
+    with suppress(RuntimeError):  # it did end
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
+
+
+class FixedLayer(DynamicLayer):
+    """Keys and values (B, H, L, D) of all tokens there will be; those of a step go to `column` (1,)."""
+
+    def __init__(self, layer: Any, length: int, column: Tensor) -> None:
+        """Take over what `layer` holds, with room up to `length`; zeros, since a masked NaN would still be one."""
+        super().__init__()
+        self._column = column
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.keys, self.values = (_longer(held, length) for held in (layer.keys, layer.values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put one token of each row in its place; returns the whole, of which the mask hides the rest."""
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        keys.index_copy_(2, self._column, key_states)
+        values.index_copy_(2, self._column, value_states)
+        return keys, values
+
+
+def _longer(held: Tensor, length: int) -> Tensor:
+    rows, heads, width, size = held.shape
+    longer = held.new_zeros(rows, heads, length, size)
+    longer[:, :, :width] = held
+    return longer
+
+
+class GraphedState:
+    """Rows that are being decoded; see `engines.decoding.DecodingState`."""
+
+    def __init__(
+        self,
+        model: Any,
+        cache: DynamicCache,
+        mask_BS: Tensor,
+        position_B1: Tensor,
+        adapters: RowAdapters | None,
+        *,
+        room: int,
+        graphs: CudaGraphs,
+    ) -> None:
+        """Go on from a cache of S tokens a row, with room for `room` more."""
+        width = mask_BS.shape[1]
+        length = -(-(width + room) // ROUND_TO) * ROUND_TO
+        self._model, self._cache, self._adapters, self._graphs = model, cache, adapters, graphs
+        self._column = torch.tensor([width], device=mask_BS.device)
+        cache.layers = [FixedLayer(layer, length, self._column) for layer in cache.layers]
+        self._mask_BL = torch.nn.functional.pad(mask_BS.bool(), (0, length - width))
+        self._position_B1 = position_B1.clone()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._token_B1 = torch.zeros_like(self._position_B1)
+        self._graph: Recording | None = None
+        self._is_warm = False
+
+    def compact_below(self, num_rows: int) -> float:
+        """Rows leave when at most this share of them still runs: a recording costs two ordinary steps."""
+        return 0.5 if num_rows > FEW_ROWS else 0.0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat rows (long indices): other shapes, another recording."""
+        if self._adapters is not None:
+            self._adapters.select(rows)
+        self._cache.batch_select_indices(rows)
+        self._mask_BL, self._position_B1 = self._mask_BL[rows], self._position_B1[rows]
+        self._forget()
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Feed one token a row; the logits (B, V) are good until the next step."""
+        self._token_B1.copy_(token_B.unsqueeze(1))
+        if self._graph is None and self._is_warm:
+            self._graph = self._graphs.record(self._forward, self._token_B1.device)
+        if self._graph is None:
+            # The first step of a shape is not recorded: it makes what a recording may not, the adapters' masks.
+            self._is_warm = True
+            return self._forward()
+        graph, logits_BV = self._graph
+        graph.replay()
+        return logits_BV
+
+    def _forward(self) -> Tensor:
+        """One step, all of it in place."""
+        self._mask_BL.index_fill_(1, self._column, True)
+        self._position_B1.add_(1)
+        out = self._model(
+            input_ids=self._token_B1,
+            attention_mask=self._mask_BL[:, None, None],
+            position_ids=self._position_B1,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._column.add_(1)
+        logits: Tensor = out.logits[:, -1]
+        return logits

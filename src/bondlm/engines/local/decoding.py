@@ -1,0 +1,256 @@
+"""The key-value cache of a batch that is being decoded, for causal and for encoder-decoder models.
+
+Both kinds have the same life: prefill P prompts once, `select` rows (to share a prompt among its samples, later to drop
+the rows that ended), and `step` by one token a row. What all prompts begin with (a system prompt, a chat template) is
+prefilled once for all of them, and on a CPU prompts of similar length are prefilled together.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from bondlm.engines.local.cache import decoder_config, growing_cache, grows, moves_rows_in_place, stacked
+from bondlm.engines.local.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState, Step
+from bondlm.models.prefix import has_full_attention, prefill_prefix, shared_prefix
+from bondlm.models.row_adapters import RowAdapters
+
+# Where dropping a row moves at most one other, rows leave as they end. Copying the whole cache costs about as much as
+# one step of the rows that it drops: wait until a quarter has ended.
+COMPACT_BELOW_IN_PLACE, COMPACT_BELOW = 1.0, 0.75
+# A forward pass of its own costs about as much as this many tokens of padding: the weights are read once more.
+PADDING_WORTH_A_PASS = 64
+
+
+class DecodingState(Protocol):
+    """Rows that are being decoded."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat rows (long indices)."""
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Feed one token a row; returns the next logits (B, V), which are good until the next step."""
+
+    def compact_below(self, num_rows: int) -> float:
+        """The share of `num_rows` rows below which those that still run are worth a `select`."""
+
+
+def start_decoding(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    adapters: RowAdapters | None,
+    adapter_P: Sequence[int],
+    *,
+    max_new_tokens: int,
+    graphs: CudaGraphs,
+) -> tuple[DecodingState, Tensor]:
+    """Prefill `prompts`; returns the state of P rows and the first logits (P, V).
+
+    With `adapters` prompt i is computed with adapter number `adapter_P[i]`.
+    """
+    if not model.config.is_encoder_decoder:
+        state, logits = _CausalState.start(model, prompts, pad_id, adapters, adapter_P, room=max_new_tokens)
+
+        def copies() -> tuple[Step, Step]:
+            return state.copied().step, state.copied().graphed(max_new_tokens, graphs).step
+
+        if graphs.usable(model) and grows(state.cache) and graphs.agrees(copies, logits.argmax(-1)):
+            return state.graphed(max_new_tokens, graphs), logits
+        return state, logits
+    if adapters is not None:
+        adapters.set(adapter_P)
+    # Padded right: an encoder with absolute positions (Bart) counts from the first column, padding or not.
+    return _Seq2SeqState.start(model, *padded(prompts, pad_id, model.device, left=False), adapters, room=max_new_tokens)
+
+
+def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and mask (P, S); the mask comes from the lengths, since the padding id may be the end-of-sequence id."""
+    width = max(len(prompt) for prompt in prompts)
+    fills = [[pad_id] * (width - len(p)) for p in prompts]
+    masks = [([0] * len(fill), [1] * len(p)) for fill, p in zip(fills, prompts, strict=True)]
+    ids = [fill + list(p) if left else list(p) + fill for fill, p in zip(fills, prompts, strict=True)]
+    mask = [hidden + real if left else real + hidden for hidden, real in masks]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def similar_lengths(lengths: Sequence[int], *, worth_a_pass: float) -> Iterator[range]:
+    """Cut rows, which come longest first, into those that are prefilled together.
+
+    A group ends before its padding has more tokens than are worth a forward pass.
+    """
+    begin, padding = 0, 0
+    for i, length in enumerate(lengths):
+        padding += lengths[begin] - length
+        if padding > worth_a_pass:
+            yield range(begin, i)
+            begin, padding = i, 0
+    yield range(begin, len(lengths))
+
+
+class _CausalState:
+    def __init__(
+        self, model: Any, cache: DynamicCache, mask_BS: Tensor, position_B1: Tensor, adapters: RowAdapters | None
+    ) -> None:
+        self._model, self.cache, self._mask_BS, self._position_B1 = model, cache, mask_BS, position_B1
+        self._adapters = adapters
+
+    @classmethod
+    def start(
+        cls,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        adapters: RowAdapters | None,
+        adapter_P: Sequence[int],
+        *,
+        room: int,
+    ) -> tuple["_CausalState", Tensor]:
+        """Prefill: what all prompts begin with, then group by group; `room` is for how many tokens they may go on."""
+        prefix = shared_prefix(model.config, prompts)
+        kinds = sorted(set(adapter_P))  # a common beginning is computed once an adapter
+        if adapters is not None:
+            adapters.set(kinds)
+        cache_of_prefix = prefill_prefix(model, prefix, growing_cache(model.config, room), rows=len(kinds))
+        # On an accelerator a pass costs what launching it costs; layers that see a part of the tokens cannot be joined.
+        joins = model.device.type == "cpu" and has_full_attention(model.config) and grows(cache_of_prefix)
+        worth_a_pass = PADDING_WORTH_A_PASS if joins else math.inf
+        rests, prefills, logits = [p[len(prefix) :] for p in prompts], [], []
+        for group in similar_lengths([len(rest) for rest in rests], worth_a_pass=worth_a_pass):
+            kind_of_row = [adapter_P[i] for i in group]
+            if adapters is not None:
+                adapters.set(kind_of_row)
+            cache = copy.deepcopy(cache_of_prefix)
+            if prefix:
+                cache.batch_select_indices(torch.tensor([kinds.index(k) for k in kind_of_row], device=model.device))
+            prefill, logits_GV = cls._prefill(model, [rests[i] for i in group], pad_id, cache, len(prefix), adapters)
+            prefills.append(prefill)
+            logits.append(logits_GV)
+        if adapters is not None:
+            adapters.set(adapter_P)
+        return cls._joined(prefills), torch.cat(logits)
+
+    @classmethod
+    def _prefill(
+        cls,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        cache: DynamicCache,
+        seen: int,
+        adapters: RowAdapters | None,
+    ) -> tuple["_CausalState", Tensor]:
+        """Prefill what the prompts go on with after the `seen` tokens that the cache holds."""
+        ids_PS, mask_PS = padded(prompts, pad_id, model.device, left=True)
+        mask_PS = torch.cat([mask_PS.new_ones(len(prompts), seen), mask_PS], dim=1)
+        positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)[:, seen:]  # padding is masked
+        out = model(
+            input_ids=ids_PS,
+            attention_mask=mask_PS,
+            position_ids=positions_PS,
+            past_key_values=cache,
+            use_cache=True,
+            # An index and not "the last one": its result is contiguous. A slice of rows is not, and then PyTorch copies
+            # the whole head once a row (CPU; 1.7 of 9 seconds of a rollout of SmolLM2-135M).
+            logits_to_keep=torch.tensor([ids_PS.shape[1] - 1], device=ids_PS.device),
+        )
+        return cls(model, cache, mask_PS, positions_PS[:, -1:], adapters), out.logits[:, -1]
+
+    @classmethod
+    def _joined(cls, parts: Sequence["_CausalState"]) -> "_CausalState":
+        """All rows in one state, padded left to the longest."""
+        first, width = parts[0], max(part._mask_BS.shape[1] for part in parts)
+        if len(parts) == 1:
+            return first
+        masks = [nn.functional.pad(part._mask_BS, (width - part._mask_BS.shape[1], 0)) for part in parts]
+        positions = torch.cat([part._position_B1 for part in parts])
+        cache = stacked([part.cache for part in parts])
+        return cls(first._model, cache, torch.cat(masks), positions, first._adapters)
+
+    def copied(self) -> "_CausalState":
+        """The same rows, to be stepped without a trace in this state; the adapters are shared."""
+        return _CausalState(self._model, copy.deepcopy(self.cache), self._mask_BS, self._position_B1, self._adapters)
+
+    def graphed(self, room: int, graphs: CudaGraphs) -> GraphedState:
+        """This state, to be stepped by CUDA graphs from now on."""
+        return GraphedState(
+            self._model,
+            self.cache,
+            self._mask_BS,
+            self._position_B1,
+            self._adapters,
+            room=max(room, PROBED_STEPS),
+            graphs=graphs,
+        )
+
+    def compact_below(self, num_rows: int) -> float:
+        return COMPACT_BELOW_IN_PLACE if moves_rows_in_place(self.cache) else COMPACT_BELOW
+
+    def select(self, rows: Tensor) -> None:
+        if self._adapters is not None:
+            self._adapters.select(rows)
+        self.cache.batch_select_indices(rows)
+        self._mask_BS, self._position_B1 = self._mask_BS[rows], self._position_B1[rows]
+
+    def step(self, token_B: Tensor) -> Tensor:
+        self._mask_BS = torch.cat([self._mask_BS, self._mask_BS.new_ones(len(token_B), 1)], dim=1)
+        self._position_B1 = self._position_B1 + 1
+        out = self._model(
+            input_ids=token_B.unsqueeze(1),
+            attention_mask=self._mask_BS,
+            position_ids=self._position_B1,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+
+class _Seq2SeqState:
+    def __init__(
+        self,
+        model: Any,
+        cache: EncoderDecoderCache,
+        hidden_BSD: Tensor,
+        mask_BS: Tensor,
+        adapters: RowAdapters | None,
+    ) -> None:
+        self._model, self._cache, self._hidden_BSD, self._mask_BS = model, cache, hidden_BSD, mask_BS
+        self._adapters = adapters
+
+    @classmethod
+    def start(
+        cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None, *, room: int
+    ) -> tuple["_Seq2SeqState", Tensor]:
+        """Encode the prompts and feed the token that decoders start with."""
+        hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
+        config = decoder_config(model)
+        of_prompt = growing_cache(config, room=0)  # it does not grow
+        cache = EncoderDecoderCache(growing_cache(config, room), of_prompt)
+        state = cls(model, cache, hidden, mask_PS, adapters)
+        start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
+        return state, state.step(start_P)
+
+    def compact_below(self, num_rows: int) -> float:
+        return COMPACT_BELOW
+
+    def select(self, rows: Tensor) -> None:
+        if self._adapters is not None:
+            self._adapters.select(rows)
+        self._cache.batch_select_indices(rows)
+        self._hidden_BSD, self._mask_BS = self._hidden_BSD[rows], self._mask_BS[rows]
+
+    def step(self, token_B: Tensor) -> Tensor:
+        out = self._model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden_BSD),
+            attention_mask=self._mask_BS,
+            decoder_input_ids=token_B.unsqueeze(1),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1]

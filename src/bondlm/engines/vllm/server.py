@@ -1,0 +1,133 @@
+"""A vLLM server of our own: started for a run, watched until it answers, ended with it."""
+
+import atexit
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bondlm.engines.vllm.http import how_to_start
+from bondlm.errors import ConfigError
+
+# The server, and a guard that kills it when our end of the pipe closes: after `kill -9` of a run no server is left.
+GUARDED = """
+trap : TERM
+exec 3<&0
+"$@" 3<&- </dev/null & server=$!
+(read -r _ <&3; kill -KILL 0) & guard=$!
+wait $server; code=$?
+kill -0 $server 2>/dev/null && wait $server  # a signal has interrupted the first wait
+kill -KILL $guard 2>/dev/null
+exit $code
+"""
+STOP_GRACE = 10.0  # seconds between asking a server to end and killing it
+
+
+class LocalServer:
+    """A running vLLM server on this machine's loopback interface; `stop` ends it, and so does the end of Python."""
+
+    def __init__(
+        self, python: str, model: str, options: Sequence[str], *, log: Path, start_timeout: float, on_cpu: bool
+    ) -> None:
+        """Start it and wait until it is healthy.
+
+        Args:
+            python: interpreter of the environment that vLLM is installed in.
+            model: folder or hub name of the base model.
+            options: of vLLM's api_server.
+            log: file for what the server prints.
+            start_timeout: seconds until it must answer.
+            on_cpu: it computes on the CPU.
+
+        Raises:
+            ConfigError: it ended or did not answer in time.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._by_hand = how_to_start("http://127.0.0.1:8000", model, options)
+        self._log = log
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        command += ["--host", "127.0.0.1", "--port", str(port), *options]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.which(python) is None:
+            raise ConfigError(f"vllm_python={python!r} cannot be run: there is no such program. {self._by_hand}")
+        with log.open("w", encoding="utf-8") as out:
+            self._process = subprocess.Popen(  # noqa: S603 - the user's own interpreter
+                ["/bin/sh", "-c", GUARDED, "bondlm", *command],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=_environment(on_cpu, for_lora="--enable-lora" in options),
+                start_new_session=True,
+            )
+        atexit.register(self.stop)
+        try:
+            self._wait(start_timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self, limit: float) -> None:
+        import httpx
+
+        deadline = time.monotonic() + limit
+        with httpx.Client(base_url=self.url, timeout=5.0, trust_env=False) as http:
+            while time.monotonic() < deadline:
+                if self._process.poll() is not None:
+                    raise ConfigError(
+                        f"the vLLM server ended at its start with code {self._process.returncode}; the last lines of "
+                        f"{str(self._log)!r}: {self._last_lines()}. {self._by_hand}"
+                    )
+                try:
+                    if http.get("/health").status_code == 200:
+                        return
+                except httpx.TransportError:
+                    pass  # not yet
+                time.sleep(0.25)
+        raise ConfigError(
+            f"the vLLM server did not answer within vllm_start_timeout={limit:g} s; the last lines of "
+            f"{str(self._log)!r}: {self._last_lines()}. {self._by_hand}"
+        )
+
+    def _last_lines(self) -> str:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [line for line in lines if "Error" in line]
+        return " | ".join(line.strip() for line in (errors or lines)[-3:])[-1500:] or "(empty)"
+
+    @property
+    def pid(self) -> int:
+        """The server's process, leader of a group of its own."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End the server and its workers; safe to call twice."""
+        atexit.unregister(self.stop)
+        for number, patience in ((signal.SIGTERM, STOP_GRACE), (signal.SIGKILL, STOP_GRACE)):
+            try:
+                os.killpg(self._process.pid, number)
+            except ProcessLookupError:
+                break
+            try:
+                self._process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+        self._process.poll()
+
+
+def _environment(on_cpu: bool, *, for_lora: bool) -> dict[str, str]:
+    """Ours, and what a server for us needs; no usage statistics leave the machine.
+
+    Routes for whole models' weights exist in development mode alone. It also lets whoever reaches the server run its
+    workers' methods: the server listens on the loopback interface.
+    """
+    ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if for_lora else {"VLLM_SERVER_DEV_MODE": "1"}
+    needed |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    space = {"VLLM_CPU_KVCACHE_SPACE": "1"} if on_cpu else {}  # GiB
+    return space | ours | needed

@@ -1,0 +1,137 @@
+"""Full fine-tuning over a vLLM server: one server, whose weights are replaced before each role draws.
+
+Policy's weights, its samples; anchor's weights, its samples. Two servers would need twice the memory and draw no faster
+on the device that they share. The weights go through a folder: `reload_weights(weights_path=...)`, by vLLM's route
+`/collective_rpc`, needs no GPU that both sides reach and was observed to do what it says (docs/vllm.md); its routes for
+NCCL and CUDA IPC do. Each reload is checked by the log-probabilities of the probe text, as an adapter's is, and here
+the gap may hardly grow, either: a reload of a part of the weights was seen, too.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import logging
+
+from bondlm.engines.base import Completion, Role
+from bondlm.engines.vllm.lora import GAP_LIMIT, VLLMEngine
+from bondlm.errors import ConfigError, ResourceError
+
+GAP_GROWTH = 4.0  # times the first reload's gap, which is that of two programs' rounding
+LEAST_GAP_LIMIT = 1e-3  # nats a token: below, fp32 rounds
+ONE_FILE = "100TB"  # with an index of several vLLM would read none beside them
+
+
+class WholeModelEngine(VLLMEngine):
+    """Samples from a server whose weights are, in turn, those of the role that draws."""
+
+    sends = "weights"
+
+    def _start(self) -> None:
+        """The first reload, of a server that holds random weights if it was started as told: it must work."""
+        self._held: tuple[int, ...] | None = None  # digest of the weights on the server
+        # A server that was started without weights would look for none.
+        self._client.rpc("update_config", args=[{"load_config": {"load_format": "auto"}}])
+        self._hold("policy")
+        gap = self.probe_gap["policy"]
+        self._noise = 1e-5 if gap < LEAST_GAP_LIMIT else 1e-2  # by the server's precision, not by ours
+        self._gap_limit = min(GAP_LIMIT, max(LEAST_GAP_LIMIT, GAP_GROWTH * gap))
+
+    def sync(self) -> None:
+        """Nothing yet: one role's weights are on the server at a time, and go there when it draws."""
+
+    def _hold(self, role: Role) -> None:
+        """Have the server hold the role's weights; nothing is sent if it holds them already.
+
+        Raises:
+            EngineError: after two tries the server still scores the probe text otherwise than the trainer.
+            ConfigError: it cannot take them.
+            ResourceError: it does not answer any more, or the disk is full.
+        """
+        with self._use(role) as model:
+            digest = weights_digest(model)
+        if digest == self._held and self._probe(role)[0] <= self._gap_limit:  # nobody else has changed them
+            return
+        self._held = None
+        self._version += 1
+        self._reload(role)
+        self._held = digest
+
+    def _send(self, role: Role, path: Path) -> None:
+        with self._use(role) as model:
+            write_weights(model, path)
+        try:
+            self._client.rpc("reload_weights", kwargs={"weights_path": str(path.resolve())})
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. The server did not take the {role}'s weights from {str(path.resolve())!r}: it must see that "
+                "folder under the same path (vLLM takes one that is missing for a 'repo id'), and must have been "
+                f"started with this architecture, --model {self._model.config._name_or_path!r}. A reload that failed "
+                "has cost it its weights: start it again"
+            ) from error
+
+    def _keep_only(self, role: Role, path: Path) -> None:
+        """None: the server has read them, and they are large."""
+        for old in self._folder.glob("*-*-*"):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _name(self, role: Role) -> str:
+        return self._base
+
+    def _salt(self, role: Role) -> str:
+        return f"{self._run}-{self._version}"
+
+    def generate_roles(
+        self,
+        prompts: Sequence[Sequence[int]],
+        wanted: Mapping[Role, tuple[int, Sequence[int]]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+    ) -> dict[Role, list[list[Completion]]]:
+        """See `VLLMEngine.generate_roles`; here role after role."""
+        drawn: dict[Role, list[list[Completion]]] = {}
+        for role, ask in wanted.items():
+            self._hold(role)
+            law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+            drawn |= super().generate_roles(prompts, {role: ask}, **law)
+        return drawn
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> tuple[int, ...]:
+    """A number for each parameter, of all its bits: who changed it, and how, does not matter."""
+    digest = []
+    for parameter in model.parameters():
+        raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        whole = len(raw) // 8 * 8
+        digest.append(int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum()))
+    return tuple(digest)
+
+
+def write_weights(model: Any, path: Path) -> None:
+    """Write the weights as a checkpoint, and a tied head by its own name too.
+
+    On a CPU vLLM computes with a packed copy of the head, and packs it again only if it has read a head.
+
+    Raises:
+        ResourceError: the disk is full, or the folder is gone.
+    """
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(path, max_shard_size=ONE_FILE)
+        if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+            head = model.get_output_embeddings()
+            name = next(name for name, module in model.named_modules() if module is head)
+            save_file({f"{name}.weight": head.weight.detach().cpu().clone()}, path / "head.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"cannot write the weights for the vLLM server into {str(path)!r}: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()

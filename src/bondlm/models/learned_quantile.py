@@ -1,0 +1,112 @@
+"""The learned quantile: Sessa et al. 2024, arXiv 2407.14622, appendix B.1.
+
+A small model p_theta(x, y) of the chance that a sample of the anchor is at most as good as y. Its label is one
+comparison, 1{r(y') <= r(y)}, and its loss the binary cross-entropy (Eq. 25), minimised beside the policy: one step a
+rollout. The paper makes it a second language model. Here it is a small network on features that the frozen
+reference gives for free of training: its last hidden states, averaged over the completion, and at the last token.
+
+Shapes: B completions, D hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from bondlm.models.logprobs import collate
+
+WIDTH = 128
+
+
+class QuantileModel(nn.Module):
+    """log p_theta(x, y) from the reference's features; it has an optimizer of its own."""
+
+    def __init__(self, hidden_size: int, *, learning_rate: float, seed: int) -> None:
+        """`hidden_size` is the reference's; the first weights depend on `seed` alone."""
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            last = nn.Linear(WIDTH, 1)
+            self.net = nn.Sequential(nn.LayerNorm(2 * hidden_size), nn.Linear(2 * hidden_size, WIDTH), nn.GELU(), last)
+        nn.init.zeros_(last.weight)  # it begins at p = 1/2 for everything
+        nn.init.zeros_(last.bias)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate, weight_decay=0.01)
+
+    @torch.no_grad()
+    def log_quantile(self, features_BD: Tensor) -> Tensor:
+        """Log p_theta (B,), <= 0, float32."""
+        return logsigmoid(self.net(features_BD).squeeze(1))
+
+    def update(self, features_BD: Tensor, labels_B: Tensor) -> float:
+        """One step on the binary cross-entropy against `labels_B` in [0, 1]; returns the loss before it, in nats.
+
+        If loss or gradient is not finite there is no step: one would spoil the model for good.
+        """
+        with torch.enable_grad():
+            loss = binary_cross_entropy_with_logits(self.net(features_BD).squeeze(1), labels_B)
+            self.optimizer.zero_grad()
+            loss.backward()
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        if all(torch.isfinite(each).all() for each in (loss, *gradients)):
+            self.optimizer.step()
+        return float(loss.detach())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and the optimizer's moments, for a checkpoint."""
+        state = {f"net.{name}": tensor.detach() for name, tensor in self.net.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        return state
+
+    def load_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` gave; names and shapes must match exactly (KeyError, RuntimeError)."""
+        self.net.load_state_dict({n.removeprefix("net."): t for n, t in state.items() if n.startswith("net.")})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+
+
+@torch.no_grad()
+def completion_features(
+    model: Any,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pad_id: int,
+    *,
+    start_id: int | None,
+    device: torch.device,
+    batch_rows: int = 16,
+) -> Tensor:
+    """Features (B, 2 D) fp32 of (prompt, completion) rows: last hidden states, their mean and the last one."""
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    features: list[Tensor] = [torch.empty(0)] * len(rows)
+    for begin in range(0, len(rows), batch_rows):
+        chunk = by_length[begin : begin + batch_rows]
+        batch = collate([(rows[i][0], [rows[i][1]]) for i in chunk], pad_id, start_id=start_id)
+        mask_BT = batch.pop("completion_mask")[:, 0].to(device)
+        del batch["completion_ids"]
+        if start_id is None:  # a token's own column comes right after the one that predicts it
+            column_BT = batch.pop("predictor")[:, 0].to(device) + 1
+            batch["logits_to_keep"] = batch["logits_to_keep"][:1]  # the head's output is not used
+        else:
+            column_BT = torch.arange(mask_BT.shape[1], device=device).expand(mask_BT.shape)
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        out = model(**inputs, output_hidden_states=True, use_cache=False)
+        states = out.hidden_states if start_id is None else out.decoder_hidden_states
+        column_BT = column_BT.clamp(max=states[-1].shape[1] - 1)  # beyond the row there is padding alone
+        hidden_BTD = states[-1].gather(1, column_BT.unsqueeze(2).expand(-1, -1, states[-1].shape[2])).float()
+        mean_BD = (hidden_BTD * mask_BT.unsqueeze(2)).sum(1) / mask_BT.sum(1, keepdim=True)
+        last_B = mask_BT.sum(1).long() - 1
+        last_BD = hidden_BTD[torch.arange(len(chunk), device=device), last_B]
+        for i, feature in zip(chunk, torch.cat([mean_BD, last_BD], dim=1), strict=True):
+            features[i] = feature
+    return torch.stack(features)
+
+
+def quantile_model(hidden_size: int, args: Any) -> QuantileModel:
+    """A fresh one, on the run's device."""
+    return QuantileModel(hidden_size, learning_rate=args.quantile_learning_rate, seed=args.seed).to(args.device)

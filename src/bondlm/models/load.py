@@ -1,0 +1,113 @@
+"""Loading a policy, and what must hold of it before it is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from bondlm.config import BONDConfig
+from bondlm.errors import ConfigError
+from bondlm.models.sharding import check_parallelism, uses_fsdp
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> PreTrainedModel | PeftModel:
+    """Load a causal or encoder-decoder model, or an adapter folder on its base model, by folder or hub name.
+
+    Weights are read from safetensors only and code that comes with a model is never run.
+
+    Raises:
+        ConfigError: nothing that can be loaded lies there.
+    """
+    if init_kwargs.pop("trust_remote_code", False):
+        raise ConfigError(
+            f"trust_remote_code would run code that comes with {str(path)!r}: bondlm does not. Load the model yourself "
+            "and pass it to BONDTrainer"
+        )
+    try:
+        if (Path(path) / "adapter_config.json").is_file():
+            base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+            if base is None:
+                raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
+            if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
+                raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
+            return PeftModel.from_pretrained(load_model(base, dtype=dtype, **init_kwargs), str(path), is_trainable=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **init_kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"cannot load the model {str(path)!r}: {error}") from error
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, else fp32.
+
+    On a CPU without AVX512-BF16 or AMX bf16 products are emulated: measured 9 times slower than fp32 on AVX2.
+    """
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+        return torch.bfloat16 if native else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.float32
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the learned log-probabilities must be those of the law that was sampled from."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_rate"):  # functional dropout keeps its rate as a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def wrap_lora(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """Put a fresh adapter on `model`, its weights in fp32 whatever the base's dtype."""
+    return get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+
+
+def prepare_policy(
+    model: str | PreTrainedModel | PeftModel, args: BONDConfig, peft_config: PeftConfig | None
+) -> PreTrainedModel | PeftModel:
+    """The model that trains: loaded if it is given by name, with a fresh adapter if one is asked for, without dropout.
+
+    Raises:
+        ConfigError: it cannot be loaded, has nothing to train, or the settings contradict it.
+    """
+    check_parallelism(args)
+    if isinstance(model, str):
+        adapter = peft_config is not None or (Path(model) / "adapter_config.json").is_file()
+        model = load_model(model, dtype=_load_dtype(args, frozen=adapter), **(args.model_init_kwargs or {}))
+    elif args.model_init_kwargs:
+        raise ConfigError("model_init_kwargs is only for a model given by name: this one is loaded already")
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
+        model = wrap_lora(model, peft_config)
+    if uses_fsdp(args) and model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
+            "accelerate cannot shard in two groups; use DDP (examples/accelerate/ddp.yaml)"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
+        )
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+def _load_dtype(args: BONDConfig, *, frozen: bool) -> torch.dtype:
+    """Weights that train are fp32 (bf16 steps of 1e-6 would vanish); frozen ones may be bf16."""
+    if not frozen:
+        if args.dtype == "bfloat16":
+            raise ConfigError("dtype=bfloat16 with full fine-tuning would lose small updates: use bf16=True (autocast)")
+        return torch.float32
+    return fast_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)

@@ -1,0 +1,265 @@
+"""Log-probabilities of given completions: what is learned on, and what the anchor and the reference say of a sample.
+
+Shapes: P prompts, L completions of each, S columns of a row, T tokens of a completion, N completion tokens in all.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from bondlm.errors import ResourceError
+from bondlm.models.head import chosen_logprobs, chosen_tokens, exact_head, positions_in_budget
+from bondlm.models.prefix import has_full_attention, prefill_prefix, repeated, shared_prefix
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, the ids of its completions)
+# Log-probabilities of the two layouts differ by rounding alone; a model that ignores the mask is off by whole nats.
+PROBE_TOLERANCE = 0.02
+
+
+def collate(groups: Sequence[Group], pad_id: int, *, start_id: int | None = None) -> dict[str, Tensor]:
+    """Tensors of one forward pass; every mask comes from lengths, since `pad_id` may be an end-of-sequence id.
+
+    A causal row is [prompt | completion 1 | ... | completion L], padded right. Each completion sees the prompt and
+    itself alone, so that the prompt is computed once for all of them. `start_id` is given for encoder-decoder models:
+    the prompts' rows (P) and the completions' (P * L) part ways.
+
+    Returns:
+        The model's inputs, `completion_ids` and `completion_mask` (P, L, T), and for causal models `predictor`
+        (P, L, T), the column whose logits predict each token, and `logits_to_keep`, the columns from the first of them.
+    """
+    length = max(len(c) for _, completions in groups for c in completions)
+    ids_PLT = torch.tensor([[list(c) + [pad_id] * (length - len(c)) for c in completions] for _, completions in groups])
+    mask_PLT = torch.tensor(
+        [[[1.0] * len(c) + [0.0] * (length - len(c)) for c in completions] for _, completions in groups]
+    )
+    batch = {"completion_ids": ids_PLT, "completion_mask": mask_PLT}
+    if start_id is not None:
+        flat = ids_PLT.flatten(0, 1)
+        decoder_ids = torch.cat([torch.full((len(flat), 1), start_id), flat[:, :-1]], dim=1)
+        prompt_ids, prompt_mask = _padded([list(prompt) for prompt, _ in groups], pad_id)
+        return batch | {"input_ids": prompt_ids, "attention_mask": prompt_mask, "decoder_input_ids": decoder_ids}
+    rows = [[*prompt, *(token for c in completions for token in c)] for prompt, completions in groups]
+    input_ids, mask_PS = _padded(rows, pad_id)
+    prompt_P1 = torch.tensor([[len(prompt)] for prompt, _ in groups])
+    # A completion begins after the prompt and the completions before it, and counts its positions from the prompt on.
+    lengths_PL = mask_PLT.sum(dim=2).long()
+    begins_PL = prompt_P1 + lengths_PL.cumsum(dim=1) - lengths_PL
+    steps_T = torch.arange(length)
+    predictor = torch.where(steps_T == 0, prompt_P1.unsqueeze(2) - 1, begins_PL.unsqueeze(2) + steps_T - 1)
+    column_S = torch.arange(input_ids.shape[1])
+    block_PS = (column_S >= begins_PL.unsqueeze(2)).sum(dim=1)  # 0 in the prompt, l in completion l
+    shift_PS = (begins_PL - prompt_P1).gather(1, (block_PS - 1).clamp(min=0)) * (block_PS > 0)
+    num_completions = ids_PLT.shape[1]
+    return batch | {
+        "input_ids": input_ids,
+        "position_ids": column_S - shift_PS,
+        "attention_mask": mask_PS if num_completions == 1 else _shared_prompt_mask(block_PS),
+        "predictor": predictor,
+        "logits_to_keep": column_S[int(prompt_P1.min()) - 1 :],
+    }
+
+
+def by_length(groups: Sequence[Group]) -> list[int]:
+    """Indices in order of length, so that a batch of neighbours holds little padding."""
+    return sorted(range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1])))
+
+
+def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask (P, S), padded right."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+
+
+def _shared_prompt_mask(block_PS: Tensor) -> Tensor:
+    """Who may attend to whom, (P, 1, S, S): causal, the prompt for all, and no completion sees another one.
+
+    Padding comes last, so that no real column sees it; it sees itself, for softmax over nothing would be NaN.
+    """
+    size = block_PS.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    related = (block_PS.unsqueeze(1) == 0) | (block_PS.unsqueeze(1) == block_PS.unsqueeze(2))
+    return (causal & related).unsqueeze(1)
+
+
+def sequence_logprobs(
+    model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None, head: nn.Module | None = None
+) -> Tensor:
+    """Log pi(completion | prompt) in nats, (P, L) fp32: the sum of `token_logprobs` over the completion's tokens."""
+    return token_logprobs(model, batch, cache, head).sum(dim=2)
+
+
+def token_logprobs(
+    model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None, head: nn.Module | None = None
+) -> Tensor:
+    """Log pi of each token of the completions in nats, (P, L, T) fp32, 0 at padding.
+
+    `cache` holds what comes before the batch's first column (see `score_rows`). With `head` (from `exact_head`) logits
+    are made of the completions' tokens alone, within a fixed budget of memory; without, of all columns from the first.
+    """
+    ids_PLT, mask_PLT = batch["completion_ids"], batch["completion_mask"]
+    real_PLT = mask_PLT.bool()
+    if "decoder_input_ids" in batch:
+        call = _decoder_inputs(model, batch)
+        position_PLT = torch.arange(ids_PLT.numel(), device=ids_PLT.device).view(ids_PLT.shape)
+    else:
+        call = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "logits_to_keep")}
+        call |= {"past_key_values": cache, "use_cache": cache is not None}
+        columns = batch["logits_to_keep"]
+        row_P11 = torch.arange(len(ids_PLT), device=ids_PLT.device).view(-1, 1, 1)
+        position_PLT = row_P11 * len(columns) + batch["predictor"] - columns[0]
+    position_N, ids_N = position_PLT[real_PLT], ids_PLT[real_PLT]
+    if head is not None:
+        with chosen_tokens(head, position_N, ids_N):
+            logp_N = model(**call).logits.squeeze(-1)
+    else:
+        logp_N = chosen_logprobs(model(**call).logits.flatten(0, 1)[position_N], ids_N)
+    return torch.zeros_like(mask_PLT).masked_scatter(real_PLT, logp_N)
+
+
+def _decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What an encoder-decoder model takes; each prompt is encoded once."""
+    num_completions, mask = batch["completion_ids"].shape[1], batch["attention_mask"]
+    inputs = {"decoder_input_ids": batch["decoder_input_ids"], "attention_mask": mask, "use_cache": False}
+    if num_completions == 1:
+        return inputs | {"input_ids": batch["input_ids"]}
+    hidden = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+    encoded = BaseModelOutput(last_hidden_state=hidden.repeat_interleave(num_completions, dim=0))
+    return inputs | {"encoder_outputs": encoded, "attention_mask": mask.repeat_interleave(num_completions, dim=0)}
+
+
+@torch.no_grad()
+def score_groups(
+    model: Any,
+    groups: Sequence[Group],
+    pad_id: int,
+    *,
+    start_id: int | None,
+    device: torch.device,
+    batch_rows: int = 16,
+) -> Tensor:
+    """`sequence_logprobs` of any number of prompts with L completions each, without gradient, (P, L) fp32 on CPU.
+
+    What all prompts begin with is computed once. At most `batch_rows` completions go through the model together; fewer
+    after an out-of-memory error, or where a model that alters its logits would make too many of them. With L > 1
+    completions share their prompt's row: see `can_share_prompts`.
+
+    Raises:
+        ResourceError: not even the completions of one prompt fit into the memory.
+    """
+    prefix = shared_prefix(model.config, [prompt for prompt, _ in groups])
+    n = len(prefix)
+    before = prefill_prefix(model, prefix, DynamicCache(config=model.config)) if prefix else None
+    head = exact_head(model, device)
+    groups = [(prompt[n:], completions) for prompt, completions in groups]
+    num_completions = len(groups[0][1])
+    result = torch.empty(len(groups), num_completions, dtype=torch.float32)
+    pending, size = (
+        by_length(groups)[::-1],
+        max(1, batch_rows // num_completions),
+    )  # longest first: out of memory? At once.
+    while pending:
+        chunk = pending[:size]
+        if head is None:
+            chunk = chunk[: _within_budget(model, [groups[i] for i in chunk])]
+        scores = _score_chunk(model, [groups[i] for i in chunk], pad_id, start_id, device, n, before, head)
+        if scores is None:
+            size = len(chunk) // 2
+            continue
+        result[chunk], pending = scores, pending[len(chunk) :]
+    return result
+
+
+def _score_chunk(
+    model: Any,
+    groups: Sequence[Group],
+    pad_id: int,
+    start_id: int | None,
+    device: torch.device,
+    num_before: int,
+    before: DynamicCache | None,
+    head: nn.Module | None,
+) -> Tensor | None:
+    """One forward pass; None when its rows were too many for the memory: take fewer."""
+    batch = collate(groups, pad_id, start_id=start_id)
+    try:
+        cache = None
+        if before is not None:
+            cache = repeated(before, len(groups))
+            batch = _behind_prefix(batch, num_before)
+        return sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache, head).cpu()
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        reason = str(error).splitlines()[0]
+    if len(groups) == 1:
+        prompt, completions = groups[0]
+        raise ResourceError(
+            f"out of memory while {len(completions)} completion(s) of {len(prompt)} + {max(map(len, completions))} "
+            f"tokens were scored: use a smaller model or dtype, or a smaller max_completion_length ({reason})"
+        )
+    warnings.warn(
+        f"bondlm: out of memory while {len(groups)} prompts were scored, going on with {len(groups) // 2} ({reason})",
+        stacklevel=3,
+    )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _within_budget(model: Any, groups: Sequence[Group]) -> int:
+    """How many of these groups, at least one, a model that makes all of their logits can score within the budget."""
+    num_positions = positions_in_budget(model.config.get_text_config(decoder=True).vocab_size)
+    for count in range(len(groups), 1, -1):
+        prompts, lengths = [len(p) for p, _ in groups[:count]], [list(map(len, cs)) for _, cs in groups[:count]]
+        if model.config.is_encoder_decoder:
+            columns = len(lengths[0]) * max(map(max, lengths))
+        else:  # from the last token of the shortest prompt on
+            columns = max(p + sum(c) for p, c in zip(prompts, lengths, strict=True)) - min(prompts) + 1
+        if count * columns <= num_positions:
+            return count
+    return 1
+
+
+def _behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The batch behind `n` tokens that all may attend to; columns stay: they count from the end of those."""
+    mask = batch["attention_mask"]
+    if mask.dim() == 2:
+        mask = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
+    else:
+        mask = torch.cat([mask.new_ones(*mask.shape[:3], n), mask], dim=3)
+    return batch | {"attention_mask": mask, "position_ids": batch["position_ids"] + n}
+
+
+def score_rows(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, **how: Any) -> Tensor:
+    """`score_groups` of (prompt, completion) rows, (B,)."""
+    return score_groups(model, [(prompt, [completion]) for prompt, completion in rows], pad_id, **how).squeeze(1)
+
+
+@torch.no_grad()
+def can_share_prompts(model: Any, device: torch.device, *, distributed: bool = False) -> bool:
+    """Whether the model gives completions that share a row the log-probabilities that they have alone.
+
+    It must take a 4-dimensional boolean mask (SDPA does, eager attention does not) and explicit positions. Asked
+    of the model itself with a small probe; a model with sliding windows or recurrent layers is refused, since a short
+    probe would not show the difference. An encoder-decoder model can always encode a prompt once, but calls its encoder
+    by itself then, which sharded engines do not expect.
+    """
+    if model.config.is_encoder_decoder:
+        return not distributed
+    if not has_full_attention(model.config):
+        return False
+    ids = [i % model.config.vocab_size for i in range(11, 31)]
+    group: Group = (ids[:6], [ids[6:12], ids[12:20]])
+    try:
+        together = sequence_logprobs(model, {k: v.to(device) for k, v in collate([group], 0).items()})[0].cpu()
+    except (ValueError, RuntimeError, TypeError):  # an attention kernel that takes no such mask
+        return False
+    alone = score_rows(model, [(group[0], c) for c in group[1]], 0, start_id=None, device=device)
+    return bool(((together - alone).abs() <= PROBE_TOLERANCE * alone.abs()).all())

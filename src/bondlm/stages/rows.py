@@ -1,0 +1,102 @@
+"""Rows that people have written or judged: answers to imitate, and pairs of which one was preferred.
+
+Read from JSONL and checked as a whole before any model is loaded; every bad row is named as `path:line`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bondlm.data.prompts import read_jsonl
+from bondlm.errors import DataError
+
+_MAX_LISTED = 10
+Row = dict[str, Any]
+
+
+def read_answers(path: str | Path, column: str = "completion") -> list[Row]:
+    """Rows `{"prompt", "completion"}` for supervised fine-tuning; `column` names the answer.
+
+    Raises:
+        DataError: the file cannot be read, or has rows without prompt or with an empty answer.
+    """
+    rows = _checked(path, lambda row: _answer_problem(row, column))
+    return [{"prompt": row["prompt"], "completion": text_of(row[column])} for row in rows]
+
+
+def read_preferences(path: str | Path) -> list[Row]:
+    """Rows `{"prompt", "chosen", "rejected"}`: two answers, of which a person preferred the first.
+
+    Raises:
+        DataError: the file cannot be read, or has rows without prompt, with an empty answer, or with two equal ones.
+    """
+    rows = _checked(path, _preference_problem)
+    return [{"prompt": row["prompt"]} | {name: text_of(row[name]) for name in ("chosen", "rejected")} for row in rows]
+
+
+def text_of(answer: Any) -> str:
+    """An answer is text, or a list of one assistant message."""
+    return answer if isinstance(answer, str) else str(answer[0]["content"])
+
+
+def _checked(path: str | Path, problem: Callable[[Mapping[str, Any]], str | None]) -> list[Row]:
+    if Path(path).suffix.lower() != ".jsonl":
+        raise DataError(
+            f"{path}: give a .jsonl file, one JSON object a line (recipes/prepare.py writes one of a hub set)"
+        )
+    rows = read_jsonl(path, prompts=True)
+    with open(path, "rb") as file:  # blank lines are no rows
+        lines = [number for number, line in enumerate(file, start=1) if line.strip(b" \t\r\n\xef\xbb\xbf")]
+    found = [
+        f"{path}:{n}: {reason}" for n, row in zip(lines, rows, strict=True) if (reason := problem(row)) is not None
+    ]
+    if found:
+        rest = [f"... and {len(found) - _MAX_LISTED} more bad rows"] if len(found) > _MAX_LISTED else []
+        raise DataError("\n".join(found[:_MAX_LISTED] + rest))
+    return rows
+
+
+def _text_problem(row: Mapping[str, Any], name: str) -> str | None:
+    if name not in row:
+        return f"no `{name}` (keys: {', '.join(row)})"
+    answer = row[name]
+    if isinstance(answer, list):
+        if len(answer) != 1 or not isinstance(answer[0], Mapping) or answer[0].get("role") != "assistant":
+            return f"`{name}` must be text or a list of one assistant message"
+        answer = answer[0].get("content")
+    if not isinstance(answer, str):
+        return f"`{name}` must be text or a list of one assistant message, not {type(answer).__name__}"
+    return None if answer.strip() else f"`{name}` is empty: remove the row"
+
+
+def _answer_problem(row: Mapping[str, Any], column: str) -> str | None:
+    return _text_problem(row, column)
+
+
+def _preference_problem(row: Mapping[str, Any]) -> str | None:
+    for name in ("chosen", "rejected"):
+        if (problem := _text_problem(row, name)) is not None:
+            return problem
+    if text_of(row["chosen"]).strip() == text_of(row["rejected"]).strip():
+        return "`chosen` and `rejected` are equal: nothing was preferred, remove the row"
+    return None
+
+
+def hold_out(rows: Sequence[Row], every: int = 10) -> tuple[list[Row], list[Row]]:
+    """Split by prompt, so that no prompt is in both parts: each `every`-th distinct prompt is held out.
+
+    Raises:
+        DataError: fewer distinct prompts than that.
+    """
+    number: dict[str, int] = {}
+    for row in rows:
+        number.setdefault(repr(row["prompt"]), len(number))
+    if len(number) < every:
+        raise DataError(
+            f"only {len(number)} distinct prompts: hold some out of {every} or more, or give an eval_dataset"
+        )
+    kept: list[Row] = []
+    held: list[Row] = []
+    for row in rows:
+        (held if number[repr(row["prompt"])] % every == every - 1 else kept).append(row)
+    return kept, held

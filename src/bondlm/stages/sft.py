@@ -1,0 +1,119 @@
+"""Supervised fine-tuning: the stage before BOND. Cross entropy of the answer's tokens alone, given the prompt.
+
+Shapes: B rows, T tokens (padded).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+
+from bondlm.data.tokens import check_tokenizer, encode_prompts, length_limits
+from bondlm.errors import ConfigError, DataError
+from bondlm.models.load import load_model, wrap_lora
+
+IGNORED = -100  # a label that counts for nothing, in every transformers model
+
+
+def prepare_model(name: str, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+    """Load a model to fine-tune: fp32 weights, with a fresh adapter if one is asked for.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has an adapter already.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ConfigError(f"model={name!r} is an adapter: merge it into its base first, or give the base")
+    model: Any = load_model(name, dtype=torch.float32)
+    return model if peft_config is None else wrap_lora(model, peft_config)
+
+
+class Examples:
+    """Encodes rows as the policy will see and write them later: same prompt ids, same end-of-sequence token."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_prompt_length: int | None, max_completion_length: int
+    ) -> None:
+        """Look up what the model's prompts and answers end with.
+
+        Raises:
+            ConfigError: the tokenizer has no end-of-sequence token.
+        """
+        config = model.config
+        self._tokenizer = tokenizer
+        self._text = check_tokenizer(tokenizer, model.generation_config.eos_token_id)
+        self.is_encoder_decoder = bool(config.is_encoder_decoder)
+        self._limits = length_limits(config, max_prompt_length, max_completion_length)
+
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
+        """Rows `{"prompt", "completion"}` as `{"prompt_ids", "completion_ids"}`.
+
+        Raises:
+            DataError: prompts that cannot be used, or answers longer than `max_completion_length`, by row number.
+        """
+        prompts = encode_prompts([row["prompt"] for row in rows], self._tokenizer, **self._limits)
+        texts = self._tokenizer([row["completion"] for row in rows], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        most = self._limits["max_completion_length"]
+        long = [i for i, ids in enumerate(texts) if len(ids) + 1 > most]
+        if long:
+            raise DataError(
+                f"{len(long)} of {len(rows)} answers are longer than max_completion_length={most} tokens (first: row "
+                f"{long[0]} with {len(texts[long[0]]) + 1}): raise it, or leave those rows out"
+            )
+        end = self._text.eos_ids[0]
+        return [{"prompt_ids": p, "completion_ids": [*c, end]} for p, c in zip(prompts, texts, strict=True)]
+
+    def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        """A right-padded batch whose labels are the answers' tokens."""
+        if self.is_encoder_decoder:
+            inputs = [row["prompt_ids"] for row in rows]
+            labels = [row["completion_ids"] for row in rows]
+        else:
+            inputs = [row["prompt_ids"] + row["completion_ids"] for row in rows]
+            labels = [[IGNORED] * len(row["prompt_ids"]) + row["completion_ids"] for row in rows]
+        return {
+            "input_ids": _padded(inputs, self._text.pad_id),
+            "attention_mask": _padded([[1] * len(ids) for ids in inputs], 0),
+            "labels": _padded(labels, IGNORED),
+        }
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def sft_trainer(
+    name: str,
+    train_rows: Sequence[Mapping[str, Any]],
+    eval_rows: Sequence[Mapping[str, Any]],
+    args: TrainingArguments,
+    *,
+    peft_config: PeftConfig | None = None,
+    max_prompt_length: int | None = None,
+    max_completion_length: int = 256,
+) -> Trainer:
+    """A `transformers.Trainer` for rows `{"prompt", "completion"}`: text or messages, causal or encoder-decoder.
+
+    Raises:
+        ConfigError: the model cannot be used.
+        DataError: rows that do not fit.
+    """
+    model: Any = prepare_model(name, peft_config)
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+    examples = Examples(core, tokenizer, **limits)  # type: ignore[arg-type]
+    return Trainer(
+        model=model,
+        args=args,
+        data_collator=examples.collate,
+        train_dataset=examples.encode(train_rows),  # type: ignore[arg-type]
+        eval_dataset=examples.encode(eval_rows) if eval_rows else None,  # type: ignore[arg-type]
+        processing_class=tokenizer,
+    )

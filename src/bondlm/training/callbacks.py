@@ -1,0 +1,375 @@
+"""What happens around an optimizer step: the anchor moves, the run folder is written, the run stops in good order."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import TrainerCallback
+
+from bondlm.data.columns import LOGGED_IDS
+from bondlm.data.fingerprints import data_digest
+from bondlm.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    NonFiniteError,
+    ResourceError,
+    RewardError,
+    RewardOutageError,
+)
+from bondlm.models.anchor import Anchor
+from bondlm.models.deepspeed import step_was_skipped, zero_stage
+from bondlm.models.learned_quantile import QuantileModel
+from bondlm.models.sharding import local
+from bondlm.rollout.samples import Samples
+from bondlm.runs.checkpoint import (
+    ANCHOR_FILE,
+    DATA_FILE,
+    MEANS_FILE,
+    QUANTILE_FILE,
+    load_tensors,
+    prompts_per_step,
+    refuse_other_data,
+    require_space,
+    save_tensors,
+)
+from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
+from bondlm.runs.manifest import remove_older, seal
+from bondlm.training.clock import Clock, StepMeans
+from bondlm.training.processes import decided_by_main, require_same_weights
+
+_log = logging.getLogger(__name__)
+
+TIED_PROMPTS, TIED_STEPS = 0.5, 10  # `TiesCallback` warns if more than half of the prompts tie for so many steps
+# Faults of a server, or memory that is spent: the weights are as the last step left them, and worth a checkpoint.
+PAUSING = (RewardOutageError, EngineError, ResourceError, ConfigError)
+
+
+class AnchorCallback(TrainerCallback):
+    """Moves the anchor after every optimizer step; keeps it, and the learned quantile, in every checkpoint."""
+
+    def __init__(
+        self,
+        anchor: Anchor,
+        quantile_model: QuantileModel | None,
+        clock: Clock,
+        means: StepMeans,
+        run_folder: "RunFolderCallback",
+    ) -> None:
+        """`means` takes the metrics of a step, `run_folder` the prompts of one that is skipped."""
+        self._anchor, self._quantile_model, self._clock = anchor, quantile_model, clock
+        self._means, self._record, self._run_folder = means, means.record, run_folder
+        self._restore: Path | None = None
+        self._keep: int | None = None
+        self._data: dict[str, Any] = {}
+        self.skipped = False
+        self._skips_in_a_row = 0
+
+    def restore_from(self, checkpoint: Path) -> None:
+        """Continue from this checkpoint's anchor when training begins."""
+        self._restore = checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Load our part of the checkpoint, after Trainer has loaded the policy; see that there is room for more."""
+        # Trainer would remove the oldest checkpoint before the newest is sealed: we do it afterwards.
+        self._keep, args.save_total_limit = args.save_total_limit or self._keep, None
+        if (loader := kwargs.get("train_dataloader")) is not None:
+            self._data = data_digest(loader.dataset) | prompts_per_step(args)
+        if args.should_save and str(args.save_strategy) != "no":
+            kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
+            folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
+            require_space(folder, self._anchor.num_bytes, num_checkpoints=kept, by_deepspeed=by_deepspeed)
+        if self._restore is not None:
+            if self._data:
+                refuse_other_data(self._restore / DATA_FILE, self._data)
+            load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
+            if self._quantile_model is not None:
+                load_tensors(self._restore / QUANTILE_FILE, self._quantile_model.load_tensors)
+            if (path := self._restore / MEANS_FILE).is_file():
+                state = json.loads(path.read_text(encoding="utf-8"))
+                self._means.load_state(state, rank=args.process_index, world_size=args.world_size)
+            self._restore = None  # a second `train` goes on from where the first one ended
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Start timing the optimizer; take from it a gradient that is not finite."""
+        self._clock.start("optimizer")
+        # DeepSpeed has stepped already, within `backward`, unless it saw the same.
+        self.skipped = step_was_skipped(optimizer) if zero_stage(args) else not _finite_on_all_ranks(model, args)
+        self._skips_in_a_row = self._skips_in_a_row + 1 if self.skipped else 0
+        self._record({"skipped_steps": float(self.skipped)})
+        if not self.skipped:
+            return
+        for parameter in model.parameters():
+            parameter.grad = None  # an optimizer leaves a parameter without gradient as it is
+        self._run_folder.write_skipped(state.global_step + 1, args)
+        if self._skips_in_a_row > args.max_skipped_steps:
+            raise NonFiniteError(
+                f"step {state.global_step + 1}: the gradient is not finite, {self._skips_in_a_row} steps in a row "
+                f"(max_skipped_steps={args.max_skipped_steps}). Neither policy nor anchor has moved; the prompts are "
+                f"in {SKIPPED_FILE}. A smaller learning_rate or fp32 weights usually help."
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Eq. 18: the anchor moves right after the policy has."""
+        self._clock.stop()
+        if self.skipped:
+            return
+        with self._clock("anchor"):
+            metrics = self._anchor.update(state.global_step + 1)
+        self._record(metrics)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the step's books: every second of it belongs to one phase."""
+        self._clock.stop()
+        phases = self._clock.drain()
+        self._record(
+            {f"time/{phase}": seconds for phase, seconds in phases.items()} | {"step_time": sum(phases.values())}
+        )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the checkpoint that Trainer has just written."""
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every rank has written its part
+            require_same_weights(kwargs["model"], self._anchor.weights, step=state.global_step, device=args.device)
+        anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if it is sharded
+        means = [self._means.state()]
+        means = gather_object(means) if args.world_size > 1 else means
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_tensors(anchor, folder / ANCHOR_FILE)
+            if self._quantile_model is not None:
+                save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads, tokens in it
+            (folder / DATA_FILE).write_text(json.dumps(self._data), encoding="utf-8")
+            (folder / MEANS_FILE).write_text(json.dumps(means), encoding="utf-8")
+            seal(folder)
+            if self._keep is not None:
+                remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint, step=state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove what a run that was killed at its end could not; give the setting back."""
+        if args.should_save and self._keep is not None:
+            remove_older(
+                Path(args.output_dir), keep=self._keep, best=state.best_model_checkpoint, step=state.global_step
+            )
+        args.save_total_limit, self._keep = self._keep, None
+
+
+class RunFolderCallback(TrainerCallback):
+    """Writes metrics.jsonl and samples.jsonl as the run goes."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is the run's output_dir."""
+        self._folder = folder
+        self._step: tuple[Sequence[Mapping[str, Any]], Samples, int] | None = None
+        self._num_logged = 0
+        self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
+        self._failure: OSError | None = None
+
+    def note_step(self, rows: Sequence[Mapping[str, Any]], samples: Samples, num_policy: int, num_logged: int) -> None:
+        """Remember a step's samples; those of its first prompts are written if the step is logged (and made them)."""
+        self._step, self._bad = (rows, samples, num_policy), {}
+        self._num_logged = 0 if LOGGED_IDS in rows[0] else num_logged
+
+    def note_losses(self, row_P: Tensor, loss_P: Tensor) -> Tensor:
+        """Remember which prompts have a loss that is not finite; returns which have a finite one (P,) bool."""
+        is_finite_P = torch.isfinite(loss_P)
+        if not is_finite_P.all():
+            losses = zip(row_P.tolist(), loss_P.tolist(), strict=True)
+            self._bad |= {row: loss for row, loss in losses if not math.isfinite(loss)}
+        return is_finite_P
+
+    def write_skipped(self, step: int, args: Any) -> None:
+        """Write the prompts whose loss is not finite; if all losses are, and the gradient is not, all of the step.
+
+        Every process must call, and writes its own.
+        """
+        anywhere = torch.tensor(float(bool(self._bad)), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+        by_loss = bool(anywhere.item())
+        which = sorted(self._bad) if by_loss else range(0 if self._step is None else len(self._step[0]))
+        if which:
+            samples = [self._sampled(i) | ({"loss": str(self._bad[i])} if by_loss else {}) for i in which]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            row = {"step": step, "not_finite": "loss" if by_loss else "gradient", "samples": samples}
+            append_jsonl(self._folder / SKIPPED_FILE, [row])
+
+    def _sampled(self, place: int) -> dict[str, Any]:
+        """One prompt of the step with its completions and rewards."""
+        rows, samples, num_policy = self._step  # type: ignore[misc]
+        rewards = samples.rewards_PM[place].tolist()
+        scored = [{"text": t, "reward": r} for t, r in zip(samples.texts[place], rewards, strict=True)]
+        return {"prompt": rows[place]["prompt"], "policy": scored[:num_policy], "anchor": scored[num_policy:]}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget what was logged beyond the step that the run starts from."""
+        if state.is_world_process_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
+                drop_after(self._folder / name, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """One object per logged step."""
+        if not state.is_world_process_zero or not logs or self._failure is not None:
+            return
+        files = {METRICS_FILE: [{"step": state.global_step, **logs}]}
+        if "loss" in logs:
+            count = 0 if self._step is None else min(self._num_logged, len(self._step[0]))
+            files[SAMPLES_FILE] = [{"step": state.global_step, **self._sampled(i)} for i in range(count)]
+        for name, rows in files.items():
+            self._failure = self._failure or _write_or_retry(self._folder / name, rows)
+        if self._failure is not None:  # what was learned is saved first
+            control.should_save = control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Without its folder a run would be written to a place that nobody knows."""
+        if state.is_world_process_zero and not self._folder.is_dir():
+            raise CheckpointError(
+                f"output_dir={str(self._folder)!r} is gone since step {state.global_step - 1}: bring it back, then the "
+                "same command continues from its last checkpoint"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that the logs could not be written, now that the run is saved."""
+        if self._failure is not None:
+            error, self._failure = self._failure, None
+            raise ResourceError(
+                f"step {state.global_step}: {error.filename} cannot be written ({error.strerror}), twice. The run is "
+                "saved: make the file writable or free some space, then the same command continues"
+            ) from error
+
+
+class TiesCallback(TrainerCallback):
+    """Warns of rewards that tie: a run learns nothing from them, and all its other numbers look well."""
+
+    def __init__(self) -> None:
+        """A warning takes ten times as many steps as the one before it."""
+        self._untied, self._enough = 0, TIED_STEPS
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from here."""
+        self._untied = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Look at the steps since the last log whose rewards were apart."""
+        tied = (logs or {}).get("bond/frac_tied")
+        if tied is None or not state.is_world_process_zero:
+            return
+        if not tied > TIED_PROMPTS:
+            self._untied = state.global_step
+        elif (steps := state.global_step - self._untied) >= self._enough:
+            self._enough = 10 * steps
+            _log.warning(
+                "step %d: %.0f%% of the prompts have equal rewards among their samples, and most had in the last %d "
+                "steps. Equal samples teach nothing: BOND learns from their order. See whether the reward is constant, "
+                "or has few values (0/1, clipped, rounded); use one that is graded, or add a second one that breaks "
+                "ties (docs/rewards.md)",
+                *(state.global_step, 100 * tied, steps),
+            )
+
+
+class StopCallback(TrainerCallback):
+    """Stops on a signal (the step is finished and saved), at the effective N asked for, or when the KL is spent."""
+
+    def __init__(self, target_n: float | None, kl_budget: float | None = None) -> None:
+        """Stop when the lower end of an evaluation's effective N reaches `target_n`, or its KL passes `kl_budget`.
+
+        A goal must be certain to be reached. A budget must not wait until it is certain to be overspent.
+        """
+        self._target_n, self._kl_budget = target_n, kl_budget
+        self.signal: int | None = None
+        self.save_requested = False
+        self._failure: Exception | None = None
+        self.stopped = False  # by a signal, on all ranks, and saved
+        self.finished = False  # all is saved: a signal need not wait for anything
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that is resumed at its last step is done: Trainer would take one more."""
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a signal: save, and stop if it was one to stop; on every rank if any rank got it."""
+        stop, save = self.agree(args)
+        self.save_requested = False
+        if stop or save:
+            control.should_save = True
+        if stop:
+            control.should_training_stop = self.stopped = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A signal that came during the save: what it asks for is done."""
+        stop, _ = self.agree(args)
+        self.save_requested = False
+        if stop:
+            control.should_training_stop = self.stopped = True
+
+    def agree(self, args: Any) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save: what any rank was asked."""
+        wanted = torch.tensor([float(self.signal or 0), float(self.save_requested)], device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
+        stop, save = (int(flag) for flag in wanted.tolist())
+        if stop:
+            self.signal = stop  # known to all ranks from here on
+        return stop > 0, save > 0
+
+    def pause(self, error: Exception, args: Any, state: Any, control: Any) -> None:
+        """Save and stop without a further step; `error` is for `raise_failure`, when all is saved.
+
+        Several processes agree on what a reward raises. Of other errors the others could not know: there such a one
+        ends the run, at its last checkpoint.
+        """
+        if args.world_size > 1 and not isinstance(error, RewardError):
+            raise error
+        self._failure = error
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        is_saved = decided_by_main(folder.is_dir, args)
+        control.should_save = state.global_step > 0 and not is_saved
+        control.should_training_stop = True
+
+    def raise_failure(self) -> None:
+        """Raise what the run was paused for, if anything."""
+        if self._failure is not None:
+            raise self._failure
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Compare with `target_n` and `kl_budget`."""
+        n, kl = ((metrics or {}).get(f"eval_{name}") for name in ("effective_n_low", "kl"))
+        reached = self._target_n is not None and n is not None and n >= self._target_n
+        spent = self._kl_budget is not None and kl is not None and kl > self._kl_budget
+        if reached or spent:
+            control.should_training_stop = True
+
+
+def _finite_on_all_ranks(model: Any, args: Any) -> bool:
+    # Of a sharded gradient each rank looks at its part.
+    grads = [g for p in model.parameters() if p.grad is not None and (g := local(p.grad)).numel()]
+    norms = torch._foreach_norm(grads) if grads else ()
+    bad = torch.tensor(float(not all(torch.isfinite(norm) for norm in norms)), device=args.device)
+    if args.world_size > 1:
+        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+    return bad.item() == 0
+
+
+def _write_or_retry(path: Path, rows: Sequence[Mapping[str, Any]]) -> OSError | None:
+    """Append rows, a second time if the first fails; the error of the second."""
+    try:
+        append_jsonl(path, rows)
+        return None
+    except OSError:
+        pass
+    try:
+        append_jsonl(path, rows)
+        return None
+    except OSError as error:
+        return error

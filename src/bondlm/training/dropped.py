@@ -1,0 +1,129 @@
+"""What a run leaves out, bad rows of its data and prompts whose reward failed: counted, listed, and never many.
+
+Prompts that `missing_eos='drop'` leaves out are counted and listed, too; nothing failed there, so they have no limit.
+
+A prompt is dropped whole. The expected quantile of the best of N is N / (N + 1), so to go on with the samples that are
+left would change the target of that prompt.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from bondlm.data.prompts import listed, load_prompts
+from bondlm.errors import DataError, RewardError
+from bondlm.rollout.samples import Samples
+from bondlm.rollout.truncated import REASON
+from bondlm.runs.folder import DROPPED_FILE, SKIPPED_FILE, append_jsonl
+
+_log = logging.getLogger(__name__)
+
+
+class DropBudget:
+    """Counts what is left out, on all processes and over the whole run, resumed or not."""
+
+    def __init__(self, fraction: float, folder: Path) -> None:
+        """At most `fraction` may be left out: of the rows of the data, and of the prompts seen so far.
+
+        One may be in any case unless `fraction` is 0: the first prompts of a run would otherwise have no budget, since
+        1% of ten prompts is less than one.
+        """
+        self._fraction, self._path = fraction, folder / DROPPED_FILE
+        self.skipped_rows: list[str] = []
+        self.seen = self.dropped = self.left_out = 0
+        self._counted = False
+
+    def load(self, source: Any, *, skip: bool) -> Dataset:
+        """Read prompts; bad rows are refused, or with `skip` left out and remembered.
+
+        Raises:
+            DataError: prompts that cannot be used, or too many bad rows.
+        """
+        skipped = list[str]()
+        prompts = load_prompts(source, skipped=skipped if skip else None)
+        self.note_rows(skipped, len(prompts))
+        return prompts
+
+    def note_rows(self, skipped: Sequence[str], num_good: int) -> None:
+        """Remember the bad rows of the data that were left out, each with its place and reason.
+
+        Raises:
+            DataError: they are too many.
+        """
+        self.skipped_rows = list(skipped)
+        total = num_good + len(skipped)
+        if self._is_too_many(len(skipped), total):
+            raise DataError(
+                f"{len(skipped)} of {total} rows are bad, more than max_skipped_frac={self._fraction} allows:\n"
+                + listed(skipped, "bad rows")
+            )
+
+    def note(
+        self, rows: Sequence[Mapping[str, Any]], samples: Samples, step: int, accelerator: Any
+    ) -> dict[str, float]:
+        """Write down the prompts of this process that a step drops; returns its metric.
+
+        Every process must call.
+
+        Raises:
+            RewardError: on all processes, if too many rewards failed.
+        """
+        before = (0, 0) if self._counted else self._in_file(before=step)
+        mine = torch.tensor(
+            [[len(rows), len(samples.dropped), len(samples.left_out), *before]], device=accelerator.device
+        )
+        ranks = accelerator.gather(mine).cpu()
+        num_rows, num_dropped, num_left_out = ranks[:, :3].sum(dim=0).tolist()
+        if not self._counted:  # a run that is resumed: what it saw, and what it dropped (as the main process knows it)
+            self._counted, self.seen, (self.dropped, self.left_out) = True, (step - 1) * num_rows, ranks[0, 3:].tolist()
+        self.seen, self.dropped = self.seen + num_rows, self.dropped + num_dropped
+        self.left_out += num_left_out
+        lost = samples.dropped | dict.fromkeys(sorted(samples.left_out), REASON)
+        if lost:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_jsonl(
+                self._path, [{"step": step, "prompt": rows[i]["prompt"], "reason": r} for i, r in lost.items()]
+            )
+        if num_left_out == num_rows and accelerator.is_main_process:
+            _log.warning(
+                "step %d is skipped: for every prompt %s. Raise max_completion_length, or use missing_eos='worst'",
+                *(step, REASON),
+            )
+        if self._is_too_many(self.dropped, self.seen):
+            first = next(iter(samples.dropped.values()), "None of them on this process.")
+            raise RewardError(
+                f"step {step}: the rewards of {num_dropped} of {num_rows} prompts failed, {self.dropped} of "
+                f"{self.seen} so far (max_skipped_frac={self._fraction}). {first} All are in {self._path.name}."
+            )
+        return {"bond/frac_dropped": len(lost) / len(rows)}
+
+    def summary(self) -> list[str]:
+        """What to say at the end of a run: one line for each kind of thing left out."""
+        lines = []
+        if self.skipped_rows:
+            lines.append(f"left out: {len(self.skipped_rows)} bad rows of train_dataset, first {self.skipped_rows[0]}")
+        if self.dropped:
+            lines.append(f"dropped: {self.dropped} of {self.seen} prompts, whose reward failed ({self._path})")
+        if self.left_out:
+            lines.append(f"dropped: {self.left_out} of {self.seen} prompts, because {REASON} ({self._path})")
+        skipped = self._path.with_name(SKIPPED_FILE)
+        if skipped.is_file():
+            steps = {json.loads(line)["step"] for line in skipped.read_bytes().splitlines()}
+            lines.append(f"skipped: {len(steps)} steps, whose loss or gradient was not finite ({skipped})")
+        return lines
+
+    def _is_too_many(self, count: int, total: int) -> bool:
+        return count > (max(1.0, self._fraction * total) if self._fraction > 0 else 0.0)
+
+    def _in_file(self, *, before: int) -> tuple[int, int]:
+        """Prompts on file from the steps before: those whose reward failed, and those that did not end."""
+        if not self._path.is_file():
+            return 0, 0
+        rows = [json.loads(line) for line in self._path.read_bytes().splitlines()]
+        cut = [row["reason"] == REASON for row in rows if row["step"] < before]
+        return len(cut) - sum(cut), sum(cut)

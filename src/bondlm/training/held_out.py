@@ -1,0 +1,49 @@
+"""What a set of held-out prompts says of the policy: reward, win rate, effective N, KL, each with its interval.
+
+Shapes: P prompts, m policy samples and M reference samples of each.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, win_rates
+from bondlm.rollout.samples import Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """An evaluation's numbers; intervals are 95%, from a bootstrap over prompts."""
+
+    reward: Estimate
+    reference_reward: Estimate
+    win_rate: Estimate
+    effective_n: EffectiveN
+    kl: Estimate
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Flat numbers for loggers: the value under its name, the interval under `_low` and `_high`."""
+        flat = {}
+        for name in ("reward", "reference_reward", "win_rate", "effective_n", "kl"):
+            estimate = getattr(self, name)
+            flat[f"{prefix}_{name}"] = estimate.value
+            flat[f"{prefix}_{name}_low"] = estimate.low
+            flat[f"{prefix}_{name}_high"] = estimate.high
+        return flat
+
+
+def compare(policy: Samples, reference: Samples, log_ratio_Pm: Tensor) -> HeldOut:
+    """Compare policy samples with reference samples of the same prompts.
+
+    Args:
+        policy: m samples of each prompt from the policy.
+        reference: M samples of each from the reference.
+        log_ratio_Pm: log pi(y) - log pi_ref(y) of the policy's samples; its mean is the k1 estimate of the KL.
+    """
+    return HeldOut(
+        reward=bootstrap_mean(policy.rewards_PM.mean(dim=1)),
+        reference_reward=bootstrap_mean(reference.rewards_PM.mean(dim=1)),
+        win_rate=bootstrap_mean(win_rates(policy.rewards_PM, reference.rewards_PM)),
+        effective_n=effective_n(policy.rewards_PM, reference.rewards_PM),
+        kl=bootstrap_mean(log_ratio_Pm.mean(dim=1)),
+    )

@@ -1,0 +1,187 @@
+"""What several processes of a run must agree on, and how they find out that they do not.
+
+A disagreement never raises an error of its own: gradients are averaged over different data or different weights, and
+the run goes on. So it is asked for: data and settings at every step, weights at every save.
+"""
+
+import dataclasses
+import hashlib
+import json
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+
+from bondlm.data.columns import PROMPT_IDS
+from bondlm.errors import (
+    BondError,
+    DataDesyncError,
+    LostRankError,
+    RewardError,
+    RewardOutageError,
+    WeightDesyncError,
+)
+from bondlm.models.sharding import is_sharded
+
+_T = TypeVar("_T")
+_TRANSPORTS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting", "tcpstore")
+_OURS = str(Path(__file__).parent)
+# Of transformers' settings those that change what a step computes; ours all count.
+SHARED_SETTINGS = (
+    *("seed", "data_seed", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "bf16", "fp16"),
+)
+
+
+def work_digest(args: Any, dataset: Any) -> int:
+    """A number (63 bits) that stands for the settings and all encoded prompts; 0 if there is nobody to compare with."""
+    if args.world_size == 1:
+        return 0
+    inherited = {field.name for base in type(args).__mro__[1:-1] for field in dataclasses.fields(base)}
+    own = [field.name for field in dataclasses.fields(args) if field.name not in inherited]
+    settings = {name: getattr(args, name, None) for name in (*sorted(own), *SHARED_SETTINGS)}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for batch in dataset.select_columns(PROMPT_IDS).with_format("arrow").iter(1000):
+        digest.update(json.dumps(batch.column(0).to_pylist()).encode())
+    return int.from_bytes(digest.digest()[:8], "big") >> 1
+
+
+def count_prompts(accelerator: Any, is_real: Sequence[bool], *, step: int, digest: int) -> Tensor:
+    """Number of prompts of a step on all ranks together; they must be at the same step of the same work.
+
+    Raises:
+        DataDesyncError: they are not.
+    """
+    mine = torch.tensor([[sum(is_real), step, digest]], dtype=torch.int64, device=accelerator.device)
+    ranks = accelerator.gather(mine)
+    for column, what in ((1, "are at different steps"), (2, "have different settings or prompts")):
+        if not bool((ranks[:, column] == ranks[0, column]).all()):
+            values = ", ".join(f"rank {i}: {value}" for i, value in enumerate(ranks[:, column].tolist()))
+            raise DataDesyncError(
+                f"step {step}: the processes {what} ({values}). Start every process with the same command and the "
+                "same files."
+            )
+    return ranks[:, 0].sum()
+
+
+def decided_by_main(decide: Callable[[], _T], args: Any) -> _T:
+    """What `decide` returns on the main process, on all; an error that it raises there ends all alike.
+
+    For what is read from the run folder while the main process may change it.
+    """
+    outcome: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            outcome = [decide()]
+        except BondError as error:
+            outcome = [error]
+    if args.world_size > 1:
+        with waiting_for_others(args):
+            broadcast_object_list(outcome)
+    if isinstance(outcome[0], BondError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def failing_together(args: Any) -> Iterator[None]:
+    """A reward that fails on one rank fails on all, so that they can save together; every rank must call this."""
+    failure: RewardError | None = None
+    try:
+        yield
+    except RewardError as error:
+        failure = error
+    kind = 0 if failure is None else 2 if isinstance(failure, RewardOutageError) else 1
+    if args.world_size > 1:
+        mine = torch.tensor([kind], device=args.device)
+        ranks = [torch.empty_like(mine) for _ in range(args.world_size)]
+        torch.distributed.all_gather(ranks, mine)
+        kinds = [int(rank) for rank in ranks]
+        if failure is None and any(kinds):
+            error_class = RewardOutageError if max(kinds) == 2 else RewardError
+            failed = [rank for rank, kind in enumerate(kinds) if kind]
+            failure = error_class(f"the rewards of rank {failed[0]} failed: its own message says why")
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def waiting_for_others(args: Any) -> Iterator[None]:
+    """Say which rank waited in vain, and where, when a collective fails.
+
+    Raises:
+        LostRankError: another process died, or answered nothing within `ddp_timeout`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).lower()
+        if isinstance(error, BondError) or args.world_size == 1 or not any(word in words for word in _TRANSPORTS):
+            raise
+        frame = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if _OURS in f.filename), None)
+        place = "" if frame is None else f" in {frame.name} ({Path(frame.filename).name}:{frame.lineno})"
+        raise LostRankError(
+            f"rank {args.process_index} of {args.world_size} waited in vain for another process{place}: it died, or "
+            f"did not answer within ddp_timeout={args.ddp_timeout} s. Look for the first error in the other processes' "
+            f"output; the same command continues from the last checkpoint. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def gather_in_order(numbers: Sequence[int], items: Sequence[Any], *, world_size: int) -> list[Any]:
+    """All ranks' items in the order of their numbers."""
+    pairs = list(zip(numbers, items, strict=True))
+    everyone = gather_object(pairs) if world_size > 1 else pairs
+    return [item for _, item in sorted(everyone, key=lambda pair: pair[0])]
+
+
+def real_rows(accelerator: Any, batch_sizes: Sequence[int]) -> list[bool]:
+    """Which rows of this rank's window are the data's own.
+
+    At the end of an epoch the loader fills the ranks' last batches with prompts from its beginning, so that all ranks
+    have as many; those have been learned from already and get no weight.
+    """
+    is_real = [True] * sum(batch_sizes)
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not batch_sizes or not state.end_of_dataloader or state.remainder <= 0:
+        return is_real
+    last = batch_sizes[-1]
+    first = accelerator.process_index * last  # the data's own come first, in order of ranks
+    return is_real[last:] + [first + i < state.remainder for i in range(last)]
+
+
+def weights_digest(tensors: Iterable[Tensor]) -> int:
+    """A number that changes when a bit of a tensor does: the sums of their bit patterns, each times its place."""
+    total = 0
+    for place, tensor in enumerate(tensors):
+        bits = tensor.detach().contiguous().view(-1).view(torch.uint8 if tensor.element_size() == 1 else torch.int16)
+        total += (2 * place + 1) * int(bits.sum(dtype=torch.int64))
+    return total % (1 << 62)
+
+
+def require_same_weights(model: nn.Module, anchor: Iterable[Tensor], *, step: int, device: torch.device) -> None:
+    """Raise WeightDesyncError unless policy and anchor are the same on all ranks.
+
+    Sharded weights are not asked for: each part exists once.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    trained = [p for p in model.parameters() if p.requires_grad]
+    pairs: list[tuple[str, list[Tensor]]] = [("policy", list(trained)), ("anchor", list(anchor))]
+    if any(is_sharded(tensor) for _, tensors in pairs for tensor in tensors):
+        return
+    mine = torch.tensor([weights_digest(tensors) for _, tensors in pairs], device=device)
+    ranks = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(ranks, mine)
+    for i, (what, _) in enumerate(pairs):
+        values = [int(rank[i]) for rank in ranks]
+        if len(set(values)) > 1:
+            others = [rank for rank, value in enumerate(values) if value != values[0]]
+            raise WeightDesyncError(
+                f"step {step}: the {what} of rank {others[0]} is not that of rank 0: the processes have drifted apart. "
+                "The checkpoint of this step is not sealed; resume from the one before it."
+            )
