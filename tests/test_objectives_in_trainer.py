@@ -168,8 +168,8 @@ def test_logged_samples_are_enough(objective: str, kind: str, tmp_path: Path, mo
         ends = []
         for pick in (max, min):
             chosen = [pick(zip(g["logged_rewards"], g["logged_ids"], strict=True))[1] for g in groups]
-            pairs = [[(g["prompt_ids"], ids)] for g, ids in zip(groups, chosen, strict=True)]
-            ends.append(float((made._score("policy", pairs) - made._score("reference", pairs)).mean()))
+            pairs = [(g["prompt_ids"], [ids]) for g, ids in zip(groups, chosen, strict=True)]
+            ends.append(float((made.step.logprob("policy", pairs) - made.step.logprob("reference", pairs)).mean()))
         return ends[0], ends[1]
 
     assert log_ratios() == (0.0, 0.0)
@@ -190,7 +190,7 @@ def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
     rows = [row | {"finished": i % 2 == 0} for i, row in enumerate(scored_rows(2))]
     eos = made_ids = None
     made = logged_trainer(tmp_path, rows)
-    eos = made._text.eos_ids[0]
+    eos = made.encoder.eos_ids[0]
     made_ids = made.train_dataset["logged_ids"][0]
     assert [ids[-1] == eos for ids in made_ids] == [True, False, True, False]
     assert TOKENIZER.decode(made_ids[0][:-1]) == rows[0]["completion"]

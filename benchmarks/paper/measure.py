@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from bondlm.data.tokens import check_tokenizer
 from bondlm.engines import Completion
 from bondlm.evaluation.rouge import rouge_judge
 from bondlm.evaluation.samples import Scored, from_samples
@@ -58,9 +57,7 @@ class Bench:
     def _judge(self, samples: Samples) -> dict[str, torch.Tensor]:
         if not self.judges:
             return {}
-        tokenizer = self._trainer.processing_class
-        eos_ids = check_tokenizer(tokenizer, self._trainer.roles.core.generation_config.eos_token_id).eos_ids
-        scored = score_samples(self.judges, self.rows, samples.completions, tokenizer=tokenizer, eos_ids=eos_ids)
+        scored = score_samples(self.judges, self.rows, samples.completions, encoder=self._trainer.encoder)
         return scored.by_name
 
     def measure(self, num_samples: int, *, both_kls: bool) -> dict[str, Any]:

@@ -319,8 +319,8 @@ def _unused(c: BONDConfig) -> list[str]:
     return problems
 
 
-def make_objective(c: BONDConfig) -> Objective:
-    """The objective that the settings name.
+def make_objective(c: BONDConfig, *, num_logged: int | None = None) -> Objective:
+    """The objective that the settings name; `num_logged` scored samples of each prompt are on file, if any.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -345,5 +345,5 @@ def make_objective(c: BONDConfig) -> Objective:
         case "bonbon":
             return BoNBoN(n=c.n, alpha=c.alpha)
         case "best_of_n_regression":
-            return BestOfNRegression(n=c.n, num_samples=c.n if c.num_samples is None else c.num_samples)
+            return BestOfNRegression(n=c.n, num_samples=c.num_samples or num_logged or c.n)
     raise ConfigError(f"objective={c.objective!r}: choose one of {', '.join(OBJECTIVES)}")

@@ -21,7 +21,8 @@ from bondlm.cli import main
 from bondlm.errors import RewardError, RewardOutageError
 from bondlm.objectives import JBOND
 from bondlm.rewards import NamedReward, score
-from bondlm.rollout.samples import Samples, tie_noise
+from bondlm.rollout.samples import Samples
+from bondlm.rollout.seeds import Seeds
 from bondlm.runs.folder import DROPPED_FILE
 from bondlm.training.callbacks import TiesCallback
 from bondlm.training.dropped import DropBudget
@@ -221,7 +222,7 @@ def test_r2_other_shapes_are_made_right_or_refused_and_never_broadcast(answer: A
 def test_r4_a_constant_reward_gives_no_backward_signal() -> None:
     objective = JBOND()
     for seed in range(20):
-        selection = objective.select(torch.ones(5, 3, dtype=torch.float64), tie_noise(seed, 1, range(5), 3))
+        selection = objective.select(torch.ones(5, 3, dtype=torch.float64), Seeds(seed, 1).tie_noise(range(5), 3))
         assert not selection.signal_PC.any()
 
 
@@ -276,7 +277,9 @@ def test_r5_winners_of_ties_have_no_favourite_place() -> None:
     """Chi-square over 4,000 draws: 10.8 is passed once in a thousand with one degree of freedom."""
     objective, winners = JBOND(), Counter[int]()
     for step in range(4):
-        selection = objective.select(torch.zeros(1000, 3, dtype=torch.float64), tie_noise(0, step, range(1000), 3))
+        selection = objective.select(
+            torch.zeros(1000, 3, dtype=torch.float64), Seeds(0, step).tie_noise(range(1000), 3)
+        )
         winners.update(selection.rows_PL[:, 1].tolist())
     assert set(winners) == {1, 2}
     assert sum((count - 2000) ** 2 / 2000 for count in winners.values()) < 10.8

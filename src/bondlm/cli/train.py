@@ -72,9 +72,11 @@ def run(options: dict[str, Any]) -> int:
         with console.status("loading PyTorch and transformers"):
             from bondlm.cli.progress import ProgressReporter
             from bondlm.engines.choose import engine_choice
-            from bondlm.training.processes import decided_by_main
+            from bondlm.training.processes import World, decided_by_main
         args = training_arguments(options)  # here the processes of a run find each other
-        checkpoint, changes = decided_by_main(lambda: _resume_point(folder, options, console), args)
+        checkpoint, changes = decided_by_main(
+            lambda: _resume_point(folder, options, console), World.of(args), wait_s=args.ddp_timeout
+        )
         with console.status(f"loading {options.get('model')}, data and rewards"):
             trainer = build_trainer(options, args)
             judges = load_judges(options, trainer)

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from bondlm.data.columns import PROMPT_IDS
-from bondlm.data.prompts import load_prompts
-from bondlm.data.tokens import encode_prompts, length_limits
 from bondlm.engines import Role
 from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.evaluation.files import finished_prompts
 from bondlm.models.logprobs import score_rows
 from bondlm.rewards import NamedReward
 from bondlm.rollout.sampler import Sampler
-from bondlm.rollout.samples import Samples, draw
+from bondlm.rollout.samples import Samples, SamplingParams, draw
+from bondlm.rollout.seeds import Seeds
 from bondlm.runs.folder import append_jsonl
 
 CHUNK = 16  # prompts between two writes
-FIRST_STEP = 1 << 41  # the "step" of these samples' seeds: none of training's, and another one for each law
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +108,8 @@ class Pair:
             DataError: prompts that cannot be used.
         """
         sampler = self.opponent if for_opponent and self.opponent is not None else self.samplers["policy"]
-        prompts = load_prompts(source).to_list()
-        limits = length_limits(sampler.model.config, max_prompt_length, max_completion_length)
-        ids = encode_prompts([row["prompt"] for row in prompts], sampler.tokenizer, **limits)
-        return [row | {PROMPT_IDS: prompt_ids} for row, prompt_ids in zip(prompts, ids, strict=True)]
+        limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+        return sampler.rows(source, **limits, text_as_message=False)  # type: ignore[arg-type]
 
     def log_ratio(self, rows: Sequence[Mapping[str, Any]], samples: Samples) -> Tensor:
         """Log pi(y) - log pi_ref(y) (P, M), both from the same kind of forward pass, so that rounding cancels."""
@@ -125,9 +121,9 @@ class Pair:
         return ratio
 
     def _score(self, sampler: Sampler, pairs: Any) -> Tensor:
-        config = sampler.model.config
-        start_id = config.decoder_start_token_id if config.is_encoder_decoder else None
-        return score_rows(sampler.model, pairs, sampler.text.pad_id, start_id=start_id, device=sampler.device)
+        encoder = sampler.encoder
+        how: dict[str, Any] = {"start_id": encoder.start_id, "device": sampler.device}
+        return score_rows(sampler.model, pairs, encoder.pad_id, **how)
 
 
 def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, reference_name: str) -> None:
@@ -182,16 +178,13 @@ def fill(
     for start in range(done, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         began = time.perf_counter()
-        drawn = draw(
-            sampler.engine,
-            chunk,
-            {law.role: law.num_samples},
+        params = SamplingParams(
             max_new_tokens=max_completion_length,
-            seed=seed,
-            step=FIRST_STEP + number,
-            positions=range(start, start + len(chunk)),
+            seeds=Seeds.of_comparison(seed, number),
             temperature=law.temperature,
         )
+        positions = range(start, start + len(chunk))
+        drawn = draw(sampler.engine, chunk, {law.role: law.num_samples}, params, positions)
         seconds = (time.perf_counter() - began) / (len(chunk) * law.num_samples)
         samples = sampler.score(rewards, chunk, drawn)
         ratio = pair.log_ratio(chunk, samples) if law.is_main else None

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from bondlm.data.tokens import check_tokenizer
 from bondlm.evaluation.card import write_card
 from bondlm.evaluation.describe import describe_settings
 from bondlm.evaluation.samples import Scored, from_samples
@@ -67,9 +66,7 @@ def _judged(
 ) -> dict[str, Tensor]:
     if not judges:
         return {}
-    eos_ids = check_tokenizer(trainer.processing_class, trainer.roles.core.generation_config.eos_token_id).eos_ids
-    scored = score_samples(judges, rows, samples.completions, tokenizer=trainer.processing_class, eos_ids=eos_ids)
-    return scored.by_name
+    return score_samples(judges, rows, samples.completions, encoder=trainer.encoder).by_name
 
 
 def _baseline(trainer: Any, rows: Sequence[Mapping[str, Any]], role: str, temperature: float) -> Scored:

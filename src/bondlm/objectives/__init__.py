@@ -1,6 +1,6 @@
 """Objectives: pure losses, scores and log-probabilities in, loss and metrics out. One file each, no registry."""
 
-from bondlm.objectives.base import Loss, Objective, SamplePlan, Selection
+from bondlm.objectives.base import LearnedQuantile, Loss, Objective, SamplePlan, Selection
 from bondlm.objectives.best_of_n_regression import BestOfNRegression
 from bondlm.objectives.best_of_n_sft import BestOfNSFT
 from bondlm.objectives.bonbon import BoNBoN
@@ -18,6 +18,7 @@ __all__ = [
     "BestOfNRegression",
     "BestOfNSFT",
     "BoNBoN",
+    "LearnedQuantile",
     "Loss",
     "Objective",
     "Reinforce",

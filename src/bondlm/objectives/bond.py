@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bondlm.bestofn import log_collision_correction, log_quantile
-from bondlm.objectives.base import Loss, SamplePlan, Selection
+from bondlm.objectives.base import LearnedQuantile, Loss, SamplePlan, Selection
 from bondlm.objectives.terms import argmax_random_ties, check_choice, check_count, check_weight, leave_one_out_mean
 
 
@@ -55,7 +55,8 @@ class BOND:
     @property
     def plan(self) -> SamplePlan:
         """One sample of the policy, max(n, k) of the anchor: the forward term's n and the quantile's k share them."""
-        return SamplePlan(policy=1, anchor=max(self.n, self.num_anchor_samples), learn=2, compare=1)
+        anchor = max(self.n, self.num_anchor_samples)
+        return SamplePlan(policy=1, anchor=anchor, learn=2, compare=1, learned_quantile=self.learned)
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
         """Learn from the policy's sample and the best of the first n; (n - 1) log p_ [+ log B] is the signal."""
@@ -63,7 +64,8 @@ class BOND:
         best = 1 + argmax_random_ties(rewards_PM[:, 1 : 1 + self.n], noise_PM[:, 1 : 1 + self.n])
         rows = torch.stack([torch.zeros_like(best), best], dim=1)
         if self.learned:
-            return Selection(rows, torch.zeros_like(policy))
+            labels = LearnedQuantile(self.labels(rewards_PM), self.signal)
+            return Selection(rows, torch.zeros_like(policy), labels)
         signal = self.signal(log_quantile(policy, quantile_anchor, method=self.log_quantile))
         if self.correction:
             signal = signal + log_collision_correction(policy, quantile_anchor, self.n)
