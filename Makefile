@@ -40,7 +40,7 @@ test-slow: models/smollm2-135m-instruct/config.json
 
 # `engine: vllm` against a real server.
 test-vllm: .venv/.installed .venv-vllm/.installed
-	BONDLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest tests/engines/test_vllm_real.py
+	BONDLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest tests/engines/vllm/test_real.py
 
 # DeepSpeed on the CPU, in an environment that sees .venv (half a minute); --no-deps: torch stays as it is.
 .venv-deepspeed/.installed: .venv/.installed

@@ -14,7 +14,7 @@ run() {
 }
 case ${1:-check} in
   check)
-    run 150 python3 -m pytest -q --show-capture=no -p no:cacheprovider -n 4 tests/test_cuda.py tests/engines/test_cuda_graph.py
+    run 150 python3 -m pytest -q --show-capture=no -p no:cacheprovider -n 4 tests/trainer/test_cuda.py tests/engines/local/test_cuda_graph.py
     ;;
   speed)
     peers() { run 160 python3 benchmarks/peers.py --dtype bfloat16 --tokens 128 --steps 3 --out "$results/peers.jsonl" "$@"; }

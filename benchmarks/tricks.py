@@ -5,8 +5,8 @@
     python benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16      # with a GPU
 
 CPU seconds, which other work on the machine hardly changes; on a GPU, where there is one, those of the clock. The
-samples and log-probabilities are the same either way (tests/engines, tests/test_logprobs.py). `runs/peers/...` is made
-by benchmarks/peers.py. A trick that buys nothing goes; docs/speed.md lists those that went.
+samples and log-probabilities are the same either way (tests/engines, tests/models/test_logprobs.py). `runs/peers/...`
+is made by benchmarks/peers.py. A trick that buys nothing goes; docs/speed.md lists those that went.
 """
 
 import argparse

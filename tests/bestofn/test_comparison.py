@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from bestofn.brute import win_prob
 from bondlm.bestofn import best_of_n_kl, best_of_n_probs, bootstrap_mean, effective_n, kl_bound, kl_divergence
 from bondlm.bestofn.comparison import compare_samples, quantile_histogram, within_prompt_correlation
-
-from .brute import win_prob
 
 
 def normal_case(seed, num_prompts, num_ref, n, m=4):

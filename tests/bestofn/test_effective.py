@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from bestofn.brute import naive_best_of_n_win_rate, win_prob
 from bondlm.bestofn import EffectiveN, best_of_n_probs, best_of_n_win_rates, effective_n, win_rate, win_rates
 from bondlm.bestofn.effective import _solve
-
-from .brute import naive_best_of_n_win_rate, win_prob
 
 THREE = (np.array([0.5, 0.3, 0.2]), np.array([0.0, 1.0, 2.0]))
 

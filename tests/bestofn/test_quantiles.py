@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bestofn.brute import naive_quantile
 from bondlm.bestofn import (
     best_of_n_win_rates,
     effective_n,
@@ -15,8 +16,6 @@ from bondlm.bestofn import (
     win_rate,
     win_rates,
 )
-
-from .brute import naive_quantile
 
 METHODS = ["jbond", "clamped", "harmonic"]
 

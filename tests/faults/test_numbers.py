@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from models.test_anchor import anchor_of as fp32_anchor
+from models.test_anchor import gap_closed, moves, pairs_of, with_bf16_master
 from objectives.mutants import MUTATIONS, defects, mutate
-from test_anchor import anchor_of as fp32_anchor
-from test_anchor import gap_closed, moves, pairs_of, with_bf16_master
-from test_trainer import TOKENIZER, Spoiled, ends_often, logged, lora, optimizer_tensors, same, trainer, weights
 from tiny import tiny_causal, tiny_gpt2
+from trainer.test_trainer import TOKENIZER, Spoiled, ends_often, logged, lora, optimizer_tensors, same, trainer, weights
 from transformers import TrainingArguments
 
 from bondlm import BONDConfig

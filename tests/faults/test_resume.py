@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainer import TOKENIZER, ends_often, logged, lora, same, trainer, weights, without_times
 from tiny import tiny_causal, tiny_t5
+from trainer.test_trainer import TOKENIZER, ends_often, logged, lora, same, trainer, weights, without_times
 
 from bondlm.trainer import BONDTrainer
 

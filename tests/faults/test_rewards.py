@@ -13,8 +13,8 @@ from cli.helpers import write_job
 from rewards.reward_stub import good, serving, status
 from rewards.small_models import bert_classifier, bert_tokenizer, saved
 from safetensors.torch import load_file, save_file
-from test_trainer import logged, low_ids, same, trainer, weights
 from tiny import prompt_rows
+from trainer.test_trainer import logged, low_ids, same, trainer, weights
 from transformers import TrainerControl, TrainerState
 
 from bondlm.cli import main

@@ -20,8 +20,8 @@ from rewards.reward_stub import (
     text,
     trickle,
 )
-from test_trainer import config, same, trainer, weights
 from tiny import prompt_rows
+from trainer.test_trainer import config, same, trainer, weights
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.rewards import HTTPReward, NamedReward, score

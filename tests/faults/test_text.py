@@ -1,4 +1,4 @@
-"""Rows T of the fault matrix: text, tokens and data; more of each is in tests/test_text.py and tests/test_data.py."""
+"""Rows T of the fault matrix: text, tokens and data; more of each is in tests/data."""
 
 import inspect
 import json
@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from cli.helpers import write_job
+from data.test_tokens import INJECTIONS, encode, user
 from jinja2.filters import do_int
-from test_text import INJECTIONS, encode, user
-from test_trainer import TOKENIZER, ends_often, logged, low_ids, same, trainer, weights
 from tiny import BOS, CHATML, prompt_rows, tiny_causal, tiny_tokenizer
+from trainer.test_trainer import TOKENIZER, ends_often, logged, low_ids, same, trainer, weights
 
 from bondlm.cli import main
 from bondlm.data import chat_templates as templates

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_frozen import OTHER_OBJECTIVES_METRICS, TRAIN_METRICS
-from test_trainer import (
+from test_house import OTHER_OBJECTIVES_METRICS, TRAIN_METRICS
+from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_t5
+
+from bondlm import BONDTrainer
+from bondlm.errors import CheckpointError, ConfigError, DataError
+from trainer.test_trainer import (
     TOKENIZER,
     ends_often,
     logged,
@@ -20,10 +24,6 @@ from test_trainer import (
     weights,
     without_times,
 )
-from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_t5
-
-from bondlm import BONDTrainer
-from bondlm.errors import CheckpointError, ConfigError, DataError
 
 LEARNERS: dict[str, dict[str, Any]] = {
     "jbond, 4 anchor samples": {"num_anchor_samples": 4},

@@ -1,4 +1,4 @@
-"""The client of vLLM against a stub server: what is sent, and a server's faults. A real one: test_vllm_real.py."""
+"""The client of vLLM against a stub server: what is sent, and a server's faults. A real one: test_real.py."""
 
 import os
 import shlex
@@ -27,7 +27,7 @@ from bondlm.engines.vllm.server import LocalServer
 from bondlm.errors import BondError, ConfigError, DataError, EngineError, NonFiniteError, ResourceError
 from bondlm.models.load import wrap_lora
 from bondlm.models.roles import Roles
-from engines.vllm_stub import Answer, Stub, first, serving, slow
+from engines.vllm.stub import Answer, Stub, first, serving, slow
 
 TOKENIZER = tiny_tokenizer()
 EOS = list(range(0, 300, 9))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_logprobs import CPU, MODELS, SHARED, SINGLE, TOKENIZER, capped, plain_logprobs, start_id
+from models.test_logprobs import CPU, MODELS, SHARED, SINGLE, TOKENIZER, capped, plain_logprobs, start_id
 from tiny import prompt_rows, tiny_causal
 from transformers import BartConfig, BartForConditionalGeneration, CohereConfig, CohereForCausalLM
 

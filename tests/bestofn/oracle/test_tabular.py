@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from bestofn.brute import best_of_n_by_enumeration
 from bondlm.bestofn import (
     backward_kl_gradient,
     best_of_n_probs,
@@ -16,8 +17,6 @@ from bondlm.bestofn import (
     kl_divergence,
     mean_two_level_reward,
 )
-
-from .brute import best_of_n_by_enumeration
 
 ANCHOR = torch.tensor([[0.1, 0.15, 0.2, 0.25, 0.3], [0.5, 0.2, 0.05, 0.05, 0.2]], dtype=torch.float64)
 REWARDS = torch.tensor([[0.0, 1.0, 1.0, 2.0, 2.0], [0.3, 0.2, 5.0, -1.0, 0.1]], dtype=torch.float64)

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bestofn.brute import best_of_n_by_enumeration, kl, win_prob
 from bondlm.bestofn import best_of_n_kl, best_of_n_probs, iterated_best_of_n, kl_bound
-
-from .brute import best_of_n_by_enumeration, kl, win_prob
 
 TIED = (np.array([0.1, 0.15, 0.2, 0.25, 0.3]), np.array([-1.0, 0.5, 0.5, 2.0, 2.0]))
 CASES = {

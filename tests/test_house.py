@@ -247,7 +247,7 @@ def test_metric_names(logged: list[dict[str, Any]]) -> None:
 
 
 def test_step_time_is_the_sum_of_the_phases(logged: list[dict[str, Any]]) -> None:
-    """Whether that is the time that passed, a wall clock says (test_step_books.py)."""
+    """Whether that is the time that passed, a wall clock says (trainer/test_time_and_tokens.py)."""
     for row in logged[:2]:
         phases = [value for name, value in row.items() if name.startswith("time/")]
         assert all(value >= 0 for value in phases)
