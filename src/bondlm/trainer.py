@@ -295,7 +295,7 @@ class BONDTrainer(Trainer):
 
     def log_probability(self, samples: Samples, role: Role) -> Tensor:
         """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats."""
-        pairs = zip(samples.prompts, samples.completions, strict=True)
+        pairs = zip(samples.prompt_ids, samples.completions, strict=True)
         return self.step.logprob(role, [(prompt, [c.ids for c in row]) for prompt, row in pairs])
 
     def log_ratio(self, samples: Samples, role: Role = "reference") -> Tensor:

@@ -11,22 +11,23 @@ from bondlm.bestofn import best_of_n_kl, kl_bound
 from bondlm.errors import DataError
 from bondlm.evaluation.describe import describe_config, describe_objective
 from bondlm.evaluation.run import side_by_side, write_results
-from bondlm.evaluation.samples import Scored, distinct, from_rows, text_metrics
+from bondlm.evaluation.samples import distinct, from_rows, text_metrics
 from bondlm.evaluation.statistics import summarize
 from bondlm.objectives import BOND, JBOND
+from bondlm.rollout.samples import Samples
 from bondlm.runs.folder import plain
 
 
 def scored(rewards, *, length=10.0, log_ratio=None, judges=None, seconds=0.0, text="one two three", finished=1.0):
     rewards = torch.from_numpy(np.asarray(rewards, dtype=float))
-    return Scored(
+    return Samples(
         prompts=[f"prompt {i}" for i in range(len(rewards))],
         texts=[[text] * rewards.shape[1] for _ in rewards],
-        rewards=rewards,
-        lengths=torch.full_like(rewards, length),
-        finished=torch.full_like(rewards, finished),
-        logprobs=torch.full_like(rewards, -2.0 * length),
-        log_ratio=None if log_ratio is None else torch.full_like(rewards, log_ratio),
+        rewards_PM=rewards,
+        lengths_PM=torch.full_like(rewards, length),
+        finished_PM=torch.full_like(rewards, finished),
+        logprobs_PM=torch.full_like(rewards, -2.0 * length),
+        log_ratio_PM=None if log_ratio is None else torch.full_like(rewards, log_ratio),
         judges={name: torch.from_numpy(values) for name, values in (judges or {}).items()},
         seconds=seconds,
     )
@@ -66,8 +67,8 @@ def test_the_numbers_of_a_best_of_4_policy():
 
 def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
     policy, reference, others = case(n=1, log_ratio=0.1)
-    below = scored(policy.rewards.numpy() - 1.0, log_ratio=0.1)
-    above = scored(policy.rewards.numpy() + 9.0, log_ratio=9.0)
+    below = scored(policy.rewards_PM.numpy() - 1.0, log_ratio=0.1)
+    above = scored(policy.rewards_PM.numpy() + 9.0, log_ratio=9.0)
     for samples, needed in ((below, 0.0), (above, kl_bound(16))):
         result = summarize(samples, reference, others)
         assert result["kl_ratio"] is None
@@ -76,11 +77,11 @@ def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
 
 def test_ties_make_best_of_n_cheaper_than_the_bound():
     policy, reference, others = case()
-    tied = [scored((s.rewards > 1.0).double(), log_ratio=1.2) for s in (policy, reference)]
-    result = summarize(*tied, {name: scored((s.rewards > 1.0).double()) for name, s in others.items()})
+    tied = [scored((s.rewards_PM > 1.0).double(), log_ratio=1.2) for s in (policy, reference)]
+    result = summarize(*tied, {name: scored((s.rewards_PM > 1.0).double()) for name, s in others.items()})
     n = result["effective_n"]["value"]
     assert 2 < n < 8
-    p = float((reference.rewards > 1.0).double().mean())
+    p = float((reference.rewards_PM > 1.0).double().mean())
     exact = float(best_of_n_kl(np.array([1 - p, p]), np.array([0.0, 1.0]), n))
     # The shares of 16 samples differ from prompt to prompt, and the KL is not linear in them.
     assert 0.7 * exact < result["kl_of_best_of_n"] < 1.1 * exact < 0.9 * kl_bound(n)
@@ -102,7 +103,7 @@ def test_every_order_has_a_win_rate_and_the_chosen_ones_have_intervals():
 
 def test_an_opponent_is_met_and_baselines_have_all_the_columns():
     policy, reference, others = case()
-    opponent = scored(case(n=8, seed=5)[0].rewards)
+    opponent = scored(case(n=8, seed=5)[0].rewards_PM)
     result = summarize(policy, reference, others, opponent=opponent)
     assert result["opponent"]["win_rate"]["low"] <= 1 / 3 <= result["opponent"]["win_rate"]["high"]  # 4 against 8
     assert "opponent" not in summarize(policy, reference, others)
@@ -124,16 +125,16 @@ def test_over_optimisation_is_a_reward_that_rises_while_a_judge_falls():
     judges = {"good": rng.normal(0.5, 1, shape), "bad": rng.normal(-0.5, 1, shape), "same": rng.normal(0, 1, shape)}
     ref_judges = {name: rng.normal(0, 1, ref_shape) for name in judges}
     policy, reference, others = case(judges=judges)
-    reference = scored(reference.rewards, judges=ref_judges)
+    reference = scored(reference.rewards_PM, judges=ref_judges)
     (warning,) = warned(policy, reference, others, "over-optimisation")
     assert "'bad' fell by 0.5" in warning
-    unmoved = scored(case(n=1)[0].rewards, log_ratio=0.0, judges=judges)
+    unmoved = scored(case(n=1)[0].rewards_PM, log_ratio=0.0, judges=judges)
     assert warned(unmoved, reference, others, "over-optimisation") == []
 
 
 def test_sharpening_verbosity_truncation_few_prompts_and_disagreement_are_said():
     policy, reference, _ = case()
-    better = {"reference, greedy": scored(reference.rewards[:, :1] + 5.0)}
+    better = {"reference, greedy": scored(reference.rewards_PM[:, :1] + 5.0)}
     (warning,) = warned(policy, reference, better, "sharpening")
     assert "'reference, greedy' wins" in warning
     assert warned(*case(length=16.0), "longer") != []
@@ -153,7 +154,7 @@ def test_one_prompt_has_numbers_without_intervals():
 def test_policy_samples_must_be_scored():
     policy, reference, others = case()
     with pytest.raises(ValueError, match="log-ratios"):
-        summarize(scored(policy.rewards), reference, others)
+        summarize(scored(policy.rewards_PM), reference, others)
 
 
 def test_distinct_n_by_hand():
@@ -182,9 +183,9 @@ def test_rows_of_a_file_come_back_prompt_by_prompt():
     result = from_rows(rows, 2)
     assert result.prompts == [0, 1, 2]
     assert result.texts[1] == ["10", "11"]
-    assert result.rewards.tolist() == [[0, 1], [10, 11], [20, 21]]
+    assert result.rewards_PM.tolist() == [[0, 1], [10, 11], [20, 21]]
     assert result.judges["a"].tolist() == [[0, -1]] * 3
-    assert result.log_ratio.tolist() == [[0, 0.5]] * 3
+    assert result.log_ratio_PM.tolist() == [[0, 0.5]] * 3
     assert result.seconds == 1.5
     with pytest.raises(DataError, match="reward"):
         from_rows([rows[0] | {"reward": None}, *rows[1:]], 2)
@@ -201,8 +202,8 @@ def test_side_by_side_shows_the_best_of_the_first_eight(tmp_path):
     rows = list(side_by_side(policy, reference))
     assert list(rows[0]) == ["prompt", "reference", "reference_best_of_8", "policy"]
     for i, row in enumerate(rows):
-        assert row["reference_best_of_8"]["reward"] == float(reference.rewards[i, :8].max())
-        assert row["reference"]["reward"] == float(reference.rewards[i, 0])
+        assert row["reference_best_of_8"]["reward"] == float(reference.rewards_PM[i, :8].max())
+        assert row["reference"]["reward"] == float(reference.rewards_PM[i, 0])
     write_results(tmp_path, {"a": math.nan}, policy, reference)
     assert json.loads((tmp_path / "eval.json").read_text()) == {"a": None}
     assert len((tmp_path / "eval_samples.jsonl").read_bytes().splitlines()) == 3

@@ -140,14 +140,8 @@ class Ranks:
 
 def dropping(count: int) -> Samples:
     empty = torch.zeros(4, 0)
-    return Samples(
-        prompts=[[5]] * 4,
-        completions=[],
-        texts=[],
-        rewards_PM=empty,
-        by_name={},
-        dropped={i: "why" for i in range(count)},
-    )
+    numbers = {f"{name}_PM": empty for name in ("rewards", "lengths", "finished", "logprobs")}
+    return Samples(prompts=["5"] * 4, texts=[], dropped={i: "why" for i in range(count)}, **numbers)
 
 
 def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: Path) -> None:
