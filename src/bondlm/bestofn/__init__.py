@@ -1,4 +1,4 @@
-"""The mathematics of Best-of-N: the law, quantiles, order statistics, divergences, effective N, and the exact oracle.
+"""The mathematics of Best-of-N: distribution, quantiles, order statistics, divergences, effective N, exact oracle.
 
 Pure functions of numpy arrays or torch tensors (the kind that comes in goes out), in float64. No models, no files.
 """

@@ -19,7 +19,7 @@ _MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
 _SAMPLING = {
     "max_completion_length": "Most tokens of a completion. Default: 256.",
     "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
-    "temperature": "1 samples the model's own law, 0 is greedy. Default: 1.",
+    "temperature": "1 samples the model's own distribution, 0 is greedy. Default: 1.",
     "seed": "Default: 42.",
     "dtype": "'auto' (bf16 where the hardware has it), 'float32' or 'bfloat16'.",
     "max_rows": "Most completions that are decoded together. Default: what fits into memory (on a CPU 96).",

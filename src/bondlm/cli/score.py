@@ -17,7 +17,7 @@ def run(options: dict[str, Any]) -> int:
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
     if options.get("temperature", 1.0) != 1.0:
-        raise ConfigError(f"temperature={options['temperature']}: scored samples follow the model's own law, at 1")
+        raise ConfigError(f"temperature={options['temperature']}: scored samples are the model's own, drawn at 1")
     num_samples = int(options.get("num_samples", 16))
     if num_samples < 1:
         raise ConfigError(f"num_samples={num_samples}: must be >= 1")

@@ -62,7 +62,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
     """Different n-grams of words over all n-grams, in the first sample of each prompt; NaN if there is none.
 
-    Source: Li et al. 2016, arXiv 1510.03055. One sample a prompt, so that every law is measured on as much text.
+    Source: Li et al. 2016, arXiv 1510.03055. One sample per prompt, so that all are measured on as much text.
     """
     grams = [gram for row in texts for gram in _grams(words(row[0]), n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
@@ -84,7 +84,7 @@ def text_metrics(samples: Samples) -> dict[str, float]:
         "completions/min_length": float(samples.lengths_PM.min()),
         "completions/max_length": float(samples.lengths_PM.max()),
         "completions/clipped_ratio": float(1.0 - samples.finished_PM.mean()),
-        # -log p of a sample is an unbiased estimate of the entropy of its law; the mean is over tokens.
+        # -log p of a sample is an unbiased estimate of the entropy of its distribution; the mean is over tokens.
         "entropy": float(-samples.logprobs_PM.sum() / samples.lengths_PM.sum()),
         "reward_length_correlation": within_prompt_correlation(samples.rewards_PM, samples.lengths_PM),
         "distinct_1": distinct(samples.texts, 1),

@@ -73,7 +73,7 @@ def dense_newton_step(hessian_KK: Tensor, gradient_K: Tensor) -> Tensor:
 
 
 def policy_and(logits: object, probs: object, name: str, *, positive: bool = False) -> tuple[Tensor, Tensor]:
-    """Check both, return the policy's log-probabilities and the other law's probabilities."""
+    """Check both, return the policy's log-probabilities and the other distribution's probabilities."""
     logits_K = to_float64(logits, "logits")
     probs_K = check_probs(to_float64(probs, name), name)
     check_same_shape(logits_K, "logits", probs_K, name)
