@@ -198,7 +198,7 @@ def test_defaults_are_the_papers_where_it_states_one(tmp_path: Path) -> None:
     }
     assert {name: getattr(made, name) for name in paper} == paper
     assert made.lr_scheduler_type == "constant_with_warmup"
-    assert made.learning_rate is None  # 3e-6 with full fine-tuning: the trainer decides, see trainer/test_trainer.py
+    assert made.learning_rate is None  # 3e-6 with full fine-tuning: the trainer decides, see tests/trainer/test_step.py
 
 
 def test_nothing_is_sent_anywhere_and_no_column_is_lost_by_default(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
 from bondlm.errors import ConfigError, DataError
 from bondlm.evaluation.files import claim, finished_prompts
 
@@ -56,26 +55,3 @@ def test_a_manifest_guards_the_samples_and_nothing_else(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ConfigError, match="nobody knows"):
         claim(tmp_path, {"seed": 2}, ["s.jsonl"])
-
-
-def test_fingerprints_see_what_matters(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = model_fingerprint(str(tmp_path), None)
-    (tmp_path / "notes.txt").write_text("x")
-    assert model_fingerprint(str(tmp_path), None) == before
-    (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert model_fingerprint(str(tmp_path), None) != before
-    assert model_fingerprint("org/name", "abc") == {"name": "org/name", "revision": "abc"}
-    (tmp_path / "r.py").write_text("def f(): ...")
-    spec = f"{tmp_path}/r.py:f"
-    first = reward_fingerprint(spec)
-    (tmp_path / "r.py").write_text("def f(): pass")
-    assert reward_fingerprint(spec) != first
-    assert (
-        reward_fingerprint(f"nli:{tmp_path}?template=flan")["sha256"]
-        == model_fingerprint(str(tmp_path), None)["sha256"]
-    )
-    assert reward_fingerprint("org/model") == {"spec": "org/model"}
-    assert rows_fingerprint([{"a": 1, "b": 2}]) == rows_fingerprint([{"b": 2, "a": 1}])
-    assert rows_fingerprint([{"a": 1}]) != rows_fingerprint([{"a": 2}])

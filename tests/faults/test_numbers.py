@@ -13,7 +13,7 @@ from models.test_anchor import anchor_of as fp32_anchor
 from models.test_anchor import gap_closed, moves, pairs_of, with_bf16_master
 from objectives.mutants import MUTATIONS, defects, mutate
 from tiny import tiny_causal, tiny_gpt2
-from trainer.test_trainer import TOKENIZER, Spoiled, ends_often, logged, lora, optimizer_tensors, same, trainer, weights
+from trainer.helpers import TOKENIZER, Spoiled, ends_often, logged, lora, optimizer_tensors, same, trainer, weights
 from transformers import TrainingArguments
 
 from bondlm import BONDConfig

@@ -14,7 +14,7 @@ from rewards.reward_stub import good, serving, status
 from rewards.small_models import bert_classifier, bert_tokenizer, saved
 from safetensors.torch import load_file, save_file
 from tiny import prompt_rows
-from trainer.test_trainer import logged, low_ids, same, trainer, weights
+from trainer.helpers import logged, low_ids, same, trainer, weights
 from transformers import TrainerControl, TrainerState
 
 from bondlm.cli import main
