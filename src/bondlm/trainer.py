@@ -22,7 +22,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
+from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of
 from bondlm.data.columns import LOGGED_IDS, PROMPT_IDS, PROMPT_ROW
 from bondlm.data.prompts import check_overlap, keep_rows, load_prompts
 from bondlm.data.scored import check_inputs, group_scored, is_scored
@@ -123,7 +123,7 @@ class BONDTrainer(Trainer):
         moves = args.anchor != "fixed"
         self.roles = Roles(model, sharded=shards_weights(args), anchor_moves=moves, offload_anchor=args.offload_anchor)
         core = self.roles.core
-        self.objective: Objective = make_objective(args)
+        self.objective: Objective = objective_of(args)
         self._text = check_tokenizer(processing_class, core.generation_config.eos_token_id)
         self._start_id: int | None = core.config.decoder_start_token_id if core.config.is_encoder_decoder else None
         self._tokenizer = processing_class
