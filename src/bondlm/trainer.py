@@ -22,7 +22,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
+from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
@@ -131,7 +131,7 @@ class BONDTrainer(Trainer):
             max_completion_length=args.max_completion_length,
             truncate_prompt=args.truncate_prompt,
         )
-        self.objective: Objective = make_objective(args, num_logged=samples_per_prompt(prompts))
+        self.objective: Objective = objective_of(args, num_logged=samples_per_prompt(prompts))
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
         super().__init__(

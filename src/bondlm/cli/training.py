@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.train import LORA_NAMES
+from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
 
 DEFAULTS: dict[str, Any] = {
@@ -50,7 +50,7 @@ def training_arguments(options: Mapping[str, Any], folder: Path, own: Mapping[st
     """
     from transformers import TrainingArguments
 
-    settings = {k: v for k, v in options.items() if k not in own and k not in LORA_NAMES and k != "output_dir"}
+    settings = {k: v for k, v in options.items() if k not in own and k not in LORA and k != "output_dir"}
     try:
         return TrainingArguments(**(DEFAULTS | {"learning_rate": learning_rate, "output_dir": str(folder)} | settings))
     except (ValueError, TypeError, ImportError) as error:

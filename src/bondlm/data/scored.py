@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from bondlm.config import OFF_POLICY, BONDConfig
+from bondlm.config import OFF_POLICY, BONDConfig, objective_of
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS
 from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, same_model
 from bondlm.data.prompt_encoder import PromptEncoder
@@ -125,7 +125,7 @@ def _check_origin(path: Path, model: str, reward_funcs: Any, args: BONDConfig) -
             f"model={model!r}: the samples of {str(path)!r} were drawn by another one, {drawn_by.get('name')!r} "
             f"({_hash(drawn_by)} against {_hash(mine)})"
         )
-        if args.objective != "best_of_n_sft":  # plain fine-tuning may well learn from another model's answers
+        if objective_of(args).plan.compare:  # plain fine-tuning may well learn from another model's answers
             raise ConfigError(
                 f"{text}: {args.objective} compares with the model that drew them. Train that one, or score again"
             )

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import argmax_random_ties, check_count, check_weight
+from bondlm.objectives.rules import between, check, whole
+from bondlm.objectives.terms import argmax_random_ties
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +32,11 @@ class BoNBoN:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_count("n", self.n, 2, "a best and a worst sample are needed")
-        check_weight("alpha", self.alpha, 1, "the weight of the fine-tuning part")
+        check(
+            self,
+            n=whole(2, "a best and a worst sample are needed"),
+            alpha=between(0, 1, "the weight of the fine-tuning part"),
+        )
 
     @property
     def plan(self) -> SamplePlan:
