@@ -92,7 +92,7 @@ def test_t2_worst_ranks_it_below_all_that_end(name: str, tmp_path: Path) -> None
 
 
 def test_t2_worst_needs_others_to_rank_it_below(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="missing_eos='worst': objective='reinforce' draws one sample a prompt"):
+    with pytest.raises(ConfigError, match="missing_eos='worst': objective='reinforce' draws one sample"):
         trainer(tmp_path, objective="reinforce", missing_eos="worst")
     with pytest.raises(ConfigError, match="missing_eos='best': choose one of keep, worst, drop"):
         trainer(tmp_path, missing_eos="best")

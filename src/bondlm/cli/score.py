@@ -24,7 +24,7 @@ def run(options: dict[str, Any]) -> int:
     path = fresh_file(str(options["output"]))
     from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint
     from bondlm.data.scored import origin_file
-    from bondlm.runs.folder import append_jsonl
+    from bondlm.runs.folder import append_jsonl, write_whole
 
     def note_origin(sampler: Any) -> None:
         """Say beside the file what its rows were made from, once the model is loaded."""
@@ -37,7 +37,7 @@ def run(options: dict[str, Any]) -> int:
             "max_completion_length": int(options.get("max_completion_length", 256)),
             "seed": int(options.get("seed", 42)),
         }
-        origin_file(path).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        write_whole(origin_file(path), json.dumps(origin, indent=2) + "\n")
 
     console = make_console(stderr=True)
     for groups in generate(options, options["dataset"], num_samples, console, note_origin):

@@ -18,9 +18,7 @@ from bondlm.config import OFF_POLICY, BONDConfig, objective_of
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS
 from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, same_model
 from bondlm.data.prompt_encoder import PromptEncoder
-from bondlm.errors import ConfigError, DataError
-
-_MAX_LISTED = 10
+from bondlm.errors import ConfigError, DataError, listed
 
 
 def is_scored(dataset: Dataset) -> bool:
@@ -215,5 +213,4 @@ def _short(prompt: Any) -> str:
 
 def _raise_if_any(problems: Sequence[str]) -> None:
     if problems:
-        more = len(problems) - _MAX_LISTED
-        raise DataError("\n".join([*problems[:_MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])]))
+        raise DataError(listed(problems, "bad rows"))

@@ -20,7 +20,7 @@ from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward
 from bondlm.rollout.samples import Samples, score_samples
-from bondlm.runs.folder import append_jsonl, plain
+from bondlm.runs.folder import append_jsonl, plain, whole, write_whole
 
 BASELINES = {
     "reference, greedy": ("reference", 0.0),
@@ -77,15 +77,9 @@ def _baseline(trainer: Any, rows: Sequence[Mapping[str, Any]], role: str, temper
 
 def write_results(folder: Path, result: Mapping[str, Any], policy: Samples, reference: Samples) -> None:
     """Write `eval.json` and `eval_samples.jsonl`; each appears whole or not at all."""
-    for name, text in (
-        (EVAL_FILE, json.dumps(plain(result), indent=2, allow_nan=False) + "\n"),
-        (EVAL_SAMPLES_FILE, ""),
-    ):
-        partial = folder / f"{name}.tmp"
-        partial.write_text(text, encoding="utf-8")
-        if name == EVAL_SAMPLES_FILE:
-            append_jsonl(partial, list(side_by_side(policy, reference)))
-        partial.replace(folder / name)
+    write_whole(folder / EVAL_FILE, json.dumps(plain(result), indent=2, allow_nan=False) + "\n")
+    with whole(folder / EVAL_SAMPLES_FILE) as partial:
+        append_jsonl(partial, list(side_by_side(policy, reference)))
 
 
 @contextmanager
