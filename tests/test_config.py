@@ -115,6 +115,7 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
         "vbon": (1, 16, 1, 1),
         "bonbon": (0, 2, 2, 2),
         "best_of_n_regression": (0, 2, 2, 2),
+        "self_bond": (8, 0, 8, 8),
     }
     assert set(plans) == set(OBJECTIVES)
     for name, expected in plans.items():
@@ -125,6 +126,7 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
         (1, 8, 2, 1): {"objective": "bond", "n": 8, "num_anchor_samples": 4},
         (1, 4, 2, 1): {"objective": "bond", "n": 4, "quantile": "learned"},
         (3, 0, 3, 3): {"objective": "rloo", "num_samples": 3},
+        (6, 0, 6, 6): {"objective": "self_bond", "n": 4, "num_samples": 6, "log_quantile": "best_of_n"},
     }
     for expected, settings in changed.items():
         plan = objective_of(config(tmp_path, **settings)).plan

@@ -8,6 +8,7 @@ from bondlm.objectives.bond import BOND
 from bondlm.objectives.jbond import JBOND
 from bondlm.objectives.reinforce import Reinforce
 from bondlm.objectives.rloo import RLOO
+from bondlm.objectives.self_bond import SelfBOND
 from bondlm.objectives.vbon import VBON
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "Reinforce",
     "SamplePlan",
     "Selection",
+    "SelfBOND",
 ]

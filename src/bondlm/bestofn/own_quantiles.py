@@ -1,0 +1,171 @@
+"""Best-of-n as the fixed point of a rank signal among the policy's own samples: signals, strengths, the law they reach.
+
+If the policy is Best-of-n of the reference, then own quantile = (reference quantile)^n, and the log-ratio to the
+reference is a function f of the own quantile: for continuous rewards log(pi / pi_ref) = (1 - 1/n) log p + log n. From
+K samples f is known as its Bernstein polynomial f_k(p) = sum_j f_j C(k, j) p^j (1-p)^(k-j) over the k = K - 1 others,
+f_j the signal of a sample that is better than j of them. The law that "log-ratio = f_k(own quantile) + constant" allows
+is unique: with G the own quantile of the reference's quantile u, du/dG = Z exp(-f_k(G)). So the strength of a signal is
+*solved* here for a wanted win rate n / (n + 1), the one of Best-of-n. Derivation: docs/theory.md, "Own quantiles".
+"""
+
+import math
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+OwnQuantile = Literal["tilt", "harmonic", "best_of_n"]
+FORMS: tuple[OwnQuantile, ...] = ("tilt", "harmonic", "best_of_n")
+_NODES, _BISECTIONS = 256, 200
+_Vector = NDArray[np.float64]
+
+
+class OwnLaw(NamedTuple):
+    """What a rank signal reaches when rewards are continuous."""
+
+    win_rate: float  # of a sample against one of the reference
+    kl: float  # KL(law || reference), nats
+
+
+def rank_signal(n: float, num_samples: int, form: OwnQuantile, strength: float) -> _Vector:
+    """Return the signal (K,) of a sample that is better than j = 0 .. K-1 of the K - 1 others, none of which ties.
+
+    - ``"tilt"``: log(1 + j/k (e^strength - 1)). The exponential tilt of the reference quantile has the least KL for
+      its win rate, and this is its log-ratio as a function of the own quantile.
+    - ``"harmonic"``: -strength (H_k - H_j), H the harmonic numbers: strength times the unbiased estimate of log p.
+    - ``"best_of_n"``: log of 1/K over the share of the reference that Best-of-n puts into that K-th of its own mass,
+      ((j+1)/K)^(1/n) - (j/K)^(1/n); the worst loses `strength` more, for all that K samples cannot tell apart.
+
+    Args:
+        n: order of Best-of-n, a real number > 1.
+        num_samples: K samples of a prompt, at least 2.
+        form: see above.
+        strength: lambda, c, or the penalty of the worst, in nats.
+
+    Raises:
+        ValueError: an unknown form.
+    """
+    others = num_samples - 1
+    better_than_K = np.arange(num_samples) / others
+    if form == "tilt":
+        return np.log1p(better_than_K * math.expm1(strength))
+    if form == "harmonic":
+        harmonic_K = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, num_samples))])
+        return -strength * (harmonic_K[-1] - harmonic_K)
+    if form == "best_of_n":
+        signal_K = -np.log(num_samples * np.diff(_reference_share(n, num_samples, form)))
+        signal_K[0] -= strength
+        return signal_K
+    raise ValueError(f"unknown form {form!r}; use one of {', '.join(FORMS)}")
+
+
+@lru_cache(maxsize=64)
+def solve_strength(n: float, num_samples: int, form: OwnQuantile) -> float:
+    """Return the strength at which `rank_signal` reaches the win rate n / (n + 1) of Best-of-n, rewards continuous.
+
+    Bisection in float64; some milliseconds, then cached.
+
+    Args:
+        n: order of Best-of-n, a real number > 1.
+        num_samples: K samples of a prompt, at least 2.
+        form: as `rank_signal`.
+
+    Raises:
+        ValueError: n <= 1, K < 2, an unknown form, or an n beyond what K samples can reach in float64.
+    """
+    if not (math.isfinite(n) and n > 1.0) or num_samples < 2:
+        raise ValueError(f"n must be > 1 and num_samples >= 2; got n={n!r}, num_samples={num_samples!r}")
+    # The worst of "best_of_n" may need a bonus, not a penalty, where n is near 1: start below zero.
+    low, high = (-30.0 if form == "best_of_n" else 0.0), 600.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2.0
+        if middle in (low, high):
+            break
+        win_rate = own_law(rank_signal(n, num_samples, form, middle)).win_rate
+        low, high = (middle, high) if win_rate < n / (n + 1.0) else (low, middle)
+    if high == 600.0:
+        raise ValueError(f"num_samples={num_samples} cannot reach n={n!r}")
+    return (low + high) / 2.0
+
+
+def own_law(signal: _Vector) -> OwnLaw:
+    """Return win rate and KL of the law whose log-ratio is the Bernstein polynomial of `signal` (K,), by quadrature.
+
+    E[u] = integral of (1 - G) du/dG over G, and KL = E[log dG/du], with du/dG = Z exp(-f_k(G)).
+    """
+    nodes, weights, basis = _quadrature(len(signal))
+    f = basis @ np.asarray(signal, dtype=np.float64)
+    density = weights * np.exp(f.min() - f)
+    total = density.sum()
+    win_rate = float(((1.0 - nodes) * density).sum() / total)
+    kl = float((weights * f).sum() - f.min() + math.log(total))
+    return OwnLaw(win_rate, kl)
+
+
+def kl_over_best_of_n(n: float, num_samples: int, form: OwnQuantile) -> float:
+    """Return the KL of the law at the solved strength over that of exact Best-of-n, log n - (n-1)/n."""
+    law = own_law(rank_signal(n, num_samples, form, solve_strength(n, num_samples, form)))
+    return law.kl / (math.log(n) - (n - 1.0) / n)
+
+
+@lru_cache(maxsize=64)
+def signal_table(n: float, num_samples: int, form: OwnQuantile) -> _Vector:
+    """Return the signal (K, K) of a sample that is better than a and ties with b of the others; NaN where a + b >= K.
+
+    The first column is `rank_signal` at the solved strength. A level of tied samples from the own share a/K up to
+    (a+b+1)/K gets the log-ratio that the form has on it in the limit of many samples, own share over reference share,
+
+        F(a, b) = log [(b+1)/K] - log [q((a+b+1)/K) - q(a/K)],   q(p) the reference's share below the own quantile p,
+
+    q(p) = p^(1/n) for Best-of-n, log(1 + p (e^l - 1)) / l for the tilt of the same win rate; and what the rank signal
+    adds to F(j, 0), averaged over the orders in which the tied could stand:
+
+        s(a, b) = F(a, b) + mean over j = a .. a+b of (f_j - F(j, 0)).
+
+    So ties are exact in the limit of many samples, and all tied is one number for all: no signal.
+    """
+    share_q = _reference_share(n, num_samples, form)
+    rank_K = rank_signal(n, num_samples, form, solve_strength(n, num_samples, form))
+    excess = np.concatenate([[0.0], np.cumsum(rank_K + np.log(num_samples * np.diff(share_q)))])
+    table_KK = np.full((num_samples, num_samples), np.nan)
+    for tied in range(1, num_samples + 1):
+        reference_share = share_q[tied:] - share_q[:-tied]
+        ratio = np.log(tied / num_samples / reference_share)
+        table_KK[: len(ratio), tied - 1] = ratio + (excess[tied:] - excess[:-tied]) / tied
+    table_KK.setflags(write=False)
+    return table_KK
+
+
+@lru_cache(maxsize=64)
+def tilt_of_order(n: float) -> float:
+    """Return lambda > 0 at which the exponential tilt exp(lambda u) of the reference quantile wins n / (n + 1)."""
+    low, high = 0.0, 4.0 * (n + 1.0)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2.0
+        if middle in (low, high):
+            break
+        win_rate = 1.0 / -math.expm1(-middle) - 1.0 / middle if middle > 1e-4 else 0.5 + middle / 12.0
+        low, high = (middle, high) if win_rate < n / (n + 1.0) else (low, middle)
+    return (low + high) / 2.0
+
+
+def _reference_share(n: float, num_samples: int, form: OwnQuantile) -> _Vector:
+    """q(j/K) for j = 0 .. K: the share of the reference below the own quantile j/K."""
+    own = np.arange(num_samples + 1) / num_samples
+    if form == "tilt":
+        tilt = tilt_of_order(n)
+        return np.log1p(own * math.expm1(tilt)) / tilt
+    return own ** (1.0 / n)
+
+
+@lru_cache(maxsize=16)
+def _quadrature(num_samples: int) -> tuple[_Vector, _Vector, _Vector]:
+    """Gauss-Legendre nodes and weights on [0, 1], and the Bernstein basis (nodes, K) of degree K - 1 there."""
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    nodes, weights = (nodes + 1.0) / 2.0, weights / 2.0
+    k = num_samples - 1
+    log_ways = np.array([math.lgamma(k + 1) - math.lgamma(j + 1) - math.lgamma(k - j + 1) for j in range(k + 1)])
+    counts = np.arange(k + 1)
+    log_nodes, log_rest = np.log(nodes)[:, None], np.log1p(-nodes)[:, None]
+    return nodes, weights, np.exp(log_ways + counts * log_nodes + (k - counts) * log_rest)
