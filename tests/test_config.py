@@ -92,6 +92,13 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "vbon", "n": 4, "num_anchor_samples": 1}, "num_anchor_samples=1"),
     ({"objective": "bonbon", "n": 4, "alpha": 1.5}, "alpha=1.5"),
     ({"objective": "best_of_n_regression", "n": 4, "num_samples": 3}, "num_samples=3"),
+    ({"objective": "self_bond", "num_samples": 2}, "num_samples=2"),
+    ({"objective": "self_bond", "n": 100}, "n=100"),
+    ({"objective": "self_bond", "log_quantile": "clamped"}, "log_quantile='clamped'"),
+    ({"objective": "self_bond", "anchor": "ema"}, "anchor='ema'"),
+    ({"objective": "self_bond", "anchor": "periodic"}, "anchor='periodic'"),
+    ({"objective": "self_bond", "eta": 0.1}, "eta=0.1"),
+    ({"objective": "self_bond", "gamma": 0.1}, "gamma=0.1"),
 ]
 
 
@@ -131,6 +138,13 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
     for expected, settings in changed.items():
         plan = objective_of(config(tmp_path, **settings)).plan
         assert (plan.policy, plan.anchor, plan.learn, plan.compare) == expected
+
+
+def test_the_anchor_follows_the_objective_unless_it_is_set(tmp_path: Path) -> None:
+    assert config(tmp_path).anchor == config(tmp_path, objective="rloo").anchor == "ema"
+    assert config(tmp_path, objective="self_bond").anchor == "fixed"
+    assert config(tmp_path, objective="self_bond", anchor="fixed").anchor == "fixed"
+    assert config(tmp_path, objective="rloo", anchor="fixed").anchor == "fixed"
 
 
 def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "vbon": {"objective": "vbon", "n": 4},
     "bonbon": {"objective": "bonbon", "n": 4, "alpha": 0.5},
     "regression": {"objective": "best_of_n_regression", "n": 4, "num_samples": 8},
+    "self_bond": {"objective": "self_bond", "n": 8},
+    "self_bond, best_of_n": {"objective": "self_bond", "n": 4, "num_samples": 5, "log_quantile": "best_of_n"},
 }
 
 
@@ -77,6 +79,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "learned": {"objective": "bond", "n": 3, "quantile": "learned", "peft_config": True},
     "rloo": {"objective": "rloo", "beta_rl": 0.1, "anchor": "periodic", "anchor_update_every": 2},
     "logged": {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed"},
+    "self_bond": {"objective": "self_bond", "n": 3, "num_samples": 4, "anchor": "fixed"},
 }
 
 

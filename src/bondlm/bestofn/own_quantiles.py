@@ -15,9 +15,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bondlm.bestofn.distribution import kl_bound
+
 OwnQuantile = Literal["tilt", "harmonic", "best_of_n"]
 FORMS: tuple[OwnQuantile, ...] = ("tilt", "harmonic", "best_of_n")
-_NODES, _BISECTIONS = 256, 200
+_NODES, _BISECTIONS, _STRONGEST = 256, 200, 600.0
 _Vector = NDArray[np.float64]
 
 
@@ -49,22 +51,23 @@ def rank_signal(n: float, num_samples: int, form: OwnQuantile, strength: float) 
     others = num_samples - 1
     better_than_K = np.arange(num_samples) / others
     if form == "tilt":
-        return np.log1p(better_than_K * math.expm1(strength))
-    if form == "harmonic":
+        signal_K: _Vector = np.log1p(better_than_K * math.expm1(strength))
+    elif form == "harmonic":
         harmonic_K = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, num_samples))])
-        return -strength * (harmonic_K[-1] - harmonic_K)
-    if form == "best_of_n":
+        signal_K = -strength * (harmonic_K[-1] - harmonic_K)
+    elif form == "best_of_n":
         signal_K = -np.log(num_samples * np.diff(_reference_share(n, num_samples, form)))
         signal_K[0] -= strength
-        return signal_K
-    raise ValueError(f"unknown form {form!r}; use one of {', '.join(FORMS)}")
+    else:
+        raise ValueError(f"unknown form {form!r}; use one of {', '.join(FORMS)}")
+    return signal_K
 
 
 @lru_cache(maxsize=64)
 def solve_strength(n: float, num_samples: int, form: OwnQuantile) -> float:
     """Return the strength at which `rank_signal` reaches the win rate n / (n + 1) of Best-of-n, rewards continuous.
 
-    Bisection in float64; some milliseconds, then cached.
+    Bisection in float64, some milliseconds, then cached; inf if no strength below 600 nats does.
 
     Args:
         n: order of Best-of-n, a real number > 1.
@@ -72,21 +75,18 @@ def solve_strength(n: float, num_samples: int, form: OwnQuantile) -> float:
         form: as `rank_signal`.
 
     Raises:
-        ValueError: n <= 1, K < 2, an unknown form, or an n beyond what K samples can reach in float64.
+        ValueError: n <= 1, K < 2, or an unknown form.
     """
     if not (math.isfinite(n) and n > 1.0) or num_samples < 2:
         raise ValueError(f"n must be > 1 and num_samples >= 2; got n={n!r}, num_samples={num_samples!r}")
-    # The worst of "best_of_n" may need a bonus, not a penalty, where n is near 1: start below zero.
-    low, high = (-30.0 if form == "best_of_n" else 0.0), 600.0
+    low, high = 0.0, _STRONGEST
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2.0
         if middle in (low, high):
             break
         win_rate = own_law(rank_signal(n, num_samples, form, middle)).win_rate
         low, high = (middle, high) if win_rate < n / (n + 1.0) else (low, middle)
-    if high == 600.0:
-        raise ValueError(f"num_samples={num_samples} cannot reach n={n!r}")
-    return (low + high) / 2.0
+    return (low + high) / 2.0 if high < _STRONGEST else math.inf
 
 
 def own_law(signal: _Vector) -> OwnLaw:
@@ -104,9 +104,23 @@ def own_law(signal: _Vector) -> OwnLaw:
 
 
 def kl_over_best_of_n(n: float, num_samples: int, form: OwnQuantile) -> float:
-    """Return the KL of the law at the solved strength over that of exact Best-of-n, log n - (n-1)/n."""
-    law = own_law(rank_signal(n, num_samples, form, solve_strength(n, num_samples, form)))
-    return law.kl / (math.log(n) - (n - 1.0) / n)
+    """Return the KL of the law at the solved strength over that of exact Best-of-n, `kl_bound(n)`; inf: out of reach.
+
+    Continuous rewards. Args and errors as `solve_strength`.
+    """
+    strength = solve_strength(n, num_samples, form)
+    if math.isinf(strength):
+        return math.inf
+    return own_law(rank_signal(n, num_samples, form, strength)).kl / kl_bound(n)
+
+
+def largest_order(n: int, num_samples: int, form: OwnQuantile, max_ratio: float) -> int:
+    """Return the largest order below `n`, at least 2, whose `kl_over_best_of_n` is at most `max_ratio`."""
+    low, high = 2, n
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if kl_over_best_of_n(middle, num_samples, form) <= max_ratio else (low, middle)
+    return low
 
 
 @lru_cache(maxsize=64)
@@ -153,10 +167,11 @@ def tilt_of_order(n: float) -> float:
 def _reference_share(n: float, num_samples: int, form: OwnQuantile) -> _Vector:
     """q(j/K) for j = 0 .. K: the share of the reference below the own quantile j/K."""
     own = np.arange(num_samples + 1) / num_samples
-    if form == "tilt":
+    share: _Vector = own ** (1.0 / n)
+    if form == "tilt":  # log(1 + p (e^l - 1)) / l, without e^l, which is too large from n = 700 on
         tilt = tilt_of_order(n)
-        return np.log1p(own * math.expm1(tilt)) / tilt
-    return own ** (1.0 / n)
+        share[1:] = 1.0 + np.log(own[1:] + (1.0 - own[1:]) * math.exp(-tilt)) / tilt
+    return share
 
 
 @lru_cache(maxsize=16)

@@ -20,13 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bondlm.bestofn.own_quantiles import FORMS, OwnQuantile, kl_over_best_of_n, signal_table, solve_strength
+from bondlm.bestofn.own_quantiles import (
+    FORMS,
+    OwnQuantile,
+    kl_over_best_of_n,
+    largest_order,
+    signal_table,
+    solve_strength,
+)
 from bondlm.bestofn.quantiles import count_below
 from bondlm.errors import ConfigError
-from bondlm.objectives.plan import Loss, SamplePlan, Selection
+from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.terms import check_choice, check_count
 
-MAX_KL_RATIO = 2.0  # beyond it, so many times the KL of Best-of-n would be paid for its win rate: draw more samples
+MAX_KL_RATIO = 2.0  # of what is paid for Best-of-n's win rate to Best-of-n's own KL: beyond it draw more samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +49,12 @@ class SelfBOND:
         check_count("n", self.n, 2, "Best-of-1 is the reference itself")
         check_count("num_samples", self.num_samples, 3, "a rank among the prompt's other samples")
         check_choice("log_quantile", self.log_quantile, FORMS)
-        if not self._reaches(self.n, self.num_samples):
-            least = next(k for k in range(self.num_samples, 1 << 20) if self._reaches(self.n, k))
+        if kl_over_best_of_n(self.n, self.num_samples, self.log_quantile) > MAX_KL_RATIO:
+            most = largest_order(self.n, self.num_samples, self.log_quantile, MAX_KL_RATIO)
             raise ConfigError(
-                f"n={self.n}: {self.num_samples} samples a prompt reach its win rate at more than {MAX_KL_RATIO:g} "
-                f"times Best-of-{self.n}'s KL; use num_samples >= {least}, or a smaller n"
+                f"n={self.n}: {self.num_samples} samples per prompt reach its win rate only at more than "
+                f"{MAX_KL_RATIO:g} times the KL of Best-of-{self.n}; use n <= {most}, or a larger num_samples"
             )
-
-    def _reaches(self, n: int, num_samples: int) -> bool:
-        return kl_over_best_of_n(n, num_samples, self.log_quantile) <= MAX_KL_RATIO
 
     @property
     def plan(self) -> SamplePlan:
@@ -81,4 +85,5 @@ class SelfBOND:
         """Mean over the prompt's samples of -log pi (R - baseline)."""
         advantage = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
         loss = (-logp_PL * advantage).mean(dim=1)
-        return Loss(loss, {"bond/advantage": advantage.mean(dim=1)})
+        all_tied = (signal_PC == signal_PC[:, :1]).all(dim=1).to(loss.dtype)
+        return Loss(loss, {"bond/advantage": advantage.mean(dim=1), "bond/frac_no_signal": all_tied})
