@@ -19,6 +19,7 @@ from bondlm.bestofn.oracle.exact_objectives import (
     regression_gradient,
 )
 from bondlm.bestofn.oracle.exact_signal import mean_signal
+from bondlm.bestofn.oracle.reference_kl import bond_resting_point
 from bondlm.bestofn.oracle.self_bond import self_bond_fixed_point, self_bond_gradient, self_bond_signal
 from bondlm.bestofn.oracle.tabular import (
     backward_kl_gradient,
@@ -56,6 +57,7 @@ __all__ = [
     "bonbon_gradient",
     "bond_fixed_point",
     "bond_gradient",
+    "bond_resting_point",
     "bootstrap_mean",
     "effective_n",
     "expected_best_of_n",

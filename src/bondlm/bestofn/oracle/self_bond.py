@@ -14,10 +14,8 @@ from torch import Tensor
 
 from bondlm.bestofn._arrays import Array, back, check_finite, check_same_shape, to_float64
 from bondlm.bestofn.oracle.exact_signal import exact_quantiles
-from bondlm.bestofn.oracle.tables import policy_and, positive_probs, score_gradient
+from bondlm.bestofn.oracle.tables import policy_and, positive_probs, resting_point, score_gradient
 from bondlm.bestofn.own_quantiles import OwnQuantile, signal_table, tilt_of_order
-
-_TOLERANCE, _MAX_STEPS = 1e-11, 20_000
 
 
 def self_bond_signal(
@@ -94,17 +92,11 @@ def self_bond_fixed_point(
     """
     ref_K = positive_probs(ref_probs, "ref_probs")
     rewards_K = _checked_rewards(ref_K, "ref_probs", rewards)
-    logp_K, error = ref_K.log(), math.inf
-    for _ in range(_MAX_STEPS):
-        wanted_K = (ref_K.log() + _signal(logp_K.exp(), rewards_K, n, num_samples, form)).log_softmax(-1)
-        error = float((wanted_K - logp_K).abs().max())
-        if error < _TOLERANCE:
-            return back(logp_K.exp(), ref_probs, rewards)
-        logp_K = ((logp_K + wanted_K) / 2.0).log_softmax(-1)  # half a step: a full one may overshoot
-    raise RuntimeError(
-        f"no fixed point found: log-probabilities are off by {error:.3g} after {_MAX_STEPS} steps; use a smaller n, or "
-        "less extreme ref_probs"
-    )
+
+    def wanted(logp_K: Tensor) -> Tensor:
+        return ref_K.log() + _signal(logp_K.exp(), rewards_K, n, num_samples, form)
+
+    return back(resting_point(ref_K.log(), wanted), ref_probs, rewards)
 
 
 def _checked_rewards(probs_K: Tensor, name: str, rewards: object) -> Tensor:
