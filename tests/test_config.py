@@ -32,6 +32,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("gamma", -1e-9),
     ("gamma", math.nan),
     ("gamma", math.inf),
+    ("gamma_ref", -0.1),
+    ("gamma_ref", math.nan),
     ("eta", -0.1),
     ("eta", 1.5),
     ("eta", math.nan),
@@ -99,6 +101,8 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "self_bond", "anchor": "periodic"}, "anchor='periodic'"),
     ({"objective": "self_bond", "eta": 0.1}, "eta=0.1"),
     ({"objective": "self_bond", "gamma": 0.1}, "gamma=0.1"),
+    ({"objective": "best_of_n_sft", "gamma_ref": 0.1}, "gamma_ref=0.1"),
+    ({"objective": "jbond", "gamma_ref": 0.1, "anchor": "fixed"}, "gamma_ref=0.1"),
 ]
 
 
@@ -186,7 +190,7 @@ def test_what_processes_of_a_run_must_have_alike(tmp_path: Path) -> None:
 
 def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Path) -> None:
     other: dict[str, Any] = {
-        **{"n": 3, "beta": 0.25, "gamma": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
+        **{"n": 3, "beta": 0.25, "gamma": 0.5, "gamma_ref": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
         **{"correction": True, "quantile": "learned", "quantile_learning_rate": 0.5, "beta_rl": 0.5},
         **{"num_samples": 4, "alpha": 0.5},
     }

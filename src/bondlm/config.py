@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from bondlm.errors import ConfigError
 from bondlm.objectives import Objective
 from bondlm.objectives.make import OBJECTIVES, make_objective, users
-from bondlm.objectives.rules import Rule, above, at_least, beginning_with, between, off, one_of
+from bondlm.objectives.rules import Rule, above, at_least, beginning_with, between, finite, off, one_of
 
 AnchorSchedule = Literal["ema", "periodic", "fixed"]
 DEFAULT_WAIT_S, YEAR_S = 600, 31_536_000
@@ -58,6 +58,12 @@ class BONDConfig(TrainingArguments):
     n: int = _field(2, "Order of Best-of-n in the target, at least 2. J-BOND is defined for 2.")
     beta: float = _field(0.5, "Jeffreys weight in [0, 1]: 0 is forward KL only (SFT), 1 backward KL only. Paper: 0.5.")
     gamma: float = _field(0.0, "Strength >= 0 of the extra KL to the anchor. Paper: 0 to 2 (Fig. 6).")
+    gamma_ref: float = _field(
+        0.0,
+        "Strength >= 0 of the KL to the fixed reference, with a moving anchor: it sets the N that is kept "
+        "(docs/theory.md).",
+        finite(0, "a negative value pushes away from the reference"),
+    )
     anchor: AnchorSchedule = _field(
         None,
         "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed'. self_bond: always 'fixed'.",
@@ -321,6 +327,11 @@ def _problems(c: BONDConfig) -> list[str]:
         plan = objective_of(c).plan
     except ConfigError as error:
         return [str(error)]
+    if c.gamma_ref and plan.policy == 0:
+        problems.append(
+            f"gamma_ref={c.gamma_ref}: objective={c.objective!r} draws no samples of the policy to see its KL in, "
+            "remove it"
+        )
     if c.missing_eos == "worst" and plan.total == 1:
         problems.append(
             f"missing_eos='worst': objective={c.objective!r} draws one sample per prompt, and there is no other to "
@@ -358,6 +369,11 @@ def _not_used(c: BONDConfig, name: str, other: str, values: tuple[str, ...]) -> 
 
 def _contradictions(c: BONDConfig) -> Iterator[str]:
     """What two settings say together."""
+    if c.gamma_ref and c.anchor == "fixed":
+        yield (
+            f"gamma_ref={c.gamma_ref}: anchor='fixed' is the reference itself, and the objective has a KL to it; "
+            "remove gamma_ref, or let the anchor move"
+        )
     if c.objective == "self_bond" and c.anchor != "fixed":
         yield (
             f"anchor={c.anchor!r}: objective='self_bond' has no moving anchor, its KL is to the model it started from; "

@@ -17,8 +17,7 @@ from bondlm.bestofn import (
     kl_reward_optimum,
 )
 from bondlm.bestofn.own_quantiles import own_law
-from bondlm.objectives import BOND, JBOND, RLOO, VBON, Reinforce
-from bondlm.objectives.reference_kl import reference_kl_loss, reference_pull
+from bondlm.objectives import BOND, JBOND, RLOO, VBON, Loss, Reinforce, reference_pull, with_reference_kl
 
 from .tables import ANCHOR, LOGITS, REWARDS, bond_keywords, draw, exact_gradient, loss_on, standard_errors_off
 
@@ -27,14 +26,19 @@ MOVING = [JBOND(), BOND(n=3, beta=0.7, num_anchor_samples=4), VBON(n=3, num_anch
 MOVING += [Reinforce(beta_rl=1.5), RLOO(beta_rl=0.8, num_samples=3)]
 
 
+def pull_alone(logp, pull):
+    """Loss of the pull without any objective."""
+    return with_reference_kl(Loss(torch.zeros(len(logp)), {}), logp, pull).loss_P
+
+
 def pulled_loss(objective, outcomes, noise, logits, anchor, rewards, ref, gamma_ref, use_baseline=True):
     """Objective and pull on given outcomes, as the trainer adds them."""
-    loss = loss_on(objective, outcomes, noise, logits, anchor, rewards, use_baseline).loss_P
+    loss = loss_on(objective, outcomes, noise, logits, anchor, rewards, use_baseline)
     policy = outcomes[:, : objective.plan.policy]
     logp = logits.log_softmax(-1).gather(1, policy)
     log_ratio = logp.detach() - ref.log().gather(1, policy)
     baseline = objective.baseline(log_ratio) if use_baseline else torch.zeros_like(log_ratio)
-    return loss + reference_kl_loss(logp, reference_pull(log_ratio, baseline, gamma_ref))
+    return with_reference_kl(loss, logp, reference_pull(log_ratio, baseline, gamma_ref)).loss_P
 
 
 @pytest.mark.parametrize("objective", MOVING, ids=lambda objective: type(objective).__name__)
@@ -58,7 +62,7 @@ def test_all_draws_of_one_sample(sign):
     leaf = LOGITS[0].clone().requires_grad_()
     logp = leaf.log_softmax(-1)[:, None]
     log_ratio = sign * (logp.detach() - REF[0].log()[:, None])
-    loss = reference_kl_loss(logp, reference_pull(log_ratio, torch.zeros_like(log_ratio), 0.7))
+    loss = pull_alone(logp, reference_pull(log_ratio, torch.zeros_like(log_ratio), 0.7))
     (gradient,) = torch.autograd.grad((loss * LOGITS[0].softmax(-1)).sum(), leaf)
     error = (gradient - 0.7 * backward_kl_gradient(LOGITS[0], REF[0])).abs().max()
     assert (float(error) < 1e-14) == (sign == 1)
@@ -76,14 +80,14 @@ def test_the_baseline_takes_noise_away(objective):
         logp = leaf.log_softmax(-1).gather(1, outcomes)
         log_ratio = logp.detach() - ref.log().expand(len(outcomes), -1).gather(1, outcomes)
         baseline = objective.baseline(log_ratio) if use_baseline else torch.zeros_like(log_ratio)
-        loss = reference_kl_loss(logp, reference_pull(log_ratio, baseline, 1.0))
+        loss = pull_alone(logp, reference_pull(log_ratio, baseline, 1.0))
         spread.append(float(torch.autograd.grad(loss.sum(), leaf)[0].var(0).sum()))
     assert spread[0] < 0.2 * spread[1]
 
 
 def test_only_the_policys_samples_are_pulled():
     logp = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
-    loss = reference_kl_loss(logp, torch.tensor([[0.5], [-2.0]]))
+    loss = pull_alone(logp, torch.tensor([[0.5], [-2.0]]))
     assert loss.tolist() == [-0.5, 6.0]
     (gradient,) = torch.autograd.grad(loss.sum(), logp)
     assert gradient.tolist() == [[0.5, 0.0], [-2.0, 0.0]]

@@ -14,6 +14,8 @@ At rest, anchor = policy: the KL to the anchor has no force, and gamma_ref decid
 
 from torch import Tensor
 
+from bondlm.objectives.base import Loss
+
 
 def reference_pull(log_ratio_PC: Tensor, baseline_PC: Tensor, gamma_ref: float) -> Tensor:
     """Weight of each policy sample's log-probability in the loss: gamma_ref (h - b), in nats.
@@ -26,11 +28,14 @@ def reference_pull(log_ratio_PC: Tensor, baseline_PC: Tensor, gamma_ref: float) 
     return gamma_ref * (log_ratio_PC - baseline_PC)
 
 
-def reference_kl_loss(logp_PL: Tensor, pull_PC: Tensor) -> Tensor:
-    """Loss (P,), the mean over a prompt's C policy samples of pull * log pi; add it to the objective's own.
+def with_reference_kl(loss: Loss, logp_PL: Tensor, pull_PC: Tensor | None) -> Loss:
+    """The objective's loss, and the mean over a prompt's C policy samples of pull * log pi; without a pull itself.
 
     Args:
+        loss: the objective's own.
         logp_PL: (P, L) log-probabilities of what is learned from, the C policy samples first.
         pull_PC: (P, C) as `reference_pull`.
     """
-    return (logp_PL[:, : pull_PC.shape[1]] * pull_PC).mean(dim=1)
+    if pull_PC is None:
+        return loss
+    return loss._replace(loss_P=loss.loss_P + (logp_PL[:, : pull_PC.shape[1]] * pull_PC).mean(dim=1))
