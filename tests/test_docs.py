@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bondlm.bestofn import best_of_n_probs, bond_fixed_point, kl_bound, kl_divergence, self_bond_fixed_point
-from bondlm.bestofn.own_quantiles import kl_over_best_of_n, own_law
+from bondlm.bestofn.own_quantiles import kl_over_best_of_n, reached_by
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
@@ -77,7 +77,7 @@ def test_the_n_that_gamma_ref_keeps_is_what_is_computed() -> None:
     rows = table_cells("resting points")
     for beta, orders, ratios in ((0.5, rows[1], rows[2]), (1.0, rows[3], rows[4])):
         for gamma_ref, order, ratio in zip(rows[0][1:], orders[1:], ratios[1:], strict=True):
-            law = own_law(np.array([-beta * np.log(16), 1 - beta, 2 * (1 - beta)]) / float(gamma_ref))
+            law = reached_by(np.array([-beta * np.log(16), 1 - beta, 2 * (1 - beta)]) / float(gamma_ref))
             reached = law.win_rate / (1 - law.win_rate)
             assert reached == pytest.approx(float(order), rel=0.025)
             assert law.kl / kl_bound(reached) == pytest.approx(float(ratio), abs=6e-3)

@@ -16,7 +16,7 @@ from bondlm.bestofn import (
     kl_reward_gradient,
     kl_reward_optimum,
 )
-from bondlm.bestofn.own_quantiles import own_law
+from bondlm.bestofn.own_quantiles import reached_by
 from bondlm.objectives import BOND, JBOND, RLOO, VBON, Loss, Reinforce, reference_pull, with_reference_kl
 
 from .tables import ANCHOR, LOGITS, REWARDS, bond_keywords, draw, exact_gradient, loss_on, standard_errors_off
@@ -137,7 +137,7 @@ def test_with_exact_quantiles_it_is_best_of_n_of_another_order(n, gamma_ref):
 @pytest.mark.parametrize(("beta", "gamma_ref", "order", "ratio"), [(0.5, 0.5, 4.87, 1.21), (0.5, 1.0, 2.30, 0.94)])
 def test_the_n_that_jbond_keeps(beta, gamma_ref, order, ratio):
     """Continuous rewards: 2 (1 - beta) p - beta log 16 (1 - p)^2 over gamma_ref, a polynomial in the own quantile."""
-    law = own_law(np.array([-beta * math.log(16), 1 - beta, 2 * (1 - beta)]) / gamma_ref)
+    law = reached_by(np.array([-beta * math.log(16), 1 - beta, 2 * (1 - beta)]) / gamma_ref)
     reached = law.win_rate / (1 - law.win_rate)
     assert reached == pytest.approx(order, abs=5e-3)
     assert law.kl / (math.log(reached) - (reached - 1) / reached) == pytest.approx(ratio, abs=5e-3)

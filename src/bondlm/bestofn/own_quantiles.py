@@ -1,10 +1,10 @@
-"""Best-of-n as the fixed point of a rank signal among the policy's own samples: signals, strengths, the law they reach.
+"""Best-of-n as the fixed point of a rank signal among the policy's own samples: signals, strengths, what they reach.
 
 If the policy is Best-of-n of the reference, then own quantile = (reference quantile)^n, and the log-ratio to the
 reference is a function f of the own quantile: for continuous rewards log(pi / pi_ref) = (1 - 1/n) log p + log n. From
 K samples f is known as its Bernstein polynomial f_k(p) = sum_j f_j C(k, j) p^j (1-p)^(k-j) over the k = K - 1 others,
-f_j the signal of a sample that is better than j of them. The law that "log-ratio = f_k(own quantile) + constant" allows
-is unique: with G the own quantile of the reference's quantile u, du/dG = Z exp(-f_k(G)). So the strength of a signal is
+f_j the signal of a sample that is better than j of them. One distribution alone has the log-ratio f_k(own quantile) +
+constant: with G the own quantile of the reference's quantile u, du/dG = Z exp(-f_k(G)). So the strength of a signal is
 *solved* here for a wanted win rate n / (n + 1), the one of Best-of-n. Derivation: docs/theory.md, "Own quantiles".
 """
 
@@ -23,11 +23,11 @@ _NODES, _BISECTIONS, _STRONGEST = 256, 200, 600.0
 _Vector = NDArray[np.float64]
 
 
-class OwnLaw(NamedTuple):
+class Reached(NamedTuple):
     """What a rank signal reaches when rewards are continuous."""
 
     win_rate: float  # of a sample against one of the reference
-    kl: float  # KL(law || reference), nats
+    kl: float  # to the reference, nats
 
 
 def rank_signal(n: float, num_samples: int, form: OwnQuantile, strength: float) -> _Vector:
@@ -84,13 +84,13 @@ def solve_strength(n: float, num_samples: int, form: OwnQuantile) -> float:
         middle = (low + high) / 2.0
         if middle in (low, high):
             break
-        win_rate = own_law(rank_signal(n, num_samples, form, middle)).win_rate
+        win_rate = reached_by(rank_signal(n, num_samples, form, middle)).win_rate
         low, high = (middle, high) if win_rate < n / (n + 1.0) else (low, middle)
     return (low + high) / 2.0 if high < _STRONGEST else math.inf
 
 
-def own_law(signal: _Vector) -> OwnLaw:
-    """Return win rate and KL of the law whose log-ratio is the Bernstein polynomial of `signal` (K,), by quadrature.
+def reached_by(signal: _Vector) -> Reached:
+    """Return win rate and KL of the policy whose log-ratio is the Bernstein polynomial of `signal` (K,), by quadrature.
 
     E[u] = integral of (1 - G) du/dG over G, and KL = E[log dG/du], with du/dG = Z exp(-f_k(G)).
     """
@@ -100,18 +100,18 @@ def own_law(signal: _Vector) -> OwnLaw:
     total = density.sum()
     win_rate = float(((1.0 - nodes) * density).sum() / total)
     kl = float((weights * f).sum() - f.min() + math.log(total))
-    return OwnLaw(win_rate, kl)
+    return Reached(win_rate, kl)
 
 
 def kl_over_best_of_n(n: float, num_samples: int, form: OwnQuantile) -> float:
-    """Return the KL of the law at the solved strength over that of exact Best-of-n, `kl_bound(n)`; inf: out of reach.
+    """Return the KL at the solved strength over that of exact Best-of-n, `kl_bound(n)`; inf: out of reach.
 
     Continuous rewards. Args and errors as `solve_strength`.
     """
     strength = solve_strength(n, num_samples, form)
     if math.isinf(strength):
         return math.inf
-    return own_law(rank_signal(n, num_samples, form, strength)).kl / kl_bound(n)
+    return reached_by(rank_signal(n, num_samples, form, strength)).kl / kl_bound(n)
 
 
 def largest_order(n: int, num_samples: int, form: OwnQuantile, max_ratio: float) -> int:

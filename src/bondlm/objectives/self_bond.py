@@ -10,9 +10,9 @@ reward (Sessa et al. 2024, arXiv 2407.14622, Eq. 4 solved for p_pi). Each step, 
 Ranks are a zero-sum game: the others' signals know y_i's, and their mean as a baseline would multiply the signal by
 K/(K-1). The factor in 2. takes that back: what is left is exactly s_i - mean of all K signals.
 
-Fixed point, rewards continuous: the law with log(pi / pi_ref) = f_k(own quantile) + constant, whose win rate is that of
-Best-of-n, because the signal's strength was solved for it (`bondlm.bestofn.own_quantiles`). Tied rewards: the same
-formula, by levels; Best-of-n with ties (of "tilt": the tilt) as K grows. All tied: no signal.
+Fixed point, rewards continuous: log(pi / pi_ref) = f_k(own quantile) + constant, with the win rate of Best-of-n, as the
+signal's strength was solved for it (`bondlm.bestofn.own_quantiles`). Tied rewards: the same formula, by levels; it is
+Best-of-n with ties (for "tilt": the tilt) as K grows. All tied: no signal.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ MAX_KL_RATIO = 2.0  # of what is paid for Best-of-n's win rate to Best-of-n's ow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfBOND:
-    """Own-quantile BOND to Best-of-`n`, K = `num_samples` samples a prompt, `log_quantile` the form of the signal."""
+    """Own-quantile BOND to Best-of-`n`, K = `num_samples` samples per prompt, `log_quantile` the form of the signal."""
 
     n: int
     num_samples: int = 8
