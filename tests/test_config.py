@@ -32,6 +32,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("gamma", -1e-9),
     ("gamma", math.nan),
     ("gamma", math.inf),
+    ("gamma_ref", -0.1),
+    ("gamma_ref", math.nan),
     ("eta", -0.1),
     ("eta", 1.5),
     ("eta", math.nan),
@@ -92,6 +94,15 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "vbon", "n": 4, "num_anchor_samples": 1}, "num_anchor_samples=1"),
     ({"objective": "bonbon", "n": 4, "alpha": 1.5}, "alpha=1.5"),
     ({"objective": "best_of_n_regression", "n": 4, "num_samples": 3}, "num_samples=3"),
+    ({"objective": "self_bond", "num_samples": 2}, "num_samples=2"),
+    ({"objective": "self_bond", "n": 100}, "n=100"),
+    ({"objective": "self_bond", "log_quantile": "clamped"}, "log_quantile='clamped'"),
+    ({"objective": "self_bond", "anchor": "ema"}, "anchor='ema'"),
+    ({"objective": "self_bond", "anchor": "periodic"}, "anchor='periodic'"),
+    ({"objective": "self_bond", "eta": 0.1}, "eta=0.1"),
+    ({"objective": "self_bond", "gamma": 0.1}, "gamma=0.1"),
+    ({"objective": "best_of_n_sft", "gamma_ref": 0.1}, "gamma_ref=0.1"),
+    ({"objective": "jbond", "gamma_ref": 0.1, "anchor": "fixed"}, "gamma_ref=0.1"),
 ]
 
 
@@ -115,6 +126,7 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
         "vbon": (1, 16, 1, 1),
         "bonbon": (0, 2, 2, 2),
         "best_of_n_regression": (0, 2, 2, 2),
+        "self_bond": (8, 0, 8, 8),
     }
     assert set(plans) == set(OBJECTIVES)
     for name, expected in plans.items():
@@ -125,10 +137,18 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
         (1, 8, 2, 1): {"objective": "bond", "n": 8, "num_anchor_samples": 4},
         (1, 4, 2, 1): {"objective": "bond", "n": 4, "quantile": "learned"},
         (3, 0, 3, 3): {"objective": "rloo", "num_samples": 3},
+        (6, 0, 6, 6): {"objective": "self_bond", "n": 4, "num_samples": 6, "log_quantile": "best_of_n"},
     }
     for expected, settings in changed.items():
         plan = objective_of(config(tmp_path, **settings)).plan
         assert (plan.policy, plan.anchor, plan.learn, plan.compare) == expected
+
+
+def test_the_anchor_follows_the_objective_unless_it_is_set(tmp_path: Path) -> None:
+    assert config(tmp_path).anchor == config(tmp_path, objective="rloo").anchor == "ema"
+    assert config(tmp_path, objective="self_bond").anchor == "fixed"
+    assert config(tmp_path, objective="self_bond", anchor="fixed").anchor == "fixed"
+    assert config(tmp_path, objective="rloo", anchor="fixed").anchor == "fixed"
 
 
 def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
@@ -170,7 +190,7 @@ def test_what_processes_of_a_run_must_have_alike(tmp_path: Path) -> None:
 
 def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Path) -> None:
     other: dict[str, Any] = {
-        **{"n": 3, "beta": 0.25, "gamma": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
+        **{"n": 3, "beta": 0.25, "gamma": 0.5, "gamma_ref": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
         **{"correction": True, "quantile": "learned", "quantile_learning_rate": 0.5, "beta_rl": 0.5},
         **{"num_samples": 4, "alpha": 0.5},
     }

@@ -241,14 +241,19 @@ def test_r4_fifty_steps_of_a_constant_reward_stay_at_the_anchor_and_are_warned_o
 
 
 def steps_warned(
-    tied: Callable[[int], float], caplog: pytest.LogCaptureFixture, *, every: int = 1, n: int = 5000
+    tied: Callable[[int], float],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    every: int = 1,
+    n: int = 5000,
+    more: dict[str, float] | None = None,
 ) -> Any:
     watch, control = TiesCallback(), TrainerControl()
     watch.on_train_begin(None, TrainerState(global_step=0), control)
     caplog.clear()
     for step in range(every, n + 1, every):
         state = TrainerState(global_step=step, is_world_process_zero=True)
-        watch.on_log(None, state, control, {"loss": 1.0, "bond/frac_tied": tied(step)})
+        watch.on_log(None, state, control, {"loss": 1.0, "bond/frac_tied": tied(step)} | (more or {}))
         watch.on_log(None, state, control, {"eval_reward": 1.0})
     return [int(record.getMessage().split(":")[0].removeprefix("step ")) for record in caplog.records]
 
@@ -260,6 +265,9 @@ def test_r4_the_warning_wants_steps_in_a_row_and_is_rare(caplog: pytest.LogCaptu
     assert steps_warned(lambda step: float("nan"), caplog) == []
     assert steps_warned(lambda step: float(step % 10 > 0), caplog) == []  # never ten in a row
     assert steps_warned(lambda step: float(step % 20 > 0), caplog) == [10]  # ten often, a hundred never
+    # self_bond learns from ties: only prompts all of whose samples tie count
+    assert steps_warned(lambda step: 1.0, caplog, more={"bond/frac_no_signal": 0.4}) == []
+    assert steps_warned(lambda step: 1.0, caplog, more={"bond/frac_no_signal": 0.6}) == [10, 100, 1000]
     others = TiesCallback()
     caplog.clear()
     for step in range(1, 50):
