@@ -157,7 +157,7 @@ def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
 
 
 def test_kernels_that_only_the_policy_would_get_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"use_liger_kernel=True: remove it.*docs/speed\.md"):
+    with pytest.raises(ConfigError, match=r"use_liger_kernel=True: .*docs/speed\.md"):
         config(tmp_path, use_liger_kernel=True)
 
 
@@ -203,7 +203,7 @@ def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Pa
             if name in names:
                 assert getattr(config(tmp_path, **settings), name) == value
             else:
-                with pytest.raises(ConfigError, match=f"{name}={value!r}: objective={objective!r} does not use it"):
+                with pytest.raises(ConfigError, match=f"{name}={value!r}: objective={objective!r}"):
                     config(tmp_path, **settings)
 
 

@@ -175,7 +175,7 @@ def test_n7_a_stale_sampler() -> None:
     sampled = learner[:, :1].clone()
     sampled[0, 0, 1] = float("nan")  # no token there
     assert logprob_gap(learner, sampled, 4, strict=True) == 0
-    with pytest.warns(UserWarning, match="0.2 nats a token"):
+    with pytest.warns(UserWarning, match=r"0.2 nats a token"):
         logprob_gap(learner, sampled - 0.2, 4, strict=True)
     with pytest.raises(EngineError, match=r"step 4: .* 0\.60 nats") as caught:
         logprob_gap(learner, sampled + 0.6, 4, strict=True)

@@ -107,7 +107,7 @@ def test_resume_falls_back_to_the_newest_checkpoint_that_verifies_and_says_so(tm
     damaged.write_bytes(bytes(data))
     (tmp_path / "checkpoint-5" / "manifest.json").unlink()
     resumed = run_of_six(tmp_path, "lora")
-    with pytest.warns(UserWarning, match="not resumed from .*checkpoint-[56]") as warned:
+    with pytest.warns(UserWarning, match=r"not resumed from .*checkpoint-[56]") as warned:
         resumed.train(resume_from_checkpoint=True)
     messages = [str(w.message) for w in warned if "not resumed" in str(w.message)]
     assert len(messages) == 2
