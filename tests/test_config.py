@@ -162,17 +162,18 @@ def test_kernels_that_only_the_policy_would_get_are_refused(tmp_path: Path) -> N
 
 
 KNOBS: dict[str, tuple[str, ...]] = {
-    "jbond": ("beta", "gamma", "num_anchor_samples", "log_quantile"),
+    "jbond": ("beta", "gamma", "gamma_ref", "num_anchor_samples", "log_quantile"),
     "bond": (
-        *("n", "beta", "gamma", "num_anchor_samples", "log_quantile"),
+        *("n", "beta", "gamma", "gamma_ref", "num_anchor_samples", "log_quantile"),
         *("correction", "quantile", "quantile_learning_rate"),
     ),
     "best_of_n_sft": ("n",),
-    "reinforce": ("beta_rl",),
-    "rloo": ("beta_rl", "num_samples"),
-    "vbon": ("n", "num_anchor_samples"),
+    "reinforce": ("beta_rl", "gamma_ref"),
+    "rloo": ("beta_rl", "gamma_ref", "num_samples"),
+    "vbon": ("n", "gamma_ref", "num_anchor_samples"),
     "bonbon": ("n", "alpha"),
     "best_of_n_regression": ("n", "num_samples"),
+    "self_bond": ("n", "num_samples", "log_quantile"),
 }
 
 

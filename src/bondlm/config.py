@@ -327,10 +327,13 @@ def _problems(c: BONDConfig) -> list[str]:
         plan = objective_of(c).plan
     except ConfigError as error:
         return [str(error)]
-    if c.gamma_ref and plan.policy == 0:
+    if c.gamma_ref and (plan.policy == 0 or c.objective == "self_bond"):
+        why = "its KL to the reference has weight 1" if plan.policy else "it draws no samples of the policy"
+        problems.append(f"gamma_ref={c.gamma_ref!r}: objective={c.objective!r} does not use it ({why}), remove it")
+    elif c.gamma_ref and c.anchor == "fixed":
         problems.append(
-            f"gamma_ref={c.gamma_ref}: objective={c.objective!r} draws no samples of the policy to see its KL in, "
-            "remove it"
+            f"gamma_ref={c.gamma_ref!r}: anchor='fixed' is the reference itself, and the objective has a KL to it; "
+            "remove gamma_ref, or let the anchor move"
         )
     if c.missing_eos == "worst" and plan.total == 1:
         problems.append(
@@ -369,11 +372,6 @@ def _not_used(c: BONDConfig, name: str, other: str, values: tuple[str, ...]) -> 
 
 def _contradictions(c: BONDConfig) -> Iterator[str]:
     """What two settings say together."""
-    if c.gamma_ref and c.anchor == "fixed":
-        yield (
-            f"gamma_ref={c.gamma_ref}: anchor='fixed' is the reference itself, and the objective has a KL to it; "
-            "remove gamma_ref, or let the anchor move"
-        )
     if c.objective == "self_bond" and c.anchor != "fixed":
         yield (
             f"anchor={c.anchor!r}: objective='self_bond' has no moving anchor, its KL is to the model it started from; "

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from bondlm.config import LORA_LEARNING_RATE, OFF_POLICY, PAPER_LEARNING_RATE, SETTINGS, BONDConfig, default_anchor, objective_of
+from bondlm.config import (
+    LORA_LEARNING_RATE,
+    OFF_POLICY,
+    PAPER_LEARNING_RATE,
+    SETTINGS,
+    BONDConfig,
+    default_anchor,
+    objective_of,
+)
 
 
 def describe_objective(name: str, objective: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from bondlm.bestofn.own_quantiles import (
 from bondlm.bestofn.quantiles import count_below
 from bondlm.errors import ConfigError
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import check_choice, check_count
+from bondlm.objectives.rules import check, one_of, whole
 
 MAX_KL_RATIO = 2.0  # of what is paid for Best-of-n's win rate to Best-of-n's own KL: beyond it draw more samples
 
@@ -46,9 +46,12 @@ class SelfBOND:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_count("n", self.n, 2, "Best-of-1 is the reference itself")
-        check_count("num_samples", self.num_samples, 3, "a rank among the prompt's other samples")
-        check_choice("log_quantile", self.log_quantile, FORMS)
+        check(
+            self,
+            n=whole(2, "Best-of-1 is the reference itself"),
+            num_samples=whole(3, "a rank among the prompt's other samples"),
+            log_quantile=one_of(*FORMS),
+        )
         if kl_over_best_of_n(self.n, self.num_samples, self.log_quantile) > MAX_KL_RATIO:
             most = largest_order(self.n, self.num_samples, self.log_quantile, MAX_KL_RATIO)
             raise ConfigError(
