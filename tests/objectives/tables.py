@@ -109,8 +109,8 @@ def enumerated_gradient(
 ) -> Tensor:
     """The mean gradient (K,) over all K^M draws of one prompt, each weighted by its probability: no sampling error.
 
-    Ties go to the first: the outcome's law is that of ties broken at random. `use_baseline` is for baselines inside
-    a prompt; one over the batch would mix draws.
+    Ties go to the first: the outcome's distribution is that of ties broken at random. `use_baseline` is for baselines
+    inside a prompt; one over the batch would mix draws.
     """
     plan = objective.plan
     draws_DM = torch.tensor(list(itertools.product(range(len(anchor_K)), repeat=plan.total)))
