@@ -27,9 +27,12 @@ from accelerate import DistributedType, PartialState
 from peft import LoraConfig
 from tiny import prompt_rows, tiny_causal, tiny_tokenizer
 
-from bondlm import BONDConfig, BONDTrainer, callbacks, manifest, memory
+from bondlm import BONDConfig, BONDTrainer
 from bondlm import trainer as trainer_module
 from bondlm.models.sharding import local
+from bondlm.runs import manifest
+from bondlm.training import callbacks
+from bondlm.training import micro_batches as memory
 
 SPENT: dict[str, list[float]] = defaultdict(list)
 

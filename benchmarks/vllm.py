@@ -45,6 +45,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     from transformers import AutoTokenizer
 
     from bondlm import BONDConfig
+    from bondlm.data.prompt_encoder import PromptEncoder
     from bondlm.engines.choose import make_engine
     from bondlm.engines.local.engine import TransformersEngine
     from bondlm.models.load import load_model, wrap_lora
@@ -60,12 +61,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)
         for line in lines
     ]
-    ends = {"eos_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id}
+    encoder = PromptEncoder.of_model(roles.core, tokenizer)
+    ends = {"eos_ids": encoder.eos_ids, "pad_id": encoder.pad_id}
     settings = {"engine": "vllm", "vllm_server": "auto", "vllm_python": args.vllm_python}
     settings |= {"vllm_server_args": ["--max-model-len", "1024"], "max_completion_length": args.tokens}
     config = BONDConfig(output_dir=str(folder), use_cpu=not torch.cuda.is_available(), **settings)
     begin = time.perf_counter()
-    server = make_engine(config, roles.model, roles.use, tokenizer, **ends)
+    server = make_engine(config, roles.model, roles, encoder)
     start_seconds = time.perf_counter() - begin
     here = TransformersEngine(roles.use, **ends)
     counts = {"policy": 1, "anchor": 2}

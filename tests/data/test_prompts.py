@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny import prompt_rows
 
-from bondlm.data.prompts import is_conversational, load_prompts, overlap, read_jsonl
+from bondlm.data.prompts import load_prompts, overlap, read_jsonl
 from bondlm.errors import DataError
 
 Write = Callable[..., Path]
@@ -220,7 +220,6 @@ def test_every_source_gives_the_same_rows(write: Write, tmp_path: Path, kind: st
     loaded = load_prompts(source)
     assert loaded.to_list() == rows
     assert loaded.column_names == ["prompt", "answer"]
-    assert is_conversational(loaded) is is_conversational(loaded[0]) is is_conversational(rows) is conversational
 
 
 def test_plain_parquet_is_read_afresh_after_a_change(tmp_path: Path) -> None:

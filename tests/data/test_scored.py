@@ -35,7 +35,7 @@ def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
     rows = [row | {"finished": i % 2 == 0} for i, row in enumerate(scored_rows(2))]
     eos = made_ids = None
     made = logged_trainer(tmp_path, rows)
-    eos = made._text.eos_ids[0]
+    eos = made.encoder.eos_ids[0]
     made_ids = made.train_dataset["logged_ids"][0]
     assert [ids[-1] == eos for ids in made_ids] == [True, False, True, False]
     assert TOKENIZER.decode(made_ids[0][:-1]) == rows[0]["completion"]

@@ -3,19 +3,19 @@
 import numpy as np
 import torch
 
-from bondlm.evaluation.samples import Scored
+from bondlm.rollout.samples import Samples
 
 
 def scored(rewards, *, length=10.0, log_ratio=None, judges=None, seconds=0.0, text="one two three", finished=1.0):
     rewards = torch.from_numpy(np.asarray(rewards, dtype=float))
-    return Scored(
+    return Samples(
         prompts=[f"prompt {i}" for i in range(len(rewards))],
         texts=[[text] * rewards.shape[1] for _ in rewards],
-        rewards=rewards,
-        lengths=torch.full_like(rewards, length),
-        finished=torch.full_like(rewards, finished),
-        logprobs=torch.full_like(rewards, -2.0 * length),
-        log_ratio=None if log_ratio is None else torch.full_like(rewards, log_ratio),
+        rewards_PM=rewards,
+        lengths_PM=torch.full_like(rewards, length),
+        finished_PM=torch.full_like(rewards, finished),
+        logprobs_PM=torch.full_like(rewards, -2.0 * length),
+        log_ratio_PM=None if log_ratio is None else torch.full_like(rewards, log_ratio),
         judges={name: torch.from_numpy(values) for name, values in (judges or {}).items()},
         seconds=seconds,
     )

@@ -32,9 +32,9 @@ def test_rows_of_a_file_come_back_prompt_by_prompt():
     result = from_rows(rows, 2)
     assert result.prompts == [0, 1, 2]
     assert result.texts[1] == ["10", "11"]
-    assert result.rewards.tolist() == [[0, 1], [10, 11], [20, 21]]
+    assert result.rewards_PM.tolist() == [[0, 1], [10, 11], [20, 21]]
     assert result.judges["a"].tolist() == [[0, -1]] * 3
-    assert result.log_ratio.tolist() == [[0, 0.5]] * 3
+    assert result.log_ratio_PM.tolist() == [[0, 0.5]] * 3
     assert result.seconds == 1.5
     with pytest.raises(DataError, match="reward"):
         from_rows([rows[0] | {"reward": None}, *rows[1:]], 2)

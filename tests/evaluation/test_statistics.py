@@ -36,8 +36,8 @@ def test_the_numbers_of_a_best_of_4_policy():
 
 def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
     policy, reference, others = case(n=1, log_ratio=0.1)
-    below = scored(policy.rewards.numpy() - 1.0, log_ratio=0.1)
-    above = scored(policy.rewards.numpy() + 9.0, log_ratio=9.0)
+    below = scored(policy.rewards_PM.numpy() - 1.0, log_ratio=0.1)
+    above = scored(policy.rewards_PM.numpy() + 9.0, log_ratio=9.0)
     for samples, needed in ((below, 0.0), (above, kl_bound(16))):
         result = summarize(samples, reference, others)
         assert result["kl_ratio"] is None
@@ -46,11 +46,11 @@ def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
 
 def test_ties_make_best_of_n_cheaper_than_the_bound():
     policy, reference, others = case()
-    tied = [scored((s.rewards > 1.0).double(), log_ratio=1.2) for s in (policy, reference)]
-    result = summarize(*tied, {name: scored((s.rewards > 1.0).double()) for name, s in others.items()})
+    tied = [scored((s.rewards_PM > 1.0).double(), log_ratio=1.2) for s in (policy, reference)]
+    result = summarize(*tied, {name: scored((s.rewards_PM > 1.0).double()) for name, s in others.items()})
     n = result["effective_n"]["value"]
     assert 2 < n < 8
-    p = float((reference.rewards > 1.0).double().mean())
+    p = float((reference.rewards_PM > 1.0).double().mean())
     exact = float(best_of_n_kl(np.array([1 - p, p]), np.array([0.0, 1.0]), n))
     # The shares of 16 samples differ from prompt to prompt, and the KL is not linear in them.
     assert 0.7 * exact < result["kl_of_best_of_n"] < 1.1 * exact < 0.9 * kl_bound(n)
@@ -72,7 +72,7 @@ def test_every_order_has_a_win_rate_and_the_chosen_ones_have_intervals():
 
 def test_an_opponent_is_met_and_baselines_have_all_the_columns():
     policy, reference, others = case()
-    opponent = scored(case(n=8, seed=5)[0].rewards)
+    opponent = scored(case(n=8, seed=5)[0].rewards_PM)
     result = summarize(policy, reference, others, opponent=opponent)
     assert result["opponent"]["win_rate"]["low"] <= 1 / 3 <= result["opponent"]["win_rate"]["high"]  # 4 against 8
     assert "opponent" not in summarize(policy, reference, others)
@@ -94,16 +94,16 @@ def test_over_optimisation_is_a_reward_that_rises_while_a_judge_falls():
     judges = {"good": rng.normal(0.5, 1, shape), "bad": rng.normal(-0.5, 1, shape), "same": rng.normal(0, 1, shape)}
     ref_judges = {name: rng.normal(0, 1, ref_shape) for name in judges}
     policy, reference, others = case(judges=judges)
-    reference = scored(reference.rewards, judges=ref_judges)
+    reference = scored(reference.rewards_PM, judges=ref_judges)
     (warning,) = warned(policy, reference, others, "over-optimisation")
     assert "'bad' fell by 0.5" in warning
-    unmoved = scored(case(n=1)[0].rewards, log_ratio=0.0, judges=judges)
+    unmoved = scored(case(n=1)[0].rewards_PM, log_ratio=0.0, judges=judges)
     assert warned(unmoved, reference, others, "over-optimisation") == []
 
 
 def test_sharpening_verbosity_truncation_few_prompts_and_disagreement_are_said():
     policy, reference, _ = case()
-    better = {"reference, greedy": scored(reference.rewards[:, :1] + 5.0)}
+    better = {"reference, greedy": scored(reference.rewards_PM[:, :1] + 5.0)}
     (warning,) = warned(policy, reference, better, "sharpening")
     assert "'reference, greedy' wins" in warning
     assert warned(*case(length=16.0), "longer") != []
@@ -123,4 +123,4 @@ def test_one_prompt_has_numbers_without_intervals():
 def test_policy_samples_must_be_scored():
     policy, reference, others = case()
     with pytest.raises(ValueError, match="log-ratios"):
-        summarize(scored(policy.rewards), reference, others)
+        summarize(scored(policy.rewards_PM), reference, others)

@@ -30,9 +30,9 @@ def test_an_evaluation_during_training_is_a_table_without_inf():
 
 def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():
     policy, reference, others = case()
-    others["policy, greedy"] = scored(policy.rewards[:, :1])
+    others["policy, greedy"] = scored(policy.rewards_PM[:, :1])
     console = piped()
-    print_table(console, summarize(policy, reference, others, opponent=scored(policy.rewards)))
+    print_table(console, summarize(policy, reference, others, opponent=scored(policy.rewards_PM)))
     text = console.file.getvalue()
     for word in (
         "log-quantile",

@@ -23,6 +23,7 @@ from bondlm.runs import manifest
 from bondlm.runs.manifest import MANIFEST_FILE, fault, newest_checkpoint, remove_older
 from bondlm.trainer import BONDTrainer
 from bondlm.training import callbacks
+from bondlm.training.step import Step
 from faults.children import job, kill, outcome, said, start, train, wait, wrap
 
 
@@ -85,7 +86,7 @@ def test_d1_killed_before_every_write(num_writes: int, straight: Path, tmp_path:
 
 
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "sampling": (BONDTrainer, "score_completions"),
+    "sampling": (Step, "score"),
     "backward": (BONDTrainer, "training_step"),
     "optimizer": (torch.optim.AdamW, "step"),
     "anchor": (Anchor, "update"),

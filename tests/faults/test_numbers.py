@@ -73,9 +73,9 @@ def test_n1_the_prompts_whose_loss_it_is_are_saved(tmp_path: Path) -> None:
         inputs["anchor_logp_PC"] = inputs["anchor_logp_PC"].masked_fill(inputs["row_P"][:, None] == 3, torch.nan)
         return learn(model, inputs, *args, **kwargs)
 
-    def note_step(rows: Any, *rest: Any) -> None:
-        seen.append(rows[3]["prompt"])
-        note(rows, *rest)
+    def note_step(rollout: Any, *rest: Any) -> None:
+        seen.append(rollout.rows[3]["prompt"])
+        note(rollout, *rest)
 
     made.compute_loss, made.run_folder.note_step = compute_loss, note_step  # type: ignore[method-assign]
     made.train()

@@ -21,7 +21,8 @@ from bondlm.cli import main
 from bondlm.errors import RewardError, RewardOutageError
 from bondlm.objectives import JBOND
 from bondlm.rewards import NamedReward, score
-from bondlm.rollout.samples import Samples, tie_noise
+from bondlm.rollout.samples import Samples
+from bondlm.rollout.seeds import Seeds
 from bondlm.runs.folder import DROPPED_FILE
 from bondlm.training.callbacks import TiesCallback
 from bondlm.training.dropped import DropBudget
@@ -139,14 +140,8 @@ class Ranks:
 
 def dropping(count: int) -> Samples:
     empty = torch.zeros(4, 0)
-    return Samples(
-        prompts=[[5]] * 4,
-        completions=[],
-        texts=[],
-        rewards_PM=empty,
-        by_name={},
-        dropped={i: "why" for i in range(count)},
-    )
+    numbers = {f"{name}_PM": empty for name in ("rewards", "lengths", "finished", "logprobs")}
+    return Samples(prompts=["5"] * 4, texts=[], dropped={i: "why" for i in range(count)}, **numbers)
 
 
 def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: Path) -> None:
@@ -221,7 +216,7 @@ def test_r2_other_shapes_are_made_right_or_refused_and_never_broadcast(answer: A
 def test_r4_a_constant_reward_gives_no_backward_signal() -> None:
     objective = JBOND()
     for seed in range(20):
-        selection = objective.select(torch.ones(5, 3, dtype=torch.float64), tie_noise(seed, 1, range(5), 3))
+        selection = objective.select(torch.ones(5, 3, dtype=torch.float64), Seeds(seed, 1).tie_noise(range(5), 3))
         assert not selection.signal_PC.any()
 
 
@@ -246,14 +241,19 @@ def test_r4_fifty_steps_of_a_constant_reward_stay_at_the_anchor_and_are_warned_o
 
 
 def steps_warned(
-    tied: Callable[[int], float], caplog: pytest.LogCaptureFixture, *, every: int = 1, n: int = 5000
+    tied: Callable[[int], float],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    every: int = 1,
+    n: int = 5000,
+    more: dict[str, float] | None = None,
 ) -> Any:
     watch, control = TiesCallback(), TrainerControl()
     watch.on_train_begin(None, TrainerState(global_step=0), control)
     caplog.clear()
     for step in range(every, n + 1, every):
         state = TrainerState(global_step=step, is_world_process_zero=True)
-        watch.on_log(None, state, control, {"loss": 1.0, "bond/frac_tied": tied(step)})
+        watch.on_log(None, state, control, {"loss": 1.0, "bond/frac_tied": tied(step)} | (more or {}))
         watch.on_log(None, state, control, {"eval_reward": 1.0})
     return [int(record.getMessage().split(":")[0].removeprefix("step ")) for record in caplog.records]
 
@@ -265,6 +265,9 @@ def test_r4_the_warning_wants_steps_in_a_row_and_is_rare(caplog: pytest.LogCaptu
     assert steps_warned(lambda step: float("nan"), caplog) == []
     assert steps_warned(lambda step: float(step % 10 > 0), caplog) == []  # never ten in a row
     assert steps_warned(lambda step: float(step % 20 > 0), caplog) == [10]  # ten often, a hundred never
+    # self_bond learns from ties: only prompts all of whose samples tie count
+    assert steps_warned(lambda step: 1.0, caplog, more={"bond/frac_no_signal": 0.4}) == []
+    assert steps_warned(lambda step: 1.0, caplog, more={"bond/frac_no_signal": 0.6}) == [10, 100, 1000]
     others = TiesCallback()
     caplog.clear()
     for step in range(1, 50):
@@ -276,7 +279,9 @@ def test_r5_winners_of_ties_have_no_favourite_place() -> None:
     """Chi-square over 4,000 draws: 10.8 is passed once in a thousand with one degree of freedom."""
     objective, winners = JBOND(), Counter[int]()
     for step in range(4):
-        selection = objective.select(torch.zeros(1000, 3, dtype=torch.float64), tie_noise(0, step, range(1000), 3))
+        selection = objective.select(
+            torch.zeros(1000, 3, dtype=torch.float64), Seeds(0, step).tie_noise(range(1000), 3)
+        )
         winners.update(selection.rows_PL[:, 1].tolist())
     assert set(winners) == {1, 2}
     assert sum((count - 2000) ** 2 / 2000 for count in winners.values()) < 10.8

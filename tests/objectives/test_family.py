@@ -242,7 +242,7 @@ def test_bond_signals_by_hand():
 
 def test_a_learned_quantile_is_labelled_by_comparisons_and_replaces_the_estimate():
     """App. B.1: the label is 1{r(y') <= r(y)}, ties included; its mean is p_<=, so the return is Eq. 15's."""
-    learned = BOND(n=3, learned=True, num_anchor_samples=2)
+    learned = BOND(n=3, quantile="learned", num_anchor_samples=2)
     rewards = torch.tensor([[2.0, 1.0, 2.0, 5.0], [0.0, 1.0, 2.0, -1.0], [3.0, 4.0, 2.0, 9.0]])
     assert learned.labels(rewards).tolist() == [1.0, 0.0, 0.5]  # the third anchor sample is not asked
     plan = learned.plan

@@ -15,7 +15,7 @@ from torch import Tensor
 from bondlm.bestofn import best_of_n_probs, jbond_fixed_point, jbond_gradient, kl_divergence
 from bondlm.objectives import JBOND, Selection
 from bondlm.objectives.terms import argmax_random_ties, leave_one_out_mean
-from bondlm.rollout.samples import tie_noise
+from bondlm.rollout.seeds import Seeds
 
 REWARDS_K = torch.tensor([0.0, 1.0, 1.0, 2.0, 3.0], dtype=torch.float64)  # outcomes 1 and 2 are tied
 LOGITS_K = torch.tensor([0.9, 0.4, -0.6, 0.1, -0.8], dtype=torch.float64)
@@ -225,7 +225,7 @@ def chi_square(counts: Tensor, probs: Tensor) -> float:
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
 def test_ties_go_to_every_candidate_alike_wherever_it_stands(order: list[int]) -> None:
     values = torch.tensor([5.0, 1.0, 5.0, 5.0], dtype=torch.float64)[order]
-    noise = tie_noise(0, 1, range(4000), 4)
+    noise = Seeds(0, 1).tie_noise(range(4000), 4)
     winners = torch.tensor(order)[argmax_random_ties(values.expand(4000, 4), noise)]
     counts = winners.bincount(minlength=4).double()
     assert counts[1] == 0
@@ -234,7 +234,7 @@ def test_ties_go_to_every_candidate_alike_wherever_it_stands(order: list[int]) -
 
 def test_tied_anchor_samples_are_learned_from_alike() -> None:
     rewards = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64).expand(4000, 3)
-    rows = JBOND().select(rewards, tie_noise(1, 7, range(4000), 3)).rows_PL
+    rows = JBOND().select(rewards, Seeds(1, 7).tie_noise(range(4000), 3)).rows_PL
     assert not rows[:, 0].any()
     counts = rows[:, 1].bincount(minlength=3).double()
     assert chi_square(counts[1:], torch.full((2,), 0.5, dtype=torch.float64)) < 15.1  # p = 1e-4, 1 d.o.f.
@@ -246,7 +246,7 @@ def test_tied_anchor_samples_are_learned_from_alike() -> None:
 
 def test_constant_rewards_give_no_signal() -> None:
     """Then only the two KL terms are left, and at policy = anchor the mean gradient is zero."""
-    selection = JBOND().select(torch.full((50, 3), 0.3, dtype=torch.float64), tie_noise(0, 0, range(50), 3))
+    selection = JBOND().select(torch.full((50, 3), 0.3, dtype=torch.float64), Seeds(0, 0).tie_noise(range(50), 3))
     assert not selection.signal_PC.any()
     generator = torch.Generator().manual_seed(5)
     anchor_K = LOGITS_K.softmax(-1)

@@ -7,13 +7,17 @@ import torch
 from tiny import tiny_tokenizer
 
 from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines import Completion, Role
 from bondlm.errors import RewardError
 from bondlm.rewards import NamedReward
-from bondlm.rollout.samples import completion_metrics, draw, prompt_seed, score_samples, tie_noise
+from bondlm.rollout.samples import SamplingParams, draw, score_samples
+from bondlm.rollout.seeds import Seeds
+from bondlm.training.metrics import completion_metrics
 
 TOKENIZER = tiny_tokenizer()
 EOS = 2
+ENCODER = PromptEncoder(tokenizer=TOKENIZER, config=None, eos_ids=(EOS,), pad_id=0, start_id=None)
 
 
 def answer(text: str, *, finished: bool = True) -> Completion:
@@ -53,13 +57,13 @@ ROWS: list[dict[str, Any]] = [
 
 def test_seeds_are_a_function_of_all_four_and_of_nothing_else() -> None:
     torch.manual_seed(1)
-    before = prompt_seed(3, 10, 2, "policy")
+    before = Seeds(3, 10).of_prompt(2, "policy")
     np.random.default_rng().random()
     torch.manual_seed(2)
-    assert prompt_seed(3, 10, 2, "policy") == before
+    assert Seeds(3, 10).of_prompt(2, "policy") == before
     roles: tuple[Role, ...] = ("policy", "anchor", "reference")
     seeds = {
-        prompt_seed(seed, step, position, role)
+        Seeds(seed, step).of_prompt(position, role)
         for seed in range(4)
         for step in (0, 1, 2, 1 << 40)
         for position in range(20)
@@ -69,11 +73,11 @@ def test_seeds_are_a_function_of_all_four_and_of_nothing_else() -> None:
 
 
 def test_tie_noise_belongs_to_the_prompt_and_the_step() -> None:
-    noise = tie_noise(0, 5, [3, 8], 3)
-    assert torch.equal(tie_noise(0, 5, [8], 3)[0], noise[1])
-    assert not torch.equal(tie_noise(0, 6, [8], 3)[0], noise[1])
-    assert not torch.equal(tie_noise(1, 5, [8], 3)[0], noise[1])
-    many = tie_noise(0, 1, range(4000), 3)
+    noise = Seeds(0, 5).tie_noise([3, 8], 3)
+    assert torch.equal(Seeds(0, 5).tie_noise([8], 3)[0], noise[1])
+    assert not torch.equal(Seeds(0, 6).tie_noise([8], 3)[0], noise[1])
+    assert not torch.equal(Seeds(1, 5).tie_noise([8], 3)[0], noise[1])
+    many = Seeds(0, 1).tie_noise(range(4000), 3)
     assert many.dtype == torch.float64
     assert float(many.min()) >= 0
     assert float(many.max()) < 1
@@ -82,20 +86,19 @@ def test_tie_noise_belongs_to_the_prompt_and_the_step() -> None:
 
 def test_draw_asks_role_by_role_and_joins_them_in_order() -> None:
     engine = StubEngine()
-    completions = draw(
-        engine, ROWS, {"policy": 1, "reference": 0, "anchor": 2}, max_new_tokens=9, seed=4, step=6, positions=[10, 11]
-    )
+    params = SamplingParams(max_new_tokens=9, seeds=Seeds(4, 6))
+    completions = draw(engine, ROWS, {"policy": 1, "reference": 0, "anchor": 2}, params, [10, 11])
     assert [[TOKENIZER.decode(c.ids[:-1]) for c in row] for row in completions] == [
         [f"policy {ids} 0", f"anchor {ids} 0", f"anchor {ids} 1"] for ids in ([5, 6], [7])
     ]
     assert engine.calls == [
-        ("policy", 9, [prompt_seed(4, 6, p, "policy") for p in (10, 11)], 1.0),
-        ("anchor", 9, [prompt_seed(4, 6, p, "anchor") for p in (10, 11)], 1.0),
+        ("policy", 9, [Seeds(4, 6).of_prompt(p, "policy") for p in (10, 11)], 1.0),
+        ("anchor", 9, [Seeds(4, 6).of_prompt(p, "anchor") for p in (10, 11)], 1.0),
     ]
 
 
 def scored(completions: list[list[Completion]], reward: Any, rows: list[dict[str, Any]] = ROWS) -> Any:
-    return score_samples([NamedReward("r", reward)], rows, completions, tokenizer=TOKENIZER, eos_ids=[EOS])
+    return score_samples([NamedReward("r", reward)], rows, completions, encoder=ENCODER)
 
 
 def test_equal_answers_to_a_prompt_are_scored_once_and_share_their_reward() -> None:
@@ -128,7 +131,7 @@ def test_equal_answers_to_a_prompt_are_scored_once_and_share_their_reward() -> N
     assert samples.rewards_PM.tolist() == [[0, 1, 0, 2], [3, 3, 4, 5]]
     assert samples.rewards_PM.dtype == torch.float64
     assert torch.equal(samples.by_name["r"], samples.rewards_PM)
-    assert samples.prompts == [[5, 6], [7]]
+    assert samples.prompt_ids == [[5, 6], [7]]
     assert samples.texts[1] == ["yes", "yes", "maybe", "no"]
     assert samples.flat == completions[0] + completions[1]
 
@@ -155,7 +158,7 @@ def test_weights_are_applied_to_the_sum_alone() -> None:
         NamedReward("length", lambda completions: [float(len(c)) for c in completions], 0.5),
         NamedReward("constant", lambda completions: [3.0] * len(completions), -1.0),
     ]
-    samples = score_samples(rewards, ROWS, [[answer("ab")], [answer("abcd")]], tokenizer=TOKENIZER, eos_ids=[EOS])
+    samples = score_samples(rewards, ROWS, [[answer("ab")], [answer("abcd")]], encoder=ENCODER)
     assert samples.rewards_PM.tolist() == [[-2.0], [-1.0]]
     assert samples.by_name["length"].tolist() == [[2.0], [4.0]]
 

@@ -56,8 +56,8 @@ def test_shared_prompts_change_nothing(kind: str, tmp_path: Path) -> None:
         model = ends_often(MODELS[kind.split("-")[0]](TOKENIZER))
         adapter = lora("t5") if kind.endswith("lora") else None
         made = trainer(tmp_path, model, peft_config=adapter, callbacks=[gradients], max_steps=1, optim="sgd")
-        assert made._share_prompts  # this model can
-        made._share_prompts = share
+        assert made.step.share_prompts  # this model can
+        made.step.share_prompts = share
         made.train()
         results.append(gradients.first)
     scale = max(float(g.abs().max()) for g in results[0].values())

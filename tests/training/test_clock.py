@@ -3,8 +3,10 @@ import math
 import time
 
 import pytest
+import torch
 
 from bondlm.training.clock import Clock, StepMeans
+from bondlm.training.processes import World
 
 
 @pytest.fixture
@@ -67,14 +69,7 @@ def test_phases_add_up_to_the_time_that_passed() -> None:
     assert sum(seconds.values()) == pytest.approx(passed, abs=2e-3)
 
 
-class Alone:
-    """An accelerator of one process."""
-
-    device = "cpu"
-
-    def reduce(self, tensor, reduction):
-        assert reduction == "sum"
-        return tensor
+ALONE = World(size=1, rank=0, device=torch.device("cpu"))
 
 
 def test_means_are_weighted_and_nothing_of_weight_zero_counts() -> None:
@@ -84,7 +79,7 @@ def test_means_are_weighted_and_nothing_of_weight_zero_counts() -> None:
     means.record({"a": 5.0}, weight=1.0)
     means.record({"b": 2.0})
     means.record({"b": 4.0})
-    assert means.drain(Alone()) == {"a": 2.0, "b": 3.0}
-    assert means.drain(Alone()) == {}
+    assert means.drain(ALONE) == {"a": 2.0, "b": 3.0}
+    assert means.drain(ALONE) == {}
     means.record({"a": float("nan")}, weight=0.0)
-    assert math.isnan(means.drain(Alone())["a"])
+    assert math.isnan(means.drain(ALONE)["a"])

@@ -90,7 +90,7 @@ def generate(
         sampler = Sampler(
             str(options["model"]), dtype=str(options.get("dtype", "auto")), max_rows=options.get("max_rows")
         )
-        lengths = {"max_completion_length": int(options.get("max_completion_length", 256))}
+        lengths: dict[str, Any] = {"max_completion_length": int(options.get("max_completion_length", 256))}
         rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)
         rewards = (
             load_rewards(

@@ -7,19 +7,18 @@ of the same prompt belong together, wherever they stand.
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
-from bondlm.config import OFF_POLICY, BONDConfig
+from bondlm.config import OFF_POLICY, BONDConfig, objective_of
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS
 from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, same_model
-from bondlm.errors import ConfigError, DataError
-
-_MAX_LISTED = 10
+from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.errors import ConfigError, DataError, listed
 
 
 def is_scored(dataset: Dataset) -> bool:
@@ -60,16 +59,21 @@ def check_inputs(
         raise ConfigError("reward_funcs is required: only a data set of scored samples comes without")
 
 
-def group_scored(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: BONDConfig, *, eos_id: int) -> Dataset:
-    """One row a prompt, with the same number of scored samples each: what the objective asks for (see `check_inputs`).
+def samples_per_prompt(dataset: Dataset | None) -> int | None:
+    """How many scored samples every prompt has at least; None if the rows are no scored samples."""
+    if dataset is None or not is_scored(dataset):
+        return None
+    return min(Counter(_key(row) for row in dataset.select_columns(["prompt"])).values())
 
-    That is n; the regression takes `num_samples`, by default as many as every prompt has.
+
+def group_scored(dataset: Dataset, encoder: PromptEncoder, num_samples: int) -> Dataset:
+    """One row per prompt, with its first `num_samples` scored samples (see `check_inputs`).
 
     Args:
         dataset: rows of `bondlm score`.
-        tokenizer: the policy's. Text is encoded again here: log files hold no token ids.
-        args: the run's settings.
-        eos_id: put behind every completion that is not marked `finished: false`.
+        encoder: the policy's. Text is encoded again here: log files hold no token ids. Its first end-of-sequence id is
+            put behind every completion that is not marked `finished: false`.
+        num_samples: what the objective asks for.
 
     Returns:
         Columns `prompt`, `logged_ids` and `logged_rewards`.
@@ -77,26 +81,24 @@ def group_scored(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: BON
     Raises:
         DataError: completions that are empty or too long.
     """
-    most, _ = _counts(args)
     problems: list[str] = []
     groups: dict[str, tuple[Any, list[tuple[list[int], float]]]] = {}
     for i, row in enumerate(_rows(dataset)):
-        ids = tokenizer(row["completion"], add_special_tokens=False).input_ids
-        ids = ids if row.get("finished") is False else [*ids, eos_id]
-        if not 1 <= len(ids) <= args.max_completion_length:
+        (ids,) = encoder.encode_answers([row["completion"]])
+        ids = ids[:-1] if row.get("finished") is False else ids
+        if not 1 <= len(ids) <= encoder.max_completion_length:
             problems.append(
                 f"row {i}: the completion has {len(ids)} tokens (prompt {_short(row['prompt'])}); "
-                f"max_completion_length is {args.max_completion_length}, raise it"
+                f"max_completion_length is {encoder.max_completion_length}, raise it"
             )
             continue
         groups.setdefault(_key(row), (row["prompt"], []))[1].append((ids, float(row["reward"])))
     _raise_if_any(problems)
-    size = most or min(len(samples) for _, samples in groups.values())
     return Dataset.from_dict(
         {
             "prompt": [prompt for prompt, _ in groups.values()],
-            LOGGED_IDS: [[ids for ids, _ in samples[:size]] for _, samples in groups.values()],
-            LOGGED_REWARDS: [[reward for _, reward in samples[:size]] for _, samples in groups.values()],
+            LOGGED_IDS: [[ids for ids, _ in samples[:num_samples]] for _, samples in groups.values()],
+            LOGGED_REWARDS: [[reward for _, reward in samples[:num_samples]] for _, samples in groups.values()],
         }
     )
 
@@ -121,7 +123,7 @@ def _check_origin(path: Path, model: str, reward_funcs: Any, args: BONDConfig) -
             f"model={model!r}: the samples of {str(path)!r} were drawn by another one, {drawn_by.get('name')!r} "
             f"({_hash(drawn_by)} against {_hash(mine)})"
         )
-        if args.objective != "best_of_n_sft":  # plain fine-tuning may well learn from another model's answers
+        if objective_of(args).plan.compare:  # plain fine-tuning may well learn from another model's answers
             raise ConfigError(
                 f"{text}: {args.objective} compares with the model that drew them. Train that one, or score again"
             )
@@ -148,14 +150,13 @@ def _key(row: dict[str, Any]) -> str:
     return json.dumps(row["prompt"], sort_keys=True)
 
 
-def _counts(args: BONDConfig) -> tuple[int | None, int]:
-    """Samples that are used of a prompt (None: as many as every prompt has), and those that it must have."""
-    most = args.num_samples if args.objective == "best_of_n_regression" else args.n
-    return most, max(args.n, most or 0)
+def _least(args: BONDConfig) -> int:
+    """How many scored samples a prompt must have."""
+    return max(args.n, args.num_samples or 0)
 
 
 def _check_scored(dataset: Dataset, args: BONDConfig) -> None:
-    _, least = _counts(args)
+    least = _least(args)
     problems: list[str] = []
     groups: dict[str, tuple[int, Any, int]] = {}
     for i, row in enumerate(_rows(dataset)):
@@ -212,5 +213,4 @@ def _short(prompt: Any) -> str:
 
 def _raise_if_any(problems: Sequence[str]) -> None:
     if problems:
-        more = len(problems) - _MAX_LISTED
-        raise DataError("\n".join([*problems[:_MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])]))
+        raise DataError(listed(problems, "bad rows"))

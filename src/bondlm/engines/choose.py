@@ -2,17 +2,17 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bondlm.config import BONDConfig
+from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines.base import Engine, Role
-from bondlm.engines.local.engine import TransformersEngine, UseTogether
+from bondlm.engines.local.engine import TransformersEngine
 from bondlm.errors import ConfigError
+from bondlm.models.roles import Roles
 
 _LOGGER = logging.getLogger(__name__)
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain to a child why the sky is blue?"
@@ -36,16 +36,12 @@ def engine_choice(args: BONDConfig) -> str:
 def make_engine(
     args: BONDConfig,
     model: Any,
-    use: Callable[[Role], AbstractContextManager[Any]],
-    tokenizer: Any,
+    roles: Roles,
+    encoder: PromptEncoder,
     *,
-    eos_ids: Sequence[int],
-    pad_id: int,
     longest_prompt: int = 0,
-    use_together: UseTogether | None = None,
 ) -> Engine:
-    """The engine that `args` names; `use` lends the model of a role, `use_together` one of
-    several; `model` is the policy with its adapters.
+    """The engine that `args` names; `roles` lend their models, `model` is the policy with its adapters.
 
     A server must have room for the `longest_prompt` (tokens) and a completion.
 
@@ -55,11 +51,11 @@ def make_engine(
     if args.engine != "vllm":
         _LOGGER.info(engine_choice(args))
         return TransformersEngine(
-            use,
-            eos_ids=eos_ids,
-            pad_id=pad_id,
+            roles.use,
+            eos_ids=encoder.eos_ids,
+            pad_id=encoder.pad_id,
             max_rows=args.max_rows,
-            use_together=use_together,
+            use_together=roles.use_together,
             cuda_graphs=args.cuda_graphs,
         )
     check_vllm_can(args, model)
@@ -91,10 +87,14 @@ def make_engine(
             on_cpu=args.device.type == "cpu",
         )
         client = VLLMClient(server.url, timeout=args.vllm_timeout, start_options=start_options)
-    probe_ids = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64]
+    probe_ids = encoder.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64]
     try:
         engine = (VLLMEngine if is_lora else WholeModelEngine)(
-            *(client, model, adapters, use), eos_ids=eos_ids, probe_ids=probe_ids, folder=folder, server=server
+            *(client, model, adapters, roles.use),
+            eos_ids=encoder.eos_ids,
+            probe_ids=probe_ids,
+            folder=folder,
+            server=server,
         )
         if longest_prompt + args.max_completion_length > engine.max_model_len:
             raise ConfigError(

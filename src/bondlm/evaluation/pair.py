@@ -10,23 +10,21 @@ import torch
 from torch import Tensor
 
 from bondlm.data.columns import PROMPT_IDS
-from bondlm.data.prompts import load_prompts
-from bondlm.data.tokens import encode_prompts, length_limits
 from bondlm.engines import Role
 from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.evaluation.files import finished_prompts
 from bondlm.models.logprobs import score_rows
 from bondlm.rewards import NamedReward
 from bondlm.rollout.sampler import Sampler
-from bondlm.rollout.samples import Samples, draw
+from bondlm.rollout.samples import Samples, SamplingParams, draw
+from bondlm.rollout.seeds import Seeds
 from bondlm.runs.folder import append_jsonl
 
 CHUNK = 16  # prompts between two writes
-FIRST_STEP = 1 << 41  # the "step" of these samples' seeds: none of training's, and another one for each law
 
 
 @dataclass(frozen=True, kw_only=True)
-class Law:
+class SampleSet:
     """Whose samples, how many of each prompt, and how they are drawn."""
 
     name: str  # its row in the table
@@ -38,21 +36,23 @@ class Law:
 
     @property
     def is_main(self) -> bool:
-        """Whether both models score its samples: temperature 1, where the law is the model's own."""
+        """Whether both models score its samples: temperature 1, where the distribution is the model's own."""
         return self.temperature == 1.0 and not self.of_opponent
 
 
 OPPONENT_FILE = "opponent.jsonl"
 
 
-def laws(num_samples: int, num_reference_samples: int, *, opponent: bool = False) -> list[Law]:
+def sample_sets(num_samples: int, num_reference_samples: int, *, opponent: bool = False) -> list[SampleSet]:
     """Reference and policy at temperature 1, the baselines that an honest sceptic would ask for, and an opponent."""
     return [
-        Law(name="reference", file="reference.jsonl", role="reference", num_samples=num_reference_samples),
-        Law(name="policy", file="policy.jsonl", role="policy", num_samples=num_samples),
-        Law(name="reference, greedy", file="reference-greedy.jsonl", role="reference", num_samples=1, temperature=0.0),
+        SampleSet(name="reference", file="reference.jsonl", role="reference", num_samples=num_reference_samples),
+        SampleSet(name="policy", file="policy.jsonl", role="policy", num_samples=num_samples),
+        SampleSet(
+            name="reference, greedy", file="reference-greedy.jsonl", role="reference", num_samples=1, temperature=0.0
+        ),
         *(
-            Law(
+            SampleSet(
                 name=f"reference, T={t}",
                 file=f"reference-t{t}.jsonl",
                 role="reference",
@@ -61,9 +61,9 @@ def laws(num_samples: int, num_reference_samples: int, *, opponent: bool = False
             )
             for t in (0.3, 0.7)
         ),
-        Law(name="policy, greedy", file="policy-greedy.jsonl", role="policy", num_samples=1, temperature=0.0),
+        SampleSet(name="policy, greedy", file="policy-greedy.jsonl", role="policy", num_samples=1, temperature=0.0),
         *(
-            [Law(name="opponent", file=OPPONENT_FILE, role="policy", num_samples=num_samples, of_opponent=True)]
+            [SampleSet(name="opponent", file=OPPONENT_FILE, role="policy", num_samples=num_samples, of_opponent=True)]
             if opponent
             else []
         ),
@@ -92,9 +92,9 @@ class Pair:
         self.opponent = None if opponent is None else Sampler(opponent, dtype=dtype, max_rows=max_rows)
         _refuse_other_tokens(self.samplers["policy"], policy, self.samplers["reference"], reference)
 
-    def sampler(self, law: Law) -> Sampler:
-        """Who draws the law's samples."""
-        return self.opponent if law.of_opponent and self.opponent is not None else self.samplers[law.role]
+    def sampler(self, wanted: SampleSet) -> Sampler:
+        """Who draws these samples."""
+        return self.opponent if wanted.of_opponent and self.opponent is not None else self.samplers[wanted.role]
 
     def rows(
         self,
@@ -110,10 +110,8 @@ class Pair:
             DataError: prompts that cannot be used.
         """
         sampler = self.opponent if for_opponent and self.opponent is not None else self.samplers["policy"]
-        prompts = load_prompts(source).to_list()
-        limits = length_limits(sampler.model.config, max_prompt_length, max_completion_length)
-        ids = encode_prompts([row["prompt"] for row in prompts], sampler.tokenizer, **limits)
-        return [row | {PROMPT_IDS: prompt_ids} for row, prompt_ids in zip(prompts, ids, strict=True)]
+        limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+        return sampler.rows(source, **limits, text_as_message=False)  # type: ignore[arg-type]
 
     def log_ratio(self, rows: Sequence[Mapping[str, Any]], samples: Samples) -> Tensor:
         """Log pi(y) - log pi_ref(y) (P, M), both from the same kind of forward pass, so that rounding cancels."""
@@ -125,9 +123,9 @@ class Pair:
         return ratio
 
     def _score(self, sampler: Sampler, pairs: Any) -> Tensor:
-        config = sampler.model.config
-        start_id = config.decoder_start_token_id if config.is_encoder_decoder else None
-        return score_rows(sampler.model, pairs, sampler.text.pad_id, start_id=start_id, device=sampler.device)
+        encoder = sampler.encoder
+        how: dict[str, Any] = {"start_id": encoder.start_id, "device": sampler.device}
+        return score_rows(sampler.model, pairs, encoder.pad_id, **how)
 
 
 def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, reference_name: str) -> None:
@@ -151,7 +149,7 @@ def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, 
 
 def fill(
     path: Path,
-    law: Law,
+    wanted: SampleSet,
     pair: Pair,
     rows: Sequence[Mapping[str, Any]],
     rewards: Sequence[NamedReward],
@@ -165,36 +163,33 @@ def fill(
     """Append the samples that the file still lacks, a chunk of prompts at a time.
 
     Args:
-        path: the law's sample file.
-        law: what to draw.
+        path: its file.
+        wanted: what to draw.
         pair: the models.
         rows: encoded prompts.
         rewards: those that count, then `num_judges` judges.
-        number: the law's place, which its seeds depend on.
+        number: its place, which its seeds depend on.
         num_judges: how many of the rewards are judges.
         seed: of the samples.
         max_completion_length: most tokens of a completion.
         on_prompts_done: told how many more prompts are on file.
     """
-    done = finished_prompts(path, [row["prompt"] for row in rows], law.num_samples)
+    done = finished_prompts(path, [row["prompt"] for row in rows], wanted.num_samples)
     on_prompts_done(done)
-    sampler = pair.sampler(law)
+    sampler = pair.sampler(wanted)
     for start in range(done, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         began = time.perf_counter()
-        drawn = draw(
-            sampler.engine,
-            chunk,
-            {law.role: law.num_samples},
+        params = SamplingParams(
             max_new_tokens=max_completion_length,
-            seed=seed,
-            step=FIRST_STEP + number,
-            positions=range(start, start + len(chunk)),
-            temperature=law.temperature,
+            seeds=Seeds.of_comparison(seed, number),
+            temperature=wanted.temperature,
         )
-        seconds = (time.perf_counter() - began) / (len(chunk) * law.num_samples)
+        positions = range(start, start + len(chunk))
+        drawn = draw(sampler.engine, chunk, {wanted.role: wanted.num_samples}, params, positions)
+        seconds = (time.perf_counter() - began) / (len(chunk) * wanted.num_samples)
         samples = sampler.score(rewards, chunk, drawn)
-        ratio = pair.log_ratio(chunk, samples) if law.is_main else None
+        ratio = pair.log_ratio(chunk, samples) if wanted.is_main else None
         names = [reward.name for reward in rewards]
         judges = names[len(names) - num_judges :]
         append_jsonl(path, list(_as_rows(chunk, samples, ratio, judges, seconds)))

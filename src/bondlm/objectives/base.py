@@ -4,6 +4,7 @@ Shapes: P prompts; M samples of a prompt, the policy's first, then the anchor's;
 C of those are compared, that is, their log-probability under the anchor is needed too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ class SamplePlan:
     anchor: int
     learn: int
     compare: int
+    learned_quantile: bool = False  # whether a selection brings a `LearnedQuantile`
 
     @property
     def total(self) -> int:
@@ -29,11 +31,19 @@ class SamplePlan:
         return self.policy + self.anchor
 
 
+class LearnedQuantile(NamedTuple):
+    """What an objective whose quantiles a model estimates asks of the trainer (`bondlm.models.learned_quantile`)."""
+
+    labels_P: Tensor  # in [0, 1]: what the model learns for the compared sample, from this step's rewards
+    signal: Callable[[Tensor], Tensor]  # the signal (P, C) from the model's log-quantiles (P, C)
+
+
 class Selection(NamedTuple):
     """What the rewards of a prompt's samples decide, before any gradient is computed."""
 
     rows_PL: Tensor  # long: which of the M samples are learned from, the compared ones first
     signal_PC: Tensor  # float: the reward part of each compared sample's return
+    learned: LearnedQuantile | None = None  # then the signal comes from there
 
 
 class Loss(NamedTuple):

@@ -9,12 +9,13 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts
-from bondlm.data.tokens import check_tokenizer, decode_completions, encode_prompts, length_limits
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.models.load import fast_dtype, load_model
 from bondlm.rewards import NamedReward
-from bondlm.rollout.samples import Samples, draw, score_samples
+from bondlm.rollout.samples import Samples, SamplingParams, draw, score_samples
+from bondlm.rollout.seeds import Seeds
 
 
 class Sampler:
@@ -32,9 +33,9 @@ class Sampler:
         core = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
         self.model: Any = core.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        self.text = check_tokenizer(self.tokenizer, core.generation_config.eos_token_id)
+        self.encoder = PromptEncoder.of_model(core, self.tokenizer)
         self.engine = TransformersEngine(
-            self._use, eos_ids=self.text.eos_ids, pad_id=self.text.pad_id, max_rows=max_rows
+            self._use, eos_ids=self.encoder.eos_ids, pad_id=self.encoder.pad_id, max_rows=max_rows
         )
 
     @contextmanager
@@ -42,16 +43,25 @@ class Sampler:
         yield self.model
 
     def rows(
-        self, source: Any, *, max_prompt_length: int | None = None, max_completion_length: int = 256
+        self,
+        source: Any,
+        *,
+        max_prompt_length: int | None = None,
+        max_completion_length: int = 256,
+        text_as_message: bool = True,
     ) -> list[dict[str, Any]]:
-        """Read and encode prompts; plain text for a chat model becomes a user message."""
+        """Read and encode prompts; with `text_as_message` plain text for a chat model becomes a user message.
+
+        Raises:
+            DataError: prompts that cannot be used.
+        """
         prompts = load_prompts(source).to_list()
-        if self.tokenizer.chat_template is not None:
+        if text_as_message and self.tokenizer.chat_template is not None:
             for row in prompts:
                 if isinstance(row["prompt"], str):
                     row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        limits = length_limits(self.model.config, max_prompt_length, max_completion_length)
-        ids = encode_prompts([row["prompt"] for row in prompts], self.tokenizer, **limits)
+        limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+        ids = self.encoder.limited_to(**limits).encode([row["prompt"] for row in prompts])
         return [row | {PROMPT_IDS: prompt_ids} for row, prompt_ids in zip(prompts, ids, strict=True)]
 
     def sample(
@@ -65,23 +75,16 @@ class Sampler:
         first_position: int = 0,
     ) -> list[list[Any]]:
         """Draw completions of encoded rows."""
-        return draw(
-            self.engine,
-            rows,
-            {"policy": num_samples},
-            max_new_tokens=max_completion_length,
-            seed=seed,
-            step=0,
-            positions=range(first_position, first_position + len(rows)),
-            temperature=temperature,
-        )
+        params = SamplingParams(max_new_tokens=max_completion_length, seeds=Seeds(seed), temperature=temperature)
+        positions = range(first_position, first_position + len(rows))
+        return draw(self.engine, rows, {"policy": num_samples}, params, positions)
 
     def texts(self, completions: list[list[Any]]) -> list[list[str]]:
         """Completions as text."""
-        return [decode_completions([c.ids for c in row], self.tokenizer, self.text.eos_ids) for row in completions]
+        return self.encoder.decode([[c.ids for c in row] for row in completions])
 
     def score(
         self, rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]
     ) -> Samples:
         """Score completions of encoded rows."""
-        return score_samples(rewards, rows, completions, tokenizer=self.tokenizer, eos_ids=self.text.eos_ids)
+        return score_samples(rewards, rows, completions, encoder=self.encoder)

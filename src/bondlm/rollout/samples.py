@@ -3,36 +3,60 @@
 Shapes: P prompts, M completions of each.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS, PROMPT_ROW
-from bondlm.data.tokens import as_messages, decode_completions
+from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.data.tokens import as_messages
 from bondlm.engines import Completion, Engine, RemoteEngine, Role
 from bondlm.rewards import NamedReward, score
-
-ROLE_NUMBER: dict[Role, int] = {"policy": 0, "anchor": 1, "reference": 2}
+from bondlm.rollout.seeds import Seeds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """M scored completions of each of P prompts."""
+    """M scored completions of each of P prompts: just drawn, or read back from a file; numbers are (P, M) float64."""
 
-    prompts: list[list[int]]
-    completions: list[list[Completion]]
-    texts: list[list[str]]
-    rewards_PM: Tensor  # float64
-    by_name: dict[str, Tensor]  # each reward function's own (P, M)
+    prompts: list[Any]  # text or messages
+    texts: list[list[str]]  # of each prompt all M, or of a file's the first few
+    rewards_PM: Tensor
+    lengths_PM: Tensor  # tokens, end-of-sequence included
+    finished_PM: Tensor  # 0 where a completion was cut at its budget
+    logprobs_PM: Tensor  # of the whole completion, under the distribution that it was drawn from
+    prompt_ids: list[list[int]] = field(default_factory=list)  # these two of samples just drawn
+    completions: list[list[Completion]] = field(default_factory=list)
+    by_name: dict[str, Tensor] = field(default_factory=dict)  # each reward function's own
+    judges: dict[str, Tensor] = field(default_factory=dict)  # rewards that were not optimised
+    log_ratio_PM: Tensor | None = None  # log pi(y) - log pi_ref(y), whichever drew y
+    seconds: float = 0.0  # to draw all of them
     dropped: dict[int, str] = field(default_factory=dict)  # prompts that a reward failed for, and why; rewards are 0
     left_out: frozenset[int] = frozenset()  # other prompts, with a completion that was cut
     reranked_PM: Tensor | None = None  # what the objective sees instead of the rewards, if anything
-    seconds: float = 0.0  # that drawing them took, of held-out prompts
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[Mapping[str, Any]], completions: list[list[Completion]], rewards_PM: Tensor, **more: Any
+    ) -> "Samples":
+        """Completions of encoded rows with their rewards; `more` are other fields."""
+
+        def numbers(value: Callable[[Completion], float]) -> Tensor:
+            return torch.tensor([[float(value(c)) for c in row] for row in completions], dtype=torch.float64)
+
+        return cls(
+            prompts=[row["prompt"] for row in rows],
+            prompt_ids=[list(row[PROMPT_IDS]) for row in rows],
+            completions=completions,
+            rewards_PM=rewards_PM,
+            lengths_PM=numbers(lambda c: len(c.ids)),
+            finished_PM=numbers(lambda c: c.finished),
+            logprobs_PM=numbers(lambda c: c.logprob),
+            **more,
+        )
 
     @property
     def kept(self) -> Tensor:
@@ -50,41 +74,35 @@ class Samples:
         return [completion for row in self.completions for completion in row]
 
 
-def prompt_seed(seed: int, step: int, position: int, role: Role) -> int:
-    """The seed of one prompt's samples: a function of the run's seed, the step, the prompt's place and the role alone.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How completions are drawn."""
 
-    So a rollout can be repeated after a resume, whoever else has used a random number generator meanwhile.
-    """
-    return int(np.random.SeedSequence([seed, step, position, ROLE_NUMBER[role]]).generate_state(1, np.uint64)[0])
-
-
-def tie_noise(seed: int, step: int, positions: Sequence[int], num_samples: int) -> Tensor:
-    """Uniform numbers (P, M) float64 that break ties between rewards, each prompt's from its own seed."""
-    rows = [np.random.default_rng([seed, step, position, 9]).random(num_samples) for position in positions]
-    return torch.from_numpy(np.stack(rows))
+    max_new_tokens: int  # end-of-sequence included
+    seeds: Seeds
+    temperature: float = 1.0  # 1 samples the model's own distribution, 0 is greedy
 
 
 def draw(
     engine: Engine,
     rows: Sequence[Mapping[str, Any]],
     num_samples: Mapping[Role, int],
-    *,
-    max_new_tokens: int,
-    seed: int,
-    step: int,
+    params: SamplingParams,
     positions: Sequence[int],
-    temperature: float = 1.0,
 ) -> list[list[Completion]]:
-    """P lists of completions, role by role in the order of `num_samples`."""
+    """P lists of completions of encoded rows, role by role in the order of `num_samples`.
+
+    `positions` are the rows' places in their data set, which their samples' seeds depend on.
+    """
     prompts = [row[PROMPT_IDS] for row in rows]
     wanted = {
-        role: (count, [prompt_seed(seed, step, position, role) for position in positions])
+        role: (count, [params.seeds.of_prompt(position, role) for position in positions])
         for role, count in num_samples.items()
         if count
     }
     if isinstance(engine, RemoteEngine):
         engine.sync()
-    drawn = engine.generate_roles(prompts, wanted, max_new_tokens=max_new_tokens, temperature=temperature)
+    drawn = engine.generate_roles(prompts, wanted, max_new_tokens=params.max_new_tokens, temperature=params.temperature)
     return [[c for role in wanted for c in drawn[role][i]] for i in range(len(rows))]
 
 
@@ -104,15 +122,14 @@ def score_samples(
     rows: Sequence[Mapping[str, Any]],
     completions: list[list[Completion]],
     *,
-    tokenizer: Any,
-    eos_ids: Sequence[int],
+    encoder: PromptEncoder,
     drop: bool = False,
 ) -> Samples:
     """Decode the completions and score each text once: equal answers to a prompt share their reward.
 
     `drop` marks a prompt as dropped when a reward fails for one of its completions, instead of raising.
     """
-    texts = [decode_completions([c.ids for c in row], tokenizer, eos_ids) for row in completions]
+    texts = encoder.decode([[c.ids for c in row] for row in completions])
     keys: dict[tuple[int, str, bool], int] = {}
     places = []
     for i, (row_texts, row) in enumerate(zip(texts, completions, strict=True)):
@@ -139,71 +156,18 @@ def score_samples(
         dropped.setdefault(owner[place], reason)
     index = torch.tensor(places)
     is_dropped_P1 = torch.tensor([[i in dropped] for i in range(len(rows))])
-    return Samples(
-        prompts=[list(row[PROMPT_IDS]) for row in rows],
-        completions=completions,
+    return Samples.of_rows(
+        rows,
+        completions,
+        scores.total[index].masked_fill(is_dropped_P1, 0.0),
         texts=texts,
-        rewards_PM=scores.total[index].masked_fill(is_dropped_P1, 0.0),
         by_name={name: values[index].masked_fill(is_dropped_P1, 0.0) for name, values in scores.by_name.items()},
         dropped=dropped,
     )
 
 
-def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Lengths in tokens and the fraction cut at the budget, under TRL's names; and the fraction that says nothing."""
-    lengths = [len(c.ids) for c in completions]
-    return {
-        "completions/mean_length": float(np.mean(lengths)),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
-        "completions/frac_empty": float(np.mean([c.finished and len(c.ids) == 1 for c in completions])),
-        # -log p of a sample is an unbiased estimate of the entropy of its law; the mean is over tokens.
-        "entropy": -sum(c.logprob for c in completions) / sum(lengths),
-    }
-
-
-def reward_metrics(samples: Samples, num_policy: int, counted_P: Tensor) -> dict[str, float]:
-    """What a step logs of the rewards of the prompts that count; the policy's samples come first."""
-    rewards_PM = samples.rewards_PM[counted_P]
-    policy, anchor = rewards_PM[:, :num_policy], rewards_PM[:, num_policy:]
-    ordered = samples.ranked[counted_P].sort(dim=1).values
-    tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
-    metrics = {
-        "reward_std": float(rewards_PM.std()) if len(rewards_PM) else math.nan,  # all dropped: the step is skipped
-        "bond/frac_tied": float(tied.double().mean()),
-    }
-    if num_policy:
-        metrics["reward"] = float(policy.mean())
-        metrics |= {
-            f"rewards/{name}/mean": float(v[counted_P, :num_policy].mean()) for name, v in samples.by_name.items()
-        }
-    if anchor.shape[1]:
-        metrics["anchor/reward"] = float(anchor.mean())
-    return metrics
-
-
-def work_metrics(
-    samples: Samples, num_policy: int, learned: Sequence[Sequence[Completion]], num_compared: int, num_passes: int = 1
-) -> dict[str, float]:
-    """Lengths of the policy's samples (without any, of the anchor's), and the completion tokens that a step draws,
-    learns on, and has `num_passes` roles score: what its phases worked through.
-    """
-    measured = [c for row in samples.completions for c in (row[:num_policy] if num_policy else row)]
-    return completion_metrics(measured) | {
-        "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
-        "num_tokens/learned": float(sum(len(c.ids) for row in learned for c in row)),
-        "num_tokens/compared": float(num_passes * sum(len(c.ids) for row in learned for c in row[:num_compared])),
-    }
-
-
 def logged_samples(rows: Sequence[Mapping[str, Any]]) -> Samples:
     """The scored samples that the rows hold (`bondlm.data.scored`); files keep no log-probabilities, so these are 0."""
     completions = [[Completion(list(ids), [0.0] * len(ids), finished=True) for ids in row[LOGGED_IDS]] for row in rows]
-    return Samples(
-        prompts=[list(row[PROMPT_IDS]) for row in rows],
-        completions=completions,
-        texts=[["" for _ in row] for row in completions],
-        rewards_PM=torch.tensor([row[LOGGED_REWARDS] for row in rows], dtype=torch.float64),
-        by_name={},
-    )
+    rewards_PM = torch.tensor([row[LOGGED_REWARDS] for row in rows], dtype=torch.float64)
+    return Samples.of_rows(rows, completions, rewards_PM, texts=[["" for _ in row] for row in completions])

@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
-from bondlm.data.tokens import check_tokenizer, encode_prompts, length_limits
+from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.errors import ConfigError, DataError
 from bondlm.models.load import load_model, wrap_lora
 
@@ -42,11 +42,9 @@ class Examples:
         Raises:
             ConfigError: the tokenizer has no end-of-sequence token.
         """
-        config = model.config
-        self._tokenizer = tokenizer
-        self._text = check_tokenizer(tokenizer, model.generation_config.eos_token_id)
-        self.is_encoder_decoder = bool(config.is_encoder_decoder)
-        self._limits = length_limits(config, max_prompt_length, max_completion_length)
+        limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+        self._encoder = PromptEncoder.of_model(model, tokenizer, **limits)
+        self.is_encoder_decoder = self._encoder.start_id is not None
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
         """Rows `{"prompt", "completion"}` as `{"prompt_ids", "completion_ids"}`.
@@ -54,19 +52,16 @@ class Examples:
         Raises:
             DataError: prompts that cannot be used, or answers longer than `max_completion_length`, by row number.
         """
-        prompts = encode_prompts([row["prompt"] for row in rows], self._tokenizer, **self._limits)
-        texts = self._tokenizer([row["completion"] for row in rows], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        most = self._limits["max_completion_length"]
-        long = [i for i, ids in enumerate(texts) if len(ids) + 1 > most]
+        prompts = self._encoder.encode([row["prompt"] for row in rows])
+        answers = self._encoder.encode_answers([row["completion"] for row in rows])
+        most = self._encoder.max_completion_length
+        long = [i for i, ids in enumerate(answers) if len(ids) > most]
         if long:
             raise DataError(
                 f"{len(long)} of {len(rows)} answers are longer than max_completion_length={most} tokens (first: row "
-                f"{long[0]} with {len(texts[long[0]]) + 1}): raise it, or leave those rows out"
+                f"{long[0]} with {len(answers[long[0]])}): raise it, or leave those rows out"
             )
-        end = self._text.eos_ids[0]
-        return [{"prompt_ids": p, "completion_ids": [*c, end]} for p, c in zip(prompts, texts, strict=True)]
+        return [{"prompt_ids": p, "completion_ids": c} for p, c in zip(prompts, answers, strict=True)]
 
     def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
         """A right-padded batch whose labels are the answers' tokens."""
@@ -77,7 +72,7 @@ class Examples:
             inputs = [row["prompt_ids"] + row["completion_ids"] for row in rows]
             labels = [[IGNORED] * len(row["prompt_ids"]) + row["completion_ids"] for row in rows]
         return {
-            "input_ids": _padded(inputs, self._text.pad_id),
+            "input_ids": _padded(inputs, self._encoder.pad_id),
             "attention_mask": _padded([[1] * len(ids) for ids in inputs], 0),
             "labels": _padded(labels, IGNORED),
         }

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -27,7 +26,6 @@ from bondlm.models.anchor import Anchor
 from bondlm.models.deepspeed import step_was_skipped, zero_stage
 from bondlm.models.learned_quantile import QuantileModel
 from bondlm.models.sharding import local
-from bondlm.rollout.samples import Samples
 from bondlm.runs.checkpoint import (
     ANCHOR_FILE,
     DATA_FILE,
@@ -42,7 +40,8 @@ from bondlm.runs.checkpoint import (
 from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.runs.manifest import remove_older, seal
 from bondlm.training.clock import Clock, StepMeans
-from bondlm.training.processes import decided_by_main, require_same_weights
+from bondlm.training.processes import World, decided_by_main, require_same_weights
+from bondlm.training.rollout import Rollout
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class AnchorCallback(TrainerCallback):
                 load_tensors(self._restore / QUANTILE_FILE, self._quantile_model.load_tensors)
             if (path := self._restore / MEANS_FILE).is_file():
                 state = json.loads(path.read_text(encoding="utf-8"))
-                self._means.load_state(state, rank=args.process_index, world_size=args.world_size)
+                self._means.load_state(state, World.of(args))
             self._restore = None  # a second `train` goes on from where the first one ended
 
     def on_pre_optimizer_step(
@@ -136,12 +135,11 @@ class AnchorCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the checkpoint that Trainer has just written."""
-        if args.world_size > 1:
-            torch.distributed.barrier()  # every rank has written its part
-            require_same_weights(kwargs["model"], self._anchor.weights, step=state.global_step, device=args.device)
+        world = World.of(args)
+        world.barrier()  # every rank has written its part
+        require_same_weights(kwargs["model"], self._anchor.weights, world, step=state.global_step)
         anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if it is sharded
-        means = [self._means.state()]
-        means = gather_object(means) if args.world_size > 1 else means
+        means = world.gather_objects([self._means.state()])
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_tensors(anchor, folder / ANCHOR_FILE)
@@ -169,15 +167,15 @@ class RunFolderCallback(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         """`folder` is the run's output_dir."""
         self._folder = folder
-        self._step: tuple[Sequence[Mapping[str, Any]], Samples, int] | None = None
+        self._step: Rollout | None = None
         self._num_logged = 0
         self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
         self._failure: OSError | None = None
 
-    def note_step(self, rows: Sequence[Mapping[str, Any]], samples: Samples, num_policy: int, num_logged: int) -> None:
+    def note_step(self, rollout: Rollout, num_logged: int) -> None:
         """Remember a step's samples; those of its first prompts are written if the step is logged (and made them)."""
-        self._step, self._bad = (rows, samples, num_policy), {}
-        self._num_logged = 0 if LOGGED_IDS in rows[0] else num_logged
+        self._step, self._bad = rollout, {}
+        self._num_logged = 0 if LOGGED_IDS in rollout.rows[0] else num_logged
 
     def note_losses(self, row_P: Tensor, loss_P: Tensor) -> Tensor:
         """Remember which prompts have a loss that is not finite; returns which have a finite one (P,) bool."""
@@ -192,11 +190,8 @@ class RunFolderCallback(TrainerCallback):
 
         Every process must call, and writes its own.
         """
-        anywhere = torch.tensor(float(bool(self._bad)), device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
-        by_loss = bool(anywhere.item())
-        which = sorted(self._bad) if by_loss else range(0 if self._step is None else len(self._step[0]))
+        by_loss = World.of(args).any(bool(self._bad))
+        which = sorted(self._bad) if by_loss else range(0 if self._step is None else len(self._step.rows))
         if which:
             samples = [self._sampled(i) | ({"loss": str(self._bad[i])} if by_loss else {}) for i in which]
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -205,10 +200,12 @@ class RunFolderCallback(TrainerCallback):
 
     def _sampled(self, place: int) -> dict[str, Any]:
         """One prompt of the step with its completions and rewards."""
-        rows, samples, num_policy = self._step  # type: ignore[misc]
+        assert self._step is not None  # noqa: S101  asked for its prompts alone
+        samples, num_policy = self._step.samples, self._step.plan.policy
         rewards = samples.rewards_PM[place].tolist()
         scored = [{"text": t, "reward": r} for t, r in zip(samples.texts[place], rewards, strict=True)]
-        return {"prompt": rows[place]["prompt"], "policy": scored[:num_policy], "anchor": scored[num_policy:]}
+        prompt = self._step.rows[place]["prompt"]
+        return {"prompt": prompt, "policy": scored[:num_policy], "anchor": scored[num_policy:]}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what was logged beyond the step that the run starts from."""
@@ -223,7 +220,7 @@ class RunFolderCallback(TrainerCallback):
             return
         files = {METRICS_FILE: [{"step": state.global_step, **logs}]}
         if "loss" in logs:
-            count = 0 if self._step is None else min(self._num_logged, len(self._step[0]))
+            count = 0 if self._step is None else min(self._num_logged, len(self._step.rows))
             files[SAMPLES_FILE] = [{"step": state.global_step, **self._sampled(i)} for i in range(count)]
         for name, rows in files.items():
             self._failure = self._failure or _write_or_retry(self._folder / name, rows)
@@ -261,7 +258,8 @@ class TiesCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Look at the steps since the last log whose rewards were apart."""
-        tied = (logs or {}).get("bond/frac_tied")
+        seen = logs or {}  # where ties are learned from, only prompts without any signal count
+        tied = seen.get("bond/frac_no_signal", seen.get("bond/frac_tied"))
         if tied is None or not state.is_world_process_zero:
             return
         if not tied > TIED_PROMPTS:
@@ -315,9 +313,7 @@ class StopCallback(TrainerCallback):
 
     def agree(self, args: Any) -> tuple[bool, bool]:
         """Whether to stop, and whether to save: what any rank was asked."""
-        wanted = torch.tensor([float(self.signal or 0), float(self.save_requested)], device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
+        wanted = World.of(args).max(torch.tensor([float(self.signal or 0), float(self.save_requested)]))
         stop, save = (int(flag) for flag in wanted.tolist())
         if stop:
             self.signal = stop  # known to all ranks from here on
@@ -329,11 +325,12 @@ class StopCallback(TrainerCallback):
         Several processes agree on what a reward raises. Of other errors the others could not know: there such a one
         ends the run, at its last checkpoint.
         """
-        if args.world_size > 1 and not isinstance(error, RewardError):
+        world = World.of(args)
+        if not world.is_alone and not isinstance(error, RewardError):
             raise error
         self._failure = error
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        is_saved = decided_by_main(folder.is_dir, args)
+        is_saved = decided_by_main(folder.is_dir, world, wait_s=args.ddp_timeout)
         control.should_save = state.global_step > 0 and not is_saved
         control.should_training_stop = True
 
@@ -355,10 +352,7 @@ def _finite_on_all_ranks(model: Any, args: Any) -> bool:
     # Of a sharded gradient each rank looks at its part.
     grads = [g for p in model.parameters() if p.grad is not None and (g := local(p.grad)).numel()]
     norms = torch._foreach_norm(grads) if grads else ()
-    bad = torch.tensor(float(not all(torch.isfinite(norm) for norm in norms)), device=args.device)
-    if args.world_size > 1:
-        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-    return bad.item() == 0
+    return not World.of(args).any(not all(torch.isfinite(norm) for norm in norms))
 
 
 def _write_or_retry(path: Path, rows: Sequence[Mapping[str, Any]]) -> OSError | None:

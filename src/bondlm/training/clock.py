@@ -4,9 +4,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+
+from bondlm.training.processes import World
 
 
 class Clock:
@@ -72,20 +73,20 @@ class StepMeans:
         """What this process has recorded since the last log, for a checkpoint."""
         return dict(self._sums)
 
-    def load_state(self, of_ranks: Sequence[Mapping[str, Sequence[float]]], *, rank: int, world_size: int) -> None:
+    def load_state(self, of_ranks: Sequence[Mapping[str, Sequence[float]]], world: World) -> None:
         """Continue from what the ranks had recorded; if there are more or fewer now, the first takes all."""
         self._sums.clear()
-        mine = of_ranks if len(of_ranks) != world_size else of_ranks[rank : rank + 1]
+        mine = of_ranks if len(of_ranks) != world.size else of_ranks[world.rank : world.rank + 1]
         for state in mine:
             for name, (total, weight) in state.items():
-                share = 0.0 if mine is of_ranks and rank > 0 else 1.0
+                share = 0.0 if mine is of_ranks and world.rank > 0 else 1.0
                 before = self._sums[name]
                 self._sums[name] = (before[0] + share * total, before[1] + share * weight)
 
-    def drain(self, accelerator: Any) -> dict[str, float]:
+    def drain(self, world: World) -> dict[str, float]:
         """The means since the last call; every process must call, with metrics of the same names."""
         names = sorted(self._sums)
         sums = torch.tensor([self._sums[n] for n in names], dtype=torch.float64).reshape(-1, 2)
         self._sums.clear()
-        totals, weights = accelerator.reduce(sums.to(accelerator.device), reduction="sum").unbind(dim=1)
+        totals, weights = world.sum(sums).unbind(dim=1)
         return dict(zip(names, (totals / weights).tolist(), strict=True))

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from bondlm.data.prompts import listed, load_prompts
-from bondlm.errors import DataError, RewardError
+from bondlm.data.prompts import load_prompts
+from bondlm.errors import DataError, RewardError, listed
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.truncated import REASON
 from bondlm.runs.folder import DROPPED_FILE, SKIPPED_FILE, append_jsonl
+from bondlm.training.processes import World
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +64,7 @@ class DropBudget:
                 + listed(skipped, "bad rows")
             )
 
-    def note(
-        self, rows: Sequence[Mapping[str, Any]], samples: Samples, step: int, accelerator: Any
-    ) -> dict[str, float]:
+    def note(self, rows: Sequence[Mapping[str, Any]], samples: Samples, step: int, world: World) -> dict[str, float]:
         """Write down the prompts of this process that a step drops; returns its metric.
 
         Every process must call.
@@ -74,10 +73,7 @@ class DropBudget:
             RewardError: on all processes, if too many rewards failed.
         """
         before = (0, 0) if self._counted else self._in_file(before=step)
-        mine = torch.tensor(
-            [[len(rows), len(samples.dropped), len(samples.left_out), *before]], device=accelerator.device
-        )
-        ranks = accelerator.gather(mine).cpu()
+        ranks = world.gather(torch.tensor([[len(rows), len(samples.dropped), len(samples.left_out), *before]]))
         num_rows, num_dropped, num_left_out = ranks[:, :3].sum(dim=0).tolist()
         if not self._counted:  # a run that is resumed: what it saw, and what it dropped (as the main process knows it)
             self._counted, self.seen, (self.dropped, self.left_out) = True, (step - 1) * num_rows, ranks[0, 3:].tolist()
@@ -89,7 +85,7 @@ class DropBudget:
             append_jsonl(
                 self._path, [{"step": step, "prompt": rows[i]["prompt"], "reason": r} for i, r in lost.items()]
             )
-        if num_left_out == num_rows and accelerator.is_main_process:
+        if num_left_out == num_rows and world.is_main:
             _log.warning(
                 "step %d is skipped: for every prompt %s. Raise max_completion_length, or use missing_eos='worst'",
                 *(step, REASON),

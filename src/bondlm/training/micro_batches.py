@@ -1,7 +1,7 @@
 """Micro-batches of a step; after an out-of-memory error smaller ones, from the same samples, with the same gradient."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from bondlm.engines.agreement import padded_logprobs
 from bondlm.errors import ResourceError
 from bondlm.models.deepspeed import zero_stage
 from bondlm.models.head import positions_in_budget
-from bondlm.models.logprobs import Group, collate
+from bondlm.models.logprobs import collate
+from bondlm.training.rollout import Rollout
 
 MicroBatch = dict[str, Any]
 
@@ -84,17 +85,17 @@ class SmallerBatches:
 
 
 def micro_batch(
-    window: Mapping[str, Any], chosen: Sequence[int], pad_id: int, *, start_id: int | None, share_prompts: bool
+    rollout: Rollout, chosen: Sequence[int], pad_id: int, *, start_id: int | None, share_prompts: bool
 ) -> MicroBatch:
-    """The `chosen` prompts of a step's samples as tensors."""
-    groups: list[Group] = [window["groups"][i] for i in chosen]
+    """The `chosen` prompts of a rollout as tensors."""
+    groups = [rollout.groups[i] for i in chosen]
     if not share_prompts:
         groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
-    tensors = {name: tensor[chosen] for name, tensor in window["tensors"].items()}
+    tensors = {name: tensor[chosen] for name, tensor in rollout.tensors.items()}
     batch = collate(groups, pad_id, start_id=start_id) | tensors
     length = batch["completion_ids"].shape[-1]
     batch["row_P"] = torch.tensor(chosen)
-    return batch | {"sampled_PCT": padded_logprobs([window["compared"][i] for i in chosen], length)}
+    return batch | {"sampled_PCT": padded_logprobs([rollout.compared[i] for i in chosen], length)}
 
 
 def num_prompts(batch: MicroBatch) -> int:

@@ -4,17 +4,17 @@ A disagreement never raises an error of its own: gradients are averaged over dif
 the run goes on. So it is asked for: data and settings at every step, weights at every save.
 """
 
-import dataclasses
 import hashlib
 import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather, gather_object
 from torch import Tensor, nn
 
 from bondlm.data.columns import PROMPT_IDS
@@ -31,34 +31,89 @@ from bondlm.models.sharding import is_sharded
 _T = TypeVar("_T")
 _TRANSPORTS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting", "tcpstore")
 _OURS = str(Path(__file__).parent)
-# Of transformers' settings those that change what a step computes; ours all count.
-SHARED_SETTINGS = (
-    *("seed", "data_seed", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "bf16", "fp16"),
-)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """The processes of a run, and what they tell each other. A process that is alone sends nothing.
+
+    Every process must make the same calls in the same order.
+    """
+
+    size: int
+    rank: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, args: Any) -> "World":
+        """As the run's settings have it, once the launcher's variables are read."""
+        return cls(size=args.world_size, rank=args.process_index, device=args.device)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size == 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, in order of their ranks, on the CPU; each brings as many."""
+        return tensor.cpu() if self.is_alone else gather(tensor.to(self.device).contiguous()).cpu()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self._reduced(tensor, torch.distributed.ReduceOp.SUM)
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest value of each number over all processes."""
+        return self._reduced(tensor, torch.distributed.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process."""
+        return bool(self.max(torch.tensor(float(flag))).item())
+
+    def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
+        if self.is_alone:
+            return tensor
+        reduced = tensor.to(self.device, copy=True)
+        torch.distributed.all_reduce(reduced, op=how)
+        return reduced
+
+    def gather_objects(self, items: list[_T]) -> list[_T]:
+        """The lists of all processes, one after the other."""
+        return items if self.is_alone else list(gather_object(items))
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if not self.is_alone:
+            torch.distributed.barrier()
+
+    def mine(self, count: int) -> list[int]:
+        """This process's share of the numbers below `count`."""
+        return list(range(self.rank, count, self.size))
 
 
 def work_digest(args: Any, dataset: Any) -> int:
     """A number (63 bits) that stands for the settings and all encoded prompts; 0 if there is nobody to compare with."""
     if args.world_size == 1:
         return 0
-    inherited = {field.name for base in type(args).__mro__[1:-1] for field in dataclasses.fields(base)}
-    own = [field.name for field in dataclasses.fields(args) if field.name not in inherited]
-    settings = {name: getattr(args, name, None) for name in (*sorted(own), *SHARED_SETTINGS)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(args.shared_settings(), sort_keys=True, default=str).encode())
     for batch in dataset.select_columns(PROMPT_IDS).with_format("arrow").iter(1000):
         digest.update(json.dumps(batch.column(0).to_pylist()).encode())
     return int.from_bytes(digest.digest()[:8], "big") >> 1
 
 
-def count_prompts(accelerator: Any, is_real: Sequence[bool], *, step: int, digest: int) -> Tensor:
+def count_prompts(world: World, is_real: Sequence[bool], *, step: int, digest: int) -> Tensor:
     """Number of prompts of a step on all ranks together; they must be at the same step of the same work.
 
     Raises:
         DataDesyncError: they are not.
     """
-    mine = torch.tensor([[sum(is_real), step, digest]], dtype=torch.int64, device=accelerator.device)
-    ranks = accelerator.gather(mine)
+    mine = torch.tensor([[sum(is_real), step, digest]], dtype=torch.int64)
+    ranks = world.gather(mine)
     for column, what in ((1, "are at different steps"), (2, "have different settings or prompts")):
         if not bool((ranks[:, column] == ranks[0, column]).all()):
             values = ", ".join(f"rank {i}: {value}" for i, value in enumerate(ranks[:, column].tolist()))
@@ -66,22 +121,22 @@ def count_prompts(accelerator: Any, is_real: Sequence[bool], *, step: int, diges
                 f"step {step}: the processes {what} ({values}). Start every process with the same command and the "
                 "same files."
             )
-    return ranks[:, 0].sum()
+    return ranks[:, 0].sum().to(world.device)
 
 
-def decided_by_main(decide: Callable[[], _T], args: Any) -> _T:
+def decided_by_main(decide: Callable[[], _T], world: World, *, wait_s: float | None) -> _T:
     """What `decide` returns on the main process, on all; an error that it raises there ends all alike.
 
     For what is read from the run folder while the main process may change it.
     """
     outcome: list[Any] = [None]
-    if args.process_index == 0:
+    if world.is_main:
         try:
             outcome = [decide()]
         except BondError as error:
             outcome = [error]
-    if args.world_size > 1:
-        with waiting_for_others(args):
+    if not world.is_alone:
+        with waiting_for_others(world, wait_s=wait_s):
             broadcast_object_list(outcome)
     if isinstance(outcome[0], BondError):
         raise outcome[0]
@@ -89,7 +144,7 @@ def decided_by_main(decide: Callable[[], _T], args: Any) -> _T:
 
 
 @contextmanager
-def failing_together(args: Any) -> Iterator[None]:
+def failing_together(world: World) -> Iterator[None]:
     """A reward that fails on one rank fails on all, so that they can save together; every rank must call this."""
     failure: RewardError | None = None
     try:
@@ -97,21 +152,17 @@ def failing_together(args: Any) -> Iterator[None]:
     except RewardError as error:
         failure = error
     kind = 0 if failure is None else 2 if isinstance(failure, RewardOutageError) else 1
-    if args.world_size > 1:
-        mine = torch.tensor([kind], device=args.device)
-        ranks = [torch.empty_like(mine) for _ in range(args.world_size)]
-        torch.distributed.all_gather(ranks, mine)
-        kinds = [int(rank) for rank in ranks]
-        if failure is None and any(kinds):
-            error_class = RewardOutageError if max(kinds) == 2 else RewardError
-            failed = [rank for rank, kind in enumerate(kinds) if kind]
-            failure = error_class(f"the rewards of rank {failed[0]} failed: its own message says why")
+    kinds = world.gather(torch.tensor([kind])).tolist()
+    if failure is None and any(kinds):
+        error_class = RewardOutageError if max(kinds) == 2 else RewardError
+        failed = [rank for rank, kind in enumerate(kinds) if kind]
+        failure = error_class(f"the rewards of rank {failed[0]} failed: its own message says why")
     if failure is not None:
         raise failure
 
 
 @contextmanager
-def waiting_for_others(args: Any) -> Iterator[None]:
+def waiting_for_others(world: World, *, wait_s: float | None) -> Iterator[None]:
     """Say which rank waited in vain, and where, when a collective fails.
 
     Raises:
@@ -121,21 +172,20 @@ def waiting_for_others(args: Any) -> Iterator[None]:
         yield
     except RuntimeError as error:
         words = str(error).lower()
-        if isinstance(error, BondError) or args.world_size == 1 or not any(word in words for word in _TRANSPORTS):
+        if isinstance(error, BondError) or world.is_alone or not any(word in words for word in _TRANSPORTS):
             raise
         frame = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if _OURS in f.filename), None)
         place = "" if frame is None else f" in {frame.name} ({Path(frame.filename).name}:{frame.lineno})"
         raise LostRankError(
-            f"rank {args.process_index} of {args.world_size} waited in vain for another process{place}: it died, or "
-            f"did not answer within ddp_timeout={args.ddp_timeout} s. Look for the first error in the other processes' "
+            f"rank {world.rank} of {world.size} waited in vain for another process{place}: it died, or "
+            f"did not answer within ddp_timeout={wait_s} s. Look for the first error in the other processes' "
             f"output; the same command continues from the last checkpoint. ({str(error).splitlines()[0]})"
         ) from error
 
 
-def gather_in_order(numbers: Sequence[int], items: Sequence[Any], *, world_size: int) -> list[Any]:
+def gather_in_order(world: World, numbers: Sequence[int], items: Sequence[Any]) -> list[Any]:
     """All ranks' items in the order of their numbers."""
-    pairs = list(zip(numbers, items, strict=True))
-    everyone = gather_object(pairs) if world_size > 1 else pairs
+    everyone = world.gather_objects(list(zip(numbers, items, strict=True)))
     return [item for _, item in sorted(everyone, key=lambda pair: pair[0])]
 
 
@@ -163,22 +213,20 @@ def weights_digest(tensors: Iterable[Tensor]) -> int:
     return total % (1 << 62)
 
 
-def require_same_weights(model: nn.Module, anchor: Iterable[Tensor], *, step: int, device: torch.device) -> None:
+def require_same_weights(model: nn.Module, anchor: Iterable[Tensor], world: World, *, step: int) -> None:
     """Raise WeightDesyncError unless policy and anchor are the same on all ranks.
 
     Sharded weights are not asked for: each part exists once.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if world.is_alone:
         return
     trained = [p for p in model.parameters() if p.requires_grad]
     pairs: list[tuple[str, list[Tensor]]] = [("policy", list(trained)), ("anchor", list(anchor))]
     if any(is_sharded(tensor) for _, tensors in pairs for tensor in tensors):
         return
-    mine = torch.tensor([weights_digest(tensors) for _, tensors in pairs], device=device)
-    ranks = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(ranks, mine)
+    ranks = world.gather(torch.tensor([[weights_digest(tensors) for _, tensors in pairs]]))
     for i, (what, _) in enumerate(pairs):
-        values = [int(rank[i]) for rank in ranks]
+        values = ranks[:, i].tolist()
         if len(set(values)) > 1:
             others = [rank for rank, value in enumerate(values) if value != values[0]]
             raise WeightDesyncError(

@@ -1,0 +1,71 @@
+"""What a step logs of its samples, under TRL's names where the meaning is the same (docs/metrics.md)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from bondlm.engines import Completion
+from bondlm.rollout.samples import Samples
+from bondlm.training.clock import StepMeans
+from bondlm.training.rollout import Rollout
+
+
+def record(rollout: Rollout, means: StepMeans) -> None:
+    """Add a step's metrics to `means`."""
+    samples, plan, counted_P = rollout.samples, rollout.plan, rollout.is_counted_P
+    if plan.policy:
+        means.record_of_each({"anchor/kl": rollout.sampled_logp_PC - rollout.anchor_logp_PC}, counted_P)
+        if rollout.reference_logp_PC is not None:
+            means.record_of_each({"kl": rollout.sampled_logp_PC - rollout.reference_logp_PC}, counted_P)
+    means.record(reward_metrics(samples, plan.policy, counted_P), weight=float(counted_P.sum()))
+    means.record(work_metrics(samples, plan.policy, rollout.learned, plan.compare, rollout.num_passes))
+
+
+def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Lengths in tokens and the fraction cut at the budget, under TRL's names; and the fraction that says nothing."""
+    lengths = [len(c.ids) for c in completions]
+    return {
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
+        "completions/frac_empty": float(np.mean([c.finished and len(c.ids) == 1 for c in completions])),
+        # -log p of a sample is an unbiased estimate of the entropy of its distribution; the mean is over tokens.
+        "entropy": -sum(c.logprob for c in completions) / sum(lengths),
+    }
+
+
+def reward_metrics(samples: Samples, num_policy: int, counted_P: Tensor) -> dict[str, float]:
+    """What a step logs of the rewards of the prompts that count; the policy's samples come first."""
+    rewards_PM = samples.rewards_PM[counted_P]
+    policy, anchor = rewards_PM[:, :num_policy], rewards_PM[:, num_policy:]
+    ordered = samples.ranked[counted_P].sort(dim=1).values
+    tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+    metrics = {
+        "reward_std": float(rewards_PM.std()) if len(rewards_PM) else math.nan,  # all dropped: the step is skipped
+        "bond/frac_tied": float(tied.double().mean()),
+    }
+    if num_policy:
+        metrics["reward"] = float(policy.mean())
+        metrics |= {
+            f"rewards/{name}/mean": float(v[counted_P, :num_policy].mean()) for name, v in samples.by_name.items()
+        }
+    if anchor.shape[1]:
+        metrics["anchor/reward"] = float(anchor.mean())
+    return metrics
+
+
+def work_metrics(
+    samples: Samples, num_policy: int, learned: Sequence[Sequence[Completion]], num_compared: int, num_passes: int = 1
+) -> dict[str, float]:
+    """Lengths of the policy's samples (without any, of the anchor's), and the completion tokens that a step draws,
+    learns on, and has `num_passes` roles score: what its phases worked through.
+    """
+    measured = [c for row in samples.completions for c in (row[:num_policy] if num_policy else row)]
+    return completion_metrics(measured) | {
+        "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
+        "num_tokens/learned": float(sum(len(c.ids) for row in learned for c in row)),
+        "num_tokens/compared": float(num_passes * sum(len(c.ids) for row in learned for c in row[:num_compared])),
+    }

@@ -1,0 +1,179 @@
+"""What a training step does before any gradient, in the order of Algorithm 2 (Sessa et al. 2024, arXiv 2407.14622).
+
+Shapes: P prompts of this process, M samples of each, C of them compared with the anchor.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bondlm.data.columns import LOGGED_IDS, PROMPT_IDS, PROMPT_ROW
+from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.engines import Completion, Engine, Role
+from bondlm.models.learned_quantile import QuantileModel, completion_features
+from bondlm.models.logprobs import Group, by_length, score_groups
+from bondlm.models.roles import Roles
+from bondlm.objectives import LearnedQuantile, Objective, reference_pull
+from bondlm.rewards import NamedReward
+from bondlm.rollout.samples import Samples, SamplingParams, draw, logged_samples, score_samples
+from bondlm.rollout.seeds import Seeds
+from bondlm.rollout.truncated import treat_truncated
+from bondlm.training.clock import Clock, StepMeans
+from bondlm.training.dropped import DropBudget
+from bondlm.training.micro_batches import MicroBatch, micro_batch
+from bondlm.training.processes import World, failing_together
+from bondlm.training.rollout import Rollout
+
+
+@dataclass(kw_only=True)
+class Step:
+    """The parts that a rollout is made with, and its order."""
+
+    objective: Objective
+    engine: Engine
+    roles: Roles
+    rewards: Sequence[NamedReward]
+    encoder: PromptEncoder
+    world: World
+    clock: Clock
+    means: StepMeans
+    drops: DropBudget
+    quantile_model: QuantileModel | None
+    share_prompts: bool  # whether completions of a prompt may share its row
+    seed: int
+    missing_eos: str
+    gamma_ref: float = 0.0
+
+    def roll_out(
+        self, rows: Sequence[Mapping[str, Any]], step: int, is_real_P: Tensor, *, with_reference: bool
+    ) -> Rollout:
+        """Everything about step number `step` that needs no gradient; rows that are not `is_real_P` get no weight."""
+        plan, seeds = self.objective.plan, Seeds(self.seed, step)
+        positions = [row[PROMPT_ROW] for row in rows]
+        # Draw completions of the policy and of the anchor, and score them.
+        samples = self._samples(rows, seeds, positions)
+        self.means.record(self.drops.note(rows, samples, step, self.world))
+        is_counted_P = is_real_P & samples.kept
+        # Select those to learn from: for J-BOND the policy's, and the better one of the anchor's.
+        selection = self.objective.select(samples.ranked, seeds.tie_noise(positions, plan.total))
+        learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
+        compared = [cs[: plan.compare] for cs in learned]
+        # Log-probabilities of the compared ones; a server's rounding must not enter the returns.
+        anchor_logp_PC = self._logprob("anchor", rows, compared)
+        if self.engine.exact:
+            sampled_logp_PC = torch.tensor([[c.logprob for c in cs] for cs in compared])
+        else:
+            sampled_logp_PC = self._logprob("policy", rows, compared)
+        # Returns, and their baseline over the prompts of all processes.
+        signal_PC = selection.signal_PC.float()
+        if selection.learned is not None:
+            signal_PC = self._learned_signal(selection.learned, rows, compared, is_counted_P)
+        returns_PC = self.objective.returns(signal_PC, sampled_logp_PC, anchor_logp_PC)
+        is_measured = plan.policy > 0 and (with_reference or self.gamma_ref > 0)
+        reference_logp_PC = self._logprob("reference", rows, compared) if is_measured else None
+        pull_PC = None
+        if self.gamma_ref > 0 and reference_logp_PC is not None:  # back to the reference, with the same baseline
+            log_ratio_PC = sampled_logp_PC - reference_logp_PC
+            pull_PC = reference_pull(log_ratio_PC, self._baseline(log_ratio_PC, is_counted_P), self.gamma_ref)
+        return Rollout(
+            rows=rows,
+            plan=plan,
+            samples=samples,
+            learned=learned,
+            signal_PC=signal_PC,
+            sampled_logp_PC=sampled_logp_PC,
+            anchor_logp_PC=anchor_logp_PC,
+            baseline_PC=self._baseline(returns_PC, is_counted_P),
+            reference_logp_PC=reference_logp_PC,
+            pull_PC=pull_PC,
+            is_counted_P=is_counted_P,
+            num_passes=(1 if self.engine.exact else 2) + is_measured,
+        )
+
+    def pack(self, rollout: Rollout, sizes: Sequence[int]) -> list[MicroBatch]:
+        """The rollout as micro-batches of these numbers of prompts.
+
+        Prompts of similar length learn together: their sum does not depend on which of them share a batch.
+        """
+        order = iter(by_length(rollout.groups))
+        how: dict[str, Any] = {"start_id": self.encoder.start_id, "share_prompts": self.share_prompts}
+        chosen = [list(islice(order, size)) for size in sizes]
+        return [micro_batch(rollout, places, self.encoder.pad_id, **how) for places in chosen]
+
+    def draw(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        counts: Mapping[Role, int],
+        seeds: Seeds,
+        positions: Sequence[int],
+        temperature: float = 1.0,
+    ) -> list[list[Completion]]:
+        """Completions of each encoded row, so many of each role."""
+        params = SamplingParams(max_new_tokens=self.encoder.max_completion_length, seeds=seeds, temperature=temperature)
+        with self.clock("generate"):
+            return draw(self.engine, rows, counts, params, positions)
+
+    def score(
+        self, rows: Sequence[Mapping[str, Any]], completions: list[list[Completion]], *, drop: bool = False
+    ) -> Samples:
+        """Decode and score completions of encoded rows; `drop` marks prompts whose reward fails instead of raising."""
+        with self.clock("reward"), failing_together(self.world):
+            return score_samples(self.rewards, rows, completions, encoder=self.encoder, drop=drop)
+
+    def logprob(self, role: Role, groups: list[Group]) -> Tensor:
+        """Log-probability (P, C) under `role` of C completions of each prompt, nats, whichever model drew them."""
+        if not groups or not groups[0][1]:
+            return torch.zeros(len(groups), 0)
+        asked = groups if self.share_prompts else [(p, [completion]) for p, cs in groups for completion in cs]
+        how: dict[str, Any] = {"start_id": self.encoder.start_id, "device": self.world.device}
+        with self.clock("reference"), self.roles.use(role) as model:
+            return score_groups(model, asked, self.encoder.pad_id, **how).view(len(groups), -1)
+
+    def _logprob(
+        self, role: Role, rows: Sequence[Mapping[str, Any]], compared: Sequence[Sequence[Completion]]
+    ) -> Tensor:
+        pairs = zip(rows, compared, strict=True)
+        return self.logprob(role, [(row[PROMPT_IDS], [c.ids for c in cs]) for row, cs in pairs])
+
+    def _samples(self, rows: Sequence[Mapping[str, Any]], seeds: Seeds, positions: Sequence[int]) -> Samples:
+        """Logged samples where the data has them, else fresh ones, scored."""
+        if LOGGED_IDS in rows[0]:
+            return logged_samples(rows)
+        plan = self.objective.plan
+        completions = self.draw(rows, {"policy": plan.policy, "anchor": plan.anchor}, seeds, positions)
+        return treat_truncated(self.score(rows, completions, drop=True), self.missing_eos)
+
+    def _baseline(self, returns_PC: Tensor, is_counted_P: Tensor) -> Tensor:
+        """The baseline of this process's prompts, from the returns of all that count."""
+        everyone, counted = self.world.gather(returns_PC), self.world.gather(is_counted_P)
+        baseline = torch.zeros_like(everyone)
+        baseline[counted] = self.objective.baseline(everyone[counted])
+        first = self.world.rank * len(returns_PC)
+        return baseline[first : first + len(returns_PC)]
+
+    def _learned_signal(
+        self,
+        learned: LearnedQuantile,
+        rows: Sequence[Mapping[str, Any]],
+        compared: Sequence[Sequence[Completion]],
+        is_counted_P: Tensor,
+    ) -> Tensor:
+        """The signal (P, 1) from log p_theta; then one step of p_theta, the same on every process."""
+        assert self.quantile_model is not None  # noqa: S101  made where the plan asks for it
+        device, counted = self.world.device, self.world.gather(is_counted_P)
+        pairs = [(row[PROMPT_IDS], c.ids) for row, cs in zip(rows, compared, strict=True) for c in cs]
+        with self.clock("quantile"), self.roles.use("reference") as reference:
+            features = completion_features(
+                reference, pairs, self.encoder.pad_id, start_id=self.encoder.start_id, device=device
+            )
+            log_p = self.quantile_model.log_quantile(features)
+            everyone = self.world.gather(features), self.world.gather(learned.labels_P.float())
+            loss = self.quantile_model.update(*(tensor[counted].to(device) for tensor in everyone))
+        mean = float(self.world.gather(log_p)[counted].exp().mean())
+        metrics = {"bond/quantile_loss": loss, "bond/quantile_mean": mean}
+        self.means.record(metrics, weight=float(abs(loss) < float("inf")))
+        return learned.signal(log_p.cpu().unsqueeze(1))
