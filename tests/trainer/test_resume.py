@@ -93,7 +93,7 @@ def test_resume_without_the_anchor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-6" / ANCHOR_FILE).unlink()
     made = run_of_six(tmp_path, "lora")
     before = weights(made.roles.model)
-    with pytest.raises(CheckpointError, match=f"checkpoint-6 .*{ANCHOR_FILE} is missing"):
+    with pytest.raises(CheckpointError, match=f"checkpoint-6 .*{ANCHOR_FILE}"):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert same(weights(made.roles.model), before)
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))  # what the message advises

@@ -335,5 +335,5 @@ def test_weights_of_another_shape_are_refused(whole_server: LocalServer, base: s
 
 def test_what_vllm_says_at_its_start_reaches_the_user(base: str, tmp_path: Path) -> None:
     options = ["--max-model-len", "256", "--dtype", "no-such-type"]
-    with pytest.raises(ConfigError, match="no-such-type"):
+    with pytest.raises(ConfigError, match=r"no-such-type.*--dtype no-such-type"):
         LocalServer(PYTHON, base, options, log=tmp_path / "log", start_timeout=120, on_cpu=True)
