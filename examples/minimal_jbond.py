@@ -4,7 +4,7 @@
 
 The task: "27=" asks for digits that sum to 27, and "27=9954." is a right answer. A tiny Llama is fitted to the answers
 of someone who adds carelessly, and is then off by 6 on average. The reward is minus that error. J-BOND makes one sample
-as good as the best of three, on numbers that it has not trained on.
+as good as the best of three, on numbers that were kept out of its training.
 
 What this file leaves out, and `BONDTrainer` has:
 
