@@ -185,9 +185,7 @@ def test_s6_out_of_memory_in_forward(kind: str, rows: int, tmp_path: Path) -> No
         )
         if limit is not None:
             small = Small(made, limit, out_of_memory())
-            with pytest.warns(
-                UserWarning, match="out of memory while learning from 4 prompts at a time, going on with 2"
-            ):
+            with pytest.warns(UserWarning, match="out of memory while learning from 4 prompts, going on with 2"):
                 made.train()
             assert small.sizes.count(4) == 1  # the size is remembered
             assert set(small.sizes) == {4, 2, 1} if limit == 1 else {4, 2}
@@ -226,7 +224,7 @@ def test_s7_out_of_memory_in_generation(tmp_path: Path) -> None:
         return plain(model, prompts, chunk, *args)
 
     small.engine._decode = decode  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="out of memory with 4 rows, going on with 2"):
+    with pytest.warns(UserWarning, match="out of memory while drawing 4 rows, going on with 2"):
         small.train()
     whole.train()
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "small")]

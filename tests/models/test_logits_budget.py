@@ -34,7 +34,7 @@ def rows_seen(model: Any, most: int = 10**9) -> list[int]:
 def test_out_of_memory_while_scoring_halves_the_rows_and_changes_no_score(kind: str) -> None:
     model = MODELS[kind](TOKENIZER)
     seen = rows_seen(model, most=3)
-    with pytest.warns(UserWarning, match="out of memory while 8 prompts were scored, going on with 4"):
+    with pytest.warns(UserWarning, match="out of memory while scoring 8 prompts, going on with 4"):
         scores = score_groups(model, SINGLE, 0, start_id=start_id(model), device=CPU)
     assert scores == pytest.approx(plain_logprobs(model, SINGLE).detach(), abs=1e-4)
     assert max(seen) == 2
@@ -47,7 +47,7 @@ def test_out_of_memory_while_one_prompt_is_scored_says_what_to_do() -> None:
     assert score_groups(model, SHARED, 0, start_id=None, device=CPU).isfinite().all()
     model = tiny_causal(TOKENIZER)
     rows_seen(model, most=0)
-    with pytest.raises(ResourceError, match=r"completion\(s\) of .* tokens were scored: use a smaller"):
+    with pytest.raises(ResourceError, match=r"while scoring 1 prompt .*: use a smaller"):
         score_groups(model, SINGLE[:3], 0, start_id=None, device=CPU)
 
 

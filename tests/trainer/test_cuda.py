@@ -134,7 +134,7 @@ def test_out_of_memory_halves_the_rows(tmp_path: Path) -> None:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 600 * 2**20) / total)
     try:
-        with pytest.warns(UserWarning, match="out of memory with 128 rows"):
+        with pytest.warns(UserWarning, match="out of memory while drawing 128 rows"):
             samples, engine = draw(128)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

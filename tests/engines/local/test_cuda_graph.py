@@ -149,7 +149,7 @@ def test_out_of_memory_is_no_reason_to_do_without() -> None:
 
     model.register_forward_pre_hook(fail_once, with_kwargs=True)
     engine = engine_of(model)
-    with pytest.warns(UserWarning, match="out of memory with 18 rows, going on with 9"):
+    with pytest.warns(UserWarning, match="out of memory while drawing 18 rows, going on with 9"):
         assert drawn(engine, 3) == expected
     assert engine._graphs.wanted
 

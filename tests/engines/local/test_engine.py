@@ -361,7 +361,7 @@ def test_out_of_memory_halves_the_rows_and_changes_no_sample(kind: str) -> None:
     expected = ids_of(generate(engine_of(model), 4))
     greedy_for_memory(model, 3)
     engine = engine_of(model)
-    with pytest.warns(UserWarning, match="out of memory with .* rows, going on with"):
+    with pytest.warns(UserWarning, match="out of memory while drawing .* rows, going on with"):
         assert ids_of(generate(engine, 4)) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the engine remembers: it does not run out again
@@ -372,7 +372,7 @@ def test_out_of_memory_halves_the_rows_and_changes_no_sample(kind: str) -> None:
 def test_out_of_memory_with_one_row_says_what_to_do() -> None:
     model = tiny_causal(TOKENIZER)
     greedy_for_memory(model, 0)
-    with pytest.raises(ResourceError, match=r"one completion of .* smaller max_completion_length"):
+    with pytest.raises(ResourceError, match=r"drawing 1 row .* smaller max_completion_length"):
         generate(engine_of(model))
 
 
