@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from bondlm.errors import ConfigError
 from bondlm.objectives import Objective
 from bondlm.objectives.make import OBJECTIVES, make_objective, users
-from bondlm.objectives.rules import Rule, above, at_least, beginning_with, between, off, one_of
+from bondlm.objectives.rules import Rule, above, at_least, beginning_with, between, finite, off, one_of
 
 AnchorSchedule = Literal["ema", "periodic", "fixed"]
 DEFAULT_WAIT_S, YEAR_S = 600, 31_536_000
@@ -51,16 +51,22 @@ class BONDConfig(TrainingArguments):
     # -- the algorithm
     objective: str = _field(
         "jbond",
-        "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, vbon, bonbon or "
-        "best_of_n_regression.",
+        "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, vbon, bonbon, "
+        "best_of_n_regression or self_bond.",
         one_of(*OBJECTIVES),
     )
     n: int = _field(2, "Order of Best-of-n in the target, at least 2. J-BOND is defined for 2.")
     beta: float = _field(0.5, "Jeffreys weight in [0, 1]: 0 is forward KL only (SFT), 1 backward KL only. Paper: 0.5.")
     gamma: float = _field(0.0, "Strength >= 0 of the extra KL to the anchor. Paper: 0 to 2 (Fig. 6).")
+    gamma_ref: float = _field(
+        0.0,
+        "Strength >= 0 of the KL to the fixed reference, with a moving anchor: it sets the N that is kept "
+        "(docs/theory.md).",
+        finite(0, "a negative value pushes away from the reference"),
+    )
     anchor: AnchorSchedule = _field(
-        "ema",
-        "How the anchor moves: 'ema' (every step), 'periodic' (copied) or 'fixed'.",
+        None,
+        "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed'. self_bond: always 'fixed'.",
         one_of(*get_args(AnchorSchedule)),
     )
     eta: float = _field(
@@ -85,7 +91,7 @@ class BONDConfig(TrainingArguments):
     log_quantile: str | None = _field(
         None,
         "Estimate of the log-quantile: jbond takes 'jbond' (Eq. 17, default) or 'harmonic', bond 'clamped' (default) "
-        "or 'harmonic'.",
+        "or 'harmonic', self_bond 'tilt' (default), 'harmonic' or 'best_of_n'.",
         needs=("quantile", "monte_carlo"),
     )
     correction: bool = _field(
@@ -102,7 +108,8 @@ class BONDConfig(TrainingArguments):
     beta_rl: float = _field(0.05, "reinforce, rloo: KL coefficient >= 0 in units of reward a nat. Paper: 0.001 to 1.")
     num_samples: int | None = _field(
         None,
-        "rloo: policy samples a prompt (default 2); best_of_n_regression: samples a prompt (default n, or all logged).",
+        "Samples per prompt. rloo: default 2; self_bond: default 8, at least 3; best_of_n_regression: default n, or "
+        "all logged ones.",
     )
     alpha: float = _field(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
 
@@ -242,6 +249,8 @@ class BONDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
+        if self.anchor is None:
+            self.anchor = default_anchor(self.objective)
         if problems := _problems(self):
             raise ConfigError("; ".join(problems))
         if self.ddp_timeout is None:
@@ -253,6 +262,11 @@ class BONDConfig(TrainingArguments):
     def shared_settings(self) -> dict[str, Any]:
         """What all processes of a run must have alike."""
         return {name: getattr(self, name) for name, setting in SETTINGS.items() if setting.shared}
+
+
+def default_anchor(objective: str) -> AnchorSchedule:
+    """How the anchor moves if nothing is said: own quantiles need none, and their KL is to the fixed reference."""
+    return "fixed" if objective == "self_bond" else "ema"
 
 
 def _longest_wait(c: BONDConfig) -> int:
@@ -315,6 +329,14 @@ def _problems(c: BONDConfig) -> list[str]:
         plan = objective_of(c).plan
     except ConfigError as error:
         return [str(error)]
+    if c.gamma_ref and (plan.policy == 0 or c.objective == "self_bond"):
+        why = "its KL to the reference has weight 1" if plan.policy else "it draws no samples of the policy"
+        problems.append(f"gamma_ref={c.gamma_ref!r}: objective={c.objective!r} does not use it ({why}), remove it")
+    elif c.gamma_ref and c.anchor == "fixed":
+        problems.append(
+            f"gamma_ref={c.gamma_ref!r}: anchor='fixed' is the reference itself, and the objective has a KL to it; "
+            "remove gamma_ref, or let the anchor move"
+        )
     if c.missing_eos == "worst" and plan.total == 1:
         problems.append(
             f"missing_eos='worst': objective={c.objective!r} draws one sample per prompt, and there is no other to "
@@ -352,6 +374,11 @@ def _not_used(c: BONDConfig, name: str, other: str, values: tuple[str, ...]) -> 
 
 def _contradictions(c: BONDConfig) -> Iterator[str]:
     """What two settings say together."""
+    if c.objective == "self_bond" and c.anchor != "fixed":
+        yield (
+            f"anchor={c.anchor!r}: objective='self_bond' has no moving anchor, its KL is to the model it started from; "
+            "remove the setting"
+        )
     if c.target_n is not None and c.target_n > c.eval_num_reference_samples:
         yield (
             f"target_n={c.target_n}: must be at most eval_num_reference_samples={c.eval_num_reference_samples}, which "

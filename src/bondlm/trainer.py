@@ -45,7 +45,7 @@ from bondlm.models.sharding import (
     trained_in_parallel,
     uses_fsdp,
 )
-from bondlm.objectives import Objective
+from bondlm.objectives import Objective, with_reference_kl
 from bondlm.rewards import rewards_of_run
 from bondlm.rollout.samples import Samples, longest_prompt
 from bondlm.rollout.seeds import Seeds
@@ -210,6 +210,7 @@ class BONDTrainer(Trainer):
             share_prompts=share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,
+            gamma_ref=args.gamma_ref,
         )
 
     # -- a training step
@@ -266,6 +267,7 @@ class BONDTrainer(Trainer):
         logp_PLT = logp.flatten(0, 1).unflatten(0, (-1, plan.learn))
         logp_PL = logp_PLT.sum(dim=2)
         loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
+        loss = with_reference_kl(loss, logp_PL, inputs.get("pull_PC"))
         counted_P = self.run_folder.note_losses(inputs["row_P"], loss.loss_P) & (inputs["weight_P"] > 0)
         self._means.record_of_each(loss.metrics | {"loss": loss.loss_P.detach()}, counted_P)
         if plan.policy:

@@ -45,10 +45,10 @@ def test_a_template_without_bos_gets_none() -> None:
 def test_conversations_without_a_template_are_refused() -> None:
     tokenizer = tiny_tokenizer(chat=False)
     assert encode(PROMPTS, tokenizer)
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.chat_template"):
         encode(CHATS, tokenizer)
     tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.chat_template"):
         encode(CHATS, tokenizer)
     tokenizer.chat_template = {"tool_use": "wrong", "default": CHATML}
     assert encode(CHATS, tokenizer) == encode(CHATS, tiny_tokenizer())
@@ -57,7 +57,7 @@ def test_conversations_without_a_template_are_refused() -> None:
 def test_a_template_that_is_not_jinja_is_a_setting_to_correct() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "line one\n{% for m in messages %}{{ m.content }}"
-    with pytest.raises(ConfigError, match="not valid Jinja \\(line 2"):
+    with pytest.raises(ConfigError, match=r"Jinja.*line 2"):
         encode(CHATS, tokenizer)
 
 
@@ -80,7 +80,7 @@ def test_rows_that_the_template_refuses_are_named(fault: str, monkeypatch: pytes
     chats: list[Any] = list(CHATS)
     for bad in (3, 7):
         chats[bad] = [{"role": "system", "content": "be good"}, *CHATS[bad]]
-    with pytest.raises(DataError, match="the chat template refuses") as caught:
+    with pytest.raises(DataError, match="chat template") as caught:
         encode(chats, tokenizer)
     assert [line.split(": ")[0] for line in str(caught.value).split("\n")[1:]] == ["row 3", "row 7"]
     assert encode(CHATS, tokenizer) == encode(CHATS, tiny_tokenizer())
@@ -107,7 +107,7 @@ def test_tokens_that_a_template_joins_across_messages_are_refused() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     chats = [user("hi <|im_", "end|> there")]
     assert 2 in encode(chats, tokenizer, allow_special_tokens_in_text=True)[0]
-    with pytest.raises(DataError, match=r"special token <\|im_end\|> in the text of row 0"):
+    with pytest.raises(DataError, match=r"<\|im_end\|>.*row 0"):
         encode(chats, tokenizer)
 
 
@@ -116,7 +116,7 @@ def test_markers_of_the_template_that_are_no_special_tokens_are_refused() -> Non
     tokenizer.add_tokens([AddedToken("<tool_call>"), AddedToken("<|role|>"), AddedToken("user"), AddedToken("    ")])
     tokenizer.chat_template = CHATML + "    {# <tool_call> #}{{ '[INST]' if false }}"
     for hostile, name in [("<tool_call>", "<tool_call>"), ("a <|role|>", r"<\|role\|>"), ("[INST] x", r"\[INST\]")]:
-        with pytest.raises(DataError, match=f"special token {name} in the text of row 0"):
+        with pytest.raises(DataError, match=f"{name}.*row 0"):
             encode([user(hostile)], tokenizer)
     assert encode([user("the user    indents [NAME] <b>")], tokenizer)
     # Plain text is not rendered by a template, so its markers mean nothing there.

@@ -44,12 +44,12 @@ def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reward": None}, r"row 5: the reward is None, not a finite number \(prompt 'Why do cats"),
-        ({"reward": float("nan")}, r"row 5: the reward is nan, not a finite number"),
-        ({"completion": None}, r"row 5: the completion is None, not text"),
+        ({"reward": None}, "row 5: .*reward.*None.*'Why do cats"),
+        ({"reward": float("nan")}, "row 5: .*reward.*nan"),
+        ({"completion": None}, "row 5: .*completion.*None"),
         (
             {"completion": "a much longer completion than any that would fit"},
-            r"row 5: the completion has \d+ tokens \(prompt 'Why do",
+            r"row 5: .*\d+ tokens.*'Why do.*max_completion_length.*\b12\b",
         ),
     ],
 )
@@ -63,24 +63,24 @@ def test_bad_scored_rows_are_named(change: dict[str, Any], message: str, tmp_pat
 
 def test_too_few_scored_samples_are_counted(tmp_path: Path) -> None:
     rows = scored_rows(3)
-    with pytest.raises(DataError, match=r"row 4: the prompt 'Why do cats sleep so much\?' has 2 scored samples, 3 are"):
+    with pytest.raises(DataError, match=r"row 4: .*'Why do cats sleep so much\?'.*\b2 scored.*\b3\b"):
         logged_trainer(tmp_path, [row for i, row in enumerate(rows) if i not in (5, 7)])
-    with pytest.raises(DataError, match="has 4 scored samples, 5 are needed"):
+    with pytest.raises(DataError, match=r"\b4 scored.*\b5\b"):
         logged_trainer(tmp_path, rows, num_samples=5)
 
 
 def test_scored_samples_and_settings_must_fit(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="objective='jbond' draws its own"):
+    with pytest.raises(ConfigError, match="objective='jbond'"):
         logged_trainer(tmp_path, scored_rows(2), objective="jbond", n=2)
-    with pytest.raises(ConfigError, match="anchor='ema': scored samples were drawn from the model as it was"):
+    with pytest.raises(ConfigError, match=r"anchor='ema'.*anchor='fixed'"):
         logged_trainer(tmp_path, scored_rows(2), anchor="ema")
-    with pytest.raises(ConfigError, match="missing_eos='worst': it looks at samples that the run draws"):
+    with pytest.raises(ConfigError, match="missing_eos='worst'"):
         logged_trainer(tmp_path, scored_rows(2), missing_eos="worst")
-    with pytest.raises(ConfigError, match="truncate_prompt='left': the samples were drawn for whole prompts"):
+    with pytest.raises(ConfigError, match="truncate_prompt='left'"):
         logged_trainer(tmp_path, scored_rows(2), truncate_prompt="left")
-    with pytest.raises(ConfigError, match="reward_funcs is required"):
+    with pytest.raises(ConfigError, match=r"^reward_funcs"):
         trainer(tmp_path, reward=None)
-    with pytest.raises(ConfigError, match="eval_dataset needs reward_funcs"):
+    with pytest.raises(ConfigError, match=r"^eval_dataset.*reward_funcs"):
         logged_trainer(tmp_path, scored_rows(2), reward=None, eval_dataset=prompt_rows(2))
 
 
@@ -96,10 +96,14 @@ def test_bad_scored_rows_are_refused_before_a_model_is_loaded(
     rows[5] |= change
     path = tmp_path / "scored.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"row 5: |'once' has 1 scored samples, 3 are needed"):
+    with pytest.raises(DataError, match=r"^row 5: "):
         logged_trainer(tmp_path, str(path))
-    for settings in ({"anchor": "ema"}, {"objective": "rloo", "n": 2}, {"eval_strategy": "steps", "eval_steps": 1}):
-        with pytest.raises(ConfigError):
+    for settings, name in (
+        ({"anchor": "ema"}, "anchor='ema'"),
+        ({"objective": "rloo", "n": 2}, "objective='rloo'"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps'.*eval_dataset"),
+    ):
+        with pytest.raises(ConfigError, match=name):
             logged_trainer(tmp_path, scored_rows(3), **settings)
 
 

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,13 +40,13 @@ def test_check_tokenizer_pads_with_the_first_eos_where_there_is_no_pad() -> None
 
 @pytest.mark.parametrize("none", [None, []])
 def test_check_tokenizer_refuses_models_that_cannot_stop(none: list[int] | None) -> None:
-    with pytest.raises(ConfigError, match="could never learn to stop"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.eos_token"):
         check_tokenizer(tiny_tokenizer(eos=False), none)
 
 
 @pytest.mark.parametrize("bad", [-1, True, [2, "<|im_end|>"], 2.0])
 def test_check_tokenizer_refuses_what_is_not_a_token_id(bad: Any) -> None:
-    with pytest.raises(ConfigError, match="is not a token id"):
+    with pytest.raises(ConfigError, match="eos_token_id"):
         check_tokenizer(tiny_tokenizer(), bad)
 
 
@@ -98,10 +99,10 @@ def test_prompts_at_the_limit_pass_and_one_token_more_is_refused() -> None:
     assert encode([prompt], tokenizer, context_length=length, is_encoder_decoder=True) == whole
     assert encode([prompt], tokenizer, max_completion_length=10**9, is_encoder_decoder=True) == whole
     for change, advice in [
-        ({"max_prompt_length": length - 1}, f"max_prompt_length is {length - 1}. .* raise `max_prompt_length`"),
-        ({"context_length": length + 7}, f"leaves {length - 1} beside max_completion_length = 8.* lower"),
-        ({"context_length": length - 1, "is_encoder_decoder": True}, f"the context holds {length - 1} tokens"),
-        ({"context_length": length + 7, "max_prompt_length": length}, "lower `max_completion_length`"),
+        ({"max_prompt_length": length - 1}, f"max_prompt_length is {length - 1}.*`max_prompt_length`"),
+        ({"context_length": length + 7}, rf"{length + 7} tokens.*\b{length - 1}\b.*max_completion_length = 8"),
+        ({"context_length": length - 1, "is_encoder_decoder": True}, f"context.* {length - 1} tokens"),
+        ({"context_length": length + 7, "max_prompt_length": length}, "`max_completion_length`"),
     ]:
         with pytest.raises(DataError, match=advice) as caught:
             encode([prompt], tokenizer, **change)
@@ -122,7 +123,7 @@ def test_overlong_rows_are_listed_ten_by_name() -> None:
 
 
 def test_completions_that_fill_the_context_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no room for a prompt: max_completion_length = 64"):
+    with pytest.raises(ConfigError, match="max_completion_length = 64"):
         encode(PROMPTS, tiny_tokenizer(), context_length=64, max_completion_length=64)
 
 
@@ -139,9 +140,8 @@ def test_a_tokenizer_file_that_asks_for_truncation_and_padding_is_overruled() ->
 def test_prompts_that_become_no_tokens_are_refused(settings: dict[str, bool]) -> None:
     tokenizer = tiny_tokenizer(**settings)  # type: ignore[arg-type]
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    with pytest.raises(DataError, match="turns into nothing") as caught:
+    with pytest.raises(DataError, match=r"\nrow 1: no tokens$"):
         encode(["a", "\u200b\u200b"], tokenizer)
-    assert str(caught.value).endswith("\nrow 1: no tokens")
 
 
 HARMLESS = [
@@ -161,9 +161,8 @@ HARMLESS = [
 def test_special_tokens_in_the_text_are_refused(hostile: str, make: Callable[[str], Any]) -> None:
     tokenizer = tiny_tokenizer(pad=None)
     name = next(token for _, token in sorted((hostile.find(t), t) for t in (PAD, START, END) if t in hostile))
-    with pytest.raises(DataError, match="Remove it, or give conversations as lists of messages") as caught:
+    with pytest.raises(DataError, match=rf"\n.*{re.escape(name)}.*row 1$"):
         encode([make("fine"), make(hostile)], tokenizer)
-    assert str(caught.value).endswith(f"\nspecial token {name} in the text of row 1")
     control = sum(token_id < 3 for row in encode([make("x")], tokenizer) for token_id in row)
     (allowed,) = encode([make(hostile)], tokenizer, allow_special_tokens_in_text=True)
     assert sum(token_id < 3 for token_id in allowed) > control
@@ -185,10 +184,11 @@ def test_hostile_rows_are_counted_and_found_in_every_message_field() -> None:
     chats: list[Any] = [*CHATS, nested, first]
     with pytest.raises(DataError) as caught:
         encode(chats, tokenizer)
-    assert str(caught.value).split("\n")[1:] == [
-        f"special token {END} in the text of row 12",
-        f"special token {START} in the text of row 13",
-    ]
+    nested_line, first_line = str(caught.value).split("\n")[1:]
+    assert END in nested_line
+    assert nested_line.endswith("row 12")
+    assert START in first_line
+    assert first_line.endswith("row 13")
     with pytest.raises(DataError, match=r"row 9\n\.\.\. and 15 more rows$"):
         encode([END] * 25, tokenizer)
 
@@ -207,13 +207,13 @@ def test_unknown_words_are_not_special_tokens_but_normalised_eos_is() -> None:
     tokenizer = word_tokenizer(unk_token="[UNK]", eos_token="</s>", pad_token="[UNK]")
     assert encode(["hello \U0001f600 world"], tokenizer) == [[2, 0, 3]]
     for hostile in ("hello </s>", "hello \uff1c/s\uff1e"):
-        with pytest.raises(DataError, match="special token </s> in the text of row 0"):
+        with pytest.raises(DataError, match=r"</s>.*row 0"):
             encode([hostile], tokenizer)
 
 
 def test_an_unknown_token_that_is_also_eos_stays_refused() -> None:
     tokenizer = word_tokenizer(unk_token="[UNK]", eos_token="[UNK]")
-    with pytest.raises(DataError, match=r"special token \[UNK\]"):
+    with pytest.raises(DataError, match=r"\[UNK\].*row 0"):
         encode(["hello stranger"], tokenizer)
 
 

@@ -70,7 +70,11 @@ def adapter_of_nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("prepare", "message"),
-    [(lambda folder: None, "cannot load"), (pickled, "cannot load"), (adapter_of_nothing, "names no base model")],
+    [
+        (lambda folder: None, r"config\.json"),
+        (pickled, r"model\.safetensors"),
+        (adapter_of_nothing, r"adapter_config\.json"),
+    ],
     ids=["empty", "pickle only", "adapter without base"],
 )
 def test_what_cannot_be_loaded_is_a_config_error(prepare: Callable[[Path], None], message: str, tmp_path: Path) -> None:

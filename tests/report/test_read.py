@@ -30,20 +30,24 @@ def without(name):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (spoil("eval.json", None), ConfigError, "has no eval.json: run `bondlm eval` on it first"),
-        (spoil("eval.json", "{"), DataError, "eval.json is not JSON"),
-        (spoil("eval.json", "[]"), DataError, r"eval.json is '\[\]', not an object"),
-        (without("win_rate"), DataError, "eval.json lacks win_rate"),
-        (spoil_eval(kl=0.5), DataError, r"eval.json.kl is '0.5', not \{value, low, high\}"),
-        (spoil_eval(kl={"value": "x", "low": 0, "high": 1}), DataError, "kl.value is 'x', not a number"),
-        (spoil_eval(curve=[{"n": 1, "reward": 3}]), DataError, r"curve\[0\].reward is '3'"),
-        (spoil_eval(baselines={"reference": 1}), DataError, "baselines.reference is '1', not an object"),
-        (spoil_eval(warnings="w"), DataError, "warnings is 'w', not a list"),
-        (spoil_eval(quantile_histogram={"edges": [0, 1], "policy": [0.5, 0.5]}), DataError, "one edge more"),
-        (spoil("metrics.jsonl", '{"step": 1}\nnonsense\n'), DataError, "metrics.jsonl, line 2 is not JSON"),
-        (spoil("metrics.jsonl", "[1]\n"), DataError, "line 1 is not a JSON object"),
-        (spoil("eval_samples.jsonl", '{"prompt": 3}\n'), DataError, "line 1.prompt is '3', not text"),
-        (spoil("eval_samples.jsonl", '{"policy": "x"}\n'), DataError, "policy is 'x', not an object"),
+        (spoil("eval.json", None), ConfigError, r"eval\.json.*`bondlm eval`"),
+        (spoil("eval.json", "{"), DataError, r"eval\.json.*JSON"),
+        (spoil("eval.json", "[]"), DataError, r"eval\.json.*'\[\]'"),
+        (without("win_rate"), DataError, r"eval\.json.*win_rate"),
+        (spoil_eval(kl=0.5), DataError, r"eval\.json\.kl\b.*'0\.5'.*\{value, low, high\}"),
+        (spoil_eval(kl={"value": "x", "low": 0, "high": 1}), DataError, r"kl\.value\b.*'x'"),
+        (spoil_eval(curve=[{"n": 1, "reward": 3}]), DataError, r"curve\[0\]\.reward\b.*'3'"),
+        (spoil_eval(baselines={"reference": 1}), DataError, r"baselines\.reference\b.*'1'"),
+        (spoil_eval(warnings="w"), DataError, r"warnings\b.*'w'"),
+        (
+            spoil_eval(quantile_histogram={"edges": [0, 1], "policy": [0.5, 0.5]}),
+            DataError,
+            "quantile_histogram.*shares",
+        ),
+        (spoil("metrics.jsonl", '{"step": 1}\nnonsense\n'), DataError, r"metrics\.jsonl, line 2\b"),
+        (spoil("metrics.jsonl", "[1]\n"), DataError, r"metrics\.jsonl, line 1\b"),
+        (spoil("eval_samples.jsonl", '{"prompt": 3}\n'), DataError, r"line 1\.prompt\b.*'3'"),
+        (spoil("eval_samples.jsonl", '{"policy": "x"}\n'), DataError, r"line 1\.policy\b.*'x'"),
     ],
 )
 def test_a_folder_that_cannot_be_reported_says_why(tmp_path, change, error, message):
@@ -54,14 +58,14 @@ def test_a_folder_that_cannot_be_reported_says_why(tmp_path, change, error, mess
 
 
 def test_a_folder_without_any_result_says_how_to_make_one(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no eval.json and no metrics.jsonl: make a run with `bondlm train`"):
+    with pytest.raises(ConfigError, match=r"eval\.json.*metrics\.jsonl.*`bondlm train`"):
         read_runs([tmp_path])
-    with pytest.raises(ConfigError, match="is not a folder"):
+    with pytest.raises(ConfigError, match="/nowhere"):
         read_runs([tmp_path / "nowhere"])
-    with pytest.raises(ConfigError, match="no run folder is given"):
+    with pytest.raises(ConfigError, match="`bondlm report RUN`"):
         read_runs([])
     run = write_run(tmp_path / "run")
-    with pytest.raises(ConfigError, match="is given twice"):
+    with pytest.raises(ConfigError, match=f"'{run}'.*twice"):
         read_runs([run, tmp_path / "other" / ".." / "run"])
 
 

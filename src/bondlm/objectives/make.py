@@ -17,6 +17,7 @@ from bondlm.objectives.jbond import JBOND
 from bondlm.objectives.reinforce import Reinforce
 from bondlm.objectives.rloo import RLOO
 from bondlm.objectives.rules import one_of
+from bondlm.objectives.self_bond import SelfBOND
 from bondlm.objectives.vbon import VBON
 
 OBJECTIVES: dict[str, type[Any]] = {
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Any]] = {
     "vbon": VBON,
     "bonbon": BoNBoN,
     "best_of_n_regression": BestOfNRegression,
+    "self_bond": SelfBOND,
 }
 
 

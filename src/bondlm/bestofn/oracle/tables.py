@@ -3,6 +3,7 @@
 Shape suffixes: K outcomes. Everything is float64 and checked before it comes here.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from bondlm.bestofn._arrays import check_finite, check_probs, check_same_shape, 
 
 _GRADIENT_TOLERANCE = 1e-12
 _MAX_NEWTON_STEPS = 200
+_LOG_TOLERANCE, _MAX_NATURAL_STEPS, _LOST = 1e-11, 20_000, 1e4
 
 
 def score_gradient(logp_K: Tensor, values_K: Tensor) -> Tensor:
@@ -63,6 +65,28 @@ def newton(logits_K: Tensor, gradient: Callable[[Tensor], Tensor], step: Callabl
         f"no fixed point found: gradient norm {float(gradient_K.norm(dim=-1).max()):.3g} after {_MAX_NEWTON_STEPS} "
         "Newton steps; use a smaller k or n, or less extreme anchor_probs"
     )
+
+
+def resting_point(start_K: Tensor, wanted: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the probabilities whose logarithm is `wanted` of itself, up to a constant, by natural-gradient steps.
+
+    For forces that depend on the policy, where no objective is minimised. A step goes half of the way; where that runs
+    in circles, a tenth, then a fiftieth.
+
+    Raises:
+        RuntimeError: if that takes more than 20,000 steps.
+    """
+    for rate in (0.5, 0.1, 0.02):
+        logp_K, error = start_K, math.inf
+        for _ in range(_MAX_NATURAL_STEPS):
+            step_K = wanted(logp_K).log_softmax(-1) - logp_K
+            error = float(step_K.abs().max())
+            if error < _LOG_TOLERANCE:
+                return logp_K.exp()
+            if not error < _LOST:
+                break
+            logp_K = (logp_K + rate * step_K).log_softmax(-1)
+    raise RuntimeError(f"no fixed point found: log-probabilities are off by {error:.3g}; use a smaller n")
 
 
 def dense_newton_step(hessian_KK: Tensor, gradient_K: Tensor) -> Tensor:
