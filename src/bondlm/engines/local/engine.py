@@ -80,7 +80,7 @@ class TransformersEngine:
         seeds: Sequence[int],
         temperature: float = 1.0,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`."""
+        """Draw `num_samples` completions of each prompt from one role; see `Engine.generate_roles`."""
         wanted = [_Wanted(prompt, num_samples, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         with self._use(role) as model:
             return self._draw(model, wanted, None, max_new_tokens, temperature)
