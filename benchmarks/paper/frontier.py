@@ -7,8 +7,9 @@
 The T5 task (examples/summarization: package descriptions, entailment reward, MiniLM and ROUGE-L as judges). First the
 reference is made: 500 SFT steps of 32, then its samples of the held-out prompts, once for all runs. Then worker
 processes take runs off the queue, the next one as soon as one has ended; a run that fails leaves its log and a worker
-that dies is replaced. `--until` seconds after the start no run goes on. Rows are appended to the results file as they
-are measured; a run whose last row is there is done, on whichever machine, and skipped.
+that dies is replaced. `--until` seconds after the start, or when a file `stop` lies in the run folder, no run goes on.
+Rows are appended to the results file as they are measured; a run whose last row is there is done, on whichever machine,
+and skipped.
 
 A row: run, seed, step, win_rate, kl, entropy, effective_n, kl_ratio, judges, length, distinct_2, with `..._low` and
 `..._high` (95%, over prompts), learning seconds, settings, command, commit, device, attempt (rows of a run that was cut
@@ -40,6 +41,7 @@ NLI = "nli:{models}/flan-t5-small-title?template=flan&premise_prefix=summarize: 
 PREPARE = "prepare"  # the worker that makes the reference
 READY = "reference.json"  # written last: the reference and its samples are there
 PAUSE, PAUSE_AT_MOST_S = "pause", 90
+STOP = "stop"
 WAIT_S = 300  # for the reference
 SHARPENED = (0.8, 0.7, 0.6)
 GRACE_S = 10
@@ -112,6 +114,11 @@ def left(args: Any) -> int:
     return sum(not (claims(args) / f"{name}-s{seed}").exists() for name, seed in jobs)
 
 
+def is_over(args: Any, at: float) -> bool:
+    """Whether time is up, or somebody says so."""
+    return time.time() > at or (Path(args.out) / STOP).exists()
+
+
 def start(args: Any, name: str, ends_at: float) -> subprocess.Popen[bytes]:
     """A worker of this name, its output in a file of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--ends-at", str(ends_at)]
@@ -129,7 +136,7 @@ def run_queue(args: Any) -> None:
     workers = {PREPARE: start(args, PREPARE, ends_at)} if not (args.out / READY).exists() else {}
     workers |= {str(i): start(args, str(i), ends_at) for i in range(args.workers)}
     started, told = args.workers, 0.0
-    while workers and time.time() < ends_at + GRACE_S:
+    while workers and not is_over(args, ends_at + GRACE_S):
         time.sleep(1)
         for name, process in list(workers.items()):
             code = process.poll()
@@ -137,7 +144,13 @@ def run_queue(args: Any) -> None:
                 continue
             del workers[name]
             print(f"{time.time() - began:.0f} s: worker {name} ended with {code}", flush=True)
-            if code and name != PREPARE and started < 3 * args.workers and time.time() < ends_at - 30 and left(args):
+            if (
+                code
+                and name != PREPARE
+                and started < 3 * args.workers
+                and not is_over(args, ends_at - 30)
+                and left(args)
+            ):
                 workers[str(started)] = start(args, str(started), ends_at)
                 started += 1
         if time.time() - told > 20:
@@ -168,7 +181,7 @@ def work(args: Any) -> int:
         return 0
     wait_for(args.out / "model.done", args)
     took = 0.0
-    while time.time() + took / 2 < args.ends_at:
+    while not is_over(args, args.ends_at - took / 2):
         job = claim(args)
         if job is None:
             break
@@ -350,7 +363,7 @@ def watch(args: Any, bench: Any, row: dict[str, Any]) -> Any:
 
         def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
             self.spent += time.perf_counter() - self.began
-            if time.time() > args.ends_at:
+            if is_over(args, args.ends_at):
                 control.should_training_stop = True
             elif state.global_step % args.every == 0 or state.global_step == args.steps:
                 began = time.perf_counter()
