@@ -179,6 +179,7 @@ def work(args: Any) -> int:
     if args.worker == PREPARE:
         make_reference(args)
         return 0
+    encode_once(args)
     wait_for(args.out / "model.done", args)
     took = 0.0
     while not is_over(args, args.ends_at - took / 2):
@@ -227,6 +228,35 @@ def few_launches() -> None:
     logprobs.exact_head = exact_head
 
 
+def encode_once(args: Any) -> None:
+    """Read and encode the prompts once for all runs of this process: half as long as a run learns, on a GPU."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from bondlm.data.prompt_encoder import PromptEncoder
+    from bondlm.training import dropped
+
+    base = args.models / "flan-t5-small-title"
+    config, encode, load = AutoConfig.from_pretrained(base), PromptEncoder.encoded, dropped.load_prompts
+    known: dict[Any, Any] = {}
+
+    def encoded(self: Any, source: Any) -> Any:
+        key = len(source), source[0]["prompt"]
+        if key not in known:
+            known[key] = encode(self, source)
+        return known[key]
+
+    def load_prompts(source: Any, **how: Any) -> Any:
+        if source not in known:
+            known[source] = load(source, **how)
+        return known[source]
+
+    PromptEncoder.encoded, dropped.load_prompts = encoded, load_prompts
+    ids = {"eos_ids": [config.eos_token_id], "pad_id": config.pad_token_id, "start_id": config.decoder_start_token_id}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoder = PromptEncoder(tokenizer=tokenizer, config=config, **ids, max_completion_length=args.length)
+    encoder.encoded(load_prompts(str(all_prompts(args))))
+
+
 def wait_for(path: Path, args: Any) -> None:
     until = min(time.time() + WAIT_S, args.ends_at)
     while not path.exists():
@@ -246,7 +276,8 @@ def make_reference(args: Any) -> None:
         print(f"SFT: {time.perf_counter() - began:.0f} s, held-out loss per token {loss}", flush=True)
     (args.out / "model.done").touch()
     began = time.perf_counter()
-    trainer, bench = prepare(args, next(iter(RUNS)), 0, Path(args.out) / "preparing")
+    trainer = trainer_of(args, next(iter(RUNS)), 0, Path(args.out) / "preparing")
+    bench = bench_of(args, trainer)
     length = sum(len(c.ids) for row in bench.reference.completions for c in row)
     count = len(bench.rows) * args.reference_samples
     facts = {"samples": count, "length": length / count, "reward": float(bench.reference.rewards_PM.mean())}
@@ -265,9 +296,8 @@ def policy(args: Any) -> Path:
     return Path(args.models) / f"t5-debian-sft{args.sft_steps}x{args.sft_batch}"
 
 
-def prepare(args: Any, name: str, seed: int, folder: Path) -> tuple[Any, Any]:
-    """A run's trainer, and the bench that measures its policy; the bench draws the reference if nobody has."""
-    from measure import Bench, load_judges
+def trainer_of(args: Any, name: str, seed: int, folder: Path) -> Any:
+    """A run's trainer."""
     from transformers import PrinterCallback
 
     from bondlm import BONDConfig, BONDTrainer
@@ -282,10 +312,17 @@ def prepare(args: Any, name: str, seed: int, folder: Path) -> tuple[Any, Any]:
         eval_dataset=held_out.select(range(min(args.held_out, len(held_out)))),
     )
     trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def bench_of(args: Any, trainer: Any) -> Any:
+    """What measures a trainer's policy; it draws the reference's samples if nobody has."""
+    from measure import Bench, load_judges
+
     specs = [f"similarity:{args.models}/all-minilm-l6-v2?batch_size=512&batch_tokens=65536"]
     judges = load_judges(specs, trainer.eval_dataset.to_list(), "reference", trainer.args.device)
     key = json.dumps([policy(args).name, args.length, NLI])
-    return trainer, Bench(trainer, judges, Path(args.out) / "reference", key, args.reference_samples)
+    return Bench(trainer, judges, Path(args.out) / "reference", key, args.reference_samples)
 
 
 def all_prompts(args: Any) -> Path:
@@ -337,22 +374,22 @@ def train(args: Any, name: str, seed: int, folder: Path) -> None:
     """One run: train, and measure every so many steps and at the end."""
     import torch
 
-    wait_for(args.out / READY, args)
-    trainer, bench = prepare(args, name, seed, folder)
+    trainer = trainer_of(args, name, seed, folder)
     row = {"run": name, "seed": seed, "attempt": folder.name} | common(args)
     row |= {"settings": RUNS[name].as_settings(args.steps), "completions_a_step": args.completions}
-    trainer.add_callback(watch(args, bench, row))
+    trainer.add_callback(watch(args, trainer, row))
     trainer.train()
     if torch.cuda.is_available():
         print(f"most memory: {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB", flush=True)
 
 
-def watch(args: Any, bench: Any, row: dict[str, Any]) -> Any:
+def watch(args: Any, trainer: Any, row: dict[str, Any]) -> Any:
     """The callback that measures, waits while there is a pause, and ends the run when time is up."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         spent = began = 0.0
+        bench = None  # made when it is needed: the reference's samples may still be on their way
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             pause = Path(args.out) / PAUSE
@@ -366,8 +403,11 @@ def watch(args: Any, bench: Any, row: dict[str, Any]) -> Any:
             if is_over(args, args.ends_at):
                 control.should_training_stop = True
             elif state.global_step % args.every == 0 or state.global_step == args.steps:
+                if self.bench is None:
+                    wait_for(args.out / READY, args)
+                    self.bench = bench_of(args, trainer)
                 began = time.perf_counter()
-                found = flat(bench.measure(args.samples, both_kls=False))
+                found = flat(self.bench.measure(args.samples, both_kls=False))
                 last = state.global_step == args.steps
                 where = {"step": state.global_step, "is_last": last, "seconds": round(self.spent, 2)}
                 append(args, row | where | found | {"measuring_seconds": round(time.perf_counter() - began, 2)})
