@@ -6,8 +6,8 @@ seconds=$1 with_mps=${2:-9} without=${3:-6}
 cd "$(dirname "$0")/../../.."
 here=$PWD
 export PYTHONPATH=$here/code/src:$here/site OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-export HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True BONDLM_COMMIT=$(cat code/COMMIT)
-nvidia-smi > out/nvidia-smi.txt 2>&1
+export HF_HUB_OFFLINE=1 BONDLM_COMMIT=$(cat code/COMMIT) PATH=$PATH:/usr/local/nvidia/bin
+{ nvidia-smi; which -a nvidia-cuda-mps-control; nproc; } > out/nvidia-smi.txt 2>&1
 cd code
 background() { setsid nohup "$@" < /dev/null & }
 if [ "${TESTS:-1}" = 1 ]; then
