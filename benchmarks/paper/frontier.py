@@ -210,10 +210,12 @@ def few_launches() -> None:
     from weakref import WeakKeyDictionary
 
     import t5_decoding
+    import torch
 
     from bondlm.models import head, logprobs
     from bondlm.training import step
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and here all batches differ
     t5_decoding.install()
     head.LOGITS_BUDGET = 2**30
     step.score_groups = partial(logprobs.score_groups, batch_rows=1024)
