@@ -21,29 +21,20 @@ import argparse
 import contextlib
 import gc
 import json
-import os
-import shlex
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from frontier_map import COMPLETIONS, RUNS, STEPS, queue
+from frontier_signals import MODEL, READY, STOP, is_over, wait_for
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results/frontier.jsonl"
-NLI = "nli:{models}/flan-t5-small-title?template=flan&premise_prefix=summarize: &batch_size=512&batch_tokens=65536"
 PREPARE = "prepare"  # the worker that makes the reference
-READY = "reference.json"  # written last: the reference and its samples are there
-PAUSE, PAUSE_AT_MOST_S = "pause", 90
-STOP = "stop"
-WAIT_S = 300  # for the reference
-SHARPENED = (0.8, 0.7, 0.6)
 GRACE_S = 10
 
 
@@ -114,11 +105,6 @@ def left(args: Any) -> int:
     return sum(not (claims(args) / f"{name}-s{seed}").exists() for name, seed in jobs)
 
 
-def is_over(args: Any, at: float) -> bool:
-    """Whether time is up, or somebody says so."""
-    return time.time() > at or (Path(args.out) / STOP).exists()
-
-
 def start(args: Any, name: str, ends_at: float) -> subprocess.Popen[bytes]:
     """A worker of this name, its output in a file of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--ends-at", str(ends_at)]
@@ -131,8 +117,8 @@ def run_queue(args: Any) -> None:
     began = time.time()
     ends_at = began + args.until
     claims(args).mkdir(parents=True, exist_ok=True)
-    for old in claims(args).iterdir():  # of a queue that was cut
-        old.unlink()
+    for old in (*claims(args).iterdir(), args.out / STOP):  # of a queue that was cut
+        old.unlink(missing_ok=True)
     workers = {PREPARE: start(args, PREPARE, ends_at)} if not (args.out / READY).exists() else {}
     workers |= {str(i): start(args, str(i), ends_at) for i in range(args.workers)}
     started, told = args.workers, 0.0
@@ -144,13 +130,8 @@ def run_queue(args: Any) -> None:
                 continue
             del workers[name]
             print(f"{time.time() - began:.0f} s: worker {name} ended with {code}", flush=True)
-            if (
-                code
-                and name != PREPARE
-                and started < 3 * args.workers
-                and not is_over(args, ends_at - 30)
-                and left(args)
-            ):
+            died = code != 0 and name != PREPARE and started < 3 * args.workers
+            if died and left(args) and not is_over(args, ends_at - 30):
                 workers[str(started)] = start(args, str(started), ends_at)
                 started += 1
         if time.time() - told > 20:
@@ -172,6 +153,9 @@ def work(args: Any) -> int:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    from frontier_run import make_reference, train
+    from frontier_speed import encode_once, few_launches
+
     import bondlm.trainer  # noqa: F401  imported while the reference is being made
 
     if not args.plain:
@@ -180,7 +164,7 @@ def work(args: Any) -> int:
         make_reference(args)
         return 0
     encode_once(args)
-    wait_for(args.out / "model.done", args)
+    wait_for(args.out / MODEL, args)
     took = 0.0
     while not is_over(args, args.ends_at - took / 2):
         job = claim(args)
@@ -203,264 +187,6 @@ def work(args: Any) -> int:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return 0
-
-
-def few_launches() -> None:
-    """Fewer, larger kernels: what decides on a GPU that several runs share. The numbers are the same to rounding."""
-    from weakref import WeakKeyDictionary
-
-    import t5_decoding
-    import torch
-
-    from bondlm.models import head, logprobs
-    from bondlm.training import step
-
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and here all batches differ
-    t5_decoding.install()
-    head.LOGITS_BUDGET = 2**30
-    step.score_groups = partial(logprobs.score_groups, batch_rows=1024)
-    known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-    asked = logprobs.exact_head
-
-    def exact_head(model: Any, device: Any) -> Any:
-        if model not in known:  # a forward pass each time
-            known[model] = asked(model, device)
-        return known[model]
-
-    logprobs.exact_head = exact_head
-
-
-def encode_once(args: Any) -> None:
-    """Read and encode the prompts once for all runs of this process: half as long as a run learns, on a GPU."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from bondlm.data.prompt_encoder import PromptEncoder
-    from bondlm.training import dropped
-
-    base = args.models / "flan-t5-small-title"
-    config, encode, load = AutoConfig.from_pretrained(base), PromptEncoder.encoded, dropped.load_prompts
-    known: dict[Any, Any] = {}
-
-    def encoded(self: Any, source: Any) -> Any:
-        key = len(source), source[0]["prompt"]
-        if key not in known:
-            known[key] = encode(self, source)
-        return known[key]
-
-    def load_prompts(source: Any, **how: Any) -> Any:
-        if source not in known:
-            known[source] = load(source, **how)
-        return known[source]
-
-    PromptEncoder.encoded, dropped.load_prompts = encoded, load_prompts
-    ids = {"eos_ids": [config.eos_token_id], "pad_id": config.pad_token_id, "start_id": config.decoder_start_token_id}
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    encoder = PromptEncoder(tokenizer=tokenizer, config=config, **ids, max_completion_length=args.length)
-    encoder.encoded(load_prompts(str(all_prompts(args))))
-
-
-def wait_for(path: Path, args: Any) -> None:
-    until = min(time.time() + WAIT_S, args.ends_at)
-    while not path.exists():
-        if time.time() > until:
-            raise TimeoutError(f"{path} did not come")
-        time.sleep(0.2)
-
-
-def make_reference(args: Any) -> None:
-    """The supervised start, unless it is there, and its samples of the held-out prompts."""
-    folder = policy(args)
-    began = time.perf_counter()
-    if not folder.exists():
-        from sft_start import finetune
-
-        loss = finetune(args.models / "flan-t5-small-title", args.data, folder, args.sft_steps, args.sft_batch)
-        print(f"SFT: {time.perf_counter() - began:.0f} s, held-out loss per token {loss}", flush=True)
-    (args.out / "model.done").touch()
-    began = time.perf_counter()
-    trainer = trainer_of(args, next(iter(RUNS)), 0, Path(args.out) / "preparing")
-    bench = bench_of(args, trainer)
-    length = sum(len(c.ids) for row in bench.reference.completions for c in row)
-    count = len(bench.rows) * args.reference_samples
-    facts = {"samples": count, "length": length / count, "reward": float(bench.reference.rewards_PM.mean())}
-    facts["entropy"] = -sum(c.logprob for row in bench.reference.completions for c in row) / length
-    write(args.out / READY, json.dumps(facts))
-    print(f"reference: {facts}, {time.perf_counter() - began:.0f} s", flush=True)
-    from sharpened import point
-
-    for temperature in SHARPENED:
-        found = point(trainer, bench, temperature, args.samples)
-        row = {"run": f"reference-t{temperature}", "seed": 0, "step": 0, "is_last": True} | found
-        append(args, row | common(args))
-
-
-def policy(args: Any) -> Path:
-    return Path(args.models) / f"t5-debian-sft{args.sft_steps}x{args.sft_batch}"
-
-
-def trainer_of(args: Any, name: str, seed: int, folder: Path) -> Any:
-    """A run's trainer."""
-    from transformers import PrinterCallback
-
-    from bondlm import BONDConfig, BONDTrainer
-    from bondlm.data.prompts import load_prompts
-
-    held_out = load_prompts(str(args.data / "heldout.jsonl"))
-    trainer = BONDTrainer(
-        model=str(policy(args)),
-        reward_funcs=[NLI.format(models=args.models)],
-        args=BONDConfig(**settings_of(args, name, seed, folder)),
-        train_dataset=str(all_prompts(args)),
-        eval_dataset=held_out.select(range(min(args.held_out, len(held_out)))),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def bench_of(args: Any, trainer: Any) -> Any:
-    """What measures a trainer's policy; it draws the reference's samples if nobody has."""
-    from measure import Bench, load_judges
-
-    specs = [f"similarity:{args.models}/all-minilm-l6-v2?batch_size=512&batch_tokens=65536"]
-    judges = load_judges(specs, trainer.eval_dataset.to_list(), "reference", trainer.args.device)
-    key = json.dumps([policy(args).name, args.length, NLI])
-    return Bench(trainer, judges, Path(args.out) / "reference", key, args.reference_samples)
-
-
-def all_prompts(args: Any) -> Path:
-    """The prompts of both training splits, in one file."""
-    path = args.data / "prompts.jsonl"
-    if not path.exists():
-        parts = [(args.data / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("train", "sft")]
-        write(path, "".join(parts))
-    return path
-
-
-def write(path: Path, text: str) -> None:
-    """A file that appears whole."""
-    partial_file = path.with_name(f"{path.name}.{os.getpid()}")
-    partial_file.write_text(text, encoding="utf-8")
-    partial_file.replace(path)
-
-
-def settings_of(args: Any, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """All that `BONDConfig` gets for a run."""
-    import torch
-    from run import plan_total
-
-    run = RUNS[name]
-    on_gpu = torch.cuda.is_available()
-    shared = {
-        "output_dir": str(folder),
-        "max_steps": args.steps,
-        "per_device_train_batch_size": max(2, args.completions // plan_total(run.settings)),
-        "max_completion_length": args.length,
-        "warmup_steps": 2,
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "eval_num_samples": args.samples,
-        "eval_num_reference_samples": args.reference_samples,
-        "num_logged_samples": 2,
-        "max_rows": 1600,
-        "bf16": on_gpu,
-        "use_cpu": not on_gpu,
-        "seed": seed,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-    return shared | run.as_settings(args.steps)
-
-
-def train(args: Any, name: str, seed: int, folder: Path) -> None:
-    """One run: train, and measure every so many steps and at the end."""
-    import torch
-
-    trainer = trainer_of(args, name, seed, folder)
-    row = {"run": name, "seed": seed, "attempt": folder.name} | common(args)
-    row |= {"settings": RUNS[name].as_settings(args.steps), "completions_a_step": args.completions}
-    trainer.add_callback(watch(args, trainer, row))
-    trainer.train()
-    if torch.cuda.is_available():
-        print(f"most memory: {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB", flush=True)
-
-
-def watch(args: Any, trainer: Any, row: dict[str, Any]) -> Any:
-    """The callback that measures, waits while there is a pause, and ends the run when time is up."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        spent = began = 0.0
-        bench = None  # made when it is needed: the reference's samples may still be on their way
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            pause = Path(args.out) / PAUSE
-            with contextlib.suppress(FileNotFoundError):
-                while time.time() - pause.stat().st_mtime < PAUSE_AT_MOST_S:
-                    time.sleep(0.1)
-            self.began = time.perf_counter()
-
-        def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
-            self.spent += time.perf_counter() - self.began
-            if is_over(args, args.ends_at):
-                control.should_training_stop = True
-            elif state.global_step % args.every == 0 or state.global_step == args.steps:
-                if self.bench is None:
-                    wait_for(args.out / READY, args)
-                    self.bench = bench_of(args, trainer)
-                began = time.perf_counter()
-                found = flat(self.bench.measure(args.samples, both_kls=False))
-                last = state.global_step == args.steps
-                where = {"step": state.global_step, "is_last": last, "seconds": round(self.spent, 2)}
-                append(args, row | where | found | {"measuring_seconds": round(time.perf_counter() - began, 2)})
-
-    return Watch()
-
-
-def flat(measured: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a measurement, each with the ends of its interval."""
-    names = {"completions/mean_length": "length", "completions/clipped_ratio": "clipped"}
-    row: dict[str, Any] = {}
-    for name, value in ({names.get(k, k): v for k, v in measured.items()}).items():
-        if name in ("matched", "against_best_of"):
-            continue
-        row |= dict(_ends(name, value) if isinstance(value, dict) and "value" in value else [(name, value)])
-    return row | {"judges": {name: dict(_judged(judge)) for name, judge in measured["judges"].items()}}
-
-
-def _judged(judge: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in judge.items():
-        yield from _ends(name, value)
-
-
-def _ends(name: str, interval: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high")):
-        yield name + suffix, interval[end]
-
-
-def common(args: Any) -> dict[str, Any]:
-    """What is beside every result: command, commit, device, versions."""
-    import torch
-    from facts import commit, versions
-
-    words = sys.argv[1 : sys.argv.index("--worker")] if "--worker" in sys.argv else sys.argv[1:]
-    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "command": shlex.join(["python", "benchmarks/paper/frontier.py", *words]),
-        "commit": os.environ.get("BONDLM_COMMIT") or commit(),
-        "device": f"{device}, {args.workers} runs side by side{os.environ.get('BONDLM_DEVICE_NOTE', '')}",
-        "versions": versions(),
-    }
-
-
-def append(args: Any, row: dict[str, Any]) -> None:
-    """One line, written at once: several processes append to the file."""
-    from bondlm.runs.folder import plain
-
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("ab", buffering=0) as file:
-        file.write((json.dumps(plain(row)) + "\n").encode())
 
 
 def main() -> None:
