@@ -24,12 +24,15 @@ if [ ! -d models/smollm2-135m-instruct ]; then
 fi
 limited 60 ./vllm_python -c "import vllm, torch; print('vllm', vllm.__version__, torch.__version__)"
 cd code
+# A share of the card that is free beside other processes; the cache's size is given because vLLM's own measuring of
+# free memory ends in an error where others take and return memory meanwhile.
 memory=${VLLM_MEMORY:-0.12}
+cache=4294967296
 compare() {
   limited "${VLLM_LIMIT:-240}" python3 benchmarks/vllm.py --model models/smollm2-135m-instruct \
     --vllm-python "$here/vllm_python" --dtype bfloat16 --tokens 128 --num-prompts 22 86 --rounds 3 --threads 4 \
     --pause "$here/out/frontier/pause" --out "$here/out/vllm.jsonl" \
-    --server-args --max-model-len=1024 "--gpu-memory-utilization=$memory" "$@"
+    --server-args --max-model-len=1024 "--gpu-memory-utilization=$memory" "--kv-cache-memory-bytes=$cache" "$@"
 }
 mkdir -p "$here/out/frontier"
 eager=
@@ -41,7 +44,7 @@ train() {
     --output_dir "$here/out/steps-$engine" --max_steps 8 --save_strategy no --eval_strategy no --warmup_steps 0 \
     --max_completion_length 128 --per_device_train_batch_size 43 --gradient_accumulation_steps 2 "$@"
 }
-arguments="[--max-model-len=1024, --gpu-memory-utilization=$memory${eager:+, $eager}]"
+arguments="[--max-model-len=1024, --gpu-memory-utilization=$memory, --kv-cache-memory-bytes=$cache${eager:+, $eager}]"
 train vllm --engine vllm --vllm_server auto --vllm_python "$here/vllm_python" --vllm_server_args "$arguments"
 train transformers --engine transformers
 for engine in vllm transformers; do
