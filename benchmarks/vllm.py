@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--server-args", nargs="+", default=["--max-model-len=1024"], help="as --name=value")
+    parser.add_argument("--server-args", type=str.split, default=["--max-model-len=1024"], help="as --name=value")
     parser.add_argument("--pause", type=Path, help="a file that lies there while rates are measured")
     parser.add_argument("--whole", action="store_true", help="full fine-tuning instead of LoRA")
     add_out(parser, "vllm")

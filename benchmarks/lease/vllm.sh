@@ -32,7 +32,7 @@ compare() {
   limited "${VLLM_LIMIT:-240}" python3 benchmarks/vllm.py --model models/smollm2-135m-instruct \
     --vllm-python "$here/vllm_python" --dtype bfloat16 --tokens 128 --num-prompts 22 86 --rounds 3 --threads 4 \
     --pause "$here/out/frontier/pause" --out "$here/out/vllm.jsonl" \
-    --server-args --max-model-len=1024 "--gpu-memory-utilization=$memory" "--kv-cache-memory-bytes=$cache" "$@"
+    --server-args="--max-model-len=1024 --gpu-memory-utilization=$memory --kv-cache-memory-bytes=$cache $*"
 }
 mkdir -p "$here/out/frontier"
 eager=

@@ -49,7 +49,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--data", type=Path, default=Path("data/debian"))
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--every", type=int, default=30, help="steps between measurements")
+    parser.add_argument("--every", type=int, default=60, help="steps between measurements")
     parser.add_argument("--completions", type=int, default=COMPLETIONS, help="drawn in a step")
     parser.add_argument("--length", type=int, default=20, help="most tokens of a completion")
     parser.add_argument("--held-out", type=int, default=200, help="documents")

@@ -9,7 +9,7 @@ from typing import Any
 from plans import Settings, jbond, rloo
 
 COMPLETIONS = 192  # drawn in a step
-STEPS = 120
+STEPS = 480
 
 
 @dataclass(frozen=True, kw_only=True)
