@@ -1,5 +1,6 @@
 """Loading a policy, and what must hold of it before it is trained."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,20 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+NOISE = re.compile(r"drop|jitter")  # how modules call the rates of dropout, layer drop and a router's noise
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: the learned log-probabilities must be those of the law that was sampled from."""
+    """Set all noise of training to 0: the learned log-probabilities must be those of the law that was sampled from.
+
+    Dropout is a module, or a number that a module keeps under one of many names. What this does not find, a probe does
+    (`bondlm.models.probe`).
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "dropout_rate"):  # functional dropout keeps its rate as a number
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if NOISE.search(name) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -18,7 +18,7 @@ from bondlm.engines.local.batch_size import (
     host_memory,
     rows_that_fit,
 )
-from bondlm.engines.local.cache import decoder_config
+from bondlm.models.facts import decoder_config
 from bondlm.engines.local.engine import sample_tokens
 
 TOKENIZER = tiny_tokenizer()

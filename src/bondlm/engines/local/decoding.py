@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from bondlm.engines.local.cache import decoder_config, growing_cache, grows, moves_rows_in_place, stacked
+from bondlm.engines.local.cache import growing_cache, grows, moves_rows_in_place, select_rows, stacked
 from bondlm.engines.local.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState, Step
-from bondlm.models.prefix import has_full_attention, prefill_prefix, shared_prefix
+from bondlm.engines.local.plain_loop import PlainState
+from bondlm.models.facts import decoder_config, has_full_attention, takes_argument
+from bondlm.models.prefix import prefill_prefix, shared_prefix
 from bondlm.models.row_adapters import RowAdapters
+from bondlm.models.ways import ways_of
 
 # Where dropping a row moves at most one other, rows leave as they end. Copying the whole cache costs about as much as
 # one step of the rows that it drops: wait until a quarter has ended.
@@ -52,8 +55,13 @@ def start_decoding(
 ) -> tuple[DecodingState, Tensor]:
     """Prefill `prompts`; returns the state of P rows and the first logits (P, V).
 
-    With `adapters` prompt i is computed with adapter number `adapter_P[i]`.
+    With `adapters` prompt i is computed with adapter number `adapter_P[i]`. What the model is given together is what
+    `ways_of` allows; where prompts may not be padded they must be of one length.
     """
+    if not ways_of(model).cached:
+        if adapters is not None:
+            adapters.set(adapter_P)
+        return PlainState.start(model, prompts, adapters)
     if not model.config.is_encoder_decoder:
         state, logits = _CausalState.start(model, prompts, pad_id, adapters, adapter_P, room=max_new_tokens)
 
@@ -98,7 +106,7 @@ class _CausalState:
         self, model: Any, cache: DynamicCache, mask_BS: Tensor, position_B1: Tensor, adapters: RowAdapters | None
     ) -> None:
         self._model, self.cache, self._mask_BS, self._position_B1 = model, cache, mask_BS, position_B1
-        self._adapters = adapters
+        self._adapters, self._cache_name = adapters, _cache_name(model)
 
     @classmethod
     def start(
@@ -112,7 +120,7 @@ class _CausalState:
         room: int,
     ) -> tuple["_CausalState", Tensor]:
         """Prefill: what all prompts begin with, then group by group; `room` is for how many tokens they may go on."""
-        prefix = shared_prefix(model.config, prompts)
+        prefix = shared_prefix(model.config, prompts) if ways_of(model).prefix else []
         kinds = sorted(set(adapter_P))  # a common beginning is computed once an adapter
         if adapters is not None:
             adapters.set(kinds)
@@ -127,7 +135,7 @@ class _CausalState:
                 adapters.set(kind_of_row)
             cache = copy.deepcopy(cache_of_prefix)
             if prefix:
-                cache.batch_select_indices(torch.tensor([kinds.index(k) for k in kind_of_row], device=model.device))
+                select_rows(cache, torch.tensor([kinds.index(k) for k in kind_of_row], device=model.device))
             prefill, logits_GV = cls._prefill(model, [rests[i] for i in group], pad_id, cache, len(prefix), adapters)
             prefills.append(prefill)
             logits.append(logits_GV)
@@ -153,8 +161,8 @@ class _CausalState:
             input_ids=ids_PS,
             attention_mask=mask_PS,
             position_ids=positions_PS,
-            past_key_values=cache,
             use_cache=True,
+            **{_cache_name(model): cache},
             # An index and not "the last one": its result is contiguous. A slice of rows is not, and then PyTorch copies
             # the whole head once a row (CPU; 1.7 of 9 seconds of a rollout of SmolLM2-135M).
             logits_to_keep=torch.tensor([ids_PS.shape[1] - 1], device=ids_PS.device),
@@ -194,7 +202,7 @@ class _CausalState:
     def select(self, rows: Tensor) -> None:
         if self._adapters is not None:
             self._adapters.select(rows)
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
         self._mask_BS, self._position_B1 = self._mask_BS[rows], self._position_B1[rows]
 
     def step(self, token_B: Tensor) -> Tensor:
@@ -204,11 +212,16 @@ class _CausalState:
             input_ids=token_B.unsqueeze(1),
             attention_mask=self._mask_BS,
             position_ids=self._position_B1,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: self.cache},
         )
         return out.logits[:, -1]
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls the cache that it is given (Mamba: `cache_params`)."""
+    return "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
 
 
 class _Seq2SeqState:
@@ -242,7 +255,7 @@ class _Seq2SeqState:
     def select(self, rows: Tensor) -> None:
         if self._adapters is not None:
             self._adapters.select(rows)
-        self._cache.batch_select_indices(rows)
+        select_rows(self._cache, rows)
         self._hidden_BSD, self._mask_BS = self._hidden_BSD[rows], self._mask_BS[rows]
 
     def step(self, token_B: Tensor) -> Tensor:
