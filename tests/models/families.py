@@ -44,8 +44,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["max_encoder_position_embeddings", "max_decoder_position_embeddings"], CONTEXT),
     **dict.fromkeys(["max_target_positions", "context_length"], CONTEXT),
     **dict.fromkeys(["sliding_window", "attention_window_size", "window_size", "attention_chunk_size"], WINDOW),
-    **dict.fromkeys(["local_attention", "sliding_window_size", "keep_window_size", "attention_window"], WINDOW),
-    **dict.fromkeys(["rel_extent", "index_topk"], WINDOW),
+    **dict.fromkeys(["local_attention", "sliding_window_size", "attention_window"], WINDOW),
+    **dict.fromkeys(["rel_extent"], WINDOW),
+    **dict.fromkeys(["index_topk", "keep_window_size"], 64),  # longer texts are refused
     **dict.fromkeys(["mamba_d_state", "state_size", "ssm_state_size"], 8),
     **dict.fromkeys(["mamba_n_heads", "mamba_num_heads"], 8),
     **dict.fromkeys(["mamba_d_head", "mamba_head_dim"], 8),
@@ -61,17 +62,20 @@ SIZES: dict[str, Any] = {
     "depth": 1,
 }
 # What the sizes above do not settle, by model type; applied to the config of the text.
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MLA: dict[str, Any] = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16, "head_dim": 8}
 INDEXED: dict[str, Any] = MLA | {"index_head_dim": 16, "index_n_heads": 4, "num_key_value_heads": 4}
 LINEAR: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 EXTRAS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ["axk1", "deepseek_v3", "longcat_flash", "youtu", "glm4_moe_lite"], MLA | {"num_key_value_heads": 4}
+        ["axk1", "deepseek_v2", "deepseek_v3", "minicpm3", "longcat_flash", "youtu", "glm4_moe_lite"],
+        MLA | {"num_key_value_heads": 4},
     ),
     **dict.fromkeys(["axk2", "deepseek_v32", "glm_moe_dsa"], INDEXED),
     "bailing_hybrid": MLA | LINEAR | {"num_key_value_heads": 4},
     "kimi_linear": MLA | LINEAR | {"num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
+    "diffllama": {"attention_dropout": 0.0},
     "falcon_h1": {"mamba_d_ssm": 64},
     "granitemoehybrid": LINEAR,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
@@ -96,9 +100,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": None, "intermediate_size": 64},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": dict.fromkeys(
-            ["sliding_attention", "full_attention"], {"rope_type": "default", "rope_theta": 10000.0}
-        ),
+        "rope_parameters": {kind: dict(ROPE) for kind in ("sliding_attention", "full_attention")},
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}}
     | {"ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
@@ -157,6 +159,8 @@ def build(model_type: str, *, seed: int = 0) -> Any:
         config.is_decoder = True
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 3
+    if model_type == "encoder-decoder":
+        config.decoder.is_decoder = config.decoder.add_cross_attention = True
     with torch.device("meta"):
         count = sum(p.numel() for p in auto.from_config(config).parameters())
     if count > MOST_PARAMETERS:

@@ -1,27 +1,36 @@
 """Every family against the plain way: a forward pass of prompt + completion without cache, mask or tricks.
 
-`python tests/models/sweep.py [families] [--write docs/models.md]` prints the table.
+`PYTHONPATH=tests python -m models.sweep [families]` prints the table; with `--write` the page of the docs gets it.
 """
 
+import argparse
+import logging
+import re
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
+from bondlm.errors import ConfigError
 from bondlm.models.facts import start_id, vocabulary_size
 from bondlm.models.head import exact_head
 from bondlm.models.load import disable_dropout
 from bondlm.models.logprobs import Group, collate, score_groups, token_logprobs
 from bondlm.models.probe import check_model
+from bondlm.models.ways import Ways, ways_of
+from models.families import EOS, NAMES, PAD, CannotBuildError, build
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-3  # nats per token, fp32
 NUM_SAMPLES, MAX_NEW_TOKENS = 3, 7
-Pairs = list[tuple[list[int], list[list[int]]]]
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def prompts(vocabulary: int) -> dict[str, list[list[int]]]:
@@ -57,8 +66,11 @@ def lent(model: Any) -> Iterator[Any]:
     yield model
 
 
-def check(model: Any, pad_id: int, eos_ids: list[int]) -> dict[str, float]:
-    """The largest difference to the plain way, nats per token, of all that training asks of a model."""
+def check(model: Any, pad_id: int, eos_ids: list[int]) -> tuple[dict[str, float], bool]:
+    """The largest difference to the plain way, nats per token, of all that training asks of a model.
+
+    And whether completions share their prompt's row.
+    """
     worst: dict[str, float] = {}
 
     def note(name: str, difference: float) -> None:
@@ -89,7 +101,7 @@ def check(model: Any, pad_id: int, eos_ids: list[int]) -> dict[str, float]:
             for logps, expected in zip(learned.detach().flatten(0, 1), flat, strict=True):
                 note("learning", float((logps[: len(expected)] - expected).abs().max()))
         model.eval()
-    return worst
+    return worst, shares
 
 
 def sensitivity(model: Any) -> float:
@@ -98,3 +110,87 @@ def sensitivity(model: Any) -> float:
     other = [prompt[0] ^ 1, *prompt[1:]]
     completion = [7, 8]
     return float((plain_logprobs(model, prompt, completion) - plain_logprobs(model, other, completion)).abs().max())
+
+
+# -- verdicts and the page that holds them
+
+
+class Verdict(NamedTuple):
+    """What is known of a family: "exact", "refused" or "not tried", and how or why."""
+
+    family: str
+    verdict: str
+    note: str
+
+
+def verdict(family: str) -> Verdict:
+    """Build a tiny model of the family and hold all that training asks of it against the plain way."""
+    try:
+        model = build(family)
+    except (CannotBuildError, ImportError, ValueError, AttributeError, RuntimeError) as error:
+        return Verdict(family, "not tried", _first_line(error))
+    try:
+        worst, shares = check(model, PAD, EOS)
+    except ConfigError as error:
+        return Verdict(family, "refused", _first_line(error).removeprefix(f"{type(model).__name__}").strip(": "))
+    wrong = {name: difference for name, difference in worst.items() if difference > TOLERANCE}
+    if wrong:
+        return Verdict(family, "WRONG", ", ".join(f"{name} {difference:.2g}" for name, difference in wrong.items()))
+    if sensitivity(model) < 5 * TOLERANCE:
+        return Verdict(family, "BLIND", "its distributions hardly depend on the prompt")
+    return Verdict(family, "exact", how(ways_of(model), shares))
+
+
+def how(ways: Ways, shares: bool) -> str:
+    """In words what is computed together."""
+    if not ways.cached:
+        decoding = "the whole text at every token (slow)"
+    else:
+        decoding = "all prompts together" if ways.padded else "one prompt length at a time"
+    shared = [name for name, shared in (("beginnings", ways.prefix), ("prompts", shares)) if shared]
+    return f"{decoding}; shared: {' and '.join(shared) or 'nothing'}"
+
+
+def _first_line(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip().replace("|", "/")
+    text = text.split(": ", 1)[1] if text.startswith("Class validation error") else text
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def on_page() -> dict[str, Verdict]:
+    """The rows of the table in the docs."""
+    rows = (line.strip("| \n").split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines())
+    return {
+        row[0].strip("`"): Verdict(row[0].strip("`"), row[1], row[2]) for row in rows if len(row) == 3 and "`" in row[0]
+    }
+
+
+def write_page(found: dict[str, Verdict]) -> None:
+    """Replace the page's table; rows of families that were not tried now stay."""
+    text = PAGE.read_text(encoding="utf-8")
+    merged = on_page() | found
+    rows = [f"| `{v.family}` | {v.verdict} | {v.note} |" for _, v in sorted(merged.items())]
+    begin = text.index("| Family |")
+    head = text[begin:].splitlines()[:2]
+    PAGE.write_text(text[:begin] + "\n".join([*head, *rows]) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Print the table, and write it where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="default: all")
+    parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    found = {}
+    for family in options.families or NAMES:
+        found[family] = verdict(family)
+        print(" | ".join(found[family]), flush=True)
+    if options.write:
+        write_page(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -283,7 +283,9 @@ SHARING: dict[str, tuple[Callable[[], Any], bool]] = {
 def test_prompts_are_shared_only_by_models_that_honour_the_mask(build: Callable[[], Any], shares: bool) -> None:
     model = build()
     assert check_model(model, CPU, is_noise_allowed=True) == shares
-    assert check_model(model, CPU, is_noise_allowed=True, distributed=True) == (shares and not model.config.is_encoder_decoder)
+    assert check_model(model, CPU, is_noise_allowed=True, distributed=True) == (
+        shares and not model.config.is_encoder_decoder
+    )
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -32,7 +32,7 @@ class PromptEncoder:
             ConfigError: no end-of-sequence token, or one that is no token id.
         """
         text = check_tokenizer(tokenizer, model.generation_config.eos_token_id)
-        start_id = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+        start_id = getattr(model.config, "decoder_start_token_id", None) if model.config.is_encoder_decoder else None
         ids: dict[str, Any] = {"eos_ids": text.eos_ids, "pad_id": text.pad_id, "start_id": start_id}
         return cls(tokenizer=tokenizer, config=model.config, **ids, **limits)
 

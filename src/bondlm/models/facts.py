@@ -5,7 +5,7 @@ those of its decoder, and some models have other values in each layer.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Any
 
@@ -65,27 +65,6 @@ def layer_configs(config: Any) -> Iterator[Any]:
         yield text
 
 
-def context_length(config: Any) -> int | None:
-    """Most tokens of a text, where the config says so.
-
-    Of a rope that changes once a text is longer than it was trained for (longrope, dynamic NTK) that length: beyond it
-    a token's distribution depends on the length of its batch, and no two ways to compute it agree.
-    """
-    text = text_config(config)
-    limits = [getattr(text, "max_position_embeddings", None), *_changing_ropes(text)]
-    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return min(known) if known else None
-
-
-def _changing_ropes(text: Any) -> Iterator[int | None]:
-    """Lengths from which on a rope is another one."""
-    parameters = getattr(text, "rope_parameters", None) or {}
-    ropes = [parameters] if "rope_type" in parameters else [r for r in parameters.values() if isinstance(r, dict)]
-    for rope in ropes:
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            yield rope.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None)
-
-
 def start_id(model: Any) -> int | None:
     """The token that the decoder of an encoder-decoder model begins with; None for a decoder-only model."""
     if not model.config.is_encoder_decoder:
@@ -102,9 +81,9 @@ def takes_argument(model: Any, name: str) -> bool:
     while hasattr(model, "module"):  # DDP and the like
         model = model.module
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in _arguments(type(core))
+    return name in _arguments(type(core))  # type: ignore[arg-type]
 
 
 @cache
-def _arguments(model_class: type) -> set[str]:
+def _arguments(model_class: Hashable) -> set[str]:
     return set(inspect.signature(model_class.forward).parameters)  # type: ignore[attr-defined]

@@ -11,7 +11,6 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutput
 
 from bondlm.errors import ResourceError
 from bondlm.models.facts import takes_argument, vocabulary_size
@@ -152,8 +151,8 @@ def _decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     inputs = {"decoder_input_ids": batch["decoder_input_ids"], "attention_mask": mask, "use_cache": False}
     if num_completions == 1:
         return inputs | {"input_ids": batch["input_ids"]}
-    hidden = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-    encoded = BaseModelOutput(last_hidden_state=hidden.repeat_interleave(num_completions, dim=0))
+    out = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
+    encoded = type(out)(last_hidden_state=out.last_hidden_state.repeat_interleave(num_completions, dim=0))
     return inputs | {"encoder_outputs": encoded, "attention_mask": mask.repeat_interleave(num_completions, dim=0)}
 
 

@@ -19,8 +19,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from bondlm.data.context import SELECTED, context_length
 from bondlm.errors import ConfigError
-from bondlm.models.facts import context_length, has_full_attention, start_id, text_config, vocabulary_size
+from bondlm.models.facts import has_full_attention, start_id, text_config, vocabulary_size
 from bondlm.models.logprobs import Group, batch_behind_prefix, collate, completion_logits
 from bondlm.models.prefix import LEAST_SHARED, prefill_prefix, repeated
 from bondlm.models.ways import remember, ways_of
@@ -50,16 +51,15 @@ def check_model(model: Any, device: torch.device, *, is_noise_allowed: bool = Fa
         ConfigError: it is noisy in training mode, attends to later tokens, or cannot be computed in batches.
     """
     name = type(model).__name__
+    check_decoder(model)
     groups = probe_groups(model)
     plain = plain_laws(model, groups, device)
-    _check_decoder(model, name)
-    if not model.config.is_encoder_decoder:
-        _check_causal(model, groups, plain, device, name)
+    check_causal(model, groups, plain, device, name)
     if not is_noise_allowed:
         _check_noise(model, groups, device, name)
     _check_batches(model, groups, plain, device, name)
     if model.config.is_encoder_decoder:
-        return not distributed
+        return not distributed and agrees(lambda: batched_laws(model, groups, device), plain)
     is_whole = sees_all(model)
     packed = is_whole and agrees(lambda: batched_laws(model, groups, device), plain)
     prefix = ways_of(model).prefix and is_whole and agrees(lambda: _laws_behind_prefix(model, groups, device), plain)
@@ -79,7 +79,7 @@ def limits(config: Any) -> dict[str, int]:
     """Fields of the config that say how far a token sees, by their names: windows, chunks, blocks, budgets."""
     fields = {key: value for key, value in text_config(config).to_dict().items() if isinstance(key, str)}
     names = (key for key in fields if LIMITS.search(key) and not NO_LIMITS.search(key))
-    values = {key: fields[key] for key in names}
+    values = {key: fields[key] for key in names if key not in SELECTED}  # those limit a text's length
     return {k: v for k, v in values.items() if isinstance(v, int) and not isinstance(v, bool) and v > 1}
 
 
@@ -120,8 +120,22 @@ def probe_groups(model: Any) -> list[Group]:
 
 
 def plain_laws(model: Any, groups: Sequence[Group], device: torch.device) -> Laws:
-    """Of each completion, one pass over the whole text."""
-    return [law for p, cs in groups for c in cs for law in batched_laws(model, [(p, [c])], device, is_plain=True)]
+    """Of each completion, one pass over the whole text.
+
+    Raises:
+        ConfigError: the model takes no plain text.
+    """
+    ones: list[Group] = [(prompt, [c]) for prompt, completions in groups for c in completions]
+    try:
+        return [law for one in ones for law in batched_laws(model, [one], device, is_plain=True)]
+    except FAILURES as error:
+        if _is_memory(error):
+            raise
+        raise ConfigError(f"{type(model).__name__} cannot compute a text of tokens alone: {error}") from error
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and bool(should_reduce_batch_size(error))
 
 
 @torch.no_grad()
@@ -182,7 +196,7 @@ def agrees(compute: Callable[[], Laws], plain: Laws) -> bool:
     try:
         laws = compute()
     except FAILURES as error:
-        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+        if _is_memory(error):
             raise
         return False
     return difference(laws, plain) <= tolerance(plain[0])
@@ -191,13 +205,24 @@ def agrees(compute: Callable[[], Laws], plain: Laws) -> bool:
 # -- refusals
 
 
-def _check_decoder(model: Any, name: str) -> None:
+def check_decoder(model: Any) -> None:
+    """An encoder-decoder model must say how its decoder begins.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if model.config.is_encoder_decoder and start_id(model) is None:
-        raise ConfigError(f"{name}: its config has no decoder_start_token_id, the token that its decoder begins with")
+        raise ConfigError(
+            f"{type(model).__name__}: its config has no decoder_start_token_id, the token that its decoder begins with"
+        )
 
 
-def _check_causal(model: Any, groups: Sequence[Group], plain: Laws, device: torch.device, name: str) -> None:
-    """A token's distribution must not change with what follows."""
+def check_causal(model: Any, groups: Sequence[Group], plain: Laws, device: torch.device, name: str) -> None:
+    """A token's distribution must not change with what follows.
+
+    Raises:
+        ConfigError: it does.
+    """
     prompt, completions = groups[-1]
     first: Group = (prompt, [completions[0][:1]])
     (alone,) = batched_laws(model, [first], device, is_plain=True)
@@ -219,14 +244,18 @@ def _check_noise(model: Any, groups: Sequence[Group], device: torch.device, name
         for training in (False, True, True):
             model.train(training)
             passes.append(batched_laws(model, one, device))
+    except FAILURES as error:
+        if _is_memory(error):
+            raise
+        raise ConfigError(f"{name} cannot compute a text in training mode: {error}") from error
     finally:
         model.train(was_training)
     apart = max(difference(seen, other) for seen, other in pairwise(passes))
     if apart > max(tolerance(passes[0][0]), REFUSED_IN_LOW_PRECISION * is_low_precision(passes[0][0])):
         names = ", ".join(noise_of(model)) or "something that bondlm has no name for"
         raise ConfigError(
-            f"{name}: passes in training mode differ by {apart:.2g} nats per token: it applies {names} in training. Set "
-            "it to 0 in the model's config (model_init_kwargs), or disable_dropout=False to train with noise"
+            f"{name}: passes in training mode differ by {apart:.2g} nats per token: it applies {names} in training. "
+            "Set it to 0 in the model's config (model_init_kwargs), or disable_dropout=False to train with noise"
         )
 
 
@@ -237,7 +266,7 @@ def noise_of(model: nn.Module) -> list[str]:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             found["nn.Dropout"] = module.p
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            found["BatchNorm momentum"] = module.momentum
+            found["BatchNorm momentum"] = module.momentum or 0.0
         for name, value in vars(module).items():
             if NOISE.search(name) and isinstance(value, float) and value > 0:
                 found[name] = value
@@ -254,12 +283,12 @@ def _check_batches(model: Any, groups: Sequence[Group], plain: Laws, device: tor
     try:
         apart = difference(batched_laws(model, alone, device), plain)
     except FAILURES as error:
-        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+        if _is_memory(error):
             raise
         raise ConfigError(f"{name} cannot be computed in a batch of padded texts: {error}") from error
     if apart > max(tolerance(plain[0]), REFUSED_IN_LOW_PRECISION * is_low_precision(plain[0])):
         raise ConfigError(
-            f"{name}: in a batch, padded on the right, a text gets other distributions than alone: {apart:.2g} nats per "
-            f"token, of {tolerance(plain[0])} allowed. The model mixes rows, counts padding, or numbers positions in a "
-            "way of its own; bondlm cannot train it"
+            f"{name}: in a batch, padded on the right, a text gets other distributions than alone: {apart:.2g} nats "
+            f"per token, of {tolerance(plain[0])} allowed. The model mixes rows, counts padding, or numbers "
+            "positions in a way of its own; bondlm cannot train it"
         )

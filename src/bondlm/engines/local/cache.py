@@ -113,6 +113,13 @@ def growing_cache(config: Any, room: int = ROOM) -> DynamicCache:
     return cache
 
 
+def prompt_cache(config: Any) -> DynamicCache:
+    """For what a decoder reads of the encoder: all of it, in layers that see a window of their own tokens too."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer(room=0) for _ in cache.layers]  # it does not grow
+    return cache
+
+
 def select_rows(cache: Cache, rows: Tensor) -> None:
     """Keep or repeat rows (long indices) of all that the layers hold: keys, values, and states of recurrent layers.
 
@@ -126,7 +133,7 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
         if isinstance(layer, GrowingLayer):
             layer.batch_select_indices(rows)
         else:
-            layer.reorder_cache(rows)
+            layer.reorder_cache(cast(torch.LongTensor, rows))
 
 
 def grows(cache: DynamicCache) -> bool:

@@ -8,17 +8,16 @@ prefilled once for all of them, and on a CPU prompts of similar length are prefi
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
-from bondlm.engines.local.cache import growing_cache, grows, moves_rows_in_place, select_rows, stacked
+from bondlm.engines.local.cache import growing_cache, grows, moves_rows_in_place, prompt_cache, select_rows, stacked
 from bondlm.engines.local.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState, Step
 from bondlm.engines.local.plain_loop import PlainState
-from bondlm.models.facts import decoder_config, has_full_attention, takes_argument
+from bondlm.models.facts import decoder_config, has_full_attention, start_id, takes_argument
 from bondlm.models.prefix import prefill_prefix, shared_prefix
 from bondlm.models.row_adapters import RowAdapters
 from bondlm.models.ways import ways_of
@@ -28,6 +27,7 @@ from bondlm.models.ways import ways_of
 COMPACT_BELOW_IN_PLACE, COMPACT_BELOW = 1.0, 0.75
 # A forward pass of its own costs about as much as this many tokens of padding: the weights are read once more.
 PADDING_WORTH_A_PASS = 64
+STATES_ALONE = "cache_params"  # the cache's name in models that have no attention (Mamba)
 
 
 class DecodingState(Protocol):
@@ -210,7 +210,8 @@ class _CausalState:
         self._position_B1 = self._position_B1 + 1
         out = self._model(
             input_ids=token_B.unsqueeze(1),
-            attention_mask=self._mask_BS,
+            # A model without keys would apply the mask to its one new token, which is never padding.
+            attention_mask=None if self._cache_name == STATES_ALONE else self._mask_BS,
             position_ids=self._position_B1,
             use_cache=True,
             logits_to_keep=1,
@@ -220,8 +221,8 @@ class _CausalState:
 
 
 def _cache_name(model: Any) -> str:
-    """What the model calls the cache that it is given (Mamba: `cache_params`)."""
-    return "cache_params" if takes_argument(model, "cache_params") else "past_key_values"
+    """What the model calls the cache that it is given."""
+    return STATES_ALONE if takes_argument(model, STATES_ALONE) else "past_key_values"
 
 
 class _Seq2SeqState:
@@ -229,11 +230,12 @@ class _Seq2SeqState:
         self,
         model: Any,
         cache: EncoderDecoderCache,
-        hidden_BSD: Tensor,
+        encoded: Any,
         mask_BS: Tensor,
         adapters: RowAdapters | None,
     ) -> None:
-        self._model, self._cache, self._hidden_BSD, self._mask_BS = model, cache, hidden_BSD, mask_BS
+        self._model, self._cache, self._mask_BS = model, cache, mask_BS
+        self._hidden_BSD, self._output_class = encoded.last_hidden_state, type(encoded)
         self._adapters = adapters
 
     @classmethod
@@ -241,12 +243,11 @@ class _Seq2SeqState:
         cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None, *, room: int
     ) -> tuple["_Seq2SeqState", Tensor]:
         """Encode the prompts and feed the token that decoders start with."""
-        hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
+        encoded = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS)
         config = decoder_config(model)
-        of_prompt = growing_cache(config, room=0)  # it does not grow
-        cache = EncoderDecoderCache(growing_cache(config, room), of_prompt)
-        state = cls(model, cache, hidden, mask_PS, adapters)
-        start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
+        cache = EncoderDecoderCache(growing_cache(config, room), prompt_cache(config))
+        state = cls(model, cache, encoded, mask_PS, adapters)
+        start_P = torch.full((len(ids_PS),), cast(int, start_id(model)), device=ids_PS.device)
         return state, state.step(start_P)
 
     def compact_below(self, num_rows: int) -> float:
@@ -260,7 +261,7 @@ class _Seq2SeqState:
 
     def step(self, token_B: Tensor) -> Tensor:
         out = self._model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden_BSD),
+            encoder_outputs=self._output_class(last_hidden_state=self._hidden_BSD),
             attention_mask=self._mask_BS,
             decoder_input_ids=token_B.unsqueeze(1),
             past_key_values=self._cache,

@@ -12,11 +12,11 @@ from bondlm.engines.local.decoding import start_decoding
 from bondlm.errors import ConfigError
 from bondlm.models.logprobs import Group
 from bondlm.models.prefix import LEAST_SHARED
-from bondlm.models.probe import Laws, agrees, plain_laws, probe_ids, reach, sees_all
+from bondlm.models.probe import Laws, agrees, check_causal, check_decoder, plain_laws, probe_ids, reach, sees_all
 from bondlm.models.ways import Ways, remember, ways_of
 
 _LOGGER = logging.getLogger(__name__)
-NUM_STEPS, MOST_PADDING = 4, 40
+NUM_STEPS, MOST_PADDING, NUM_SHORT = 4, 40, 5
 FASTEST_FIRST: tuple[tuple[dict[str, bool], str], ...] = (
     ({"padded": True, "cached": True}, ""),
     ({"padded": False, "cached": True}, "one prompt length at a time: padding would change its numbers"),
@@ -34,6 +34,7 @@ def find_decoding(model: Any) -> Ways:
     Raises:
         ConfigError: none does.
     """
+    check_decoder(model)
     name, wanted = type(model).__name__, ways_of(model).prefix
     prompts = _prompts(model)
     tokens = [probe_ids(model, NUM_STEPS, seed=10 + i) for i in range(len(prompts))]
@@ -46,6 +47,7 @@ def find_decoding(model: Any) -> Ways:
                 _LOGGER.info(f"engine: {name} is decoded {reason}")
             break
     else:
+        check_causal(model, groups, plain, model.device, name)
         raise ConfigError(
             f"{name}: no way of decoding gives what a plain pass over the whole text gives, not even without a cache: "
             "bondlm cannot sample from it"
@@ -57,10 +59,10 @@ def find_decoding(model: Any) -> Ways:
 
 
 def _prompts(model: Any) -> list[list[int]]:
-    """Longest first, two of one length, all with a common beginning; some are near enough to be prefilled together."""
+    """Longest first, with a common beginning; a CPU prefills some together and joins the others to them."""
     longest = reach(model)
     beginning = probe_ids(model, min(LEAST_SHARED, longest - 1))
-    lengths = [longest, longest - min(MOST_PADDING, longest // 2), *[min(longest, len(beginning) + 2)] * 2]
+    lengths = [longest, longest - min(MOST_PADDING, longest // 2), *[min(longest, len(beginning) + 2)] * NUM_SHORT]
     rests = [probe_ids(model, max(1, length - len(beginning)), seed=i) for i, length in enumerate(lengths)]
     return [[*beginning, *rest] for rest in rests]
 
