@@ -132,7 +132,7 @@ def verdict(family: str) -> Verdict:
     try:
         worst, shares = check(model, PAD, EOS)
     except ConfigError as error:
-        return Verdict(family, "refused", _first_line(error).removeprefix(f"{type(model).__name__}").strip(": "))
+        return Verdict(family, "refused", _first_line(error))
     wrong = {name: difference for name, difference in worst.items() if difference > TOLERANCE}
     if wrong:
         return Verdict(family, "WRONG", ", ".join(f"{name} {difference:.2g}" for name, difference in wrong.items()))
@@ -152,9 +152,12 @@ def how(ways: Ways, shares: bool) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    """The reason without numbers, which differ from machine to machine."""
     text = re.sub(r"\s+", " ", str(error)).strip().replace("|", "/")
-    text = text.split(": ", 1)[1] if text.startswith("Class validation error") else text
-    return text if len(text) <= 160 else text[:157] + "..."
+    text = re.sub(r"^Class validation error.*?Error: ", "", text)
+    text = re.sub(r"^\w+(?:: | (?=attends|cannot))", "", text)
+    text = re.sub(r" by [\d.e-]+ nats.*| alone: [\d.e-]+ nats.*", lambda m: " alone" * m[0].startswith(" alone"), text)
+    return text.split(". ")[0]
 
 
 def on_page() -> dict[str, Verdict]:

@@ -53,10 +53,12 @@ def test_noise_is_named_with_its_rate() -> None:
     assert check_model(with_noise(), CPU, is_noise_allowed=True)
 
 
-def test_the_mode_stays_and_nothing_is_counted_as_a_gradient() -> None:
-    model = tiny_causal(TOKENIZER).train()
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_stays_and_nothing_is_counted_as_a_gradient(training: bool) -> None:
+    model = tiny_causal(TOKENIZER).train(training)
     assert check_model(model, CPU)
-    assert model.training
+    find_decoding(model)
+    assert model.training == training
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -10,7 +10,8 @@ Shapes: P prompts, L completions of each, T tokens of a completion, V vocabulary
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -50,8 +51,13 @@ def check_model(model: Any, device: torch.device, *, is_noise_allowed: bool = Fa
     Raises:
         ConfigError: it is noisy in training mode, attends to later tokens, or cannot be computed in batches.
     """
-    name = type(model).__name__
     check_decoder(model)
+    with in_eval_mode(model):
+        return _checked(model, device, is_noise_allowed=is_noise_allowed, distributed=distributed)
+
+
+def _checked(model: Any, device: torch.device, *, is_noise_allowed: bool, distributed: bool) -> bool:
+    name = type(model).__name__
     groups = probe_groups(model)
     plain = plain_laws(model, groups, device)
     check_causal(model, groups, plain, device, name)
@@ -70,6 +76,17 @@ def check_model(model: Any, device: torch.device, *, is_noise_allowed: bool = Fa
             f"{'share' if prefix else 'do not share'} what they begin with: a probe saw what stays exact"
         )
     return packed
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """A model is asked as it samples, whatever mode it is in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 # -- texts and their distributions
@@ -238,7 +255,6 @@ def check_causal(model: Any, groups: Sequence[Group], plain: Laws, device: torch
 def _check_noise(model: Any, groups: Sequence[Group], device: torch.device, name: str) -> None:
     """Two passes in training mode must agree, and with eval mode: what is learned must be what was sampled."""
     one: list[Group] = [(groups[-1][0], [groups[-1][1][0]])]
-    was_training = model.training
     passes = []
     try:
         for training in (False, True, True):
@@ -249,7 +265,7 @@ def _check_noise(model: Any, groups: Sequence[Group], device: torch.device, name
             raise
         raise ConfigError(f"{name} cannot compute a text in training mode: {error}") from error
     finally:
-        model.train(was_training)
+        model.eval()
     apart = max(difference(seen, other) for seen, other in pairwise(passes))
     if apart > max(tolerance(passes[0][0]), REFUSED_IN_LOW_PRECISION * is_low_precision(passes[0][0])):
         names = ", ".join(noise_of(model)) or "something that bondlm has no name for"

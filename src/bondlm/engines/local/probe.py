@@ -12,7 +12,7 @@ from bondlm.engines.local.decoding import start_decoding
 from bondlm.errors import ConfigError
 from bondlm.models.logprobs import Group
 from bondlm.models.prefix import LEAST_SHARED
-from bondlm.models.probe import Laws, agrees, check_causal, check_decoder, plain_laws, probe_ids, reach, sees_all
+from bondlm.models.probe import Laws, agrees, check_causal, check_decoder, in_eval_mode, plain_laws, probe_ids, reach, sees_all
 from bondlm.models.ways import Ways, remember, ways_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,6 +35,11 @@ def find_decoding(model: Any) -> Ways:
         ConfigError: none does.
     """
     check_decoder(model)
+    with in_eval_mode(model):
+        return _found(model)
+
+
+def _found(model: Any) -> Ways:
     name, wanted = type(model).__name__, ways_of(model).prefix
     prompts = _prompts(model)
     tokens = [probe_ids(model, NUM_STEPS, seed=10 + i) for i in range(len(prompts))]
