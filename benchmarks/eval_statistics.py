@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from bondlm.evaluation.samples import Scored
 from bondlm.evaluation.statistics import summarize
+from bondlm.rollout.samples import Samples
 
 TEXT = "a short answer of eight words or so"
 
@@ -29,16 +29,16 @@ def main() -> None:
     def normal(count: int) -> torch.Tensor:
         return torch.randn(options.prompts, count, dtype=torch.float64, generator=generator)
 
-    def samples(count: int, shift: float = 0.0, *, main: bool = False) -> Scored:
+    def samples(count: int, shift: float = 0.0, *, main: bool = False) -> Samples:
         rewards = normal(count) + shift
-        return Scored(
+        return Samples(
             prompts=[TEXT] * options.prompts,
             texts=[[TEXT] * count] * options.prompts,
-            rewards=rewards,
-            lengths=normal(count).abs() * 100 + 1,
-            finished=torch.ones_like(rewards),
-            logprobs=-normal(count).abs(),
-            log_ratio=normal(count) if main else None,
+            rewards_PM=rewards,
+            lengths_PM=normal(count).abs() * 100 + 1,
+            finished_PM=torch.ones_like(rewards),
+            logprobs_PM=-normal(count).abs(),
+            log_ratio_PM=normal(count) if main else None,
             judges={name: normal(count) for name in ("first", "second")} if main and not options.no_baselines else {},
         )
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from bondlm import BONDConfig
-from bondlm.config import KNOBS, OBJECTIVES, make_objective
+from bondlm.config import DEFAULTS, OFF_POLICY, SETTINGS, objective_of
 from bondlm.errors import BondError, ConfigError
+from bondlm.objectives.make import OBJECTIVES
 
 
 def config(tmp_path: Path, **settings: Any) -> BONDConfig:
@@ -31,6 +32,8 @@ REFUSED: list[tuple[str, Any]] = [
     ("gamma", -1e-9),
     ("gamma", math.nan),
     ("gamma", math.inf),
+    ("gamma_ref", -0.1),
+    ("gamma_ref", math.nan),
     ("eta", -0.1),
     ("eta", 1.5),
     ("eta", math.nan),
@@ -70,8 +73,9 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "bond", "n": 1}, "n=1"),
     ({"objective": "bond", "n": 4, "num_anchor_samples": 1}, "num_anchor_samples=1"),
     ({"objective": "bond", "n": 4, "log_quantile": "jbond"}, "log_quantile='jbond'"),
-    ({"objective": "bond", "quantile": "learned", "log_quantile": "harmonic"}, "quantile='learned'"),
-    ({"objective": "bond", "quantile": "learned", "correction": True}, "quantile='learned'"),
+    ({"objective": "bond", "quantile": "exact"}, "quantile='exact'"),
+    ({"objective": "bond", "quantile": "learned", "log_quantile": "harmonic"}, "log_quantile='harmonic'"),
+    ({"objective": "bond", "quantile": "learned", "correction": True}, "correction=True"),
     ({"objective": "bond", "quantile": "learned", "num_anchor_samples": 0}, "num_anchor_samples=0"),
     ({"objective": "best_of_n_sft", "n": 1}, "n=1"),
     ({"objective": "best_of_n_sft", "beta": 1.0}, "beta=1.0"),
@@ -90,6 +94,15 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "vbon", "n": 4, "num_anchor_samples": 1}, "num_anchor_samples=1"),
     ({"objective": "bonbon", "n": 4, "alpha": 1.5}, "alpha=1.5"),
     ({"objective": "best_of_n_regression", "n": 4, "num_samples": 3}, "num_samples=3"),
+    ({"objective": "self_bond", "num_samples": 2}, "num_samples=2"),
+    ({"objective": "self_bond", "n": 100}, "n=100"),
+    ({"objective": "self_bond", "log_quantile": "clamped"}, "log_quantile='clamped'"),
+    ({"objective": "self_bond", "anchor": "ema"}, "anchor='ema'"),
+    ({"objective": "self_bond", "anchor": "periodic"}, "anchor='periodic'"),
+    ({"objective": "self_bond", "eta": 0.1}, "eta=0.1"),
+    ({"objective": "self_bond", "gamma": 0.1}, "gamma=0.1"),
+    ({"objective": "best_of_n_sft", "gamma_ref": 0.1}, "gamma_ref=0.1"),
+    ({"objective": "jbond", "gamma_ref": 0.1, "anchor": "fixed"}, "gamma_ref=0.1"),
 ]
 
 
@@ -113,20 +126,29 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
         "vbon": (1, 16, 1, 1),
         "bonbon": (0, 2, 2, 2),
         "best_of_n_regression": (0, 2, 2, 2),
+        "self_bond": (8, 0, 8, 8),
     }
     assert set(plans) == set(OBJECTIVES)
     for name, expected in plans.items():
-        plan = make_objective(config(tmp_path, objective=name)).plan
+        plan = objective_of(config(tmp_path, objective=name)).plan
         assert (plan.policy, plan.anchor, plan.learn, plan.compare) == expected
     changed = {
         (1, 5, 2, 1): {"objective": "jbond", "num_anchor_samples": 5, "log_quantile": "harmonic"},
         (1, 8, 2, 1): {"objective": "bond", "n": 8, "num_anchor_samples": 4},
         (1, 4, 2, 1): {"objective": "bond", "n": 4, "quantile": "learned"},
         (3, 0, 3, 3): {"objective": "rloo", "num_samples": 3},
+        (6, 0, 6, 6): {"objective": "self_bond", "n": 4, "num_samples": 6, "log_quantile": "best_of_n"},
     }
     for expected, settings in changed.items():
-        plan = make_objective(config(tmp_path, **settings)).plan
+        plan = objective_of(config(tmp_path, **settings)).plan
         assert (plan.policy, plan.anchor, plan.learn, plan.compare) == expected
+
+
+def test_the_anchor_follows_the_objective_unless_it_is_set(tmp_path: Path) -> None:
+    assert config(tmp_path).anchor == config(tmp_path, objective="rloo").anchor == "ema"
+    assert config(tmp_path, objective="self_bond").anchor == "fixed"
+    assert config(tmp_path, objective="self_bond", anchor="fixed").anchor == "fixed"
+    assert config(tmp_path, objective="rloo", anchor="fixed").anchor == "fixed"
 
 
 def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
@@ -135,17 +157,46 @@ def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
 
 
 def test_kernels_that_only_the_policy_would_get_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"use_liger_kernel=True: remove it.*docs/speed\.md"):
+    with pytest.raises(ConfigError, match=r"use_liger_kernel=True: .*docs/speed\.md"):
         config(tmp_path, use_liger_kernel=True)
+
+
+KNOBS: dict[str, tuple[str, ...]] = {
+    "jbond": ("beta", "gamma", "gamma_ref", "num_anchor_samples", "log_quantile"),
+    "bond": (
+        *("n", "beta", "gamma", "gamma_ref", "num_anchor_samples", "log_quantile"),
+        *("correction", "quantile", "quantile_learning_rate"),
+    ),
+    "best_of_n_sft": ("n",),
+    "reinforce": ("beta_rl", "gamma_ref"),
+    "rloo": ("beta_rl", "gamma_ref", "num_samples"),
+    "vbon": ("n", "gamma_ref", "num_anchor_samples"),
+    "bonbon": ("n", "alpha"),
+    "best_of_n_regression": ("n", "num_samples"),
+    "self_bond": ("n", "num_samples", "log_quantile"),
+}
+
+
+def test_what_processes_of_a_run_must_have_alike(tmp_path: Path) -> None:
+    """What BONDConfig declares, and of transformers' settings those that change what a step computes."""
+    shared = set(config(tmp_path).shared_settings())
+    own = {name for name in vars(BONDConfig)["__annotations__"] if not name.startswith("_")}
+    assert shared - own == {
+        *("seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+        *("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "bf16", "fp16"),
+    }
+    assert own <= shared
+    assert config(tmp_path, eta=0.3).shared_settings() != config(tmp_path).shared_settings()
 
 
 def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Path) -> None:
     other: dict[str, Any] = {
-        **{"n": 3, "beta": 0.25, "gamma": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
+        **{"n": 3, "beta": 0.25, "gamma": 0.5, "gamma_ref": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
         **{"correction": True, "quantile": "learned", "quantile_learning_rate": 0.5, "beta_rl": 0.5},
         **{"num_samples": 4, "alpha": 0.5},
     }
     assert {name for names in KNOBS.values() for name in names} == set(other)
+    assert set(KNOBS) == set(OBJECTIVES)
     for objective, names in KNOBS.items():
         for name, value in other.items():
             more = {"quantile": "learned"} if name == "quantile_learning_rate" and objective == "bond" else {}
@@ -153,14 +204,69 @@ def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Pa
             if name in names:
                 assert getattr(config(tmp_path, **settings), name) == value
             else:
-                with pytest.raises(ConfigError, match=f"{name}={value!r}: objective={objective!r} does not use it"):
+                with pytest.raises(ConfigError, match=f"{name}={value!r}: objective={objective!r}"):
                     config(tmp_path, **settings)
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        config(tmp_path, beta=2.0, eta=-1.0, n=1)
-    assert [part.split("=")[0] for part in str(caught.value).split("; ")] == ["beta", "eta", "n", "n"]
+        config(tmp_path, eta=-1.0, n=1, max_rows=0, save_only_model=True)
+    assert {part.split("=")[0] for part in str(caught.value).split("; ")} == {"eta", "n", "max_rows", "save_only_model"}
+    with pytest.raises(ConfigError) as caught:  # and of those that its objective has
+        config(tmp_path, beta=2.0, gamma=-1.0)
+    assert [part.split("=")[0] for part in str(caught.value).split("; ")] == ["beta", "gamma"]
+
+
+def test_a_setting_of_the_wrong_type_is_refused_like_any_other_value(tmp_path: Path) -> None:
+    for name in ("eta", "max_completion_length", "vllm_base_url", "beta"):
+        with pytest.raises(ConfigError, match=rf"^{name}=\['x'\]: "):
+            config(tmp_path, **{name: ["x"]})
+
+
+def test_a_single_sample_cannot_be_ranked_last(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing_eos='worst': objective='reinforce' draws one sample"):
+        config(tmp_path, objective="reinforce", missing_eos="worst")
+    config(tmp_path, objective="rloo", missing_eos="worst")
+
+
+def test_objectives_that_draw_nothing_from_the_policy_can_learn_from_a_file(tmp_path: Path) -> None:
+    assert set(OFF_POLICY) == {"best_of_n_sft", "bonbon", "best_of_n_regression"}
+    regression = config(tmp_path, objective="best_of_n_regression", n=3)
+    assert objective_of(regression).plan.total == 3
+    assert objective_of(regression, num_logged=8).plan.total == 8  # all that are on file
+    regression = config(tmp_path, objective="best_of_n_regression", n=3, num_samples=4)
+    assert objective_of(regression, num_logged=8).plan.total == 4
+
+
+def test_the_help_names_every_objective() -> None:
+    help_text = str(BONDConfig.__dataclass_fields__["objective"].metadata["help"])
+    assert all(name in help_text for name in OBJECTIVES)
+
+
+def test_what_a_setting_needs_is_a_setting_and_one_of_its_values(tmp_path: Path) -> None:
+    needed = {setting.needs for setting in SETTINGS.values() if setting.needs is not None}
+    assert needed == {("anchor", "ema"), ("anchor", "periodic"), ("quantile", "learned"), ("quantile", "monte_carlo")}
+    for other, value in needed:
+        assert other in DEFAULTS
+        config(tmp_path, objective="bond", **{other: value})
+
+
+def test_what_may_change_when_a_run_goes_on() -> None:
+    """How long it lasts and what it prints, not what it computes; see tests/faults/test_durability.py."""
+    groups: dict[str, set[str]] = {}
+    for name, setting in SETTINGS.items():
+        groups.setdefault(setting.may_change, set()).add(name)
+    del groups["on demand"]
+    assert groups == {
+        "always": {
+            *("logging_steps", "save_steps", "eval_steps", "eval_strategy", "save_total_limit", "output_dir"),
+            *("num_logged_samples", "max_rows", "eval_num_samples", "eval_num_reference_samples", "report_to"),
+            *("target_n", "kl_budget", "reward_timeout_s", "reward_outage_s", "max_skipped_frac", "strict"),
+            *("ddp_timeout", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        },
+        "if endless": {"max_steps", "num_train_epochs"},
+        "never": {"learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"},
+    }
 
 
 ACCEPTED: list[dict[str, Any]] = [
@@ -198,7 +304,7 @@ def test_defaults_are_the_papers_where_it_states_one(tmp_path: Path) -> None:
     }
     assert {name: getattr(made, name) for name in paper} == paper
     assert made.lr_scheduler_type == "constant_with_warmup"
-    assert made.learning_rate is None  # 3e-6 with full fine-tuning: the trainer decides, see trainer/test_trainer.py
+    assert made.learning_rate is None  # 3e-6 with full fine-tuning: the trainer decides, see tests/trainer/test_step.py
 
 
 def test_nothing_is_sent_anywhere_and_no_column_is_lost_by_default(tmp_path: Path) -> None:

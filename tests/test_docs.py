@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bondlm.bestofn import best_of_n_probs, bond_fixed_point, kl_divergence
+from bondlm.bestofn import best_of_n_probs, bond_fixed_point, kl_bound, kl_divergence, self_bond_fixed_point
+from bondlm.bestofn.own_quantiles import kl_over_best_of_n, reached_by
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
@@ -37,6 +38,49 @@ def test_the_fixed_points_are_those_of_the_oracle() -> None:
             distance = float(kl_divergence(fixed, best_of_n_probs(anchor, rewards, n)))
             # The tiniest are near the tolerance of the oracle's descent.
             assert distance == pytest.approx(float(seen), rel=0.05, abs=2e-8), (name, k, beta, n)
+
+
+def table_cells(begin: str) -> list[list[str]]:
+    """The rows of docs/theory.md's table between two comments, the head included."""
+    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    table = text[text.index(f"<!-- {begin} -->") : text.index(f"<!-- end of {begin} -->")]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    return [row for row in rows if not row[0].startswith("-")]
+
+
+def test_the_price_of_own_quantiles_is_what_is_computed() -> None:
+    rows = table_cells("own quantiles")[1:]
+    assert len(rows) == 10
+    for num_samples, form, *printed in rows[:-1]:
+        for n, seen in zip((2, 4, 8, 16), printed, strict=True):
+            computed = kl_over_best_of_n(n, int(num_samples), form)  # type: ignore[arg-type]
+            assert computed == pytest.approx(float(seen), abs=6e-3), (num_samples, form, n)
+    for n, seen in zip((2, 4, 8, 16), rows[-1][2:], strict=True):
+        assert kl_over_best_of_n(n, 400, "tilt") == pytest.approx(float(seen), abs=0.012)
+
+
+def test_the_pass_rates_of_own_quantiles_are_the_oracles() -> None:
+    head, *rows = table_cells("pass rates")
+    p = np.array([float(cell) for cell in head[2:]])
+    n = 0
+    for order, form, *printed in rows:
+        n = int(order.removeprefix("n = ")) if order else n
+        computed = 1 - (1 - p) ** n
+        if order == "":
+            ref, rewards = np.stack([1 - p, p], 1), np.tile([0.0, 1.0], (len(p), 1))
+            computed = self_bond_fixed_point(ref, rewards, n, 8, form)[:, 1]  # type: ignore[arg-type]
+        np.testing.assert_allclose([float(cell) for cell in printed], computed, atol=6e-4)
+    assert n == 8
+
+
+def test_the_n_that_gamma_ref_keeps_is_what_is_computed() -> None:
+    rows = table_cells("resting points")
+    for beta, orders, ratios in ((0.5, rows[1], rows[2]), (1.0, rows[3], rows[4])):
+        for gamma_ref, order, ratio in zip(rows[0][1:], orders[1:], ratios[1:], strict=True):
+            law = reached_by(np.array([-beta * np.log(16), 1 - beta, 2 * (1 - beta)]) / float(gamma_ref))
+            reached = law.win_rate / (1 - law.win_rate)
+            assert reached == pytest.approx(float(order), rel=0.025)
+            assert law.kl / kl_bound(reached) == pytest.approx(float(ratio), abs=6e-3)
 
 
 def test_what_the_page_says_of_ties_is_what_the_oracle_finds() -> None:

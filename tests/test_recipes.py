@@ -12,8 +12,8 @@ from rewards.small_models import bert_classifier, bert_tokenizer, llama_classifi
 from tiny import CHATS, PROMPTS, tiny_causal, tiny_t5, tiny_tokenizer
 
 from bondlm.cli import main
+from bondlm.cli.options import TRAIN as NO_SETTINGS
 from bondlm.cli.options import parse
-from bondlm.cli.train import LORA_NAMES, RUN_NAMES
 from bondlm.config import BONDConfig
 from bondlm.rewards import load_rewards
 
@@ -52,7 +52,7 @@ def test_no_recipe_is_overlooked() -> None:
 @pytest.mark.parametrize("path", TRAIN, ids=name_of)
 def test_settings_are_valid(path: Path, tmp_path: Path) -> None:
     options = parse("train", ["--config", str(path)])
-    settings = {k: v for k, v in options.items() if k not in RUN_NAMES + LORA_NAMES + ("bf16",)}
+    settings = {k: v for k, v in options.items() if k not in {*NO_SETTINGS, "bf16"}}
     BONDConfig(**settings | {"output_dir": str(tmp_path)})
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers import TrainerCallback
 
 from bondlm.engines import Completion
 from bondlm.evaluation.rouge import rouge_judge
-from bondlm.evaluation.samples import Scored, from_samples
 from bondlm.evaluation.statistics import summarize
 from bondlm.rewards import NamedReward, load_rewards
 from bondlm.rollout.samples import Samples, score_samples
@@ -70,10 +70,8 @@ class Bench:
         result = summarize(policy, self._scored(self.reference, self._reference_judges, ratio), {})
         return {name: result[name] for name in KEPT if name in result}
 
-    def _scored(self, samples: Samples, judges: dict[str, torch.Tensor], ratio: torch.Tensor | None) -> Scored:
-        scored = from_samples(samples, self.rows, log_ratio=ratio)
-        scored.judges.update(judges)
-        return scored
+    def _scored(self, samples: Samples, judges: dict[str, torch.Tensor], ratio: torch.Tensor | None) -> Samples:
+        return replace(samples, log_ratio_PM=None if ratio is None else ratio.double().cpu(), judges=judges)
 
 
 def _to_json(samples: Samples, judges: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -97,13 +95,8 @@ def _from_json(kept: dict[str, Any], rows: Sequence[Any]) -> tuple[Samples, dict
     def number(values: Any) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64)
 
-    samples = Samples(
-        prompts=[list(row["prompt_ids"]) for row in rows],
-        completions=completions,
-        texts=kept["texts"],
-        rewards_PM=number(kept["rewards"]),
-        by_name={name: number(values) for name, values in kept["by_name"].items()},
-    )
+    by_name = {name: number(values) for name, values in kept["by_name"].items()}
+    samples = Samples.of_rows(rows, completions, number(kept["rewards"]), texts=kept["texts"], by_name=by_name)
     return samples, {name: number(values) for name, values in kept["judges"].items()}
 
 

@@ -57,10 +57,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan_total(settings: dict[str, Any]) -> int:
     """Completions that the settings draw of a prompt."""
-    from bondlm.config import BONDConfig, make_objective
+    from bondlm.config import BONDConfig, objective_of
 
     drawing = {name: value for name, value in settings.items() if name not in ("target_n", "kl_budget")}
-    return make_objective(BONDConfig(output_dir="unused", **drawing)).plan.total
+    return objective_of(BONDConfig(output_dir="unused", **drawing)).plan.total
 
 
 def config_of(task: Task, run: Run, seed: int, folder: Path, args: Any) -> dict[str, Any]:

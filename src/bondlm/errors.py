@@ -4,6 +4,10 @@ Every class is also a standard exception, so ``except ValueError`` keeps working
 code with which the command line ends (`cli` is the only place that turns one into the other).
 """
 
+from collections.abc import Sequence
+
+MAX_LISTED = 10
+
 
 class BondError(Exception):
     """Root of all errors that bondlm raises on purpose."""
@@ -73,3 +77,11 @@ class LostRankError(BondError, RuntimeError):
     """Another process of the run died, or answered nothing within ddp_timeout (exit code 6)."""
 
     exit_code = 6
+
+
+def listed(problems: Sequence[str], what: str) -> str:
+    """For a message: one line each for the first 10 problems, and the number of the others."""
+    lines = list(problems[:MAX_LISTED])
+    if len(problems) > MAX_LISTED:
+        lines.append(f"... and {len(problems) - MAX_LISTED} more {what}")
+    return "\n".join(lines)

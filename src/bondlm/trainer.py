@@ -22,7 +22,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
+from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
@@ -47,7 +47,7 @@ from bondlm.models.sharding import (
     trained_in_parallel,
     uses_fsdp,
 )
-from bondlm.objectives import Objective
+from bondlm.objectives import Objective, with_reference_kl
 from bondlm.rewards import rewards_of_run
 from bondlm.rollout.samples import Samples, longest_prompt
 from bondlm.rollout.seeds import Seeds
@@ -133,7 +133,7 @@ class BONDTrainer(Trainer):
             max_completion_length=args.max_completion_length,
             truncate_prompt=args.truncate_prompt,
         )
-        self.objective: Objective = make_objective(args, num_logged=samples_per_prompt(prompts))
+        self.objective: Objective = objective_of(args, num_logged=samples_per_prompt(prompts))
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
         super().__init__(
@@ -213,6 +213,7 @@ class BONDTrainer(Trainer):
             share_prompts=share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,
+            gamma_ref=args.gamma_ref,
         )
 
     # -- a training step
@@ -269,6 +270,7 @@ class BONDTrainer(Trainer):
         logp_PLT = logp.flatten(0, 1).unflatten(0, (-1, plan.learn))
         logp_PL = logp_PLT.sum(dim=2)
         loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
+        loss = with_reference_kl(loss, logp_PL, inputs.get("pull_PC"))
         counted_P = self.run_folder.note_losses(inputs["row_P"], loss.loss_P) & (inputs["weight_P"] > 0)
         self._means.record_of_each(loss.metrics | {"loss": loss.loss_P.detach()}, counted_P)
         if plan.policy:
@@ -298,7 +300,7 @@ class BONDTrainer(Trainer):
 
     def log_probability(self, samples: Samples, role: Role) -> Tensor:
         """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats."""
-        pairs = zip(samples.prompts, samples.completions, strict=True)
+        pairs = zip(samples.prompt_ids, samples.completions, strict=True)
         return self.step.logprob(role, [(prompt, [c.ids for c in row]) for prompt, row in pairs])
 
     def log_ratio(self, samples: Samples, role: Role = "reference") -> Tensor:

@@ -84,3 +84,14 @@ def test_help_lists_every_field_of_the_config(capsys):
         if name in bond_fields():
             assert f"--{name}" in text
     assert set(own) - set(bond_fields()) == set()
+
+
+@pytest.mark.parametrize("command", ["sft", "reward-model"])
+def test_help_is_light(command: str) -> None:
+    code = (
+        f"import sys; from bondlm.cli import main; main([{command!r}, '--help']); "
+        "sys.exit(str({'torch', 'transformers', 'rich'} & set(sys.modules)) if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--train_dataset" in done.stdout

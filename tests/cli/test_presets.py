@@ -27,8 +27,11 @@ def test_fast_fits_what_is_trained_and_how_the_anchor_moves():
     assert whole["learning_rate"] < lora["learning_rate"]
     fixed = with_preset({"preset": "fast", "objective": "bond", "anchor": "fixed"})
     assert "eta" not in fixed  # refused as unused, though the user has not set it
-    del fixed["preset"]
-    BONDConfig(output_dir="unused", **fixed)
+    own = with_preset({"preset": "fast", "objective": "self_bond"})
+    assert "eta" not in own
+    for settings in (fixed, own):
+        del settings["preset"]
+        BONDConfig(output_dir="unused", **settings)
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tiny import prompt_rows
 
-from bondlm.data.prompts import is_conversational, load_prompts, overlap, read_jsonl
+from bondlm.data.prompts import load_prompts, overlap, read_jsonl
 from bondlm.errors import DataError
 
 Write = Callable[..., Path]
@@ -66,23 +67,23 @@ def test_bom_at_file_start_crlf_and_blank_lines_are_read_through(write: Write) -
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        pytest.param(b'{"prompt": "cut', "invalid JSON: Unterminated string", id="cut"),
-        pytest.param(b'{"prompt": "a"} x', "invalid JSON: Extra data", id="two values"),
-        pytest.param(b"{'prompt': 'a'}", "invalid JSON", id="python quotes"),
-        pytest.param(b'{"prompt": "a\x00"}', "invalid JSON: Invalid control character", id="raw NUL"),
-        pytest.param(b'{"prompt": "a", "score": NaN}', "NaN is not a JSON number", id="NaN"),
-        pytest.param(b'{"prompt": "a", "score": [-Infinity]}', "-Infinity is not a JSON number", id="Infinity"),
-        pytest.param(b'{"prompt": "a", "score": 1e999}', "number 1e999 is too large", id="overflow"),
-        pytest.param(b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' appears twice", id="key twice"),
-        pytest.param(b'["a"]', 'a row must be an object such as {"prompt": ...}, not a list', id="list"),
+        pytest.param(b'{"prompt": "cut', "Unterminated string", id="cut"),
+        pytest.param(b'{"prompt": "a"} x', "Extra data", id="two values"),
+        pytest.param(b"{'prompt': 'a'}", "double quotes", id="python quotes"),
+        pytest.param(b'{"prompt": "a\x00"}', "Invalid control character", id="raw NUL"),
+        pytest.param(b'{"prompt": "a", "score": NaN}', "NaN", id="NaN"),
+        pytest.param(b'{"prompt": "a", "score": [-Infinity]}', "-Infinity", id="Infinity"),
+        pytest.param(b'{"prompt": "a", "score": 1e999}', "1e999", id="overflow"),
+        pytest.param(b'{"prompt": "a", "prompt": "b"}', "'prompt'", id="key twice"),
+        pytest.param(b'["a"]', "not a list", id="list"),
         pytest.param(b"null", "not null", id="null"),
         pytest.param(b"3", "not a number", id="number"),
-        pytest.param(b"[" * 100_000, "nested too deeply", id="deep"),
-        pytest.param(b'{"prompt": "\\ud800"}', "lone surrogate", id="surrogate"),
-        pytest.param(b'{"prompt": "a", "more": {"\\udc00": [1]}}', "lone surrogate", id="surrogate in a key"),
-        pytest.param(b'{"prompt": "\xed\xa0\x80"}', "not UTF-8 (byte 0xed at column 13)", id="raw surrogate"),
-        pytest.param(b'{"prompt": "caf\xe9"}', "not UTF-8 (byte 0xe9 at column 16)", id="latin-1"),
-        pytest.param(b'\xef\xbb\xbf{"prompt": "a"}', "invalid JSON: Unexpected UTF-8 BOM", id="BOM inside"),
+        pytest.param(b"[" * 100_000, "nested", id="deep"),
+        pytest.param(b'{"prompt": "\\ud800"}', "surrogate", id="surrogate"),
+        pytest.param(b'{"prompt": "a", "more": {"\\udc00": [1]}}', "surrogate", id="surrogate in a key"),
+        pytest.param(b'{"prompt": "\xed\xa0\x80"}', "byte 0xed at column 13", id="raw surrogate"),
+        pytest.param(b'{"prompt": "caf\xe9"}', "byte 0xe9 at column 16", id="latin-1"),
+        pytest.param(b'\xef\xbb\xbf{"prompt": "a"}', "BOM", id="BOM inside"),
     ],
 )
 def test_lines_that_are_not_strict_json_are_refused_with_their_place(write: Write, line: bytes, reason: str) -> None:
@@ -99,22 +100,22 @@ def test_paired_surrogate_escapes_are_one_character(write: Write) -> None:
 
 
 BAD_ROWS = [
-    pytest.param({"text": "a", "id": 1}, "no `prompt` (keys: text, id)", id="missing"),
-    pytest.param({}, "no `prompt` (keys: none)", id="no keys"),
-    pytest.param({"prompt": 3}, "`prompt` must be text or a list of messages, not a number", id="number"),
-    pytest.param({"prompt": None}, "`prompt` must be text or a list of messages, not null", id="null"),
+    pytest.param({"text": "a", "id": 1}, "`prompt` (keys: text, id)", id="missing"),
+    pytest.param({}, "`prompt` (keys: none)", id="no keys"),
+    pytest.param({"prompt": 3}, "not a number", id="number"),
+    pytest.param({"prompt": None}, "not null", id="null"),
     pytest.param({"prompt": {"role": "user"}}, "not an object", id="one message"),
-    pytest.param({"prompt": ""}, "empty prompt", id="empty"),
-    pytest.param({"prompt": " \n\t"}, "empty prompt", id="blank"),
-    pytest.param({"prompt": []}, "empty prompt (no messages)", id="no messages"),
-    pytest.param({"prompt": chat(("user", " "))}, "empty prompt (the last message has no text)", id="blank message"),
-    pytest.param({"prompt": ["a"]}, "message 0: must be an object with `role` and `content`, not text", id="texts"),
-    pytest.param({"prompt": chat(("user", "a"), ("human", "b"))}, "message 1: `role` must be one of", id="role"),
-    pytest.param({"prompt": [{"content": "a"}]}, "`role` must be one of system, user, assistant, tool, not None"),
+    pytest.param({"prompt": ""}, "empty", id="empty"),
+    pytest.param({"prompt": " \n\t"}, "empty", id="blank"),
+    pytest.param({"prompt": []}, "no messages", id="no messages"),
+    pytest.param({"prompt": chat(("user", " "))}, "last message", id="blank message"),
+    pytest.param({"prompt": ["a"]}, "message 0: ", id="texts"),
+    pytest.param({"prompt": chat(("user", "a"), ("human", "b"))}, "message 1: `role`", id="role"),
+    pytest.param({"prompt": [{"content": "a"}]}, "system, user, assistant, tool, not None"),
     pytest.param({"prompt": chat((["user"], "a"))}, "not ['user']", id="role is a list"),
-    pytest.param({"prompt": chat(("user", None))}, "message 0: `content` must be text, not null", id="no content"),
-    pytest.param({"prompt": chat(("user", [{"type": "text"}]))}, "`content` must be text, not a list", id="parts"),
-    pytest.param({"prompt": chat(("user", "a"), ("assistant", "b"))}, "the last message is the assistant's", id="turn"),
+    pytest.param({"prompt": chat(("user", None))}, "message 0: `content`", id="no content"),
+    pytest.param({"prompt": chat(("user", [{"type": "text"}]))}, "not a list", id="parts"),
+    pytest.param({"prompt": chat(("user", "a"), ("assistant", "b"))}, "assistant", id="turn"),
 ]
 
 
@@ -142,16 +143,15 @@ def test_mixed_standard_and_conversational_rows_are_refused(write: Write) -> Non
     path = write(lines({"prompt": "a"}, {"prompt": chat(("user", "b"))}))
     with pytest.raises(DataError) as caught:
         load_prompts(path)
-    assert str(caught.value).startswith(f"{path}:2: the prompt is a list, but at {path}:1 it is text")
+    assert re.match(rf"{path}:2: .*list.*{path}:1 .*text", str(caught.value))
 
 
 def test_duplicate_ids_are_refused_and_absent_ones_are_not(write: Write) -> None:
     path = write(
         lines({"id": "x", "prompt": "a"}, {"prompt": "b"}, {"id": None, "prompt": "c"}, {"id": "x", "prompt": "d"})
     )
-    with pytest.raises(DataError, match="duplicate id 'x'") as caught:
+    with pytest.raises(DataError, match=f"^{path}:4: .*'x'.*{path}:1"):
         load_prompts(path)
-    assert str(caught.value) == f"{path}:4: duplicate id 'x' (first at {path}:1)"
 
 
 def test_all_bad_rows_are_reported_in_order_ten_by_name(write: Write) -> None:
@@ -171,7 +171,7 @@ def test_all_bad_rows_are_reported_in_order_ten_by_name(write: Write) -> None:
 def test_empty_files_are_refused(write: Write, content: bytes) -> None:
     path = write(content)
     for read in (read_jsonl, load_prompts):
-        with pytest.raises(DataError, match="has no rows"):
+        with pytest.raises(DataError, match=f"{path}: .*no rows"):
             read(path)
 
 
@@ -179,7 +179,7 @@ def test_empty_files_are_refused(write: Write, content: bytes) -> None:
 def test_columns_that_collide_with_reward_arguments_are_refused(write: Write, column: str) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b", column: 1}]
     for source in (write(lines(*rows)), rows, Dataset.from_list([rows[1]])):
-        with pytest.raises(DataError, match=f"reserved column name: {column}"):
+        with pytest.raises(DataError, match=rf"column.*\b{column}\b"):
             load_prompts(source)
 
 
@@ -196,7 +196,7 @@ def test_columns_that_differ_between_rows_are_filled_with_none(write: Write) -> 
 
 @pytest.mark.parametrize("values", [(1, "one"), (10**30, 1), ([1], {"a": 1})])
 def test_columns_of_several_types_are_refused(values: tuple[Any, Any]) -> None:
-    with pytest.raises(DataError, match="one type in all rows"):
+    with pytest.raises(DataError, match=r"column.*type"):
         load_prompts([{"prompt": "a", "answer": value} for value in values])
 
 
@@ -220,7 +220,6 @@ def test_every_source_gives_the_same_rows(write: Write, tmp_path: Path, kind: st
     loaded = load_prompts(source)
     assert loaded.to_list() == rows
     assert loaded.column_names == ["prompt", "answer"]
-    assert is_conversational(loaded) is is_conversational(loaded[0]) is is_conversational(rows) is conversational
 
 
 def test_plain_parquet_is_read_afresh_after_a_change(tmp_path: Path) -> None:
@@ -237,17 +236,18 @@ def test_bad_rows_of_other_sources_are_named_by_index(tmp_path: Path) -> None:
     for source in (dataset, tmp_path / "saved", tmp_path / "p.parquet", DatasetDict({"train": dataset})):
         with pytest.raises(DataError) as caught:
             load_prompts(source)
-        assert str(caught.value).split("\n")[0] == "row 1: empty prompt"
-        assert str(caught.value).split("\n")[1].startswith("row 2: `prompt` must be text")
+        first, second = str(caught.value).split("\n")
+        assert first.startswith("row 1: empty")
+        assert second.startswith("row 2: `prompt`")
 
 
 def test_lists_with_surrogates_or_without_rows_are_refused() -> None:
     for row in ({"prompt": "a\udfff"}, {"prompt": "a", "answer": ["\ud800"]}):
-        with pytest.raises(DataError, match=r"^row 0: lone surrogate"):
+        with pytest.raises(DataError, match=r"^row 0: .*surrogate"):
             load_prompts([row])
     sources: list[Any] = [[], Dataset.from_list([])]
     for empty in sources:
-        with pytest.raises(DataError, match="has no rows"):
+        with pytest.raises(DataError, match="no rows"):
             load_prompts(empty)
 
 
@@ -259,21 +259,21 @@ def test_sources_that_are_not_prompts_are_refused_before_any_network(
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "state.json").write_text("{}")
     cases: list[tuple[Any, str]] = [
-        (tmp_path / "gone.jsonl", "cannot be read: No such file"),
-        (tmp_path / "gone.parquet", "cannot be read"),
-        (tmp_path / "broken.parquet", "cannot be read"),
-        (tmp_path / "text", "cannot be read"),
-        (write("prompt\na\n", "prompts.csv"), "unknown kind of file"),
-        (tmp_path / "gone" / "folder", "no such file"),
-        ("./gone", "no such file"),
-        ({"prompt": ["a"]}, "cannot read prompts from a dict"),
-        (iter([]), "cannot read prompts from a list_iterator"),
-        (Dataset.from_list(prompt_rows(2)).to_iterable_dataset(), "not a streaming one"),
-        (["a", "b"], "row 0: a row must be an object"),
-        (DatasetDict({"test": Dataset.from_list(prompt_rows(2))}), "no split 'train' in the data set. It has: test"),
+        (tmp_path / "gone.jsonl", r"gone\.jsonl: .*No such file"),
+        (tmp_path / "gone.parquet", r"gone\.parquet: "),
+        (tmp_path / "broken.parquet", r"broken\.parquet: .*Parquet magic bytes"),
+        (tmp_path / "text", "text: .*`DatasetDict` directory"),
+        (write("prompt\na\n", "prompts.csv"), r"prompts\.csv: .*\.jsonl or \.parquet"),
+        (tmp_path / "gone" / "folder", "gone/folder: "),
+        ("./gone", r"\./gone: "),
+        ({"prompt": ["a"]}, "from a dict"),
+        (iter([]), "from a list_iterator"),
+        (Dataset.from_list(prompt_rows(2)).to_iterable_dataset(), "IterableDataset.*streaming"),
+        (["a", "b"], "row 0: .*not text"),
+        (DatasetDict({"test": Dataset.from_list(prompt_rows(2))}), "split 'train'.*test"),
     ]
     for source, reason in cases:
-        with pytest.raises(DataError, match=reason.replace(".", r"\.")):
+        with pytest.raises(DataError, match=reason):
             load_prompts(source)
 
 
@@ -289,7 +289,7 @@ def test_hub_names_go_to_load_dataset_with_the_split(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_prompts("org/prompts-v1.0", split="test[:3]").to_list() == prompt_rows(3)
     assert asked == [("org/prompts-v1.0", "test[:3]")]
-    with pytest.raises(DataError, match="org/gone: cannot be read: no network"):
+    with pytest.raises(DataError, match=r"org/gone: .*no network"):
         load_prompts("org/gone")
 
 

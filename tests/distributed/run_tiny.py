@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny import prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
-from trainer.test_trainer import ends_often, lora, low_ids
+from trainer.helpers import ends_often, lora, low_ids
 
 from bondlm import BONDConfig, BONDTrainer
 from bondlm.models.sharding import gather_to_main, local, named_weights

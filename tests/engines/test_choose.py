@@ -1,13 +1,21 @@
 """What a run says of its engine."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig
+from tiny import prompt_rows, tiny_causal, tiny_t5
 
-from bondlm.engines.choose import engine_choice
+from bondlm import BONDTrainer
+from bondlm.engines.choose import engine_choice, server_options
+from bondlm.errors import ConfigError
+from bondlm.models.load import wrap_lora
+from engines.vllm.helpers import TOKENIZER, config, length, trainer
+from engines.vllm.stub import Stub, serving
 
 
 @pytest.mark.parametrize(
@@ -24,3 +32,35 @@ from bondlm.engines.choose import engine_choice
 def test_the_choice_is_said_with_its_reason_for_this_device(settings: dict[str, Any], said: str) -> None:
     args: Any = SimpleNamespace(**settings)
     assert re.search(said, engine_choice(args))
+
+
+@pytest.mark.parametrize(
+    ("make", "peft_config", "message"),
+    [
+        (tiny_t5, None, "encoder-decoder.*engine='transformers'"),
+        (tiny_causal, IA3Config(target_modules=["v_proj"], feedforward_modules=[]), "not IA3: use engine"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused(tmp_path: Path, make: Any, peft_config: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BONDTrainer(
+            *(make(TOKENIZER), length, config(tmp_path), prompt_rows(4)),
+            processing_class=TOKENIZER,
+            peft_config=peft_config,
+        )
+
+
+def test_a_context_too_short_is_refused_before_training(tmp_path: Path) -> None:
+    model = wrap_lora(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with serving(Stub(model, [2], max_model_len=8)) as small:
+        # The probe itself may be cut by a real server; here only the prompts are too long.
+        with pytest.raises(ConfigError, match=r"context of 8 tokens is too short.*max-model-len"):
+            trainer(tmp_path, small)
+
+
+def test_options_of_our_server(tmp_path: Path) -> None:
+    options = server_options(torch.bfloat16, 24, 2, config(tmp_path, vllm_server_args=["--max-model-len", "512"]))
+    assert " ".join(options) == (
+        "--dtype bfloat16 --enable-lora --max-loras 2 --max-lora-rank 32 --generation-config vllm "
+        "--logprobs-mode processed_logprobs --enforce-eager --max-model-len 512"
+    )

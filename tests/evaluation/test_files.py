@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
 from bondlm.errors import ConfigError, DataError
 from bondlm.evaluation.files import claim, finished_prompts
 
@@ -39,10 +38,10 @@ def test_rows_of_other_prompts_are_refused(tmp_path):
     path = tmp_path / "s.jsonl"
     assert finished_prompts(path, PROMPTS, 2) == 0
     path.write_text(line("a") + line("b"))
-    with pytest.raises(DataError, match=r"s.jsonl:2: .* not of prompt 0"):
+    with pytest.raises(DataError, match=r"s\.jsonl:2: .*prompt 0"):
         finished_prompts(path, PROMPTS, 2)
     path.write_text("".join(line(p) for p in [*PROMPTS, "d"]))
-    with pytest.raises(DataError, match=r"s.jsonl:4"):
+    with pytest.raises(DataError, match=r"s\.jsonl:4: .*prompt 3"):
         finished_prompts(path, PROMPTS, 1)
 
 
@@ -51,31 +50,8 @@ def test_a_manifest_guards_the_samples_and_nothing_else(tmp_path):
     claim(tmp_path, {"seed": 2}, ["s.jsonl"])  # no sample yet: nothing to protect
     (tmp_path / "s.jsonl").write_text("")
     claim(tmp_path, {"seed": 2}, ["s.jsonl"])
-    with pytest.raises(ConfigError, match=r"seed: 2 -> 3.*remove s.jsonl"):
+    with pytest.raises(ConfigError, match=r"seed: 2 -> 3.*s\.jsonl"):
         claim(tmp_path, {"seed": 3}, ["s.jsonl"])
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ConfigError, match="nobody knows"):
+    with pytest.raises(ConfigError, match=r"manifest\.json"):
         claim(tmp_path, {"seed": 2}, ["s.jsonl"])
-
-
-def test_fingerprints_see_what_matters(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = model_fingerprint(str(tmp_path), None)
-    (tmp_path / "notes.txt").write_text("x")
-    assert model_fingerprint(str(tmp_path), None) == before
-    (tmp_path / "model.safetensors").write_bytes(b"2")
-    assert model_fingerprint(str(tmp_path), None) != before
-    assert model_fingerprint("org/name", "abc") == {"name": "org/name", "revision": "abc"}
-    (tmp_path / "r.py").write_text("def f(): ...")
-    spec = f"{tmp_path}/r.py:f"
-    first = reward_fingerprint(spec)
-    (tmp_path / "r.py").write_text("def f(): pass")
-    assert reward_fingerprint(spec) != first
-    assert (
-        reward_fingerprint(f"nli:{tmp_path}?template=flan")["sha256"]
-        == model_fingerprint(str(tmp_path), None)["sha256"]
-    )
-    assert reward_fingerprint("org/model") == {"spec": "org/model"}
-    assert rows_fingerprint([{"a": 1, "b": 2}]) == rows_fingerprint([{"b": 2, "a": 1}])
-    assert rows_fingerprint([{"a": 1}]) != rows_fingerprint([{"a": 2}])

@@ -5,41 +5,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from bondlm.bestofn import best_of_n_kl, kl_bound
-from bondlm.errors import DataError
-from bondlm.evaluation.describe import describe_config, describe_objective
-from bondlm.evaluation.run import side_by_side, write_results
-from bondlm.evaluation.samples import Scored, distinct, from_rows, text_metrics
 from bondlm.evaluation.statistics import summarize
-from bondlm.objectives import BOND, JBOND
 from bondlm.runs.folder import plain
-
-
-def scored(rewards, *, length=10.0, log_ratio=None, judges=None, seconds=0.0, text="one two three", finished=1.0):
-    rewards = torch.from_numpy(np.asarray(rewards, dtype=float))
-    return Scored(
-        prompts=[f"prompt {i}" for i in range(len(rewards))],
-        texts=[[text] * rewards.shape[1] for _ in rewards],
-        rewards=rewards,
-        lengths=torch.full_like(rewards, length),
-        finished=torch.full_like(rewards, finished),
-        logprobs=torch.full_like(rewards, -2.0 * length),
-        log_ratio=None if log_ratio is None else torch.full_like(rewards, log_ratio),
-        judges={name: torch.from_numpy(values) for name, values in (judges or {}).items()},
-        seconds=seconds,
-    )
-
-
-def case(n=4, num_prompts=400, m=4, num_ref=16, seed=0, **options):
-    rng = np.random.default_rng(seed)
-    mine = rng.normal(size=(num_prompts, m, n)).max(-1)
-    return (
-        scored(mine, **({"log_ratio": 1.2, "seconds": 4.0} | options)),
-        scored(rng.normal(size=(num_prompts, num_ref)), log_ratio=-0.5, seconds=64.0),
-        {"reference, T=0.7": scored(rng.normal(size=(num_prompts, 2)))},
-    )
+from evaluation.helpers import case, scored
 
 
 def test_the_numbers_of_a_best_of_4_policy():
@@ -66,8 +36,8 @@ def test_the_numbers_of_a_best_of_4_policy():
 
 def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
     policy, reference, others = case(n=1, log_ratio=0.1)
-    below = scored(policy.rewards.numpy() - 1.0, log_ratio=0.1)
-    above = scored(policy.rewards.numpy() + 9.0, log_ratio=9.0)
+    below = scored(policy.rewards_PM.numpy() - 1.0, log_ratio=0.1)
+    above = scored(policy.rewards_PM.numpy() + 9.0, log_ratio=9.0)
     for samples, needed in ((below, 0.0), (above, kl_bound(16))):
         result = summarize(samples, reference, others)
         assert result["kl_ratio"] is None
@@ -76,11 +46,11 @@ def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
 
 def test_ties_make_best_of_n_cheaper_than_the_bound():
     policy, reference, others = case()
-    tied = [scored((s.rewards > 1.0).double(), log_ratio=1.2) for s in (policy, reference)]
-    result = summarize(*tied, {name: scored((s.rewards > 1.0).double()) for name, s in others.items()})
+    tied = [scored((s.rewards_PM > 1.0).double(), log_ratio=1.2) for s in (policy, reference)]
+    result = summarize(*tied, {name: scored((s.rewards_PM > 1.0).double()) for name, s in others.items()})
     n = result["effective_n"]["value"]
     assert 2 < n < 8
-    p = float((reference.rewards > 1.0).double().mean())
+    p = float((reference.rewards_PM > 1.0).double().mean())
     exact = float(best_of_n_kl(np.array([1 - p, p]), np.array([0.0, 1.0]), n))
     # The shares of 16 samples differ from prompt to prompt, and the KL is not linear in them.
     assert 0.7 * exact < result["kl_of_best_of_n"] < 1.1 * exact < 0.9 * kl_bound(n)
@@ -102,7 +72,7 @@ def test_every_order_has_a_win_rate_and_the_chosen_ones_have_intervals():
 
 def test_an_opponent_is_met_and_baselines_have_all_the_columns():
     policy, reference, others = case()
-    opponent = scored(case(n=8, seed=5)[0].rewards)
+    opponent = scored(case(n=8, seed=5)[0].rewards_PM)
     result = summarize(policy, reference, others, opponent=opponent)
     assert result["opponent"]["win_rate"]["low"] <= 1 / 3 <= result["opponent"]["win_rate"]["high"]  # 4 against 8
     assert "opponent" not in summarize(policy, reference, others)
@@ -124,16 +94,16 @@ def test_over_optimisation_is_a_reward_that_rises_while_a_judge_falls():
     judges = {"good": rng.normal(0.5, 1, shape), "bad": rng.normal(-0.5, 1, shape), "same": rng.normal(0, 1, shape)}
     ref_judges = {name: rng.normal(0, 1, ref_shape) for name in judges}
     policy, reference, others = case(judges=judges)
-    reference = scored(reference.rewards, judges=ref_judges)
+    reference = scored(reference.rewards_PM, judges=ref_judges)
     (warning,) = warned(policy, reference, others, "over-optimisation")
     assert "'bad' fell by 0.5" in warning
-    unmoved = scored(case(n=1)[0].rewards, log_ratio=0.0, judges=judges)
+    unmoved = scored(case(n=1)[0].rewards_PM, log_ratio=0.0, judges=judges)
     assert warned(unmoved, reference, others, "over-optimisation") == []
 
 
 def test_sharpening_verbosity_truncation_few_prompts_and_disagreement_are_said():
     policy, reference, _ = case()
-    better = {"reference, greedy": scored(reference.rewards[:, :1] + 5.0)}
+    better = {"reference, greedy": scored(reference.rewards_PM[:, :1] + 5.0)}
     (warning,) = warned(policy, reference, better, "sharpening")
     assert "'reference, greedy' wins" in warning
     assert warned(*case(length=16.0), "longer") != []
@@ -153,84 +123,4 @@ def test_one_prompt_has_numbers_without_intervals():
 def test_policy_samples_must_be_scored():
     policy, reference, others = case()
     with pytest.raises(ValueError, match="log-ratios"):
-        summarize(scored(policy.rewards), reference, others)
-
-
-def test_distinct_n_by_hand():
-    texts = [["The cat, the dog", "ignored"], ["THE CAT sat"]]
-    assert distinct(texts, 1) == pytest.approx(4 / 7)  # the cat dog sat, of 7 words
-    assert distinct(texts, 2) == pytest.approx(4 / 5)  # "the cat" twice
-    assert math.isnan(distinct([["one"]], 2))
-
-
-def test_rows_of_a_file_come_back_prompt_by_prompt():
-    rows = [
-        {
-            "prompt": i,
-            "completion": f"{i}{j}",
-            "reward": 10 * i + j,
-            "judges": {"a": -j},
-            "finished": j == 0,
-            "tokens": j + 1,
-            "logprob": -1.0,
-            "log_ratio": 0.5 * j,
-            "seconds": 0.25,
-        }
-        for i in range(3)
-        for j in range(2)
-    ]
-    result = from_rows(rows, 2)
-    assert result.prompts == [0, 1, 2]
-    assert result.texts[1] == ["10", "11"]
-    assert result.rewards.tolist() == [[0, 1], [10, 11], [20, 21]]
-    assert result.judges["a"].tolist() == [[0, -1]] * 3
-    assert result.log_ratio.tolist() == [[0, 0.5]] * 3
-    assert result.seconds == 1.5
-    with pytest.raises(DataError, match="reward"):
-        from_rows([rows[0] | {"reward": None}, *rows[1:]], 2)
-    with pytest.raises(DataError, match="rows"):
-        from_rows([], 2)
-    metrics = text_metrics(result)
-    assert metrics["completions/mean_length"] == 1.5
-    assert metrics["completions/clipped_ratio"] == 0.5
-    assert metrics["entropy"] == pytest.approx(1 / 1.5)
-
-
-def test_side_by_side_shows_the_best_of_the_first_eight(tmp_path):
-    policy, reference, _ = case(num_prompts=3)
-    rows = list(side_by_side(policy, reference))
-    assert list(rows[0]) == ["prompt", "reference", "reference_best_of_8", "policy"]
-    for i, row in enumerate(rows):
-        assert row["reference_best_of_8"]["reward"] == float(reference.rewards[i, :8].max())
-        assert row["reference"]["reward"] == float(reference.rewards[i, 0])
-    write_results(tmp_path, {"a": math.nan}, policy, reference)
-    assert json.loads((tmp_path / "eval.json").read_text()) == {"a": None}
-    assert len((tmp_path / "eval_samples.jsonl").read_bytes().splitlines()) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "eval_samples.jsonl"]
-
-
-def test_an_objective_is_described_by_its_settings():
-    assert describe_objective("jbond", JBOND(beta=0.25)) == {
-        "name": "jbond",
-        "n": 2,
-        "beta": 0.25,
-        "gamma": 0.0,
-        "num_anchor_samples": 2,
-        "log_quantile": "jbond",
-    }
-    assert describe_objective("bond", BOND(n=8))["n"] == 8
-
-
-def test_a_config_that_names_little_is_described_whole_and_by_its_own_knobs():
-    assert describe_config({"objective": "best_of_n_sft", "n": 8, "anchor": "fixed", "model": "m"}) == {
-        "name": "best_of_n_sft",
-        "n": 8,
-        "anchor": "fixed",
-        "learning_rate": 3e-6,
-    }
-    assert describe_config({"use_peft": True, "beta": 0.25}) == describe_objective("jbond", JBOND(beta=0.25)) | {
-        "anchor": "ema",
-        "eta": 0.02,
-        "learning_rate": 1e-4,
-    }
-    assert "num_samples" not in describe_config({"objective": "best_of_n_regression", "n": 4, "anchor": "fixed"})
+        summarize(scored(policy.rewards_PM), reference, others)

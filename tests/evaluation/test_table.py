@@ -1,16 +1,13 @@
-"""What a person reads on the terminal: the tables of an evaluation, and the lines of work that goes on."""
+"""What a person reads on the terminal: the tables of an evaluation."""
 
 import io
 import math
 
-import pytest
 from rich.console import Console
 
-from bondlm.cli import console as shown
-from bondlm.cli.console import Counter, clock_text, elapsed_and_eta, make_progress
 from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_evaluation, print_table
-from evaluation.test_statistics import case, scored
+from evaluation.helpers import case, scored
 
 
 def piped():
@@ -33,9 +30,9 @@ def test_an_evaluation_during_training_is_a_table_without_inf():
 
 def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():
     policy, reference, others = case()
-    others["policy, greedy"] = scored(policy.rewards[:, :1])
+    others["policy, greedy"] = scored(policy.rewards_PM[:, :1])
     console = piped()
-    print_table(console, summarize(policy, reference, others, opponent=scored(policy.rewards)))
+    print_table(console, summarize(policy, reference, others, opponent=scored(policy.rewards_PM)))
     text = console.file.getvalue()
     for word in (
         "log-quantile",
@@ -49,26 +46,3 @@ def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():
     assert "Win rate against the opponent: 0.5" in text
     assert "nan" not in text
     assert max(len(line) for line in text.splitlines()) <= 120
-
-
-def test_progress_says_how_long_it_took_and_will_take(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(shown.time, "monotonic", lambda: now[0])
-    console = piped()
-    count = Counter(make_progress(console), "samples", 20)
-    count(4)  # on file
-    for _ in range(15):
-        now[0] += 1.0
-        count(1)
-    now[0] += 1.0
-    count(1)
-    lines = console.file.getvalue().splitlines()
-    assert len(lines) == 8  # one in two seconds, and the last
-    assert lines[0] == "samples: 6/20 prompts, elapsed 0:02, ETA 0:14"
-    assert lines[-1] == "samples: 20/20 prompts, 16 s"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3723, "1:02:03")])
-def test_durations(seconds, text):
-    assert clock_text(seconds) == text
-    assert elapsed_and_eta(seconds, 0, 10).endswith("ETA ?")

@@ -13,7 +13,7 @@ from models.test_anchor import anchor_of as fp32_anchor
 from models.test_anchor import gap_closed, moves, pairs_of, with_bf16_master
 from objectives.mutants import MUTATIONS, defects, mutate
 from tiny import tiny_causal, tiny_gpt2
-from trainer.test_trainer import TOKENIZER, Spoiled, ends_often, logged, lora, optimizer_tensors, same, trainer, weights
+from trainer.helpers import TOKENIZER, Spoiled, ends_often, logged, lora, optimizer_tensors, same, trainer, weights
 from transformers import TrainingArguments
 
 from bondlm import BONDConfig
@@ -175,7 +175,7 @@ def test_n7_a_stale_sampler() -> None:
     sampled = learner[:, :1].clone()
     sampled[0, 0, 1] = float("nan")  # no token there
     assert logprob_gap(learner, sampled, 4, strict=True) == 0
-    with pytest.warns(UserWarning, match="0.2 nats a token"):
+    with pytest.warns(UserWarning, match=r"0.2 nats a token"):
         logprob_gap(learner, sampled - 0.2, 4, strict=True)
     with pytest.raises(EngineError, match=r"step 4: .* 0\.60 nats") as caught:
         logprob_gap(learner, sampled + 0.6, 4, strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tiny import tiny_causal, tiny_t5
-from trainer.test_trainer import TOKENIZER, ends_often, logged, lora, same, trainer, weights, without_times
+from trainer.helpers import TOKENIZER, ends_often, logged, lora, same, trainer, weights, without_times
 
 from bondlm.trainer import BONDTrainer
 

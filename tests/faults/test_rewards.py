@@ -14,7 +14,7 @@ from rewards.reward_stub import good, serving, status
 from rewards.small_models import bert_classifier, bert_tokenizer, saved
 from safetensors.torch import load_file, save_file
 from tiny import prompt_rows
-from trainer.test_trainer import logged, low_ids, same, trainer, weights
+from trainer.helpers import logged, low_ids, same, trainer, weights
 from transformers import TrainerControl, TrainerState
 
 from bondlm.cli import main
@@ -140,14 +140,8 @@ class Ranks:
 
 def dropping(count: int) -> Samples:
     empty = torch.zeros(4, 0)
-    return Samples(
-        prompts=[[5]] * 4,
-        completions=[],
-        texts=[],
-        rewards_PM=empty,
-        by_name={},
-        dropped={i: "why" for i in range(count)},
-    )
+    numbers = {f"{name}_PM": empty for name in ("rewards", "lengths", "finished", "logprobs")}
+    return Samples(prompts=["5"] * 4, texts=[], dropped={i: "why" for i in range(count)}, **numbers)
 
 
 def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: Path) -> None:
@@ -247,14 +241,19 @@ def test_r4_fifty_steps_of_a_constant_reward_stay_at_the_anchor_and_are_warned_o
 
 
 def steps_warned(
-    tied: Callable[[int], float], caplog: pytest.LogCaptureFixture, *, every: int = 1, n: int = 5000
+    tied: Callable[[int], float],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    every: int = 1,
+    n: int = 5000,
+    more: dict[str, float] | None = None,
 ) -> Any:
     watch, control = TiesCallback(), TrainerControl()
     watch.on_train_begin(None, TrainerState(global_step=0), control)
     caplog.clear()
     for step in range(every, n + 1, every):
         state = TrainerState(global_step=step, is_world_process_zero=True)
-        watch.on_log(None, state, control, {"loss": 1.0, "bond/frac_tied": tied(step)})
+        watch.on_log(None, state, control, {"loss": 1.0, "bond/frac_tied": tied(step)} | (more or {}))
         watch.on_log(None, state, control, {"eval_reward": 1.0})
     return [int(record.getMessage().split(":")[0].removeprefix("step ")) for record in caplog.records]
 
@@ -266,6 +265,9 @@ def test_r4_the_warning_wants_steps_in_a_row_and_is_rare(caplog: pytest.LogCaptu
     assert steps_warned(lambda step: float("nan"), caplog) == []
     assert steps_warned(lambda step: float(step % 10 > 0), caplog) == []  # never ten in a row
     assert steps_warned(lambda step: float(step % 20 > 0), caplog) == [10]  # ten often, a hundred never
+    # self_bond learns from ties: only prompts all of whose samples tie count
+    assert steps_warned(lambda step: 1.0, caplog, more={"bond/frac_no_signal": 0.4}) == []
+    assert steps_warned(lambda step: 1.0, caplog, more={"bond/frac_no_signal": 0.6}) == [10, 100, 1000]
     others = TiesCallback()
     caplog.clear()
     for step in range(1, 50):

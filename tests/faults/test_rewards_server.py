@@ -7,21 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rewards.reward_stub import (
-    Answer,
-    changed,
-    endless,
-    good,
-    half,
-    hang,
-    reset,
-    serving,
-    status,
-    text,
-    trickle,
-)
+from rewards.reward_stub import Answer, changed, endless, good, half, hang, reset, serving, status, text, trickle
 from tiny import prompt_rows
-from trainer.test_trainer import config, same, trainer, weights
+from trainer.helpers import config, same, trainer, weights
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.rewards import HTTPReward, NamedReward, score

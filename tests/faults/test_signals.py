@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainer.test_trainer import Gradients, lora, same, trainer, weights
+from trainer.helpers import Gradients, lora, same, trainer, weights
 
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.errors import ResourceError
@@ -170,7 +170,7 @@ def out_of_memory() -> Exception:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_s6_out_of_memory_in_forward(kind: str, rows: int, tmp_path: Path) -> None:
     """Batches of 4 and an accumulation of 2; the memory fails at the second batch of the window, too."""
-    from trainer.test_trainer import MODELS, TOKENIZER, ends_often
+    from trainer.helpers import MODELS, TOKENIZER, ends_often
 
     def run(name: str, size: int, accumulate: int, limit: int | None) -> tuple[BONDTrainer, Gradients]:
         gradients = Gradients()

@@ -8,62 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
+from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
-from bondlm.models.head import chosen_tokens, exact_head
 from bondlm.models.logprobs import Group, collate, score_groups, score_rows, sequence_logprobs
 from bondlm.models.prefix import shared_prefix
 from bondlm.models.probe import check_model
-
-TOKENIZER = tiny_tokenizer()
-MODELS: dict[str, Callable[..., Any]] = {"llama": tiny_causal, "gpt2": tiny_gpt2, "t5": tiny_t5}
-CPU = torch.device("cpu")
-Row = tuple[list[int], list[int]]
-
-
-def rows_of_many_lengths() -> list[Row]:
-    """Prompts and completions of different lengths; two completions are an EOS (2) alone or hold the padding id (0)."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [TOKENIZER.encode(text)[: 3 + 4 * i] for i, text in enumerate(PROMPTS[:8])]
-    lengths = [7, 1, 12, 3, 5, 2, 9, 4]
-    completions = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
-    completions[1], completions[5] = [2], [0, 0]
-    return list(zip(prompts, completions, strict=True))
-
-
-ROWS = rows_of_many_lengths()
-SINGLE: list[Group] = [(prompt, [completion]) for prompt, completion in ROWS]
-# Each prompt with its own completion and the next prompt's.
-SHARED: list[Group] = [(prompt, [completion, ROWS[i - 1][1]]) for i, (prompt, completion) in enumerate(ROWS)]
-LAYOUTS = [("llama", SINGLE), ("gpt2", SINGLE), ("t5", SINGLE), ("llama", SHARED), ("gpt2", SHARED)]
-LAYOUT_IDS = ["llama", "gpt2", "t5", "llama, shared prompts", "gpt2, shared prompts"]
-every_layout = pytest.mark.parametrize(("kind", "groups"), LAYOUTS, ids=LAYOUT_IDS)
-
-
-def start_id(model: Any) -> int | None:
-    return int(model.config.decoder_start_token_id) if model.config.is_encoder_decoder else None
-
-
-def plain_logprob(model: Any, prompt: list[int], completion: list[int]) -> Tensor:
-    """One completion, no padding, all logits."""
-    if model.config.is_encoder_decoder:
-        decoder = [model.config.decoder_start_token_id, *completion[:-1]]
-        logits_TV = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([decoder])).logits[0]
-    else:
-        logits_TV = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    return logits_TV.log_softmax(-1)[torch.arange(len(completion)), completion].sum()
-
-
-def plain_logprobs(model: Any, groups: list[Group]) -> Tensor:
-    return torch.stack(
-        [torch.stack([plain_logprob(model, list(prompt), list(c)) for c in cs]) for prompt, cs in groups]
-    )
-
-
-def batched(model: Any, groups: list[Group], pad_id: int = 0) -> Tensor:
-    return sequence_logprobs(model, collate(groups, pad_id, start_id=start_id(model)))
+from models.helpers import CPU, MODELS, ROWS, SHARED, SINGLE, TOKENIZER, batched, every_layout, plain_logprobs, start_id
 
 
 @every_layout
@@ -133,77 +85,6 @@ def test_gradient_equals_the_sum_of_the_completions_gradients(kind: str, groups:
     for a, b in zip(together, apart, strict=True):
         assert float(b.abs().max()) > 0
         torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-3)
-
-
-def counting(head: Any) -> list[int]:
-    """Notes how many positions the head makes logits of, call by call."""
-    seen: list[int] = []
-    plain = head.forward
-
-    def forward(hidden: Tensor) -> Tensor:
-        seen.append(hidden.numel() // hidden.shape[-1])
-        return plain(hidden)
-
-    head.forward = forward
-    return seen
-
-
-@every_layout
-@pytest.mark.parametrize("tokens_at_a_time", [1, 7, 10_000])
-def test_the_head_makes_logits_of_the_completions_tokens_alone_a_few_at_a_time(
-    kind: str, groups: list[Group], tokens_at_a_time: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Same numbers, same gradients, whatever the budget: and no padding, no prompt, no more than the budget at once."""
-    model = MODELS[kind](TOKENIZER)
-    expected = batched(model, groups)
-    weights = torch.linspace(-1, 1, expected.numel()).view(expected.shape)
-    gradients = torch.autograd.grad((weights * expected).sum(), list(model.parameters()))
-
-    monkeypatch.setattr("bondlm.models.head.LOGITS_BUDGET", 4 * model.config.vocab_size * tokens_at_a_time)
-    seen = counting(model.lm_head)
-    head = exact_head(model, CPU)
-    seen.clear()
-    logps = sequence_logprobs(model, collate(groups, 0, start_id=start_id(model)), head=head)
-    num_tokens = sum(len(c) for _, completions in groups for c in completions)
-    assert sum(seen) == num_tokens
-    assert max(seen) == min(tokens_at_a_time, num_tokens)
-    torch.testing.assert_close(logps, expected, atol=2e-5, rtol=1e-6)
-    for a, b in zip(torch.autograd.grad((weights * logps).sum(), list(model.parameters())), gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=1e-3)
-
-
-def capped() -> Gemma2ForCausalLM:
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=30.0,
-    )
-    return Gemma2ForCausalLM(config).eval()
-
-
-def test_a_model_that_alters_its_logits_keeps_its_own_way() -> None:
-    """Gemma 2 caps its logits after the head: log-probabilities made inside the head would be wrong."""
-    model = capped()
-    assert exact_head(model, CPU) is None
-    with torch.no_grad():
-        torch.testing.assert_close(batched(model, SINGLE), plain_logprobs(model, SINGLE), atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_head_is_itself_again_afterwards(kind: str) -> None:
-    model = MODELS[kind](TOKENIZER)
-    head = exact_head(model, CPU)
-    assert head is model.get_output_embeddings()
-    assert "forward" not in vars(model.lm_head)
-    with pytest.raises(IndexError), chosen_tokens(model.lm_head, torch.tensor([99]), torch.tensor([0])):
-        model.lm_head(torch.zeros(1, 2, model.lm_head.in_features))
-    assert "forward" not in vars(model.lm_head)
 
 
 def as_lists(batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -305,22 +186,3 @@ def test_bf16_logits_are_summed_up_in_fp32(kind: str) -> None:
         logits = logits.gather(1, columns.unsqueeze(2).expand(-1, -1, logits.shape[2]))
     exact = logits.double().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
     torch.testing.assert_close(logprobs.double(), (exact * mask).sum(1), atol=1e-4, rtol=1e-6)
-
-
-@pytest.mark.parametrize("build", [tiny_causal, tiny_gpt2])
-def test_a_shared_prefix_changes_no_score(build: Any) -> None:
-    model = build(tiny_tokenizer())
-    prefix = list(range(40, 60))
-    rows = [([*prefix, *range(60, 60 + k)], list(range(100, 100 + 2 * k))) for k in (1, 3, 5, 2)]
-    together = score_rows(model, rows, 0, start_id=None, device=torch.device("cpu"), batch_rows=3)
-    alone = [score_rows(model, [row], 0, start_id=None, device=torch.device("cpu")) for row in rows]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
-
-
-def test_the_shared_prefix_leaves_a_token_of_every_prompt() -> None:
-    config = tiny_causal(tiny_tokenizer()).config
-    base = list(range(12))
-    assert shared_prefix(config, [base, [*base, 7]]) == base[:11]
-    assert shared_prefix(config, [[*base, 5], [*base, 7], [*base, 6, 6]]) == base
-    assert shared_prefix(config, [[*base[:6], 1], [*base[:6], 2]]) == []  # too short to be worth it
-    assert shared_prefix(config, [base]) == []

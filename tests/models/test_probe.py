@@ -17,7 +17,7 @@ from bondlm.engines.local.probe import find_decoding
 from bondlm.errors import ConfigError
 from bondlm.models.facts import hidden_size, takes_argument, vocabulary_size
 from bondlm.models.load import disable_dropout, load_model
-from bondlm.models.probe import agrees, batched_laws, check_model, limits, plain_laws, probe_groups, reach
+from bondlm.models.probe import agrees, batched_logits, check_model, limits, plain_logits, probe_groups, reach
 from bondlm.models.ways import Ways, ways_of
 from models.families import VOCABULARY, build
 
@@ -129,8 +129,8 @@ def test_the_fastest_exact_way_of_decoding(family: str, ways: Ways, caplog: pyte
 def test_a_way_that_the_model_cannot_take_does_not_agree() -> None:
     model = tiny_causal(TOKENIZER)
     groups = probe_groups(model)
-    plain = plain_laws(model, groups, CPU)
-    assert agrees(lambda: batched_laws(model, groups, CPU), plain)
+    plain = plain_logits(model, groups, CPU)
+    assert agrees(lambda: batched_logits(model, groups, CPU), plain)
 
     def fails() -> Any:
         raise NotImplementedError("no such mask")

@@ -1,16 +1,16 @@
+"""Policy, anchor and reference of one model: each is what it says, and only the policy trains."""
+
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import Tensor, nn
 
-from bondlm.errors import ConfigError
-from bondlm.models.load import disable_dropout, fast_dtype, load_model, wrap_lora
+from bondlm.models.load import wrap_lora
 from bondlm.models.roles import Roles
 
 TOKENIZER = tiny_tokenizer()
@@ -183,84 +183,6 @@ def test_adapters_are_fp32_on_a_bf16_base() -> None:
     roles = Roles(wrap_lora(tiny_causal(TOKENIZER, dtype=torch.bfloat16), lora()))
     assert {p.dtype for _, anchor, policy in roles.anchor_pairs for p in (anchor, policy)} == {torch.float32}
     assert roles.core.get_input_embeddings().weight.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_disable_dropout(kind: str) -> None:
-    model = MODELS[kind](TOKENIZER, dropout=0.5)
-    expected = logits(model)
-    model.train()
-    assert not torch.allclose(logits(model), expected, atol=1e-3)
-    disable_dropout(model)
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
-
-
-def test_disable_dropout_of_attention_and_adapters() -> None:
-    model = tiny_causal(TOKENIZER)
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    peft_model = wrap_lora(model, lora(lora_dropout=0.5))
-    shake(peft_model, "lora_B")
-    expected = logits(peft_model.eval())
-    peft_model.train()
-    assert not torch.allclose(logits(peft_model), expected, atol=1e-3)
-    disable_dropout(peft_model)
-    torch.testing.assert_close(logits(peft_model), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_load_model_of_every_kind(kind: str, tmp_path: Path) -> None:
-    model = MODELS[kind](TOKENIZER)
-    model.save_pretrained(tmp_path)
-    loaded = load_model(tmp_path, dtype=torch.float32)
-    assert type(loaded) is type(model)
-    assert torch.equal(logits(loaded), logits(model))
-    assert load_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_load_model_of_an_adapter_folder(tmp_path: Path) -> None:
-    base = tiny_causal(TOKENIZER)
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(load_model(tmp_path / "base", dtype=torch.float32), lora())
-    shake(model, "lora_B")
-    model.save_pretrained(str(tmp_path / "adapter"))
-    loaded = load_model(tmp_path / "adapter", dtype=torch.float32)
-    assert isinstance(loaded, PeftModel)
-    torch.testing.assert_close(logits(loaded), logits(model))
-    assert trainable(loaded) == trainable(model)
-
-
-def pickled(folder: Path) -> None:
-    model = tiny_causal(TOKENIZER)
-    model.config.save_pretrained(folder)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-
-
-def adapter_of_nothing(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
-
-
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [(lambda folder: None, "cannot load"), (pickled, "cannot load"), (adapter_of_nothing, "names no base model")],
-    ids=["empty", "pickle only", "adapter without base"],
-)
-def test_what_cannot_be_loaded_is_a_config_error(prepare: Callable[[Path], None], message: str, tmp_path: Path) -> None:
-    prepare(tmp_path)
-    with pytest.raises(ConfigError, match=message) as caught:
-        load_model(tmp_path, dtype=torch.float32)
-    assert str(tmp_path) in str(caught.value)
-
-
-def test_fast_dtype_is_bf16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for features, expected in (
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
-        ({"avx2": True}, torch.float32),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
-        assert fast_dtype(torch.device("cpu")) == expected
-    assert fast_dtype(torch.device("mps")) == torch.float32
 
 
 def test_the_reference_is_on_the_accelerator_only_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

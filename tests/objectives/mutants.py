@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
+from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce, SelfBOND
 
 from .tables import ANCHOR, LOGITS, REWARDS, draw, enumerated_gradient, exact_gradient, loss_on
 
@@ -47,6 +47,7 @@ _JEFFREYS = [
     ("- (logp_PC - anchor_logp_PC)", "+ (logp_PC - anchor_logp_PC)", "log-ratio in the returns"),
     ("return leave_one_out_mean(", "return -leave_one_out_mean(", "baseline's mean"),
 ]
+_SELF = SelfBOND(n=2, num_samples=4, log_quantile="best_of_n")
 _REWARD = [
     ("-logp_PL * advantage", "logp_PL * advantage", "loss"),
     ("- baseline_PC", "+ baseline_PC", "baseline"),
@@ -140,6 +141,52 @@ MUTATIONS = [
             ("+ log_coll", "- log_coll", "collision term (log n)"),
             ("rewards_PM, None, method", "rewards_PM, rewards_PM, method", "quantile that counts the sample itself"),
         ]
+    ),
+    *(
+        Mutation(_SELF, "objectives.self_bond", *m)
+        for m in [
+            ("-logp_PL * advantage", "logp_PL * advantage", "loss"),
+            ("- baseline_PC", "+ baseline_PC", "baseline"),
+            ("return signal_PC", "return -signal_PC", "signal"),
+            ("- (logp_PC - anchor_logp_PC)", "+ (logp_PC - anchor_logp_PC)", "log-ratio"),
+            ("(logp_PC - anchor_logp_PC)", "(logp_PC + anchor_logp_PC)", "reference's log p"),
+            ("logp_PL.detach()", "logp_PL", "log-ratio not detached"),
+            (" - returns_PC) /", ") /", "baseline with the sample itself"),
+            ("(returns_PC.sum", "(-returns_PC.sum", "baseline's sum"),
+            ("advantage).mean(", "advantage).sum(", "sum over samples, not mean"),
+            (" * others / self.num_samples", "", "signal without (K-1)/K"),
+            ("[worse.long()", "[(others - at_most).long()", "better, not worse"),
+            ("(at_most - worse).long()", "0 * worse.long()", "ties not seen"),
+        ]
+    ),
+    *(
+        Mutation(_SELF, "bestofn.own_quantiles", *m)
+        for m in [
+            ("signal_K[0] -= strength", "signal_K[-1] += strength", "bonus of the best, not penalty of the worst"),
+            ("own ** (1.0 / n)", "own ** (1.0 / (n - 1 / 2))", "order of Best-of-n"),
+            ("(1.0 - nodes) * density", "(1.0 - nodes**2) * density", "win rate that the strength is solved for"),
+            ("= -np.log(num_samples * np", "= np.log(num_samples * np", "log of the reference share"),
+            ("ratio + (excess", "ratio - (excess", "excess over Best-of-n"),
+            (":-tied]) / tied", ":-tied])", "excess: sum over the orders of the tied, not mean"),
+            ("np.log(tied / num_samples /", "np.log(1 / num_samples /", "own share of a tied level"),
+        ]
+    ),
+    Mutation(
+        SelfBOND(n=2, num_samples=4), "bestofn.own_quantiles", "better_than_K *", "better_than_K**2 *", "own quantile"
+    ),
+    Mutation(
+        SelfBOND(n=2, num_samples=4),
+        "bestofn.own_quantiles",
+        "win_rate < n / (n + 1.0) else",
+        "win_rate < n / (n + 2.0) else",
+        "win rate of Best-of-n",
+    ),
+    Mutation(
+        SelfBOND(n=2, num_samples=4, log_quantile="harmonic"),
+        "bestofn.own_quantiles",
+        "np.arange(1, num_samples))",
+        "np.arange(2, num_samples + 1))",
+        "harmonic numbers",
     ),
     Mutation(
         Reinforce(beta_rl=0.7),

@@ -19,8 +19,10 @@ from bondlm.bestofn import (
     kl_reward_optimum,
     regression_fixed_point,
     regression_gradient,
+    self_bond_fixed_point,
+    self_bond_gradient,
 )
-from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
+from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce, SelfBOND
 
 ANCHOR = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.45, 0.15, 0.25, 0.15], [0.25, 0.25, 0.4, 0.1]], dtype=torch.float64)
 REWARDS = torch.tensor([[0.3, -1.0, 2.0, 0.7], [0.0, 1.0, 1.0, 2.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
@@ -43,6 +45,9 @@ OBJECTIVES: dict[str, Any] = {
     "vbon": VBON(n=4, num_anchor_samples=4),
     "bonbon": BoNBoN(n=4, alpha=0.3),
     "regression": BestOfNRegression(n=3, num_samples=4),
+    "self_bond": SelfBOND(n=3, num_samples=4),
+    "self_bond harmonic": SelfBOND(n=2, num_samples=3, log_quantile="harmonic"),
+    "self_bond best_of_n": SelfBOND(n=4, num_samples=4, log_quantile="best_of_n"),
 }
 
 
@@ -67,6 +72,9 @@ def exact_gradient(objective: Any, logits: Tensor, anchor: Tensor, rewards: Tens
             return bonbon_gradient(logits, anchor, rewards, objective.n, objective.alpha)
         case "BestOfNRegression":
             return regression_gradient(logits, anchor, rewards, objective.n, objective.num_samples)
+        case "SelfBOND":
+            settings = objective.n, objective.num_samples, objective.log_quantile
+            return self_bond_gradient(logits, anchor, rewards, *settings)
         case _:
             return bond_gradient(logits, anchor, rewards, **bond_keywords(objective))
 
@@ -80,6 +88,8 @@ def exact_fixed_point(objective: Any, anchor: Tensor, rewards: Tensor) -> Tensor
             return bonbon_fixed_point(anchor, rewards, objective.n, objective.alpha)
         case "BestOfNRegression":
             return regression_fixed_point(anchor, rewards, objective.n, objective.num_samples)
+        case "SelfBOND":
+            return self_bond_fixed_point(anchor, rewards, objective.n, objective.num_samples, objective.log_quantile)
         case _:
             return bond_fixed_point(anchor, rewards, **bond_keywords(objective))
 
@@ -105,13 +115,14 @@ def loss_on(
 
 
 def enumerated_gradient(
-    objective: Any, logits_K: Tensor, anchor_K: Tensor, rewards_K: Tensor, use_baseline: bool = False
+    objective: Any, logits_K: Tensor, anchor_K: Tensor, rewards_K: Tensor, use_baseline: bool | None = None
 ) -> Tensor:
     """The mean gradient (K,) over all K^M draws of one prompt, each weighted by its probability: no sampling error.
 
     Ties go to the first: the outcome's law is that of ties broken at random. `use_baseline` is for baselines inside
-    a prompt; one over the batch would mix draws.
+    a prompt; one over the batch would mix draws. SelfBOND's baseline is part of its signal: by default it is used.
     """
+    use_baseline = type(objective).__name__ == "SelfBOND" if use_baseline is None else use_baseline
     plan = objective.plan
     draws_DM = torch.tensor(list(itertools.product(range(len(anchor_K)), repeat=plan.total)))
     policy_K = logits_K.softmax(-1)

@@ -5,12 +5,7 @@ import math
 import pytest
 import torch
 
-from bondlm.bestofn import (
-    best_of_n_probs,
-    iterated_best_of_n,
-    kl_divergence,
-    mean_signal,
-)
+from bondlm.bestofn import best_of_n_probs, iterated_best_of_n, kl_divergence, mean_signal
 from bondlm.objectives import BOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
 
 from .tables import (

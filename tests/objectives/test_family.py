@@ -242,7 +242,7 @@ def test_bond_signals_by_hand():
 
 def test_a_learned_quantile_is_labelled_by_comparisons_and_replaces_the_estimate():
     """App. B.1: the label is 1{r(y') <= r(y)}, ties included; its mean is p_<=, so the return is Eq. 15's."""
-    learned = BOND(n=3, learned=True, num_anchor_samples=2)
+    learned = BOND(n=3, quantile="learned", num_anchor_samples=2)
     rewards = torch.tensor([[2.0, 1.0, 2.0, 5.0], [0.0, 1.0, 2.0, -1.0], [3.0, 4.0, 2.0, 9.0]])
     assert learned.labels(rewards).tolist() == [1.0, 0.0, 0.5]  # the third anchor sample is not asked
     plan = learned.plan
@@ -300,27 +300,27 @@ def test_bonbon_takes_two_different_samples_where_all_tie():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: JBOND(beta=1.1), r"beta=1.1: must lie in \[0, 1\]"),
+        (lambda: JBOND(beta=1.1), r"beta=1\.1: .*\[0, 1\]"),
         (lambda: JBOND(beta=math.nan), "beta=nan"),
-        (lambda: JBOND(gamma=-1.0), "gamma=-1.0: must be >= 0"),
+        (lambda: JBOND(gamma=-1.0), r"gamma=-1\.0: .*>= 0"),
         (lambda: JBOND(gamma=math.inf), "gamma=inf"),
-        (lambda: JBOND(num_anchor_samples=1), "num_anchor_samples=1: must be an integer >= 2"),
-        (lambda: JBOND(log_quantile="clamped"), "log_quantile='clamped': choose one of jbond, harmonic"),
-        (lambda: BOND(n=1), "n=1: must be an integer >= 2"),
+        (lambda: JBOND(num_anchor_samples=1), "num_anchor_samples=1: .*>= 2"),
+        (lambda: JBOND(log_quantile="clamped"), "log_quantile='clamped': .*jbond, harmonic"),
+        (lambda: BOND(n=1), "n=1: .*>= 2"),
         (lambda: BOND(n=2.5), "n=2.5"),
         (lambda: BOND(n=4, beta=-0.1), "beta=-0.1"),
         (lambda: BOND(n=4, num_anchor_samples=1), "num_anchor_samples=1"),
-        (lambda: BOND(n=4, log_quantile="jbond"), "log_quantile='jbond': choose one of clamped, harmonic"),
+        (lambda: BOND(n=4, log_quantile="jbond"), "log_quantile='jbond': .*clamped, harmonic"),
         (lambda: BestOfNSFT(n=1), "n=1"),
         (lambda: Reinforce(beta_rl=-0.1), "beta_rl=-0.1"),
         (lambda: RLOO(beta_rl=math.nan), "beta_rl=nan"),
-        (lambda: RLOO(beta_rl=0.1, num_samples=1), "num_samples=1: must be an integer >= 2"),
+        (lambda: RLOO(beta_rl=0.1, num_samples=1), "num_samples=1: .*>= 2"),
         (lambda: VBON(n=1, num_anchor_samples=4), "n=1"),
         (lambda: VBON(n=4, num_anchor_samples=1), "num_anchor_samples=1"),
         (lambda: BoNBoN(n=1), "n=1"),
         (lambda: BoNBoN(n=4, alpha=2.0), "alpha=2.0"),
         (lambda: BestOfNRegression(n=1, num_samples=4), "n=1"),
-        (lambda: BestOfNRegression(n=8, num_samples=4), "num_samples=4: must be an integer >= 8"),
+        (lambda: BestOfNRegression(n=8, num_samples=4), "num_samples=4: .*>= 8"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_sentence(build, message):

@@ -58,8 +58,8 @@ def test_each_function_gets_the_arguments_that_it_accepts():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda completions, reference: [], "missing a required argument: 'reference'.*solution"),
-        (lambda p, c: [], "missing a required argument: 'p'.*prompts, completions"),
+        (lambda completions, reference: [], "'reference'.*solution"),
+        (lambda p, c: [], "'p'.*prompts, completions"),
     ],
 )
 def test_an_argument_that_is_not_there_is_a_config_error(function, message):
@@ -87,7 +87,7 @@ def fails_at_once(completions):
 
 @pytest.mark.parametrize("function", [fails_at_once, fails_later])
 def test_a_raise_keeps_the_users_traceback(function):
-    with pytest.raises(RewardError, match="reward 'r0' raised KeyError: 'answer'") as caught:
+    with pytest.raises(RewardError, match=r"'r0'.*KeyError: 'answer'") as caught:
         run(function)
     cause = caught.value.__cause__
     assert isinstance(cause, KeyError)
@@ -198,7 +198,7 @@ def test_a_failure_cancels_the_others():
 def test_a_failing_plain_function_leaves_no_unawaited_coroutine():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with pytest.raises(RewardError, match="reward 'r1' raised KeyError") as caught:
+        with pytest.raises(RewardError, match=r"'r1'.*KeyError") as caught:
             run(slow(0.0, 1.0), fails_at_once)
         del caught  # its traceback holds the coroutine
         gc.collect()
@@ -206,7 +206,7 @@ def test_a_failing_plain_function_leaves_no_unawaited_coroutine():
 
 
 def test_async_values_pass_the_same_checks():
-    with pytest.raises(RewardError, match="reward 'r0' is nan for row 0"):
+    with pytest.raises(RewardError, match=r"'r0'.*nan.*row 0"):
         run(slow(0.0, float("nan")))
 
 
@@ -220,10 +220,10 @@ def test_an_asynchronous_function_has_a_limit() -> None:
 
     offered = {"prompts": ["p"], "completions": ["c"]}
     began = time.monotonic()
-    with pytest.raises(RewardOutageError, match=r"'sleeps' did not answer within 0\.2 s \(reward_timeout_s\)"):
+    with pytest.raises(RewardOutageError, match=r"'sleeps'.*0\.2 s.*reward_timeout_s"):
         call_all([("sleeps", sleeps)], offered, {"sleeps": 0.2})
     assert time.monotonic() - began < 10
-    with pytest.raises(RewardError, match="raised TimeoutError: my own"):
+    with pytest.raises(RewardError, match="TimeoutError: my own"):
         call_all([("fails", fails)], offered, {"fails": 5.0})
     (loaded,) = load_rewards(sleeps, timeout=0.2)
     with pytest.raises(RewardOutageError):

@@ -115,7 +115,7 @@ def test_a_rendered_chat_gets_no_second_bos():
 
 def test_chats_without_a_template_are_refused():
     reward = SequenceClassifierReward(*bert())
-    with pytest.raises(ConfigError, match="no chat_template"):
+    with pytest.raises(ConfigError, match="chat_template"):
         reward(CHATS, ANSWERS)
 
 
@@ -153,7 +153,7 @@ def test_long_rows_are_refused_with_their_length():
     reward = SequenceClassifierReward(*bert(), max_length=10)
     lengths = [len(row) for row in map(reward.encode, PROMPTS, COMPLETIONS)]
     row = next(row for row, length in enumerate(lengths) if length > 10)
-    with pytest.raises(RewardError, match=f"row {row} has {lengths[row]} tokens and the reward model takes 10"):
+    with pytest.raises(RewardError, match=rf"row {row}\b.*\b{lengths[row]} tokens.*\b10\b.*truncate='left'"):
         reward(PROMPTS, COMPLETIONS)
     with pytest.raises(RewardError, match="reward 'rm': row"):
         score([NamedReward("rm", reward)], PROMPTS, COMPLETIONS, {})
@@ -189,19 +189,19 @@ def test_no_rows():
 
 
 def test_an_empty_text_is_an_error_and_not_a_crash():
-    with pytest.raises(RewardError, match="row 0 has no token"):
+    with pytest.raises(RewardError, match=r"row 0.*token"):
         SequenceClassifierReward(*llama())([""], [""])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"append_eos": "yes"}, "append_eos is 'yes': choose one of 'auto', True, False"),
-        ({"append_eos": 1}, "append_eos is 1"),
-        ({"append_eos": True}, "tokenizer has no eos_token"),
-        ({"truncate": "right"}, "truncate is 'right': choose one of None, 'left'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_length": 0}, "max_length is 0"),
+        ({"append_eos": "yes"}, "append_eos.*'yes'.*'auto', True, False"),
+        ({"append_eos": 1}, r"append_eos.*\b1\b"),
+        ({"append_eos": True}, "append_eos.*eos_token"),
+        ({"truncate": "right"}, "truncate.*'right'.*None, 'left'"),
+        ({"batch_size": 0}, r"batch_size.*\b0\b"),
+        ({"max_length": 0}, r"max_length.*\b0\b"),
     ],
 )
 def test_bad_options(options, message):
@@ -211,12 +211,12 @@ def test_bad_options(options, message):
 
 def test_several_labels_are_refused_with_advice():
     tokenizer = bert_tokenizer()
-    with pytest.raises(ConfigError, match=r"has 3 labels.*nli:"):
+    with pytest.raises(ConfigError, match=r"3 labels.*nli:"):
         SequenceClassifierReward(bert_classifier(tokenizer, num_labels=3), tokenizer)
 
 
 def test_a_module_that_is_no_transformers_model():
-    with pytest.raises(ConfigError, match="Linear has no config"):
+    with pytest.raises(ConfigError, match=r"Linear.*config"):
         SequenceClassifierReward(nn.Linear(2, 1), bert_tokenizer())
 
 
@@ -257,7 +257,7 @@ def test_a_head_that_is_not_in_the_checkpoint_is_refused(tmp_path):
     del weights["score.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert AutoModelForSequenceClassification.from_pretrained(path).score.weight.abs().sum() > 0
-    with pytest.raises(ConfigError, match=r"no weights for score\.weight.*LlamaForSequenceClassification") as caught:
+    with pytest.raises(ConfigError, match=r"score\.weight.*LlamaForSequenceClassification") as caught:
         SequenceClassifierReward.from_pretrained(path)
     assert caught.value.exit_code == 2
 
@@ -265,12 +265,12 @@ def test_a_head_that_is_not_in_the_checkpoint_is_refused(tmp_path):
 def test_a_language_model_is_no_reward_model(tmp_path):
     tokenizer = tiny_tokenizer()
     path = saved(tmp_path, tiny_causal(tokenizer), tokenizer)
-    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.* has 2 labels"):
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*2 labels"):
         SequenceClassifierReward.from_pretrained(path)
     config = LlamaConfig.from_pretrained(path)
     config.num_labels = 1
     config.save_pretrained(path)
-    with pytest.raises(ConfigError, match=r"no weights for score\.weight"):
+    with pytest.raises(ConfigError, match=r"score\.weight"):
         SequenceClassifierReward.from_pretrained(path)
 
 
@@ -285,7 +285,7 @@ def test_an_adapter_is_refused(tmp_path):
         path = saved(tmp_path / folder, adapter, tokenizer)
         if folder == "with_config":
             model.config.save_pretrained(path)
-        with pytest.raises(ConfigError, match="is a PEFT adapter: merge it"):
+        with pytest.raises(ConfigError, match=r"PEFT.*merge_and_unload"):
             SequenceClassifierReward.from_pretrained(path)
 
 
@@ -294,7 +294,7 @@ def test_pickled_weights_and_absent_folders_are_refused(tmp_path):
     path = saved(tmp_path, model, tokenizer)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"cannot be loaded.*safetensors"):
+    with pytest.raises(ConfigError, match="safetensors"):
         SequenceClassifierReward.from_pretrained(path)
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="/absent"):
         SequenceClassifierReward.from_pretrained(str(tmp_path / "absent"))

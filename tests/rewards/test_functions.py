@@ -44,15 +44,15 @@ def test_functions_of_one_file_share_its_state(folder):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("my_rewards.py", "name the function after a colon"),
-        ("my_rewards.py:", "name the function after a colon"),
-        (":short", "name the function after a colon"),
-        ("my_rewards.py:not a name", "name the function after a colon"),
-        ("absent.py:short", r"no file .*absent\.py.*working directory"),
-        ("my_rewards.py:absent", "has nothing called 'absent'.*Judge, dataclass, seen, short"),
-        ("my_rewards.py:limit", "has a int called 'limit'"),
+        ("my_rewards.py", "module:function"),
+        ("my_rewards.py:", "module:function"),
+        (":short", "module:function"),
+        ("my_rewards.py:not a name", "module:function"),
+        ("absent.py:short", r"/absent\.py"),
+        ("my_rewards.py:absent", "'absent'.*Judge, dataclass, seen, short"),
+        ("my_rewards.py:limit", "int.*'limit'"),
         ("no_such_module:short", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("my_rewards:short", r"The file my_rewards\.py is here: did you mean 'my_rewards\.py:short'"),
+        ("my_rewards:short", r"'my_rewards\.py:short'"),
     ],
 )
 def test_refusals_say_what_was_tried(folder, spec, message):

@@ -95,7 +95,7 @@ def test_messages_and_columns_that_are_no_json() -> None:
         assert score([NamedReward("r", HTTPReward(server.url))], prompts, completions).total.tolist() == [12.0]
         assert server.requests[0]["items"][0]["prompt"] == prompts[0]
         for value in (b"bytes", float("nan"), {1, 2}):
-            with pytest.raises(ConfigError, match="a dataset column cannot be sent as JSON"):
+            with pytest.raises(ConfigError, match=r"'r'.*column.*JSON"):
                 ask(server.url, ["a"], columns={"image": [value]})
         assert len(server.requests) == 1
 
@@ -115,11 +115,11 @@ def test_a_surrogate_or_control_character_survives_the_way(conversational: bool)
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http:///score", "give http://HOST/PATH"),
-        ("https://", "give http://HOST/PATH"),
-        ("http://me:pw@127.0.0.1/score", "has a password in its address"),
-        ("http://10.0.0.7/score", f"over the network in clear: use https, or .* {PLAIN_VARIABLE}=1"),
-        ("http://rewards.example/score", "over the network in clear"),
+        ("http:///score", "http://HOST/PATH"),
+        ("https://", "http://HOST/PATH"),
+        ("http://me:pw@127.0.0.1/score", f"password.*{TOKEN_VARIABLE}"),
+        ("http://10.0.0.7/score", rf"10\.0\.0\.7.*https.*{PLAIN_VARIABLE}=1"),
+        ("http://rewards.example/score", rf"rewards\.example.*{PLAIN_VARIABLE}=1"),
     ],
 )
 def test_addresses_that_are_refused(url: str, message: str) -> None:
@@ -130,7 +130,7 @@ def test_addresses_that_are_refused(url: str, message: str) -> None:
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "gopher://host"])
 def test_other_schemes_are_no_servers(url: str) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=f"'{url}'.*module:function"):
         load_rewards(url)
 
 
@@ -209,7 +209,7 @@ def test_while_the_server_is_down_one_request_at_a_time_asks() -> None:
 
 def test_ids_of_the_wrong_type_are_not_ours() -> None:
     with serving(changed(lambda rows: [row | {"id": int(row["id"])} for row in rows])) as server:
-        with pytest.raises(RewardError, match=r"other ids .* missing \['0'\], unknown \['0'\]"):
+        with pytest.raises(RewardError, match=r"missing \['0'\], unknown \['0'\]"):
             ask(server.url, ["1"])
 
 

@@ -108,16 +108,16 @@ def test_options_reach_the_reward(models):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nli:models/t5?templat=flan", "'templat=flan': 'nli:' takes name=value, and did you mean 'template'"),
-        ("similarity:models/mini?template=x", "it has max_length, truncate, batch_size, batch_tokens"),
-        ("models/rm?truncate", "'truncate': 'classifier:' takes name=value"),
-        ("models/rm?max_length=ten", "'ten' is not a whole number"),
-        ("models/rm?append_eos=perhaps", "append_eos is 'perhaps'"),
-        ("./models/absent", r"no folder /.*/models/absent"),
-        ("models/nli", "has 2 labels.*nli:models/nli"),
-        ("nil:models/t5", "Did you mean 'nli:'"),
-        ("rewards.py", "name the function in it, 'rewards.py:function'"),
-        (3.0, r"a reward is 3\.0 \(float\)"),
+        ("nli:models/t5?templat=flan", "'templat=flan'.*'nli:'.*'template'"),
+        ("similarity:models/mini?template=x", "template=x.*max_length, truncate, batch_size, batch_tokens"),
+        ("models/rm?truncate", "'truncate'.*'classifier:'.*name=value"),
+        ("models/rm?max_length=ten", "max_length=ten"),
+        ("models/rm?append_eos=perhaps", "append_eos.*'perhaps'"),
+        ("./models/absent", r" /.*/models/absent"),
+        ("models/nli", "2 labels.*nli:models/nli"),
+        ("nil:models/t5", "'nil:models/t5'.*'nli:'"),
+        ("rewards.py", r"'rewards\.py:function'"),
+        (3.0, r"3\.0 \(float\)"),
         ([], "no reward"),
     ],
 )
@@ -128,7 +128,11 @@ def test_bad_specs(models, spec, message):
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([1.0], "weights has 1 entries for 2 rewards"), ([1.0, float("nan")], "weight nan"), ([1.0, "2"], "weight '2'")],
+    [
+        ([1.0], r"weights.*\b1\b.*\b2\b"),
+        ([1.0, float("nan")], "'length_2'.*weight.*nan"),
+        ([1.0, "2"], "'length_2'.*weight.*'2'"),
+    ],
 )
 def test_bad_weights(weights, message):
     with pytest.raises(ConfigError, match=message):
@@ -138,7 +142,7 @@ def test_bad_weights(weights, message):
 def test_a_module_needs_its_tokenizer_and_goes_to_the_device(models):
     tokenizer = bert_tokenizer()
     model = bert_classifier(tokenizer)
-    with pytest.raises(ConfigError, match="give its tokenizer in processing_classes"):
+    with pytest.raises(ConfigError, match=r"BertForSequenceClassification.*processing_classes"):
         load_rewards(model)
     (reward,) = load_rewards(model, processing_classes=tokenizer, device="cpu")
     assert reward.name == "BertForSequenceClassification"
@@ -147,7 +151,7 @@ def test_a_module_needs_its_tokenizer_and_goes_to_the_device(models):
     expected = reward.function(["rain"], ["in the sea"])
     assert loaded.function(["rain"], ["in the sea"]) == pytest.approx(expected, abs=1e-6)
     assert load_rewards(model, processing_classes=tokenizer, device="meta")[0].function.model.device.type == "meta"
-    with pytest.raises(ConfigError, match="Linear has no config"):
+    with pytest.raises(ConfigError, match=r"Linear.*config"):
         load_rewards(nn.Linear(1, 1), processing_classes=tokenizer)
 
 
@@ -155,9 +159,9 @@ def test_a_given_tokenizer_replaces_the_models_own_and_is_never_ignored(models):
     tokenizer = bert_tokenizer(max_length=7)
     rewards = load_rewards(["models/rm", length], processing_classes=[tokenizer, None])
     assert rewards[0].function._limit == 7
-    with pytest.raises(ConfigError, match="'length' is a function and has no use for a processing class"):
+    with pytest.raises(ConfigError, match=r"'length'.*function.*None"):
         load_rewards(length, processing_classes=tokenizer)
-    with pytest.raises(ConfigError, match="processing_classes has 1 entries for 2"):
+    with pytest.raises(ConfigError, match=r"processing_classes.*\b1\b.*\b2\b"):
         load_rewards(["models/rm", length], processing_classes=tokenizer)
 
 

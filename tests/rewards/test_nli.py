@@ -128,10 +128,10 @@ def test_two_labels_entailment_and_not():
 @pytest.mark.parametrize(
     ("labels", "label", "message"),
     [
-        ({"LABEL_0": 0, "LABEL_1": 1}, None, r"labels are \['LABEL_0', 'LABEL_1'\].*entailment_label"),
+        ({"LABEL_0": 0, "LABEL_1": 1}, None, r"\['LABEL_0', 'LABEL_1'\].*entailment_label"),
         ({"entail_a": 0, "entail_b": 1}, None, "'entail_a', 'entail_b'"),
-        ({"entailment": 0}, None, r"labels are \['entailment'\]"),
-        (LABELS, "supports", "one label 'supports'"),
+        ({"entailment": 0}, None, r"\['entailment'\].*entailment_label"),
+        (LABELS, "supports", "'supports'.*entailment_label"),
     ],
 )
 def test_labels_that_cannot_be_mapped_are_listed(labels, label, message):
@@ -173,7 +173,7 @@ def test_premise_and_hypothesis_are_not_exchanged():
 
 def test_a_missing_column_names_those_that_are_there():
     named = [NamedReward("nli", NLIReward(*cross_encoder(), premise_column="doc"))]
-    with pytest.raises(ConfigError, match=r"reward 'nli': premise_column is 'doc'.*are text"):
+    with pytest.raises(ConfigError, match=r"'nli'.*premise_column.*'doc'.*text"):
         score(named, ["p"], ["c"], {"text": ["t"]})
 
 
@@ -194,29 +194,29 @@ def test_long_rows_are_refused_or_lose_the_end_of_their_premise(build):
     premise, hypothesis = " ".join(PREMISES[:3]), "five"
     full = len(free._tokenize(premise, hypothesis)["input_ids"])
     limit = full - 10
-    with pytest.raises(RewardError, match=f"row 1 has {full} tokens and the reward model takes {limit}"):
+    with pytest.raises(RewardError, match=rf"row 1\b.*\b{full} tokens.*\b{limit}\b.*truncate='premise'"):
         NLIReward(model, tokenizer, max_length=limit)(["a", premise], ["b", hypothesis])
     cut = NLIReward(model, tokenizer, max_length=limit, truncate="premise")
     kept = tokenizer.decode(tokenizer(premise, add_special_tokens=False)["input_ids"][:-10])
     assert cut(["a", premise], ["b", hypothesis]) == pytest.approx(free(["a", kept], ["b", hypothesis]), abs=1e-6)
     assert cut([premise], [hypothesis]) != free([premise], [hypothesis])
-    with pytest.raises(RewardError, match="row 0 has"):  # no premise left, and still too long
+    with pytest.raises(RewardError, match=rf"row 0\b.*\b{limit}\b"):  # no premise left, and still too long
         cut(["a"], [premise * 2])
 
 
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (t5, {"entailment_label": "entailment"}, "has no use for entailment_label"),
-        (cross_encoder, {"template": "flan", "negative": ("no",)}, "has no use for template, negative"),
-        (t5, {"template": "flann"}, r"'flann' is not one of true, flan.*\{premise\}"),
-        (t5, {"template": "{premise} only"}, "is not one of true, flan"),
-        (t5, {"template": "{premise} {hypothesis} {"}, "no other braces"),
-        (t5, {"positive": "0"}, "another first token"),
-        (t5, {"negative": ()}, "at least one negative"),
-        (t5, {"output": "prob"}, "output is 'prob': choose one of 'margin', 'log_prob'"),
-        (t5, {"truncate": "left"}, "truncate is 'left'"),
-        (t5, {"batch_tokens": 0}, "batch_tokens 0"),
+        (t5, {"entailment_label": "entailment"}, "encoder-decoder.*entailment_label"),
+        (cross_encoder, {"template": "flan", "negative": ("no",)}, "cross-encoder.*template, negative"),
+        (t5, {"template": "flann"}, r"'flann'.*true, flan.*\{premise\}"),
+        (t5, {"template": "{premise} only"}, r"'\{premise\} only'.*true, flan"),
+        (t5, {"template": "{premise} {hypothesis} {"}, r"'\{premise\} \{hypothesis\} \{'.*braces"),
+        (t5, {"positive": "0"}, r"\('0',\) and \('0',\)"),
+        (t5, {"negative": ()}, r"\('1',\) and \(\)"),
+        (t5, {"output": "prob"}, "output.*'prob'.*'margin', 'log_prob'"),
+        (t5, {"truncate": "left"}, "truncate.*'left'"),
+        (t5, {"batch_tokens": 0}, r"batch_tokens.*\b0\b"),
     ],
 )
 def test_bad_options(build, options, message):
@@ -226,7 +226,7 @@ def test_bad_options(build, options, message):
 
 def test_an_answer_that_the_tokenizer_does_not_know():
     model, _ = t5()
-    with pytest.raises(ConfigError, match="'zebra' is not in the tokenizer's vocabulary"):
+    with pytest.raises(ConfigError, match=r"'zebra'.*vocabulary"):
         NLIReward(model, bert_tokenizer(), positive="zebra")
 
 

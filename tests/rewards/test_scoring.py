@@ -52,44 +52,44 @@ def test_one_row_accepts_shape_1_by_1():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([0.0, float("nan"), 0.0], "is nan for row 1 of 3"),
-        ([0.0, float("inf"), 0.0], "is inf for row 1 of 3"),
-        ([0.0, -float("inf"), float("nan")], r"is -inf for row 1 of 3 .*\(2 rows in all\)"),
-        (torch.tensor([0.0, float("nan"), 0.0]), "is nan for row 1 of 3"),
-        (np.array([0.0, np.inf, 0.0]), "is inf for row 1 of 3"),
-        ([0.0, 10**400, 0.0], "is inf for row 1 of 3"),
-        ([0.0, None, 0.0], r"None \(NoneType\) for row 1 of 3"),
-        ([0.0, True, 0.0], r"True \(bool\) for row 1 of 3"),
-        ([0.0, np.True_, 0.0], r"True.*\(bool\w*\) for row 1 of 3"),
-        ([0.0, torch.tensor(True), 0.0], r"True \(bool\) for row 1 of 3"),
-        ([0.0, "1.0", 0.0], r"'1.0' \(str\) for row 1 of 3"),
-        ([0.0, 1j, 0.0], r"1j \(complex\) for row 1 of 3"),
-        ([[0.0], [1.0], [2.0]], r"\[0.0\] \(list\) for row 0 of 3"),
-        ([torch.zeros(1)] * 3, r"tensor\(\[0.\]\) \(Tensor\) for row 0 of 3"),
-        (np.array([1.0, None, 2.0], dtype=object), r"None \(NoneType\) for row 1 of 3"),
-        ([0.0, 1.0], "returned 2 values for 3 completions"),
-        ([0.0] * 4, "returned 4 values for 3 completions"),
-        ([], "returned 0 values for 3 completions"),
-        (torch.zeros(6), "returned 6 values for 3 completions"),
-        (torch.zeros(3, 2), r"tensor of shape \(3, 2\) for 3 completions"),
-        (np.zeros((1, 3)), r"tensor of shape \(1, 3\) for 3 completions"),
-        (torch.tensor(1.0), r"tensor of shape \(\) for 3 completions"),
-        (np.float64(1.0), r"returned a float64 .* return a list"),
-        (torch.tensor([True, False, True]), "tensor of torch.bool"),
-        (torch.zeros(3, dtype=torch.complex64), "tensor of torch.complex64"),
-        (np.array([True, False, True]), "array of bool"),
-        (np.array(["1", "2", "3"]), "array of <U1"),
-        (1.0, r"returned a float \(1.0\) for 3 completions"),
-        (None, r"returned a NoneType \(None\)"),
-        ("123", r"returned a str \('123'\)"),
-        ({"a": 1.0, "b": 2.0, "c": 3.0}, "returned a dict"),
+        ([0.0, float("nan"), 0.0], "nan.*row 1 of 3"),
+        ([0.0, float("inf"), 0.0], " inf .*row 1 of 3"),
+        ([0.0, -float("inf"), float("nan")], r" -inf .*row 1 of 3.*\b2 rows"),
+        (torch.tensor([0.0, float("nan"), 0.0]), "nan.*row 1 of 3"),
+        (np.array([0.0, np.inf, 0.0]), " inf .*row 1 of 3"),
+        ([0.0, 10**400, 0.0], " inf .*row 1 of 3"),
+        ([0.0, None, 0.0], r"None \(NoneType\).*row 1 of 3"),
+        ([0.0, True, 0.0], r"True \(bool\).*row 1 of 3"),
+        ([0.0, np.True_, 0.0], r"True.*\(bool\w*\).*row 1 of 3"),
+        ([0.0, torch.tensor(True), 0.0], r"True \(bool\).*row 1 of 3"),
+        ([0.0, "1.0", 0.0], r"'1\.0' \(str\).*row 1 of 3"),
+        ([0.0, 1j, 0.0], r"1j \(complex\).*row 1 of 3"),
+        ([[0.0], [1.0], [2.0]], r"\[0\.0\] \(list\).*row 0 of 3"),
+        ([torch.zeros(1)] * 3, r"tensor\(\[0\.\]\) \(Tensor\).*row 0 of 3"),
+        (np.array([1.0, None, 2.0], dtype=object), r"None \(NoneType\).*row 1 of 3"),
+        ([0.0, 1.0], r"\b2 values.*\b3 completions"),
+        ([0.0] * 4, r"\b4 values.*\b3 completions"),
+        ([], r"\b0 values.*\b3 completions"),
+        (torch.zeros(6), r"\b6 values.*\b3 completions"),
+        (torch.zeros(3, 2), r"shape \(3, 2\).*\b3 completions"),
+        (np.zeros((1, 3)), r"shape \(1, 3\).*\b3 completions"),
+        (torch.tensor(1.0), r"shape \(\).*\b3 completions"),
+        (np.float64(1.0), "float64.*return a list"),
+        (torch.tensor([True, False, True]), r"torch\.bool"),
+        (torch.zeros(3, dtype=torch.complex64), r"torch\.complex64"),
+        (np.array([True, False, True]), "array.*bool"),
+        (np.array(["1", "2", "3"]), "array.*<U1"),
+        (1.0, r"float \(1\.0\)"),
+        (None, r"NoneType \(None\)"),
+        ("123", r"str \('123'\)"),
+        ({"a": 1.0, "b": 2.0, "c": 3.0}, r"dict \(\{'a'"),
     ],
 )
 def test_refusals_name_the_reward_and_what_was_seen(value, message):
     with pytest.raises(RewardError, match=message) as caught:
         total(value)
     assert "reward 'judge'" in str(caught.value)
-    assert re.search("[Rr]eturn", str(caught.value))  # what to do
+    assert re.search(r"\b[Rr]eturn\b", str(caught.value))  # what to do, and not only what it returned
     assert caught.value.exit_code == 4
 
 
@@ -137,13 +137,13 @@ def test_weight_does_not_round_through_float32():
 
 
 def test_a_sum_that_overflows_is_refused():
-    with pytest.raises(RewardError, match="the weighted sum is inf for row 0"):
+    with pytest.raises(RewardError, match=r"weighted sum.*inf.*row 0"):
         score([NamedReward("r", lambda completions: [1e308], 100.0)], ["p"], ["c"], {})
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), True, "1", None])
 def test_weight_must_be_a_finite_number(weight):
-    with pytest.raises(ConfigError, match="reward 'r' has the weight"):
+    with pytest.raises(ConfigError, match=f"'r'.*weight {weight!r}"):
         NamedReward("r", len, weight)
 
 
@@ -155,16 +155,16 @@ def test_no_rows_call_nobody():
 
 @pytest.mark.parametrize("names", [[], ["same", "same"]])
 def test_rewards_need_names_of_their_own(names):
-    with pytest.raises(ConfigError, match="each with a name of its own"):
+    with pytest.raises(ConfigError, match=re.escape(str(names))):
         score([NamedReward(name, len) for name in names], ["p"], ["c"], {})
 
 
 @pytest.mark.parametrize(
     ("completions", "columns", "message"),
     [
-        (["a"], {}, "'completions' has 1 rows and there are 3 prompts"),
-        (COMPLETIONS, {"answer": [1, 2]}, "'answer' has 2 rows and there are 3 prompts"),
-        (COMPLETIONS, {"prompts": PROMPTS}, "dataset column 'prompts'"),
+        (["a"], {}, r"'completions'.*\b1 rows.*\b3 prompts"),
+        (COMPLETIONS, {"answer": [1, 2]}, r"'answer'.*\b2 rows.*\b3 prompts"),
+        (COMPLETIONS, {"prompts": PROMPTS}, "column 'prompts'"),
     ],
 )
 def test_ragged_or_clashing_input_is_a_data_error(completions, columns, message):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -60,7 +62,7 @@ def test_a_chat_is_compared_by_its_last_user_message():
     ]
     answers = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
     assert reward(chats, answers) == reward(PROMPTS, COMPLETIONS)
-    with pytest.raises(DataError, match="text rewards need a str"):
+    with pytest.raises(DataError, match="NoneType"):
         reward(chats, [[{"role": "assistant", "content": None}]] * len(chats))
     with pytest.raises(DataError, match="empty list"):
         reward(chats, [[]] * len(chats))
@@ -73,7 +75,7 @@ def test_an_empty_completion_has_a_score():
 def test_long_texts_are_refused_or_lose_their_end():
     model, tokenizer = encoder()
     length = len(tokenizer(COMPLETIONS[5])["input_ids"])
-    with pytest.raises(RewardError, match=f"row 1 has {length} tokens and the reward model takes 12"):
+    with pytest.raises(RewardError, match=rf"row 1\b.*\b{length} tokens.*\b12\b.*truncate='right'"):
         SimilarityReward(model, tokenizer, max_length=12)(["rain"], [COMPLETIONS[5]])
     cut = SimilarityReward(model, tokenizer, max_length=12, truncate="right")
     head = " ".join(COMPLETIONS[5].split()[:10])  # ten words, [CLS] and [SEP]
@@ -92,7 +94,7 @@ def test_a_saved_encoder_needs_all_its_weights_but_the_pooler(tmp_path):
     missing = next(name for name in unused if "attention" in name)
     del unused[missing]
     save_file(unused, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=f"no weights for {missing}"):
+    with pytest.raises(ConfigError, match=re.escape(missing)):
         SimilarityReward.from_pretrained(path)
 
 
@@ -104,5 +106,5 @@ def test_an_adapter_is_refused(tmp_path):
     model.name_or_path = saved(tmp_path / "base", model, tokenizer)
     adapter = get_peft_model(model, LoraConfig(target_modules=["query"], r=2))
     path = saved(tmp_path / "adapter", adapter, tokenizer)
-    with pytest.raises(ConfigError, match="is a PEFT adapter: merge it"):
+    with pytest.raises(ConfigError, match=r"PEFT.*merge_and_unload"):
         SimilarityReward.from_pretrained(path)

@@ -131,7 +131,7 @@ def test_equal_answers_to_a_prompt_are_scored_once_and_share_their_reward() -> N
     assert samples.rewards_PM.tolist() == [[0, 1, 0, 2], [3, 3, 4, 5]]
     assert samples.rewards_PM.dtype == torch.float64
     assert torch.equal(samples.by_name["r"], samples.rewards_PM)
-    assert samples.prompts == [[5, 6], [7]]
+    assert samples.prompt_ids == [[5, 6], [7]]
     assert samples.texts[1] == ["yes", "yes", "maybe", "no"]
     assert samples.flat == completions[0] + completions[1]
 

@@ -62,7 +62,7 @@ def test_a_missing_or_damaged_anchor_is_refused(tmp_path: Path, spoil: Callable[
 @pytest.mark.parametrize("other", [anchor(5.0, size=3), anchor(5.0, size=1), anchor(5.0, name="v")])
 def test_the_anchor_of_another_model_is_refused(tmp_path: Path, other: Anchor) -> None:
     save_anchor(other, tmp_path)
-    with pytest.raises(CheckpointError, match="does not fit this run"):
+    with pytest.raises(CheckpointError, match=rf"{ANCHOR_FILE}.*(\(4, 2\)|'w')"):
         load_anchor(anchor(0.0), tmp_path)
 
 
@@ -76,6 +76,6 @@ def test_room_for_the_checkpoints_is_asked_for_before_the_first_step(
         if enough:
             require_space(tmp_path / "not" / "yet", one, num_checkpoints=3)
         else:
-            with pytest.raises(ResourceError, match="3 checkpoints need about") as caught:
+            with pytest.raises(ResourceError, match=r"3 checkpoints.*save_total_limit") as caught:
                 require_space(tmp_path / "not" / "yet", one, num_checkpoints=3)
             assert caught.value.exit_code == 7

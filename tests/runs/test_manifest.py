@@ -1,6 +1,7 @@
 """A checkpoint is whole or absent: every byte is sealed, and what was not sealed is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path, name: str, bit: int) -> None:
     data = bytearray((path / name).read_bytes())
     data[bit // 8] ^= 1 << bit % 8
     (path / name).write_bytes(bytes(data))
-    assert fault(path) == f"{name} is damaged (its hash differs)"
+    assert re.match(f"{name} .*hash", str(fault(path)))
 
 
 def edit(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -69,16 +70,20 @@ def link_out(path: Path) -> None:
     (path / "global" / "shard.pt").symlink_to(path.parent / "outside")
 
 
+EMPTY = {"size": 0, "sha256": ""}
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no manifest": (lambda p: (p / MANIFEST_FILE).unlink(), "it was not finished"),
-    "extra file": (lambda p: (p / "more.pt").touch(), "more.pt is not in the manifest"),
-    "missing file": (lambda p: (p / "empty.txt").unlink(), "empty.txt is missing"),
-    "parent": (edit(lambda m: m["files"].update({"../outside": {"size": 0, "sha256": ""}})), "leads out of the folder"),
-    "absolute": (edit(lambda m: m["files"].update({"/etc/passwd": {"size": 0, "sha256": ""}})), "leads out"),
-    "link": (link_out, "leads out of the folder"),
-    "newer format": (edit(lambda m: m.update(format=2)), "has format 2, this bondlm reads 1"),
+    "no manifest": (lambda p: (p / MANIFEST_FILE).unlink(), MANIFEST_FILE),
+    "extra file": (lambda p: (p / "more.pt").touch(), r"more\.pt"),
+    "missing file": (lambda p: (p / "empty.txt").unlink(), r"empty\.txt.*missing"),
+    "parent": (edit(lambda m: m["files"].update({"../outside": EMPTY})), r"'\.\./outside'.*folder"),
+    "absolute": (
+        edit(lambda m: m["files"].update({"/etc/passwd": EMPTY})),
+        "'/etc/passwd'.*folder",
+    ),
+    "link": (link_out, r"'global/shard\.pt'.*folder"),
+    "newer format": (edit(lambda m: m.update(format=2)), "format 2"),
     "a list": (edit(lambda m: m.update(files=[])), "lists no files"),
-    "no hash": (edit(lambda m: m["files"]["empty.txt"].pop("sha256")), "no size and hash"),
+    "no hash": (edit(lambda m: m["files"]["empty.txt"].pop("sha256")), r"empty\.txt.*hash"),
 }
 
 
@@ -86,8 +91,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_every_fault_is_named(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
     path = checkpoint(tmp_path)
     spoil(path)
-    assert message in str(fault(path))
-    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+    assert re.search(message, str(fault(path)))
+    with pytest.raises(CheckpointError, match=f"{path} .*{message}"):
         verify(path)
 
 
@@ -100,12 +105,12 @@ def test_the_newest_good_one_is_taken_by_number_not_by_name(tmp_path: Path) -> N
     path, rejected = newest_checkpoint(tmp_path)
     assert path == tmp_path / "checkpoint-10"
     assert len(rejected) == 1
-    assert "checkpoint-11: anchor.safetensors is missing" in rejected[0]
+    assert "checkpoint-11: anchor.safetensors" in rejected[0]
 
 
 def test_never_afresh_by_accident(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == (None, [])
     for step in (1, 2):
         (checkpoint(tmp_path, step) / MANIFEST_FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be trusted: .*checkpoint-2.*checkpoint-1"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-2.*checkpoint-1"):
         newest_checkpoint(tmp_path)

@@ -1,23 +1,22 @@
 """Every objective through the same trainer: it learns, resumes exactly, and where it may, from logged samples alone."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_house import OTHER_OBJECTIVES_METRICS, TRAIN_METRICS
-from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_t5
+from data.test_scored import scored_rows
+from frozen import OTHER_OBJECTIVES_METRICS, TRAIN_METRICS
+from tiny import prompt_rows, tiny_causal, tiny_t5
 
 from bondlm import BONDTrainer
-from bondlm.errors import CheckpointError, ConfigError, DataError
-from trainer.test_trainer import (
+from bondlm.errors import CheckpointError
+from trainer.helpers import (
     TOKENIZER,
     ends_often,
     logged,
     lora,
-    low_ids,
     optimizer_tensors,
     same,
     trainer,
@@ -28,6 +27,7 @@ from trainer.test_trainer import (
 LEARNERS: dict[str, dict[str, Any]] = {
     "jbond, 4 anchor samples": {"num_anchor_samples": 4},
     "jbond, harmonic": {"num_anchor_samples": 4, "log_quantile": "harmonic"},
+    "jbond, gamma_ref": {"gamma_ref": 0.3, "anchor": "ema", "eta": 0.3},
     "bond": {"objective": "bond", "n": 4, "num_anchor_samples": 8},
     "bond, beta 0": {"objective": "bond", "n": 4, "beta": 0.0},
     "bond, beta 1": {"objective": "bond", "n": 4, "beta": 1.0, "log_quantile": "harmonic", "correction": True},
@@ -40,6 +40,9 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "vbon": {"objective": "vbon", "n": 4},
     "bonbon": {"objective": "bonbon", "n": 4, "alpha": 0.5},
     "regression": {"objective": "best_of_n_regression", "n": 4, "num_samples": 8},
+    "self_bond": {"objective": "self_bond", "n": 8, "num_samples": 4, "per_device_train_batch_size": 96},
+    "self_bond, best_of_n": {"objective": "self_bond", "n": 4, "num_samples": 4, "log_quantile": "best_of_n"}
+    | {"per_device_train_batch_size": 96},
 }
 
 
@@ -49,13 +52,12 @@ def test_the_reward_rises(name: str, tmp_path: Path) -> None:
         tmp_path,
         rows=192,  # the twelve prompts, each under 16 names
         eval_dataset=prompt_rows(24),
-        per_device_train_batch_size=192,
         max_completion_length=2,
         max_rows=2000,
         learning_rate=5e-3,
         eval_num_samples=64,
         eval_num_reference_samples=64,
-        **({"anchor": "fixed", "max_steps": 10} | LEARNERS[name]),
+        **({"anchor": "fixed", "max_steps": 10, "per_device_train_batch_size": 192} | LEARNERS[name]),
     )
     made.train()
     after = made.evaluate()
@@ -77,21 +79,33 @@ RESUMED: dict[str, dict[str, Any]] = {
     "bond": {"objective": "bond", "n": 4, "num_anchor_samples": 6, "gamma": 0.2},
     "learned": {"objective": "bond", "n": 3, "quantile": "learned", "peft_config": True},
     "rloo": {"objective": "rloo", "beta_rl": 0.1, "anchor": "periodic", "anchor_update_every": 2},
+    "gamma_ref": {"objective": "rloo", "beta_rl": 0.1, "num_samples": 3, "gamma_ref": 0.5},
     "logged": {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed"},
+    "self_bond": {"objective": "self_bond", "n": 3, "num_samples": 4, "anchor": "fixed"},
 }
 
 
-def scored_rows(num_prompts: int, num_samples: int = 4) -> list[dict[str, Any]]:
-    """What `bondlm score` writes, with the rewards of `low_ids`."""
-    generator = torch.Generator().manual_seed(1)
-    rows = []
-    for i in range(num_prompts):
-        for _ in range(num_samples):
-            ids = torch.randint(35, 290, (3,), generator=generator).tolist()
-            text = TOKENIZER.decode(ids)
-            back = TOKENIZER(text, add_special_tokens=False).input_ids
-            rows.append({"prompt": PROMPTS[i], "completion": text, "reward": low_ids([back])[0]})
-    return rows
+def test_gamma_ref_pulls_back_to_the_reference(tmp_path: Path) -> None:
+    """Rewards that say nothing, and a policy that has left: its KL falls with gamma_ref, and stays without."""
+    kls = []
+    for gamma_ref in (0.0, 2.0):
+        made = trainer(
+            tmp_path / str(gamma_ref),
+            reward=lambda completions: [0.0] * len(completions),
+            rows=96,
+            **{"anchor": "ema", "eta": 1.0, "gamma_ref": gamma_ref, "beta": 1.0},
+            **{"per_device_train_batch_size": 96, "max_completion_length": 2, "max_rows": 2000},
+            **{"max_steps": 10, "learning_rate": 3e-3, "logging_steps": 1},
+        )
+        with torch.no_grad():  # what KL other runs have cost; the reference stays
+            generator = torch.Generator().manual_seed(3)
+            for parameter in made.roles.model.parameters():
+                parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+        made.train()
+        kls.append([row["kl"] for row in logged(tmp_path / str(gamma_ref)) if "kl" in row])
+    free, pulled = (sum(of_steps[-4:]) / 4 for of_steps in kls)
+    assert pulled < 0.6 * free
+    assert pulled < 0.8 * kls[1][0]
 
 
 def six_steps(folder: Path, settings: dict[str, Any]) -> BONDTrainer:
@@ -127,9 +141,6 @@ def test_a_checkpoint_without_its_quantile_model_is_refused(tmp_path: Path) -> N
     (tmp_path / "checkpoint-6" / "quantile.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"quantile\.safetensors is missing"):
         six_steps(tmp_path, settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-
-
-# -- learning from logged samples
 
 
 @pytest.mark.parametrize("objective", ["best_of_n_sft", "bonbon", "best_of_n_regression"])
@@ -179,95 +190,3 @@ def test_logged_samples_are_enough(objective: str, kind: str, tmp_path: Path, mo
     if objective == "best_of_n_regression":
         losses = [row["bond/regression_loss"] for row in logged(tmp_path / "run")[:-1]]
         assert losses[-1] < 0.5 * losses[0]
-
-
-def logged_trainer(tmp_path: Path, rows: Any, **settings: Any) -> BONDTrainer:
-    wanted = {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed", "max_completion_length": 12}
-    return trainer(tmp_path, train_dataset=rows, **(wanted | settings))
-
-
-def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
-    rows = [row | {"finished": i % 2 == 0} for i, row in enumerate(scored_rows(2))]
-    eos = made_ids = None
-    made = logged_trainer(tmp_path, rows)
-    eos = made.encoder.eos_ids[0]
-    made_ids = made.train_dataset["logged_ids"][0]
-    assert [ids[-1] == eos for ids in made_ids] == [True, False, True, False]
-    assert TOKENIZER.decode(made_ids[0][:-1]) == rows[0]["completion"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"reward": None}, r"row 5: the reward is None, not a finite number \(prompt 'Why do cats"),
-        ({"reward": float("nan")}, r"row 5: the reward is nan, not a finite number"),
-        ({"completion": None}, r"row 5: the completion is None, not text"),
-        (
-            {"completion": "a much longer completion than any that would fit"},
-            r"row 5: the completion has \d+ tokens \(prompt 'Why do",
-        ),
-    ],
-)
-def test_bad_scored_rows_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    rows = scored_rows(3)
-    rows[5] |= change
-    with pytest.raises(DataError, match=message) as caught:
-        logged_trainer(tmp_path, rows)
-    assert caught.value.exit_code == 3
-
-
-def test_too_few_scored_samples_are_counted(tmp_path: Path) -> None:
-    rows = scored_rows(3)
-    with pytest.raises(DataError, match=r"row 4: the prompt 'Why do cats sleep so much\?' has 2 scored samples, 3 are"):
-        logged_trainer(tmp_path, [row for i, row in enumerate(rows) if i not in (5, 7)])
-    with pytest.raises(DataError, match="has 4 scored samples, 5 are needed"):
-        logged_trainer(tmp_path, rows, num_samples=5)
-
-
-def test_scored_samples_and_settings_must_fit(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="objective='jbond' draws its own"):
-        logged_trainer(tmp_path, scored_rows(2), objective="jbond", n=2)
-    with pytest.raises(ConfigError, match="anchor='ema': scored samples were drawn from the model as it was"):
-        logged_trainer(tmp_path, scored_rows(2), anchor="ema")
-    with pytest.raises(ConfigError, match="missing_eos='worst': it looks at samples that the run draws"):
-        logged_trainer(tmp_path, scored_rows(2), missing_eos="worst")
-    with pytest.raises(ConfigError, match="truncate_prompt='left': the samples were drawn for whole prompts"):
-        logged_trainer(tmp_path, scored_rows(2), truncate_prompt="left")
-    with pytest.raises(ConfigError, match="reward_funcs is required"):
-        trainer(tmp_path, reward=None)
-    with pytest.raises(ConfigError, match="eval_dataset needs reward_funcs"):
-        logged_trainer(tmp_path, scored_rows(2), reward=None, eval_dataset=prompt_rows(2))
-
-
-@pytest.mark.parametrize("change", [{"reward": None}, {"completion": None}, {"prompt": "once"}])
-def test_bad_scored_rows_are_refused_before_a_model_is_loaded(
-    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loaded(*args: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("bondlm.trainer.prepare_policy", loaded)
-    rows = scored_rows(3)
-    rows[5] |= change
-    path = tmp_path / "scored.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"row 5: |'once' has 1 scored samples, 3 are needed"):
-        logged_trainer(tmp_path, str(path))
-    for settings in ({"anchor": "ema"}, {"objective": "rloo", "n": 2}, {"eval_strategy": "steps", "eval_steps": 1}):
-        with pytest.raises(ConfigError):
-            logged_trainer(tmp_path, scored_rows(3), **settings)
-
-
-def test_an_evaluation_without_held_out_prompts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"eval_strategy='steps' \(target_n=2.0, kl_budget=None\) without eval_dataset"
-    ):
-        trainer(tmp_path, eval_strategy="steps", eval_steps=1, target_n=2.0)
-
-
-def test_scored_rows_may_come_in_any_order(tmp_path: Path) -> None:
-    rows = scored_rows(4)
-    mixed = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
-    one, other = (logged_trainer(tmp_path, r).train_dataset.to_list() for r in (rows, mixed))
-    key = {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in one}
-    assert {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in other} == key

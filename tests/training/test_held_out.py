@@ -12,14 +12,8 @@ from bondlm.training.held_out import compare
 
 
 def samples(rewards_PM: Tensor) -> Samples:
-    empty: list[list[int]] = [[] for _ in rewards_PM]
-    return Samples(
-        prompts=empty,
-        completions=[[] for _ in rewards_PM],
-        texts=[[] for _ in rewards_PM],
-        rewards_PM=rewards_PM,
-        by_name={"r": rewards_PM},
-    )
+    numbers = {f"{name}_PM": torch.ones_like(rewards_PM) for name in ("lengths", "finished", "logprobs")}
+    return Samples(prompts=[], texts=[], rewards_PM=rewards_PM, by_name={"r": rewards_PM}, **numbers)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

@@ -1,4 +1,4 @@
-"""The mathematics of Best-of-N: the law, quantiles, order statistics, divergences, effective N, and the exact oracle.
+"""The mathematics of Best-of-N: distribution, quantiles, order statistics, divergences, effective N, exact oracle.
 
 Pure functions of numpy arrays or torch tensors (the kind that comes in goes out), in float64. No models, no files.
 """
@@ -19,6 +19,8 @@ from bondlm.bestofn.oracle.exact_objectives import (
     regression_gradient,
 )
 from bondlm.bestofn.oracle.exact_signal import mean_signal
+from bondlm.bestofn.oracle.reference_kl import bond_resting_point
+from bondlm.bestofn.oracle.self_bond import self_bond_fixed_point, self_bond_gradient, self_bond_signal
 from bondlm.bestofn.oracle.tabular import (
     backward_kl_gradient,
     forward_kl_gradient,
@@ -31,6 +33,7 @@ from bondlm.bestofn.oracle.tabular import (
     mean_two_level_reward,
 )
 from bondlm.bestofn.order import expected_best_of_n
+from bondlm.bestofn.own_quantiles import solve_strength
 from bondlm.bestofn.quantiles import (
     LogQuantileMethod,
     log_collision_correction,
@@ -54,6 +57,7 @@ __all__ = [
     "bonbon_gradient",
     "bond_fixed_point",
     "bond_gradient",
+    "bond_resting_point",
     "bootstrap_mean",
     "effective_n",
     "expected_best_of_n",
@@ -77,6 +81,10 @@ __all__ = [
     "quantile",
     "regression_fixed_point",
     "regression_gradient",
+    "self_bond_fixed_point",
+    "self_bond_gradient",
+    "self_bond_signal",
+    "solve_strength",
     "two_level_penalty",
     "win_rate",
     "win_rates",

@@ -1,6 +1,6 @@
 """Percentile intervals from resampled prompts. Prompts are the independent unit; the samples of one prompt are not.
 
-Shape suffixes: P prompts, C columns, R resamples.
+Shape suffixes: P prompts, J columns, R resamples.
 """
 
 import math
@@ -50,12 +50,12 @@ def bootstrap_mean(values: object, *, confidence: float = 0.95, num_bootstrap: i
     return Estimate(value, *percentile_interval(means_R, confidence))
 
 
-def resample_means(values_PC: torch.Tensor, num_bootstrap: int, seed: int) -> torch.Tensor:
+def resample_means(values_PJ: torch.Tensor, num_bootstrap: int, seed: int) -> torch.Tensor:
     """Return the (R, C) column means of `num_bootstrap` resamples of the rows.
 
     Each resample is a row of counts, so a chunk of resamples is one matrix product; no (R, P, C) array exists.
     """
-    num_prompts = values_PC.shape[0]
+    num_prompts = values_PJ.shape[0]
     rng = np.random.default_rng(seed)
     step = max(1, _CELLS_PER_CHUNK // num_prompts)
     chunks = []
@@ -64,7 +64,7 @@ def resample_means(values_PC: torch.Tensor, num_bootstrap: int, seed: int) -> to
         cells = rng.integers(0, num_prompts, size=(rows, num_prompts))
         cells += np.arange(rows)[:, None] * num_prompts
         counts = np.bincount(cells.ravel(), minlength=rows * num_prompts).reshape(rows, num_prompts)
-        chunks.append(torch.from_numpy(counts).double() @ values_PC)
+        chunks.append(torch.from_numpy(counts).double() @ values_PJ)
     return torch.cat(chunks) / num_prompts
 
 

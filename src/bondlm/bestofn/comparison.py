@@ -12,7 +12,7 @@ What the estimates assume, and where they differ:
   one is left out (NaN) beyond n = M/2, where too few other samples are left to place a winner.
 
 Shape suffixes: P prompts, m policy samples of a prompt (lower case in the text), M reference samples, R resamples,
-C columns: numbers whose means over prompts are wanted.
+J columns: numbers whose means over prompts are wanted.
 """
 
 import itertools
@@ -209,12 +209,12 @@ class _Means:
     def __init__(self, columns: Mapping[str, Tensor], confidence: float, num_bootstrap: int, seed: int) -> None:
         self._confidence = confidence
         ends, self._slices = 0, {}
-        for name, values_PC in columns.items():
-            self._slices[name] = slice(ends, ends + values_PC.shape[1])
-            ends += values_PC.shape[1]
-        table_PC = torch.cat(list(columns.values()), dim=1)
-        self._mean_1C = table_PC.mean(0, keepdim=True)
-        self._draws_RC = resample_means(table_PC, num_bootstrap, seed) if len(table_PC) > 1 else None
+        for name, values_PJ in columns.items():
+            self._slices[name] = slice(ends, ends + values_PJ.shape[1])
+            ends += values_PJ.shape[1]
+        table_PJ = torch.cat(list(columns.values()), dim=1)
+        self._mean_1C = table_PJ.mean(0, keepdim=True)
+        self._draws_RJ = resample_means(table_PJ, num_bootstrap, seed) if len(table_PJ) > 1 else None
 
     def mean(self, name: str) -> list[float]:
         """Return the means of the columns of that name."""
@@ -230,13 +230,13 @@ class _Means:
         value = float(function(partial(self._rows, self._mean_1C)))
         if math.isnan(value):
             return Estimate(value, value, value)
-        if self._draws_RC is None:
+        if self._draws_RJ is None:
             return Estimate(value, -math.inf, math.inf)
-        draws_R = function(partial(self._rows, self._draws_RC))
+        draws_R = function(partial(self._rows, self._draws_RJ))
         return Estimate(value, *percentile_interval(draws_R, self._confidence))
 
-    def _rows(self, table_RC: Tensor, name: str) -> Tensor:
-        return table_RC[:, self._slices[name]]
+    def _rows(self, table_RJ: Tensor, name: str) -> Tensor:
+        return table_RJ[:, self._slices[name]]
 
 
 def _matched(means: _Means, num_ref: int) -> dict[str, EffectiveN]:

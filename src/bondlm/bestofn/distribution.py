@@ -1,7 +1,7 @@
-"""The Best-of-N law of a finite outcome space, exactly, with ties as they are.
+"""The Best-of-N distribution of a finite outcome space, exactly, with ties as they are.
 
 Best-of-N draws N outcomes from the reference and keeps the first one that reaches the highest reward. Breaking ties
-uniformly at random gives the same law.
+uniformly at random gives the same distribution.
 
 Shape suffixes: K outcomes. Leading batch dimensions (prompts) are allowed everywhere.
 """
@@ -60,7 +60,7 @@ def best_of_n_kl(ref_probs: Array, rewards: Array, n: float) -> Array:
     _, _, mass_K = _levels(ref_probs, rewards)
     log_ratio_K = _log_level_ratio(mass_K, order)
     kl = (mass_K * log_ratio_K.exp() * log_ratio_K).sum(-1)
-    # Rounding leaves about -1e-16 where the two laws are equal (n = 1, or one level).
+    # Rounding leaves about -1e-16 where the two distributions are equal (n = 1, or one level).
     return back(kl.clamp(min=0.0), ref_probs, rewards)
 
 

@@ -32,7 +32,7 @@ def kl_k1(logp: Array, other_logp: Array) -> Array:
 
     Args:
         logp: log-probability of each sample under the policy that drew it.
-        other_logp: the same samples under the other law (reference, anchor), same shape.
+        other_logp: the same samples under the other distribution (reference, anchor), same shape.
 
     Raises:
         ValueError: if the shapes differ.
@@ -48,7 +48,7 @@ def kl_k3(logp: Array, other_logp: Array) -> Array:
 
     Args:
         logp: log-probability of each sample under the policy that drew it.
-        other_logp: the same samples under the other law, same shape.
+        other_logp: the same samples under the other distribution, same shape.
 
     Raises:
         ValueError: if the shapes differ.
@@ -70,7 +70,7 @@ def best_of_n_logprob(ref_logp: Array, p_le: Array, n: float, p_lt: Array | None
         p_le: its quantile p_≤ in [0, 1], same shape. An estimate of 0 gives −inf for n > 1; pass the exponential of
             `log_quantile(..., method="harmonic")` or `"clamped"` where that is unwanted.
         n: order, a real number >= 1.
-        p_lt: its quantile p_<, at most p_≤, same shape (`quantile(..., strict=True)`); exact law with ties.
+        p_lt: its quantile p_<, at most p_≤, same shape (`quantile(..., strict=True)`); exact distribution with ties.
 
     Raises:
         ValueError: if the shapes differ, a quantile leaves [0, 1] or is NaN, p_lt exceeds p_le, or n < 1.

@@ -3,8 +3,8 @@
 All estimates are U-statistics over the M reference samples at hand: exact averages over all ways to choose n of them
 (and others to compare with), so they are unbiased at every integer n, ties included.
 
-Shape suffixes: P prompts, M reference samples of a prompt, m policy samples of a prompt (lower case in the text), O
-orders n, N = M−1 orders 1..M−1, R bootstrap resamples, C = M+1 counts 0..M.
+Shape suffixes: P prompts, M reference samples of a prompt, m policy samples of a prompt (lower case in the text), N
+orders of Best-of-n, R bootstrap resamples, J = M+1 counts 0..M.
 """
 
 import math
@@ -42,10 +42,10 @@ def best_of_n_opponents(rewards: Array, ref_rewards: Array, orders: Sequence[int
     for n in orders:
         if check_order(n) != int(n) or n > num_ref:
             raise ValueError(f"orders must be integers between 1 and M = {num_ref}; got {n!r}")
-    shares_CM = choose_table(num_ref)
+    shares_JM = choose_table(num_ref)
     columns = [int(n) - 1 for n in orders]
-    counts_PC = _count_table(lower, num_ref) + _count_table(at_most, num_ref)
-    return back(counts_PC @ shares_CM[:, columns].to(lower.device) / (2.0 * lower.shape[-1]), rewards, ref_rewards)
+    counts_PJ = _count_table(lower, num_ref) + _count_table(at_most, num_ref)
+    return back(counts_PJ @ shares_JM[:, columns].to(lower.device) / (2.0 * lower.shape[-1]), rewards, ref_rewards)
 
 
 def truncated_log_quantiles(rewards: Array, ref_rewards: Array) -> Array:
@@ -67,11 +67,11 @@ def truncated_log_quantiles(rewards: Array, ref_rewards: Array) -> Array:
     """
     _, at_most, num_ref = count_below(rewards, ref_rewards)
     _check_enough(num_ref)
-    terms_CM = choose_table(num_ref) / torch.arange(1, num_ref + 1, dtype=torch.float64)
+    terms_JM = choose_table(num_ref) / torch.arange(1, num_ref + 1, dtype=torch.float64)
     # Row G of the cumulated terms holds the series cut at k = 1..M; the first M−1 of them, longest first, are n = 1...
-    cut_CN = -terms_CM.cumsum(1)[:, : num_ref - 1].flip(1)
-    counts_PC = _count_table(num_ref - at_most, num_ref)
-    return back(counts_PC @ cut_CN.to(at_most.device) / at_most.shape[-1], rewards, ref_rewards)
+    cut_JN = -terms_JM.cumsum(1)[:, : num_ref - 1].flip(1)
+    counts_PJ = _count_table(num_ref - at_most, num_ref)
+    return back(counts_PJ @ cut_JN.to(at_most.device) / at_most.shape[-1], rewards, ref_rewards)
 
 
 def best_of_n_log_quantiles(ref_rewards: Array) -> Array:
@@ -93,11 +93,11 @@ def best_of_n_log_quantiles(ref_rewards: Array) -> Array:
     _check_enough(num_ref)
     lower, at_most = lower.long(), at_most.long()
     tied = (at_most - lower).double()
-    shares_CM, values_CN = choose_table(num_ref), _harmonic_table(num_ref)
+    shares_JM, values_JN = choose_table(num_ref), _harmonic_table(num_ref)
     result = torch.empty(*lower.shape[:-1], num_ref - 1, dtype=torch.float64)
     for n in range(1, num_ref):  # one order at a time: no P x M x M array
-        share_C, value_C = shares_CM[:, n - 1], values_CN[:, n - 1]
-        result[..., n - 1] = ((share_C[at_most] - share_C[lower]) / tied * value_C[at_most]).sum(-1)
+        share_J, value_J = shares_JM[:, n - 1], values_JN[:, n - 1]
+        result[..., n - 1] = ((share_J[at_most] - share_J[lower]) / tied * value_J[at_most]).sum(-1)
     return back(result, ref_rewards)
 
 
@@ -117,8 +117,8 @@ def best_of_n_weights(ref_rewards: Array, n: int) -> Array:
     lower, at_most, num_ref = count_below(ref_rewards, ref_rewards)
     if check_order(n) != int(n) or n > num_ref:
         raise ValueError(f"n must be an integer between 1 and M = {num_ref}; got {n!r}")
-    share_C = choose_table(num_ref)[:, int(n) - 1].to(lower.device)
-    return back((share_C[at_most.long()] - share_C[lower.long()]) / (at_most - lower), ref_rewards)
+    share_J = choose_table(num_ref)[:, int(n) - 1].to(lower.device)
+    return back((share_J[at_most.long()] - share_J[lower.long()]) / (at_most - lower), ref_rewards)
 
 
 def winner_log_quantile(ref_rewards: Array, n: int) -> Array:

@@ -1,6 +1,6 @@
 """Order statistics: what Best-of-n would score, and what KL it would have, from samples at hand.
 
-Shape suffixes: P prompts, M samples of a prompt, L levels: sets of equal rewards of a prompt.
+Shape suffixes: P prompts, M samples of a prompt, K levels: sets of equal rewards of a prompt.
 """
 
 from collections.abc import Sequence
@@ -91,17 +91,17 @@ def best_of_n_kls(rewards: Array, orders: Sequence[float]) -> list[float]:
     lower, at_most, num_samples = count_below(rewards, rewards)
     num_prompts = max(1, lower[..., 0].numel())
     # A level is known by its two counts, and few pairs occur: what each contributes is computed once.
-    keys, samples_L = torch.unique(lower * (num_samples + 1) + at_most, return_counts=True)
-    low_L, high_L = (keys // (num_samples + 1)) / num_samples, (keys % (num_samples + 1)) / num_samples
-    size_L = (high_L - low_L) * num_samples
-    levels_L = samples_L / size_L.round() / num_prompts  # mean number of a prompt's levels with these counts
+    keys, samples_K = torch.unique(lower * (num_samples + 1) + at_most, return_counts=True)
+    low_K, high_K = (keys // (num_samples + 1)) / num_samples, (keys % (num_samples + 1)) / num_samples
+    size_K = (high_K - low_K) * num_samples
+    levels_K = samples_K / size_K.round() / num_prompts  # mean number of a prompt's levels with these counts
     found = []
     for n in orders:
         order = check_order(n)
-        mass_L = high_L**order - low_L**order
-        tied_L = torch.xlogy(mass_L, mass_L / (high_L - low_L))
-        smooth_L = _smooth_kl(high_L, order) - _smooth_kl(low_L, order)
-        found.append(max(0.0, float((levels_L * torch.where(size_L > 1.5, tied_L, smooth_L)).sum())))
+        mass_K = high_K**order - low_K**order
+        tied_K = torch.xlogy(mass_K, mass_K / (high_K - low_K))
+        smooth_K = _smooth_kl(high_K, order) - _smooth_kl(low_K, order)
+        found.append(max(0.0, float((levels_K * torch.where(size_K > 1.5, tied_K, smooth_K)).sum())))
     return found
 
 

@@ -127,7 +127,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     from transformers.utils import logging as transformers_logging
 
-    from bondlm.evaluation.pair import Pair, laws
+    from bondlm.evaluation.pair import Pair, sample_sets
     from bondlm.evaluation.rouge import rouge_judge
     from bondlm.models.load import fast_dtype
     from bondlm.rewards import load_rewards
@@ -166,7 +166,9 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
         "opponent_rows": opponent_rows,
         "rewards": rewards + judges,
         "num_judges": len(judge_specs) + len(judges),
-        "laws": laws(settings["num_samples"], settings["num_reference_samples"], opponent=pair.opponent is not None),
+        "sets": sample_sets(
+            settings["num_samples"], settings["num_reference_samples"], opponent=pair.opponent is not None
+        ),
     }
 
 
@@ -207,26 +209,26 @@ def _evaluate(
     from bondlm.evaluation.statistics import summarize
 
     made_from = fingerprint(settings, job)
-    claim(folder, made_from, [law.file for law in job["laws"] if not law.of_opponent])
+    claim(folder, made_from, [wanted.file for wanted in job["sets"] if not wanted.of_opponent])
     if settings.get("opponent"):  # with a manifest of its own: another one may come later
         who = model_fingerprint(str(settings["opponent"]), _revision(job["pair"].opponent))
         claim(folder, made_from | {"opponent": who}, [OPPONENT_FILE], manifest="opponent-manifest.json")
     total = len(job["rows"])
     with make_progress(console) as progress:
-        for number, law in enumerate(job["laws"]):
+        for number, wanted in enumerate(job["sets"]):
             fill(
-                folder / law.file,
-                law,
+                folder / wanted.file,
+                wanted,
                 job["pair"],
-                job["opponent_rows"] if law.of_opponent else job["rows"],
+                job["opponent_rows"] if wanted.of_opponent else job["rows"],
                 job["rewards"],
                 number=number,
                 num_judges=job["num_judges"],
                 seed=int(settings["seed"]),
                 max_completion_length=settings["max_completion_length"],
-                on_prompts_done=Counter(progress, f"{law.name} x {law.num_samples}", total),
+                on_prompts_done=Counter(progress, f"{wanted.name} x {wanted.num_samples}", total),
             )
-    scored = {law.name: from_rows(read_samples(folder / law.file), law.num_samples) for law in job["laws"]}
+    scored = {wanted.name: from_rows(read_samples(folder / wanted.file), wanted.num_samples) for wanted in job["sets"]}
     policy, reference, opponent = scored.pop("policy"), scored.pop("reference"), scored.pop("opponent", None)
     with console.status("statistics"):
         result = summarize(policy, reference, scored, orders=settings["orders"], opponent=opponent)

@@ -19,7 +19,7 @@ _MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
 _SAMPLING = {
     "max_completion_length": "Most tokens of a completion. Default: 256.",
     "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
-    "temperature": "1 samples the model's own law, 0 is greedy. Default: 1.",
+    "temperature": "1 samples the model's own distribution, 0 is greedy. Default: 1.",
     "seed": "Default: 42.",
     "dtype": "'auto' (bf16 where the hardware has it), 'float32' or 'bfloat16'.",
     "max_rows": "Most completions that are decoded together. Default: what fits into memory (on a CPU 96).",
@@ -29,9 +29,17 @@ _REWARDS = {
     "http(s)://HOST/PATH, or a list.",
     "reward_weights": "A list of numbers, one per reward.",
 }
-_TRAIN = (
+LORA = {
+    "use_peft": "Train a LoRA adapter instead of all weights.",
+    "lora_r": "Rank. Default: 16.",
+    "lora_alpha": "Default: 2 * lora_r.",
+    "lora_dropout": "Default: 0.",
+    "lora_target_modules": "Default: all-linear.",
+}
+# What `train` takes beside the settings of BONDConfig.
+TRAIN = (
     _MODEL
-    | _REWARDS
+    | {"reward_funcs": _REWARDS["reward_funcs"]}
     | {
         "train_dataset": "Prompts: JSONL, Parquet, a saved data set or a hub name. Required.",
         "eval_dataset": "Held-out prompts, evaluated at the end (and every eval_steps).",
@@ -39,14 +47,9 @@ _TRAIN = (
         "resume": "'auto' (default) continues the run in output_dir, 'never' refuses one, or a checkpoint folder.",
         "allow_config_change": "Continue a run with other settings; env.json keeps the list of differences.",
         "preset": "What you leave out is filled in: paper (the defaults) or fast (for tens of steps).",
-        "use_peft": "Train a LoRA adapter instead of all weights.",
-        "lora_r": "Rank. Default: 16.",
-        "lora_alpha": "Default: 2 * lora_r.",
-        "lora_dropout": "Default: 0.",
-        "lora_target_modules": "Default: all-linear.",
     }
+    | LORA
 )
-_LORA = {name: text for name, text in _TRAIN.items() if name == "use_peft" or name.startswith("lora_")}
 SFT = (
     {"model": "Model folder or hub name, causal or encoder-decoder. Required."}
     | {
@@ -57,7 +60,7 @@ SFT = (
         "max_completion_length": "Longest answer in tokens, end-of-sequence included. Default: 256.",
         "output_dir": "Folder for the model. Default: runs/sft.",
     }
-    | _LORA
+    | LORA
 )
 REWARD_MODEL = (
     {"model": "An encoder or a language model, folder or hub name. Required."}
@@ -67,10 +70,10 @@ REWARD_MODEL = (
         "max_length": "Most tokens of prompt and answer. Default: what the model takes.",
         "output_dir": "Folder for the reward model. Default: runs/reward-model.",
     }
-    | _LORA
+    | LORA
 )
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
-    "train": ("Distil Best-of-N into a model.", _TRAIN),
+    "train": ("Distil Best-of-N into a model.", TRAIN),
     "sample": (
         "Answer prompts, with one sample or the best of N.",
         _MODEL
@@ -111,7 +114,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         | _REWARDS
         | {name: text for name, text in _SAMPLING.items() if name != "temperature"},
     ),
-    "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", _TRAIN),
+    "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", TRAIN),
     "sft": ("Fine-tune on answers, the stage before BOND.", SFT),
     "reward-model": ("Train a reward model from preference pairs (Bradley-Terry).", REWARD_MODEL),
     "report": (

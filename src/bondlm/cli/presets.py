@@ -26,6 +26,7 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(f"preset={name!r}: choose one of {', '.join(PRESETS)}")
     settings = PRESETS[name] | (LORA.get(name, {}) if options.get("use_peft") else {})
-    if options.get("anchor", "ema") != "ema":  # only that one mixes
+    anchor = "fixed" if options.get("objective") == "self_bond" else "ema"
+    if options.get("anchor", anchor) != "ema":  # only that one mixes
         settings = {key: value for key, value in settings.items() if key != "eta"}
     return settings | dict(options)

@@ -17,14 +17,14 @@ def run(options: dict[str, Any]) -> int:
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
     if options.get("temperature", 1.0) != 1.0:
-        raise ConfigError(f"temperature={options['temperature']}: scored samples follow the model's own law, at 1")
+        raise ConfigError(f"temperature={options['temperature']}: scored samples are the model's own, drawn at 1")
     num_samples = int(options.get("num_samples", 16))
     if num_samples < 1:
         raise ConfigError(f"num_samples={num_samples}: must be >= 1")
     path = fresh_file(str(options["output"]))
     from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint
     from bondlm.data.scored import origin_file
-    from bondlm.runs.folder import append_jsonl
+    from bondlm.runs.folder import append_jsonl, write_whole
 
     def note_origin(sampler: Any) -> None:
         """Say beside the file what its rows were made from, once the model is loaded."""
@@ -37,7 +37,7 @@ def run(options: dict[str, Any]) -> int:
             "max_completion_length": int(options.get("max_completion_length", 256)),
             "seed": int(options.get("seed", 42)),
         }
-        origin_file(path).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        write_whole(origin_file(path), json.dumps(origin, indent=2) + "\n")
 
     console = make_console(stderr=True)
     for groups in generate(options, options["dataset"], num_samples, console, note_origin):

@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from bondlm.cli.console import make_console
+from bondlm.cli.options import LORA, TRAIN
 from bondlm.errors import CheckpointError, ConfigError
 from bondlm.runs.folder import CONFIG_FILE, is_main_process, locked, run_config, write_whole
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished, verify
@@ -25,39 +26,9 @@ from bondlm.runs.redact import redacted
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PREEMPTED, INTERRUPTED = 75, 130
 ENVIRONMENT_FILE = "env.json"
-RUN_NAMES = (
-    "model",
-    "reward_funcs",
-    "train_dataset",
-    "eval_dataset",
-    "resume",
-    "allow_config_change",
-    "preset",
-    "judges",
-)
-LORA_NAMES = ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-# What may differ when a run goes on: how long it lasts and what it prints, not what it computes.
-FREE_NAMES = {
-    *(
-        "max_steps",
-        "num_train_epochs",
-        "logging_steps",
-        "save_steps",
-        "eval_steps",
-        "eval_strategy",
-        "save_total_limit",
-    ),
-    *("num_logged_samples", "max_rows", "resume", "output_dir", "eval_dataset", "eval_num_samples", "target_n"),
-    *("kl_budget", "eval_num_reference_samples", "report_to", "allow_config_change", "judges"),
-    *("reward_timeout_s", "reward_outage_s", "max_skipped_frac", "strict", "ddp_timeout"),
-    # Their product with the number of processes may not change: the checkpoint knows it (callbacks.py).
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-}
-# How long a run lasts may differ only where its learning rates do not depend on it.
-LENGTH_NAMES = {"max_steps", "num_train_epochs"}
+# Options beside the settings of BONDConfig that may be others when a run goes on.
+FREE_NAMES = ("eval_dataset", "judges", "resume", "allow_config_change")
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
-# What a checkpoint restores with the optimizer: another value would be taken without a word, and have no effect.
-OPTIMIZER_NAMES = {"learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"}
 SECRET_NAMES = ("hub_token",)
 RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,80}")
 
@@ -140,7 +111,7 @@ def training_arguments(options: Mapping[str, Any]) -> Any:
     """
     from bondlm.config import BONDConfig
 
-    settings = {name: value for name, value in options.items() if name not in RUN_NAMES + LORA_NAMES}
+    settings = {name: value for name, value in options.items() if name not in TRAIN}
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if settings.get(name) is False:  # what YAML makes of a bare `no`
             settings[name] = "no"
@@ -211,7 +182,7 @@ def lora_config(options: Mapping[str, Any]) -> Any:
         ConfigError: settings of an adapter, and none is asked for.
     """
     if not options.get("use_peft"):
-        extra = [name for name in LORA_NAMES if name in options and name != "use_peft"]
+        extra = [name for name in LORA if name in options and name != "use_peft"]
         if extra:
             raise ConfigError(f"{extra[0]} is set but use_peft is not: add use_peft: true or remove it")
         return None
@@ -257,21 +228,29 @@ def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
     before, now = run_config(path.parent), redacted(dict(options))
     if not before:
         return []
-    free = FREE_NAMES if _is_endless(now) else FREE_NAMES - LENGTH_NAMES
-    names = [n for n in sorted((set(before) | set(now)) - free) if before.get(n) != now.get(n)]
+    free = {"always", "if endless"} if _is_endless(now) else {"always"}
+    names = [n for n in sorted(set(before) | set(now)) if before.get(n) != now.get(n) and _may_change(n) not in free]
     changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
     if changed and not options.get("allow_config_change"):
         raise ConfigError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}): give the same ones to continue it, "
             "choose another output_dir, or add --allow_config_change"
         )
-    fixed = sorted(OPTIMIZER_NAMES & set(names))
-    if fixed:
+    if fixed := [name for name in names if _may_change(name) == "never"]:
         raise ConfigError(
             f"{', '.join(fixed)} cannot change in a run: a checkpoint restores its optimizer. Start a new run from "
             "these weights in another output_dir"
         )
     return changed
+
+
+def _may_change(name: str) -> str:
+    """Whether an option may have another value when a run goes on: see `bondlm.config.Setting`."""
+    from bondlm.config import SETTINGS
+
+    if name in FREE_NAMES:
+        return "always"
+    return SETTINGS[name].may_change if name in SETTINGS else "on demand"
 
 
 def _is_endless(options: Mapping[str, Any]) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.train import LORA_NAMES
+from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
+from bondlm.runs.folder import write_whole
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -50,7 +51,7 @@ def training_arguments(options: Mapping[str, Any], folder: Path, own: Mapping[st
     """
     from transformers import TrainingArguments
 
-    settings = {k: v for k, v in options.items() if k not in own and k not in LORA_NAMES and k != "output_dir"}
+    settings = {k: v for k, v in options.items() if k not in own and k not in LORA and k != "output_dir"}
     try:
         return TrainingArguments(**(DEFAULTS | {"learning_rate": learning_rate, "output_dir": str(folder)} | settings))
     except (ValueError, TypeError, ImportError) as error:
@@ -103,6 +104,4 @@ def fit(trainer: Any, console: Console) -> float:
 def write_facts(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
     """Write a JSON file of what was measured, with versions; it appears whole or not at all."""
     versions = {package: importlib.metadata.version(package) for package in ("bondlm", "torch", "transformers")}
-    partial = folder / f"{name}.tmp"
-    partial.write_text(json.dumps(dict(facts) | {"versions": versions}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / name)
+    write_whole(folder / name, json.dumps(dict(facts) | {"versions": versions}, indent=2) + "\n")

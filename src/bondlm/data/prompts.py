@@ -14,13 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bondlm.errors import DataError
+from bondlm.errors import DataError, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _JSONL = (".jsonl", ".jsonlines", ".json-lines", ".ndjson")
-_MAX_LISTED = 10
 _ROLES = ("system", "user", "assistant", "tool")
 # Reward functions get these as arguments of their own, beside the columns of the data set.
 _RESERVED = ("prompts", "completions", "completion_ids", "truncated")
@@ -122,12 +121,6 @@ def read_jsonl(path: str | Path, *, prompts: bool = False, skipped: list[str] | 
     if prompts:
         _check_columns(_union_columns(rows), str(path))
     return rows
-
-
-def is_conversational(dataset_or_example: Dataset | Sequence[_Row] | _Row) -> bool:
-    """Whether prompts are lists of messages; of a data set, the first row answers for all (they are checked)."""
-    example = dataset_or_example if isinstance(dataset_or_example, Mapping) else dataset_or_example[0]
-    return not isinstance(example["prompt"], str)
 
 
 def overlap(train: Iterable[_Row], evaluation: Iterable[_Row]) -> int:
@@ -316,14 +309,6 @@ def _raise_or_note(problems: Sequence[str], skipped: list[str] | None) -> None:
         skipped += problems
     elif problems:
         raise DataError(listed(problems, "bad rows"))
-
-
-def listed(problems: Sequence[str], what: str) -> str:
-    """One line each for the first 10 problems, and the number of the others."""
-    lines = list(problems[:_MAX_LISTED])
-    if len(problems) > _MAX_LISTED:
-        lines.append(f"... and {len(problems) - _MAX_LISTED} more {what}")
-    return "\n".join(lines)
 
 
 def _union_columns(rows: Iterable[_Row]) -> list[str]:

@@ -14,13 +14,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from bondlm.config import OFF_POLICY, BONDConfig
+from bondlm.config import OFF_POLICY, BONDConfig, objective_of
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS
 from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, same_model
 from bondlm.data.prompt_encoder import PromptEncoder
-from bondlm.errors import ConfigError, DataError
-
-_MAX_LISTED = 10
+from bondlm.errors import ConfigError, DataError, listed
 
 
 def is_scored(dataset: Dataset) -> bool:
@@ -125,7 +123,7 @@ def _check_origin(path: Path, model: str, reward_funcs: Any, args: BONDConfig) -
             f"model={model!r}: the samples of {str(path)!r} were drawn by another one, {drawn_by.get('name')!r} "
             f"({_hash(drawn_by)} against {_hash(mine)})"
         )
-        if args.objective != "best_of_n_sft":  # plain fine-tuning may well learn from another model's answers
+        if objective_of(args).plan.compare:  # plain fine-tuning may well learn from another model's answers
             raise ConfigError(
                 f"{text}: {args.objective} compares with the model that drew them. Train that one, or score again"
             )
@@ -215,5 +213,4 @@ def _short(prompt: Any) -> str:
 
 def _raise_if_any(problems: Sequence[str]) -> None:
     if problems:
-        more = len(problems) - _MAX_LISTED
-        raise DataError("\n".join([*problems[:_MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])]))
+        raise DataError(listed(problems, "bad rows"))

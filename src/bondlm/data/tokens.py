@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bondlm.data.chat_templates import render_chat, strings
 from bondlm.data.context import check_completion_length, context_length
-from bondlm.errors import ConfigError, DataError
+from bondlm.errors import ConfigError, DataError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,6 @@ _log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 
-_MAX_LISTED = 10
 # Rows tokenised in one call: enough for the tokenizer's threads, few enough to keep memory flat.
 _CHUNK = 1024
 # Markers that some templates write as plain text: <|user|>, [INST], <<SYS>>. They have no id of their own, yet a
@@ -361,9 +360,5 @@ def _refuse_bad_lengths(
 
 def _raise_if_any(problems: Sequence[str], summary: str) -> None:
     """Raise one DataError that names the first rows and counts the rest."""
-    if not problems:
-        return
-    lines = [summary, *problems[:_MAX_LISTED]]
-    if len(problems) > _MAX_LISTED:
-        lines.append(f"... and {len(problems) - _MAX_LISTED} more rows")
-    raise DataError("\n".join(lines))
+    if problems:
+        raise DataError(f"{summary}\n{listed(problems, 'rows')}")

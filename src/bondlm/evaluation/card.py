@@ -1,11 +1,14 @@
 """The model card of a run folder."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from bondlm.config import BONDConfig
-from bondlm.runs.folder import run_config
+from bondlm.runs.folder import run_config, write_whole
 
 MAX_COMPLETION_LENGTH = BONDConfig.max_completion_length
 CITATION = """```bibtex
@@ -29,13 +32,21 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
     config, objective = run_config(folder), dict(result["objective"])
     base = str(config.get("model") or result["reference"])
     is_adapter = (folder / "adapter_config.json").is_file()
-    kind = "LoRA adapter" if is_adapter else "model"
+    kind, held_out = "LoRA adapter" if is_adapter else "model", _list(config.get("eval_dataset"))
     rewards = ", ".join(str(name) for name in result["rewards"])
     name = objective.pop("name")
     numbers = "\n".join(f"| {label} | {_shown(result[key])} |" for label, key in MEASURED)
-    header = f"---\nbase_model: {base}\nlibrary_name: {'peft' if is_adapter else 'transformers'}\n"
-    header += "tags: [bondlm, bond, best-of-n, rlhf]\n---\n"
-    text = f"""{header}
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft" if is_adapter else "transformers",
+        tags=["bondlm", "bond", "best-of-n", "rlhf"],
+        model_name=folder.resolve().name,
+        eval_results=_eval_results(result, held_out.replace("`", "") or "held-out prompts"),
+    )
+    text = f"""---
+{data.to_yaml()}
+---
+
 # {kind.capitalize()} aligned with {name} (Best-of-N Distillation)
 
 One sample of this {kind} was measured to be worth Best-of-{result["effective_n"]["text"]} of `{result["reference"]}`,
@@ -48,14 +59,14 @@ on {result["num_prompts"]} held-out prompts at temperature 1, judged by {rewards
 - base model: `{base}`
 - objective: {name} ({", ".join(f"{key} {_plain(value)}" for key, value in objective.items())})
 - reward: {_list(config.get("reward_funcs")) or rewards}{_weights(config)}
-- data: {_list(config.get("train_dataset")) or "not recorded"}; held out: {_list(config.get("eval_dataset")) or "given"}
+- data: {_list(config.get("train_dataset")) or "not recorded"}; held out: {held_out or "given"}
 - training: {result["steps"]} steps{_budget(config)}
 
 A reward is not a person: a higher reward says nothing about facts or safety that the reward does not measure.
 
 {CITATION}
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "README.md", str(ModelCard(text)))
 
 
 MEASURED = (
@@ -64,6 +75,23 @@ MEASURED = (
     ("KL to the reference, nats per completion", "kl"),
     ("reward", "reward"),
 )
+
+
+def _eval_results(result: Mapping[str, Any], dataset: str) -> list[EvalResult]:
+    """The measured numbers as model hubs read them; one that is not finite has no place there."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=key,
+            metric_name=label,
+            metric_value=result[key]["value"],
+            metric_args={end: result[key][end] for end in ("low", "high") if math.isfinite(result[key][end])},
+        )
+        for label, key in MEASURED
+        if math.isfinite(result[key]["value"])
+    ]
 
 
 def _shown(numbers: Mapping[str, Any]) -> str:

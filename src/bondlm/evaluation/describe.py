@@ -5,9 +5,15 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, make_objective
-
-_OF_ANCHOR = {"ema": "eta", "periodic": "anchor_update_every"}
+from bondlm.config import (
+    LORA_LEARNING_RATE,
+    OFF_POLICY,
+    PAPER_LEARNING_RATE,
+    SETTINGS,
+    BONDConfig,
+    default_anchor,
+    objective_of,
+)
 
 
 def describe_objective(name: str, objective: Any) -> dict[str, Any]:
@@ -18,8 +24,9 @@ def describe_objective(name: str, objective: Any) -> dict[str, Any]:
 
 
 def describe_settings(args: Any, objective: Any) -> dict[str, Any]:
-    """`describe_objective`, the anchor with the setting that moves it, and the learning rate."""
-    names = [name for name in ("anchor", _OF_ANCHOR.get(args.anchor), "learning_rate") if name is not None]
+    """`describe_objective`, the anchor with what moves it, `gamma_ref` if there is any, and the learning rate."""
+    of_anchor = [name for name, setting in SETTINGS.items() if setting.needs == ("anchor", args.anchor)]
+    names = ["anchor", *of_anchor, *(["gamma_ref"] if args.gamma_ref else []), "learning_rate"]
     return describe_objective(args.objective, objective) | {name: getattr(args, name) for name in names}
 
 
@@ -27,9 +34,10 @@ def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """`describe_settings` of a run's `config.yaml`, which holds only what was set: the rest are the defaults."""
     defaults = {f.name: f.default for f in dataclasses.fields(BONDConfig) if f.default is not dataclasses.MISSING}
     args = SimpleNamespace(**defaults | {name: value for name, value in config.items() if name in defaults})
+    args.anchor = args.anchor or default_anchor(args.objective)
     if args.learning_rate is None:
         args.learning_rate = LORA_LEARNING_RATE if config.get("use_peft") else PAPER_LEARNING_RATE
-    described = describe_settings(args, make_objective(args))  # type: ignore[arg-type]
-    if args.objective == "best_of_n_regression" and args.num_samples is None:
-        del described["num_samples"]  # as many as the data has of each prompt: the settings do not know
+    described = describe_settings(args, objective_of(args))
+    if args.objective in OFF_POLICY and args.num_samples is None:
+        described.pop("num_samples", None)  # as many as the data has of each prompt: the settings do not know
     return described

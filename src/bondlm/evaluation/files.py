@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import ConfigError, DataError
+from bondlm.runs.folder import write_whole
 
 MANIFEST_FILE = "manifest.json"
 
@@ -23,7 +24,7 @@ def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], ma
     path = folder / manifest
     present = [name for name in files if (folder / name).exists()]
     if not present:
-        path.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(fingerprint, indent=2) + "\n")
         return
     advice = f"choose another output folder, or remove {', '.join(present)} from {str(folder)!r} to draw them again"
     try:

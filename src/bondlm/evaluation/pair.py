@@ -25,7 +25,7 @@ CHUNK = 16  # prompts between two writes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Law:
+class SampleSet:
     """Whose samples, how many of each prompt, and how they are drawn."""
 
     name: str  # its row in the table
@@ -37,21 +37,23 @@ class Law:
 
     @property
     def is_main(self) -> bool:
-        """Whether both models score its samples: temperature 1, where the law is the model's own."""
+        """Whether both models score its samples: temperature 1, where the distribution is the model's own."""
         return self.temperature == 1.0 and not self.of_opponent
 
 
 OPPONENT_FILE = "opponent.jsonl"
 
 
-def laws(num_samples: int, num_reference_samples: int, *, opponent: bool = False) -> list[Law]:
+def sample_sets(num_samples: int, num_reference_samples: int, *, opponent: bool = False) -> list[SampleSet]:
     """Reference and policy at temperature 1, the baselines that an honest sceptic would ask for, and an opponent."""
     return [
-        Law(name="reference", file="reference.jsonl", role="reference", num_samples=num_reference_samples),
-        Law(name="policy", file="policy.jsonl", role="policy", num_samples=num_samples),
-        Law(name="reference, greedy", file="reference-greedy.jsonl", role="reference", num_samples=1, temperature=0.0),
+        SampleSet(name="reference", file="reference.jsonl", role="reference", num_samples=num_reference_samples),
+        SampleSet(name="policy", file="policy.jsonl", role="policy", num_samples=num_samples),
+        SampleSet(
+            name="reference, greedy", file="reference-greedy.jsonl", role="reference", num_samples=1, temperature=0.0
+        ),
         *(
-            Law(
+            SampleSet(
                 name=f"reference, T={t}",
                 file=f"reference-t{t}.jsonl",
                 role="reference",
@@ -60,9 +62,9 @@ def laws(num_samples: int, num_reference_samples: int, *, opponent: bool = False
             )
             for t in (0.3, 0.7)
         ),
-        Law(name="policy, greedy", file="policy-greedy.jsonl", role="policy", num_samples=1, temperature=0.0),
+        SampleSet(name="policy, greedy", file="policy-greedy.jsonl", role="policy", num_samples=1, temperature=0.0),
         *(
-            [Law(name="opponent", file=OPPONENT_FILE, role="policy", num_samples=num_samples, of_opponent=True)]
+            [SampleSet(name="opponent", file=OPPONENT_FILE, role="policy", num_samples=num_samples, of_opponent=True)]
             if opponent
             else []
         ),
@@ -91,9 +93,9 @@ class Pair:
         self.opponent = None if opponent is None else Sampler(opponent, dtype=dtype, max_rows=max_rows)
         _refuse_other_tokens(self.samplers["policy"], policy, self.samplers["reference"], reference)
 
-    def sampler(self, law: Law) -> Sampler:
-        """Who draws the law's samples."""
-        return self.opponent if law.of_opponent and self.opponent is not None else self.samplers[law.role]
+    def sampler(self, wanted: SampleSet) -> Sampler:
+        """Who draws these samples."""
+        return self.opponent if wanted.of_opponent and self.opponent is not None else self.samplers[wanted.role]
 
     def rows(
         self,
@@ -148,7 +150,7 @@ def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, 
 
 def fill(
     path: Path,
-    law: Law,
+    wanted: SampleSet,
     pair: Pair,
     rows: Sequence[Mapping[str, Any]],
     rewards: Sequence[NamedReward],
@@ -162,33 +164,33 @@ def fill(
     """Append the samples that the file still lacks, a chunk of prompts at a time.
 
     Args:
-        path: the law's sample file.
-        law: what to draw.
+        path: its file.
+        wanted: what to draw.
         pair: the models.
         rows: encoded prompts.
         rewards: those that count, then `num_judges` judges.
-        number: the law's place, which its seeds depend on.
+        number: its place, which its seeds depend on.
         num_judges: how many of the rewards are judges.
         seed: of the samples.
         max_completion_length: most tokens of a completion.
         on_prompts_done: told how many more prompts are on file.
     """
-    done = finished_prompts(path, [row["prompt"] for row in rows], law.num_samples)
+    done = finished_prompts(path, [row["prompt"] for row in rows], wanted.num_samples)
     on_prompts_done(done)
-    sampler = pair.sampler(law)
+    sampler = pair.sampler(wanted)
     for start in range(done, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         began = time.perf_counter()
         params = SamplingParams(
             max_new_tokens=max_completion_length,
             seeds=Seeds.of_comparison(seed, number),
-            temperature=law.temperature,
+            temperature=wanted.temperature,
         )
         positions = range(start, start + len(chunk))
-        drawn = draw(sampler.engine, chunk, {law.role: law.num_samples}, params, positions)
-        seconds = (time.perf_counter() - began) / (len(chunk) * law.num_samples)
+        drawn = draw(sampler.engine, chunk, {wanted.role: wanted.num_samples}, params, positions)
+        seconds = (time.perf_counter() - began) / (len(chunk) * wanted.num_samples)
         samples = sampler.score(rewards, chunk, drawn)
-        ratio = pair.log_ratio(chunk, samples) if law.is_main else None
+        ratio = pair.log_ratio(chunk, samples) if wanted.is_main else None
         names = [reward.name for reward in rewards]
         judges = names[len(names) - num_judges :]
         append_jsonl(path, list(_as_rows(chunk, samples, ratio, judges, seconds)))

@@ -8,6 +8,7 @@ sharpening alone also raises the reward: a sceptic's first question. `bondlm eva
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from bondlm.evaluation.card import write_card
 from bondlm.evaluation.describe import describe_settings
-from bondlm.evaluation.samples import Scored, from_samples
 from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward
 from bondlm.rollout.samples import Samples, score_samples
-from bondlm.runs.folder import append_jsonl, plain
+from bondlm.runs.folder import append_jsonl, plain, whole, write_whole
 
 BASELINES = {
     "reference, greedy": ("reference", 0.0),
@@ -40,9 +40,9 @@ def evaluate_run(
     rows, args = trainer.eval_dataset.to_list(), trainer.args
     with _counted(trainer, reporter, "held-out samples at the end", len(rows) * (1 if reporter.reference_drawn else 2)):
         policy, reference = trainer.held_out_samples(trainer.eval_dataset)
-    asked = _judged(trainer, judges, rows, policy)
-    policy = from_samples(policy, rows, log_ratio=trainer.log_ratio(policy), judges=asked)
-    reference = from_samples(reference, rows, judges=_judged(trainer, judges, rows, reference))
+    log_ratio = trainer.log_ratio(policy).double().cpu()
+    policy = replace(policy, log_ratio_PM=log_ratio, judges=_judged(trainer, judges, rows, policy))
+    reference = replace(reference, judges=_judged(trainer, judges, rows, reference))
     with _counted(trainer, reporter, "baselines", len(rows) * len(BASELINES)):
         others = {name: _baseline(trainer, rows, role, temp) for name, (role, temp) in BASELINES.items()}
     result = summarize(policy, reference, others)
@@ -69,22 +69,17 @@ def _judged(
     return score_samples(judges, rows, samples.completions, encoder=trainer.encoder).by_name
 
 
-def _baseline(trainer: Any, rows: Sequence[Mapping[str, Any]], role: str, temperature: float) -> Scored:
+def _baseline(trainer: Any, rows: Sequence[Mapping[str, Any]], role: str, temperature: float) -> Samples:
     count = 1 if temperature == 0 else max(1, trainer.args.eval_num_samples // 2)
-    return from_samples(trainer.sample(rows, role, count, temperature=temperature), rows)
+    samples: Samples = trainer.sample(rows, role, count, temperature=temperature)
+    return samples
 
 
-def write_results(folder: Path, result: Mapping[str, Any], policy: Scored, reference: Scored) -> None:
+def write_results(folder: Path, result: Mapping[str, Any], policy: Samples, reference: Samples) -> None:
     """Write `eval.json` and `eval_samples.jsonl`; each appears whole or not at all."""
-    for name, text in (
-        (EVAL_FILE, json.dumps(plain(result), indent=2, allow_nan=False) + "\n"),
-        (EVAL_SAMPLES_FILE, ""),
-    ):
-        partial = folder / f"{name}.tmp"
-        partial.write_text(text, encoding="utf-8")
-        if name == EVAL_SAMPLES_FILE:
-            append_jsonl(partial, list(side_by_side(policy, reference)))
-        partial.replace(folder / name)
+    write_whole(folder / EVAL_FILE, json.dumps(plain(result), indent=2, allow_nan=False) + "\n")
+    with whole(folder / EVAL_SAMPLES_FILE) as partial:
+        append_jsonl(partial, list(side_by_side(policy, reference)))
 
 
 @contextmanager
@@ -99,10 +94,10 @@ def _counted(trainer: Any, reporter: Any, description: str, total: int) -> Itera
         counter.close()
 
 
-def side_by_side(policy: Scored, reference: Scored, best_of: int = 8) -> Iterator[dict[str, Any]]:
+def side_by_side(policy: Samples, reference: Samples, best_of: int = 8) -> Iterator[dict[str, Any]]:
     """Per prompt: one reference sample, the reference's best of 8, one policy sample, each with its reward."""
-    best_of = min(best_of, reference.rewards.shape[1])
-    best = reference.rewards[:, :best_of].argmax(dim=1).tolist()
+    best_of = min(best_of, reference.rewards_PM.shape[1])
+    best = reference.rewards_PM[:, :best_of].argmax(dim=1).tolist()
     for i, prompt in enumerate(policy.prompts):
         yield {
             "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
@@ -112,5 +107,5 @@ def side_by_side(policy: Scored, reference: Scored, best_of: int = 8) -> Iterato
         }
 
 
-def _sample(samples: Scored, i: int, j: int) -> dict[str, Any]:
-    return {"text": samples.texts[i][j], "reward": float(samples.rewards[i, j])}
+def _sample(samples: Samples, i: int, j: int) -> dict[str, Any]:
+    return {"text": samples.texts[i][j], "reward": float(samples.rewards_PM[i, j])}

@@ -9,7 +9,8 @@ import bondlm
 from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, log_quantile, win_rates
 from bondlm.bestofn.comparison import Against, Comparison, compare_samples
 from bondlm.bestofn.matching import winner_log_quantile
-from bondlm.evaluation.samples import Scored, text_metrics
+from bondlm.evaluation.samples import text_metrics
+from bondlm.rollout.samples import Samples
 
 BEST_OF = (2, 4, 8)
 FEW_PROMPTS = 30
@@ -17,12 +18,12 @@ CUT_WARNED, LONGER_WARNED = 0.5, 1.5
 
 
 def summarize(
-    policy: Scored,
-    reference: Scored,
-    others: Mapping[str, Scored],
+    policy: Samples,
+    reference: Samples,
+    others: Mapping[str, Samples],
     *,
     orders: Sequence[int] | None = None,
-    opponent: Scored | None = None,
+    opponent: Samples | None = None,
 ) -> dict[str, Any]:
     """Everything that the samples say, in the form of `eval.json`.
 
@@ -36,16 +37,17 @@ def summarize(
     Raises:
         ValueError: the policy's log-ratios are missing, or numbers are not finite.
     """
-    if policy.log_ratio is None:
+    if policy.log_ratio_PM is None:
         raise ValueError("the policy's samples need their log-ratios: score them under policy and reference")
     result = compare_samples(
-        *(policy.rewards, reference.rewards, policy.log_ratio, policy.lengths, reference.log_ratio), orders=orders
+        *(policy.rewards_PM, reference.rewards_PM, policy.log_ratio_PM, policy.lengths_PM, reference.log_ratio_PM),
+        orders=orders,
     )
     numbers = _numbers(result) | text_metrics(policy)
     numbers |= {
         "num_prompts": len(policy.prompts),
-        "num_samples": policy.rewards.shape[1],
-        "num_reference_samples": reference.rewards.shape[1],
+        "num_samples": policy.rewards_PM.shape[1],
+        "num_reference_samples": reference.rewards_PM.shape[1],
         "baselines": _baselines(result, reference, others),
         "judges": {name: _judge(policy.judges[name], reference.judges[name]) for name in policy.judges},
         "cost": _cost(policy, reference, result.matched["win_rate"].value),
@@ -95,15 +97,15 @@ def _against(point: Against) -> dict[str, Any]:
     return {"n": point.n} | {name: interval(getattr(point, name)) for name in names}
 
 
-def _baselines(result: Comparison, reference: Scored, others: Mapping[str, Scored]) -> dict[str, Any]:
-    among_others = bootstrap_mean(winner_log_quantile(reference.rewards, 1).mean(dim=1))
+def _baselines(result: Comparison, reference: Samples, others: Mapping[str, Samples]) -> dict[str, Any]:
+    among_others = bootstrap_mean(winner_log_quantile(reference.rewards_PM, 1).mean(dim=1))
     own = {"reward": interval(result.reference_reward), "log_quantile": interval(among_others)}
     rows: dict[str, Any] = {"reference": own | text_metrics(reference)}
     for name, samples in others.items():
         rows[name] = {
-            "reward": interval(bootstrap_mean(samples.rewards.mean(dim=1))),
-            "win_rate": interval(bootstrap_mean(win_rates(samples.rewards, reference.rewards))),
-            "effective_n": interval(effective_n(samples.rewards, reference.rewards)),
+            "reward": interval(bootstrap_mean(samples.rewards_PM.mean(dim=1))),
+            "win_rate": interval(bootstrap_mean(win_rates(samples.rewards_PM, reference.rewards_PM))),
+            "effective_n": interval(effective_n(samples.rewards_PM, reference.rewards_PM)),
             "log_quantile": interval(bootstrap_mean(_log_quantiles(samples, reference))),
             **text_metrics(samples),
         }
@@ -113,15 +115,15 @@ def _baselines(result: Comparison, reference: Scored, others: Mapping[str, Score
     return rows
 
 
-def _log_quantiles(samples: Scored, reference: Scored) -> Any:
-    return log_quantile(samples.rewards, reference.rewards, method="harmonic").mean(dim=1)
+def _log_quantiles(samples: Samples, reference: Samples) -> Any:
+    return log_quantile(samples.rewards_PM, reference.rewards_PM, method="harmonic").mean(dim=1)
 
 
-def _opponent(policy: Scored, opponent: Scored) -> dict[str, Any]:
+def _opponent(policy: Samples, opponent: Samples) -> dict[str, Any]:
     return {
-        "reward": interval(bootstrap_mean(opponent.rewards.mean(dim=1))),
-        "win_rate": interval(bootstrap_mean(win_rates(policy.rewards, opponent.rewards))),
-        "num_samples": opponent.rewards.shape[1],
+        "reward": interval(bootstrap_mean(opponent.rewards_PM.mean(dim=1))),
+        "win_rate": interval(bootstrap_mean(win_rates(policy.rewards_PM, opponent.rewards_PM))),
+        "num_samples": opponent.rewards_PM.shape[1],
         **text_metrics(opponent),
     }
 
@@ -135,22 +137,22 @@ def _judge(mine: Any, refs: Any) -> dict[str, Any]:
     }
 
 
-def _cost(policy: Scored, reference: Scored, worth: float) -> dict[str, float]:
+def _cost(policy: Samples, reference: Samples, worth: float) -> dict[str, float]:
     """Tokens and seconds an answer; Best-of-n draws n of the reference (scoring them is not counted)."""
-    n = math.ceil(min(worth, reference.rewards.shape[1]) - 1e-9)
+    n = math.ceil(min(worth, reference.rewards_PM.shape[1]) - 1e-9)
     return {
-        "tokens": float(policy.lengths.mean()),
-        "seconds": policy.seconds / policy.rewards.numel(),
-        "best_of_n_tokens": n * float(reference.lengths.mean()),
-        "best_of_n_seconds": n * reference.seconds / reference.rewards.numel(),
+        "tokens": float(policy.lengths_PM.mean()),
+        "seconds": policy.seconds / policy.rewards_PM.numel(),
+        "best_of_n_tokens": n * float(reference.lengths_PM.mean()),
+        "best_of_n_seconds": n * reference.seconds / reference.rewards_PM.numel(),
         "n": n,
     }
 
 
-def _warnings(result: Comparison, numbers: Mapping[str, Any], policy: Scored, reference: Scored) -> list[str]:
+def _warnings(result: Comparison, numbers: Mapping[str, Any], policy: Samples, reference: Samples) -> list[str]:
     """What a reader must know before believing the headline."""
     worth = result.matched["win_rate"]
-    length, ref_length = float(policy.lengths.mean()), float(reference.lengths.mean())
+    length, ref_length = float(policy.lengths_PM.mean()), float(reference.lengths_PM.mean())
     found = [
         (
             len(policy.prompts) < FEW_PROMPTS,

@@ -52,7 +52,7 @@ def _add_laws(table: Table, result: Mapping[str, Any], row: Callable[[str, Mappi
 
 
 def _print_details(console: Console, result: Mapping[str, Any]) -> None:
-    """What the laws say of order and verbosity, and the policy before Best-of-n at each n."""
+    """What the distributions say of order and verbosity, and the policy before Best-of-n at each n."""
     table = Table(title="Order and length (mean log-quantile of Best-of-N: -1/N)")
     for name in ("", "log-quantile", "correlation of reward and length"):
         table.add_column(name, justify="left" if not name else "right")

@@ -38,7 +38,7 @@ NOISE = re.compile(r"drop|jitter|noise")
 FAILURES = (
     *(RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, NotImplementedError),
 )
-Laws = list[Tensor]  # logits (T, V) of each completion
+Logits = list[Tensor]  # logits (T, V) of each completion
 
 
 def check_model(model: Any, device: torch.device, *, is_noise_allowed: bool = False, distributed: bool = False) -> bool:
@@ -59,16 +59,16 @@ def check_model(model: Any, device: torch.device, *, is_noise_allowed: bool = Fa
 def _checked(model: Any, device: torch.device, *, is_noise_allowed: bool, distributed: bool) -> bool:
     name = type(model).__name__
     groups = probe_groups(model)
-    plain = plain_laws(model, groups, device)
+    plain = plain_logits(model, groups, device)
     check_causal(model, groups, plain, device, name)
     if not is_noise_allowed:
         _check_noise(model, groups, device, name)
     _check_batches(model, groups, plain, device, name)
     if model.config.is_encoder_decoder:
-        return not distributed and agrees(lambda: batched_laws(model, groups, device), plain)
+        return not distributed and agrees(lambda: batched_logits(model, groups, device), plain)
     is_whole = sees_all(model)
-    packed = is_whole and agrees(lambda: batched_laws(model, groups, device), plain)
-    prefix = ways_of(model).prefix and is_whole and agrees(lambda: _laws_behind_prefix(model, groups, device), plain)
+    packed = is_whole and agrees(lambda: batched_logits(model, groups, device), plain)
+    prefix = ways_of(model).prefix and is_whole and agrees(lambda: _logits_behind_prefix(model, groups, device), plain)
     remember(model, prefix=prefix)
     if has_full_attention(model.config) and not (packed and prefix):
         _LOGGER.info(
@@ -136,7 +136,7 @@ def probe_groups(model: Any) -> list[Group]:
     return [([*beginning, *rest], completions), ([*beginning, *rest[-1:]], completions[::-1])]
 
 
-def plain_laws(model: Any, groups: Sequence[Group], device: torch.device) -> Laws:
+def plain_logits(model: Any, groups: Sequence[Group], device: torch.device) -> Logits:
     """Of each completion, one pass over the whole text.
 
     Raises:
@@ -144,7 +144,7 @@ def plain_laws(model: Any, groups: Sequence[Group], device: torch.device) -> Law
     """
     ones: list[Group] = [(prompt, [c]) for prompt, completions in groups for c in completions]
     try:
-        return [law for one in ones for law in batched_laws(model, [one], device, is_plain=True)]
+        return [each for one in ones for each in batched_logits(model, [one], device, is_plain=True)]
     except FAILURES as error:
         if _is_memory(error):
             raise
@@ -156,7 +156,7 @@ def _is_memory(error: Exception) -> bool:
 
 
 @torch.no_grad()
-def batched_laws(model: Any, groups: Sequence[Group], device: torch.device, *, is_plain: bool = False) -> Laws:
+def batched_logits(model: Any, groups: Sequence[Group], device: torch.device, *, is_plain: bool = False) -> Logits:
     """Of each completion, all in one batch, as they are learned and scored."""
     batch = {k: v.to(device) for k, v in collate(groups, 0, start_id=start_id(model)).items()}
     if is_plain:
@@ -166,7 +166,7 @@ def batched_laws(model: Any, groups: Sequence[Group], device: torch.device, *, i
 
 
 @torch.no_grad()
-def _laws_behind_prefix(model: Any, groups: Sequence[Group], device: torch.device) -> Laws:
+def _logits_behind_prefix(model: Any, groups: Sequence[Group], device: torch.device) -> Logits:
     prompts = [list(prompt) for prompt, _ in groups]
     n = next(i for i, (a, b) in enumerate(zip(*prompts, strict=False)) if a != b) if prompts[0] != prompts[1] else 0
     n = min(n, min(map(len, prompts)) - 1)
@@ -177,9 +177,9 @@ def _laws_behind_prefix(model: Any, groups: Sequence[Group], device: torch.devic
     return _cut(completion_logits(model, batch, repeated(before, len(alone))), alone)
 
 
-def _cut(logits_PLTV: Tensor, groups: Sequence[Group]) -> Laws:
+def _cut(logits_PLTV: Tensor, groups: Sequence[Group]) -> Logits:
     flat = [c for _, completions in groups for c in completions]
-    return [law[: len(c)] for law, c in zip(logits_PLTV.flatten(0, 1), flat, strict=True)]
+    return [each[: len(c)] for each, c in zip(logits_PLTV.flatten(0, 1), flat, strict=True)]
 
 
 def nats_apart(seen: Tensor, plain: Tensor) -> float:
@@ -203,20 +203,20 @@ def tolerance(logits: Tensor) -> float:
     return LOW_PRECISION_TOLERANCE if is_low_precision(logits) else TOLERANCE
 
 
-def difference(laws: Laws, plain: Laws) -> float:
+def difference(logits: Logits, plain: Logits) -> float:
     """`nats_apart` of all completions together."""
-    return nats_apart(torch.cat(laws), torch.cat(plain))
+    return nats_apart(torch.cat(logits), torch.cat(plain))
 
 
-def agrees(compute: Callable[[], Laws], plain: Laws) -> bool:
+def agrees(compute: Callable[[], Logits], plain: Logits) -> bool:
     """Whether this way gives the plain distributions; one that the model cannot take does not. OOM is raised."""
     try:
-        laws = compute()
+        logits = compute()
     except FAILURES as error:
         if _is_memory(error):
             raise
         return False
-    return difference(laws, plain) <= tolerance(plain[0])
+    return difference(logits, plain) <= tolerance(plain[0])
 
 
 # -- refusals
@@ -234,7 +234,7 @@ def check_decoder(model: Any) -> None:
         )
 
 
-def check_causal(model: Any, groups: Sequence[Group], plain: Laws, device: torch.device, name: str) -> None:
+def check_causal(model: Any, groups: Sequence[Group], plain: Logits, device: torch.device, name: str) -> None:
     """A token's distribution must not change with what follows.
 
     Raises:
@@ -242,7 +242,7 @@ def check_causal(model: Any, groups: Sequence[Group], plain: Laws, device: torch
     """
     prompt, completions = groups[-1]
     first: Group = (prompt, [completions[0][:1]])
-    (alone,) = batched_laws(model, [first], device, is_plain=True)
+    (alone,) = batched_logits(model, [first], device, is_plain=True)
     apart = nats_apart(plain[-len(completions)][:1], alone)
     if apart > max(tolerance(alone), REFUSED_IN_LOW_PRECISION * is_low_precision(alone)):
         raise ConfigError(
@@ -259,7 +259,7 @@ def _check_noise(model: Any, groups: Sequence[Group], device: torch.device, name
     try:
         for training in (False, True, True):
             model.train(training)
-            passes.append(batched_laws(model, one, device))
+            passes.append(batched_logits(model, one, device))
     except FAILURES as error:
         if _is_memory(error):
             raise
@@ -293,11 +293,11 @@ def noise_of(model: nn.Module) -> list[str]:
     return [f"{name}={value}" for name, value in found.items()]
 
 
-def _check_batches(model: Any, groups: Sequence[Group], plain: Laws, device: torch.device, name: str) -> None:
+def _check_batches(model: Any, groups: Sequence[Group], plain: Logits, device: torch.device, name: str) -> None:
     """In a batch, padded right, each text must be what it is alone."""
     alone: list[Group] = [(prompt, [c]) for prompt, cs in groups for c in cs]
     try:
-        apart = difference(batched_laws(model, alone, device), plain)
+        apart = difference(batched_logits(model, alone, device), plain)
     except FAILURES as error:
         if _is_memory(error):
             raise

@@ -6,8 +6,10 @@ from bondlm.objectives.best_of_n_sft import BestOfNSFT
 from bondlm.objectives.bonbon import BoNBoN
 from bondlm.objectives.bond import BOND
 from bondlm.objectives.jbond import JBOND
+from bondlm.objectives.reference_kl import reference_pull, with_reference_kl
 from bondlm.objectives.reinforce import Reinforce
 from bondlm.objectives.rloo import RLOO
+from bondlm.objectives.self_bond import SelfBOND
 from bondlm.objectives.vbon import VBON
 
 __all__ = [
@@ -24,4 +26,7 @@ __all__ = [
     "Reinforce",
     "SamplePlan",
     "Selection",
+    "SelfBOND",
+    "reference_pull",
+    "with_reference_kl",
 ]

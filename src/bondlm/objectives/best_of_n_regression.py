@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bondlm.bestofn import log_collision_correction, log_quantile
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import check_count
+from bondlm.objectives.rules import check, whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +35,8 @@ class BestOfNRegression:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_count("n", self.n, 2, "Best-of-1 is the anchor itself")
-        check_count("num_samples", self.num_samples, self.n, f"n={self.n} needs at least n scored samples a prompt")
+        check(self, n=whole(2, "Best-of-1 is the anchor itself"))
+        check(self, num_samples=whole(self.n, f"n={self.n} needs at least n scored samples a prompt"))
 
     @property
     def plan(self) -> SamplePlan:

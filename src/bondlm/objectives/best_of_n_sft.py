@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import argmax_random_ties, check_count
+from bondlm.objectives.rules import check, whole
+from bondlm.objectives.terms import argmax_random_ties
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +23,7 @@ class BestOfNSFT:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_count("n", self.n, 2, "Best-of-1 is the anchor itself")
+        check(self, n=whole(2, "Best-of-1 is the anchor itself"))
 
     @property
     def plan(self) -> SamplePlan:

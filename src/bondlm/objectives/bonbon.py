@@ -8,9 +8,9 @@ H the harmonic numbers (c_8 = 18.15, beta* = 0.02755). The first part is Best-of
 is the mean of h(best) - h(worst) if pi is Best-of-n and rewards are continuous:
 (n - 1) (E log max u - E log min u) = (n - 1) (H_n - 1/n).
 
-One margin for all pairs is not enough to pin the law: the minimum is not Best-of-n. For continuous rewards its KL to
-Best-of-n is 0.03 nats at n = 2, 0.05 at 4, 0.31 at 8, 1.58 at 16 (`bonbon_fixed_point`). Where all n rewards tie the
-pair is two different samples in random order, so the margin pulls neither way in the mean.
+One margin for all pairs does not determine the distribution: the minimum is not Best-of-n. For continuous rewards its
+KL to Best-of-n is 0.03 nats at n = 2, 0.05 at 4, 0.31 at 8, 1.58 at 16 (`bonbon_fixed_point`). Where all n rewards tie
+the pair is two different samples in random order, so the margin pulls neither way in the mean.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import argmax_random_ties, check_count, check_weight
+from bondlm.objectives.rules import between, check, whole
+from bondlm.objectives.terms import argmax_random_ties
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +32,11 @@ class BoNBoN:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_count("n", self.n, 2, "a best and a worst sample are needed")
-        check_weight("alpha", self.alpha, 1, "the weight of the fine-tuning part")
+        check(
+            self,
+            n=whole(2, "a best and a worst sample are needed"),
+            alpha=between(0, 1, "the weight of the fine-tuning part"),
+        )
 
     @property
     def plan(self) -> SamplePlan:

@@ -14,7 +14,7 @@ Each step, for each prompt x:
 
 B is the collision term of Eq. 4, which the paper drops: a constant n for continuous rewards, and what keeps 0/1 rewards
 exact. With a fixed anchor this is Best-of-n of the reference; with a copied or EMA anchor it is iterative BOND
-(Algorithm 1). With `learned`, log p_ comes from a small model that is trained beside the policy (App. B.1, see
+(Algorithm 1). With a learned quantile log p_ comes from a small model that is trained beside the policy (App. B.1, see
 `bondlm.models.learned_quantile`); then m = n, and the first k of y', one by default, label its training. The n
 candidates of [2] are among the k of [3]: they are different terms, so neither is biased by it.
 J-BOND is n = 2 with the two-level reward in place of log p_.
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from bondlm.bestofn import log_collision_correction, log_quantile
 from bondlm.objectives.base import LearnedQuantile, Loss, SamplePlan, Selection
-from bondlm.objectives.terms import argmax_random_ties, check_choice, check_count, check_weight, leave_one_out_mean
+from bondlm.objectives.rules import between, check, finite, one_of, whole
+from bondlm.objectives.terms import argmax_random_ties, leave_one_out_mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,16 +42,24 @@ class BOND:
     num_anchor_samples: int = 16
     log_quantile: Literal["clamped", "harmonic"] = "clamped"
     correction: bool = False
-    learned: bool = False
+    quantile: Literal["monte_carlo", "learned"] = "monte_carlo"
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_count("n", self.n, 2, "Best-of-1 is the anchor itself")
-        check_weight("beta", self.beta, 1, "the weight of the backward KL")
-        check_weight("gamma", self.gamma, float("inf"), "a negative value pushes away from the anchor")
-        least = 1 if self.learned else 2
-        check_count("num_anchor_samples", self.num_anchor_samples, least, "a quantile needs samples to compare with")
-        check_choice("log_quantile", self.log_quantile, ("clamped", "harmonic"))
+        check(
+            self,
+            n=whole(2, "Best-of-1 is the anchor itself"),
+            beta=between(0, 1, "the weight of the backward KL"),
+            gamma=finite(0, "a negative value pushes away from the anchor"),
+            num_anchor_samples=whole(1 if self.learned else 2, "a quantile needs samples to compare with"),
+            log_quantile=one_of("clamped", "harmonic"),
+            quantile=one_of("monte_carlo", "learned"),
+        )
+
+    @property
+    def learned(self) -> bool:
+        """Whether a model estimates the quantiles."""
+        return self.quantile == "learned"
 
     @property
     def plan(self) -> SamplePlan:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from bondlm.bestofn import log_quantile
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import argmax_random_ties, check_choice, check_count, check_weight, leave_one_out_mean
+from bondlm.objectives.rules import between, check, finite, one_of, whole
+from bondlm.objectives.terms import argmax_random_ties, leave_one_out_mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +41,13 @@ class JBOND:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_weight("beta", self.beta, 1, "the weight of the backward KL")
-        check_weight("gamma", self.gamma, float("inf"), "a negative value pushes away from the anchor")
-        check_count("num_anchor_samples", self.num_anchor_samples, self.n, "J-BOND compares with 2 or more")
-        check_choice("log_quantile", self.log_quantile, ("jbond", "harmonic"))
+        check(
+            self,
+            beta=between(0, 1, "the weight of the backward KL"),
+            gamma=finite(0, "a negative value pushes away from the anchor"),
+            num_anchor_samples=whole(self.n, "J-BOND compares with 2 or more"),
+            log_quantile=one_of("jbond", "harmonic"),
+        )
 
     @property
     def plan(self) -> SamplePlan:

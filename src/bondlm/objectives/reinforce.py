@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import check_weight, leave_one_out_mean
+from bondlm.objectives.rules import check, finite
+from bondlm.objectives.terms import leave_one_out_mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class Reinforce:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_weight("beta_rl", self.beta_rl, float("inf"), "a negative value pushes away from the anchor")
+        check(self, beta_rl=finite(0, "a negative value pushes away from the anchor"))
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
         """Learn from the policy's sample; its reward is the signal."""

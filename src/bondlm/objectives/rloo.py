@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import check_count, check_weight
+from bondlm.objectives.rules import check, finite, whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +24,11 @@ class RLOO:
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_weight("beta_rl", self.beta_rl, float("inf"), "a negative value pushes away from the anchor")
-        check_count("num_samples", self.num_samples, 2, "the baseline is the mean of a prompt's other samples")
+        check(
+            self,
+            beta_rl=finite(0, "a negative value pushes away from the anchor"),
+            num_samples=whole(2, "the baseline is the mean of a prompt's other samples"),
+        )
 
     @property
     def plan(self) -> SamplePlan:

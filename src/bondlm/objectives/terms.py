@@ -1,11 +1,7 @@
 """The few operations that objectives share."""
 
-import math
-
 import torch
 from torch import Tensor
-
-from bondlm.errors import ConfigError
 
 
 def argmax_random_ties(values_PM: Tensor, noise_PM: Tensor) -> Tensor:
@@ -26,22 +22,3 @@ def leave_one_out_mean(values: Tensor) -> Tensor:
     if values.numel() < 2:
         return torch.zeros_like(values)
     return (values.sum() - values) / (values.numel() - 1)
-
-
-def check_count(name: str, value: int, least: int, why: str) -> None:
-    """Raise ConfigError unless `value` is an integer >= `least`."""
-    if not (isinstance(value, int) and value >= least):
-        raise ConfigError(f"{name}={value!r}: must be an integer >= {least} ({why})")
-
-
-def check_weight(name: str, value: float, most: float, why: str) -> None:
-    """Raise ConfigError unless 0 <= `value` <= `most`; NaN and infinity are refused."""
-    if not (0 <= value <= most and math.isfinite(value)):
-        limit = f"lie in [0, {most:g}]" if math.isfinite(most) else "be >= 0 and finite"
-        raise ConfigError(f"{name}={value!r}: must {limit} ({why})")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(choices)}")

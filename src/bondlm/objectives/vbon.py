@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bondlm.bestofn import quantile
 from bondlm.objectives.base import Loss, SamplePlan, Selection
-from bondlm.objectives.terms import check_count, leave_one_out_mean
+from bondlm.objectives.rules import check, whole
+from bondlm.objectives.terms import leave_one_out_mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,12 +28,15 @@ class VBON:
     """vBoN's bound L1 for Best-of-`n`, M = `num_anchor_samples` anchor samples for F."""
 
     n: int
-    num_anchor_samples: int
+    num_anchor_samples: int = 16
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_count("n", self.n, 2, "Best-of-1 is the anchor itself")
-        check_count("num_anchor_samples", self.num_anchor_samples, 2, "F needs samples to compare with")
+        check(
+            self,
+            n=whole(2, "Best-of-1 is the anchor itself"),
+            num_anchor_samples=whole(2, "F needs samples to compare with"),
+        )
 
     @property
     def plan(self) -> SamplePlan:

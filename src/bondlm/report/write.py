@@ -14,6 +14,7 @@ from bondlm.report import numbers
 from bondlm.report.read import Run, read_runs
 from bondlm.report.safe import visible
 from bondlm.report.samples import samples_block
+from bondlm.runs.folder import write_whole
 
 PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
 RUN_FILES = ("eval.json", "env.json", "manifest.json")
@@ -52,8 +53,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     found = numbers.report_numbers(runs, version("bondlm"))
     try:
         drawn = draw_figures(runs, figures)
-        numbers_file.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        page.write_text(render(runs, drawn, version("bondlm")), encoding="utf-8")
+        write_whole(numbers_file, json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_whole(page, render(runs, drawn, version("bondlm")))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise

@@ -3,7 +3,7 @@
 Shapes: P prompts, M completions of each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +20,43 @@ from bondlm.rollout.seeds import Seeds
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """M scored completions of each of P prompts."""
+    """M scored completions of each of P prompts: just drawn, or read back from a file; numbers are (P, M) float64."""
 
-    prompts: list[list[int]]
-    completions: list[list[Completion]]
-    texts: list[list[str]]
-    rewards_PM: Tensor  # float64
-    by_name: dict[str, Tensor]  # each reward function's own (P, M)
+    prompts: list[Any]  # text or messages
+    texts: list[list[str]]  # of each prompt all M, or of a file's the first few
+    rewards_PM: Tensor
+    lengths_PM: Tensor  # tokens, end-of-sequence included
+    finished_PM: Tensor  # 0 where a completion was cut at its budget
+    logprobs_PM: Tensor  # of the whole completion, under the distribution that it was drawn from
+    prompt_ids: list[list[int]] = field(default_factory=list)  # these two of samples just drawn
+    completions: list[list[Completion]] = field(default_factory=list)
+    by_name: dict[str, Tensor] = field(default_factory=dict)  # each reward function's own
+    judges: dict[str, Tensor] = field(default_factory=dict)  # rewards that were not optimised
+    log_ratio_PM: Tensor | None = None  # log pi(y) - log pi_ref(y), whichever drew y
+    seconds: float = 0.0  # to draw all of them
     dropped: dict[int, str] = field(default_factory=dict)  # prompts that a reward failed for, and why; rewards are 0
     left_out: frozenset[int] = frozenset()  # other prompts, with a completion that was cut
     reranked_PM: Tensor | None = None  # what the objective sees instead of the rewards, if anything
-    seconds: float = 0.0  # that drawing them took, of held-out prompts
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[Mapping[str, Any]], completions: list[list[Completion]], rewards_PM: Tensor, **more: Any
+    ) -> "Samples":
+        """Completions of encoded rows with their rewards; `more` are other fields."""
+
+        def numbers(value: Callable[[Completion], float]) -> Tensor:
+            return torch.tensor([[float(value(c)) for c in row] for row in completions], dtype=torch.float64)
+
+        return cls(
+            prompts=[row["prompt"] for row in rows],
+            prompt_ids=[list(row[PROMPT_IDS]) for row in rows],
+            completions=completions,
+            rewards_PM=rewards_PM,
+            lengths_PM=numbers(lambda c: len(c.ids)),
+            finished_PM=numbers(lambda c: c.finished),
+            logprobs_PM=numbers(lambda c: c.logprob),
+            **more,
+        )
 
     @property
     def kept(self) -> Tensor:
@@ -130,11 +156,11 @@ def score_samples(
         dropped.setdefault(owner[place], reason)
     index = torch.tensor(places)
     is_dropped_P1 = torch.tensor([[i in dropped] for i in range(len(rows))])
-    return Samples(
-        prompts=[list(row[PROMPT_IDS]) for row in rows],
-        completions=completions,
+    return Samples.of_rows(
+        rows,
+        completions,
+        scores.total[index].masked_fill(is_dropped_P1, 0.0),
         texts=texts,
-        rewards_PM=scores.total[index].masked_fill(is_dropped_P1, 0.0),
         by_name={name: values[index].masked_fill(is_dropped_P1, 0.0) for name, values in scores.by_name.items()},
         dropped=dropped,
     )
@@ -143,10 +169,5 @@ def score_samples(
 def logged_samples(rows: Sequence[Mapping[str, Any]]) -> Samples:
     """The scored samples that the rows hold (`bondlm.data.scored`); files keep no log-probabilities, so these are 0."""
     completions = [[Completion(list(ids), [0.0] * len(ids), finished=True) for ids in row[LOGGED_IDS]] for row in rows]
-    return Samples(
-        prompts=[list(row[PROMPT_IDS]) for row in rows],
-        completions=completions,
-        texts=[["" for _ in row] for row in completions],
-        rewards_PM=torch.tensor([row[LOGGED_REWARDS] for row in rows], dtype=torch.float64),
-        by_name={},
-    )
+    rewards_PM = torch.tensor([row[LOGGED_REWARDS] for row in rows], dtype=torch.float64)
+    return Samples.of_rows(rows, completions, rewards_PM, texts=[["" for _ in row] for row in completions])

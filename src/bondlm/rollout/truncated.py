@@ -19,7 +19,7 @@ def treat_truncated(samples: Samples, missing_eos: str) -> Samples:
     """Samples as the objective is to see them: as they are, with cut ones ranked last, or without their prompts."""
     if missing_eos == "keep":
         return samples
-    finished_PM = torch.tensor([[c.finished for c in row] for row in samples.completions])
+    finished_PM = samples.finished_PM.bool()
     if missing_eos == "worst":
         return replace(samples, reranked_PM=rank_truncated_last(samples.rewards_PM, finished_PM))
     # Whole prompts, as for a reward that failed: a set short of a sample would have another n.

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bondlm.errors import BondError, CheckpointError, ConfigError, DataError, ResourceError
+from bondlm.runs.folder import whole
 from bondlm.runs.manifest import remove_unfinished
 
 DATA_FILE = "data.json"
@@ -46,9 +47,8 @@ def require_space(folder: Path, anchor_bytes: int, *, num_checkpoints: int, by_d
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, under its final name only when whole."""
-    partial = path.with_name(path.name + ".tmp")
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    with whole(path) as partial:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import CheckpointError
+from bondlm.runs.folder import write_whole
 
 MANIFEST_FILE = "manifest.json"
 SEALED_FILE = ".sealed"  # in the run folder: a checkpoint was finished here once
@@ -29,12 +30,7 @@ def seal(folder: Path) -> None:
                 "size": path.stat().st_size,
                 "sha256": _digest(path, sync=True),
             }
-    partial = folder / (MANIFEST_FILE + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST_FILE)
+    write_whole(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, indent=1))
     for each in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         _sync_folder(each)
     (folder.parent / SEALED_FILE).touch()

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.data.prompts import read_jsonl
-from bondlm.errors import DataError
+from bondlm.errors import DataError, listed
 
-_MAX_LISTED = 10
 Row = dict[str, Any]
 
 
@@ -20,7 +19,7 @@ def read_answers(path: str | Path, column: str = "completion") -> list[Row]:
     Raises:
         DataError: the file cannot be read, or has rows without prompt or with an empty answer.
     """
-    rows = _checked(path, lambda row: _answer_problem(row, column))
+    rows = _checked(path, lambda row: _text_problem(row, column))
     return [{"prompt": row["prompt"], "completion": text_of(row[column])} for row in rows]
 
 
@@ -51,8 +50,7 @@ def _checked(path: str | Path, problem: Callable[[Mapping[str, Any]], str | None
         f"{path}:{n}: {reason}" for n, row in zip(lines, rows, strict=True) if (reason := problem(row)) is not None
     ]
     if found:
-        rest = [f"... and {len(found) - _MAX_LISTED} more bad rows"] if len(found) > _MAX_LISTED else []
-        raise DataError("\n".join(found[:_MAX_LISTED] + rest))
+        raise DataError(listed(found, "bad rows"))
     return rows
 
 
@@ -67,10 +65,6 @@ def _text_problem(row: Mapping[str, Any], name: str) -> str | None:
     if not isinstance(answer, str):
         return f"`{name}` must be text or a list of one assistant message, not {type(answer).__name__}"
     return None if answer.strip() else f"`{name}` is empty: remove the row"
-
-
-def _answer_problem(row: Mapping[str, Any], column: str) -> str | None:
-    return _text_problem(row, column)
 
 
 def _preference_problem(row: Mapping[str, Any]) -> str | None:

@@ -258,7 +258,8 @@ class TiesCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Look at the steps since the last log whose rewards were apart."""
-        tied = (logs or {}).get("bond/frac_tied")
+        seen = logs or {}  # where ties are learned from, only prompts without any signal count
+        tied = seen.get("bond/frac_no_signal", seen.get("bond/frac_tied"))
         if tied is None or not state.is_world_process_zero:
             return
         if not tied > TIED_PROMPTS:

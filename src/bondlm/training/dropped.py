@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from bondlm.data.prompts import listed, load_prompts
-from bondlm.errors import DataError, RewardError
+from bondlm.data.prompts import load_prompts
+from bondlm.errors import DataError, RewardError, listed
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.truncated import REASON
 from bondlm.runs.folder import DROPPED_FILE, SKIPPED_FILE, append_jsonl

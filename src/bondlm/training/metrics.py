@@ -32,7 +32,7 @@ def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
         "completions/frac_empty": float(np.mean([c.finished and len(c.ids) == 1 for c in completions])),
-        # -log p of a sample is an unbiased estimate of the entropy of its law; the mean is over tokens.
+        # -log p of a sample is an unbiased estimate of the entropy of its distribution; the mean is over tokens.
         "entropy": -sum(c.logprob for c in completions) / sum(lengths),
     }
 

@@ -4,7 +4,6 @@ A disagreement never raises an error of its own: gradients are averaged over dif
 the run goes on. So it is asked for: data and settings at every step, weights at every save.
 """
 
-import dataclasses
 import hashlib
 import json
 import traceback
@@ -32,11 +31,6 @@ from bondlm.models.sharding import is_sharded
 _T = TypeVar("_T")
 _TRANSPORTS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting", "tcpstore")
 _OURS = str(Path(__file__).parent)
-# Of transformers' settings those that change what a step computes; ours all count.
-SHARED_SETTINGS = (
-    *("seed", "data_seed", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "max_grad_norm", "weight_decay", "bf16", "fp16"),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,10 +100,7 @@ def work_digest(args: Any, dataset: Any) -> int:
     """A number (63 bits) that stands for the settings and all encoded prompts; 0 if there is nobody to compare with."""
     if args.world_size == 1:
         return 0
-    inherited = {field.name for base in type(args).__mro__[1:-1] for field in dataclasses.fields(base)}
-    own = [field.name for field in dataclasses.fields(args) if field.name not in inherited]
-    settings = {name: getattr(args, name, None) for name in (*sorted(own), *SHARED_SETTINGS)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(args.shared_settings(), sort_keys=True, default=str).encode())
     for batch in dataset.select_columns(PROMPT_IDS).with_format("arrow").iter(1000):
         digest.update(json.dumps(batch.column(0).to_pylist()).encode())
     return int.from_bytes(digest.digest()[:8], "big") >> 1

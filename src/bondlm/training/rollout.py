@@ -28,7 +28,8 @@ class Rollout:
     sampled_logp_PC: Tensor  # under the policy
     anchor_logp_PC: Tensor
     baseline_PC: Tensor
-    reference_logp_PC: Tensor | None  # at logged steps, for the KL
+    reference_logp_PC: Tensor | None  # at logged steps, for the KL, and where gamma_ref > 0
+    pull_PC: Tensor | None  # gamma_ref's
     is_counted_P: Tensor  # bool; the others get no weight
     num_passes: int  # forward passes over what is compared
 
@@ -46,9 +47,10 @@ class Rollout:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What enters the loss beside log-probabilities, one row per prompt."""
-        return {
+        tensors = {
             "signal_PC": self.signal_PC,
             "baseline_PC": self.baseline_PC,
             "anchor_logp_PC": self.anchor_logp_PC,
             "weight_P": self.is_counted_P.float(),
         }
+        return tensors if self.pull_PC is None else tensors | {"pull_PC": self.pull_PC}

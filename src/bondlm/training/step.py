@@ -17,7 +17,7 @@ from bondlm.engines import Completion, Engine, Role
 from bondlm.models.learned_quantile import QuantileModel, completion_features
 from bondlm.models.logprobs import Group, by_length, score_groups
 from bondlm.models.roles import Roles
-from bondlm.objectives import LearnedQuantile, Objective
+from bondlm.objectives import LearnedQuantile, Objective, reference_pull
 from bondlm.rewards import NamedReward
 from bondlm.rollout.samples import Samples, SamplingParams, draw, logged_samples, score_samples
 from bondlm.rollout.seeds import Seeds
@@ -46,6 +46,7 @@ class Step:
     share_prompts: bool  # whether completions of a prompt may share its row
     seed: int
     missing_eos: str
+    gamma_ref: float = 0.0
 
     def roll_out(
         self, rows: Sequence[Mapping[str, Any]], step: int, is_real_P: Tensor, *, with_reference: bool
@@ -72,7 +73,12 @@ class Step:
         if selection.learned is not None:
             signal_PC = self._learned_signal(selection.learned, rows, compared, is_counted_P)
         returns_PC = self.objective.returns(signal_PC, sampled_logp_PC, anchor_logp_PC)
-        is_measured = plan.policy > 0 and with_reference
+        is_measured = plan.policy > 0 and (with_reference or self.gamma_ref > 0)
+        reference_logp_PC = self._logprob("reference", rows, compared) if is_measured else None
+        pull_PC = None
+        if self.gamma_ref > 0 and reference_logp_PC is not None:  # back to the reference, with the same baseline
+            log_ratio_PC = sampled_logp_PC - reference_logp_PC
+            pull_PC = reference_pull(log_ratio_PC, self._baseline(log_ratio_PC, is_counted_P), self.gamma_ref)
         return Rollout(
             rows=rows,
             plan=plan,
@@ -82,7 +88,8 @@ class Step:
             sampled_logp_PC=sampled_logp_PC,
             anchor_logp_PC=anchor_logp_PC,
             baseline_PC=self._baseline(returns_PC, is_counted_P),
-            reference_logp_PC=self._logprob("reference", rows, compared) if is_measured else None,
+            reference_logp_PC=reference_logp_PC,
+            pull_PC=pull_PC,
             is_counted_P=is_counted_P,
             num_passes=(1 if self.engine.exact else 2) + is_measured,
         )

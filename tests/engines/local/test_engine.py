@@ -361,7 +361,7 @@ def test_out_of_memory_halves_the_rows_and_changes_no_sample(kind: str) -> None:
     expected = ids_of(generate(engine_of(model), 4))
     greedy_for_memory(model, 3)
     engine = engine_of(model)
-    with pytest.warns(UserWarning, match="out of memory with .* rows, going on with"):
+    with pytest.warns(UserWarning, match=r"out of memory with .* rows, going on with"):
         assert ids_of(generate(engine, 4)) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the engine remembers: it does not run out again

@@ -16,10 +16,10 @@ from tiny import prompt_rows, tiny_causal
 from bondlm import BONDTrainer
 from bondlm.errors import ResourceError
 from bondlm.models.load import wrap_lora
+from engines.vllm.helpers import TOKENIZER, length
+from engines.vllm.helpers import config as config_of
+from engines.vllm.helpers import trainer as stub_trainer
 from engines.vllm.stub import Answer, Stub, serving
-from engines.vllm.test_lora import TOKENIZER, length
-from engines.vllm.test_lora import config as config_of
-from engines.vllm.test_lora import trainer as stub_trainer
 
 TWO_STEPS = 2 * 2 * 4  # requests for samples: two roles, four prompts
 Fault = Callable[[str, Any], Answer | None]

@@ -18,8 +18,8 @@ from bondlm.engines.vllm.http import WHOLE_OPTIONS, VLLMClient
 from bondlm.engines.vllm.whole import WholeModelEngine, weights_digest, write_weights
 from bondlm.errors import ConfigError, EngineError, ResourceError
 from bondlm.models.roles import Roles
+from engines.vllm.helpers import EOS, IDS, PROBE, SEEDS, TOKENIZER, config, draw_both, length
 from engines.vllm.stub import Answer, Stub, first, serving
-from engines.vllm.test_lora import EOS, IDS, PROBE, SEEDS, TOKENIZER, config, draw_both, length
 
 
 def change(model: torch.nn.Module, size: float) -> None:

@@ -249,7 +249,7 @@ def bonbon_fixed_point(anchor_probs: Array, rewards: Array, n: int, alpha: float
 
 
 def best_and_worst_probs(anchor_probs: Array, rewards: Array, n: int) -> Array:
-    """Return the joint law (..., K, K) of the best (rows) and the worst (columns) of n samples; ties fall by chance.
+    """Joint distribution (..., K, K) of the best (rows) and the worst (columns) of n samples; ties fall by chance.
 
     All samples lie in a range of reward levels with the range's mass to the power n; differences give the levels of
     both. Inside its level each is drawn in proportion to the anchor. If all n tie, they are two different samples.

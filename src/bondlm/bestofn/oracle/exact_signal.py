@@ -1,9 +1,9 @@
 """The exact mean of the reward part of BOND's return over the k anchor samples that estimate it.
 
-A mean over samples is a finite sum here. The formulas are written from the laws of the counts, not with the estimators'
-code in `quantiles`, so each checks the other.
+A mean over samples is a finite sum here. The formulas are written from the distributions of the counts, not with the
+estimators' code in `quantiles`, so each checks the other.
 
-Shape suffixes: K outcomes, C counts 0..k.
+Shape suffixes: K outcomes, J counts 0..k.
 """
 
 import math
@@ -61,16 +61,16 @@ def _mean_log_quantile(p_lt_K: Tensor, p_le_K: Tensor, estimate: Estimate, k: in
         return p_le_K.log()
     if k < 1:
         raise ValueError(f"k must be at least 1 anchor sample; got {k!r}")
-    counts_C = torch.arange(k + 1, dtype=torch.float64)
+    counts_J = torch.arange(k + 1, dtype=torch.float64)
     if estimate == "jbond":
         return two_level_penalty(k) * (1.0 - p_le_K) ** k
     if estimate == "harmonic":
-        powers_KC = (1.0 - p_le_K).unsqueeze(-1) ** counts_C[1:]
-        return -(powers_KC / counts_C[1:]).sum(-1)
+        powers_KJ = (1.0 - p_le_K).unsqueeze(-1) ** counts_J[1:]
+        return -(powers_KJ / counts_J[1:]).sum(-1)
     if estimate == "clamped":
-        return (_binomial(p_le_K, k) * torch.log(torch.clamp(counts_C / k, min=0.5 / k))).sum(-1)
+        return (_binomial(p_le_K, k) * torch.log(torch.clamp(counts_J / k, min=0.5 / k))).sum(-1)
     if estimate == "smoothed":
-        return (_binomial(p_lt_K, k) * torch.log((counts_C + 1) / (k + 1))).sum(-1)
+        return (_binomial(p_lt_K, k) * torch.log((counts_J + 1) / (k + 1))).sum(-1)
     raise ValueError(f"unknown estimate {estimate!r}; use exact, jbond, clamped, harmonic or smoothed")
 
 
@@ -79,21 +79,21 @@ def _mean_log_collisions(p_lt_K: Tensor, p_le_K: Tensor, n: float, k: int | None
     below_K = p_lt_K / p_le_K
     if k is None:
         return log_collisions(1.0 - below_K, n)
-    at_most_KC = _binomial(p_le_K, k)
-    mean_K = at_most_KC[..., 0] * log_collisions(torch.zeros((), dtype=torch.float64), n)
+    at_most_KJ = _binomial(p_le_K, k)
+    mean_K = at_most_KJ[..., 0] * log_collisions(torch.zeros((), dtype=torch.float64), n)
     for count in range(1, k + 1):
-        lower_C = torch.arange(count + 1, dtype=torch.float64)
-        given_K = (_binomial(below_K, count) * log_collisions(1.0 - lower_C / count, n)).sum(-1)
-        mean_K = mean_K + at_most_KC[..., count] * given_K
+        lower_J = torch.arange(count + 1, dtype=torch.float64)
+        given_K = (_binomial(below_K, count) * log_collisions(1.0 - lower_J / count, n)).sum(-1)
+        mean_K = mean_K + at_most_KJ[..., count] * given_K
     return mean_K
 
 
 def _binomial(p_K: Tensor, k: int) -> Tensor:
     """Return the probabilities (..., K, k+1) of 0..k successes."""
-    counts_C = torch.arange(k + 1, dtype=torch.float64)
+    counts_J = torch.arange(k + 1, dtype=torch.float64)
     p = p_K.clamp(0.0, 1.0).unsqueeze(-1)  # a cumulative sum may pass 1 by rounding
-    log_ways_C = math.lgamma(k + 1.0) - torch.lgamma(counts_C + 1) - torch.lgamma(k - counts_C + 1)
-    return torch.exp(log_ways_C + torch.xlogy(counts_C, p) + torch.xlogy(k - counts_C, 1.0 - p))
+    log_ways_J = math.lgamma(k + 1.0) - torch.lgamma(counts_J + 1) - torch.lgamma(k - counts_J + 1)
+    return torch.exp(log_ways_J + torch.xlogy(counts_J, p) + torch.xlogy(k - counts_J, 1.0 - p))
 
 
 def exact_quantiles(anchor_probs: object, rewards: object) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Shape suffixes: K outcomes. Everything is float64 and checked before it comes here.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from bondlm.bestofn._arrays import check_finite, check_probs, check_same_shape, 
 
 _GRADIENT_TOLERANCE = 1e-12
 _MAX_NEWTON_STEPS = 200
+_LOG_TOLERANCE, _MAX_NATURAL_STEPS, _LOST = 1e-11, 20_000, 1e4
 
 
 def score_gradient(logp_K: Tensor, values_K: Tensor) -> Tensor:
@@ -65,6 +67,28 @@ def newton(logits_K: Tensor, gradient: Callable[[Tensor], Tensor], step: Callabl
     )
 
 
+def resting_point(start_K: Tensor, wanted: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the probabilities whose logarithm is `wanted` of itself, up to a constant, by natural-gradient steps.
+
+    For forces that depend on the policy, where no objective is minimised. A step goes half of the way; where that runs
+    in circles, a tenth, then a fiftieth.
+
+    Raises:
+        RuntimeError: if that takes more than 20,000 steps.
+    """
+    for rate in (0.5, 0.1, 0.02):
+        logp_K, error = start_K, math.inf
+        for _ in range(_MAX_NATURAL_STEPS):
+            step_K = wanted(logp_K).log_softmax(-1) - logp_K
+            error = float(step_K.abs().max())
+            if error < _LOG_TOLERANCE:
+                return logp_K.exp()
+            if not error < _LOST:
+                break
+            logp_K = (logp_K + rate * step_K).log_softmax(-1)
+    raise RuntimeError(f"no fixed point found: log-probabilities are off by {error:.3g}; use a smaller n")
+
+
 def dense_newton_step(hessian_KK: Tensor, gradient_K: Tensor) -> Tensor:
     """Return −H⁻¹·gradient, capped at 1 (a factor e in probability), for a Hessian whose null vector is constant."""
     num_outcomes = gradient_K.shape[-1]
@@ -73,7 +97,7 @@ def dense_newton_step(hessian_KK: Tensor, gradient_K: Tensor) -> Tensor:
 
 
 def policy_and(logits: object, probs: object, name: str, *, positive: bool = False) -> tuple[Tensor, Tensor]:
-    """Check both, return the policy's log-probabilities and the other law's probabilities."""
+    """Check both, return the policy's log-probabilities and the other distribution's probabilities."""
     logits_K = to_float64(logits, "logits")
     probs_K = check_probs(to_float64(probs, name), name)
     check_same_shape(logits_K, "logits", probs_K, name)

@@ -37,12 +37,12 @@ def kl_divergence(probs: Array, other_probs: Array) -> Array:
     p_K, q_K = (check_probs(to_float64(x, name), name) for x, name in ((probs, "probs"), (other_probs, "other_probs")))
     check_same_shape(p_K, "probs", q_K, "other_probs")
     terms_K = torch.where(p_K > 0, p_K * (p_K.log() - q_K.log()), torch.zeros_like(p_K))
-    # Rounding leaves about -1e-16 for equal laws.
+    # Rounding leaves about -1e-16 for equal distributions.
     return back(terms_K.sum(-1).clamp(min=0.0), probs, other_probs)
 
 
 def iterated_best_of_n(ref_probs: Array, rewards: Array, n: float, times: int) -> Array:
-    """Apply Best-of-n `times` times, each to the law before it.
+    """Apply Best-of-n `times` times, each to the distribution before it.
 
     Equal to Best-of-(n^times) of the reference (Sessa et al. 2024, arXiv 2407.14622, Eq. 16), with ties as well.
 

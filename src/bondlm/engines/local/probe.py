@@ -12,7 +12,17 @@ from bondlm.engines.local.decoding import start_decoding
 from bondlm.errors import ConfigError
 from bondlm.models.logprobs import Group
 from bondlm.models.prefix import LEAST_SHARED
-from bondlm.models.probe import Laws, agrees, check_causal, check_decoder, in_eval_mode, plain_laws, probe_ids, reach, sees_all
+from bondlm.models.probe import (
+    Logits,
+    agrees,
+    check_causal,
+    check_decoder,
+    in_eval_mode,
+    plain_logits,
+    probe_ids,
+    reach,
+    sees_all,
+)
 from bondlm.models.ways import Ways, remember, ways_of
 
 _LOGGER = logging.getLogger(__name__)
@@ -44,7 +54,7 @@ def _found(model: Any) -> Ways:
     prompts = _prompts(model)
     tokens = [probe_ids(model, NUM_STEPS, seed=10 + i) for i in range(len(prompts))]
     groups: list[Group] = [(prompt, [row]) for prompt, row in zip(prompts, tokens, strict=True)]
-    plain = plain_laws(model, groups, model.device)
+    plain = plain_logits(model, groups, model.device)
     for way, reason in FASTEST_FIRST:
         remember(model, prefix=False, **way)
         if agrees(lambda: _decoded(model, prompts, tokens), plain):
@@ -72,13 +82,13 @@ def _prompts(model: Any) -> list[list[int]]:
     return [[*beginning, *rest] for rest in rests]
 
 
-def _decoded(model: Any, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> Laws:
+def _decoded(model: Any, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> Logits:
     """Logits (T, V) before each of the tokens, by the engine's own means; rows are repeated and dropped on the way."""
     lengths = [len(prompt) for prompt in prompts]
     together = (
         [range(len(prompts))] if ways_of(model).padded else [_indices(lengths, n) for n in dict.fromkeys(lengths)]
     )
-    laws: dict[int, Tensor] = {}
+    of_prompt: dict[int, Tensor] = {}
     for indices in together:
         fed = torch.tensor([tokens[i] for i in indices], device=model.device)
         state, logits = start_decoding(
@@ -91,8 +101,8 @@ def _decoded(model: Any, prompts: Sequence[list[int]], tokens: Sequence[list[int
         rows = [logits, state.step(fed[twice, 0])[1::2]]
         state.select(torch.arange(1, 2 * len(indices), 2, device=model.device))
         rows += [state.step(fed[:, t]).clone() for t in range(1, NUM_STEPS - 1)]
-        laws |= dict(zip(indices, torch.stack(rows, dim=1), strict=True))
-    return [laws[i] for i in range(len(prompts))]
+        of_prompt |= dict(zip(indices, torch.stack(rows, dim=1), strict=True))
+    return [of_prompt[i] for i in range(len(prompts))]
 
 
 def _indices(lengths: Sequence[int], length: int) -> list[int]:

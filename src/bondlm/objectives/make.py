@@ -1,0 +1,66 @@
+"""All objectives by the name that `objective:` has in a config; what each looks at is what its dataclass holds.
+
+A new objective is a file with a dataclass, and a line here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from bondlm.errors import ConfigError
+from bondlm.objectives.base import Objective
+from bondlm.objectives.best_of_n_regression import BestOfNRegression
+from bondlm.objectives.best_of_n_sft import BestOfNSFT
+from bondlm.objectives.bonbon import BoNBoN
+from bondlm.objectives.bond import BOND
+from bondlm.objectives.jbond import JBOND
+from bondlm.objectives.reinforce import Reinforce
+from bondlm.objectives.rloo import RLOO
+from bondlm.objectives.rules import one_of
+from bondlm.objectives.self_bond import SelfBOND
+from bondlm.objectives.vbon import VBON
+
+OBJECTIVES: dict[str, type[Any]] = {
+    "jbond": JBOND,
+    "bond": BOND,
+    "best_of_n_sft": BestOfNSFT,
+    "reinforce": Reinforce,
+    "rloo": RLOO,
+    "vbon": VBON,
+    "bonbon": BoNBoN,
+    "best_of_n_regression": BestOfNRegression,
+    "self_bond": SelfBOND,
+}
+
+
+def make_objective(name: str, settings: Mapping[str, Any], *, num_logged: int | None = None) -> Objective:
+    """The objective of that name, with those of the settings that it has; None stands for its own default.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+        settings: a run's settings, plain values by name.
+        num_logged: scored samples of each prompt that are on file, if it learns from a file.
+
+    Raises:
+        ConfigError: no such objective, or a setting that it refuses.
+    """
+    if (problem := one_of(*OBJECTIVES).problem("objective", name)) is not None:
+        raise ConfigError(problem)
+    own = [field.name for field in fields(OBJECTIVES[name])]
+    given = {setting: settings[setting] for setting in own if settings.get(setting) is not None}
+    objective: Objective = OBJECTIVES[name](**(_dependent_defaults(name, settings, num_logged) | given))
+    return objective
+
+
+def _dependent_defaults(name: str, settings: Mapping[str, Any], num_logged: int | None) -> dict[str, Any]:
+    """Defaults that follow from another setting, or from the data."""
+    if name == "bond" and settings.get("quantile") == "learned":
+        return {"num_anchor_samples": 1}
+    if name == "best_of_n_regression":
+        return {"num_samples": num_logged or settings.get("n")}
+    return {}
+
+
+def users(setting: str) -> tuple[str, ...]:
+    """The objectives that look at a setting; none if it is not about the objective."""
+    return tuple(name for name, kind in OBJECTIVES.items() if setting in {field.name for field in fields(kind)})

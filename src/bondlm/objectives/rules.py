@@ -1,0 +1,81 @@
+"""What a setting may be: the rules that objectives and `BONDConfig` state beside their settings, checked in one way."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from bondlm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What must hold of a value, and the words for it."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+    def problem(self, name: str, value: Any) -> str | None:
+        """The sentence that refuses the value; None if it is allowed."""
+        return None if self.holds(value) else f"{name}={value!r}: {self.text}"
+
+
+def between(least: float, most: float, why: str = "") -> Rule:
+    """A number in [least, most]."""
+    return Rule(lambda v: _is_number(v) and least <= v <= most, f"must lie in [{least:g}, {most:g}]{_so(why)}")
+
+
+def at_least(least: float, why: str = "") -> Rule:
+    """A number >= least; infinity will do."""
+    return Rule(lambda v: _is_number(v) and v >= least, f"must be >= {least:g}{_so(why)}")
+
+
+def finite(least: float, why: str = "") -> Rule:
+    """A number >= least, and finite."""
+    return Rule(
+        lambda v: _is_number(v) and v >= least and math.isfinite(v), f"must be >= {least:g} and finite{_so(why)}"
+    )
+
+
+def above(bound: float, why: str = "") -> Rule:
+    """A number > bound; infinity will do."""
+    return Rule(lambda v: _is_number(v) and v > bound, f"must be > {bound:g}{_so(why)}")
+
+
+def whole(least: int, why: str = "") -> Rule:
+    """A whole number >= least."""
+    return Rule(
+        lambda v: isinstance(v, Integral) and int(v) >= least,
+        f"must be an integer >= {least}{_so(why)}",
+    )
+
+
+def one_of(*values: str) -> Rule:
+    """One of a few words."""
+    return Rule(lambda v: v in values, f"choose one of {', '.join(values)}")
+
+
+def beginning_with(*starts: str) -> Rule:
+    """Text that begins with one of these."""
+    return Rule(lambda v: isinstance(v, str) and v.startswith(starts), f"must begin with {' or '.join(starts)}")
+
+
+def off(why: str) -> Rule:
+    """Not set, or False; `why` says what would happen otherwise."""
+    return Rule(lambda v: not v, why)
+
+
+def check(owner: object, **rules: Rule) -> None:
+    """Raise one ConfigError that names every attribute of `owner` that breaks its rule."""
+    problems = [rule.problem(name, getattr(owner, name)) for name, rule in rules.items()]
+    if found := [problem for problem in problems if problem is not None]:
+        raise ConfigError("; ".join(found))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
+
+
+def _so(why: str) -> str:
+    return f" ({why})" if why else ""

@@ -1,0 +1,92 @@
+"""BOND with quantiles measured among the policy's own samples: Best-of-n as a fixed point, no anchor, `n` the dial.
+
+If pi is Best-of-n of the reference then log(pi / pi_ref) is a known function f of the *policy's own* quantile of the
+reward (Sessa et al. 2024, arXiv 2407.14622, Eq. 4 solved for p_pi). Each step, for each prompt:
+
+1. draw y_1 .. y_K from the policy; s_i = signal_table[a, b], a others worse than y_i and b tied with it;
+2. return of each: R_i = s_i (K-1)/K - (log pi(y_i) - log pi_ref(y_i)), minus the mean return of the prompt's others;
+3. descend the mean of -log pi(y_i) (R_i - baseline_i), as RLOO does.
+
+Ranks are a zero-sum game: the others' signals know y_i's, and their mean as a baseline would multiply the signal by
+K/(K-1). The factor in 2. takes that back: what is left is exactly s_i - mean of all K signals.
+
+Fixed point, rewards continuous: log(pi / pi_ref) = f_k(own quantile) + constant, with the win rate of Best-of-n, as the
+signal's strength was solved for it (`bondlm.bestofn.own_quantiles`). Tied rewards: the same formula, by levels; it is
+Best-of-n with ties (for "tilt": the tilt) as K grows. All tied: no signal.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bondlm.bestofn.own_quantiles import (
+    FORMS,
+    OwnQuantile,
+    kl_over_best_of_n,
+    largest_order,
+    signal_table,
+    solve_strength,
+)
+from bondlm.bestofn.quantiles import count_below
+from bondlm.errors import ConfigError
+from bondlm.objectives.base import Loss, SamplePlan, Selection
+from bondlm.objectives.rules import check, one_of, whole
+
+MAX_KL_RATIO = 2.0  # of what is paid for Best-of-n's win rate to Best-of-n's own KL: beyond it draw more samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfBOND:
+    """Own-quantile BOND to Best-of-`n`, K = `num_samples` samples per prompt, `log_quantile` the form of the signal."""
+
+    n: int
+    num_samples: int = 8
+    log_quantile: OwnQuantile = "tilt"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check(
+            self,
+            n=whole(2, "Best-of-1 is the reference itself"),
+            num_samples=whole(3, "a rank among the prompt's other samples"),
+            log_quantile=one_of(*FORMS),
+        )
+        if kl_over_best_of_n(self.n, self.num_samples, self.log_quantile) > MAX_KL_RATIO:
+            most = largest_order(self.n, self.num_samples, self.log_quantile, MAX_KL_RATIO)
+            raise ConfigError(
+                f"n={self.n}: {self.num_samples} samples per prompt reach its win rate only at more than "
+                f"{MAX_KL_RATIO:g} times the KL of Best-of-{self.n}; use n <= {most}, or a larger num_samples"
+            )
+
+    @property
+    def plan(self) -> SamplePlan:
+        """Draw K samples of the policy, learn from all."""
+        return SamplePlan(policy=self.num_samples, anchor=0, learn=self.num_samples, compare=self.num_samples)
+
+    @property
+    def strength(self) -> float:
+        """The solved strength of the signal, nats: lambda of "tilt", c of "harmonic", the worst's extra otherwise."""
+        return solve_strength(self.n, self.num_samples, self.log_quantile)
+
+    def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
+        """Learn from all samples; the signal of each is (K-1)/K times its entry in the table."""
+        worse, at_most, others = count_below(rewards_PM, None)
+        table_KK = torch.tensor(signal_table(self.n, self.num_samples, self.log_quantile), device=worse.device)
+        signal = table_KK[worse.long(), (at_most - worse).long()] * others / self.num_samples
+        return Selection(torch.arange(self.num_samples).expand(len(rewards_PM), -1), signal)
+
+    def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
+        """R = signal - (log pi - log pi_ref)."""
+        return signal_PC - (logp_PC - anchor_logp_PC)
+
+    def baseline(self, returns_PC: Tensor) -> Tensor:
+        """Mean return of the prompt's other samples."""
+        return (returns_PC.sum(dim=1, keepdim=True) - returns_PC) / (self.num_samples - 1)
+
+    def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
+        """Mean over the prompt's samples of -log pi (R - baseline)."""
+        advantage = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
+        loss = (-logp_PL * advantage).mean(dim=1)
+        all_tied = (signal_PC == signal_PC[:, :1]).all(dim=1).to(loss.dtype)
+        return Loss(loss, {"bond/advantage": advantage.mean(dim=1), "bond/frac_no_signal": all_tied})

@@ -1,0 +1,36 @@
+"""Errors that no command expects, and the codes that they end with."""
+
+import errno
+
+import pytest
+import torch
+
+from bondlm.cli import main
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nDetails"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
+        OSError(errno.ENOSPC, "No space left"),
+    ],
+    ids=["Python", "GPU", "CPU", "disk"],
+)
+def test_what_is_spent_is_code_7(error, monkeypatch, capsys):
+    def run(options):
+        raise error
+
+    monkeypatch.setattr("bondlm.cli.sample.run", run)
+    assert main(["sample", "--model", "x"]) == 7
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_another_runtime_error_is_not_a_lack_of_memory(monkeypatch):
+    def run(options):
+        raise RuntimeError("a bad memory")
+
+    monkeypatch.setattr("bondlm.cli.sample.run", run)
+    with pytest.raises(RuntimeError, match="a bad memory"):
+        main(["sample", "--model", "x"])

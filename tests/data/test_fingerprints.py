@@ -1,0 +1,24 @@
+from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
+
+
+def test_fingerprints_see_what_matters(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = model_fingerprint(str(tmp_path), None)
+    (tmp_path / "notes.txt").write_text("x")
+    assert model_fingerprint(str(tmp_path), None) == before
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert model_fingerprint(str(tmp_path), None) != before
+    assert model_fingerprint("org/name", "abc") == {"name": "org/name", "revision": "abc"}
+    (tmp_path / "r.py").write_text("def f(): ...")
+    spec = f"{tmp_path}/r.py:f"
+    first = reward_fingerprint(spec)
+    (tmp_path / "r.py").write_text("def f(): pass")
+    assert reward_fingerprint(spec) != first
+    assert (
+        reward_fingerprint(f"nli:{tmp_path}?template=flan")["sha256"]
+        == model_fingerprint(str(tmp_path), None)["sha256"]
+    )
+    assert reward_fingerprint("org/model") == {"spec": "org/model"}
+    assert rows_fingerprint([{"a": 1, "b": 2}]) == rows_fingerprint([{"b": 2, "a": 1}])
+    assert rows_fingerprint([{"a": 1}]) != rows_fingerprint([{"a": 2}])

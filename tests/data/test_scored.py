@@ -1,0 +1,115 @@
+"""Scored samples as the data of a run: which fit, which are refused, and where."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import PROMPTS, prompt_rows
+from trainer.helpers import TOKENIZER, low_ids, trainer
+
+from bondlm import BONDTrainer
+from bondlm.errors import ConfigError, DataError
+
+
+def scored_rows(num_prompts: int, num_samples: int = 4) -> list[dict[str, Any]]:
+    """What `bondlm score` writes, with the rewards of `low_ids`."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(num_prompts):
+        for _ in range(num_samples):
+            ids = torch.randint(35, 290, (3,), generator=generator).tolist()
+            text = TOKENIZER.decode(ids)
+            back = TOKENIZER(text, add_special_tokens=False).input_ids
+            rows.append({"prompt": PROMPTS[i], "completion": text, "reward": low_ids([back])[0]})
+    return rows
+
+
+def logged_trainer(tmp_path: Path, rows: Any, **settings: Any) -> BONDTrainer:
+    wanted = {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed", "max_completion_length": 12}
+    return trainer(tmp_path, train_dataset=rows, **(wanted | settings))
+
+
+def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
+    rows = [row | {"finished": i % 2 == 0} for i, row in enumerate(scored_rows(2))]
+    eos = made_ids = None
+    made = logged_trainer(tmp_path, rows)
+    eos = made.encoder.eos_ids[0]
+    made_ids = made.train_dataset["logged_ids"][0]
+    assert [ids[-1] == eos for ids in made_ids] == [True, False, True, False]
+    assert TOKENIZER.decode(made_ids[0][:-1]) == rows[0]["completion"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward": None}, "row 5: .*reward.*None.*'Why do cats"),
+        ({"reward": float("nan")}, "row 5: .*reward.*nan"),
+        ({"completion": None}, "row 5: .*completion.*None"),
+        (
+            {"completion": "a much longer completion than any that would fit"},
+            r"row 5: .*\d+ tokens.*'Why do.*max_completion_length.*\b12\b",
+        ),
+    ],
+)
+def test_bad_scored_rows_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    rows = scored_rows(3)
+    rows[5] |= change
+    with pytest.raises(DataError, match=message) as caught:
+        logged_trainer(tmp_path, rows)
+    assert caught.value.exit_code == 3
+
+
+def test_too_few_scored_samples_are_counted(tmp_path: Path) -> None:
+    rows = scored_rows(3)
+    with pytest.raises(DataError, match=r"row 4: .*'Why do cats sleep so much\?'.*\b2 scored.*\b3\b"):
+        logged_trainer(tmp_path, [row for i, row in enumerate(rows) if i not in (5, 7)])
+    with pytest.raises(DataError, match=r"\b4 scored.*\b5\b"):
+        logged_trainer(tmp_path, rows, num_samples=5)
+
+
+def test_scored_samples_and_settings_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="objective='jbond'"):
+        logged_trainer(tmp_path, scored_rows(2), objective="jbond", n=2)
+    with pytest.raises(ConfigError, match=r"anchor='ema'.*anchor='fixed'"):
+        logged_trainer(tmp_path, scored_rows(2), anchor="ema")
+    with pytest.raises(ConfigError, match="missing_eos='worst'"):
+        logged_trainer(tmp_path, scored_rows(2), missing_eos="worst")
+    with pytest.raises(ConfigError, match="truncate_prompt='left'"):
+        logged_trainer(tmp_path, scored_rows(2), truncate_prompt="left")
+    with pytest.raises(ConfigError, match=r"^reward_funcs"):
+        trainer(tmp_path, reward=None)
+    with pytest.raises(ConfigError, match=r"^eval_dataset.*reward_funcs"):
+        logged_trainer(tmp_path, scored_rows(2), reward=None, eval_dataset=prompt_rows(2))
+
+
+@pytest.mark.parametrize("change", [{"reward": None}, {"completion": None}, {"prompt": "once"}])
+def test_bad_scored_rows_are_refused_before_a_model_is_loaded(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("bondlm.trainer.prepare_policy", loaded)
+    rows = scored_rows(3)
+    rows[5] |= change
+    path = tmp_path / "scored.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"^row 5: "):
+        logged_trainer(tmp_path, str(path))
+    for settings, name in (
+        ({"anchor": "ema"}, "anchor='ema'"),
+        ({"objective": "rloo", "n": 2}, "objective='rloo'"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps'.*eval_dataset"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            logged_trainer(tmp_path, scored_rows(3), **settings)
+
+
+def test_scored_rows_may_come_in_any_order(tmp_path: Path) -> None:
+    rows = scored_rows(4)
+    mixed = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
+    one, other = (logged_trainer(tmp_path, r).train_dataset.to_list() for r in (rows, mixed))
+    key = {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in one}
+    assert {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in other} == key

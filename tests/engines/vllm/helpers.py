@@ -1,0 +1,74 @@
+"""What the tests of vLLM's clients share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_tokenizer
+
+from bondlm import BONDConfig, BONDTrainer
+from bondlm.engines.vllm.http import VLLMClient
+from bondlm.engines.vllm.lora import VLLMEngine
+from bondlm.models.roles import Roles
+from engines.vllm.stub import Answer, Stub, first
+
+TOKENIZER = tiny_tokenizer()
+EOS = list(range(0, 300, 9))
+IDS = [TOKENIZER.encode(prompt) for prompt in PROMPTS[:4]]
+SEEDS = [11, 12, 13, 14]
+PROBE = TOKENIZER.encode("a text that server and trainer are compared by")
+
+
+def change(roles: Roles, size: float) -> None:
+    """Move the policy's adapter as a step of an optimizer would."""
+    with torch.no_grad():
+        for name, parameter in roles.model.named_parameters():
+            if f".{roles.policy_adapter}." in name and parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+
+
+def connect(stub: Stub, roles: Roles, folder: Path, timeout: float = 20.0) -> VLLMEngine:
+    client = VLLMClient(stub.url, timeout=timeout, max_wait=0.02)
+    adapters: Any = {"policy": roles.policy_adapter, "anchor": "anchor"}
+    return VLLMEngine(client, roles.model, adapters, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+
+
+def draw_both(engine: VLLMEngine) -> Any:
+    return engine.generate_roles(IDS, {"policy": (2, SEEDS), "anchor": (3, SEEDS)}, max_new_tokens=6)
+
+
+def ignore_reloads(times: int) -> Callable[[str, Any], Answer | None]:
+    return first(times, (200, "ok"), "/v1/load_lora_adapter")
+
+
+def config(folder: Path, **changes: Any) -> BONDConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 5,
+        "warmup_steps": 0,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "engine": "vllm",
+        "dtype": "float32",
+    }
+    return BONDConfig(**settings | changes)
+
+
+def length(completions: list[str]) -> list[float]:
+    return [float(len(c)) for c in completions]
+
+
+def trainer(folder: Path, stub: Stub, **changes: Any) -> BONDTrainer:
+    torch.manual_seed(0)
+    return BONDTrainer(
+        *(tiny_causal(TOKENIZER), length, config(folder, vllm_base_url=stub.url, **changes), prompt_rows(6)),
+        processing_class=TOKENIZER,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )

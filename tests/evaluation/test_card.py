@@ -1,0 +1,54 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from bondlm.evaluation.card import write_card
+
+NUMBERS = {"value": 1.5, "low": 1.0, "high": 2.0}
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    return {
+        "objective": {"name": "jbond", "n": 2, "beta": 0.5},
+        "reference": "some/base",
+        "rewards": ["letters"],
+        "num_prompts": 6,
+        "steps": 2,
+        "effective_n": NUMBERS | {"text": "1.5 [1.0, 2.0]"},
+        **dict.fromkeys(("win_rate", "kl", "reward"), NUMBERS),
+    } | changes
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_its_head_says_what_a_hub_reads(tmp_path: Path, adapter: bool) -> None:
+    if adapter:
+        (tmp_path / "adapter_config.json").write_text("{}")
+    # A colon and a quote: what a hand-written head would not survive.
+    config = {"model": "models/a: 'b'", "train_dataset": "train.jsonl", "eval_dataset": "data/held out.jsonl"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    write_card(tmp_path, result())
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "models/a: 'b'"
+    assert card.data.library_name == ("peft" if adapter else "transformers")
+    assert {"bondlm", "best-of-n"} <= set(card.data.tags)
+    measured = {each.metric_type: each for each in card.data.eval_results}
+    assert set(measured) == {"effective_n", "win_rate", "kl", "reward"}
+    assert measured["kl"].metric_value == 1.5
+    assert measured["kl"].metric_args == {"low": 1.0, "high": 2.0}
+    assert measured["kl"].dataset_name == "data/held out.jsonl"
+    assert "worth Best-of-1.5 [1.0, 2.0] of `some/base`" in card.text
+    assert "held out: `data/held out.jsonl`" in card.text
+
+
+def test_a_number_that_is_not_finite_is_in_the_text_alone(tmp_path: Path) -> None:
+    beyond = {"value": float("inf"), "low": 12.0, "high": float("inf"), "text": "> 16"}
+    write_card(tmp_path, result(effective_n=beyond, kl=NUMBERS | {"high": float("inf")}))
+    card = ModelCard.load(tmp_path / "README.md")
+    measured = {each.metric_type: each for each in card.data.eval_results}
+    assert set(measured) == {"win_rate", "kl", "reward"}
+    assert measured["kl"].metric_args == {"low": 1.0}
+    assert measured["kl"].dataset_name == "held-out prompts"
+    assert "> 16" in card.text

@@ -1,0 +1,32 @@
+from bondlm.evaluation.describe import describe_config, describe_objective
+from bondlm.objectives import BOND, JBOND, SelfBOND
+
+
+def test_an_objective_is_described_by_its_settings():
+    assert describe_objective("jbond", JBOND(beta=0.25)) == {
+        "name": "jbond",
+        "n": 2,
+        "beta": 0.25,
+        "gamma": 0.0,
+        "num_anchor_samples": 2,
+        "log_quantile": "jbond",
+    }
+    assert describe_objective("bond", BOND(n=8))["n"] == 8
+
+
+def test_a_config_that_names_little_is_described_whole_and_by_its_own_knobs():
+    assert describe_config({"objective": "best_of_n_sft", "n": 8, "anchor": "fixed", "model": "m"}) == {
+        "name": "best_of_n_sft",
+        "n": 8,
+        "anchor": "fixed",
+        "learning_rate": 3e-6,
+    }
+    assert describe_config({"use_peft": True, "beta": 0.25}) == describe_objective("jbond", JBOND(beta=0.25)) | {
+        "anchor": "ema",
+        "eta": 0.02,
+        "learning_rate": 1e-4,
+    }
+    own = describe_config({"objective": "self_bond", "n": 4})  # the anchor follows the objective
+    assert own == describe_objective("self_bond", SelfBOND(n=4)) | {"anchor": "fixed", "learning_rate": 3e-6}
+    assert describe_config({"gamma_ref": 0.5})["gamma_ref"] == 0.5
+    assert "num_samples" not in describe_config({"objective": "best_of_n_regression", "n": 4, "anchor": "fixed"})

@@ -1,0 +1,47 @@
+"""`bondlm reward-model` on tiny models: what it learns, and that it is a reward later."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bondlm.cli import main
+from bondlm.rewards import load_rewards, score
+from stages.helpers import CHEAP, preferences, save, write
+
+
+@pytest.mark.parametrize(("chat", "extra"), [(False, []), (True, []), (False, ["--use_peft"])])
+def test_a_reward_model_learns_the_preference_and_loads_as_a_reward(
+    tmp_path: Path, chat: bool, extra: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, model = write(tmp_path / "p.jsonl", preferences(40, chat=chat)), save(tmp_path / "model", "causal")
+    command = ["reward-model", "--model", model, "--train_dataset", data, "--output_dir", str(tmp_path / "rm")]
+    assert main([*command, "--num_train_epochs", "4", "--learning_rate", "5e-3", *CHEAP, *extra]) == 0
+    facts = json.loads((tmp_path / "rm" / "reward.json").read_text())
+    assert facts["accuracy"]["value"] > 0.9
+    assert (facts["held_out_pairs"], facts["train_pairs"]) == (4, 36)
+    assert "held-out accuracy" in capsys.readouterr().out
+    row = preferences(1, chat=chat)[0]
+    answers = [row["chosen"], row["rejected"]]
+    completions = [[{"role": "assistant", "content": a}] for a in answers] if chat else answers
+    scores = score(load_rewards(str(tmp_path / "rm"), dtype=torch.float32), [row["prompt"]] * 2, completions, {}).total
+    assert scores[0] > scores[1]
+
+
+def test_the_margin_in_training_is_the_difference_of_the_rewards_later(tmp_path: Path) -> None:
+    from bondlm.rewards.classifier import SequenceClassifierReward
+    from bondlm.stages.reward_model import Pairs, held_out_accuracy, load_base, margins
+
+    model, tokenizer = load_base(save(tmp_path / "model", "causal"))
+    rows, pairs = preferences(5), Pairs(model, tokenizer)
+    model.eval()
+    with torch.no_grad():
+        together = margins(model, pairs.collate(pairs.encode(rows)))
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    reward = SequenceClassifierReward(model, tokenizer)
+    prompts = [row["prompt"] for row in rows]
+    better, worse = (reward(prompts, [row[name] for row in rows]) for name in ("chosen", "rejected"))
+    assert together.tolist() == pytest.approx([a - b for a, b in zip(better, worse, strict=True)], abs=1e-5)
+    wins = sum(a > b for a, b in zip(better, worse, strict=True)) / 5
+    assert held_out_accuracy(model, pairs, rows, batch_size=2).accuracy.value == pytest.approx(wins)

@@ -1,0 +1,72 @@
+"""Answers and preferences in files: what is read, and what is refused with its line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bondlm.cli import main
+from bondlm.errors import DataError
+from bondlm.stages.rows import hold_out, read_answers, read_preferences
+from stages.helpers import preferences, write
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, r"sft\.jsonl:3: .*`completion`.*keys: prompt"),
+        ({"prompt": "a", "completion": "  "}, r"sft\.jsonl:3: `completion`.*empty"),
+        ({"prompt": "a", "completion": 3}, r"sft\.jsonl:3: `completion`.*text.*int"),
+        ({"prompt": "a", "completion": [{"role": "user", "content": "x"}]}, r"sft\.jsonl:3: `completion`.*assistant"),
+        ({"completion": "x"}, r"sft\.jsonl:3: .*`prompt`"),
+    ],
+)
+def test_bad_answers_are_refused_with_their_line_before_a_model_is_loaded(
+    tmp_path: Path, row: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sft.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n\n" + json.dumps(row) + "\n")  # a blank line
+    assert main(["sft", "--model", "no/such/model", "--train_dataset", str(path)]) == 3
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": "blue "}, r"p\.jsonl:2: `chosen`.*`rejected`"),
+        ({"chosen": ""}, r"p\.jsonl:2: `chosen`.*empty"),
+        ({"rejected": "\n"}, r"p\.jsonl:2: `rejected`.*empty"),
+        ({"rejected": None}, r"p\.jsonl:2: `rejected`.*text.*NoneType"),
+    ],
+)
+def test_bad_pairs_are_refused_with_their_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    rows = preferences(3)
+    rows[1] |= change
+    with pytest.raises(DataError, match=message):
+        read_preferences(write(tmp_path / "p.jsonl", rows))
+
+
+def test_many_bad_pairs_are_counted(tmp_path: Path) -> None:
+    rows = [row | {"rejected": row["chosen"]} for row in preferences(15)]
+    with pytest.raises(DataError, match="5 more bad rows"):
+        read_preferences(write(tmp_path / "p.jsonl", rows))
+
+
+def test_prompts_of_the_accuracy_are_no_training_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "p.jsonl", preferences(4))
+    assert main(["reward-model", "--model", "m", "--train_dataset", data, "--eval_dataset", data]) == 3
+    assert "4 of 4 rows" in capsys.readouterr().err
+    kept, held = hold_out(preferences(20) + preferences(20))
+    assert {row["prompt"] for row in kept} & {row["prompt"] for row in held} == set()
+    assert (len(kept), len(held)) == (36, 4)
+    with pytest.raises(DataError, match=r"\b4 distinct prompts.*eval_dataset"):
+        hold_out(preferences(4))
+
+
+def test_an_assistant_message_is_its_text(tmp_path: Path) -> None:
+    message = [{"role": "assistant", "content": "yes"}]
+    assert read_answers(write(tmp_path / "a.jsonl", [{"prompt": "q", "completion": message}])) == [
+        {"prompt": "q", "completion": "yes"}
+    ]

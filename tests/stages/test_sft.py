@@ -1,0 +1,97 @@
+"""`bondlm sft` on tiny models: what it learns, what it saves, what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bondlm.cli import main
+from bondlm.stages.sft import IGNORED, Examples
+from stages.helpers import CHEAP, save, write
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("causal", []), ("causal", ["--use_peft"]), ("t5", [])])
+def test_sft_learns_the_answers_and_saves_what_bondlm_loads(
+    tmp_path: Path, kind: str, extra: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row | {"summary": "blue"} for row in prompt_rows(8, chat=kind == "causal")]
+    data, model = write(tmp_path / "sft.jsonl", rows), save(tmp_path / "model", kind)
+    command = ["sft", "--model", model, "--train_dataset", data, "--eval_dataset", data]
+    command += ["--completion_column", "summary", "--max_completion_length", "16"]
+    command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "20", "--learning_rate", "2e-2", *CHEAP, *extra]
+    assert main(command) == 0
+    facts = json.loads((tmp_path / "out" / "sft.json").read_text())
+    assert facts["held_out_loss"]["after"] < 0.6 * facts["held_out_loss"]["before"]
+    assert facts["steps"] == 20
+    assert "held-out loss per token" in capsys.readouterr().out
+    assert (
+        main(["sample", "--model", str(tmp_path / "out"), "--prompt", PROMPTS[0], "--max_completion_length", "4"]) == 0
+    )
+    assert main(command) == 6  # the folder holds a model now
+    assert "already holds a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_only_the_answer_and_its_end_are_learned(chat: bool) -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    model = tiny_causal(tokenizer)
+    examples = Examples(model, tokenizer, max_prompt_length=None, max_completion_length=16)
+    rows = [
+        row | {"completion": text} for row, text in zip(prompt_rows(2, chat=chat), ("sky", "cats like it"), strict=True)
+    ]
+    encoded = examples.encode(rows)
+    batch = examples.collate(encoded)
+    for ids, labels, row, parts in zip(batch["input_ids"], batch["labels"], rows, encoded, strict=True):
+        learned = ids[labels != IGNORED]
+        assert learned.tolist() == labels[labels != IGNORED].tolist() == parts["completion_ids"]
+        assert tokenizer.decode(learned[:-1]) == row["completion"]
+        assert learned[-1] == tokenizer.eos_token_id
+    # The loss is the mean of -log p over exactly these tokens.
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].log_softmax(-1)
+    target = batch["labels"][:, 1:]
+    chosen = logits.gather(2, target.clamp_min(0).unsqueeze(2)).squeeze(2)[target != IGNORED]
+    assert model(**batch).loss.item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
+
+
+def test_padding_in_a_batch_changes_no_loss() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    model = tiny_t5(tokenizer, dropout=0.0)
+    examples = Examples(model, tokenizer, max_prompt_length=None, max_completion_length=32)
+    rows = [{"prompt": "a", "completion": "bc"}, {"prompt": PROMPTS[1], "completion": PROMPTS[2]}]
+    encoded = examples.encode(rows)
+    counts = [len(row["completion_ids"]) for row in encoded]
+    alone = [model(**examples.collate([row])).loss.item() for row in encoded]
+    together = model(**examples.collate(encoded)).loss.item()
+    assert together == pytest.approx(sum(a * c for a, c in zip(alone, counts, strict=True)) / sum(counts), rel=1e-5)
+
+
+def test_sft_refuses_long_answers_chats_without_template_and_wrong_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = write(tmp_path / "chat.jsonl", [row | {"completion": "yes"} for row in prompt_rows(2, chat=True)])
+    texts = write(tmp_path / "text.jsonl", [{"prompt": "a", "completion": "long " * 50}])
+    model = save(tmp_path / "model", "t5")
+    base = ["sft", "--model", model, "--output_dir", str(tmp_path / "out"), *CHEAP]
+    assert main([*base, "--train_dataset", chats]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    assert main([*base, "--train_dataset", texts, "--max_completion_length", "8"]) == 3
+    assert "longer than max_completion_length=8" in capsys.readouterr().err
+    assert main([*base, "--train_dataset", texts, "--learning_rat", "1"]) == 2
+    assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+    assert main([*base, "--train_dataset", texts, "--lora_r", "4"]) == 2
+    assert "use_peft is not" in capsys.readouterr().err
+    assert main(["sft", "--train_dataset", texts]) == 2
+    assert main([*base, "--train_dataset", "EdinburghNLP/xsum"]) == 3
+    assert "recipes/prepare.py" in capsys.readouterr().err
+
+
+def test_the_saved_adapter_names_its_base(tmp_path: Path) -> None:
+    data = write(tmp_path / "sft.jsonl", [row | {"completion": "x"} for row in prompt_rows(4)])
+    model = save(tmp_path / "model", "causal")
+    command = ["sft", "--model", model, "--train_dataset", data, "--output_dir", str(tmp_path / "out"), "--use_peft"]
+    assert main([*command, "--max_steps", "1", "--max_completion_length", "8", *CHEAP]) == 0
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == model
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,106 @@
+"""Evaluations: what a policy has gained over its reference, and that measuring leaves the run alone."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import prompt_rows
+from transformers import TrainerCallback
+
+from bondlm import BONDTrainer
+from bondlm.errors import ConfigError
+from trainer.helpers import logged, same, trainer, weights, without_times
+
+
+def held_out(made: BONDTrainer) -> dict[str, float]:
+    return made.evaluate(prompt_rows(96)[64:])
+
+
+def test_jbond_beats_its_reference(tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path,
+        rows=64,
+        max_steps=40,
+        per_device_train_batch_size=16,
+        max_completion_length=6,
+        learning_rate=1e-2,
+        logging_steps=10,
+        eval_num_samples=8,
+        eval_num_reference_samples=16,
+    )
+    before = held_out(made)
+    assert before["eval_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert before["eval_win_rate_low"] <= 0.5 <= before["eval_win_rate_high"]
+    made.train()
+    after = held_out(made)
+    assert after["eval_win_rate_low"] > 0.6
+    assert after["eval_effective_n_low"] > 2
+    assert after["eval_kl_low"] > 0
+    assert after["eval_reward_low"] > before["eval_reward_high"]
+    assert after["eval_reference_reward"] == before["eval_reference_reward"]  # the reference never moves
+    rows = [row for row in logged(tmp_path) if "loss" in row]
+    assert rows[-1]["anchor/reward"] > rows[0]["anchor/reward"]  # and the anchor follows
+
+
+def test_gamma_holds_the_policy_near_the_reference(tmp_path: Path) -> None:
+    results = {}
+    for gamma in (0.0, 10.0):
+        made = trainer(
+            tmp_path / str(gamma),
+            rows=64,
+            max_steps=20,
+            per_device_train_batch_size=32,
+            learning_rate=2e-3,
+            eta=0.3,
+            gamma=gamma,
+            eval_num_samples=8,
+        )
+        made.train()
+        results[gamma] = held_out(made)
+    assert results[10.0]["eval_kl_high"] < results[0.0]["eval_kl_low"]
+
+
+class NoteEvaluation(TrainerCallback):
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.metrics.append(metrics)
+
+
+def test_evaluation_is_repeatable_and_leaves_the_run_alone(tmp_path: Path) -> None:
+    plain, watched = trainer(tmp_path / "plain"), trainer(tmp_path / "watched", eval_dataset=prompt_rows(12)[8:])
+    note = NoteEvaluation()
+    watched.add_callback(note)
+    once = watched.evaluate()
+    assert without_times([watched.evaluate()]) == without_times([once])
+    assert note.metrics[0] == once
+    watched.args.eval_strategy, watched.args.eval_steps = "steps", 1
+    for made in (plain, watched):
+        made.train()
+    assert same(weights(plain.roles.model), weights(watched.roles.model))
+    parts = watched.evaluate({"one": prompt_rows(4), "two": prompt_rows(8)[4:]})
+    assert {name.split("_")[1] for name in parts if name != "epoch"} == {"one", "two"}
+
+
+@pytest.mark.parametrize(("target_n", "gain", "steps"), [(3.0, 10, 1), (3.0, 0, 3), (None, 10, 3)])
+def test_target_n_stops_the_run_once_it_is_reached(
+    target_n: float | None, gain: float, steps: int, tmp_path: Path
+) -> None:
+    def stub(dataset: Any) -> Any:
+        """Policy samples that are the reference's, with `gain` on every reward."""
+        samples = made.sample(dataset.to_list(), "reference", 4)
+        return replace(samples, rewards_PM=samples.rewards_PM + gain), samples
+
+    made = trainer(
+        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, eval_dataset=prompt_rows(4), target_n=target_n
+    )
+    made.held_out_samples = stub  # type: ignore[method-assign]
+    made.train()
+    assert made.state.global_step == steps
+
+
+def test_evaluation_without_prompts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="eval_dataset"):
+        trainer(tmp_path).evaluate()

@@ -1,0 +1,68 @@
+"""Data sets and models that cannot be trained are refused before the first step."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import prompt_rows, tiny_causal
+from torch import nn
+
+from bondlm.errors import ConfigError, DataError
+from trainer.helpers import TOKENIZER, logged, lora, trainer
+
+
+def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    rows = prompt_rows(3)
+    longest = max(len(TOKENIZER.encode(row["prompt"])) for row in rows)
+    trainer(tmp_path, train_dataset=rows, max_prompt_length=longest)
+    with pytest.raises(DataError, match="row"):
+        trainer(tmp_path, train_dataset=rows, max_prompt_length=longest - 1)
+    with pytest.raises(DataError):  # prompt and completion together leave the model's 256 positions
+        trainer(tmp_path, train_dataset=rows, max_completion_length=250)
+    with pytest.raises(DataError):
+        trainer(tmp_path, train_dataset=rows, eval_dataset=[{"prompt": ""}])
+
+
+def frozen_model() -> nn.Module:
+    return tiny_causal(TOKENIZER).requires_grad_(False)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
+    "init kwargs of a loaded model": (lambda: None, {"model_init_kwargs": {"a": 1}}, "model_init_kwargs"),
+    "no trainable parameter": (frozen_model, {}, "no trainable parameter"),
+    "an adapter on an adapter": (
+        lambda: PeftModel(tiny_causal(TOKENIZER), lora()),
+        {"peft_config": lora()},
+        "adapter already",
+    ),
+    "a name that is nowhere": (lambda: "/nowhere/at/all", {}, "/nowhere/at/all"),
+}
+
+
+@pytest.mark.parametrize(("model", "settings", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_models_that_cannot_be_trained_are_refused(
+    model: Callable[[], Any], settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, model(), **settings)
+
+
+def test_bf16_weights_are_refused_where_they_would_train(tmp_path: Path) -> None:
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="bfloat16"):
+        trainer(tmp_path, str(tmp_path), dtype="bfloat16")
+    frozen = trainer(tmp_path, str(tmp_path), dtype="bfloat16", peft_config=lora())
+    assert {p.dtype for p in frozen.roles.model.parameters() if p.requires_grad} == {torch.float32}
+    assert frozen.roles.core.lm_head.weight.dtype == torch.bfloat16
+    frozen.train()
+    assert logged(tmp_path)[0]["anchor/gap_closed"] == pytest.approx(1, abs=1e-3)
+
+
+def test_an_evaluation_without_held_out_prompts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"eval_strategy='steps' \(target_n=2.0, kl_budget=None\) without eval_dataset"
+    ):
+        trainer(tmp_path, eval_strategy="steps", eval_steps=1, target_n=2.0)

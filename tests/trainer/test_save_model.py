@@ -1,0 +1,65 @@
+"""What a run saves is a plain model or a plain adapter of transformers and PEFT."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import prompt_rows, tiny_causal
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from bondlm import BONDTrainer
+from trainer.helpers import MODELS, TOKENIZER, config, lora, low_ids, trainer
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    ids = torch.tensor([TOKENIZER.encode("What is two plus three?")])
+    extra = {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=ids, **extra).logits
+
+
+@pytest.mark.parametrize(("kind", "auto"), [("llama", AutoModelForCausalLM), ("t5", AutoModelForSeq2SeqLM)])
+def test_a_saved_folder_is_a_plain_model(kind: str, auto: Any, tmp_path: Path) -> None:
+    made = trainer(tmp_path, MODELS[kind](TOKENIZER), learning_rate=1e-2)
+    made.train()
+    made.save_model()
+    loaded = auto.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(made.roles.model))
+    assert not torch.allclose(logits(loaded), logits(MODELS[kind](TOKENIZER)), atol=1e-2)  # it was trained
+    assert AutoTokenizer.from_pretrained(tmp_path).encode("hello") == TOKENIZER.encode("hello")
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_saved_adapter_is_a_plain_adapter(kind: str, tmp_path: Path) -> None:
+    made = trainer(tmp_path, MODELS[kind](TOKENIZER), learning_rate=1e-2, peft_config=lora(kind))
+    made.train()
+    made.save_model()
+    assert not {"anchor", "reference"} & {path.name for path in tmp_path.iterdir()}
+    loaded = PeftModel.from_pretrained(MODELS[kind](TOKENIZER), str(tmp_path))
+    assert list(loaded.peft_config) == ["default"]
+    with made.roles.use("policy") as policy:
+        torch.testing.assert_close(logits(loaded), logits(policy), atol=1e-6, rtol=0)
+    assert not torch.allclose(logits(loaded), logits(MODELS[kind](TOKENIZER)), atol=1e-2)
+
+
+def test_a_run_can_start_from_the_adapter_of_another(tmp_path: Path) -> None:
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    common: dict[str, Any] = {"learning_rate": 1e-2, "dtype": "float32"}
+    first = trainer(tmp_path / "first", str(tmp_path / "base"), peft_config=lora(), **common)
+    first.train()
+    first.save_model()
+    second = BONDTrainer(
+        str(tmp_path / "first"), low_ids, config(tmp_path / "second", **common), train_dataset=prompt_rows(8)
+    )
+    with first.roles.use("policy") as policy, second.roles.use("reference") as reference:
+        start = logits(policy)
+        torch.testing.assert_close(logits(reference), start, atol=1e-5, rtol=0)
+    second.train()
+    with second.roles.use("reference") as reference:
+        torch.testing.assert_close(logits(reference), start, atol=1e-5, rtol=0)
+    with second.roles.use("policy") as policy:
+        assert not torch.allclose(logits(policy), start, atol=1e-2)
