@@ -151,7 +151,18 @@ def small_config(config_class: Any, extras: dict[str, Any]) -> Any:
 
 
 def build(model_type: str, *, seed: int = 0) -> Any:
-    """A tiny model with distributions that are far from uniform and depend on all that came before."""
+    """A tiny model with distributions that are far from uniform and depend on all that came before.
+
+    Raises:
+        CannotBuildError: for whatever reason.
+    """
+    try:
+        return _built(model_type, seed)
+    except Exception as error:
+        raise CannotBuildError(str(error)) from error
+
+
+def _built(model_type: str, seed: int) -> Any:
     extras = dict(EXTRAS.get(model_type, {}))
     config = small_config(CONFIG_MAPPING[model_type], extras)
     auto = NAMES[model_type]

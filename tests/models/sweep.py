@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bondlm.data.context import start_id
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
 from bondlm.errors import ConfigError
-from bondlm.models.facts import start_id, vocabulary_size
+from bondlm.models.facts import vocabulary_size
 from bondlm.models.head import exact_head
 from bondlm.models.load import disable_dropout
 from bondlm.models.logprobs import Group, collate, score_groups, token_logprobs
-from bondlm.models.probe import check_model
+from bondlm.models.probe import FAILURES, check_model
 from bondlm.models.ways import Ways, ways_of
 from models.families import EOS, NAMES, PAD, CannotBuildError, build
 
@@ -127,7 +128,7 @@ def verdict(family: str) -> Verdict:
     """Build a tiny model of the family and hold all that training asks of it against the plain way."""
     try:
         model = build(family)
-    except (CannotBuildError, ImportError, ValueError, AttributeError, RuntimeError) as error:
+    except CannotBuildError as error:
         return Verdict(family, "not tried", _first_line(error))
     try:
         worst, shares = check(model, PAD, EOS)
@@ -189,7 +190,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     found = {}
     for family in options.families or NAMES:
-        found[family] = verdict(family)
+        try:
+            found[family] = verdict(family)
+        except FAILURES as error:
+            found[family] = Verdict(family, "CRASH", _first_line(error))
         print(" | ".join(found[family]), flush=True)
     if options.write:
         write_page(found)

@@ -1,4 +1,4 @@
-"""How long a text may be for a model, by its config."""
+"""How a text begins, and how long it may be for a model, by its config."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +36,15 @@ def check_completion_length(config: Any, max_completion_length: int) -> None:
             f"max_completion_length={max_completion_length}: the decoder of this {config.model_type} has {limit} "
             "positions. Set at most that"
         )
+
+
+def start_id(model: Any) -> int | None:
+    """The token that the decoder of an encoder-decoder model begins with; None for a decoder-only model."""
+    if not model.config.is_encoder_decoder:
+        return None
+    places = (model.config, model.generation_config)
+    found = [getattr(config, "decoder_start_token_id", None) for config in places]
+    return next((int(token) for token in found if token is not None), None)
 
 
 def _positions(config: Any, end: str) -> int | None:

@@ -65,21 +65,10 @@ def layer_configs(config: Any) -> Iterator[Any]:
         yield text
 
 
-def start_id(model: Any) -> int | None:
-    """The token that the decoder of an encoder-decoder model begins with; None for a decoder-only model."""
-    if not model.config.is_encoder_decoder:
-        return None
-    for config in (model.generation_config, model.config):
-        found = getattr(config, "decoder_start_token_id", None)
-        if found is not None:
-            return int(found)
-    return None
-
-
 def takes_argument(model: Any, name: str) -> bool:
     """Whether the transformers model, inside whatever wraps it, names this argument of its forward pass."""
-    while hasattr(model, "module"):  # DDP and the like
-        model = model.module
+    while inner := vars(model).get("_modules", {}).get("module") or vars(model).get("_modules", {}).get("_orig_mod"):
+        model = inner  # DDP, DeepSpeed, torch.compile
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in _arguments(type(core))  # type: ignore[arg-type]
 

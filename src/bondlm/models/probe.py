@@ -20,9 +20,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from bondlm.data.context import SELECTED, context_length
+from bondlm.data.context import SELECTED, context_length, start_id
 from bondlm.errors import ConfigError
-from bondlm.models.facts import has_full_attention, start_id, text_config, vocabulary_size
+from bondlm.models.facts import has_full_attention, text_config, vocabulary_size
 from bondlm.models.logprobs import Group, batch_behind_prefix, collate, completion_logits
 from bondlm.models.prefix import LEAST_SHARED, prefill_prefix, repeated
 from bondlm.models.ways import remember, ways_of

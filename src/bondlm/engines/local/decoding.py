@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from bondlm.data.context import start_id
 from bondlm.engines.local.cache import growing_cache, grows, moves_rows_in_place, prompt_cache, select_rows, stacked
 from bondlm.engines.local.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState, Step
 from bondlm.engines.local.plain_loop import PlainState
-from bondlm.models.facts import decoder_config, has_full_attention, start_id, takes_argument
+from bondlm.models.facts import decoder_config, has_full_attention, takes_argument
 from bondlm.models.prefix import prefill_prefix, shared_prefix
 from bondlm.models.row_adapters import RowAdapters
 from bondlm.models.ways import ways_of

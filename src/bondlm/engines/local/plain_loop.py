@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bondlm.models.facts import start_id
+from bondlm.data.context import start_id
 from bondlm.models.row_adapters import RowAdapters
 
 
