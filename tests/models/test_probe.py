@@ -106,6 +106,15 @@ def test_attention_that_counts_columns_is_found_where_padding_parts_them() -> No
     assert reach(build("gpt_neo")) > limits(build("gpt_neo").config)["window_size"]
 
 
+def test_a_flat_model_hides_nothing() -> None:
+    """What is wrong in a fresh model by a thousandth of a nat is wrong by whole nats once it has learned."""
+    model = build("mpt")
+    disable_dropout(model)
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(0.02)  # the head too: its distributions are nearly uniform
+    assert not check_model(model, CPU)
+
+
 @pytest.mark.parametrize(
     ("family", "ways"),
     [
