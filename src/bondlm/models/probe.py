@@ -58,17 +58,21 @@ def check_model(model: Any, device: torch.device, *, is_noise_allowed: bool = Fa
 
 def _checked(model: Any, device: torch.device, *, is_noise_allowed: bool, distributed: bool) -> bool:
     name = type(model).__name__
-    groups = probe_groups(model)
+    groups, is_low = probe_groups(model), is_low_precision(model)
     plain = plain_logits(model, groups, device)
     check_causal(model, groups, plain, device, name)
     if not is_noise_allowed:
         _check_noise(model, groups, device, name)
     _check_batches(model, groups, plain, device, name)
     if model.config.is_encoder_decoder:
-        return not distributed and agrees(lambda: batched_logits(model, groups, device), plain)
+        return not distributed and agrees(lambda: batched_logits(model, groups, device), plain, is_low=is_low)
     is_whole = sees_all(model)
-    packed = is_whole and agrees(lambda: batched_logits(model, groups, device), plain)
-    prefix = ways_of(model).prefix and is_whole and agrees(lambda: _logits_behind_prefix(model, groups, device), plain)
+    packed = is_whole and agrees(lambda: batched_logits(model, groups, device), plain, is_low=is_low)
+    prefix = (
+        ways_of(model).prefix
+        and is_whole
+        and agrees(lambda: _logits_behind_prefix(model, groups, device), plain, is_low=is_low)
+    )
     remember(model, prefix=prefix)
     if has_full_attention(model.config) and not (packed and prefix):
         _LOGGER.info(
@@ -182,33 +186,38 @@ def _cut(logits_PLTV: Tensor, groups: Sequence[Group]) -> Logits:
     return [each[: len(c)] for each, c in zip(logits_PLTV.flatten(0, 1), flat, strict=True)]
 
 
-def nats_apart(seen: Tensor, plain: Tensor) -> float:
+def nats_apart(seen: Tensor, plain: Tensor, *, is_low: bool) -> float:
     """Expected difference of a token's log-probability; the largest of the given positions (N, V).
 
-    In low precision the mean over them.
+    In low precision (`is_low`) the mean over them.
     """
     mine, theirs = seen.float().log_softmax(-1), plain.float().log_softmax(-1)
     weighed = torch.where(theirs > -torch.inf, theirs.exp() * (mine - theirs).abs(), 0.0).sum(-1)
-    found = weighed.mean() if is_low_precision(seen) else weighed.max()
+    found = weighed.mean() if is_low else weighed.max()
     return float(found) if torch.isfinite(found) else float("inf")
 
 
-def is_low_precision(logits: Tensor) -> bool:
-    """Whether these were computed in bf16 or fp16, by the weights or by autocast."""
-    return logits.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(logits.device.type)
+def is_low_precision(model: Any) -> bool:
+    """Whether it computes in bf16 or fp16, by its weights or by autocast; its logits may be fp32 all the same."""
+    return model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(model.device.type)
 
 
-def tolerance(logits: Tensor) -> float:
+def tolerance(*, is_low: bool) -> float:
     """Nats per token that two ways may differ by."""
-    return LOW_PRECISION_TOLERANCE if is_low_precision(logits) else TOLERANCE
+    return LOW_PRECISION_TOLERANCE if is_low else TOLERANCE
 
 
-def difference(logits: Logits, plain: Logits) -> float:
+def refused_beyond(*, is_low: bool) -> float:
+    """Nats per token beyond which a model is refused."""
+    return REFUSED_IN_LOW_PRECISION if is_low else TOLERANCE
+
+
+def difference(logits: Logits, plain: Logits, *, is_low: bool) -> float:
     """`nats_apart` of all completions together."""
-    return nats_apart(torch.cat(logits), torch.cat(plain))
+    return nats_apart(torch.cat(logits), torch.cat(plain), is_low=is_low)
 
 
-def agrees(compute: Callable[[], Logits], plain: Logits) -> bool:
+def agrees(compute: Callable[[], Logits], plain: Logits, *, is_low: bool) -> bool:
     """Whether this way gives the plain distributions; one that the model cannot take does not. OOM is raised."""
     try:
         logits = compute()
@@ -216,19 +225,19 @@ def agrees(compute: Callable[[], Logits], plain: Logits) -> bool:
         if _is_memory(error):
             raise
         return False
-    return difference(logits, plain) <= tolerance_of(plain)
+    return difference(logits, plain, is_low=is_low) <= tolerance_of(plain, is_low=is_low)
 
 
-def tolerance_of(plain: Logits) -> float:
+def tolerance_of(plain: Logits, *, is_low: bool) -> float:
     """Nats per token that two ways may differ by; less for a model whose tokens hardly depend on its prompt.
 
     The first and the last of `plain` follow other prompts. A fresh model is nearly flat: what is wrong in it would show
     in its numbers only later.
     """
-    usual = tolerance(plain[0])
-    if is_low_precision(plain[0]):
+    usual = tolerance(is_low=is_low)
+    if is_low:
         return usual
-    return min(usual, max(LEAST_TOLERANCE, nats_apart(plain[0][:1], plain[-1][:1]) / 100))
+    return min(usual, max(LEAST_TOLERANCE, nats_apart(plain[0][:1], plain[-1][:1], is_low=is_low) / 100))
 
 
 # -- refusals
@@ -255,8 +264,9 @@ def check_causal(model: Any, groups: Sequence[Group], plain: Logits, device: tor
     prompt, completions = groups[-1]
     first: Group = (prompt, [completions[0][:1]])
     (alone,) = batched_logits(model, [first], device, is_plain=True)
-    apart = nats_apart(plain[-len(completions)][:1], alone)
-    if apart > max(tolerance(alone), REFUSED_IN_LOW_PRECISION * is_low_precision(alone)):
+    is_low = is_low_precision(model)
+    apart = nats_apart(plain[-len(completions)][:1], alone, is_low=is_low)
+    if apart > refused_beyond(is_low=is_low):
         raise ConfigError(
             f"{name} attends to later tokens: what follows changes a token's distribution by {apart:.2g} nats. It is "
             "no causal language model as it is configured (is_decoder=True makes one of some encoders)"
@@ -278,8 +288,9 @@ def _check_noise(model: Any, groups: Sequence[Group], device: torch.device, name
         raise ConfigError(f"{name} cannot compute a text in training mode: {error}") from error
     finally:
         model.eval()
-    apart = max(difference(seen, other) for seen, other in pairwise(passes))
-    if apart > max(tolerance(passes[0][0]), REFUSED_IN_LOW_PRECISION * is_low_precision(passes[0][0])):
+    is_low = is_low_precision(model)
+    apart = max(difference(seen, other, is_low=is_low) for seen, other in pairwise(passes))
+    if apart > refused_beyond(is_low=is_low):
         names = ", ".join(noise_of(model)) or "something that bondlm has no name for"
         raise ConfigError(
             f"{name}: passes in training mode differ by {apart:.2g} nats per token: it applies {names} in training. "
@@ -308,15 +319,16 @@ def noise_of(model: nn.Module) -> list[str]:
 def _check_batches(model: Any, groups: Sequence[Group], plain: Logits, device: torch.device, name: str) -> None:
     """In a batch, padded right, each text must be what it is alone."""
     alone: list[Group] = [(prompt, [c]) for prompt, cs in groups for c in cs]
+    is_low = is_low_precision(model)
     try:
-        apart = difference(batched_logits(model, alone, device), plain)
+        apart = difference(batched_logits(model, alone, device), plain, is_low=is_low)
     except FAILURES as error:
         if _is_memory(error):
             raise
         raise ConfigError(f"{name} cannot be computed in a batch of padded texts: {error}") from error
-    if apart > max(tolerance(plain[0]), REFUSED_IN_LOW_PRECISION * is_low_precision(plain[0])):
+    if apart > refused_beyond(is_low=is_low):
         raise ConfigError(
             f"{name}: in a batch, padded on the right, a text gets other distributions than alone: {apart:.2g} nats "
-            f"per token, of {tolerance(plain[0])} allowed. The model mixes rows, counts padding, or numbers "
+            f"per token, of {refused_beyond(is_low=is_low)} allowed. The model mixes rows, counts padding, or numbers "
             "positions in a way of its own; bondlm cannot train it"
         )

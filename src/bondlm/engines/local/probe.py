@@ -18,6 +18,7 @@ from bondlm.models.probe import (
     check_causal,
     check_decoder,
     in_eval_mode,
+    is_low_precision,
     plain_logits,
     probe_ids,
     reach,
@@ -54,10 +55,10 @@ def _found(model: Any) -> Ways:
     prompts = _prompts(model)
     tokens = [probe_ids(model, NUM_STEPS, seed=10 + i) for i in range(len(prompts))]
     groups: list[Group] = [(prompt, [row]) for prompt, row in zip(prompts, tokens, strict=True)]
-    plain = plain_logits(model, groups, model.device)
+    plain, is_low = plain_logits(model, groups, model.device), is_low_precision(model)
     for way, reason in FASTEST_FIRST:
         remember(model, prefix=False, **way)
-        if agrees(lambda: _decoded(model, prompts, tokens), plain):
+        if agrees(lambda: _decoded(model, prompts, tokens), plain, is_low=is_low):
             if reason:
                 _LOGGER.info(f"engine: {name} is decoded {reason}")
             break
@@ -69,7 +70,7 @@ def _found(model: Any) -> Ways:
         )
     if wanted and ways_of(model).padded and sees_all(model):
         remember(model, prefix=True)
-        remember(model, prefix=agrees(lambda: _decoded(model, prompts, tokens), plain))
+        remember(model, prefix=agrees(lambda: _decoded(model, prompts, tokens), plain, is_low=is_low))
     return ways_of(model)
 
 
