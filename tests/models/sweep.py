@@ -129,7 +129,7 @@ def verdict(family: str) -> Verdict:
     try:
         model = build(family)
     except CannotBuildError as error:
-        return Verdict(family, "not tried", _first_line(error))
+        return Verdict(family, "not tried", f"no small config: {_first_line(error)}")
     try:
         worst, shares = check(model, PAD, EOS)
     except ConfigError as error:
