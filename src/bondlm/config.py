@@ -134,13 +134,13 @@ class BONDConfig(TrainingArguments):
     reward_timeout_s: float = _field(
         60.0,
         "Seconds that a request to a reward server, or a call of an async reward function, may take.",
-        above(0),
+        above(0, "seconds"),
         may_change="always",
     )
     reward_outage_s: float = _field(
         600.0,
         "Seconds that the run waits for a reward server that is down; then it saves and ends.",
-        at_least(0),
+        at_least(0, "seconds"),
         may_change="always",
     )
     max_skipped_frac: float = _field(
@@ -183,8 +183,10 @@ class BONDConfig(TrainingArguments):
         None, "vllm: with vllm_server='auto', the Python interpreter that has vLLM installed. Default: this one."
     )
     vllm_server_args: list[str] | None = _field(None, "vllm: more options for a server that is started ('auto').")
-    vllm_timeout: float = _field(600.0, "vllm: seconds until an answer is given up for lost.", above(0))
-    vllm_start_timeout: float = _field(600.0, "vllm: seconds until a server that is started must answer.", above(0))
+    vllm_timeout: float = _field(600.0, "vllm: seconds until an answer is given up for lost.", above(0, "seconds"))
+    vllm_start_timeout: float = _field(
+        600.0, "vllm: seconds until a server that is started must answer.", above(0, "seconds")
+    )
     max_rows: int | None = _field(
         None,
         "Most completions that are decoded together. Default: as many as fit into memory (on a CPU 96 at most).",
@@ -238,7 +240,7 @@ class BONDConfig(TrainingArguments):
         None,
         "Seconds that a process waits for another one. Default: 600, or longer than a reward server may take "
         "(reward_outage_s + 2 * reward_timeout_s + 60): 780.",
-        above(0),
+        above(0, "seconds"),
         may_change="always",
     )
     report_to: str | list[str] | None = _field(

@@ -23,7 +23,7 @@ CASES = {
 @pytest.mark.parametrize("tie_break", ["first", "uniform"])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_law_and_kl_equal_the_enumeration_of_all_draws(case, n, tie_break):
+def test_distribution_and_kl_equal_the_enumeration_of_all_draws(case, n, tie_break):
     probs, rewards = CASES[case]
     expected = best_of_n_by_enumeration(probs, rewards, n, tie_break)
     np.testing.assert_allclose(best_of_n_probs(probs, rewards, n), expected, rtol=0, atol=1e-12)
@@ -36,7 +36,7 @@ def test_law_and_kl_equal_the_enumeration_of_all_draws(case, n, tie_break):
     levels=st.lists(st.integers(0, 2), min_size=5, max_size=5),
     n=st.integers(1, 4),
 )
-def test_law_of_any_small_space_equals_the_enumeration(weights, levels, n):
+def test_distribution_of_any_small_space_equals_the_enumeration(weights, levels, n):
     probs = np.array(weights) / sum(weights)
     rewards = np.array(levels[: len(weights)], dtype=float)
     expected = best_of_n_by_enumeration(probs, rewards, n, "first")
@@ -112,9 +112,9 @@ def test_bound_values(n, expected):
 
 def test_tiny_and_huge_masses_stay_accurate():
     probs = np.array([1e-18, 1.0 - 1e-12, 1e-12])
-    law = best_of_n_probs(probs, np.array([0.0, 1.0, 2.0]), 1000)
-    assert law[2] == pytest.approx(1e-9, rel=1e-6)
-    assert law[0] == 0.0
+    best = best_of_n_probs(probs, np.array([0.0, 1.0, 2.0]), 1000)
+    assert best[2] == pytest.approx(1e-9, rel=1e-6)
+    assert best[0] == 0.0
     # A rare level under a likely one: plain subtraction of two numbers near 1 would lose it.
     low = best_of_n_probs(np.array([0.9, 1e-17, 0.1 - 1e-17]), np.array([0.0, 1.0, 2.0]), 2)
     assert low[1] == pytest.approx(2 * 0.9 * 1e-17, rel=1e-9)
@@ -157,18 +157,18 @@ def test_the_kind_that_comes_in_goes_out_in_float64():
 @pytest.mark.parametrize(
     ("probs", "rewards", "n", "message"),
     [
-        ([0.5, 0.4], [0.0, 1.0], 2, "sum to 1"),
-        ([1.5, -0.5], [0.0, 1.0], 2, "negative"),
-        ([math.nan, 1.0], [0.0, 1.0], 2, "finite"),
-        ([0.5, 0.5], [0.0, math.nan], 2, "rewards must be finite"),
-        ([0.5, 0.5], [0.0, math.inf], 2, "rewards must be finite"),
-        ([0.5, 0.5], [0.0, 1.0, 2.0], 2, "same shape"),
-        ([], [], 2, "at least one outcome"),
-        (1.0, 1.0, 2, "at least one outcome"),
-        ([0.5, 0.5], [0.0, 1.0], 0.5, "n must be"),
-        ([0.5, 0.5], [0.0, 1.0], math.nan, "n must be"),
-        ([0.5, 0.5], [0.0, 1.0], math.inf, "n must be"),
-        ([0.5, 0.5], ["a", "b"], 2, "rewards must be a numpy array"),
+        ([0.5, 0.4], [0.0, 1.0], 2, "^ref_probs .*sum"),
+        ([1.5, -0.5], [0.0, 1.0], 2, r"^ref_probs .*-0\.5"),
+        ([math.nan, 1.0], [0.0, 1.0], 2, "^ref_probs .*nan"),
+        ([0.5, 0.5], [0.0, math.nan], 2, "^rewards .*nan"),
+        ([0.5, 0.5], [0.0, math.inf], 2, "^rewards .*inf"),
+        ([0.5, 0.5], [0.0, 1.0, 2.0], 2, "^ref_probs and rewards "),
+        ([], [], 2, r"^ref_probs .*\(0,\)"),
+        (1.0, 1.0, 2, r"^ref_probs .*\(\)"),
+        ([0.5, 0.5], [0.0, 1.0], 0.5, r"^n .*0\.5"),
+        ([0.5, 0.5], [0.0, 1.0], math.nan, "^n .*nan"),
+        ([0.5, 0.5], [0.0, 1.0], math.inf, "^n .*inf"),
+        ([0.5, 0.5], ["a", "b"], 2, "^rewards .*'a'"),
     ],
 )
 @pytest.mark.parametrize("function", [best_of_n_probs, best_of_n_kl])
@@ -178,7 +178,7 @@ def test_bad_input_is_refused(function, probs, rewards, n, message):
 
 
 def test_negative_rounds_and_small_orders_are_refused():
-    with pytest.raises(ValueError, match="times"):
+    with pytest.raises(ValueError, match=r"^times .*-1"):
         iterated_best_of_n(*TIED, 2, -1)
-    with pytest.raises(ValueError, match="n must be"):
+    with pytest.raises(ValueError, match=r"^n .*0\.99"):
         kl_bound(0.99)

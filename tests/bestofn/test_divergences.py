@@ -39,7 +39,7 @@ def test_k3_is_never_negative_and_less_noisy_nearby():
 
 
 @pytest.mark.parametrize("n", [1, 2, 5.5])
-def test_best_of_n_logprob_is_the_limit_of_the_exact_law(n):
+def test_best_of_n_logprob_is_the_limit_of_the_exact_distribution(n):
     num_outcomes = 20_000
     probs, rewards = np.full(num_outcomes, 1 / num_outcomes), np.arange(float(num_outcomes))
     p_le = np.arange(1, num_outcomes + 1) / num_outcomes
@@ -87,14 +87,14 @@ def test_kinds():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match=r"^logp and other_logp "):
         kl_k1(np.zeros(2), np.zeros(3))
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match=r"^logp and other_logp "):
         forward_kl(np.zeros(3), np.zeros(2), np.ones(2), 2)
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="p_le"):
             best_of_n_logprob(np.zeros(1), np.array([bad]), 2)
-    with pytest.raises(ValueError, match="n must be"):
+    with pytest.raises(ValueError, match=r"^n .*got 0"):
         best_of_n_logprob(np.zeros(1), np.ones(1), 0)
 
 
@@ -127,7 +127,7 @@ def test_both_kls_are_unbiased_with_exact_quantiles_ties_or_not(n):
 @pytest.mark.parametrize("method", ["clamped", "harmonic"])
 @pytest.mark.parametrize(("n", "num_ref"), [(2, 4), (8, 16)])
 def test_the_bias_of_both_kls_is_that_of_the_log_quantile(n, num_ref, method):
-    """Reference samples drawn anew 20,000 times; every outcome's term is averaged and weighted by the law."""
+    """Reference samples drawn anew 20,000 times; every outcome's term is averaged and weighted by its probability."""
     p_le, _ = exact_quantiles()
     rng = np.random.default_rng(0)
     refs = TIED_REWARDS[rng.choice(5, p=TIED_REF, size=(20_000, num_ref))]
@@ -137,12 +137,12 @@ def test_the_bias_of_both_kls_is_that_of_the_log_quantile(n, num_ref, method):
     # Here B is left at n on both sides: the bias of p̂ alone.
     bias = mean_signal(TIED_REF, TIED_REWARDS, n, estimate=method, k=num_ref) - (n - 1) * np.log(p_le)
     best = best_of_n_probs(TIED_REF, TIED_REWARDS, n)
-    for function, law, sign in ((forward_kl, best, 1), (backward_kl, TIED_POLICY, -1)):
-        exact = law @ function(logp[0], ref_logp[0], p_le, n)
-        estimates = function(logp, ref_logp, estimated, n) @ law
+    for function, probs, sign in ((forward_kl, best, 1), (backward_kl, TIED_POLICY, -1)):
+        exact = probs @ function(logp[0], ref_logp[0], p_le, n)
+        estimates = function(logp, ref_logp, estimated, n) @ probs
         standard_error = estimates.std() / math.sqrt(len(estimates))
-        assert abs(estimates.mean() - exact - sign * (law @ bias)) < 4 * standard_error
-        assert abs(law @ bias) > 6 * standard_error or method == "harmonic"
+        assert abs(estimates.mean() - exact - sign * (probs @ bias)) < 4 * standard_error
+        assert abs(probs @ bias) > 6 * standard_error or method == "harmonic"
     spread = (backward_kl(logp, ref_logp, estimated, n)).std(0)
     np.testing.assert_allclose(spread, (n - 1) * np.log(estimated).std(0), rtol=1e-10, atol=1e-12)
 
@@ -177,7 +177,7 @@ def test_k3_can_be_the_noisier_one_far_away():
 
 
 def test_a_strict_quantile_above_the_other_is_refused():
-    with pytest.raises(ValueError, match="p_lt must not exceed"):
+    with pytest.raises(ValueError, match=r"^p_lt .*p_le"):
         best_of_n_logprob(np.zeros(1), np.array([0.4]), 2, np.array([0.5]))
-    with pytest.raises(ValueError, match="p_lt must lie"):
+    with pytest.raises(ValueError, match=r"^p_lt .*\[0, 1\]"):
         best_of_n_logprob(np.zeros(1), np.array([0.4]), 2, np.array([-0.5]))

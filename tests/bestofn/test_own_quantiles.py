@@ -53,18 +53,18 @@ def order_of(win_rate: float) -> float:
 @pytest.mark.parametrize("others", HARMONIC)
 def test_what_a_harmonic_signal_reaches(others: int) -> None:
     for strength, order, ratio in HARMONIC[others]:
-        law = reached_by(rank_signal(2, others + 1, "harmonic", strength))
-        reached = order_of(law.win_rate)
+        policy = reached_by(rank_signal(2, others + 1, "harmonic", strength))
+        reached = order_of(policy.win_rate)
         assert reached == pytest.approx(order, rel=5e-3)
-        assert law.kl / kl_bound(reached) == pytest.approx(ratio, abs=6e-3)
+        assert policy.kl / kl_bound(reached) == pytest.approx(ratio, abs=6e-3)
 
 
 @pytest.mark.parametrize(("num_samples", "form"), KL_RATIOS)
 def test_kl_for_the_win_rate_of_best_of_n(num_samples: int, form: OwnQuantile) -> None:
     for n, ratio in zip((2, 4, 8, 16), KL_RATIOS[num_samples, form], strict=True):
         assert kl_over_best_of_n(n, num_samples, form) == pytest.approx(ratio, abs=6e-3)
-        law = reached_by(rank_signal(n, num_samples, form, solve_strength(n, num_samples, form)))
-        assert order_of(law.win_rate) == pytest.approx(n, rel=1e-9)
+        policy = reached_by(rank_signal(n, num_samples, form, solve_strength(n, num_samples, form)))
+        assert order_of(policy.win_rate) == pytest.approx(n, rel=1e-9)
 
 
 @pytest.mark.parametrize("num_samples", TILTS)
@@ -84,9 +84,9 @@ def test_win_rate_and_kl_by_a_plain_sum(n: int, num_samples: int, form: OwnQuant
         rows = rows[:-1] * (1 - own) + rows[1:] * own
     density = np.exp(-rows[0]) / np.exp(-rows[0]).mean()
     reference_quantile = (np.cumsum(density) - density / 2) / len(own)
-    law = reached_by(signal)
-    assert law.win_rate == pytest.approx(reference_quantile.mean(), abs=2e-6)
-    assert law.kl == pytest.approx(-np.log(density).mean(), abs=2e-5)
+    policy = reached_by(signal)
+    assert policy.win_rate == pytest.approx(reference_quantile.mean(), abs=2e-6)
+    assert policy.kl == pytest.approx(-np.log(density).mean(), abs=2e-5)
 
 
 @every_form

@@ -145,13 +145,13 @@ def test_kinds():
 @pytest.mark.parametrize(
     ("rewards", "refs", "message"),
     [
-        ([[math.nan, 1.0]], [[0.0, 1.0]], "rewards contains NaN"),
-        ([[0.0, 1.0]], [[0.0, math.nan]], "ref_rewards contains NaN"),
-        ([[0.0], [1.0]], [[0.0, 1.0]], "must be"),
-        ([0.0], [[0.0, 1.0]], "must be"),
-        (0.0, 1.0, "must be"),
-        ([[]], [[0.0, 1.0]], "empty"),
-        ([[0.0]], [[]], "empty"),
+        ([[math.nan, 1.0]], [[0.0, 1.0]], "^rewards .*NaN"),
+        ([[0.0, 1.0]], [[0.0, math.nan]], "^ref_rewards .*NaN"),
+        ([[0.0], [1.0]], [[0.0, 1.0]], r"\(2, 1\) and \(1, 2\)"),
+        ([0.0], [[0.0, 1.0]], r"\(1,\) and \(1, 2\)"),
+        (0.0, 1.0, r"\(\) and \(\)"),
+        ([[]], [[0.0, 1.0]], r"empty.*\(1, 0\) and \(1, 2\)"),
+        ([[0.0]], [[]], r"empty.*\(1, 1\) and \(1, 0\)"),
     ],
 )
 def test_bad_input_is_refused(function, rewards, refs, message):
@@ -160,8 +160,8 @@ def test_bad_input_is_refused(function, rewards, refs, message):
 
 
 def test_unknown_method_and_too_many_samples_are_refused():
-    with pytest.raises(ValueError, match="unknown method 'log'"):
+    with pytest.raises(ValueError, match="method 'log'"):
         log_quantile(np.zeros(1), np.zeros(2), method="log")
-    with pytest.raises(ValueError, match="harmonic"):
+    with pytest.raises(ValueError, match=r"1024.*harmonic"):
         log_quantile(np.zeros(1), np.zeros(1024))
     assert math.isfinite(log_quantile(np.zeros(1), np.zeros(1024), method="harmonic")[0])

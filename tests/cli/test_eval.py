@@ -166,9 +166,8 @@ def test_samples_of_something_else_are_refused(tmp_path, change, message, capsys
     assert main(arguments) == 0
     assert main([*arguments, *(word.format(folder=tmp_path) for word in change)]) == 2
     error = capsys.readouterr().err
-    assert "samples of another evaluation" in error
-    assert message in error
-    assert "choose another output" in error
+    assert f"({message}" in error
+    assert str(tmp_path / "out") in error
 
 
 def test_an_edited_reward_or_other_weights_are_seen(tmp_path, capsys):
@@ -193,12 +192,12 @@ def test_a_sample_file_without_manifest_or_of_other_prompts_is_refused(tmp_path,
     manifest = (out / "manifest.json").read_text()
     (out / "manifest.json").unlink()
     assert main(arguments) == 2
-    assert "nobody knows" in capsys.readouterr().err
+    assert "manifest.json" in capsys.readouterr().err
     (out / "manifest.json").write_text(manifest)
     lines = (out / "policy.jsonl").read_text().splitlines(keepends=True)
     (out / "policy.jsonl").write_text("".join(lines[::-1]))
     assert main(arguments) == 3
-    assert re.search(r"policy.jsonl:1: .* not of prompt 0", capsys.readouterr().err)
+    assert re.search(r"policy\.jsonl:1: .*prompt 0", capsys.readouterr().err)
 
 
 def other_models(folder):
@@ -214,17 +213,17 @@ def other_models(folder):
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (["--reference", "{folder}/other-tokens"], 2, "different tokenizers"),
-        (["--reference", "{folder}/t5"], 2, "another shape"),
-        (["--dataset", "{folder}/one.jsonl"], 3, "needs at least 2"),
-        (["--dataset", "{folder}/none.jsonl"], 3, "no rows"),
+        (["--reference", "{folder}/other-tokens"], 2, "tokenizers"),
+        (["--reference", "{folder}/t5"], 2, "shape"),
+        (["--dataset", "{folder}/one.jsonl"], 3, "one.jsonl: 1 prompt"),
+        (["--dataset", "{folder}/none.jsonl"], 3, "none.jsonl: "),
         (["--num_reference_samples", "1"], 2, "num_reference_samples=1"),
         (["--num_samples", "0"], 2, "num_samples=0"),
-        (["--orders", "[1, 9]"], 2, "orders=[1, 9]: whole numbers from 1 to num_reference_samples=8"),
-        (["--reference_column", "nothing"], 3, "reference_column 'nothing' (other columns: answer)"),
-        (["--reward_weights", "[1, 2]"], 2, "reward_weights has 2"),
+        (["--orders", "[1, 9]"], 2, "orders=[1, 9]: "),
+        (["--reference_column", "nothing"], 3, "reference_column 'nothing'"),
+        (["--reward_weights", "[1, 2]"], 2, "reward_weights"),
         (["--reward_funcs", "{folder}/reward.py:broken"], 4, "nan"),
-        (["--temperature", "1"], 2, "unknown option 'temperature'"),
+        (["--temperature", "1"], 2, "'temperature'"),
     ],
 )
 def test_bad_input_ends_with_its_code_and_says_what(tmp_path, change, code, message, capsys):
@@ -267,7 +266,7 @@ def test_what_is_missing_is_named(tmp_path):
     for missing in ("model", "reference", "dataset", "reward_funcs", "output"):
         given = dict.fromkeys(("model", "reference", "dataset", "reward_funcs", "output"), "x")
         del given[missing]
-        with pytest.raises(ConfigError, match=f"{missing} is required"):
+        with pytest.raises(ConfigError, match=f"^{missing} .*--{missing}"):
             complete(given)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
     filled, config = complete({"model": str(tmp_path), "dataset": "d", "reward_funcs": "r", "output": "o"})

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ def test_judge_is_judges_one_at_a_time():
     assert parse("eval", given) == {"judges": ["a.py:f", "similarity:m"]}
     assert parse("eval", ["--judges", "x", *given])["judges"] == ["x", "a.py:f", "similarity:m"]
     assert parse("train", given[:2])["judges"] == ["a.py:f"]
-    with pytest.raises(ConfigError, match="unknown option 'judge'"):
+    with pytest.raises(ConfigError, match="option 'judge'"):
         parse("score", given)
 
 
@@ -31,27 +32,27 @@ def test_lists_and_plain_text_keep_their_kind():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--learning_rat", "1"], "unknown option 'learning_rat' (did you mean 'learning_rate'?)"),
-        (["tran"], "unknown command 'tran' (did you mean 'train'?)"),
-        (["score", "--beta", "1"], "unknown option 'beta'"),
-        (["train", "x"], "'x' stands alone"),
-        (["train", "--config", "no/such.yaml"], "cannot be read"),
-        (["train", "--eta", "[1"], "is not a YAML value"),
-        (["train"], "model is required"),
-        (["score", "--model", "m"], "reward_funcs is required"),
-        (["sample", "--model", "m"], "either --prompt TEXT or --dataset FILE"),
-        (["sample", "--model", "m", "--prompt", "x", "--best_of", "4"], "needs reward_funcs"),
+        (["train", "--learning_rat", "1"], "'learning_rat' .*'learning_rate'"),
+        (["tran"], "'tran' .*'train'"),
+        (["score", "--beta", "1"], "option 'beta'"),
+        (["train", "x"], "'x' .*--name value"),
+        (["train", "--config", "no/such.yaml"], r"--config 'no/such\.yaml'"),
+        (["train", "--eta", "[1"], r"--eta '\[1' .*YAML"),
+        (["train"], r"\bmodel .*--model"),
+        (["score", "--model", "m"], "reward_funcs .*--reward_funcs"),
+        (["sample", "--model", "m"], "--prompt TEXT .*--dataset FILE"),
+        (["sample", "--model", "m", "--prompt", "x", "--best_of", "4"], "best_of=4: .*reward_funcs"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_what(arguments, message, capsys):
     assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_yaml_with_objects_is_refused_and_not_run(tmp_path):
     marker = tmp_path / "marker"
     (tmp_path / "c.yaml").write_text(f"eta: !!python/object/apply:pathlib.Path.touch ['{marker}']\n")
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match=r"c\.yaml.*YAML"):
         parse("train", ["--config", str(tmp_path / "c.yaml")])
     assert not marker.exists()
 

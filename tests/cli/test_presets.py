@@ -40,7 +40,7 @@ def test_every_preset_is_a_valid_config(name, tmp_path):
 
 
 def test_an_unknown_preset_is_refused(capsys):
-    with pytest.raises(ConfigError, match="preset='fats': choose one of paper, fast"):
+    with pytest.raises(ConfigError, match=r"preset='fats': .*paper, fast"):
         with_preset({"preset": "fats"})
     assert main(["train", "--preset", "fats"]) == 2
     assert "preset='fats'" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """`bondlm report`."""
 
+import re
 import sys
 
 import pytest
@@ -20,16 +21,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
     run = write_run(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(run)]) == 2
-    assert "a report needs matplotlib: run pip install 'bondlm[report]'" in capsys.readouterr().err
+    assert re.search(r"matplotlib.*pip install 'bondlm\[report\]'", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "no run folder is given"),
-        (["no/such"], 2, "is not a folder"),
-        (["RUN", "--output", "no/such/x.html"], 2, "is not a file in a folder that exists"),
-        (["RUN", "--outptu", "x"], 2, "did you mean 'output'?"),
+        ([], 2, "`bondlm report RUN`"),
+        (["no/such"], 2, "'no/such'"),
+        (["RUN", "--output", "no/such/x.html"], 2, "output='no/such/x.html'"),
+        (["RUN", "--outptu", "x"], 2, "'output'"),
     ],
 )
 def test_wrong_usage_of_the_command(tmp_path, arguments, code, message, capsys):

@@ -217,4 +217,4 @@ def test_a_run_folder_in_use_is_refused(tmp_path, capsys):
     config = write_job(tmp_path)
     with locked(tmp_path / "run"):
         assert main(["train", "--config", str(config)]) == 6
-    assert f"in use by process {os.getpid()} on" in capsys.readouterr().err
+    assert f"process {os.getpid()} on" in capsys.readouterr().err

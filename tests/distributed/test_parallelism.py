@@ -27,15 +27,15 @@ def zero(stage: int, *, flag: bool = False, beside: dict[str, Any] | None = None
     [
         ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp_version=1"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {}}, "fsdp_version=1"),
-        ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}, "offloaded to the CPU"),
-        ({"deepspeed": "ds.json", "deepspeed_plugin": zero(2)}, "start with `accelerate launch`"),
+        ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}, "offloaded"),
+        ({"deepspeed": "ds.json", "deepspeed_plugin": zero(2)}, "`accelerate launch`"),
         ({"deepspeed_plugin": zero(1)}, "zero_stage=1"),
         ({"deepspeed_plugin": zero(2, offload_optimizer={"device": "cpu"})}, "offload_optimizer_device=cpu"),
         ({"deepspeed_plugin": zero(3, offload_param={"device": "nvme"})}, "offload_param_device=nvme"),
         ({"deepspeed_plugin": zero(3, zero_hpz_partition_size=8)}, "ZeRO\\+\\+"),
         ({"deepspeed_plugin": zero(3, flag=True)}, "zero3_init_flag=true"),
-        ({"deepspeed_plugin": zero(2, beside={"optimizer": {"type": "Adam"}})}, "'optimizer' in DeepSpeed's config"),
-        ({"deepspeed_plugin": zero(2, beside={"fp16": {"enabled": True}})}, "fp16 under DeepSpeed"),
+        ({"deepspeed_plugin": zero(2, beside={"optimizer": {"type": "Adam"}})}, "'optimizer'.*DeepSpeed"),
+        ({"deepspeed_plugin": zero(2, beside={"fp16": {"enabled": True}})}, "fp16.*DeepSpeed"),
     ],
 )
 def test_what_the_settings_ask_for(given: dict[str, Any], message: str) -> None:
@@ -61,10 +61,10 @@ def test_what_the_launcher_asks_for(variables: dict[str, str], message: str, mon
         ([], 0, 2, None),
         (["mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 2, 2, None),
         (["zero_pp_rank_0_mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 3, 2, None),
-        ([], 2, 2, "no DeepSpeed, and now it is ZeRO-2 with 2 processes"),
-        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 0, 1, "ZeRO-2 with 1 processes, and now it is no"),
-        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 2, 2, "with 1 processes, and now it is ZeRO-2 with 2"),
-        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 3, 1, "ZeRO-2 with 1 processes, and now it is ZeRO-3"),
+        ([], 2, 2, "no DeepSpeed.*ZeRO-2 with 2 processes"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 0, 1, "ZeRO-2 with 1 processes.*no DeepSpeed"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 2, 2, "ZeRO-2 with 1 processes.*ZeRO-2 with 2 processes"),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 3, 1, "ZeRO-2 with 1 processes.*ZeRO-3"),
     ],
 )
 def test_a_checkpoint_is_resumed_as_it_was_sharded(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def test_t8_odd_text_survives_and_half_a_character_does_not(tmp_path: Path) -> N
     with pytest.raises(DataError) as caught:
         read_jsonl(bad, prompts=True)
     first, second = str(caught.value).splitlines()
-    assert first == f"{bad}:2: lone surrogate: half of a character, which UTF-8 cannot hold"
-    assert second.startswith(f"{bad}:3: invalid JSON")
+    assert re.match(rf"{bad}:2: .*surrogate", first)
+    assert second.startswith(f"{bad}:3: ")
 
 
 BAD_LINES = {
@@ -79,8 +80,8 @@ def test_t9_skipped_rows_are_counted_and_bounded(tmp_path: Path, capsys: pytest.
     assert main(["train", "--config", str(config)]) == 3
     assert main(["train", "--config", str(config), "--on_bad_row", "skip"]) == 3
     said = capsys.readouterr().err
-    assert "2 of 18 rows are bad, more than max_skipped_frac=0.01 allows" in said
-    assert "train.jsonl:18: empty prompt" in said
+    assert re.search(r"2 of 18 rows.*max_skipped_frac=0\.01", said)
+    assert re.search(r"train\.jsonl:18: empty", said)
     assert main(["train", "--config", str(config), "--on_bad_row", "skip", "--max_skipped_frac", "0.2"]) == 0
     assert "left out: 2 bad rows of train_dataset, first " in " ".join(capsys.readouterr().out.split())
 
@@ -91,14 +92,14 @@ def test_t9_bad_rows_of_a_list_are_skipped_too(tmp_path: Path) -> None:
         trainer(tmp_path, train_dataset=rows)
     made = trainer(tmp_path, train_dataset=rows, on_bad_row="skip")
     assert len(made.train_dataset) == 4  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="1 of 5 rows are bad"):
+    with pytest.raises(DataError, match=r"1 of 5 rows.*max_skipped_frac"):
         trainer(tmp_path, train_dataset=rows, on_bad_row="skip", max_skipped_frac=0.0)
-    with pytest.raises(DataError, match="has no rows"):
+    with pytest.raises(DataError, match="no rows"):
         load_prompts([{"prompt": ""}], skipped=[])
 
 
 def test_t10_an_empty_file_fewer_prompts_than_a_batch_and_no_steps(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no rows") as caught:
+    with pytest.raises(DataError, match=r"empty\.jsonl: .*no rows") as caught:
         trainer(tmp_path, train_dataset=str(write(tmp_path / "empty.jsonl")))
     assert caught.value.exit_code == 3
     made = trainer(tmp_path / "few", rows=3, per_device_train_batch_size=8, max_steps=2)
@@ -115,7 +116,7 @@ def test_t11_data_that_changed_are_refused_on_resume(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     for rows in (prompt_rows(9), [*prompt_rows(7), {"prompt": "another"}]):
         again = trainer(tmp_path, train_dataset=rows, max_steps=2)
-        with pytest.raises(DataError, match="train_dataset has changed since checkpoint-1") as caught:
+        with pytest.raises(DataError, match=r"train_dataset .*checkpoint-1") as caught:
             again.train(resume_from_checkpoint=True)
         assert caught.value.exit_code == 3
     trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
@@ -126,7 +127,7 @@ def test_t12_held_out_prompts_that_are_trained_on_are_counted(tmp_path: Path, ca
         trainer(tmp_path, eval_dataset=prompt_rows(12)[8:])
         assert caplog.text == ""
         trainer(tmp_path, eval_dataset=prompt_rows(12)[6:])
-    assert "2 of 6 evaluation prompts are training prompts too" in caplog.text
+    assert "2 of 6 evaluation prompts" in caplog.text
 
 
 @pytest.mark.parametrize("command", ["train", "check"])
@@ -134,7 +135,7 @@ def test_t12_strict_makes_them_an_error(command: str, tmp_path: Path, capsys: py
     config = write_job(tmp_path, max_steps=1, save_steps=1, max_completion_length=4)  # its held-out prompts are trained
     assert main([command, "--config", str(config), "--strict", "true"]) == 3
     first, *rows = capsys.readouterr().err.rsplit("bondlm: error:", 1)[1].splitlines()
-    assert "6 of 6 evaluation prompts are training prompts too, and strict=True forbids it" in first
+    assert re.search("6 of 6 evaluation prompts.*strict=True", first)
     assert rows[1].startswith("row 1 of eval_dataset: ")
     assert prompt_rows(2)[1]["prompt"] in rows[1]
     held_out = tmp_path / "heldout.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -117,8 +118,7 @@ def test_d3_disk_full_on_save(limit: int, straight: Path, tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     assert train(config, lambda: wrap(callbacks, "seal", 1, fill)) == 7, said(config)
-    assert "the disk of" in said(config)
-    assert "bytes are free, a checkpoint needs about" in said(config)
+    assert re.search(rf"disk of {run}.* \d+ bytes", said(config))
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
     assert fault(run / "checkpoint-1") is None
     assert train(config) == 0
@@ -129,14 +129,14 @@ def test_d3_disk_full_on_save(limit: int, straight: Path, tmp_path: Path) -> Non
 def test_d4_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     config = job(tmp_path / "job", output_dir="/proc/nowhere")  # chmod would not stop root
     assert train(config) == 2
-    assert "output_dir='/proc/nowhere' cannot be written" in said(config)
+    assert "output_dir='/proc/nowhere'" in said(config)
 
 
 def test_d4_a_folder_that_vanishes(tmp_path: Path) -> None:
     config = job(tmp_path / "job")
     run = config.parent / "run"
     assert train(config, lambda: wrap(Anchor, "update", 2, lambda: run.rename(run.with_name("away")))) == 6
-    assert "is gone since step 1" in said(config)
+    assert re.search(f"output_dir='{run}'.*step 1", said(config))
     assert not run.exists()  # no second life in another place
     run.with_name("away").rename(run)
     assert train(config) == 0
@@ -184,14 +184,14 @@ def test_d5_none_left_is_no_fresh_start(copy: Path, straight: Path) -> None:
         anchor = run / f"checkpoint-{step}" / "anchor.safetensors"
         anchor.write_bytes(anchor.read_bytes()[:-1])
     assert train(copy) == 0
-    assert "not resumed from" in said(copy)
-    assert "anchor.safetensors has" in said(copy)
+    for step in (2, 3):
+        assert re.search(rf"checkpoint-{step}: anchor\.safetensors .*bytes", said(copy))
     assert outcome(copy) == outcome(straight)
     for path in run.glob("checkpoint-*"):
         (path / "anchor.safetensors").write_bytes(b"")
     before = (run / "metrics.jsonl").read_bytes()
     assert train(copy) == 6
-    assert "no checkpoint of" in said(copy)
+    assert f"checkpoint of {run}" in said(copy)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -213,9 +213,9 @@ def test_d5_all_gone_is_no_fresh_start(copy: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     for more in ((), ("--resume", "never")):
         assert train(copy, lambda: None, *more) == 6
-        assert "holds no checkpoint any more" in said(copy)
+        assert ".sealed" in said(copy)
     assert (run / "metrics.jsonl").read_bytes() == before
-    with pytest.raises(CheckpointError, match="no checkpoint any more"):
+    with pytest.raises(CheckpointError, match=r"\.sealed"):
         manifest.checkpoint_to_resume(run, True)
     (run / ".sealed").unlink()  # as the message says
     assert newest_checkpoint(run) == (None, [])
@@ -233,10 +233,10 @@ def test_d7_a_path_out_of_the_folder_is_not_read(name: str, copy: Path) -> None:
     content = json.loads((path / MANIFEST_FILE).read_text())
     content["files"][name.format(tmp=path.parent)] = {"size": 0, "sha256": ""}
     (path / MANIFEST_FILE).write_text(json.dumps(content))
-    assert "leads out of the folder" in str(fault(path))
+    assert re.search(f"{name.format(tmp=path.parent)}.*out of the folder", str(fault(path)))
     (path / MANIFEST_FILE).unlink()
     (path / MANIFEST_FILE).symlink_to(outside)
-    assert "is a link" in str(fault(path))
+    assert re.search(f"{MANIFEST_FILE}.* link", str(fault(path)))
 
 
 def test_d7_manifest_missing_or_a_file_too_many(copy: Path) -> None:
@@ -245,10 +245,10 @@ def test_d7_manifest_missing_or_a_file_too_many(copy: Path) -> None:
     (run / "checkpoint-2" / MANIFEST_FILE).unlink()
     taken, rejected = newest_checkpoint(run)
     assert taken == run / "checkpoint-1"
-    assert "more.pt is not in the manifest" in rejected[0]
-    assert "it was not finished" in rejected[1]
+    assert re.search(r"checkpoint-3: more\.pt ", rejected[0])
+    assert re.search(f"checkpoint-2: .*{MANIFEST_FILE}", rejected[1])
     (run / "linked").symlink_to(run / "checkpoint-1")
-    assert "is a link" in str(fault(run / "linked"))
+    assert re.search("linked .* link", str(fault(run / "linked")))
 
 
 def test_d8_stale_temp_folders_are_removed_and_said(copy: Path, straight: Path) -> None:
@@ -260,7 +260,7 @@ def test_d8_stale_temp_folders_are_removed_and_said(copy: Path, straight: Path) 
     assert train(copy) == 0
     for name in ("checkpoint-2.tmp-99", "checkpoint-7"):
         assert not (run / name).exists()
-        assert f"removed {run / name}: its save was not finished" in said(copy)
+        assert f"removed {run / name}" in said(copy)
     assert (run / "checkpoint-best").is_dir()
     (run / "checkpoint-best").rmdir()
     assert outcome(copy) == outcome(straight)
@@ -271,7 +271,7 @@ def test_d5_settings_that_cannot_be_read(content: str, copy: Path, capsys: pytes
     run = copy.parent / "run"
     (run / "config.yaml").write_bytes(content.encode("latin-1"))
     assert main(["train", "--config", str(copy)]) == 6
-    assert "config.yaml cannot be read" in capsys.readouterr().err
+    assert f"{run / 'config.yaml'}" in capsys.readouterr().err
     assert main(["eval", "--model", str(run)]) == 6
 
 
@@ -306,7 +306,7 @@ def test_d12_two_processes_on_one_run_folder(copy: Path, straight: Path) -> None
     first = start(copy, lambda: wrap(BONDTrainer, "training_step", 1, stop), "--max_steps", "4")
     os.waitpid(first, os.WUNTRACED)
     assert train(copy, lambda: None, "--max_steps", "4") == 6
-    assert f"in use by process {first} on {socket.gethostname()}" in said(copy)
+    assert f"process {first} on {socket.gethostname()}" in said(copy)
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
     assert train(copy) == 0
@@ -316,17 +316,17 @@ def test_d12_two_processes_on_one_run_folder(copy: Path, straight: Path) -> None
 def test_d13_an_explicit_checkpoint_that_is_absent(copy: Path) -> None:
     missing = copy.parent / "run" / "checkpoint-999"
     assert train(copy, lambda: None, "--resume", str(missing)) == 6
-    assert "checkpoint-999' is not a checkpoint folder" in said(copy)
+    assert f"resume='{missing}'" in said(copy)
     missing.mkdir()
     assert train(copy, lambda: None, "--resume", str(missing)) == 6
-    assert "it was not finished" in said(copy)
+    assert re.search(f"checkpoint-999 .*{MANIFEST_FILE}", said(copy))
 
 
 def test_d14_a_newer_format_is_refused_not_passed_over(copy: Path) -> None:
     path = copy.parent / "run" / "checkpoint-3" / MANIFEST_FILE
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     assert train(copy) == 6
-    assert "has format 2, this bondlm reads 1" in said(copy)
+    assert "format 2" in said(copy)
 
 
 def test_d15_a_purge_that_fails_is_a_warning_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +338,7 @@ def test_d15_a_purge_that_fails_is_a_warning_and_tried_again(tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(manifest.shutil, "rmtree", refuse)
-        with pytest.warns(UserWarning, match=r"checkpoint-1 could not be removed .* training goes on"):
+        with pytest.warns(UserWarning, match="checkpoint-1 "):
             remove_older(tmp_path, keep=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -357,8 +357,8 @@ def test_d15_the_oldest_goes_only_when_the_newest_is_sealed(tmp_path: Path) -> N
 
 
 def test_d13_through_the_trainer(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="it was not finished"):
+    with pytest.raises(CheckpointError, match=f"checkpoint-9 .*{MANIFEST_FILE}"):
         manifest.checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-9"))
     shutil.rmtree(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
+    with pytest.raises(CheckpointError, match=f"'{tmp_path}'.*resume_from_checkpoint"):
         manifest.checkpoint_to_resume(tmp_path, True)

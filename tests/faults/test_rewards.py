@@ -91,7 +91,7 @@ def test_r1_too_many_dropped_prompts_end_the_run_before_the_update(tmp_path: Pat
 
 def test_r1_without_a_budget_the_first_bad_reward_ends_the_run(tmp_path: Path) -> None:
     bad = FailsFor(prompt_rows(4)[1]["prompt"], None)
-    with pytest.raises(RewardError, match="1 of 4 so far"):
+    with pytest.raises(RewardError, match="1 of 4 "):
         trainer(tmp_path, reward=bad, rows=4, max_steps=1, max_skipped_frac=0.0).train()
 
 
@@ -152,7 +152,7 @@ def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: P
     assert budget.note(rows, dropping(0), 1, ranks) == {"bond/frac_dropped": 0.0}
     assert budget.note(rows, dropping(1), 2, ranks) == {"bond/frac_dropped": 0.25}
     assert (budget.seen, budget.dropped) == (16, 4)
-    with pytest.raises(RewardError, match=r"step 3: the rewards of 3 of 8 prompts failed, 7 of 24 so far"):
+    with pytest.raises(RewardError, match=r"step 3: .*3 of 8 prompts.*7 of 24 "):
         budget.note(rows, dropping(1), 3, ranks)
     assert budget.summary()[0].startswith("dropped: 7 of 24 prompts")
     # Resumed at step 3: what is in the file from before it still counts, as the main process has it.
@@ -169,7 +169,7 @@ def test_r1_one_prompt_may_fail_however_short_the_run(tmp_path: Path) -> None:
     made = trainer(tmp_path, reward=FailsFor(prompt_rows(4)[0]["prompt"], None), rows=4, max_steps=1)
     made.train()
     assert made.drops.summary() == [f"dropped: 1 of 4 prompts, whose reward failed ({tmp_path / DROPPED_FILE})"]
-    with pytest.raises(RewardError, match="2 of 8 so far"):
+    with pytest.raises(RewardError, match="2 of 8 "):
         trainer(tmp_path / "b", reward=FailsFor(prompt_rows(4)[0]["prompt"], None), rows=4, max_steps=2).train()
 
 
@@ -209,7 +209,7 @@ def test_r2_other_shapes_are_made_right_or_refused_and_never_broadcast(answer: A
             assert scores.total.tolist() == [1.0, 2.0, 3.0]
             assert not scores.total.requires_grad
         else:
-            with pytest.raises(RewardError, match="reward 'r' returned"):
+            with pytest.raises(RewardError, match="reward 'r'"):
                 score([reward], ["p"] * 3, ["a"] * 3, allow_bad_rows=allow)
 
 
@@ -235,9 +235,9 @@ def test_r4_fifty_steps_of_a_constant_reward_stay_at_the_anchor_and_are_warned_o
     assert {row["bond/frac_tied"] for row in rows} == {1.0}
     assert {row["reward_std"] for row in rows} == {0.0}
     assert abs(sum(row["anchor/kl"] for row in rows) / 50) < 0.01
-    warned = [record.getMessage() for record in caplog.records if "Equal samples teach nothing" in record.getMessage()]
+    warned = [record.getMessage() for record in caplog.records if "equal rewards" in record.getMessage()]
     assert len(warned) == 1
-    assert warned[0].startswith("step 10: 100% of the prompts have equal rewards among their samples")
+    assert warned[0].startswith("step 10: 100% of the prompts")
 
 
 def steps_warned(
@@ -294,7 +294,7 @@ def test_r6_a_reward_that_raises_ends_the_run_with_code_4_and_its_traceback(tmp_
     assert f'{tmp_path / "run" / "reward.py"}", line' in trace
     assert "in raising" in trace
     assert "KeyError: 'no such answer'" in trace
-    assert "The traceback above is the function's own" in error
+    assert "reward 'raising'" in error
 
 
 def test_r6_a_reward_that_raises_for_one_row_ends_the_run_too(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_r12_a_reward_model_without_a_trained_head_is_refused(
     save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
     config = write_job(tmp_path, reward_funcs=path)
     assert main(["train", "--config", str(config)]) == 2
-    assert "has no weights for classifier.weight" in capsys.readouterr().err
+    assert "classifier.weight" in capsys.readouterr().err
 
 
 def test_r14_only_the_order_of_rewards_counts_and_clipping_makes_ties(tmp_path: Path) -> None:

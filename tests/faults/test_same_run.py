@@ -1,6 +1,7 @@
 """Rows D9 to D11 and T11 of the fault matrix on one process: a run goes on as the run that it was, or not at all."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_d10_a_change_that_is_allowed_is_on_file(copy: Path) -> None:
     assert json.loads((run / "env.json").read_text())["config_changes"] == ["beta: None -> 0.25"]
     assert yaml.safe_load((run / "config.yaml").read_text())["beta"] == 0.25
     assert train(copy, lambda: None, *allowed, "--beta", "0.25", "--learning_rate", "0.5") == 2
-    assert "a checkpoint restores its optimizer" in said(copy)
+    assert "learning_rate cannot change" in said(copy)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_d10_a_run_under_such_a_schedule_does_not_go_on_longer(copy: Path) -> No
     for path in (copy, copy.parent / "run" / "config.yaml"):
         path.write_text(path.read_text() + "lr_scheduler_type: linear\n")
     assert train(copy, lambda: None, "--max_steps", "4") == 2
-    assert "holds a run with other settings (max_steps: 3 -> 4)" in said(copy)
+    assert "(max_steps: 3 -> 4)" in said(copy)
     assert train(copy, lambda: None, "--max_steps", "4", "--allow_config_change") == 0, said(copy)
     assert json.loads((copy.parent / "run" / "env.json").read_text())["config_changes"] == ["max_steps: 3 -> 4"]
 
@@ -103,7 +104,7 @@ def test_d10_another_tokenizer_is_refused(copy: Path) -> None:
     template = copy.parent / "model" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
     assert train(copy, lambda: None, "--max_steps", "4") == 2
-    assert "makes other tokens of the prompts" in said(copy)
+    assert re.search("chat template.*max_prompt_length", said(copy))
 
 
 def test_d11_another_number_of_prompts_a_step_is_refused(copy: Path, straight: Path) -> None:
@@ -111,10 +112,9 @@ def test_d11_another_number_of_prompts_a_step_is_refused(copy: Path, straight: P
     twice = ("--max_steps", "4", "--per_device_train_batch_size", "8")
     for allowed in ((), ("--allow_config_change", "true")):
         assert train(copy, lambda: None, *twice, *allowed) == 2
-        assert "checkpoint-3 was trained with 4 prompts a step (1 processes x per_device_train_batch_size=4 x" in said(
-            copy
+        assert re.search(
+            r"checkpoint-3 .*\b4 prompts a step.*per_device_train_batch_size=4 .*\b8\b", said(copy).replace("\n", " ")
         )
-        assert "and now it would be 8" in said(copy)
     cut = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
     assert train(copy, lambda: None, "--max_steps", "4", *cut) == 0, said(copy)
     assert train(straight, lambda: None, "--output_dir", str(copy.parent / "whole"), "--max_steps", "4") == 0
@@ -136,6 +136,6 @@ def test_t11_data_that_changed_are_refused_at_resume(copy: Path) -> None:
     rows = data.read_text().splitlines(keepends=True)
     data.write_text("".join([*rows[1:], rows[0]]))
     assert train(copy, lambda: None, "--max_steps", "4") == 3
-    assert "train_dataset has changed since checkpoint-3" in said(copy)
+    assert re.search("train_dataset .*checkpoint-3", said(copy))
     data.write_text("".join(rows))
     assert train(copy, lambda: None, "--max_steps", "4") == 0

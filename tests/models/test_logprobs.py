@@ -43,8 +43,8 @@ def test_score_rows_does_not_depend_on_batch_or_order(kind: str) -> None:
     alone = torch.cat([batched(model, [group]) for group in SINGLE])[:, 0]
     per_token = torch.tensor([len(completion) for _, completion in ROWS])
     for size in (1, 3, 8):
-        scores = score_rows(model, ROWS, 0, start_id=start_id(model), device=CPU, batch_rows=size)
-        assert float(((scores - alone) / per_token).abs().max()) < 1e-5
+        logprobs = score_rows(model, ROWS, 0, start_id=start_id(model), device=CPU, batch_rows=size)
+        assert float(((logprobs - alone) / per_token).abs().max()) < 1e-5
     order = [5, 2, 7, 0, 1, 6, 3, 4]
     shuffled = score_rows(model, [ROWS[i] for i in order], 0, start_id=start_id(model), device=CPU, batch_rows=3)
     assert float((shuffled - alone[order]).abs().max()) < 1e-4
@@ -57,8 +57,8 @@ def test_groups_that_share_a_prompt_score_as_plain_forwards_do(kind: str, prefix
     common = TOKENIZER.encode(PROMPTS[9])[:prefix]
     groups: list[Group] = [([*common, *prompt], completions) for prompt, completions in SHARED]
     assert bool(shared_prefix(model.config, [p for p, _ in groups])) == (prefix > 0 and kind != "t5")
-    scores = score_groups(model, groups, 0, start_id=start_id(model), device=CPU, batch_rows=6)
-    assert scores == pytest.approx(plain_logprobs(model, groups).detach(), abs=1e-4)
+    logprobs = score_groups(model, groups, 0, start_id=start_id(model), device=CPU, batch_rows=6)
+    assert logprobs == pytest.approx(plain_logprobs(model, groups).detach(), abs=1e-4)
 
 
 def test_score_rows_needs_no_gradient() -> None:

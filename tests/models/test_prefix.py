@@ -11,7 +11,7 @@ from bondlm.models.prefix import shared_prefix
 
 
 @pytest.mark.parametrize("build", [tiny_causal, tiny_gpt2])
-def test_a_shared_prefix_changes_no_score(build: Any) -> None:
+def test_a_shared_prefix_changes_no_logprob(build: Any) -> None:
     model = build(tiny_tokenizer())
     prefix = list(range(40, 60))
     rows = [([*prefix, *range(60, 60 + k)], list(range(100, 100 + 2 * k))) for k in (1, 3, 5, 2)]

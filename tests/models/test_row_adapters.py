@@ -66,7 +66,7 @@ def test_one_batch_gives_what_each_role_gives_alone(
     assert list(one) == ["policy", "anchor"]
     ids = {role: [[c.ids for c in row] for row in rows] for role, rows in alone.items()}
     assert {role: [[c.ids for c in row] for row in rows] for role, rows in one.items()} == ids
-    assert [row[:1] for row in ids["anchor"]] != ids["policy"]  # the two laws differ
+    assert [row[:1] for row in ids["anchor"]] != ids["policy"]  # the two distributions differ
     for role, rows in alone.items():
         for a, b in zip(rows, one[role], strict=True):
             assert [c.logprob for c in a] == pytest.approx([c.logprob for c in b], abs=1e-4)

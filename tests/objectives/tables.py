@@ -119,8 +119,9 @@ def enumerated_gradient(
 ) -> Tensor:
     """The mean gradient (K,) over all K^M draws of one prompt, each weighted by its probability: no sampling error.
 
-    Ties go to the first: the outcome's law is that of ties broken at random. `use_baseline` is for baselines inside
-    a prompt; one over the batch would mix draws. SelfBOND's baseline is part of its signal: by default it is used.
+    Ties go to the first: the outcome's distribution is that of ties broken at random. `use_baseline` is for baselines
+    inside a prompt; one over the batch would mix draws. SelfBOND's baseline is part of its signal: by default it is
+    used.
     """
     use_baseline = type(objective).__name__ == "SelfBOND" if use_baseline is None else use_baseline
     plan = objective.plan

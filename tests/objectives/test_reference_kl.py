@@ -137,10 +137,10 @@ def test_with_exact_quantiles_it_is_best_of_n_of_another_order(n, gamma_ref):
 @pytest.mark.parametrize(("beta", "gamma_ref", "order", "ratio"), [(0.5, 0.5, 4.87, 1.21), (0.5, 1.0, 2.30, 0.94)])
 def test_the_n_that_jbond_keeps(beta, gamma_ref, order, ratio):
     """Continuous rewards: 2 (1 - beta) p - beta log 16 (1 - p)^2 over gamma_ref, a polynomial in the own quantile."""
-    law = reached_by(np.array([-beta * math.log(16), 1 - beta, 2 * (1 - beta)]) / gamma_ref)
-    reached = law.win_rate / (1 - law.win_rate)
+    policy = reached_by(np.array([-beta * math.log(16), 1 - beta, 2 * (1 - beta)]) / gamma_ref)
+    reached = policy.win_rate / (1 - policy.win_rate)
     assert reached == pytest.approx(order, abs=5e-3)
-    assert law.kl / (math.log(reached) - (reached - 1) / reached) == pytest.approx(ratio, abs=5e-3)
+    assert policy.kl / (math.log(reached) - (reached - 1) / reached) == pytest.approx(ratio, abs=5e-3)
     ref, rewards = torch.full((400,), 1 / 400, dtype=torch.float64), torch.arange(400, dtype=torch.float64)
     probs = bond_resting_point(ref, rewards, 2, beta, gamma_ref, estimate="jbond", k=2)
     win_rate = float((probs * (rewards + 0.5) / 400).sum())

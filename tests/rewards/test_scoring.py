@@ -111,7 +111,7 @@ def test_error_quotes_the_last_message_of_a_chat():
 @pytest.mark.parametrize("value", [[1.0, float("nan"), 2.0], torch.tensor([1.0, float("nan"), 2.0])])
 def test_nan_is_what_argmax_calls_best_and_never_gets_there(value):
     assert torch.as_tensor(value).argmax() == 1
-    with pytest.raises(RewardError):
+    with pytest.raises(RewardError, match=r"'judge'.* nan "):
         total(value).argmax()
 
 

@@ -31,7 +31,7 @@ class StubEngine:
     def __init__(self) -> None:
         self.calls: list[tuple[Role, int, list[int], float]] = []
 
-    def generate(self, *args: Any, **law: Any) -> list[list[Completion]]:
+    def generate(self, *args: Any, **settings: Any) -> list[list[Completion]]:
         raise AssertionError("a rollout asks for all roles at once")
 
     def generate_roles(

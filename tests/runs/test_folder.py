@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import gc
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from bondlm.errors import CheckpointError, ConfigError
-from bondlm.runs.folder import LOCK_FILE, append_jsonl, drop_after, locked, plain, whole, write_whole
+from bondlm.runs.folder import LOCK_FILE, OWNER_FILE, append_jsonl, drop_after, locked, plain, whole, write_whole
 
 ODD = "a\u2028b\x85c\x0bd \U0001f600 \u00e9\n\ttab"
 
@@ -41,22 +42,21 @@ def holder(tmp_path: Path) -> Iterator[Any]:
 def test_the_lock_names_its_owner_and_goes_with_the_block(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "run"
     with locked(folder):
-        assert (folder / LOCK_FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-    assert not (folder / LOCK_FILE).exists()
+        assert (folder / OWNER_FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert list(folder.iterdir()) == []
     with pytest.raises(ZeroDivisionError), locked(folder):
         raise ZeroDivisionError
-    assert not (folder / LOCK_FILE).exists()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_live_process_keeps_its_folder_whatever_the_file_says(tmp_path: Path, holder: Any) -> None:
-    path = tmp_path / LOCK_FILE
     with (
         pytest.raises(CheckpointError, match=f"process {holder.pid} on {socket.gethostname()}"),
         locked(tmp_path),
     ):
         pytest.fail("two owners")
-    assert path.exists()  # the refused one must not take the other's lock away
-    os.truncate(path, 0)  # as it is for a moment after it was made
+    assert (tmp_path / LOCK_FILE).exists()  # the refused one must not take the other's lock away
+    (tmp_path / OWNER_FILE).unlink()  # as it is for a moment after it was taken
     with pytest.raises(CheckpointError, match=f"{tmp_path}.*another process"), locked(tmp_path):
         pytest.fail("two owners")
 
@@ -66,12 +66,25 @@ def test_the_lock_of_a_killed_process_is_nobodys(tmp_path: Path, holder: Any) ->
     holder.join()
     assert (tmp_path / LOCK_FILE).exists()
     with locked(tmp_path):
-        assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} ")
+        assert (tmp_path / OWNER_FILE).read_text().startswith(f"process {os.getpid()} ")
+
+
+def test_a_forked_child_that_ends_does_not_take_the_lock_with_it(tmp_path: Path) -> None:
+    """A worker of a data loader, say."""
+    with locked(tmp_path):
+        worker = FORK.Process(target=gc.collect)
+        worker.start()
+        worker.join()
+        other = FORK.Process(target=hold, args=(tmp_path, FORK.Event(), 0))
+        other.start()
+        other.join()
+        assert other.exitcode == 1  # refused
 
 
 @pytest.mark.parametrize("content", ["", "process 1 on elsewhere", "\x00" * 2000])
 def test_what_a_file_without_owner_says_does_not_matter(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK_FILE).write_text(content)
+    (tmp_path / OWNER_FILE).write_text(content)
     with locked(tmp_path):
         pass
 

@@ -30,7 +30,7 @@ def test_sft_learns_the_answers_and_saves_what_bondlm_loads(
         main(["sample", "--model", str(tmp_path / "out"), "--prompt", PROMPTS[0], "--max_completion_length", "4"]) == 0
     )
     assert main(command) == 6  # the folder holds a model now
-    assert "already holds a model" in capsys.readouterr().err
+    assert f"{tmp_path / 'out'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -75,13 +75,13 @@ def test_sft_refuses_long_answers_chats_without_template_and_wrong_settings(
     model = save(tmp_path / "model", "t5")
     base = ["sft", "--model", model, "--output_dir", str(tmp_path / "out"), *CHEAP]
     assert main([*base, "--train_dataset", chats]) == 2
-    assert "has no chat template" in capsys.readouterr().err
+    assert "chat template" in capsys.readouterr().err
     assert main([*base, "--train_dataset", texts, "--max_completion_length", "8"]) == 3
-    assert "longer than max_completion_length=8" in capsys.readouterr().err
+    assert "max_completion_length=8" in capsys.readouterr().err
     assert main([*base, "--train_dataset", texts, "--learning_rat", "1"]) == 2
-    assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+    assert "'learning_rate'" in capsys.readouterr().err
     assert main([*base, "--train_dataset", texts, "--lora_r", "4"]) == 2
-    assert "use_peft is not" in capsys.readouterr().err
+    assert "use_peft" in capsys.readouterr().err
     assert main(["sft", "--train_dataset", texts]) == 2
     assert main([*base, "--train_dataset", "EdinburghNLP/xsum"]) == 3
     assert "recipes/prepare.py" in capsys.readouterr().err

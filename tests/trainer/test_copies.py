@@ -95,5 +95,5 @@ def test_where_the_copies_rest(moves: bool, offload: bool, monkeypatch: pytest.M
 
 
 def test_an_adapter_cannot_be_offloaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="offload_anchor=True: remove it"):
+    with pytest.raises(ConfigError, match="offload_anchor=True"):
         trainer(tmp_path, LoraConfig(r=4, target_modules=["q_proj"]), offload_anchor=True)

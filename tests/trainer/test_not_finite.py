@@ -36,7 +36,7 @@ FAILURES: dict[str, tuple[Callable[[int], list[float]], str]] = {
     "NaN": (lambda count: [float("nan")] * count, "nan"),
     "infinite": (lambda count: [float("inf")] * count, "inf"),
     "raises": (raises, "no such row"),
-    "too few": (lambda count: [1.0] * (count - 1), "values for"),
+    "too few": (lambda count: [1.0] * (count - 1), " values .* completions"),
 }
 
 
@@ -64,7 +64,7 @@ def test_losses_that_are_not_finite_end_the_run_and_nothing_has_moved(tmp_path: 
     before = weights(made.roles.model)
     anchor = {name: tensor.clone() for name, tensor in made.anchor.state_dict().items()}
     Spoiled(made, set(range(1, 10)))
-    with pytest.raises(NonFiniteError, match="step 3: the gradient is not finite, 3 steps in a row") as caught:
+    with pytest.raises(NonFiniteError, match=r"step 3: .*gradient.*\b3 steps") as caught:
         made.train()
     assert caught.value.exit_code == 5
     after = weights(made.roles.model)

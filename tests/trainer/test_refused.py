@@ -18,11 +18,11 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     rows = prompt_rows(3)
     longest = max(len(TOKENIZER.encode(row["prompt"])) for row in rows)
     trainer(tmp_path, train_dataset=rows, max_prompt_length=longest)
-    with pytest.raises(DataError, match="row"):
+    with pytest.raises(DataError, match=rf"max_prompt_length\D+{longest - 1}\b"):
         trainer(tmp_path, train_dataset=rows, max_prompt_length=longest - 1)
-    with pytest.raises(DataError):  # prompt and completion together leave the model's 256 positions
+    with pytest.raises(DataError, match="256 tokens"):  # of positions, for prompt and completion together
         trainer(tmp_path, train_dataset=rows, max_completion_length=250)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="row 0: empty"):
         trainer(tmp_path, train_dataset=rows, eval_dataset=[{"prompt": ""}])
 
 
@@ -32,11 +32,11 @@ def frozen_model() -> nn.Module:
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "init kwargs of a loaded model": (lambda: None, {"model_init_kwargs": {"a": 1}}, "model_init_kwargs"),
-    "no trainable parameter": (frozen_model, {}, "no trainable parameter"),
+    "no trainable parameter": (frozen_model, {}, "trainable"),
     "an adapter on an adapter": (
         lambda: PeftModel(tiny_causal(TOKENIZER), lora()),
         {"peft_config": lora()},
-        "adapter already",
+        "adapter",
     ),
     "a name that is nowhere": (lambda: "/nowhere/at/all", {}, "/nowhere/at/all"),
 }
@@ -62,7 +62,5 @@ def test_bf16_weights_are_refused_where_they_would_train(tmp_path: Path) -> None
 
 
 def test_an_evaluation_without_held_out_prompts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"eval_strategy='steps' \(target_n=2.0, kl_budget=None\) without eval_dataset"
-    ):
+    with pytest.raises(ConfigError, match=r"eval_strategy='steps'.*target_n=2\.0.*eval_dataset"):
         trainer(tmp_path, eval_strategy="steps", eval_steps=1, target_n=2.0)

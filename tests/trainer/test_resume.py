@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that never stopped."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_resume_without_the_anchor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-6" / ANCHOR_FILE).unlink()
     made = run_of_six(tmp_path, "lora")
     before = weights(made.roles.model)
-    with pytest.raises(CheckpointError, match=f"checkpoint-6 cannot be resumed from: {ANCHOR_FILE} is missing"):
+    with pytest.raises(CheckpointError, match=f"checkpoint-6 .*{ANCHOR_FILE}"):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert same(weights(made.roles.model), before)
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))  # what the message advises
@@ -107,12 +108,12 @@ def test_resume_falls_back_to_the_newest_checkpoint_that_verifies_and_says_so(tm
     damaged.write_bytes(bytes(data))
     (tmp_path / "checkpoint-5" / "manifest.json").unlink()
     resumed = run_of_six(tmp_path, "lora")
-    with pytest.warns(UserWarning, match=r"not resumed from .*checkpoint-[56]") as warned:
+    with pytest.warns(UserWarning, match=r"checkpoint-[56]") as warned:
         resumed.train(resume_from_checkpoint=True)
-    messages = [str(w.message) for w in warned if "not resumed" in str(w.message)]
+    messages = [str(w.message) for w in warned if "checkpoint-" in str(w.message)]
     assert len(messages) == 2
-    assert "its hash differs" in messages[0]
-    assert "it was not finished" in messages[1]
+    assert re.search(rf"checkpoint-6.*{ANCHOR_FILE}.*hash", messages[0])
+    assert re.search(r"checkpoint-5.*manifest\.json", messages[1])
     assert same(weights(resumed.roles.model), weights(whole.roles.model))  # from 4 on, again
 
 
@@ -123,7 +124,7 @@ def test_nothing_to_resume_is_refused(exists: bool, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir(exist_ok=True)
     else:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    with pytest.raises(CheckpointError, match="no checkpoint in"):
+    with pytest.raises(CheckpointError, match=f"'{tmp_path / 'run'}'.*resume_from_checkpoint"):
         made.train(resume_from_checkpoint=True)
 
 

@@ -90,7 +90,7 @@ def test_the_anchor_follows_the_ema_of_the_policys_path(kind: str, tmp_path: Pat
     assert [row["anchor/gap_closed"] for row in logged(tmp_path)[:-1]] == [pytest.approx(1, abs=1e-3)] * 4
 
 
-def test_the_sampled_law_is_the_learned_law(tmp_path: Path) -> None:
+def test_the_sampled_distribution_is_the_learned_one(tmp_path: Path) -> None:
     """With dropout switched off, what was sampled has the log-probability that the loss computes."""
     made = trainer(tmp_path, tiny_gpt2(TOKENIZER, dropout=0.3))
     made.train()

@@ -73,7 +73,7 @@ def test_the_phases_account_for_the_wall_time_of_a_step(tmp_path: Path) -> None:
         assert row["time/reward"] >= NAP
 
 
-def test_scored_tokens_are_those_that_went_through_a_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compared_tokens_are_those_that_went_through_a_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The anchor scores at every step, the reference at logged ones, which are every second here."""
     scored: list[int] = []
     plain = step_module.score_groups

@@ -1,6 +1,6 @@
-"""The engine seam: token ids in, token ids out, for one role of the model."""
+"""The engine seam: token ids in, token ids out, for each role of the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ class Completion:
     """
 
     ids: list[int]  # the sampled tokens, up to and including the end-of-sequence token
-    logprobs: list[float]  # log-probability of each under the law it was drawn from, nats
+    logprobs: list[float]  # log-probability of each under the distribution it was drawn from, nats
     finished: bool  # False: cut at `max_new_tokens` without an end-of-sequence token
 
     @property
@@ -25,41 +25,16 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Draws completions, of one role or of several at once."""
+    """Draws completions, of one role or of several at once: what the rest of bondlm asks of an engine, and no more."""
+
+    on_prompts_done: Callable[[int], object] | None
+    """Told, while it draws, how many more prompts have all their completions of a role; None: not told."""
 
     @property
     def exact(self) -> bool:
         """Whether a completion's log-probabilities are those that the trainer's own model gives, up to rounding.
 
         If not, the trainer computes them anew where they enter the loss.
-        """
-
-    def close(self) -> None:
-        """End connections and processes that the engine holds; it draws nothing afterwards."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_samples: int,
-        *,
-        role: Role,
-        max_new_tokens: int,
-        seeds: Sequence[int],
-        temperature: float = 1.0,
-    ) -> list[list[Completion]]:
-        """Draw `num_samples` completions of each prompt.
-
-        Args:
-            prompts: P prompts as token ids.
-            num_samples: completions of each prompt.
-            role: whose law to draw from.
-            max_new_tokens: most tokens of a completion, end-of-sequence included.
-            seeds: one integer per prompt. A sample is a function of the weights, its prompt, its seed and its number
-                alone, not of the batch that it was drawn in.
-            temperature: 1 samples the model's law, 0 is greedy.
-
-        Returns:
-            P lists of `num_samples` completions.
         """
 
     def generate_roles(
@@ -70,7 +45,21 @@ class Engine(Protocol):
         max_new_tokens: int,
         temperature: float = 1.0,
     ) -> dict[Role, list[list[Completion]]]:
-        """`generate` for each role: role -> (samples of a prompt, one seed for each prompt)."""
+        """Draw completions of each prompt, from each role.
+
+        Args:
+            prompts: P prompts as token ids.
+            wanted: role -> (completions of each prompt, one seed per prompt). A sample is a function of the role's
+                weights, its prompt, its seed and its number alone, not of the batch that it was drawn in.
+            max_new_tokens: most tokens of a completion, end-of-sequence included.
+            temperature: 1 samples the model's own distribution, 0 is greedy.
+
+        Returns:
+            role -> P lists of completions.
+        """
+
+    def close(self) -> None:
+        """End connections and processes that the engine holds; it draws nothing afterwards."""
 
 
 @runtime_checkable

@@ -12,6 +12,10 @@ from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines.base import Engine, Role
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
+from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
+from bondlm.engines.vllm.lora import VLLMEngine
+from bondlm.engines.vllm.server import LocalServer
+from bondlm.engines.vllm.whole import WholeModelEngine
 from bondlm.errors import ConfigError
 from bondlm.models.roles import Roles
 
@@ -62,19 +66,11 @@ def make_engine(
             cuda_graphs=args.cuda_graphs,
         )
     check_vllm_can(args, model)
-    from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
-    from bondlm.engines.vllm.lora import VLLMEngine
-    from bondlm.engines.vllm.server import LocalServer
-    from bondlm.engines.vllm.whole import WholeModelEngine
-
     folder, is_lora = Path(str(args.output_dir)) / "vllm", hasattr(model, "peft_config")
-    start_options = LORA_OPTIONS if is_lora else WHOLE_OPTIONS
-    # It says now if a package is missing.
-    client = VLLMClient(args.vllm_base_url, timeout=args.vllm_timeout, start_options=start_options)
     adapters: dict[Role, str] = {"policy": model.active_adapter, "anchor": "anchor"} if is_lora else {}
     if is_lora and "reference" in model.peft_config:  # the run continues an adapter
         adapters["reference"] = "reference"
-    server = None
+    server, url = None, args.vllm_base_url
     if args.vllm_server == "auto":
         options = (
             server_options(model.dtype, max_rank(model), len(adapters), args)
@@ -89,7 +85,8 @@ def make_engine(
             start_timeout=args.vllm_start_timeout,
             on_cpu=args.device.type == "cpu",
         )
-        client = VLLMClient(server.url, timeout=args.vllm_timeout, start_options=start_options)
+        url = server.url
+    client = VLLMClient(url, timeout=args.vllm_timeout, start_options=LORA_OPTIONS if is_lora else WHOLE_OPTIONS)
     probe_ids = encoder.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64]
     try:
         engine = (VLLMEngine if is_lora else WholeModelEngine)(

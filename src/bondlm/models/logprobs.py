@@ -3,18 +3,17 @@
 Shapes: P prompts, L completions of each, S columns of a row, T tokens of a completion, N completion tokens in all.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from bondlm.errors import ResourceError
 from bondlm.models.facts import takes_argument, vocabulary_size
 from bondlm.models.head import chosen_logprobs, chosen_tokens, exact_head, positions_in_budget
+from bondlm.models.memory import try_or_halve
 from bondlm.models.prefix import prefill_prefix, repeated, shared_prefix
 from bondlm.models.ways import ways_of
 
@@ -182,17 +181,23 @@ def score_groups(
     groups = [(prompt[n:], completions) for prompt, completions in groups]
     num_completions = len(groups[0][1])
     result = torch.empty(len(groups), num_completions, dtype=torch.float32)
-    pending, size = (
-        by_length(groups)[::-1],
-        max(1, batch_rows // num_completions),
-    )  # longest first: out of memory? At once.
+    pending = by_length(groups)[::-1]  # longest first: out of memory? At once.
+    size = max(1, batch_rows // num_completions)
     while pending:
         chunk = pending[:size]
         if head is None:
             chunk = chunk[: _within_budget(model, [groups[i] for i in chunk])]
-        scores = _score_chunk(model, [groups[i] for i in chunk], pad_id, start_id, device, n, before, head)
+        scored = [groups[i] for i in chunk]
+        scores, fitting = try_or_halve(
+            partial(_score_chunk, model, scored, pad_id, start_id, device, n, before, head),
+            len(chunk),
+            "prompts",
+            doing="scoring",
+            advice=f"it has {len(scored[0][0])} tokens, and {num_completions} completion(s) of up to "
+            f"{max(map(len, scored[0][1]))}: use a smaller model or dtype, or a smaller max_completion_length",
+        )
         if scores is None:
-            size = len(chunk) // 2
+            size = fitting
             continue
         result[chunk], pending = scores, pending[len(chunk) :]
     return result
@@ -207,32 +212,13 @@ def _score_chunk(
     num_before: int,
     before: DynamicCache | None,
     head: nn.Module | None,
-) -> Tensor | None:
-    """One forward pass; None when its rows were too many for the memory: take fewer."""
-    batch = collate(groups, pad_id, start_id=start_id)
-    try:
-        cache = None
-        if before is not None:
-            cache = repeated(before, len(groups))
-            batch = batch_behind_prefix(batch, num_before)
-        return sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache, head).cpu()
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        reason = str(error).splitlines()[0]
-    if len(groups) == 1:
-        prompt, completions = groups[0]
-        raise ResourceError(
-            f"out of memory while {len(completions)} completion(s) of {len(prompt)} + {max(map(len, completions))} "
-            f"tokens were scored: use a smaller model or dtype, or a smaller max_completion_length ({reason})"
-        )
-    warnings.warn(
-        f"bondlm: out of memory while {len(groups)} prompts were scored, going on with {len(groups) // 2} ({reason})",
-        stacklevel=3,
-    )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
+) -> Tensor:
+    """One forward pass."""
+    batch, cache = collate(groups, pad_id, start_id=start_id), None
+    if before is not None:
+        cache = repeated(before, len(groups))
+        batch = batch_behind_prefix(batch, num_before)
+    return sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache, head).cpu()
 
 
 def _within_budget(model: Any, groups: Sequence[Group]) -> int:

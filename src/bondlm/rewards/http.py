@@ -14,10 +14,12 @@ import random
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.rewards.calls import await_together
@@ -37,6 +39,10 @@ class _TransientError(Exception):
     def __init__(self, message: str, after: float = 0.0) -> None:
         super().__init__(message)
         self.after = after
+
+
+def _fault(state: RetryCallState) -> BaseException | None:
+    return None if state.outcome is None else state.outcome.exception()
 
 
 class HTTPReward:
@@ -97,33 +103,41 @@ class HTTPReward:
         return _by_id(self.name, answer, [item["id"] for item in items])
 
     async def _persist(self, client: httpx.AsyncClient, body: str, count: int) -> bytes:
-        """Ask until there is an answer; while nobody gets any, one request at a time asks."""
-        attempt = 0
-        while True:
-            try:
-                if self._failing_since is None:
-                    answer = await self._ask(client, body, count)
-                else:
-                    async with self._probing:
-                        answer = await self._ask(client, body, count)
-            except _TransientError as fault:
-                await self._pause(fault, attempt)
-                attempt += 1
-            else:
-                self._failing_since = None
-                return answer
+        """Ask until there is an answer; while no request gets any, one at a time asks."""
+        trial = AsyncRetrying(
+            retry=retry_if_exception_type(_TransientError),
+            wait=self._pause,
+            stop=lambda state: self._left() <= 0,
+            retry_error_callback=self._give_up,
+        )
+        answer: bytes = await trial(self._ask_in_turn, client, body, count)
+        return answer
 
-    async def _pause(self, fault: _TransientError, attempt: int) -> None:
-        now = time.monotonic()
-        self._failing_since = now if self._failing_since is None else self._failing_since
-        left = self._outage - (now - self._failing_since)
-        wait = max(fault.after, self._random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 0.5 * 2**attempt))
-        if left <= 0:
-            raise RewardOutageError(
-                f"the reward server {self.name} has not answered for {now - self._failing_since:.0f} s "
-                f"(reward_outage_s={self._outage:g}): {fault}. Start it again; the same command continues the run."
-            )
-        await asyncio.sleep(min(wait, left))  # however long the server asks for: once more before the run is given up
+    def _left(self) -> float:
+        """Seconds until the server has been down for too long."""
+        return self._outage - (0.0 if self._failing_since is None else time.monotonic() - self._failing_since)
+
+    def _pause(self, state: RetryCallState) -> float:
+        """However long the server asks for: it is asked once more before the run is given up."""
+        after = getattr(_fault(state), "after", 0.0)
+        grown = min(LONGEST_PAUSE, 0.5 * 2 ** (state.attempt_number - 1))
+        return min(max(after, self._random.uniform(0.5, 1.0) * grown), self._left())
+
+    def _give_up(self, state: RetryCallState) -> NoReturn:
+        raise RewardOutageError(
+            f"the reward server {self.name} has not answered for {self._outage - self._left():.0f} s "
+            f"(reward_outage_s={self._outage:g}): {_fault(state)}. Start it again; the same command continues the run."
+        ) from _fault(state)
+
+    async def _ask_in_turn(self, client: httpx.AsyncClient, body: str, count: int) -> bytes:
+        try:
+            async with nullcontext() if self._failing_since is None else self._probing:
+                answer = await self._ask(client, body, count)
+        except _TransientError:
+            self._failing_since = time.monotonic() if self._failing_since is None else self._failing_since
+            raise
+        self._failing_since = None
+        return answer
 
     async def _ask(self, client: httpx.AsyncClient, body: str, count: int) -> bytes:
         try:

@@ -1,7 +1,6 @@
 """The run folder's logs and its lock."""
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from bondlm.errors import CheckpointError, ConfigError
 
-LOCK_FILE = ".lock"
+LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -33,8 +33,8 @@ def is_main_process() -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this run; of several processes of a run the main one holds it for all.
 
-    The lock is the operating system's (`flock`): it goes with its process, however that ends, so there is none that
-    is stale. What the file says is for the message alone.
+    The lock is the operating system's: it goes with its process, however that ends, so there is none that is stale.
+    What stands beside it is for the message alone.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -45,10 +45,10 @@ def locked(folder: Path) -> Iterator[None]:
         return
     if folder.is_symlink():
         raise ConfigError(f"output_dir={str(folder)!r} is a link: name the folder that it leads to")
-    path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(path)
+        lock = _take(folder)
+        (folder / OWNER_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except FileExistsError as error:
         raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder") from error
     except OSError as error:
@@ -56,42 +56,36 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
-        os.close(descriptor)
+        (folder / OWNER_FILE).unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows, where filelock removes it as soon as it may
+            (folder / LOCK_FILE).unlink(missing_ok=True)  # while it is held: who opens this one sees that it is gone
+        lock.release()
 
 
-def _take(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(descriptor, 1000, 0).decode(errors="replace")
-            os.close(descriptor)
-            raise CheckpointError(
-                f"{path.parent} is in use by {owner or 'another process'}: wait for it, or choose another output_dir"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                os.close(descriptor)
-                raise
-            warnings.warn(
-                f"bondlm: {path.parent} lies on a disk without locks ({error.strerror}): see to it yourself that no "
-                "two runs write into it",
-                stacklevel=4,
-            )
-        if _is_still(path, descriptor):
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            return descriptor
-        os.close(descriptor)  # its owner ended, and removed it, between our two steps
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
+def _take(folder: Path) -> FileLock:
+    lock = FileLock(folder / LOCK_FILE, blocking=False)
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(
+            f"{folder} is in use by {_owner(folder)}: wait for it, or choose another output_dir"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(
+            f"bondlm: {folder} lies on a disk without locks ({error.strerror}): see to it yourself that no two runs "
+            "write into it",
+            stacklevel=4,
+        )
+    return lock
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return (folder / OWNER_FILE).read_text(encoding="utf-8", errors="replace")[:1000] or "another process"
+    except OSError:
+        return "another process"
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

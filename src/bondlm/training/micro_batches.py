@@ -1,19 +1,18 @@
 """Micro-batches of a step; after an out-of-memory error smaller ones, from the same samples, with the same gradient."""
 
-import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from bondlm.engines.agreement import padded_logprobs
-from bondlm.errors import ResourceError
 from bondlm.models.deepspeed import zero_stage
 from bondlm.models.facts import vocabulary_size
 from bondlm.models.head import positions_in_budget
 from bondlm.models.logprobs import collate
+from bondlm.models.memory import try_or_halve
 from bondlm.training.rollout import Rollout
 
 MicroBatch = dict[str, Any]
@@ -53,35 +52,30 @@ class SmallerBatches:
         self._window.append(batch)
         todo = [batch]
         while True:
-            try:
-                pieces = [part for each in todo for part in parts(each, self.max_prompts)]
-                losses = [step(part, i == len(pieces)) for i, part in enumerate(pieces, start=1)]
-                return torch.stack(losses[-len(parts(batch, self.max_prompts)) :]).sum()
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                reason = str(error).splitlines()[0]
-            self._halve(reason, is_alone=args.world_size == 1 and zero_stage(args) == 0)
-            model.zero_grad(set_to_none=True)
-            todo = self._window
-
-    def _halve(self, reason: str, *, is_alone: bool) -> None:
-        most = max(num_prompts(each) for each in self._window)
-        size = most if self.max_prompts is None else min(self.max_prompts, most)
-        if size == 1 or not is_alone:
-            raise ResourceError(
-                f"out of memory while learning from {size} prompt(s) at a time ({reason}): use a smaller "
-                "per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_completion_length, "
-                "LoRA, or gradient_checkpointing"
+            loss, size = try_or_halve(
+                partial(self._learn, todo, step),
+                self._size(),
+                "prompts",
+                doing="learning from",
+                advice="use a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller "
+                "max_completion_length, LoRA, or gradient_checkpointing",
+                may_halve=args.world_size == 1 and zero_stage(args) == 0,
             )
-        self.max_prompts = size // 2
-        warnings.warn(
-            f"bondlm: out of memory while learning from {size} prompts at a time, going on with {self.max_prompts}, "
-            f"from the same samples ({reason})",
-            stacklevel=4,
-        )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            if loss is not None:
+                return loss
+            self.max_prompts, todo = size, self._window
+            model.zero_grad(set_to_none=True)
+
+    def _learn(self, todo: Sequence[MicroBatch], step: Callable[[MicroBatch, bool], Tensor]) -> Tensor:
+        """Learn from the micro-batches, part by part; returns the loss of the last of them."""
+        pieces = [part for each in todo for part in parts(each, self.max_prompts)]
+        losses = [step(part, i == len(pieces)) for i, part in enumerate(pieces, start=1)]
+        return torch.stack(losses[-len(parts(todo[-1], self.max_prompts)) :]).sum()
+
+    def _size(self) -> int:
+        """Most prompts that are learned from at a time."""
+        most = max(num_prompts(each) for each in self._window)
+        return most if self.max_prompts is None else min(self.max_prompts, most)
 
 
 def micro_batch(

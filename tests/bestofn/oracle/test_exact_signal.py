@@ -99,7 +99,7 @@ def test_none_compares_each_reward_with_the_others_of_its_row(function):
     for i in range(5):
         alone = function(rewards[:, [i]], np.delete(rewards, i, axis=1))
         np.testing.assert_array_equal(together[:, [i]], alone)
-    with pytest.raises(ValueError, match="no others"):
+    with pytest.raises(ValueError, match="ref_rewards"):
         function(np.zeros((3, 1)), None)
 
 
@@ -108,8 +108,8 @@ def test_none_compares_each_reward_with_the_others_of_its_row(function):
     [
         ({"estimate": "clamped"}, "k=None"),
         ({"estimate": "exact", "k": 4}, "k=4"),
-        ({"estimate": "clamped", "k": 0}, "at least 1"),
-        ({"estimate": "log", "k": 2}, "unknown estimate 'log'"),
+        ({"estimate": "clamped", "k": 0}, "^k .*got 0"),
+        ({"estimate": "log", "k": 2}, "estimate 'log'"),
     ],
 )
 def test_bad_input_is_refused(keywords, message):

@@ -232,13 +232,16 @@ def test_kinds():
     [
         (lambda: jbond_gradient(LOGITS, ANCHOR, REWARDS, 1.1, 0.0), "beta"),
         (lambda: jbond_gradient(LOGITS, ANCHOR, REWARDS, 0.5, -1.0), "gamma"),
-        (lambda: jbond_gradient(LOGITS, ANCHOR[:1], REWARDS, 0.5, 0.0), "same shape"),
-        (lambda: jbond_gradient(LOGITS, ANCHOR, REWARDS[:1], 0.5, 0.0), "same shape"),
+        (lambda: jbond_gradient(LOGITS, ANCHOR[:1], REWARDS, 0.5, 0.0), "^logits and anchor_probs"),
+        (lambda: jbond_gradient(LOGITS, ANCHOR, REWARDS[:1], 0.5, 0.0), "^anchor_probs and rewards"),
         (lambda: jbond_gradient(LOGITS / 0.0, ANCHOR, REWARDS, 0.5, 0.0), "logits"),
-        (lambda: jbond_gradient(LOGITS[0, :2], torch.tensor([1.0, 0.0]), REWARDS[0, :2], 0.5, 0.0), "positive"),
-        (lambda: jbond_fixed_point(torch.tensor([1.0, 0.0]), REWARDS[0, :2], 0.5, 0.0), "positive"),
-        (lambda: backward_kl_gradient(LOGITS[0, :2], torch.tensor([1.0, 0.0])), "positive"),
-        (lambda: mean_two_level_reward(ANCHOR, REWARDS, k=0), "between 1 and"),
+        (
+            lambda: jbond_gradient(LOGITS[0, :2], torch.tensor([1.0, 0.0]), REWARDS[0, :2], 0.5, 0.0),
+            "^anchor_probs .*positive",
+        ),
+        (lambda: jbond_fixed_point(torch.tensor([1.0, 0.0]), REWARDS[0, :2], 0.5, 0.0), "^anchor_probs .*positive"),
+        (lambda: backward_kl_gradient(LOGITS[0, :2], torch.tensor([1.0, 0.0])), "^target .*positive"),
+        (lambda: mean_two_level_reward(ANCHOR, REWARDS, k=0), "got 0"),
     ],
 )
 def test_bad_input_is_refused(call, message):

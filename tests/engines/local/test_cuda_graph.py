@@ -114,7 +114,7 @@ def test_a_model_that_reads_its_mask_otherwise_is_found_out() -> None:
     model = FalconForCausalLM(FalconConfig(**sizes, alibi=True, multi_query=False)).eval()
     assert CudaGraphs().usable(model)
     engine = engine_of(model)
-    with pytest.warns(UserWarning, match="without CUDA graphs"):
+    with pytest.warns(UserWarning, match="CUDA graphs"):
         samples = drawn(engine, 2)
     assert samples == drawn(engine_of(model, cuda_graphs=False), 2)
     with warnings.catch_warnings():
@@ -122,7 +122,7 @@ def test_a_model_that_reads_its_mask_otherwise_is_found_out() -> None:
         assert drawn(engine, 2) == samples  # said once
 
 
-def test_another_law_is_found_out() -> None:
+def test_another_distribution_is_found_out() -> None:
     model = tiny_causal(TOKENIZER)
     forward = model.forward
 
@@ -133,7 +133,7 @@ def test_another_law_is_found_out() -> None:
 
     model.forward = forgets_its_mask
     engine = engine_of(model)
-    with pytest.warns(UserWarning, match=r"differ by 0\.\d\d in total variation"):
+    with pytest.warns(UserWarning, match=r"CUDA graphs.* 0\.\d\d .*total variation"):
         samples = drawn(engine, 2)
     assert samples == drawn(engine_of(model, cuda_graphs=False), 2)
 
@@ -149,7 +149,7 @@ def test_out_of_memory_is_no_reason_to_do_without() -> None:
 
     model.register_forward_pre_hook(fail_once, with_kwargs=True)
     engine = engine_of(model)
-    with pytest.warns(UserWarning, match="out of memory with 18 rows, going on with 9"):
+    with pytest.warns(UserWarning, match=r"out of memory.*\b18 rows.*\b9\b"):
         assert drawn(engine, 3) == expected
     assert engine._graphs.wanted
 
@@ -180,7 +180,7 @@ def test_a_recording_without_memory_is_tried_again_in_an_emptied_cache(monkeypat
 
 
 def test_a_recording_that_fails_otherwise_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.warns(UserWarning, match=r"without CUDA graphs.*operation not permitted"):
+    with pytest.warns(UserWarning, match=r"CUDA graphs.*operation not permitted"):
         assert attempts_of([RuntimeError("operation not permitted")], monkeypatch) == (None, ["record"])
 
 
@@ -219,7 +219,7 @@ def test_a_recording_replays_and_a_model_that_cannot_be_recorded_goes_on_without
     torch.manual_seed(0)
     experts = MixtralForCausalLM(config).eval().cuda()
     engine = engine_of(experts)
-    with pytest.warns(UserWarning, match="without CUDA graphs"):
+    with pytest.warns(UserWarning, match="CUDA graphs"):
         samples = drawn(engine, 2)
     assert samples == drawn(engine_of(experts, cuda_graphs=False), 2)
     torch.cuda.empty_cache()  # the device is as usable as before

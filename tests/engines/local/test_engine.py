@@ -224,7 +224,7 @@ def chi_square_excess(counts: np.ndarray, probs: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_frequencies_follow_the_law_of_the_model(kind: str) -> None:
+def test_frequencies_follow_the_distribution_of_the_model(kind: str) -> None:
     model = MODELS[kind](TOKENIZER)
     (row,) = generate(engine_of(model), 4000, prompts=IDS[:1], seeds=[5], max_new_tokens=1)
     counts = np.bincount([c.ids[0] for c in row], minlength=300)
@@ -270,7 +270,7 @@ def test_dropout_is_off_while_sampling_and_the_mode_comes_back(kind: str) -> Non
 
 
 def lora_roles(kind: str) -> tuple[Roles, dict[str, Any]]:
-    """Roles with three different laws, and a plain model of each with the adapter's products added to the weights."""
+    """Roles with three different distributions, and a plain model of each, the adapter's products added."""
     task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
     base = MODELS[kind](TOKENIZER)
     plain = {"reference": deepcopy(base)}
@@ -290,7 +290,7 @@ def lora_roles(kind: str) -> tuple[Roles, dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_role_of_a_lora_model_samples_from_its_own_law(kind: str) -> None:
+def test_every_role_of_a_lora_model_samples_from_its_own_distribution(kind: str) -> None:
     roles, plain = lora_roles(kind)
     engine = TransformersEngine(roles.use, eos_ids=MANY_EOS, pad_id=0)
     samples = {role: ids_of(generate(engine, role=role)) for role in ("policy", "anchor", "reference")}
@@ -361,7 +361,7 @@ def test_out_of_memory_halves_the_rows_and_changes_no_sample(kind: str) -> None:
     expected = ids_of(generate(engine_of(model), 4))
     greedy_for_memory(model, 3)
     engine = engine_of(model)
-    with pytest.warns(UserWarning, match=r"out of memory with .* rows, going on with"):
+    with pytest.warns(UserWarning, match=r"out of memory.*\d rows.*\d"):
         assert ids_of(generate(engine, 4)) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the engine remembers: it does not run out again
@@ -372,7 +372,7 @@ def test_out_of_memory_halves_the_rows_and_changes_no_sample(kind: str) -> None:
 def test_out_of_memory_with_one_row_says_what_to_do() -> None:
     model = tiny_causal(TOKENIZER)
     greedy_for_memory(model, 0)
-    with pytest.raises(ResourceError, match=r"one completion of .* smaller max_completion_length"):
+    with pytest.raises(ResourceError, match=r"out of memory.*max_completion_length"):
         generate(engine_of(model))
 
 

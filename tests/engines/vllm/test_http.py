@@ -1,5 +1,6 @@
 """A server's faults: those that pass are ridden out, the others end with their own code and soon."""
 
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from engines.vllm.stub import Answer, Stub, first, slow
 @pytest.mark.parametrize("answer", [(500, "oops"), (503, {"error": {"message": "busy"}}), (200, "reset")])
 def test_a_fault_that_passes_is_ridden_out(engine: VLLMEngine, stub: Stub, answer: Answer) -> None:
     expected = draw_both(engine)
-    stub.fault = first(ATTEMPTS - 1, answer)
+    stub.fault, generator = first(ATTEMPTS - 1, answer), random.getstate()
     assert draw_both(engine) == expected
+    assert random.getstate() == generator  # the run's own generators do not notice
 
 
 def spoil_choice(**changes: Any) -> Callable[[dict[str, Any]], None]:
@@ -53,14 +55,14 @@ def lose_a_sample(answer: dict[str, Any]) -> None:
     ("spoil", "error", "message"),
     [
         (nan_logprob, NonFiniteError, "log-probability"),
-        (drop_last_token, EngineError, "without an end-of-sequence|sent 0 tokens"),
-        (lose_a_sample, EngineError, "sent 1 samples, 2 were asked"),
-        (spoil_choice(prompt_token_ids=[1, 2]), EngineError, "another prompt"),
-        (spoil_choice(token_ids=[5000], logprobs={"token_logprobs": [-1.0]}), EngineError, "outside the vocabulary"),
+        (drop_last_token, EngineError, "end-of-sequence|0 tokens"),
+        (lose_a_sample, EngineError, r"\b1 samples.*\b2\b"),
+        (spoil_choice(prompt_token_ids=[1, 2]), EngineError, "prompt"),
+        (spoil_choice(token_ids=[5000], logprobs={"token_logprobs": [-1.0]}), EngineError, "vocabulary"),
         (spoil_choice(logprobs={"token_logprobs": [-1.0] * 99}), EngineError, "99 log-probabilities"),
         (spoil_choice(token_ids=[0, 1, 0], logprobs={"token_logprobs": [-1.0] * 3}), EngineError, "went on after"),
-        (spoil_choice(token_ids=None), EngineError, "no 'token_ids'"),
-        (lambda answer: answer.clear(), EngineError, "no choices"),
+        (spoil_choice(token_ids=None), EngineError, "'token_ids'"),
+        (lambda answer: answer.clear(), EngineError, "choices"),
     ],
 )
 def test_an_answer_that_is_wrong_is_not_learned_from(
@@ -95,7 +97,7 @@ def test_a_server_that_is_slow_is_an_error_soon(stub: Stub, roles: Roles, tmp_pa
     engine = connect(stub, roles, tmp_path, timeout=0.5)
     stub.fault = slow(3)
     begin = time.monotonic()
-    with pytest.raises(ResourceError, match=r"within 0.5 s.*vllm_timeout"):
+    with pytest.raises(ResourceError, match=r"0\.5 s.*vllm_timeout"):
         draw_both(engine)
     assert time.monotonic() - begin < 2.5  # one answer's time limit, and one retry's
 
@@ -106,7 +108,7 @@ def test_a_server_that_is_down_is_refused_with_the_command(roles: Roles, tmp_pat
         port = free.getsockname()[1]
     stub = Stub(roles.model, EOS)
     stub.url = f"http://127.0.0.1:{port}"
-    with pytest.raises(ConfigError, match=rf"To start one by hand:.*api_server.*--port {port}"):
+    with pytest.raises(ConfigError, match=rf"api_server.*--port {port}"):
         connect(stub, roles, tmp_path)
 
 
@@ -119,7 +121,7 @@ def test_a_server_that_is_down_is_refused_with_the_command(roles: Roles, tmp_pat
         (
             "/v1/load_lora_adapter",
             (500, {"error": {"message": "LoRA rank 32 is greater than max_lora_rank 16."}}),
-            "LoRA rank 32 is greater.*--max-lora-rank",
+            "LoRA rank 32 .*--max-lora-rank",
         ),
     ],
 )

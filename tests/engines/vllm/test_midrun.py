@@ -61,7 +61,7 @@ def forgotten(path: str, body: Any) -> Answer | None:
 
 @pytest.mark.parametrize(
     ("fault", "code", "message"),
-    [(error_500, 7, "HTTP 500"), (no_reload, 5, "the reload did nothing"), (forgotten, 2, "no such route")],
+    [(error_500, 7, "HTTP 500"), (no_reload, 5, "reload"), (forgotten, 2, "no such route")],
     ids=["dead", "stale", "other"],
 )
 def test_a_fault_saves_and_ends_with_its_code_and_the_same_command_goes_on(

@@ -123,7 +123,7 @@ def largest_gap(roles: Roles, drawn: Any, role: Any) -> float:
     return max(abs(float(x) - c.logprob) / len(c.ids) for x, (_, c) in zip(ours, pairs, strict=True))
 
 
-def test_each_role_has_its_own_law(engine: VLLMEngine, roles: Roles) -> None:
+def test_each_role_has_its_own_distribution(engine: VLLMEngine, roles: Roles) -> None:
     """Three roles drawn in one batch: each scores as our own weights of that role do, and as no other's."""
     drawn = draw_all(engine)
     for role in ("policy", "anchor", "reference"):
@@ -138,8 +138,8 @@ def test_each_role_has_its_own_law(engine: VLLMEngine, roles: Roles) -> None:
 def test_greedy_tokens_are_those_of_the_transformers_engine(engine: VLLMEngine, roles: Roles) -> None:
     here = TransformersEngine(roles.use, eos_ids=EOS, pad_id=0)
     for role in ("policy", "anchor"):
-        law: Any = {"role": role, "max_new_tokens": 10, "seeds": SEEDS, "temperature": 0.0}
-        ours, theirs = here.generate(IDS, 1, **law), engine.generate(IDS, 1, **law)
+        sampling: Any = {"role": role, "max_new_tokens": 10, "seeds": SEEDS, "temperature": 0.0}
+        ours, theirs = here.generate(IDS, 1, **sampling), engine.generate(IDS, 1, **sampling)
         assert [c[0].ids for c in ours] == [c[0].ids for c in theirs]
         for (one,), (other,) in zip(ours, theirs, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=GAP)
@@ -188,7 +188,7 @@ def test_a_hot_reload_changes_probe_and_samples(engine: VLLMEngine, roles: Roles
 def test_a_stale_reload_is_caught(engine: VLLMEngine, roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     change(roles, 1e-3)
     monkeypatch.setattr(engine._client, "load_adapter", lambda name, folder: None)
-    with pytest.raises(EngineError, match="did nothing"):
+    with pytest.raises(EngineError, match="reload"):
         engine.sync()
 
 
@@ -300,7 +300,7 @@ def test_a_reload_of_whole_weights_that_did_nothing_is_caught(
     engine = connect_whole(whole_server, roles, tmp_path)
     move(roles, 1e-6)  # about 1e-4 nats a token
     monkeypatch.setattr(engine._client, "rpc", lambda method, **arguments: None)
-    with pytest.raises(EngineError, match="did nothing"):
+    with pytest.raises(EngineError, match="reload"):
         engine.generate(IDS, 1, role="policy", max_new_tokens=4, seeds=SEEDS)
 
 
@@ -329,11 +329,11 @@ def test_full_fine_tuning(whole_server: LocalServer, tied: str, tmp_path: Path) 
 def test_weights_of_another_shape_are_refused(whole_server: LocalServer, base: str, tmp_path: Path) -> None:
     """The last test of this server: it has no weights any more."""
     roles = Roles(tiny_causal(TOKENIZER, hidden=64))
-    with pytest.raises(ConfigError, match=r"(size|shape).*this architecture.*start it again"):
+    with pytest.raises(ConfigError, match=r"(size|shape).*architecture"):
         connect_whole(whole_server, roles, tmp_path)
 
 
 def test_what_vllm_says_at_its_start_reaches_the_user(base: str, tmp_path: Path) -> None:
     options = ["--max-model-len", "256", "--dtype", "no-such-type"]
-    with pytest.raises(ConfigError, match=r"no-such-type.*To start one by hand"):
+    with pytest.raises(ConfigError, match=r"no-such-type.*--dtype no-such-type"):
         LocalServer(PYTHON, base, options, log=tmp_path / "log", start_timeout=120, on_cpu=True)

@@ -28,12 +28,12 @@ def start(python: str, folder: Path, limit: float = 30) -> LocalServer:
 
 def test_a_server_that_ends_at_its_start_says_why(tmp_path: Path) -> None:
     python = script(tmp_path, "raise RuntimeError('no KV cache')")
-    with pytest.raises(ConfigError, match=r"code 1.*no KV cache.*To start one by hand.*--enable-lora"):
+    with pytest.raises(ConfigError, match=r"code 1.*no KV cache.*--enable-lora"):
         start(python, tmp_path)
 
 
 def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be run"):
+    with pytest.raises(ConfigError, match="/nowhere"):
         start(str(tmp_path / "nowhere"), tmp_path)
 
 

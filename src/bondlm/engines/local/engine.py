@@ -9,14 +9,13 @@ no top-p, no penalties.
 Shapes: P prompts, B rows that still run, S prompt tokens, V vocabulary.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from bondlm.engines.base import Completion, Role
@@ -24,7 +23,7 @@ from bondlm.engines.local.batch_size import automatic_rows
 from bondlm.engines.local.cache import gaps_filled
 from bondlm.engines.local.cuda_graph import CudaGraphs
 from bondlm.engines.local.decoding import start_decoding
-from bondlm.errors import ResourceError
+from bondlm.models.memory import try_or_halve
 from bondlm.models.row_adapters import RowAdapters, RowsNotKnownError
 from bondlm.models.ways import ways_of
 
@@ -82,7 +81,7 @@ class TransformersEngine:
         seeds: Sequence[int],
         temperature: float = 1.0,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`."""
+        """Draw `num_samples` completions of each prompt from one role; see `Engine.generate_roles`."""
         wanted = [_Wanted(prompt, num_samples, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         with self._use(role) as model:
             return self._draw(model, wanted, None, max_new_tokens, temperature)
@@ -134,8 +133,17 @@ class TransformersEngine:
                 size = min(size, _of_one_length(wanted, pending))
             chunk, rest = _whole_prompts(pending, size)
             uniforms = np.stack([row_uniforms(wanted[i].seed, j, max_new_tokens) for i, j in chunk])
-            rows = self._decode_or_halve(model, wanted, chunk, torch.from_numpy(uniforms), temperature, adapters)
+            longest = len(wanted[chunk[0][0]].prompt)
+            rows, size = try_or_halve(
+                partial(self._decode, model, wanted, chunk, torch.from_numpy(uniforms), temperature, adapters),
+                len(chunk),
+                "rows",
+                doing="drawing",
+                advice=f"its prompt has {longest} tokens, and {max_new_tokens} may follow: use a smaller model or "
+                "dtype, or a smaller max_completion_length",
+            )
             if rows is None:
+                self._max_rows = size
                 continue
             for (i, j), completion in zip(chunk, rows, strict=True):
                 drawn[i][j] = completion
@@ -146,36 +154,6 @@ class TransformersEngine:
 
     def _rows_at_a_time(self, model: Any, num_tokens: int) -> int:
         return self._max_rows if self._max_rows is not None else automatic_rows(model, num_tokens)
-
-    def _decode_or_halve(
-        self,
-        model: Any,
-        wanted: Sequence[_Wanted],
-        chunk: list[Row],
-        uniforms: Tensor,
-        temperature: float,
-        adapters: RowAdapters | None,
-    ) -> list[Completion] | None:
-        """The completions of the chunk's rows; None when they were too many for the memory: take fewer."""
-        try:
-            return self._decode(model, wanted, chunk, uniforms, temperature, adapters)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            reason = str(error).splitlines()[0]
-        if len(chunk) == 1:
-            length = len(wanted[chunk[0][0]].prompt)
-            raise ResourceError(
-                f"out of memory while one completion of {length} + {uniforms.shape[1]} tokens was "
-                f"drawn: use a smaller model or dtype, or a smaller max_completion_length ({reason})"
-            )
-        self._max_rows = len(chunk) // 2
-        warnings.warn(
-            f"bondlm: out of memory with {len(chunk)} rows, going on with {self._max_rows} ({reason})", stacklevel=3
-        )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
 
     def _decode(
         self,

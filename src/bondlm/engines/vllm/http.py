@@ -2,10 +2,21 @@
 
 import math
 import os
+import random
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    retry_if_result,
+    stop_after_attempt,
+    stop_after_delay,
+)
 
 from bondlm.errors import ConfigError, EngineError, NonFiniteError, ResourceError
 
@@ -30,19 +41,11 @@ class VLLMClient:
             timeout: seconds.
             max_wait: longest pause between two tries, seconds; it is drawn at random.
             start_options: what a user who must start the server is told to start it with.
-
-        Raises:
-            ConfigError: httpx or tenacity is missing.
         """
-        try:
-            import httpx
-            import tenacity
-        except ImportError as error:
-            raise ConfigError(f"engine=vllm needs the package {error.name!r}: pip install 'bondlm[vllm]'") from error
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._max_wait = timeout, max_wait
         self.by_hand = how_to_start(self.url, "MODEL", start_options)
-        self._httpx, self._tenacity = httpx, tenacity
+        self._random = random.Random()  # noqa: S311 (spreads retries; the run's own generators must not move)
         key = os.environ.get("VLLM_API_KEY")
         self._http = httpx.Client(
             base_url=self.url,
@@ -152,12 +155,11 @@ class VLLMClient:
         self, method: str, path: str, body: dict[str, Any] | None = None, *, retried: Sequence[int] = RETRIED
     ) -> Any:
         """One call, tried again after a fault that may pass; repeating is harmless, since every sample has its seed."""
-        t, httpx = self._tenacity, self._httpx
-        trial = t.Retrying(
-            stop=t.stop_after_attempt(ATTEMPTS) | t.stop_after_delay(self._timeout),
-            wait=t.wait_random_exponential(multiplier=0.2, max=self._max_wait),
-            retry=t.retry_if_exception_type(httpx.TransportError) | t.retry_if_result(_failed(retried)),
-            retry_error_callback=lambda state: state.outcome.result(),  # the last failure as it is
+        trial = Retrying(
+            stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(self._timeout),
+            wait=lambda state: self._random.uniform(0, min(self._max_wait, 0.2 * 2 ** (state.attempt_number - 1))),
+            retry=retry_if_exception_type(httpx.TransportError) | retry_if_result(_failed(retried)),
+            retry_error_callback=_last_outcome,
         )
         try:
             response = trial(self._http.request, method, path, json=body)
@@ -181,6 +183,11 @@ class VLLMClient:
         if response.status_code >= 300:
             raise ConfigError(f"{self.url}{path} says HTTP {response.status_code}: {_message(response)}")
         return response
+
+
+def _last_outcome(state: RetryCallState) -> Any:
+    """The last answer or failure, as it is."""
+    return None if state.outcome is None else state.outcome.result()
 
 
 def _failed(statuses: Sequence[int]) -> Callable[[Any], bool]:

@@ -200,7 +200,7 @@ class VLLMEngine:
         seeds: Sequence[int],
         temperature: float = 1.0,
     ) -> list[list[Completion]]:
-        """See `Engine.generate`. A sample's numbers are repeatable up to the rounding of the server's batches."""
+        """`generate_roles` for one role."""
         drawn = self.generate_roles(
             prompts, {role: (num_samples, seeds)}, max_new_tokens=max_new_tokens, temperature=temperature
         )
@@ -216,7 +216,8 @@ class VLLMEngine:
     ) -> dict[Role, list[list[Completion]]]:
         """Draw for several roles at once: role -> (samples of a prompt, a seed for each prompt).
 
-        All requests are under way together, so that the server decodes both adapters' rows in one batch.
+        All requests are under way together, so that the server decodes both adapters' rows in one batch. A sample's
+        numbers are repeatable up to the rounding of such a batch.
 
         Raises:
             DataError: a prompt does not fit into the server's context.

@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
+
 from bondlm.engines.vllm.http import how_to_start
 from bondlm.errors import ConfigError
 
@@ -74,8 +76,6 @@ class LocalServer:
             raise
 
     def _wait(self, limit: float) -> None:
-        import httpx
-
         deadline = time.monotonic() + limit
         with httpx.Client(base_url=self.url, timeout=5.0, trust_env=False) as http:
             while time.monotonic() < deadline:
