@@ -127,7 +127,7 @@ def draw(engine, prompts, new: int):
 def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, float, float, float]]:
     """Seconds, tokens, floating-point operations and bytes of each phase; the best of three."""
     from bondlm.models.head import exact_head
-    from bondlm.models.logprobs import collate, score_rows, sequence_logprobs
+    from bondlm.models.logprobs import collate, row_logprobs, sequence_logprobs
 
     batch = len(prompts)
     head = model.get_output_embeddings().weight.numel()
@@ -145,7 +145,7 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
     rows = [(p, c.ids) for p, (c,) in zip(prompts, draw(engine, prompts, NEW), strict=True)]
     prefill = min(timed(lambda: draw(engine, prompts, 1)) for _ in range(3))
     whole = min(timed(lambda: draw(engine, prompts, NEW + 1)) for _ in range(3))
-    score = min(timed(lambda: score_rows(model, rows, 0, start_id=None, device=DEVICE)) for _ in range(3))
+    score = min(timed(lambda: row_logprobs(model, rows, 0, start_id=None, device=DEVICE)) for _ in range(3))
     micro = {name: tensor.to(DEVICE) for name, tensor in collate([(p, [c]) for p, c in rows[:16]], 0).items()}
     exact = exact_head(model, DEVICE)
     weights = float(width * (body + head))

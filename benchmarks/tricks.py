@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.models.head import exact_head
 from bondlm.models.load import wrap_lora
-from bondlm.models.logprobs import collate, score_rows, sequence_logprobs
+from bondlm.models.logprobs import collate, row_logprobs, sequence_logprobs
 from bondlm.models.roles import Roles
 
 LENGTHS, NEW, SAMPLES, SHARED = (16, 96), 64, 3, 64
@@ -135,7 +135,7 @@ class Work:
         self.model.zero_grad()
 
     def score(self, rows: Any) -> None:
-        score_rows(self.model, rows, 0, start_id=None, device=DEVICE)
+        row_logprobs(self.model, rows, 0, start_id=None, device=DEVICE)
 
     @torch.no_grad()
     def continuous(self) -> None:

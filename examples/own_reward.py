@@ -13,6 +13,7 @@ from peft import LoraConfig
 from bondlm import BONDConfig, BONDTrainer
 
 TOPICS = ["a mountain", "rain", "bread", "a bicycle", "the moon", "a library", "salt", "a bridge", "a garden", "music"]
+TOPICS += ["tea", "a river"]
 HELD_OUT_TOPICS = ["snow", "a lighthouse", "honey", "a train"]
 
 

@@ -20,7 +20,7 @@ def few_launches() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and here all batches differ
     t5_decoding.install()
     head.LOGITS_BUDGET = 2**30
-    step.score_groups = partial(logprobs.score_groups, batch_rows=1024)
+    step.group_logprobs = partial(logprobs.group_logprobs, batch_rows=1024)
     known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
     asked = logprobs.exact_head
 

@@ -25,7 +25,7 @@ from bondlm.errors import EngineError, NonFiniteError
 from bondlm.models.head import chosen_logprobs
 from bondlm.models.learned_quantile import QuantileModel
 from bondlm.models.load import wrap_lora
-from bondlm.models.logprobs import score_rows
+from bondlm.models.logprobs import row_logprobs
 from bondlm.models.roles import Roles
 from bondlm.objectives import BOND, JBOND, VBON
 
@@ -226,7 +226,7 @@ def test_n9_dropout_is_off_while_scoring(role: Any) -> None:
     scores = []
     for _ in range(2):
         with roles.use(role) as model:
-            scores.append(score_rows(model, rows, 0, start_id=None, device=torch.device("cpu")))
+            scores.append(row_logprobs(model, rows, 0, start_id=None, device=torch.device("cpu")))
     assert torch.equal(scores[0], scores[1])
     assert roles.model.training
 
@@ -251,7 +251,9 @@ def test_n10_after_an_exception_the_policy_is_active() -> None:
 def test_n11_the_batch_size_changes_no_log_probability() -> None:
     model = tiny_causal(TOKENIZER)
     rows = [(list(range(3, 5 + i)), list(range(20, 21 + (5 * i) % 7))) for i in range(8)]
-    scores = [score_rows(model, rows, 0, start_id=None, device=torch.device("cpu"), batch_rows=size) for size in (1, 8)]
+    scores = [
+        row_logprobs(model, rows, 0, start_id=None, device=torch.device("cpu"), batch_rows=size) for size in (1, 8)
+    ]
     torch.testing.assert_close(scores[0], scores[1], atol=1e-5, rtol=1e-5)
 
 

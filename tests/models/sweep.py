@@ -23,7 +23,7 @@ from bondlm.errors import ConfigError
 from bondlm.models.facts import vocabulary_size
 from bondlm.models.head import exact_head
 from bondlm.models.load import disable_dropout
-from bondlm.models.logprobs import Group, collate, score_groups, token_logprobs
+from bondlm.models.logprobs import Group, collate, group_logprobs, token_logprobs
 from bondlm.models.probe import FAILURES, check_model
 from bondlm.models.ways import Ways, ways_of
 from models.families import EOS, NAMES, PAD, CannotBuildError, build
@@ -94,7 +94,7 @@ def check(model: Any, pad_id: int, eos_ids: list[int]) -> tuple[dict[str, float]
         groups: list[Group] = list(pairs) if shares else [(p, [c]) for p, cs in pairs for c in cs]
         flat = [logps for row in plain for logps in row]
         sums, lengths = torch.stack([logps.sum() for logps in flat]), torch.tensor([len(logps) for logps in flat])
-        scores = score_groups(model, groups, pad_id, start_id=start_id(model), device=CPU).flatten()
+        scores = group_logprobs(model, groups, pad_id, start_id=start_id(model), device=CPU).flatten()
         note("scoring", float(((scores - sums) / lengths).abs().max()))
         model.train()
         for _ in range(2):

@@ -10,7 +10,7 @@ from transformers import BartConfig, BartForConditionalGeneration, CohereConfig,
 
 from bondlm.errors import ResourceError
 from bondlm.models.head import exact_head
-from bondlm.models.logprobs import score_groups
+from bondlm.models.logprobs import group_logprobs
 from models.helpers import CPU, MODELS, SHARED, SINGLE, TOKENIZER, capped, plain_logprobs, start_id
 
 VOCABULARY = 300
@@ -35,7 +35,7 @@ def test_out_of_memory_while_scoring_halves_the_rows_and_changes_no_logprob(kind
     model = MODELS[kind](TOKENIZER)
     seen = rows_seen(model, most=3)
     with pytest.warns(UserWarning, match=r"out of memory.*\b8 prompts.*\b4\b"):
-        logprobs = score_groups(model, SINGLE, 0, start_id=start_id(model), device=CPU)
+        logprobs = group_logprobs(model, SINGLE, 0, start_id=start_id(model), device=CPU)
     assert logprobs == pytest.approx(plain_logprobs(model, SINGLE).detach(), abs=1e-4)
     assert max(seen) == 2
 
@@ -44,11 +44,11 @@ def test_out_of_memory_while_scoring_halves_the_rows_and_changes_no_logprob(kind
 def test_out_of_memory_while_one_prompt_is_scored_says_what_to_do() -> None:
     model = tiny_causal(TOKENIZER)
     rows_seen(model, most=1)
-    assert score_groups(model, SHARED, 0, start_id=None, device=CPU).isfinite().all()
+    assert group_logprobs(model, SHARED, 0, start_id=None, device=CPU).isfinite().all()
     model = tiny_causal(TOKENIZER)
     rows_seen(model, most=0)
     with pytest.raises(ResourceError, match=r"out of memory.* tokens.*max_completion_length"):
-        score_groups(model, SINGLE[:3], 0, start_id=None, device=CPU)
+        group_logprobs(model, SINGLE[:3], 0, start_id=None, device=CPU)
 
 
 def logits_seen(model: Any) -> list[int]:
@@ -94,10 +94,10 @@ def test_logprobs_of_a_model_that_alters_its_logits_stay_within_the_budget(
     assert exact_head(model, CPU) is None
     seen = logits_seen(model)
     how: dict[str, Any] = {"start_id": start_id(model), "device": CPU}
-    expected = score_groups(model, groups, 0, **how)
+    expected = group_logprobs(model, groups, 0, **how)
     budget = 60 * VOCABULARY
     assert max(seen) > budget  # without one it makes more
     seen.clear()
     monkeypatch.setattr("bondlm.models.head.LOGITS_BUDGET", 4 * budget)
-    torch.testing.assert_close(score_groups(model, groups, 0, **how), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(group_logprobs(model, groups, 0, **how), expected, atol=1e-4, rtol=1e-5)
     assert budget / 4 < max(seen) <= budget

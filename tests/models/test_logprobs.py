@@ -12,7 +12,7 @@ from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from bondlm.models.logprobs import Group, collate, score_groups, score_rows, sequence_logprobs
+from bondlm.models.logprobs import Group, collate, group_logprobs, row_logprobs, sequence_logprobs
 from bondlm.models.prefix import shared_prefix
 from bondlm.models.probe import check_model
 from models.helpers import CPU, MODELS, ROWS, SHARED, SINGLE, TOKENIZER, batched, every_layout, plain_logprobs, start_id
@@ -38,15 +38,15 @@ def test_batches_of_one_and_of_eight_agree(kind: str, groups: list[Group]) -> No
 
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_score_rows_does_not_depend_on_batch_or_order(kind: str) -> None:
+def test_row_logprobs_do_not_depend_on_batch_or_order(kind: str) -> None:
     model = MODELS[kind](TOKENIZER)
     alone = torch.cat([batched(model, [group]) for group in SINGLE])[:, 0]
     per_token = torch.tensor([len(completion) for _, completion in ROWS])
     for size in (1, 3, 8):
-        logprobs = score_rows(model, ROWS, 0, start_id=start_id(model), device=CPU, batch_rows=size)
+        logprobs = row_logprobs(model, ROWS, 0, start_id=start_id(model), device=CPU, batch_rows=size)
         assert float(((logprobs - alone) / per_token).abs().max()) < 1e-5
     order = [5, 2, 7, 0, 1, 6, 3, 4]
-    shuffled = score_rows(model, [ROWS[i] for i in order], 0, start_id=start_id(model), device=CPU, batch_rows=3)
+    shuffled = row_logprobs(model, [ROWS[i] for i in order], 0, start_id=start_id(model), device=CPU, batch_rows=3)
     assert float((shuffled - alone[order]).abs().max()) < 1e-4
 
 
@@ -57,12 +57,12 @@ def test_groups_that_share_a_prompt_score_as_plain_forwards_do(kind: str, prefix
     common = TOKENIZER.encode(PROMPTS[9])[:prefix]
     groups: list[Group] = [([*common, *prompt], completions) for prompt, completions in SHARED]
     assert bool(shared_prefix(model.config, [p for p, _ in groups])) == (prefix > 0 and kind != "t5")
-    logprobs = score_groups(model, groups, 0, start_id=start_id(model), device=CPU, batch_rows=6)
+    logprobs = group_logprobs(model, groups, 0, start_id=start_id(model), device=CPU, batch_rows=6)
     assert logprobs == pytest.approx(plain_logprobs(model, groups).detach(), abs=1e-4)
 
 
-def test_score_rows_needs_no_gradient() -> None:
-    assert not score_rows(tiny_causal(TOKENIZER), ROWS, 0, start_id=None, device=CPU).requires_grad
+def test_row_logprobs_need_no_gradient() -> None:
+    assert not row_logprobs(tiny_causal(TOKENIZER), ROWS, 0, start_id=None, device=CPU).requires_grad
 
 
 @every_layout

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_causal, tiny_gpt2, tiny_tokenizer
 
-from bondlm.models.logprobs import score_rows
+from bondlm.models.logprobs import row_logprobs
 from bondlm.models.prefix import shared_prefix
 
 
@@ -15,8 +15,8 @@ def test_a_shared_prefix_changes_no_logprob(build: Any) -> None:
     model = build(tiny_tokenizer())
     prefix = list(range(40, 60))
     rows = [([*prefix, *range(60, 60 + k)], list(range(100, 100 + 2 * k))) for k in (1, 3, 5, 2)]
-    together = score_rows(model, rows, 0, start_id=None, device=torch.device("cpu"), batch_rows=3)
-    alone = [score_rows(model, [row], 0, start_id=None, device=torch.device("cpu")) for row in rows]
+    together = row_logprobs(model, rows, 0, start_id=None, device=torch.device("cpu"), batch_rows=3)
+    alone = [row_logprobs(model, [row], 0, start_id=None, device=torch.device("cpu")) for row in rows]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
 
 

@@ -76,13 +76,13 @@ def test_the_phases_account_for_the_wall_time_of_a_step(tmp_path: Path) -> None:
 def test_compared_tokens_are_those_that_went_through_a_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The anchor scores at every step, the reference at logged ones, which are every second here."""
     scored: list[int] = []
-    plain = step_module.score_groups
+    plain = step_module.group_logprobs
 
     def counting(model: Any, groups: Any, *args: Any, **kwargs: Any) -> Any:
         scored.append(sum(len(c) for _, completions in groups for c in completions))
         return plain(model, groups, *args, **kwargs)
 
-    monkeypatch.setattr(step_module, "score_groups", counting)
+    monkeypatch.setattr(step_module, "group_logprobs", counting)
     made = BONDTrainer(
         *(tiny_causal(TOKENIZER), length, config(tmp_path, logging_steps=2), prompt_rows(16)),
         processing_class=TOKENIZER,

@@ -135,7 +135,7 @@ def max_rank(model: Any) -> int:
 
 
 def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDConfig) -> list[str]:
-    """Options of a server that samples from the model's own law, at the trainer's precision."""
+    """Options of a server that samples from the model's own distribution, at the trainer's precision."""
     fitting = [r for r in VLLM_RANKS if r >= rank]
     if not fitting:
         raise ConfigError(f"LoRA r={rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")

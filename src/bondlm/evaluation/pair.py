@@ -14,7 +14,7 @@ from bondlm.engines import Role
 from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.evaluation.files import finished_prompts
 from bondlm.models.facts import vocabulary_size
-from bondlm.models.logprobs import score_rows
+from bondlm.models.logprobs import row_logprobs
 from bondlm.rewards import NamedReward
 from bondlm.rollout.sampler import Sampler
 from bondlm.rollout.samples import Samples, SamplingParams, draw
@@ -126,7 +126,7 @@ class Pair:
     def _score(self, sampler: Sampler, pairs: Any) -> Tensor:
         encoder = sampler.encoder
         how: dict[str, Any] = {"start_id": encoder.start_id, "device": sampler.device}
-        return score_rows(sampler.model, pairs, encoder.pad_id, **how)
+        return row_logprobs(sampler.model, pairs, encoder.pad_id, **how)
 
 
 def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, reference_name: str) -> None:

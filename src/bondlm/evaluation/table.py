@@ -23,7 +23,7 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
     table = Table(title=f"Held-out prompts: {result['num_prompts']}. 95% intervals, bootstrap over prompts.")
     for name in ("", "reward", "win rate", "effective N", "KL", "tokens", "cut off", "distinct-2"):
         table.add_column(name, justify="left" if not name else "right")
-    _add_laws(table, result, _row)
+    _add_distributions(table, result, _row)
     console.print(table)
     _print_details(console, result)
     _print_judges(console, result.get("judges", {}))
@@ -40,7 +40,9 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
     )
 
 
-def _add_laws(table: Table, result: Mapping[str, Any], row: Callable[[str, Mapping[str, Any]], list[str]]) -> None:
+def _add_distributions(
+    table: Table, result: Mapping[str, Any], row: Callable[[str, Mapping[str, Any]], list[str]]
+) -> None:
     baselines = result["baselines"]
     table.add_row(*row("untouched model, T=1", baselines["reference"]))
     for name, numbers in baselines.items():
@@ -56,7 +58,7 @@ def _print_details(console: Console, result: Mapping[str, Any]) -> None:
     table = Table(title="Order and length (mean log-quantile of Best-of-N: -1/N)")
     for name in ("", "log-quantile", "correlation of reward and length"):
         table.add_column(name, justify="left" if not name else "right")
-    _add_laws(table, result, _detail_row)
+    _add_distributions(table, result, _detail_row)
     console.print(table)
     kls = [f"{name} {_spread(result[key], 3)}" for key, name in KL_ESTIMATES if key in result]
     console.print(f"KL to the untouched model, nats: {', '.join(kls)}", highlight=False, soft_wrap=True)

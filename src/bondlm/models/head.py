@@ -5,7 +5,7 @@ and of those a log-probability needs two: the token's logit and the sum. So whil
 returns log-probabilities of given tokens instead of logits. It does so inside the model's own forward pass, so that
 what wraps the model (adapters, DDP, FSDP) sees an ordinary call.
 
-Shapes: N tokens, S positions that the head is called with, D hidden size, V vocabulary.
+Shapes: F tokens, S positions that the head is called with, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -32,23 +32,23 @@ def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def chosen_tokens(head: nn.Module, position_N: Tensor, ids_N: Tensor) -> Iterator[None]:
-    """Let `head` return the log-probabilities (N, 1) of the tokens `ids_N`, fp32.
+def chosen_tokens(head: nn.Module, position_F: Tensor, ids_F: Tensor) -> Iterator[None]:
+    """Let `head` return the log-probabilities (F, 1) of the tokens `ids_F`, fp32.
 
-    Token i is predicted at `position_N[i]` of the flattened positions (S) that the head is called with. With a gradient
+    Token i is predicted at `position_F[i]` of the flattened positions (S) that the head is called with. With a gradient
     and more than one piece, a piece's logits are computed anew in the backward pass instead of kept.
     """
     plain = head.forward
     size = positions_in_budget(cast(int, head.out_features))
 
-    def piece(hidden_ND: Tensor, ids: Tensor) -> Tensor:
-        return chosen_logprobs(plain(hidden_ND), ids)
+    def piece(hidden_FD: Tensor, ids: Tensor) -> Tensor:
+        return chosen_logprobs(plain(hidden_FD), ids)
 
     def forward(hidden: Tensor) -> Tensor:
-        hidden_ND = hidden.flatten(0, -2)[position_N]
-        if len(ids_N) <= size:
-            return piece(hidden_ND, ids_N).unsqueeze(1)
-        pieces = zip(hidden_ND.split(size), ids_N.split(size), strict=True)
+        hidden_FD = hidden.flatten(0, -2)[position_F]
+        if len(ids_F) <= size:
+            return piece(hidden_FD, ids_F).unsqueeze(1)
+        pieces = zip(hidden_FD.split(size), ids_F.split(size), strict=True)
         return torch.cat([checkpoint(piece, h, i, use_reentrant=False) for h, i in pieces]).unsqueeze(1)
 
     with _replaced(head, forward):

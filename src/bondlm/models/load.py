@@ -82,7 +82,7 @@ NOISE = re.compile(r"drop|jitter")  # how modules call the rates of dropout, lay
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set all noise of training to 0: the learned log-probabilities must be those of the law that was sampled from.
+    """Set all noise of training to 0: what is learned from must have the log-probabilities that it was sampled with.
 
     Dropout is a module, or a number that a module keeps under one of many names. What this does not find, a probe does
     (`bondlm.models.probe`).

@@ -1,6 +1,6 @@
 """Log-probabilities of given completions: what is learned on, and what the anchor and the reference say of a sample.
 
-Shapes: P prompts, L completions of each, S columns of a row, T tokens of a completion, N completion tokens in all.
+Shapes: P prompts, L completions of each, S columns of a row, T tokens of a completion, F completion tokens in all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -98,19 +98,19 @@ def token_logprobs(
 ) -> Tensor:
     """Log pi of each token of the completions in nats, (P, L, T) fp32, 0 at padding.
 
-    `cache` holds what comes before the batch's first column (see `score_rows`). With `head` (from `exact_head`) logits
-    are made of the completions' tokens alone, within a fixed budget of memory; without, of all columns from the first.
+    `cache` holds what comes before the batch's first column (`row_logprobs`). With `head` (`exact_head`) logits are
+    of the completions' tokens alone, within a fixed budget of memory; without, of all columns from the first.
     """
     ids_PLT, mask_PLT = batch["completion_ids"], batch["completion_mask"]
     real_PLT = mask_PLT.bool()
     call, position_PLT = _model_call(model, batch, cache)
-    position_N, ids_N = position_PLT[real_PLT], ids_PLT[real_PLT]
+    position_F, ids_F = position_PLT[real_PLT], ids_PLT[real_PLT]
     if head is not None:
-        with chosen_tokens(head, position_N, ids_N):
-            logp_N = model(**call).logits.squeeze(-1)
+        with chosen_tokens(head, position_F, ids_F):
+            logp_F = model(**call).logits.squeeze(-1)
     else:
-        logp_N = chosen_logprobs(model(**call).logits.flatten(0, 1)[position_N], ids_N)
-    return torch.zeros_like(mask_PLT).masked_scatter(real_PLT, logp_N)
+        logp_F = chosen_logprobs(model(**call).logits.flatten(0, 1)[position_F], ids_F)
+    return torch.zeros_like(mask_PLT).masked_scatter(real_PLT, logp_F)
 
 
 def completion_logits(model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None) -> Tensor:
@@ -156,7 +156,7 @@ def _decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def score_groups(
+def group_logprobs(
     model: Any,
     groups: Sequence[Group],
     pad_id: int,
@@ -189,7 +189,7 @@ def score_groups(
             chunk = chunk[: _within_budget(model, [groups[i] for i in chunk])]
         scored = [groups[i] for i in chunk]
         scores, fitting = try_or_halve(
-            partial(_score_chunk, model, scored, pad_id, start_id, device, n, before, head),
+            partial(_chunk_logprobs, model, scored, pad_id, start_id, device, n, before, head),
             len(chunk),
             "prompts",
             doing="scoring",
@@ -203,7 +203,7 @@ def score_groups(
     return result
 
 
-def _score_chunk(
+def _chunk_logprobs(
     model: Any,
     groups: Sequence[Group],
     pad_id: int,
@@ -245,6 +245,6 @@ def batch_behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     return batch | {"attention_mask": mask, "position_ids": batch["position_ids"] + n}
 
 
-def score_rows(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, **how: Any) -> Tensor:
-    """`score_groups` of (prompt, completion) rows, (B,)."""
-    return score_groups(model, [(prompt, [completion]) for prompt, completion in rows], pad_id, **how).squeeze(1)
+def row_logprobs(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, **how: Any) -> Tensor:
+    """`group_logprobs` of (prompt, completion) rows, (B,)."""
+    return group_logprobs(model, [(prompt, [completion]) for prompt, completion in rows], pad_id, **how).squeeze(1)

@@ -15,7 +15,7 @@ from bondlm.data.columns import LOGGED_IDS, PROMPT_IDS, PROMPT_ROW
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines import Completion, Engine, Role
 from bondlm.models.learned_quantile import QuantileModel, completion_features
-from bondlm.models.logprobs import Group, by_length, score_groups
+from bondlm.models.logprobs import Group, by_length, group_logprobs
 from bondlm.models.roles import Roles
 from bondlm.objectives import LearnedQuantile, Objective, reference_pull
 from bondlm.rewards import NamedReward
@@ -131,7 +131,7 @@ class Step:
         asked = groups if self.share_prompts else [(p, [completion]) for p, cs in groups for completion in cs]
         how: dict[str, Any] = {"start_id": self.encoder.start_id, "device": self.world.device}
         with self.clock("reference"), self.roles.use(role) as model:
-            return score_groups(model, asked, self.encoder.pad_id, **how).view(len(groups), -1)
+            return group_logprobs(model, asked, self.encoder.pad_id, **how).view(len(groups), -1)
 
     def _logprob(
         self, role: Role, rows: Sequence[Mapping[str, Any]], compared: Sequence[Sequence[Completion]]

@@ -23,7 +23,7 @@ from bondlm.engines.vllm.server import LocalServer
 from bondlm.engines.vllm.whole import WholeModelEngine
 from bondlm.errors import ConfigError, EngineError
 from bondlm.models.load import wrap_lora
-from bondlm.models.logprobs import score_rows
+from bondlm.models.logprobs import row_logprobs
 from bondlm.models.roles import Roles
 
 PYTHON = os.environ.get("BONDLM_VLLM_PYTHON", "")
@@ -119,7 +119,7 @@ def largest_gap(roles: Roles, drawn: Any, role: Any) -> float:
     """Between the server's log-probability of a completion and ours under `role`, a token."""
     pairs = [(prompt, c) for prompt, row in zip(IDS, drawn, strict=True) for c in row]
     with roles.use(role) as model:
-        ours = score_rows(model, [(p, c.ids) for p, c in pairs], 0, start_id=None, device=torch.device("cpu"))
+        ours = row_logprobs(model, [(p, c.ids) for p, c in pairs], 0, start_id=None, device=torch.device("cpu"))
     return max(abs(float(x) - c.logprob) / len(c.ids) for x, (_, c) in zip(ours, pairs, strict=True))
 
 

@@ -11,8 +11,8 @@ from bondlm.models.facts import decoder_config, hidden_size, layer_configs, voca
 
 CPU_ROWS = 96  # measured (benchmarks/roofline.py): a CPU is busy with fewer, more rows only cost memory
 MOST_ROWS = 1024
-# Of one row's next-token law, for each entry of the vocabulary: logits, their fp32 copy, tempered logits, probabilities
-# (4 bytes each) and float64 sums.
+# Of one row's next token, for each entry of the vocabulary: logits, their fp32 copy, tempered logits, probabilities (4
+# bytes each) and float64 sums.
 SAMPLER_BYTES = 24
 HOST_SHARE = 0.5  # of main memory: weights, optimizer and other programs have the rest
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -39,7 +39,7 @@ def _numbers_per_token(layer: Any) -> int:
 
 
 def rows_that_fit(config: Any, element_size: int, num_tokens: int, free_bytes: int) -> int:
-    """Rows of `num_tokens` tokens whose cache and next-token law fill half of the free memory; 1 to 1024.
+    """Rows of `num_tokens` tokens whose cache and next-token distribution fill half of the free memory; 1 to 1024.
 
     The cache is copied when it grows and when rows leave it, so that twice its size is needed for a moment.
     """

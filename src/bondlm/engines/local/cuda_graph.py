@@ -7,7 +7,7 @@ says which of it counts, and where the next token goes is a number on the device
 Only a model that says that it can be compiled whole, and whose every layer sees every earlier token, is recorded. The
 first rollout compares it with the ordinary way, and falls back to that, with a warning, where the two differ.
 
-Shapes: B rows, L tokens of cache, V vocabulary.
+Shapes: B rows, S columns of the cache, V vocabulary.
 """
 
 import warnings
@@ -27,14 +27,16 @@ from bondlm.models.row_adapters import RowAdapters
 ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this long
 FEW_ROWS = 256  # dropping some of 192 rows cost more, for a new recording, than it saved (H200)
 PROBED_STEPS = 3  # one unrecorded, one recorded, one replayed
-MOST_DIFFERENCE = 0.1  # total variation between two ways to compute a law; bf16 stays below it, a wrong mask does not
+MOST_DIFFERENCE = (
+    0.1  # total variation between two ways to compute a distribution; bf16 stays below it, a wrong mask does not
+)
 Step = Callable[[Tensor], Tensor]
 Recording = tuple[torch.cuda.CUDAGraph, Tensor]  # and the logits that a replay writes
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
 class CudaGraphs:
-    """Whether an engine records its steps: wanted, possible, and seen to give the model's own law."""
+    """Whether an engine records its steps: wanted, possible, and seen to give the model's own distribution."""
 
     def __init__(self, *, wanted: bool = True) -> None:
         """Nothing has been probed yet."""
@@ -55,7 +57,7 @@ class CudaGraphs:
 
     @torch.no_grad()
     def agrees(self, copies: Callable[[], tuple[Step, Step]], token_B: Tensor) -> bool:
-        """Whether both ways to step give the same laws; asked once, then remembered. Out of memory is raised.
+        """Whether both ways to step give the same distributions; asked once, then remembered. Out of memory is raised.
 
         `copies` makes what is stepped, ordinary and recorded, of states that nobody needs.
         """
@@ -67,7 +69,9 @@ class CudaGraphs:
                 theirs, mine = (step(token_B).float().softmax(dim=-1) for step in ways)
                 difference = float((mine - theirs).abs().sum(dim=-1).max() / 2)
                 if not difference <= MOST_DIFFERENCE:  # NaN too
-                    return self.refuse(f"the laws of the next token differ by {difference:.2f} in total variation")
+                    return self.refuse(
+                        f"the distributions of the next token differ by {difference:.2f} in total variation"
+                    )
                 token_B = theirs.argmax(dim=-1)
         except FAILURES as error:
             if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
@@ -131,7 +135,7 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values (B, H, L, D) of all tokens there will be; those of a step go to `column` (1,)."""
+    """Keys and values (B, H, S, D) of all tokens there will be; those of a step go to `column` (1,)."""
 
     def __init__(self, layer: Any, length: int, column: Tensor) -> None:
         """Take over what `layer` holds, with room up to `length`; zeros, since a masked NaN would still be one."""
@@ -175,7 +179,7 @@ class GraphedState:
         self._model, self._cache, self._adapters, self._graphs = model, cache, adapters, graphs
         self._column = torch.tensor([width], device=mask_BS.device)
         cache.layers = [FixedLayer(layer, length, self._column) for layer in cache.layers]
-        self._mask_BL = torch.nn.functional.pad(mask_BS.bool(), (0, length - width))
+        self._mask_BS = torch.nn.functional.pad(mask_BS.bool(), (0, length - width))
         self._position_B1 = position_B1.clone()
         self._forget()
 
@@ -193,7 +197,7 @@ class GraphedState:
         if self._adapters is not None:
             self._adapters.select(rows)
         self._cache.batch_select_indices(rows)
-        self._mask_BL, self._position_B1 = self._mask_BL[rows], self._position_B1[rows]
+        self._mask_BS, self._position_B1 = self._mask_BS[rows], self._position_B1[rows]
         self._forget()
 
     def step(self, token_B: Tensor) -> Tensor:
@@ -211,11 +215,11 @@ class GraphedState:
 
     def _forward(self) -> Tensor:
         """One step, all of it in place."""
-        self._mask_BL.index_fill_(1, self._column, True)
+        self._mask_BS.index_fill_(1, self._column, True)
         self._position_B1.add_(1)
         out = self._model(
             input_ids=self._token_B1,
-            attention_mask=self._mask_BL[:, None, None],
+            attention_mask=self._mask_BS[:, None, None],
             position_ids=self._position_B1,
             past_key_values=self._cache,
             use_cache=True,

@@ -3,8 +3,8 @@
 What it does that `model.generate(num_return_sequences=n)` does not: a prompt is prefilled once and its key-value cache
 shared by its samples, rows that have ended leave the batch, policy and anchor are drawn in one batch where both are
 adapters, and a sample does not depend on the batch it was drawn in (its random numbers belong to its row; in bf16 a
-product's rounding still depends on the shape of the batch, and can tip a token). The law is the model's own: no top-k,
-no top-p, no penalties.
+product's rounding still depends on the shape of the batch, and can tip a token). The distribution is the model's own:
+no top-k, no top-p, no penalties.
 
 Shapes: P prompts, B rows that still run, S prompt tokens, V vocabulary.
 """
@@ -109,8 +109,8 @@ class TransformersEngine:
                 return {role: drawn[k * len(prompts) : (k + 1) * len(prompts)] for k, role in enumerate(wanted)}
             except RowsNotKnownError:  # layers that see tokens and not rows (experts): role by role from now on
                 self._use_together = None
-        law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        return {role: self.generate(prompts, k, role=role, seeds=s, **law) for role, (k, s) in wanted.items()}
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return {role: self.generate(prompts, k, role=role, seeds=s, **how) for role, (k, s) in wanted.items()}
 
     def close(self) -> None:
         """Nothing to end."""
@@ -232,7 +232,7 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> 
     float64, so that a token of probability 1e-9 keeps its share. Temperature 0 takes the most probable token.
 
     Returns:
-        Tokens (B,) and their log-probabilities (B,) under the law they were drawn from.
+        Tokens (B,) and their log-probabilities (B,) under the distribution they were drawn from.
     """
     if temperature == 0:
         logprobs_BV = logits_BV.float().log_softmax(dim=-1)

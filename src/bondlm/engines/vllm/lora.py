@@ -257,7 +257,7 @@ class VLLMEngine:
     def _request(
         self, role: Role, prompt: Sequence[int], count: int, seed: int, max_new_tokens: int, temperature: float
     ) -> dict[str, Any]:
-        """The law is the model's own: what a server may take from generation_config.json is set off one by one."""
+        """The model's own distribution: what a server may take from generation_config.json is set off, one by one."""
         return {
             "model": self._name(role),
             "prompt": list(prompt),

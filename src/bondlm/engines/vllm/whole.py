@@ -98,8 +98,8 @@ class WholeModelEngine(VLLMEngine):
         drawn: dict[Role, list[list[Completion]]] = {}
         for role, ask in wanted.items():
             self._hold(role)
-            law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-            drawn |= super().generate_roles(prompts, {role: ask}, **law)
+            how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+            drawn |= super().generate_roles(prompts, {role: ask}, **how)
         return drawn
 
 
