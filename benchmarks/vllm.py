@@ -12,11 +12,14 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from facts import add_out, append
 
 ROLES = ("policy", "anchor")
+COUNTS = {"policy": 1, "anchor": 2}  # completions of a prompt
 
 
 def main() -> None:
@@ -24,22 +27,24 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--vllm-python", required=True)
     parser.add_argument("--prompts", default="examples/everyday/train.jsonl")
-    parser.add_argument("--num-prompts", type=int, default=8)
+    parser.add_argument("--num-prompts", type=int, nargs="+", default=[8], help="one after the other, of one server")
     parser.add_argument("--tokens", type=int, default=32, help="most tokens of a completion")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--server-args", type=str.split, default=["--max-model-len=1024"], help="as --name=value")
+    parser.add_argument("--pause", type=Path, help="a file that lies there while rates are measured")
     parser.add_argument("--whole", action="store_true", help="full fine-tuning instead of LoRA")
     add_out(parser, "vllm")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, Path(folder))
-    report(result)
-    names = ("model", "num_prompts", "tokens", "threads", "dtype", "rounds", "whole")
-    append(args.out, {name: getattr(args, name) for name in names} | result)
+        for result in measure(args, Path(folder)):
+            report(result)
+            names = ("model", "tokens", "threads", "dtype", "rounds", "whole", "server_args")
+            append(args.out, {name: getattr(args, name) for name in names} | result)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict:
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     import torch
     from peft import LoraConfig
     from transformers import AutoTokenizer
@@ -54,35 +59,35 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = load_model(args.model, dtype=getattr(torch, args.dtype))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(args.model, dtype=getattr(torch, args.dtype)).to(device)
     roles = Roles(model if args.whole else wrap_lora(model, LoraConfig(r=16, target_modules="all-linear")))
-    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: args.num_prompts]
-    prompts = [
+    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: max(args.num_prompts)]
+    everything = [
         tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)
         for line in lines
     ]
     encoder = PromptEncoder.of_model(roles.core, tokenizer)
     ends = {"eos_ids": encoder.eos_ids, "pad_id": encoder.pad_id}
     settings = {"engine": "vllm", "vllm_server": "auto", "vllm_python": args.vllm_python}
-    settings |= {"vllm_server_args": ["--max-model-len", "1024"], "max_completion_length": args.tokens}
+    settings |= {"vllm_server_args": args.server_args, "max_completion_length": args.tokens}
     config = BONDConfig(output_dir=str(folder), use_cpu=not torch.cuda.is_available(), **settings)
     begin = time.perf_counter()
     server = make_engine(config, roles.model, roles, encoder)
     start_seconds = time.perf_counter() - begin
     here = TransformersEngine(roles.use, **ends)
-    counts = {"policy": 1, "anchor": 2}
 
-    def one_by_one(engine, seeds):
+    def one_by_one(engine, prompts, seeds):
         law = {"max_new_tokens": args.tokens, "seeds": seeds}
-        return {role: engine.generate(prompts, counts[role], role=role, **law) for role in ROLES}
+        return {role: engine.generate(prompts, COUNTS[role], role=role, **law) for role in ROLES}
 
-    def together(seeds):
-        wanted = {role: (counts[role], seeds) for role in ROLES}
+    def together(prompts, seeds):
+        wanted = {role: (COUNTS[role], seeds) for role in ROLES}
         return server.generate_roles(prompts, wanted, max_new_tokens=args.tokens)
 
     ways = {
-        "transformers": lambda seeds: one_by_one(here, seeds),
-        "vllm, one role after the other": lambda seeds: one_by_one(server, seeds),
+        "transformers": lambda *what: one_by_one(here, *what),
+        "vllm, one role after the other": lambda *what: one_by_one(server, *what),
         "vllm, both adapters in one batch": together,
     }
     if args.whole:
@@ -100,27 +105,53 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             seconds.append(time.perf_counter() - begin)
         return statistics.mean(seconds)
 
+    try:
+        with measuring_alone(args.pause):
+            for size in args.num_prompts:
+                yield {
+                    **compare(everything[:size], args.rounds, ways, update),
+                    "start_seconds": start_seconds,
+                    "probe_gap": server.probe_gap,
+                }
+    finally:
+        server.close()
+
+
+@contextmanager
+def measuring_alone(pause: Path | None) -> Iterator[None]:
+    """Let a file lie there meanwhile, which others on this machine look for (benchmarks/paper/frontier.py)."""
+    if pause is not None:
+        pause.touch()
+        time.sleep(2)
+    try:
+        yield
+    finally:
+        if pause is not None:
+            pause.unlink(missing_ok=True)
+
+
+def compare(prompts: list, rounds: int, ways: dict, update: Callable[[], float]) -> dict:
+    """Tokens per second of every way to draw; they take turns."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     syncs = []
-    for number in range(args.rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first warms up
         syncs.append(update())
         for name, draw in ways.items():
             begin = time.perf_counter()
-            drawn = draw([1000 * number + i for i in range(len(prompts))])
+            drawn = draw(prompts, [1000 * number + i for i in range(len(prompts))])
             seconds = time.perf_counter() - begin
             rates[name].append(sum(len(c.ids) for role in ROLES for row in drawn[role] for c in row) / seconds)
-    server.close()
     return {
+        "num_prompts": len(prompts),
         "tokens_per_second": {name: statistics.median(values[1:]) for name, values in rates.items()},
         "all_rounds": {name: values[1:] for name, values in rates.items()},
         "sync_seconds": statistics.median(syncs[1:]),
-        "start_seconds": start_seconds,
-        "probe_gap": server.probe_gap,
     }
 
 
 def report(result: dict) -> None:
     rates = result["tokens_per_second"]
+    print(f"{result['num_prompts']} prompts, {sum(COUNTS.values())} completions of each")
     for name, rate in rates.items():
         print(f"{name:34} {rate:7.1f} completion tokens/s  {rate / rates['transformers']:.2f}x")
     print(

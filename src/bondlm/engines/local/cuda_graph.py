@@ -104,26 +104,30 @@ class CudaGraphs:
 
 def _recorded(work: Callable[[], Tensor], stream: torch.cuda.Stream) -> Recording:
     """Not `torch.cuda.graph`: that empties the allocator's cache first, which would be filled anew at every rollout."""
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             result = work()
             graph.capture_end()
         except RuntimeError:
-            _abandon(graph)
+            _abandon(graph, pool)
             raise
     torch.cuda.current_stream().wait_stream(stream)
     return graph, result
 
 
-def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """End a recording that failed; PyTorch itself leaves its allocator believing that it goes on."""
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a recording that failed; PyTorch itself leaves its allocator and its generator believing that it goes on."""
     with suppress(RuntimeError):
         graph.capture_end()
     with suppress(RuntimeError):  # it did end
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    again = torch.cuda.CUDAGraph()  # only a recording that succeeds tells the generator that recording is over
+    again.capture_begin(capture_error_mode="thread_local")
+    torch.zeros(1, device="cuda").add_(1)
+    again.capture_end()
 
 
 class FixedLayer(DynamicLayer):

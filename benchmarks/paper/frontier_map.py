@@ -1,0 +1,77 @@
+"""The runs of the study "win rate against KL", in the order in which they are worth having.
+
+A seed of the first five, then of the rest, then more seeds of those that lead or are what they must beat.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from plans import Settings, jbond, rloo
+
+COMPLETIONS = 192  # drawn in a step
+STEPS = 480
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierRun:
+    """A method with its settings; `falls`: its learning rate falls to 0 over the last third."""
+
+    settings: Settings
+    falls: bool = False
+    learning_rate: float = 1e-4
+
+    def as_settings(self, steps: int) -> dict[str, Any]:
+        """What `BONDConfig` gets, for a run of so many steps."""
+        schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
+        if self.falls:
+            schedule = {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": max(1, steps // 3), "decay_type": "linear"},
+            }
+        return {"learning_rate": self.learning_rate} | schedule | self.settings
+
+
+def own(n: int, samples: int = 8, **more: Any) -> Settings:
+    """BOND with the policy's own quantiles: Best-of-n as a fixed point."""
+    return {"objective": "self_bond", "n": n, "num_samples": samples} | more
+
+
+RUNS = {
+    "rloo-0.3": FrontierRun(settings=rloo(0.3)),
+    "jbond-eta0.3": FrontierRun(settings=jbond(0.3)),
+    "own-n4-fall": FrontierRun(settings=own(4), falls=True),
+    "rloo-0.6-fall": FrontierRun(settings=rloo(0.6), falls=True),
+    "own-n8-fall": FrontierRun(settings=own(8), falls=True),
+    "rloo-0.3-fall": FrontierRun(settings=rloo(0.3), falls=True),
+    "rloo-0.45-fall": FrontierRun(settings=rloo(0.45), falls=True),
+    "own-n4": FrontierRun(settings=own(4)),
+    "own-n4-k4": FrontierRun(settings=own(4, 4)),
+    "own-n16": FrontierRun(settings=own(16)),
+    "rloo-0.1": FrontierRun(settings=rloo(0.1)),
+    "rloo-1": FrontierRun(settings=rloo(1.0)),
+    "reinforce-0.3": FrontierRun(settings={"objective": "reinforce", "beta_rl": 0.3, "anchor": "fixed"}),
+    "best-of-4-sft-ema": FrontierRun(settings={"objective": "best_of_n_sft", "n": 4, "anchor": "ema", "eta": 0.3}),
+    "rloo-0.3-lr2": FrontierRun(settings=rloo(0.3), learning_rate=2e-4),
+    "own-n4-lr2": FrontierRun(settings=own(4), learning_rate=2e-4),
+    "rloo-0.3-lr4": FrontierRun(settings=rloo(0.3), learning_rate=4e-4),
+    "own-n4-lr4": FrontierRun(settings=own(4), learning_rate=4e-4),
+    # As many samples of a prompt as the best of ours; and what else may lead.
+    "rloo-0.3-k8-fall": FrontierRun(settings=rloo(0.3, 8), falls=True),
+    "own-n8": FrontierRun(settings=own(8)),
+    "own-n8-fall-lr2": FrontierRun(settings=own(8), falls=True, learning_rate=2e-4),
+    "own-n4-harmonic-fall": FrontierRun(settings=own(4, log_quantile="harmonic"), falls=True),
+    "jbond-eta0.3-fall": FrontierRun(settings=jbond(0.3), falls=True),
+    "rloo-0.1-fall": FrontierRun(settings=rloo(0.1), falls=True),
+}
+# What a claim is made of: more seeds of these, in this order, when every run has one.
+SEEDED = (
+    *("own-n4-fall", "rloo-0.6-fall", "own-n8-fall", "rloo-0.3-fall", "rloo-0.45-fall", "jbond-eta0.3"),
+    *("rloo-0.3-k8-fall", "rloo-0.3", "own-n16", "own-n4", "rloo-0.1-fall", "own-n8-fall-lr2"),
+)
+
+
+def queue(names: list[str] | None, seeds: list[int]) -> list[tuple[str, int]]:
+    """(run, seed) in order: named ones seed by seed, or the whole map with the first seed and `SEEDED` with others."""
+    if names:
+        return [(name, seed) for seed in seeds for name in names]
+    return [(name, seeds[0]) for name in RUNS] + [(name, seed) for seed in seeds[1:] for name in SEEDED]
