@@ -33,10 +33,12 @@ from bondlm.engines.choose import make_engine
 from bondlm.errors import ConfigError, RewardError
 from bondlm.models.anchor import Anchor
 from bondlm.models.deepspeed import load_without_code, require_same_sharding, settle_precision, stepping
+from bondlm.models.facts import hidden_size
 from bondlm.models.head import exact_head
 from bondlm.models.learned_quantile import quantile_model
 from bondlm.models.load import prepare_policy
-from bondlm.models.logprobs import can_share_prompts, token_logprobs
+from bondlm.models.logprobs import token_logprobs
+from bondlm.models.probe import check_model
 from bondlm.models.roles import Roles
 from bondlm.models.sharding import (
     forward_dtype,
@@ -180,7 +182,7 @@ class BONDTrainer(Trainer):
         )
         self.anchor.before_other_weights = self.roles.keep_reference
         learned = self.objective.plan.learned_quantile
-        self.quantile_model = quantile_model(self.roles.core.config.hidden_size, args) if learned else None
+        self.quantile_model = quantile_model(hidden_size(self.roles.core.config), args) if learned else None
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self._anchor_callback = AnchorCallback(
@@ -192,7 +194,8 @@ class BONDTrainer(Trainer):
     def _make_step(self) -> None:
         args, core = self.args, self.roles.core
         with self.roles.use("policy") as policy:
-            share_prompts = can_share_prompts(policy, args.device, distributed=trained_in_parallel(args))
+            noisy, apart = not args.disable_dropout, trained_in_parallel(args)
+            share_prompts = check_model(policy, args.device, is_noise_allowed=noisy, distributed=apart)
             self._head = core.get_output_embeddings() if exact_head(policy, args.device) is not None else None
         if self._head is None:
             self._smaller.within_budget(core.config, self.objective.plan.learn * args.max_completion_length)

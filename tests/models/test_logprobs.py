@@ -12,8 +12,9 @@ from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from bondlm.models.logprobs import Group, can_share_prompts, collate, score_groups, score_rows, sequence_logprobs
+from bondlm.models.logprobs import Group, collate, score_groups, score_rows, sequence_logprobs
 from bondlm.models.prefix import shared_prefix
+from bondlm.models.probe import check_model
 from models.helpers import CPU, MODELS, ROWS, SHARED, SINGLE, TOKENIZER, batched, every_layout, plain_logprobs, start_id
 
 
@@ -162,8 +163,10 @@ SHARING: dict[str, tuple[Callable[[], Any], bool]] = {
 @pytest.mark.parametrize(("build", "shares"), SHARING.values(), ids=SHARING.keys())
 def test_prompts_are_shared_only_by_models_that_honour_the_mask(build: Callable[[], Any], shares: bool) -> None:
     model = build()
-    assert can_share_prompts(model, CPU) == shares
-    assert can_share_prompts(model, CPU, distributed=True) == (shares and not model.config.is_encoder_decoder)
+    assert check_model(model, CPU, is_noise_allowed=True) == shares
+    assert check_model(model, CPU, is_noise_allowed=True, distributed=True) == (
+        shares and not model.config.is_encoder_decoder
+    )
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from bondlm.data.columns import PROMPT_IDS, PROMPT_ROW
+from bondlm.data.context import start_id
 from bondlm.data.prompts import load_prompts
 from bondlm.data.tokens import Prompt, check_tokenizer, decode_completions, encode_prompts, length_limits
 
@@ -32,8 +33,7 @@ class PromptEncoder:
             ConfigError: no end-of-sequence token, or one that is no token id.
         """
         text = check_tokenizer(tokenizer, model.generation_config.eos_token_id)
-        start_id = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
-        ids: dict[str, Any] = {"eos_ids": text.eos_ids, "pad_id": text.pad_id, "start_id": start_id}
+        ids: dict[str, Any] = {"eos_ids": text.eos_ids, "pad_id": text.pad_id, "start_id": start_id(model)}
         return cls(tokenizer=tokenizer, config=model.config, **ids, **limits)
 
     def limited_to(self, **limits: Any) -> "PromptEncoder":

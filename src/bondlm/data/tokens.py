@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bondlm.data.chat_templates import render_chat, strings
+from bondlm.data.context import check_completion_length, context_length
 from bondlm.errors import ConfigError, DataError, listed
 
 if TYPE_CHECKING:
@@ -77,13 +78,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, generation_eos_ids: int 
 def length_limits(
     config: Any, max_prompt_length: int | None, max_completion_length: int, truncate_prompt: str = "never"
 ) -> dict[str, Any]:
-    """What `encode_prompts` must know of the model with this config, as its keyword arguments."""
-    is_seq2seq = bool(config.is_encoder_decoder)  # its positions are relative, or a matter of the encoder alone
+    """What `encode_prompts` must know of the model with this config, as its keyword arguments.
+
+    Raises:
+        ConfigError: the model cannot write completions of that length.
+    """
+    check_completion_length(config, max_completion_length)
     return {
         "max_prompt_length": max_prompt_length,
         "max_completion_length": max_completion_length,
-        "context_length": None if is_seq2seq else getattr(config, "max_position_embeddings", None),
-        "is_encoder_decoder": is_seq2seq,
+        "context_length": context_length(config),
+        "is_encoder_decoder": bool(config.is_encoder_decoder),
         "truncate_prompt": truncate_prompt,
     }
 

@@ -11,6 +11,7 @@ from bondlm.config import BONDConfig
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines.base import Engine, Role
 from bondlm.engines.local.engine import TransformersEngine
+from bondlm.engines.local.probe import find_decoding
 from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.server import LocalServer
@@ -54,6 +55,8 @@ def make_engine(
     """
     if args.engine != "vllm":
         _LOGGER.info(engine_choice(args))
+        with roles.use("policy") as policy:
+            find_decoding(policy)
         return TransformersEngine(
             roles.use,
             eos_ids=encoder.eos_ids,

@@ -13,6 +13,7 @@ from bondlm.data.columns import PROMPT_IDS
 from bondlm.engines import Role
 from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.evaluation.files import finished_prompts
+from bondlm.models.facts import vocabulary_size
 from bondlm.models.logprobs import score_rows
 from bondlm.rewards import NamedReward
 from bondlm.rollout.sampler import Sampler
@@ -130,7 +131,7 @@ class Pair:
 
 def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, reference_name: str) -> None:
     mine, theirs = policy.tokenizer.get_vocab(), reference.tokenizer.get_vocab()
-    sizes = [sampler.model.config.vocab_size for sampler in (policy, reference)]
+    sizes = [vocabulary_size(sampler.model.config) for sampler in (policy, reference)]
     kinds = [bool(sampler.model.config.is_encoder_decoder) for sampler in (policy, reference)]
     if mine != theirs:
         different = len(mine.items() ^ theirs.items())

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bondlm.models.facts import vocabulary_size
+
 LOGITS_BUDGET = 2**28  # bytes of fp32 logits at a time
 
 
@@ -63,7 +65,7 @@ def exact_head(model: Any, device: torch.device) -> nn.Module | None:
     if not hasattr(head, "out_features"):
         return None
     known = torch.tensor([[-1000.5], [-3.25], [0.125]], device=device)
-    ids = torch.tensor([[1, 2, 3]], device=device) % model.config.vocab_size
+    ids = torch.tensor([[1, 2, 3]], device=device) % vocabulary_size(model.config)
     inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with _replaced(head, lambda hidden: known):
         try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+from bondlm.models.facts import takes_argument
 from bondlm.models.logprobs import collate
 
 WIDTH = 128
@@ -91,7 +92,9 @@ def completion_features(
         del batch["completion_ids"]
         if start_id is None:  # a token's own column comes right after the one that predicts it
             column_BT = batch.pop("predictor")[:, 0].to(device) + 1
-            batch["logits_to_keep"] = batch["logits_to_keep"][:1]  # the head's output is not used
+            columns = batch.pop("logits_to_keep")
+            if takes_argument(model, "logits_to_keep"):
+                batch["logits_to_keep"] = columns[:1]  # the head's output is not used
         else:
             column_BT = torch.arange(mask_BT.shape[1], device=device).expand(mask_BT.shape)
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,12 +1,22 @@
 """Loading a policy, and what must hold of it before it is trained."""
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
@@ -35,12 +45,23 @@ def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> P
                 raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
             return PeftModel.from_pretrained(load_model(base, dtype=dtype, **init_kwargs), str(path), is_trainable=True)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        auto = _auto_class(config)
         return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **init_kwargs)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"cannot load the model {str(path)!r}: {error}") from error
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """Some models that see images are known by that alone; their text is what is trained."""
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    sees = (
+        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and type(config) in AutoModelForImageTextToText._model_mapping
+    )
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -57,14 +78,38 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+NOISE = re.compile(r"drop|jitter")  # how modules call the rates of dropout, layer drop and a router's noise
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: the learned log-probabilities must be those of the law that was sampled from."""
+    """Set all noise of training to 0: the learned log-probabilities must be those of the law that was sampled from.
+
+    Dropout is a module, or a number that a module keeps under one of many names. What this does not find, a probe does
+    (`bondlm.models.probe`).
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "dropout_rate"):  # functional dropout keeps its rate as a number
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(module).items():
+            if NOISE.search(name) and isinstance(value, float):
                 setattr(module, name, 0.0)
+    _silence_configs(model)
+
+
+def _silence_configs(model: nn.Module) -> None:
+    """Layers that ask their config for a rate get one without noise; the model's own, which is saved, stays."""
+    silent: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if not isinstance(config, PreTrainedConfig) or isinstance(module, PreTrainedModel):
+            continue
+        rates = [name for name, rate in vars(config).items() if NOISE.search(name) and isinstance(rate, float) and rate]
+        if rates and id(config) not in silent:
+            silent[id(config)] = copy.deepcopy(config)
+            for name in rates:
+                setattr(silent[id(config)], name, 0.0)
+        if rates:
+            vars(module)["config"] = silent[id(config)]
 
 
 def wrap_lora(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutput
 
+from bondlm.models.facts import takes_argument, vocabulary_size
 from bondlm.models.head import chosen_logprobs, chosen_tokens, exact_head, positions_in_budget
 from bondlm.models.memory import try_or_halve
-from bondlm.models.prefix import has_full_attention, prefill_prefix, repeated, shared_prefix
+from bondlm.models.prefix import prefill_prefix, repeated, shared_prefix
+from bondlm.models.ways import ways_of
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, the ids of its completions)
-# Log-probabilities of the two layouts differ by rounding alone; a model that ignores the mask is off by whole nats.
-PROBE_TOLERANCE = 0.02
 
 
 def collate(groups: Sequence[Group], pad_id: int, *, start_id: int | None = None) -> dict[str, Tensor]:
@@ -104,15 +103,7 @@ def token_logprobs(
     """
     ids_PLT, mask_PLT = batch["completion_ids"], batch["completion_mask"]
     real_PLT = mask_PLT.bool()
-    if "decoder_input_ids" in batch:
-        call = _decoder_inputs(model, batch)
-        position_PLT = torch.arange(ids_PLT.numel(), device=ids_PLT.device).view(ids_PLT.shape)
-    else:
-        call = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "logits_to_keep")}
-        call |= {"past_key_values": cache, "use_cache": cache is not None}
-        columns = batch["logits_to_keep"]
-        row_P11 = torch.arange(len(ids_PLT), device=ids_PLT.device).view(-1, 1, 1)
-        position_PLT = row_P11 * len(columns) + batch["predictor"] - columns[0]
+    call, position_PLT = _model_call(model, batch, cache)
     position_N, ids_N = position_PLT[real_PLT], ids_PLT[real_PLT]
     if head is not None:
         with chosen_tokens(head, position_N, ids_N):
@@ -122,14 +113,45 @@ def token_logprobs(
     return torch.zeros_like(mask_PLT).masked_scatter(real_PLT, logp_N)
 
 
+def completion_logits(model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None) -> Tensor:
+    """Logits of each token of the completions (P, L, T, V); what stands at padding means nothing.
+
+    Mask and positions may be missing: the model then makes its own.
+    """
+    call, position_PLT = _model_call(model, batch, cache)
+    flat = model(**call).logits.flatten(0, 1)
+    return flat[position_PLT.clamp(max=len(flat) - 1)]
+
+
+def _model_call(model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None) -> tuple[dict[str, Any], Tensor]:
+    """The model's arguments, and where among its flattened logits each token is predicted (P, L, T)."""
+    ids_PLT = batch["completion_ids"]
+    if "decoder_input_ids" in batch:
+        return _decoder_inputs(model, batch), torch.arange(ids_PLT.numel(), device=ids_PLT.device).view(ids_PLT.shape)
+    names = ("input_ids", "attention_mask", "position_ids")
+    call: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+    call["use_cache"] = cache is not None
+    if cache is not None:
+        call["past_key_values"] = cache
+    columns, width = batch["logits_to_keep"], batch["input_ids"].shape[1]
+    if takes_argument(model, "logits_to_keep"):
+        call["logits_to_keep"] = columns
+    else:  # it makes the logits of all columns
+        columns = torch.arange(width, device=columns.device)
+    row_P11 = torch.arange(len(ids_PLT), device=ids_PLT.device).view(-1, 1, 1)
+    return call, row_P11 * len(columns) + batch["predictor"] - columns[0]
+
+
 def _decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What an encoder-decoder model takes; each prompt is encoded once."""
-    num_completions, mask = batch["completion_ids"].shape[1], batch["attention_mask"]
+    num_completions, mask = batch["completion_ids"].shape[1], batch.get("attention_mask")
+    if mask is None:
+        return {"decoder_input_ids": batch["decoder_input_ids"], "input_ids": batch["input_ids"], "use_cache": False}
     inputs = {"decoder_input_ids": batch["decoder_input_ids"], "attention_mask": mask, "use_cache": False}
     if num_completions == 1:
         return inputs | {"input_ids": batch["input_ids"]}
-    hidden = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-    encoded = BaseModelOutput(last_hidden_state=hidden.repeat_interleave(num_completions, dim=0))
+    out = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
+    encoded = type(out)(last_hidden_state=out.last_hidden_state.repeat_interleave(num_completions, dim=0))
     return inputs | {"encoder_outputs": encoded, "attention_mask": mask.repeat_interleave(num_completions, dim=0)}
 
 
@@ -147,12 +169,12 @@ def score_groups(
 
     What all prompts begin with is computed once. At most `batch_rows` completions go through the model together; fewer
     after an out-of-memory error, or where a model that alters its logits would make too many of them. With L > 1
-    completions share their prompt's row: see `can_share_prompts`.
+    completions share their prompt's row: see `bondlm.models.probe`.
 
     Raises:
         ResourceError: not even the completions of one prompt fit into the memory.
     """
-    prefix = shared_prefix(model.config, [prompt for prompt, _ in groups])
+    prefix = shared_prefix(model.config, [prompt for prompt, _ in groups]) if ways_of(model).prefix else []
     n = len(prefix)
     before = prefill_prefix(model, prefix, DynamicCache(config=model.config)) if prefix else None
     head = exact_head(model, device)
@@ -195,13 +217,13 @@ def _score_chunk(
     batch, cache = collate(groups, pad_id, start_id=start_id), None
     if before is not None:
         cache = repeated(before, len(groups))
-        batch = _behind_prefix(batch, num_before)
+        batch = batch_behind_prefix(batch, num_before)
     return sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache, head).cpu()
 
 
 def _within_budget(model: Any, groups: Sequence[Group]) -> int:
     """How many of these groups, at least one, a model that makes all of their logits can score within the budget."""
-    num_positions = positions_in_budget(model.config.get_text_config(decoder=True).vocab_size)
+    num_positions = positions_in_budget(vocabulary_size(model.config))
     for count in range(len(groups), 1, -1):
         prompts, lengths = [len(p) for p, _ in groups[:count]], [list(map(len, cs)) for _, cs in groups[:count]]
         if model.config.is_encoder_decoder:
@@ -213,7 +235,7 @@ def _within_budget(model: Any, groups: Sequence[Group]) -> int:
     return 1
 
 
-def _behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+def batch_behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     """The batch behind `n` tokens that all may attend to; columns stay: they count from the end of those."""
     mask = batch["attention_mask"]
     if mask.dim() == 2:
@@ -226,26 +248,3 @@ def _behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
 def score_rows(model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, **how: Any) -> Tensor:
     """`score_groups` of (prompt, completion) rows, (B,)."""
     return score_groups(model, [(prompt, [completion]) for prompt, completion in rows], pad_id, **how).squeeze(1)
-
-
-@torch.no_grad()
-def can_share_prompts(model: Any, device: torch.device, *, distributed: bool = False) -> bool:
-    """Whether the model gives completions that share a row the log-probabilities that they have alone.
-
-    It must take a 4-dimensional boolean mask (SDPA does, eager attention does not) and explicit positions. Asked
-    of the model itself with a small probe; a model with sliding windows or recurrent layers is refused, since a short
-    probe would not show the difference. An encoder-decoder model can always encode a prompt once, but calls its encoder
-    by itself then, which sharded engines do not expect.
-    """
-    if model.config.is_encoder_decoder:
-        return not distributed
-    if not has_full_attention(model.config):
-        return False
-    ids = [i % model.config.vocab_size for i in range(11, 31)]
-    group: Group = (ids[:6], [ids[6:12], ids[12:20]])
-    try:
-        together = sequence_logprobs(model, {k: v.to(device) for k, v in collate([group], 0).items()})[0].cpu()
-    except (ValueError, RuntimeError, TypeError):  # an attention kernel that takes no such mask
-        return False
-    alone = score_rows(model, [(group[0], c) for c in group[1]], 0, start_id=None, device=device)
-    return bool(((together - alone).abs() <= PROBE_TOLERANCE * alone.abs()).all())

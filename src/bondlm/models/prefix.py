@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from bondlm.models.facts import has_full_attention
+
 # A shorter prefix is not worth a forward pass of its own.
 LEAST_SHARED = 8
-
-
-def has_full_attention(config: Any) -> bool:
-    """Whether every layer sees every earlier token: no sliding window, no recurrence, no encoder."""
-    text = config.get_text_config(decoder=True)  # of a model that sees images too, its language model's
-    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
-    return not config.is_encoder_decoder and layers == {"full_attention"} and not getattr(text, "sliding_window", 0)
 
 
 def shared_prefix(config: Any, prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -12,7 +12,9 @@ from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts
 from bondlm.engines.local.engine import TransformersEngine
+from bondlm.engines.local.probe import find_decoding
 from bondlm.models.load import fast_dtype, load_model
+from bondlm.models.probe import check_model
 from bondlm.rewards import NamedReward
 from bondlm.rollout.samples import Samples, SamplingParams, draw, score_samples
 from bondlm.rollout.seeds import Seeds
@@ -34,6 +36,8 @@ class Sampler:
         self.model: Any = core.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         self.encoder = PromptEncoder.of_model(core, self.tokenizer)
+        find_decoding(self.model)
+        check_model(self.model, self.device, is_noise_allowed=True)  # nobody trains it here
         self.engine = TransformersEngine(
             self._use, eos_ids=self.encoder.eos_ids, pad_id=self.encoder.pad_id, max_rows=max_rows
         )

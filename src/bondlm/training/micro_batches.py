@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bondlm.engines.agreement import padded_logprobs
 from bondlm.models.deepspeed import zero_stage
+from bondlm.models.facts import vocabulary_size
 from bondlm.models.head import positions_in_budget
 from bondlm.models.logprobs import collate
 from bondlm.models.memory import try_or_halve
@@ -35,8 +36,7 @@ class SmallerBatches:
         `num_positions` is the most that one prompt's completions have. It comes from settings alone, so that every rank
         cuts alike.
         """
-        vocab_size = config.get_text_config(decoder=True).vocab_size
-        self.max_prompts = max(1, positions_in_budget(vocab_size) // num_positions)
+        self.max_prompts = max(1, positions_in_budget(vocabulary_size(config)) // num_positions)
 
     def learn(
         self, model: nn.Module, batch: MicroBatch, step: Callable[[MicroBatch, bool], Tensor], args: Any

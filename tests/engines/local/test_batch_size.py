@@ -18,8 +18,8 @@ from bondlm.engines.local.batch_size import (
     host_memory,
     rows_that_fit,
 )
-from bondlm.engines.local.cache import decoder_config
 from bondlm.engines.local.engine import sample_tokens
+from bondlm.models.facts import decoder_config
 
 TOKENIZER = tiny_tokenizer()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bondlm.engines.local.cache import decoder_config
+from bondlm.models.facts import decoder_config, hidden_size, layer_configs, vocabulary_size
 
 CPU_ROWS = 96  # measured (benchmarks/roofline.py): a CPU is busy with fewer, more rows only cost memory
 MOST_ROWS = 1024
@@ -20,11 +20,22 @@ CACHE_SHARE = 0.5  # of the free memory: the rest is for activations, logits and
 
 
 def cache_bytes(config: Any, element_size: int) -> int:
-    """Bytes of keys and values of one token of one row; `config` is what `decoder_config` gives."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    size = size or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * element_size)
+    """Bytes of keys and values of one token of one row; `config` is what `decoder_config` gives.
+
+    A recurrent layer counts as if it had keys and values: its state is larger, but does not grow.
+    """
+    layers = list(layer_configs(config))
+    numbers = sum(_numbers_per_token(layer) for layer in layers)
+    return int(2 * numbers * element_size * (config.num_hidden_layers if len(layers) == 1 else 1))
+
+
+def _numbers_per_token(layer: Any) -> int:
+    """Keys of one token in one layer."""
+    heads = getattr(layer, "num_attention_heads", None)
+    if not heads:  # no attention at all
+        return hidden_size(layer)
+    size = getattr(layer, "head_dim", None) or getattr(layer, "d_kv", None) or hidden_size(layer) // heads
+    return int((getattr(layer, "num_key_value_heads", None) or heads) * size)
 
 
 def rows_that_fit(config: Any, element_size: int, num_tokens: int, free_bytes: int) -> int:
@@ -32,7 +43,7 @@ def rows_that_fit(config: Any, element_size: int, num_tokens: int, free_bytes: i
 
     The cache is copied when it grows and when rows leave it, so that twice its size is needed for a moment.
     """
-    row = 2 * num_tokens * cache_bytes(config, element_size) + SAMPLER_BYTES * config.vocab_size
+    row = 2 * num_tokens * cache_bytes(config, element_size) + SAMPLER_BYTES * vocabulary_size(config)
     return max(1, min(MOST_ROWS, int(CACHE_SHARE * free_bytes) // row))
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 64  # tokens that a buffer which was too short gets beyond those that it must hold
@@ -103,15 +103,6 @@ def _is_view(held: Tensor, buffer: Tensor) -> bool:
     return held.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
 
-def decoder_config(model: Any) -> Any:
-    """The config of what decodes: of an encoder-decoder model the decoder's own, which may have other layers.
-
-    T5's own config counts the encoder's layers, and a cache made from it would be too short for a deeper decoder.
-    """
-    config = model.get_decoder().config if model.config.is_encoder_decoder else model.config
-    return config.get_text_config(decoder=True)
-
-
 def growing_cache(config: Any, room: int = ROOM) -> DynamicCache:
     """A `DynamicCache` whose full-attention layers grow in place; other kinds of layers are as they are.
 
@@ -120,6 +111,29 @@ def growing_cache(config: Any, room: int = ROOM) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def prompt_cache(config: Any) -> DynamicCache:
+    """For what a decoder reads of the encoder: all of it, in layers that see a window of their own tokens too."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer(room=0) for _ in cache.layers]  # it does not grow
+    return cache
+
+
+def select_rows(cache: Cache, rows: Tensor) -> None:
+    """Keep or repeat rows (long indices) of all that the layers hold: keys, values, and states of recurrent layers.
+
+    `reorder_cache` is what every layer has that holds more than keys and values.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        select_rows(cache.self_attention_cache, rows)
+        select_rows(cache.cross_attention_cache, rows)
+        return
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.batch_select_indices(rows)
+        else:
+            layer.reorder_cache(cast(torch.LongTensor, rows))
 
 
 def grows(cache: DynamicCache) -> bool:

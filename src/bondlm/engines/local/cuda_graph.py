@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from bondlm.models.prefix import has_full_attention
+from bondlm.models.facts import has_full_attention
 from bondlm.models.row_adapters import RowAdapters
 
 ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this long

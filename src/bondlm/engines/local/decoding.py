@@ -8,23 +8,27 @@ prefilled once for all of them, and on a CPU prompts of similar length are prefi
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
-from bondlm.engines.local.cache import decoder_config, growing_cache, grows, moves_rows_in_place, stacked
+from bondlm.data.context import start_id
+from bondlm.engines.local.cache import growing_cache, grows, moves_rows_in_place, prompt_cache, select_rows, stacked
 from bondlm.engines.local.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState, Step
-from bondlm.models.prefix import has_full_attention, prefill_prefix, shared_prefix
+from bondlm.engines.local.plain_loop import PlainState
+from bondlm.models.facts import decoder_config, has_full_attention, takes_argument
+from bondlm.models.prefix import prefill_prefix, shared_prefix
 from bondlm.models.row_adapters import RowAdapters
+from bondlm.models.ways import ways_of
 
 # Where dropping a row moves at most one other, rows leave as they end. Copying the whole cache costs about as much as
 # one step of the rows that it drops: wait until a quarter has ended.
 COMPACT_BELOW_IN_PLACE, COMPACT_BELOW = 1.0, 0.75
 # A forward pass of its own costs about as much as this many tokens of padding: the weights are read once more.
 PADDING_WORTH_A_PASS = 64
+STATES_ALONE = "cache_params"  # the cache's name in models that have no attention (Mamba)
 
 
 class DecodingState(Protocol):
@@ -52,8 +56,13 @@ def start_decoding(
 ) -> tuple[DecodingState, Tensor]:
     """Prefill `prompts`; returns the state of P rows and the first logits (P, V).
 
-    With `adapters` prompt i is computed with adapter number `adapter_P[i]`.
+    With `adapters` prompt i is computed with adapter number `adapter_P[i]`. What the model is given together is what
+    `ways_of` allows; where prompts may not be padded they must be of one length.
     """
+    if not ways_of(model).cached:
+        if adapters is not None:
+            adapters.set(adapter_P)
+        return PlainState.start(model, prompts, adapters)
     if not model.config.is_encoder_decoder:
         state, logits = _CausalState.start(model, prompts, pad_id, adapters, adapter_P, room=max_new_tokens)
 
@@ -98,7 +107,7 @@ class _CausalState:
         self, model: Any, cache: DynamicCache, mask_BS: Tensor, position_B1: Tensor, adapters: RowAdapters | None
     ) -> None:
         self._model, self.cache, self._mask_BS, self._position_B1 = model, cache, mask_BS, position_B1
-        self._adapters = adapters
+        self._adapters, self._cache_name = adapters, _cache_name(model)
 
     @classmethod
     def start(
@@ -112,7 +121,7 @@ class _CausalState:
         room: int,
     ) -> tuple["_CausalState", Tensor]:
         """Prefill: what all prompts begin with, then group by group; `room` is for how many tokens they may go on."""
-        prefix = shared_prefix(model.config, prompts)
+        prefix = shared_prefix(model.config, prompts) if ways_of(model).prefix else []
         kinds = sorted(set(adapter_P))  # a common beginning is computed once an adapter
         if adapters is not None:
             adapters.set(kinds)
@@ -127,7 +136,7 @@ class _CausalState:
                 adapters.set(kind_of_row)
             cache = copy.deepcopy(cache_of_prefix)
             if prefix:
-                cache.batch_select_indices(torch.tensor([kinds.index(k) for k in kind_of_row], device=model.device))
+                select_rows(cache, torch.tensor([kinds.index(k) for k in kind_of_row], device=model.device))
             prefill, logits_GV = cls._prefill(model, [rests[i] for i in group], pad_id, cache, len(prefix), adapters)
             prefills.append(prefill)
             logits.append(logits_GV)
@@ -153,8 +162,8 @@ class _CausalState:
             input_ids=ids_PS,
             attention_mask=mask_PS,
             position_ids=positions_PS,
-            past_key_values=cache,
             use_cache=True,
+            **{_cache_name(model): cache},
             # An index and not "the last one": its result is contiguous. A slice of rows is not, and then PyTorch copies
             # the whole head once a row (CPU; 1.7 of 9 seconds of a rollout of SmolLM2-135M).
             logits_to_keep=torch.tensor([ids_PS.shape[1] - 1], device=ids_PS.device),
@@ -194,7 +203,7 @@ class _CausalState:
     def select(self, rows: Tensor) -> None:
         if self._adapters is not None:
             self._adapters.select(rows)
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
         self._mask_BS, self._position_B1 = self._mask_BS[rows], self._position_B1[rows]
 
     def step(self, token_B: Tensor) -> Tensor:
@@ -202,13 +211,19 @@ class _CausalState:
         self._position_B1 = self._position_B1 + 1
         out = self._model(
             input_ids=token_B.unsqueeze(1),
-            attention_mask=self._mask_BS,
+            # A model without keys would apply the mask to its one new token, which is never padding.
+            attention_mask=None if self._cache_name == STATES_ALONE else self._mask_BS,
             position_ids=self._position_B1,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_name: self.cache},
         )
         return out.logits[:, -1]
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls the cache that it is given."""
+    return STATES_ALONE if takes_argument(model, STATES_ALONE) else "past_key_values"
 
 
 class _Seq2SeqState:
@@ -216,11 +231,12 @@ class _Seq2SeqState:
         self,
         model: Any,
         cache: EncoderDecoderCache,
-        hidden_BSD: Tensor,
+        encoded: Any,
         mask_BS: Tensor,
         adapters: RowAdapters | None,
     ) -> None:
-        self._model, self._cache, self._hidden_BSD, self._mask_BS = model, cache, hidden_BSD, mask_BS
+        self._model, self._cache, self._mask_BS = model, cache, mask_BS
+        self._hidden_BSD, self._output_class = encoded.last_hidden_state, type(encoded)
         self._adapters = adapters
 
     @classmethod
@@ -228,12 +244,11 @@ class _Seq2SeqState:
         cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None, *, room: int
     ) -> tuple["_Seq2SeqState", Tensor]:
         """Encode the prompts and feed the token that decoders start with."""
-        hidden = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS).last_hidden_state
+        encoded = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS)
         config = decoder_config(model)
-        of_prompt = growing_cache(config, room=0)  # it does not grow
-        cache = EncoderDecoderCache(growing_cache(config, room), of_prompt)
-        state = cls(model, cache, hidden, mask_PS, adapters)
-        start_P = torch.full((len(ids_PS),), model.config.decoder_start_token_id, device=ids_PS.device)
+        cache = EncoderDecoderCache(growing_cache(config, room), prompt_cache(config))
+        state = cls(model, cache, encoded, mask_PS, adapters)
+        start_P = torch.full((len(ids_PS),), cast(int, start_id(model)), device=ids_PS.device)
         return state, state.step(start_P)
 
     def compact_below(self, num_rows: int) -> float:
@@ -242,12 +257,12 @@ class _Seq2SeqState:
     def select(self, rows: Tensor) -> None:
         if self._adapters is not None:
             self._adapters.select(rows)
-        self._cache.batch_select_indices(rows)
+        select_rows(self._cache, rows)
         self._hidden_BSD, self._mask_BS = self._hidden_BSD[rows], self._mask_BS[rows]
 
     def step(self, token_B: Tensor) -> Tensor:
         out = self._model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self._hidden_BSD),
+            encoder_outputs=self._output_class(last_hidden_state=self._hidden_BSD),
             attention_mask=self._mask_BS,
             decoder_input_ids=token_B.unsqueeze(1),
             past_key_values=self._cache,

@@ -25,6 +25,7 @@ from bondlm.engines.local.cuda_graph import CudaGraphs
 from bondlm.engines.local.decoding import start_decoding
 from bondlm.models.memory import try_or_halve
 from bondlm.models.row_adapters import RowAdapters, RowsNotKnownError
+from bondlm.models.ways import ways_of
 
 Row = tuple[int, int]  # an index of what is wanted, a sample's number
 UseTogether = Callable[[Sequence[Role]], AbstractContextManager[tuple[Any, RowAdapters]] | None]
@@ -128,6 +129,8 @@ class TransformersEngine:
         pending = [(i, j) for i in order for j in range(wanted[i].num_samples)]
         while pending:
             size = self._rows_at_a_time(model, len(wanted[pending[0][0]].prompt) + max_new_tokens)
+            if not ways_of(model).padded:
+                size = min(size, _of_one_length(wanted, pending))
             chunk, rest = _whole_prompts(pending, size)
             uniforms = np.stack([row_uniforms(wanted[i].seed, j, max_new_tokens) for i, j in chunk])
             longest = len(wanted[chunk[0][0]].prompt)
@@ -201,6 +204,12 @@ class TransformersEngine:
         for ids, logps, length in zip(tokens.tolist(), logprobs.tolist(), lengths, strict=True):
             rows.append(Completion(ids[:length], logps[:length], finished=ids[length - 1] in eos_ids))
         return rows
+
+
+def _of_one_length(wanted: Sequence[_Wanted], pending: list[Row]) -> int:
+    """How many of the first rows have prompts of the same length."""
+    lengths = [len(wanted[i].prompt) for i, _ in pending]
+    return next((n for n, length in enumerate(lengths) if length != lengths[0]), len(lengths))
 
 
 def _whole_prompts(pending: list[Row], size: int) -> tuple[list[Row], list[Row]]:

@@ -32,6 +32,7 @@ from bondlm.engines.base import Completion, Role
 from bondlm.engines.vllm.http import VLLMClient
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.errors import ConfigError, DataError, EngineError, NonFiniteError
+from bondlm.models.facts import vocabulary_size
 
 ADAPTERS: dict[Role, str] = {role: f"bondlm-{role}" for role in ("policy", "anchor", "reference")}
 MOVING: tuple[Role, ...] = ("policy", "anchor")
@@ -75,7 +76,7 @@ class VLLMEngine:
         """
         self._client, self._model, self._adapters, self._use = client, model, dict(adapters), use
         self._eos_ids, self._probe_ids, self._folder, self._server = list(eos_ids), list(probe_ids), folder, server
-        self._vocab_size = int(model.config.vocab_size)
+        self._vocab_size = vocabulary_size(model.config)
         # Weights in 16 bits round a small step away: only a larger move of the probe says that the server must move.
         self._noise = 1e-5 if model.dtype == torch.float32 else 1e-2
         self._gap_limit = GAP_LIMIT
