@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from bondlm.errors import ConfigError
 from bondlm.objectives import Objective
-from bondlm.objectives.make import OBJECTIVES, make_objective, users
+from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
 from bondlm.objectives.rules import Rule, above, at_least, beginning_with, between, finite, off, one_of
 
 AnchorSchedule = Literal["ema", "periodic", "fixed"]
@@ -265,8 +265,8 @@ class BONDConfig(TrainingArguments):
 
 
 def default_anchor(objective: str) -> AnchorSchedule:
-    """How the anchor moves if nothing is said: own quantiles need none, and their KL is to the fixed reference."""
-    return "fixed" if objective == "self_bond" else "ema"
+    """How the anchor moves if nothing is said."""
+    return "ema" if anchor_may_move(objective) else "fixed"
 
 
 def _longest_wait(c: BONDConfig) -> int:
@@ -329,7 +329,7 @@ def _problems(c: BONDConfig) -> list[str]:
         plan = objective_of(c).plan
     except ConfigError as error:
         return [str(error)]
-    if c.gamma_ref and (plan.policy == 0 or c.objective == "self_bond"):
+    if c.gamma_ref and (plan.policy == 0 or not anchor_may_move(c.objective)):
         why = "its KL to the reference has weight 1" if plan.policy else "it draws no samples of the policy"
         problems.append(f"gamma_ref={c.gamma_ref!r}: objective={c.objective!r} does not use it ({why}), remove it")
     elif c.gamma_ref and c.anchor == "fixed":
@@ -374,10 +374,10 @@ def _not_used(c: BONDConfig, name: str, other: str, values: tuple[str, ...]) -> 
 
 def _contradictions(c: BONDConfig) -> Iterator[str]:
     """What two settings say together."""
-    if c.objective == "self_bond" and c.anchor != "fixed":
+    if c.anchor != "fixed" and not anchor_may_move(c.objective):
         yield (
-            f"anchor={c.anchor!r}: objective='self_bond' has no moving anchor, its KL is to the model it started from; "
-            "remove the setting"
+            f"anchor={c.anchor!r}: objective={c.objective!r} has no moving anchor, its KL is to the model it started "
+            "from; remove the setting"
         )
     if c.target_n is not None and c.target_n > c.eval_num_reference_samples:
         yield (

@@ -27,10 +27,8 @@ def zero(stage: int, *, flag: bool = False, beside: dict[str, Any] | None = None
     [
         ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp_version=1"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {}}, "fsdp_version=1"),
-        ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}, "offloaded"),
         ({"deepspeed": "ds.json", "deepspeed_plugin": zero(2)}, "`accelerate launch`"),
-        ({"deepspeed_plugin": zero(1)}, "zero_stage=1"),
-        ({"deepspeed_plugin": zero(2, offload_optimizer={"device": "cpu"})}, "offload_optimizer_device=cpu"),
+        ({"deepspeed_plugin": zero(0)}, "zero_stage=0"),
         ({"deepspeed_plugin": zero(3, offload_param={"device": "nvme"})}, "offload_param_device=nvme"),
         ({"deepspeed_plugin": zero(3, zero_hpz_partition_size=8)}, "ZeRO\\+\\+"),
         ({"deepspeed_plugin": zero(3, flag=True)}, "zero3_init_flag=true"),
@@ -44,14 +42,27 @@ def test_what_the_settings_ask_for(given: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "message"),
-    [({"FSDP_VERSION": "1"}, "fsdp_version=1"), ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "offloaded")],
+    ("given", "what"),
+    [
+        ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 2, "cpu_offload": True}}, "fsdp_offload_params"),
+        ({"deepspeed_plugin": zero(1)}, "ZeRO-1"),
+        ({"deepspeed_plugin": zero(1, offload_optimizer={"device": "cpu"})}, "ZeRO-1, offload_optimizer_device=cpu"),
+        ({"deepspeed_plugin": zero(3, offload_param={"device": "cpu"})}, "offload_param_device=cpu"),
+    ],
 )
-def test_what_the_launcher_asks_for(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for name, value in variables.items():
+def test_what_no_run_was_made_with_is_one_warning(given: dict[str, Any], what: str) -> None:
+    with pytest.warns(UserWarning, match=f"bondlm: {what}") as caught:
+        check_parallelism(arguments(**given))
+    assert len(caught) == 1
+
+
+def test_what_the_launcher_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="fsdp_version=1"):
+        check_parallelism(arguments())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.warns(UserWarning, match="fsdp_offload_params"):
         check_parallelism(arguments())
 
 
@@ -60,6 +71,7 @@ def test_what_the_launcher_asks_for(variables: dict[str, str], message: str, mon
     [
         ([], 0, 2, None),
         (["mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 2, 2, None),
+        (["mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 1, 2, None),
         (["zero_pp_rank_0_mp_rank_00_model_states.pt", "0_optim_states.pt", "1_optim_states.pt"], 3, 2, None),
         ([], 2, 2, "no DeepSpeed.*ZeRO-2 with 2 processes"),
         (["mp_rank_00_model_states.pt", "0_optim_states.pt"], 0, 1, "ZeRO-2 with 1 processes.*no DeepSpeed"),

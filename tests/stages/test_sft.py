@@ -45,7 +45,7 @@ def test_only_the_answer_and_its_end_are_learned(chat: bool) -> None:
     batch = examples.collate(encoded)
     for ids, labels, row, parts in zip(batch["input_ids"], batch["labels"], rows, encoded, strict=True):
         learned = ids[labels != IGNORED]
-        assert learned.tolist() == labels[labels != IGNORED].tolist() == parts["completion_ids"]
+        assert learned.tolist() == labels[labels != IGNORED].tolist() == [i for i in parts["labels"] if i != IGNORED]
         assert tokenizer.decode(learned[:-1]) == row["completion"]
         assert learned[-1] == tokenizer.eos_token_id
     # The loss is the mean of -log p over exactly these tokens.
@@ -55,13 +55,34 @@ def test_only_the_answer_and_its_end_are_learned(chat: bool) -> None:
     assert model(**batch).loss.item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("has_pad", [True, False])
+def test_padding_is_on_the_right_and_the_tokenizer_stays_as_it_is(side: str, has_pad: bool) -> None:
+    """GPT-2 counts its positions from the first column: padding on the left would move them."""
+    tokenizer = tiny_tokenizer(chat=False)
+    tokenizer.padding_side = side
+    if not has_pad:
+        tokenizer.pad_token = None
+    examples = Examples(tiny_causal(tokenizer), tokenizer, max_prompt_length=None, max_completion_length=32)
+    rows = [{"prompt": "a", "completion": "bc"}, {"prompt": PROMPTS[1], "completion": PROMPTS[2]}]
+    encoded = examples.encode(rows)
+    batch = examples.collate(encoded)
+    real = len(encoded[0]["input_ids"])
+    assert batch["attention_mask"][0].tolist() == [1] * real + [0] * (batch["input_ids"].shape[1] - real)
+    assert batch["input_ids"][0, :real].tolist() == encoded[0]["input_ids"]
+    assert batch["labels"][0, real:].unique().tolist() == [IGNORED]
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert tokenizer.padding_side == side
+    assert (tokenizer.pad_token_id is not None) == has_pad
+
+
 def test_padding_in_a_batch_changes_no_loss() -> None:
     tokenizer = tiny_tokenizer(chat=False)
     model = tiny_t5(tokenizer, dropout=0.0)
     examples = Examples(model, tokenizer, max_prompt_length=None, max_completion_length=32)
     rows = [{"prompt": "a", "completion": "bc"}, {"prompt": PROMPTS[1], "completion": PROMPTS[2]}]
     encoded = examples.encode(rows)
-    counts = [len(row["completion_ids"]) for row in encoded]
+    counts = [len(row["labels"]) for row in encoded]
     alone = [model(**examples.collate([row])).loss.item() for row in encoded]
     together = model(**examples.collate(encoded)).loss.item()
     assert together == pytest.approx(sum(a * c for a, c in zip(alone, counts, strict=True)) / sum(counts), rel=1e-5)

@@ -26,7 +26,8 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise ConfigError(f"preset={name!r}: choose one of {', '.join(PRESETS)}")
     settings = PRESETS[name] | (LORA.get(name, {}) if options.get("use_peft") else {})
-    anchor = "fixed" if options.get("objective") == "self_bond" else "ema"
-    if options.get("anchor", anchor) != "ema":  # only that one mixes
-        settings = {key: value for key, value in settings.items() if key != "eta"}
-    return settings | dict(options)
+    from bondlm.config import SETTINGS, BONDConfig, default_anchor
+
+    anchor = options.get("anchor") or default_anchor(str(options.get("objective", BONDConfig.objective)))
+    used = (None, ("anchor", anchor))  # what another anchor needs would be refused, though the user has not set it
+    return {key: value for key, value in settings.items() if SETTINGS[key].needs in used} | dict(options)

@@ -119,7 +119,10 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
     if model.config.is_encoder_decoder:
         raise ConfigError(f"engine=vllm: vLLM serves no encoder-decoder models such as this one, {instead}")
     if args.world_size > 1:
-        raise ConfigError(f"engine=vllm runs with one training process, not {args.world_size}: start one, or {instead}")
+        raise ConfigError(
+            f"engine=vllm with {args.world_size} training processes: each would replace the weights that the others "
+            f"draw from. Start one, or {instead}"
+        )
     if hasattr(model, "peft_config"):
         kind = str(model.peft_config[model.active_adapter].peft_type).rsplit(".", 1)[-1]
         if kind != "LORA":

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3: what of them bondlm takes, and where they differ from other kinds of training.
+"""DeepSpeed's ZeRO (stages 1 to 3): what of them bondlm takes, and where they differ from other kinds of training.
 
 DeepSpeed steps its optimizer inside `backward` of the last micro-batch. What must be kept from the weights is kept by
 its own check of the gradient's norm, over all processes; `step_was_skipped` says what came of it.
@@ -18,27 +18,32 @@ _CONFIGS = "examples/accelerate/zero2.yaml or zero3.yaml"
 
 
 def zero_stage(args: Any) -> int:
-    """2 or 3; 0 without DeepSpeed. Known before the model is wrapped."""
+    """1 to 3; 0 without DeepSpeed. Known before the model is wrapped."""
     plugin = getattr(args, "deepspeed_plugin", None)
     return 0 if plugin is None else int(plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
-def check_zero(args: Any) -> None:
-    """Refuse, before any work, what was never run.
+def check_zero(args: Any) -> list[str]:
+    """Refuse, before any work, what anchor or reference could not follow; returns what bondlm was never run with.
 
     Raises:
-        ConfigError: settings of DeepSpeed beyond those of the shipped configs.
+        ConfigError: with what to set instead.
     """
     plugin = args.deepspeed_plugin
     config, zero = plugin.deepspeed_config, plugin.deepspeed_config["zero_optimization"]
     stage, sharing = zero_stage(args), zero.get("zero_hpz_partition_size", 1)
     if getattr(args, "deepspeed", None):
-        raise ConfigError(f"deepspeed={args.deepspeed!r}: remove it, and start with `accelerate launch` and {_CONFIGS}")
-    if stage not in (2, 3):
-        raise ConfigError(f"zero_stage={stage}: ZeRO-2 and ZeRO-3 are what bondlm runs with, see {_CONFIGS}")
-    for what in ("offload_optimizer", "offload_param"):
-        if str(device := (zero.get(what) or {}).get("device", "none")) != "none":
-            raise ConfigError(f"{what}_device={device}: set it to none ({_CONFIGS}); offloading was never run")
+        raise ConfigError(
+            f"deepspeed={args.deepspeed!r}: remove it, and start with `accelerate launch` and {_CONFIGS}. It would "
+            "partition models while they are loaded, and the anchor is made of the policy while it is whole"
+        )
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"zero_stage={stage}: DeepSpeed then has no ZeRO to share work with, see {_CONFIGS}")
+    devices = {
+        what: str((zero.get(what) or {}).get("device", "none")) for what in ("offload_optimizer", "offload_param")
+    }
+    if devices["offload_param"] == "nvme":
+        raise ConfigError(f"offload_param_device=nvme: the anchor reads the policy's parts in memory, see {_CONFIGS}")
     if plugin.zero3_init_flag:
         raise ConfigError(
             f"zero3_init_flag=true: set it to false ({_CONFIGS}). Anchor and reference are made of the policy while it "
@@ -49,7 +54,13 @@ def check_zero(args: Any) -> None:
     if beyond := sorted({"optimizer", "scheduler", "tensor_parallel"} & config.keys()):
         raise ConfigError(f"{beyond[0]!r} in DeepSpeed's config: remove it, the run's settings name these ({_CONFIGS})")
     if args.fp16 or config.get("fp16", {}).get("enabled") is True:
-        raise ConfigError("fp16 under DeepSpeed was never run: use mixed_precision: bf16 or no")
+        raise ConfigError(
+            "fp16 under DeepSpeed: its model would hold rounded weights, from which small steps vanish, and the anchor "
+            "would follow those: use mixed_precision: bf16 or no"
+        )
+    return ["ZeRO-1"] * (stage == 1) + [
+        f"{what}_device={device}" for what, device in devices.items() if device != "none"
+    ]
 
 
 def settle_precision(accelerator: Any, args: Any) -> torch.dtype | None:
@@ -112,7 +123,8 @@ def require_same_sharding(checkpoint: Path, args: Any) -> None:
     """
     num_parts = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
     stage = 0 if not num_parts else 2 if list(checkpoint.glob("global_step*/mp_rank_00_model_states.pt")) else 3
-    now = (zero_stage(args), args.world_size if zero_stage(args) else 0)
+    own = max(2, zero_stage(args)) if zero_stage(args) else 0  # on file ZeRO-1 looks like ZeRO-2
+    now = (own, args.world_size if own else 0)
     if (stage, num_parts) != now:
         said = [f"ZeRO-{s} with {n} processes" if s else "no DeepSpeed" for s, n in ((stage, num_parts), now)]
         raise ConfigError(

@@ -12,6 +12,7 @@ for each other for ever. So nobody generates with the sharded model: its weights
 import copy
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,11 +47,12 @@ def trained_in_parallel(args: Any) -> bool:
 
 
 def check_parallelism(args: Any) -> None:
-    """Refuse, before any work, what the anchor could not follow.
+    """Refuse, before any work, what the anchor could not follow, and warn of what bondlm was never run with.
 
     Raises:
-        ConfigError: FSDP version 1, FSDP with offloaded weights, or what `check_zero` refuses.
+        ConfigError: FSDP version 1, or what `check_zero` refuses.
     """
+    untried: list[str] = []
     if uses_fsdp(args):
         settings = args.fsdp_plugin_args or {}
         version = settings.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))
@@ -61,12 +63,15 @@ def check_parallelism(args: Any) -> None:
             )
         offload = settings.get("cpu_offload", os.environ.get("FSDP_OFFLOAD_PARAMS", "false"))
         if str(offload).lower() in _TRUE:
-            raise ConfigError(
-                "FSDP with weights offloaded to the CPU: the anchor's average runs where the policy's weights are, and "
-                "this was never run. Set fsdp_offload_params: false (examples/accelerate/fsdp2.yaml)"
-            )
+            untried.append("fsdp_offload_params=true")
     if getattr(args, "deepspeed_plugin", None) is not None:
-        check_zero(args)
+        untried += check_zero(args)
+    if untried:
+        warnings.warn(
+            f"bondlm: {', '.join(untried)}: no run of bondlm has been made with this. Compare the loss, `kl` and "
+            "`anchor/kl` of the first steps with those of a run without (docs/scaling.md)",
+            stacklevel=2,
+        )
 
 
 def full_precision_outputs(accelerator: Any, *, asked_for: bool) -> None:

@@ -61,6 +61,11 @@ def _dependent_defaults(name: str, settings: Mapping[str, Any], num_logged: int 
     return {}
 
 
+def anchor_may_move(name: str) -> bool:
+    """Whether the objective takes an anchor that moves; one with `anchor_moves = False` compares with the start."""
+    return bool(getattr(OBJECTIVES.get(name), "anchor_moves", True))
+
+
 def users(setting: str) -> tuple[str, ...]:
     """The objectives that look at a setting; none if it is not about the objective."""
     return tuple(name for name, kind in OBJECTIVES.items() if setting in {field.name for field in fields(kind)})

@@ -16,6 +16,7 @@ Best-of-n with ties (for "tilt": the tilt) as K grows. All tied: no signal.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class SelfBOND:
     n: int
     num_samples: int = 8
     log_quantile: OwnQuantile = "tilt"
+
+    anchor_moves: ClassVar[bool] = False  # its KL is to the model that it started from
 
     def __post_init__(self) -> None:
         """Check the settings."""

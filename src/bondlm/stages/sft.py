@@ -1,16 +1,13 @@
-"""Supervised fine-tuning: the stage before BOND. Cross entropy of the answer's tokens alone, given the prompt.
+"""Supervised fine-tuning: the stage before BOND. Cross entropy of the answer's tokens alone, given the prompt."""
 
-Shapes: B rows, T tokens (padded).
-"""
-
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
 
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.errors import ConfigError, DataError
@@ -45,9 +42,12 @@ class Examples:
         limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
         self._encoder = PromptEncoder.of_model(model, tokenizer, **limits)
         self.is_encoder_decoder = self._encoder.start_id is not None
+        padding = copy.deepcopy(tokenizer)  # on the right, and with an id, whatever the tokenizer that is saved says
+        padding.padding_side, padding.pad_token_id = "right", self._encoder.pad_id
+        self.collate = DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED)
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
-        """Rows `{"prompt", "completion"}` as `{"prompt_ids", "completion_ids"}`.
+        """Rows `{"prompt", "completion"}` as what the model takes; the labels are the answers' tokens.
 
         Raises:
             DataError: prompts that cannot be used, or answers longer than `max_completion_length`, by row number.
@@ -61,26 +61,14 @@ class Examples:
                 f"{len(long)} of {len(rows)} answers are longer than max_completion_length={most} tokens (first: row "
                 f"{long[0]} with {len(answers[long[0]])}): raise it, or leave those rows out"
             )
-        return [{"prompt_ids": p, "completion_ids": c} for p, c in zip(prompts, answers, strict=True)]
+        return [self._inputs(p, c) for p, c in zip(prompts, answers, strict=True)]
 
-    def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        """A right-padded batch whose labels are the answers' tokens."""
+    def _inputs(self, prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
         if self.is_encoder_decoder:
-            inputs = [row["prompt_ids"] for row in rows]
-            labels = [row["completion_ids"] for row in rows]
+            ids, labels = prompt, answer
         else:
-            inputs = [row["prompt_ids"] + row["completion_ids"] for row in rows]
-            labels = [[IGNORED] * len(row["prompt_ids"]) + row["completion_ids"] for row in rows]
-        return {
-            "input_ids": _padded(inputs, self._encoder.pad_id),
-            "attention_mask": _padded([[1] * len(ids) for ids in inputs], 0),
-            "labels": _padded(labels, IGNORED),
-        }
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+            ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 def sft_trainer(
