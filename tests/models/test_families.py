@@ -33,7 +33,7 @@ def test_one_family_of_a_kind_is_what_the_page_says(family: str) -> None:
 def test_every_family_is_exact_or_refused(family: str) -> None:
     found = verdict(family)
     assert found.verdict in ("exact", "refused", "not tried")
-    assert found == KNOWN[family]
+    assert found.verdict == KNOWN[family].verdict
 
 
 def test_the_page_names_every_family_and_no_other() -> None:
