@@ -148,7 +148,7 @@ def draw(
 
 def step_loss(worlds: Worlds, objective: Any, draws: Draws, head_SE: Tensor | None) -> Tensor:
     """The objective's mean loss, with the baseline inside each world; with a head, also its cross-entropy."""
-    rows, signal = objective.select(draws.rewards_BM, draws.noise_BM)
+    rows, signal, _ = objective.select(draws.rewards_BM, draws.noise_BM)
     learned_BL = draws.outcomes_BM.gather(1, rows)
     extra = torch.zeros((), dtype=torch.float64)
     if head_SE is not None:
