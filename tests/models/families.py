@@ -150,21 +150,25 @@ def small_config(config_class: Any, extras: dict[str, Any]) -> Any:
     return config_class(**(chosen | extras))
 
 
-def build(model_type: str, *, seed: int = 0) -> Any:
+def build(model_type: str, *, seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
     """A tiny model with distributions that are far from uniform and depend on all that came before.
 
     Raises:
         CannotBuildError: for whatever reason.
     """
     try:
-        return _built(model_type, seed)
+        return _built(model_type, seed, vocabulary)
     except Exception as error:
         raise CannotBuildError(str(error)) from error
 
 
-def _built(model_type: str, seed: int) -> Any:
+def _built(model_type: str, seed: int, vocabulary: int) -> Any:
     extras = dict(EXTRAS.get(model_type, {}))
     config = small_config(CONFIG_MAPPING[model_type], extras)
+    for part in (config, config.get_text_config(decoder=True)):
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if getattr(part, name, None) == VOCABULARY:
+                setattr(part, name, vocabulary)
     auto = NAMES[model_type]
     if auto is AutoModelForCausalLM and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
