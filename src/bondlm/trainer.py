@@ -87,6 +87,7 @@ class BONDTrainer(Trainer):
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
         peft_config: train an adapter instead of all weights.
+        quantization_config: how to quantise the base of that adapter (QLoRA), for a model given by name.
 
     Raises:
         ConfigError: contradictory settings, or a model or reward that cannot be used.
@@ -108,6 +109,7 @@ class BONDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
     ) -> None:
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -117,7 +119,7 @@ class BONDTrainer(Trainer):
         prompts = None if train_dataset is None else self.drops.load(train_dataset, skip=args.on_bad_row == "skip")
         check_inputs(args, prompts, train_dataset, name, reward_funcs, has_held_out=eval_dataset is not None)
         # The policy, its two companions, and the way between text and its tokens.
-        model = prepare_policy(model, args, peft_config)
+        model = prepare_policy(model, args, peft_config, quantization_config)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.roles = Roles(

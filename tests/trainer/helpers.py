@@ -55,7 +55,7 @@ def ends_often(model: Any) -> Any:
 
 def trainer(folder: Path, model: Any = None, *, reward: Any = low_ids, rows: int = 8, **settings: Any) -> BONDTrainer:
     """A trainer of a tiny model; keyword arguments of the constructor are taken out of `settings`."""
-    names = ("eval_dataset", "callbacks", "optimizers", "peft_config", "processing_class", "train_dataset")
+    names = "eval_dataset callbacks optimizers peft_config quantization_config processing_class train_dataset".split()
     arguments = {name: settings.pop(name) for name in names if name in settings}
     arguments = {"train_dataset": prompt_rows(rows), "processing_class": TOKENIZER} | arguments
     model = ends_often(tiny_causal(TOKENIZER)) if model is None else model

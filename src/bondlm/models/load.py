@@ -20,10 +20,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
+from bondlm.models.precision import check_precision, take_dtype, train_in_fp32
 from bondlm.models.sharding import check_parallelism, uses_fsdp
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> PreTrainedModel | PeftModel:
+def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any) -> PreTrainedModel | PeftModel:
     """Load a causal or encoder-decoder model, or an adapter folder on its base model, by folder or hub name.
 
     Weights are read from safetensors only and code that comes with a model is never run.
@@ -47,7 +48,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> P
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
         auto = _auto_class(config)
         return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **init_kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:  # the last two: of model_init_kwargs
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"cannot load the model {str(path)!r}: {error}") from error
@@ -118,19 +119,27 @@ def wrap_lora(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 def prepare_policy(
-    model: str | PreTrainedModel | PeftModel, args: BONDConfig, peft_config: PeftConfig | None
+    model: str | PreTrainedModel | PeftModel,
+    args: BONDConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: Any = None,
 ) -> PreTrainedModel | PeftModel:
     """The model that trains: loaded if it is given by name, with a fresh adapter if one is asked for, without dropout.
+
+    What trains is fp32. `quantization_config` is for a base model under an adapter (QLoRA).
 
     Raises:
         ConfigError: it cannot be loaded, has nothing to train, or the settings contradict it.
     """
     check_parallelism(args)
+    check_precision(args)
+    given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
     if isinstance(model, str):
-        adapter = peft_config is not None or (Path(model) / "adapter_config.json").is_file()
-        model = load_model(model, dtype=_load_dtype(args, frozen=adapter), **(args.model_init_kwargs or {}))
-    elif args.model_init_kwargs:
-        raise ConfigError("model_init_kwargs is only for a model given by name: this one is loaded already")
+        model = _load_policy(model, args, quantization_config, is_base=peft_config is not None)
+    elif names := [name for name, value in given.items() if value]:
+        raise ConfigError(f"{names[0]} is only for a model given by name: this one is loaded already")
+    if peft_config is None and not isinstance(model, PeftModel) and getattr(model, "is_quantized", False):
+        raise ConfigError("quantised weights do not train: pass peft_config, so that an adapter does (QLoRA)")
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
@@ -144,9 +153,25 @@ def prepare_policy(
         raise ConfigError(
             "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
         )
+    train_in_fp32(model, autocast=args.bf16 or args.fp16)
     if args.disable_dropout:
         disable_dropout(model)
     return model
+
+
+def _load_policy(
+    name: str, args: BONDConfig, quantization_config: Any, *, is_base: bool
+) -> PreTrainedModel | PeftModel:
+    """`is_base`: an adapter will be put on it."""
+    init_kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in init_kwargs:
+            raise ConfigError("quantization_config is given twice, in model_init_kwargs too: drop one of them")
+        init_kwargs["quantization_config"] = quantization_config
+    dtype = take_dtype(init_kwargs, setting=args.dtype)
+    if dtype is None:
+        dtype = _load_dtype(args, frozen=is_base or (Path(name) / "adapter_config.json").is_file())
+    return load_model(name, dtype=dtype, **init_kwargs)
 
 
 def _load_dtype(args: BONDConfig, *, frozen: bool) -> torch.dtype:

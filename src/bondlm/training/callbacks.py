@@ -102,12 +102,16 @@ class AnchorCallback(TrainerCallback):
         self._clock.start("optimizer")
         # DeepSpeed has stepped already, within `backward`, unless it saw the same.
         self.skipped = step_was_skipped(optimizer) if zero_stage(args) else not _finite_on_all_ranks(model, args)
-        self._skips_in_a_row = self._skips_in_a_row + 1 if self.skipped else 0
         self._record({"skipped_steps": float(self.skipped)})
+        scaler = getattr(optimizer, "scaler", None)
+        if self.skipped and _finds_its_scale(scaler) and not self._run_folder.has_bad_loss(args):
+            return  # the scaler takes no step either
+        self._skips_in_a_row = self._skips_in_a_row + 1 if self.skipped else 0
         if not self.skipped:
             return
-        for parameter in model.parameters():
-            parameter.grad = None  # an optimizer leaves a parameter without gradient as it is
+        if scaler is None:
+            for parameter in model.parameters():
+                parameter.grad = None  # an optimizer leaves a parameter without gradient as it is
         self._run_folder.write_skipped(state.global_step + 1, args)
         if self._skips_in_a_row > args.max_skipped_steps:
             raise NonFiniteError(
@@ -185,12 +189,16 @@ class RunFolderCallback(TrainerCallback):
             self._bad |= {row: loss for row, loss in losses if not math.isfinite(loss)}
         return is_finite_P
 
+    def has_bad_loss(self, args: Any) -> bool:
+        """Whether the step's loss is not finite, on any process; all must call."""
+        return World.of(args).any(bool(self._bad))
+
     def write_skipped(self, step: int, args: Any) -> None:
         """Write the prompts whose loss is not finite; if all losses are, and the gradient is not, all of the step.
 
         Every process must call, and writes its own.
         """
-        by_loss = World.of(args).any(bool(self._bad))
+        by_loss = self.has_bad_loss(args)
         which = sorted(self._bad) if by_loss else range(0 if self._step is None else len(self._step.rows))
         if which:
             samples = [self._sampled(i) | ({"loss": str(self._bad[i])} if by_loss else {}) for i in which]
@@ -346,6 +354,14 @@ class StopCallback(TrainerCallback):
         spent = self._kl_budget is not None and kl is not None and kl > self._kl_budget
         if reached or spent:
             control.should_training_stop = True
+
+
+def _finds_its_scale(scaler: Any) -> bool:
+    """Whether a loss scaler (fp16) has room to halve its scale: gradients that overflow are how it finds the largest.
+
+    From its first value, 65,536, that is sixteen steps at most; what is not finite at scale 1 is no overflow of its.
+    """
+    return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1.0
 
 
 def _finite_on_all_ranks(model: Any, args: Any) -> bool:

@@ -1,0 +1,94 @@
+"""In which dtype weights are loaded and train.
+
+What trains is fp32: a step of 1e-6 is lost in a bf16 weight of 0.1, whose neighbours are 5e-4 away.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import cast_adapter_dtype
+from torch import nn
+from transformers import PreTrainedModel
+
+from bondlm.errors import ConfigError
+from bondlm.models.sharding import uses_fsdp
+
+_log = logging.getLogger(__name__)
+
+
+def check_precision(args: Any) -> None:
+    """Refuse fp16 where it has no loss scale that all processes share: there small gradients would vanish.
+
+    Raises:
+        ConfigError: fp16 on a CPU, or under FSDP2 (`bondlm.models.deepspeed` refuses it under DeepSpeed).
+    """
+    if args.fp16 and args.device.type == "cpu":
+        raise ConfigError("fp16=True on a CPU: accelerate scales the loss on GPUs only. Use bf16=True, or neither")
+    if args.fp16 and uses_fsdp(args):
+        raise ConfigError("fp16=True under FSDP2: each process would find a loss scale of its own. Use bf16=True")
+
+
+def take_dtype(init_kwargs: dict[str, Any], *, setting: str) -> torch.dtype | str | None:
+    """Take `dtype`, or `torch_dtype` as it was called, out of `model_init_kwargs`; None: it is not there.
+
+    Raises:
+        ConfigError: it is no dtype of floats, or the setting `dtype` says something else.
+    """
+    asked = [init_kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in init_kwargs]
+    found = {value if isinstance(value, torch.dtype) else _by_name(value) for value in asked if value is not None}
+    if len(found) > 1:
+        raise ConfigError("model_init_kwargs: dtype and torch_dtype are two names of one thing, and they differ")
+    dtype = next(iter(found), None)
+    if dtype is not None and setting != "auto" and dtype != getattr(torch, setting):
+        raise ConfigError(f"dtype={setting} and model_init_kwargs.dtype={dtype} differ: drop one of them")
+    return dtype
+
+
+def _by_name(value: Any) -> torch.dtype | str:
+    dtype = getattr(torch, str(value).removeprefix("torch."), None)
+    if value == "auto":  # as everywhere in transformers: the checkpoint's own
+        return "auto"
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"model_init_kwargs.dtype={value!r}: use float32, bfloat16, float16 or auto")
+    return dtype
+
+
+def train_in_fp32(model: PreTrainedModel | PeftModel, *, autocast: bool) -> None:
+    """Make the weights that train fp32, and say so.
+
+    An adapter's layers cast what comes in, so their frozen base keeps its dtype. Other trained weights beside a base
+    in half precision (`modules_to_save`) need autocast; without it the whole model becomes fp32.
+
+    Raises:
+        ConfigError: the weights are quantised, or partitioned already, and cannot be made fp32.
+    """
+    if isinstance(model, PeftModel):
+        for name in model.peft_config:
+            cast_adapter_dtype(model, name)
+    halves = [p for p in model.parameters() if p.requires_grad and p.is_floating_point() and p.dtype.itemsize < 4]
+    if not halves:
+        return
+    was, before = halves[0].dtype, _num_bytes(model)
+    if any(hasattr(p, "ds_tensor") for p in halves):
+        raise ConfigError(f"the model trains in {was} and DeepSpeed has partitioned it: load it with dtype=float32")
+    if isinstance(model, PeftModel) and autocast:
+        for parameter in halves:
+            parameter.data = parameter.data.float()
+    elif getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        raise ConfigError(
+            "weights beside the adapter train (modules_to_save) on a quantised model: set bf16=True, so that they can "
+            "be fp32 and the rest stays as it is"
+        )
+    else:
+        model.float()
+    _log.warning(
+        "%s weights train, and small steps vanish in them: they are float32 now, %.2f GiB in all instead of %.2f "
+        "(bf16=True computes in bfloat16 all the same)",
+        *(str(was).removeprefix("torch."), _num_bytes(model) / 2**30, before / 2**30),
+    )
+
+
+def _num_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.dtype.itemsize for p in model.parameters())
