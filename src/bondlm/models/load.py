@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,7 +20,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
-from bondlm.models.sharding import check_parallelism, uses_fsdp
+from bondlm.models.adapters import (
+    check_adapter,
+    check_config,
+    dropout_rates,
+    fresh_adapter,
+    silence_adapter,
+)
+from bondlm.models.sharding import check_parallelism, shards_weights, uses_fsdp
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> PreTrainedModel | PeftModel:
@@ -38,7 +45,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype, **init_kwargs: Any) -> P
         )
     try:
         if (Path(path) / "adapter_config.json").is_file():
-            base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+            adapter = PeftConfig.from_pretrained(str(path))
+            check_config(adapter, to_train=False)
+            base = adapter.base_model_name_or_path
             if base is None:
                 raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
             if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
@@ -112,11 +121,6 @@ def _silence_configs(model: nn.Module) -> None:
             vars(module)["config"] = silent[id(config)]
 
 
-def wrap_lora(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """Put a fresh adapter on `model`, its weights in fp32 whatever the base's dtype."""
-    return get_peft_model(model, peft_config, autocast_adapter_dtype=True)
-
-
 def prepare_policy(
     model: str | PreTrainedModel | PeftModel, args: BONDConfig, peft_config: PeftConfig | None
 ) -> PreTrainedModel | PeftModel:
@@ -126,15 +130,14 @@ def prepare_policy(
         ConfigError: it cannot be loaded, has nothing to train, or the settings contradict it.
     """
     check_parallelism(args)
+    _refuse_noise(args, peft_config)
     if isinstance(model, str):
         adapter = peft_config is not None or (Path(model) / "adapter_config.json").is_file()
         model = load_model(model, dtype=_load_dtype(args, frozen=adapter), **(args.model_init_kwargs or {}))
     elif args.model_init_kwargs:
         raise ConfigError("model_init_kwargs is only for a model given by name: this one is loaded already")
     if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
-        model = wrap_lora(model, peft_config)
+        model = fresh_adapter(model, peft_config, sharded=shards_weights(args))
     if uses_fsdp(args) and model.config.is_encoder_decoder:
         raise ConfigError(
             f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
@@ -144,9 +147,27 @@ def prepare_policy(
         raise ConfigError(
             "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
         )
+    check_adapter(model)
     if args.disable_dropout:
         disable_dropout(model)
+        if isinstance(model, PeftModel):
+            silence_adapter(model)
     return model
+
+
+def _refuse_noise(args: BONDConfig, peft_config: PeftConfig | None) -> None:
+    """Noise that would do nothing, or be in what learns and not in what samples."""
+    if args.neftune_noise_alpha is not None:
+        raise ConfigError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha}: samples are drawn without noise, and what is learned "
+            "from must have the log-probabilities that it was sampled with: remove it"
+        )
+    rates = {} if peft_config is None or not args.disable_dropout else dropout_rates(peft_config)
+    for name, rate in rates.items():
+        raise ConfigError(
+            f"{name}={rate} of peft_config would do nothing, since disable_dropout=True turns all dropout off: set it "
+            "to 0, or disable_dropout=False to train with noise"
+        )
 
 
 def _load_dtype(args: BONDConfig, *, frozen: bool) -> torch.dtype:
