@@ -39,6 +39,13 @@ def test_the_choice_is_said_with_its_reason_for_this_device(settings: dict[str, 
     [
         (tiny_t5, None, "encoder-decoder.*engine='transformers'"),
         (tiny_causal, IA3Config(target_modules=["v_proj"], feedforward_modules=[]), "IA3.*engine='transformers'"),
+        (tiny_causal, LoraConfig(target_modules=["v_proj"], use_dora=True), "plain LoRA.*engine='transformers'"),
+        (
+            tiny_causal,
+            LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"]),
+            "plain LoRA.*modules_to_save",
+        ),
+        (tiny_causal, LoraConfig(target_modules=["v_proj"], init_lora_weights="olora"), "init_lora_weights"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused(tmp_path: Path, make: Any, peft_config: Any, message: str) -> None:

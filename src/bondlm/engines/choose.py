@@ -133,8 +133,8 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
             )
         if edits_base(model):
             raise ConfigError(
-                "engine=vllm serves the base as it is on file, and init_lora_weights='pissa' or 'olora' has changed it "
-                f"here: {instead}"
+                "engine=vllm serves the base as it is on file, and this adapter (init_lora_weights, layer_replication) "
+                f"has changed it: {instead}"
             )
     if args.vllm_server == "auto" and not model.config._name_or_path:
         raise ConfigError("vllm_server=auto needs a model that was loaded from a folder or by hub name")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bondlm.errors import ConfigError
 from bondlm.models.probe import difference, in_eval_mode, is_low_precision, plain_logits, probe_groups, tolerance_of
+from bondlm.models.row_adapters import can_join
 from bondlm.models.sharding import whole
 
 _LOGGER = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def check_config(config: PeftConfig, *, to_train: bool = True) -> None:
     kind, start = _kind(config), _initialisation(config)
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ConfigError(f"{kind} puts learned tokens before the prompt, which bondlm cannot: use LoraConfig")
+    if kind in ("XLORA", "POLY", "SHADOW"):
+        raise ConfigError(f"{kind} computes with more than a text and its weights, which bondlm cannot: use LoraConfig")
     if getattr(config, "alora_invocation_tokens", None) is not None:
         raise ConfigError("alora_invocation_tokens: an adapter that begins in the middle of a text cannot be used")
     if start.startswith(LOST):
@@ -92,6 +95,14 @@ def _initialisation(config: PeftConfig) -> str:
     return str(getattr(config, "init_lora_weights", None)).lower()
 
 
+def _change_of_base(config: PeftConfig) -> str:
+    """The setting by which putting the adapter on changes the base; empty if none does."""
+    if getattr(config, "layer_replication", None):
+        return "layer_replication"
+    start = _initialisation(config)
+    return f"init_lora_weights={start!r}" if start.startswith((*REPEATED, *LOST)) else ""
+
+
 # -- putting on
 
 
@@ -118,12 +129,12 @@ def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> Peft
         raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
     check_config(peft_config)
     remove_adapters(model)
-    is_edited = _initialisation(peft_config) in REPEATED
-    if sharded and is_edited:
-        raise ConfigError(f"init_lora_weights={_initialisation(peft_config)!r} needs all of the weights: use True here")
-    given = _logits(model) if is_edited else None
+    change = _change_of_base(peft_config)
+    if sharded and change:
+        raise ConfigError(f"{change} changes weights that are sharded here: remove it, or train on one process")
+    given = _logits(model) if change else None
     wrapped = wrap_adapter(model, peft_config)
-    if sharded or adds_nothing(wrapped):
+    if sharded or (given is None and adds_nothing(wrapped)):
         return wrapped
     if given is None:
         with wrapped.disable_adapter():
@@ -151,11 +162,8 @@ def remove_adapters(model: nn.Module) -> None:
         ConfigError: the earlier adapter has changed the base.
     """
     for config in (getattr(model, "peft_config", None) or {}).values():
-        if _initialisation(config).startswith((*REPEATED, *LOST)):
-            raise ConfigError(
-                f"an earlier adapter, init_lora_weights={_initialisation(config)!r}, has changed this model's weights: "
-                "load the model again"
-            )
+        if change := _change_of_base(config):
+            raise ConfigError(f"an earlier adapter, with {change}, has changed this model: load the model again")
     done: list[str] = []
     for name, module in list(model.named_modules()):
         is_layer, is_wrapper = isinstance(module, BaseTunerLayer), isinstance(module, AuxiliaryTrainingWrapper)
@@ -223,9 +231,19 @@ def _is_any(name: str, parts: tuple[str, ...]) -> bool:
     return any(f".{part}" in name for part in parts)
 
 
+def without_wrapper(model: PeftModel) -> Any:
+    """The transformers model that computes with the adapter, to be sampled from.
+
+    In fp32 LoRA on linear layers is merged, which decodes faster. In bf16 the sum would be rounded, which moves the
+    distribution by tenths of a nat per text: there, and for other kinds, the adapter stays beside its layers.
+    """
+    is_fp32 = all(p.dtype == torch.float32 for p in model.parameters())
+    return model.merge_and_unload() if is_fp32 and can_join(model) else model.get_base_model()
+
+
 def edits_base(model: PeftModel) -> bool:
     """Whether the base in memory has other weights than the one on file."""
-    return _initialisation(model.peft_config[model.active_adapter]) in REPEATED
+    return bool(_change_of_base(model.peft_config[model.active_adapter]))
 
 
 def check_start(model: PeftModel, use: Callable[[str], AbstractContextManager[Any]], *, sharded: bool) -> None:
