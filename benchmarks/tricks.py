@@ -23,8 +23,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from bondlm.engines.local.engine import TransformersEngine
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.head import exact_head
-from bondlm.models.load import wrap_lora
 from bondlm.models.logprobs import collate, row_logprobs, sequence_logprobs
 from bondlm.models.roles import Roles
 
@@ -114,7 +114,7 @@ class Work:
         """A rollout of J-BOND with LoRA: one sample of the policy, two of the anchor."""
         if self.roles is None:  # a copy: adapters go into the layers of the model that they are put on
             lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-            self.roles = Roles(wrap_lora(copy.deepcopy(self.model), lora))
+            self.roles = Roles(wrap_adapter(copy.deepcopy(self.model), lora))
         use_together = self.roles.use_together if together else None
         engine = TransformersEngine(self.roles.use, eos_ids=self.eos_ids, pad_id=0, use_together=use_together)
         seeds = list(range(len(self.prompts)))

@@ -53,7 +53,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     from bondlm.data.prompt_encoder import PromptEncoder
     from bondlm.engines.choose import make_engine
     from bondlm.engines.local.engine import TransformersEngine
-    from bondlm.models.load import load_model, wrap_lora
+    from bondlm.models.adapters import wrap_adapter
+    from bondlm.models.load import load_model
     from bondlm.models.roles import Roles
 
     torch.set_num_threads(args.threads)
@@ -61,7 +62,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, dtype=getattr(torch, args.dtype)).to(device)
-    roles = Roles(model if args.whole else wrap_lora(model, LoraConfig(r=16, target_modules="all-linear")))
+    roles = Roles(model if args.whole else wrap_adapter(model, LoraConfig(r=16, target_modules="all-linear")))
     lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: max(args.num_prompts)]
     everything = [
         tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)

@@ -31,6 +31,7 @@ from bondlm.engines import Role
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
 from bondlm.errors import ConfigError, RewardError
+from bondlm.models.adapters import check_start
 from bondlm.models.anchor import Anchor
 from bondlm.models.deepspeed import load_without_code, require_same_sharding, settle_precision, stepping
 from bondlm.models.facts import hidden_size
@@ -195,6 +196,8 @@ class BONDTrainer(Trainer):
 
     def _make_step(self) -> None:
         args, core = self.args, self.roles.core
+        if self.roles.is_peft:
+            check_start(self.roles.model, self.roles.use, sharded=shards_weights(args))
         with self.roles.use("policy") as policy:
             noisy, apart = not args.disable_dropout, trained_in_parallel(args)
             share_prompts = check_model(policy, args.device, is_noise_allowed=noisy, distributed=apart)

@@ -13,7 +13,7 @@ from tiny import prompt_rows, tiny_causal, tiny_t5
 from bondlm import BONDTrainer
 from bondlm.engines.choose import engine_choice, server_options
 from bondlm.errors import ConfigError
-from bondlm.models.load import wrap_lora
+from bondlm.models.adapters import wrap_adapter
 from engines.vllm.helpers import TOKENIZER, config, length, trainer
 from engines.vllm.stub import Stub, serving
 
@@ -39,6 +39,13 @@ def test_the_choice_is_said_with_its_reason_for_this_device(settings: dict[str, 
     [
         (tiny_t5, None, "encoder-decoder.*engine='transformers'"),
         (tiny_causal, IA3Config(target_modules=["v_proj"], feedforward_modules=[]), "IA3.*engine='transformers'"),
+        (tiny_causal, LoraConfig(target_modules=["v_proj"], use_dora=True), "plain LoRA.*engine='transformers'"),
+        (
+            tiny_causal,
+            LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"]),
+            "plain LoRA.*modules_to_save",
+        ),
+        (tiny_causal, LoraConfig(target_modules=["v_proj"], init_lora_weights="olora"), "init_lora_weights"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused(tmp_path: Path, make: Any, peft_config: Any, message: str) -> None:
@@ -51,7 +58,7 @@ def test_what_vllm_cannot_do_is_refused(tmp_path: Path, make: Any, peft_config: 
 
 
 def test_a_context_too_short_is_refused_before_training(tmp_path: Path) -> None:
-    model = wrap_lora(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model = wrap_adapter(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     with serving(Stub(model, [2], max_model_len=8)) as small:
         # The probe itself may be cut by a real server; here only the prompts are too long.
         with pytest.raises(ConfigError, match=r"\b8 tokens.*max-model-len"):

@@ -22,9 +22,9 @@ from bondlm.cli import main
 from bondlm.engines.agreement import logprob_gap
 from bondlm.engines.local.engine import TransformersEngine, sample_tokens
 from bondlm.errors import EngineError, NonFiniteError
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.head import chosen_logprobs
 from bondlm.models.learned_quantile import QuantileModel
-from bondlm.models.load import wrap_lora
 from bondlm.models.logprobs import row_logprobs
 from bondlm.models.roles import Roles
 from bondlm.objectives import BOND, JBOND, VBON
@@ -232,7 +232,7 @@ def test_n9_dropout_is_off_while_scoring(role: Any) -> None:
 
 
 def test_n10_after_an_exception_the_policy_is_active() -> None:
-    model = wrap_lora(tiny_causal(TOKENIZER), lora())
+    model = wrap_adapter(tiny_causal(TOKENIZER), lora())
     roles = Roles(model)
     engine = TransformersEngine(roles.use, eos_ids=[2], pad_id=0)
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 from tiny import tiny_causal
 
 from bondlm.errors import ConfigError
-from bondlm.models.load import disable_dropout, fast_dtype, load_model, wrap_lora
+from bondlm.models.adapters import wrap_adapter
+from bondlm.models.load import disable_dropout, fast_dtype, load_model
 from models.test_roles import MODELS, TOKENIZER, logits, lora, shake, trainable
 
 
@@ -27,7 +28,7 @@ def test_disable_dropout_of_attention_and_adapters() -> None:
     model = tiny_causal(TOKENIZER)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    peft_model = wrap_lora(model, lora(lora_dropout=0.5))
+    peft_model = wrap_adapter(model, lora(lora_dropout=0.5))
     shake(peft_model, "lora_B")
     expected = logits(peft_model.eval())
     peft_model.train()

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from tiny import PROMPTS, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import Tensor, nn
 
-from bondlm.models.load import wrap_lora
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
 
 TOKENIZER = tiny_tokenizer()
@@ -40,16 +40,25 @@ def logits_of(roles: Roles, role: str) -> Tensor:
 
 def shake(model: nn.Module, word: str, seed: int = 0) -> None:
     """Random values for the parameters whose name has `word`."""
+    shake_all({name: p for name, p in model.named_parameters() if word in name}, seed)
+
+
+def shake_anchor(roles: Roles, seed: int) -> None:
+    shake_all({name: anchor for name, anchor, _ in roles.anchor_pairs}, seed)
+
+
+def shake_all(tensors: dict[str, Any], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if word in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for tensor in tensors.values():
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
 
 
-def merged(model: PeftModel, adapter: str) -> nn.Module:
+def merged(model: PeftModel, anchor_of: Roles | None = None) -> nn.Module:
+    """A plain model of the policy, or of the anchor."""
     plain = deepcopy(model)
-    plain.set_adapter(adapter)
+    anchors = {} if anchor_of is None else {name: anchor for name, anchor, _ in anchor_of.anchor_pairs}
+    plain.load_state_dict(anchors, strict=False)
     return plain.merge_and_unload().eval()
 
 
@@ -58,19 +67,20 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def fresh_roles(kind: str = "llama", **settings: Any) -> Roles:
-    return Roles(wrap_lora(MODELS[kind](TOKENIZER), lora(kind, **settings)))
+    return Roles(wrap_adapter(MODELS[kind](TOKENIZER), lora(kind, **settings)))
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_lora_roles_are_the_separately_merged_models(kind: str) -> None:
     base = MODELS[kind](TOKENIZER)
     expected = {"reference": logits(base)}
-    roles = Roles(wrap_lora(base, lora(kind)))
+    roles = Roles(wrap_adapter(base, lora(kind)))
     for role in ROLES:  # all three start as the reference
         torch.testing.assert_close(logits_of(roles, role), expected["reference"], atol=1e-6, rtol=0)
     shake(roles.model, "lora_", seed=1)
-    expected["policy"] = logits(merged(roles.model, "default"))
-    expected["anchor"] = logits(merged(roles.model, "anchor"))
+    shake_anchor(roles, seed=2)
+    expected["policy"] = logits(merged(roles.model))
+    expected["anchor"] = logits(merged(roles.model, anchor_of=roles))
     assert not torch.allclose(expected["policy"], expected["anchor"], atol=0.1)
     assert not torch.allclose(expected["policy"], expected["reference"], atol=0.1)
     for role in (*ROLES, *reversed(ROLES)):
@@ -79,14 +89,14 @@ def test_lora_roles_are_the_separately_merged_models(kind: str) -> None:
 
 
 def test_a_trained_adapter_is_its_own_reference() -> None:
-    model = wrap_lora(tiny_causal(TOKENIZER), lora())
+    model = wrap_adapter(tiny_causal(TOKENIZER), lora())
     shake(model, "lora_B")
-    start = logits(merged(model, "default"))
+    start = logits(merged(model))
     roles = Roles(model)
     for role in ROLES:
         torch.testing.assert_close(logits_of(roles, role), start, atol=2e-5, rtol=1e-5)
     shake(model, "lora_B.default", seed=9)
-    moved = logits(merged(model, "default"))
+    moved = logits(merged(model))
     assert not torch.allclose(start, moved, atol=0.1)
     torch.testing.assert_close(logits_of(roles, "policy"), moved, atol=2e-5, rtol=1e-5)
     for role in ("anchor", "reference"):
@@ -98,12 +108,12 @@ def test_a_trained_adapter_is_its_own_reference() -> None:
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("role", ROLES)
 def test_after_an_exception_the_policy_is_active_and_alone_trains(role: str, mode: bool, trained: bool) -> None:
-    model = wrap_lora(tiny_gpt2(TOKENIZER), lora("gpt2"))
+    model = wrap_adapter(tiny_gpt2(TOKENIZER), lora("gpt2"))
     if trained:
         shake(model, "lora_B")
     roles = Roles(model)
     shake(model, "lora_B.default", seed=2)
-    policy = logits(merged(model, "default"))
+    policy = logits(merged(model))
     model.train(mode)
     before = trainable(model)
     with pytest.raises(ZeroDivisionError), roles.use(role):
@@ -118,7 +128,7 @@ def test_after_an_exception_the_policy_is_active_and_alone_trains(role: str, mod
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 def test_frozen_factors_stay_frozen(trained: bool) -> None:
     """With A frozen the average of the factors is exactly the average of the weights: PEFT must not thaw it."""
-    model = wrap_lora(tiny_causal(TOKENIZER), lora())
+    model = wrap_adapter(tiny_causal(TOKENIZER), lora())
     if trained:
         shake(model, "lora_B")
     for name, parameter in model.named_parameters():
@@ -180,7 +190,7 @@ def test_the_pairs_are_what_trains() -> None:
 
 
 def test_adapters_are_fp32_on_a_bf16_base() -> None:
-    roles = Roles(wrap_lora(tiny_causal(TOKENIZER, dtype=torch.bfloat16), lora()))
+    roles = Roles(wrap_adapter(tiny_causal(TOKENIZER, dtype=torch.bfloat16), lora()))
     assert {p.dtype for _, anchor, policy in roles.anchor_pairs for p in (anchor, policy)} == {torch.float32}
     assert roles.core.get_input_embeddings().weight.dtype == torch.bfloat16
 
@@ -213,7 +223,7 @@ def test_the_reference_is_on_the_accelerator_only_while_it_is_used(monkeypatch: 
 @pytest.mark.parametrize("peft", [False, True])
 def test_mixed_precision_is_that_of_autocast_in_every_role_and_leaves_the_weights_alone(kind: str, peft: bool) -> None:
     model = MODELS[kind](TOKENIZER)
-    roles = Roles(wrap_lora(model, lora(kind)) if peft else model)
+    roles = Roles(wrap_adapter(model, lora(kind)) if peft else model)
     if peft:
         shake(roles.model, "lora_B.default")
     plain = {role: logits_of(roles, role) for role in ROLES}

@@ -11,8 +11,8 @@ from torch import nn
 
 from bondlm.engines import Role
 from bondlm.engines.local.engine import TransformersEngine
-from bondlm.models.load import wrap_lora
-from bondlm.models.roles import ANCHOR_ADAPTER, Roles
+from bondlm.models.adapters import wrap_adapter
+from bondlm.models.roles import Roles
 from bondlm.models.row_adapters import RowAdapters, RowsNotKnownError, can_join, joined
 
 TOKENIZER = tiny_tokenizer()
@@ -28,12 +28,12 @@ def roles_of(kind: str = "llama", **settings: Any) -> Roles:
     """Two adapters that differ from each other and from the base."""
     task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
     lora: dict[str, Any] = {"r": 3, "lora_alpha": 12, "target_modules": "all-linear", "task_type": task}
-    roles = Roles(wrap_lora(MODELS[kind](TOKENIZER), LoraConfig(**lora | settings)))
+    roles = Roles(wrap_adapter(MODELS[kind](TOKENIZER), LoraConfig(**lora | settings)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in roles.model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for _, anchor, parameter in roles.anchor_pairs:
+            for tensor in (parameter, anchor):
+                tensor.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return roles
 
 
@@ -94,7 +94,7 @@ def test_samples_in_mixed_precision_are_near_those_of_each_role_alone() -> None:
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}])
 def test_other_adapters_than_plain_lora_are_drawn_one_by_one(settings: dict[str, Any]) -> None:
     roles = roles_of(target_modules=["q_proj", "v_proj"], **settings)
-    assert not can_join(roles.model, ["default", ANCHOR_ADAPTER])
+    assert not can_join(roles.model)
     assert roles.use_together(("policy", "anchor")) is None
     drawn = engine_of(roles, together=True).generate_roles(IDS, WANTED, max_new_tokens=3)
     assert [len(row) for row in drawn["anchor"]] == [3] * 4
@@ -107,7 +107,8 @@ def test_full_copies_and_the_reference_are_not_adapters_of_one_model() -> None:
 
 def test_a_layer_that_sees_tokens_instead_of_rows_is_noticed_and_costs_the_common_batch_alone() -> None:
     roles = roles_of()
-    with joined(roles.model, ["default", ANCHOR_ADAPTER], rows := RowAdapters(2, torch.device("cpu"))):
+    own = dict(roles.model.named_parameters())
+    with joined(roles.model, [own], rows := RowAdapters(2, torch.device("cpu"))):
         rows.set([0, 1, 1])
         layer = next(m for m in roles.model.modules() if hasattr(m, "lora_A")).lora_A["default"]
         assert layer(torch.zeros(3, 4, 32)).shape == (3, 4, 6)

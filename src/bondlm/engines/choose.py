@@ -9,7 +9,7 @@ import torch
 
 from bondlm.config import BONDConfig
 from bondlm.data.prompt_encoder import PromptEncoder
-from bondlm.engines.base import Engine, Role
+from bondlm.engines.base import Engine
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
 from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
@@ -17,7 +17,9 @@ from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.engines.vllm.whole import WholeModelEngine
 from bondlm.errors import ConfigError
+from bondlm.models.adapters import edits_base
 from bondlm.models.roles import Roles
+from bondlm.models.row_adapters import can_join
 
 _LOGGER = logging.getLogger(__name__)
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain to a child why the sky is blue?"
@@ -66,14 +68,11 @@ def make_engine(
             cuda_graphs=args.cuda_graphs,
         )
     check_vllm_can(args, model)
-    folder, is_lora = Path(str(args.output_dir)) / "vllm", hasattr(model, "peft_config")
-    adapters: dict[Role, str] = {"policy": model.active_adapter, "anchor": "anchor"} if is_lora else {}
-    if is_lora and "reference" in model.peft_config:  # the run continues an adapter
-        adapters["reference"] = "reference"
+    folder, is_lora = Path(str(args.output_dir)) / "vllm", roles.is_peft
     server, url = None, args.vllm_base_url
     if args.vllm_server == "auto":
         options = (
-            server_options(model.dtype, max_rank(model), len(adapters), args)
+            server_options(model.dtype, max_rank(model), len(roles.adapter_roles), args)
             if is_lora
             else whole_model_options(model, args)
         )
@@ -90,7 +89,7 @@ def make_engine(
     probe_ids = encoder.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64]
     try:
         engine = (VLLMEngine if is_lora else WholeModelEngine)(
-            *(client, model, adapters, roles.use),
+            *(client, model, roles.adapter_roles, roles.use),
             eos_ids=encoder.eos_ids,
             probe_ids=probe_ids,
             folder=folder,
@@ -127,6 +126,16 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
         kind = str(model.peft_config[model.active_adapter].peft_type).rsplit(".", 1)[-1]
         if kind != "LORA":
             raise ConfigError(f"engine=vllm serves LoRA adapters, not {kind}: {instead}")
+        if not can_join(model):
+            raise ConfigError(
+                "engine=vllm serves plain LoRA on linear layers, without DoRA, embeddings, trained tokens or "
+                f"modules_to_save: {instead}"
+            )
+        if edits_base(model):
+            raise ConfigError(
+                "engine=vllm serves the base as it is on file, and this adapter (init_lora_weights, layer_replication) "
+                f"has changed it: {instead}"
+            )
     if args.vllm_server == "auto" and not model.config._name_or_path:
         raise ConfigError("vllm_server=auto needs a model that was loaded from a folder or by hub name")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,8 +20,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from bondlm.config import BONDConfig
 from bondlm.errors import ConfigError
+from bondlm.models.adapters import (
+    check_adapter,
+    check_config,
+    dropout_rates,
+    fresh_adapter,
+    silence_adapter,
+)
 from bondlm.models.precision import check_precision, take_dtype, train_in_fp32
-from bondlm.models.sharding import check_parallelism, uses_fsdp
+from bondlm.models.sharding import check_parallelism, shards_weights, uses_fsdp
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any) -> PreTrainedModel | PeftModel:
@@ -39,7 +46,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any
         )
     try:
         if (Path(path) / "adapter_config.json").is_file():
-            base = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+            adapter = PeftConfig.from_pretrained(str(path))
+            check_config(adapter, to_train=False)
+            base = adapter.base_model_name_or_path
             if base is None:
                 raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
             if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
@@ -113,11 +122,6 @@ def _silence_configs(model: nn.Module) -> None:
             vars(module)["config"] = silent[id(config)]
 
 
-def wrap_lora(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """Put a fresh adapter on `model`, its weights in fp32 whatever the base's dtype."""
-    return get_peft_model(model, peft_config, autocast_adapter_dtype=True)
-
-
 def prepare_policy(
     model: str | PreTrainedModel | PeftModel,
     args: BONDConfig,
@@ -134,6 +138,7 @@ def prepare_policy(
     check_parallelism(args)
     check_precision(args)
     given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
+    _refuse_noise(args, peft_config)
     if isinstance(model, str):
         model = _load_policy(model, args, quantization_config, is_base=peft_config is not None)
     elif names := [name for name, value in given.items() if value]:
@@ -141,9 +146,7 @@ def prepare_policy(
     if peft_config is None and not isinstance(model, PeftModel) and getattr(model, "is_quantized", False):
         raise ConfigError("quantised weights do not train: pass peft_config, so that an adapter does (QLoRA)")
     if peft_config is not None:
-        if isinstance(model, PeftModel):
-            raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
-        model = wrap_lora(model, peft_config)
+        model = fresh_adapter(model, peft_config, sharded=shards_weights(args))
     if uses_fsdp(args) and model.config.is_encoder_decoder:
         raise ConfigError(
             f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
@@ -154,8 +157,11 @@ def prepare_policy(
             "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
         )
     train_in_fp32(model, autocast=args.bf16 or args.fp16)
+    check_adapter(model)
     if args.disable_dropout:
         disable_dropout(model)
+        if isinstance(model, PeftModel):
+            silence_adapter(model)
     return model
 
 
@@ -172,6 +178,21 @@ def _load_policy(
     if dtype is None:
         dtype = _load_dtype(args, frozen=is_base or (Path(name) / "adapter_config.json").is_file())
     return load_model(name, dtype=dtype, **init_kwargs)
+
+
+def _refuse_noise(args: BONDConfig, peft_config: PeftConfig | None) -> None:
+    """Noise that would do nothing, or be in what learns and not in what samples."""
+    if args.neftune_noise_alpha is not None:
+        raise ConfigError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha}: samples are drawn without noise, and what is learned "
+            "from must have the log-probabilities that it was sampled with: remove it"
+        )
+    rates = {} if peft_config is None or not args.disable_dropout else dropout_rates(peft_config)
+    for name, rate in rates.items():
+        raise ConfigError(
+            f"{name}={rate} of peft_config would do nothing, since disable_dropout=True turns all dropout off: set it "
+            "to 0, or disable_dropout=False to train with noise"
+        )
 
 
 def _load_dtype(args: BONDConfig, *, frozen: bool) -> torch.dtype:

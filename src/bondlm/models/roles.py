@@ -1,26 +1,27 @@
 """The three roles that training needs: policy, anchor, reference.
 
-With LoRA the three share one set of base weights: policy and anchor are two adapters, and the reference is the base
-with its adapters off (or, when training starts from an adapter, a third, frozen one). With full fine-tuning the
-anchor and the reference are frozen copies. Under FSDP2 and ZeRO-3 each process holds its part of all three, and a role
-that samples or scores gets them gathered in a plain twin (`bondlm.models.sharding`).
+With adapters the three share one set of base weights, and a role is a set of values for what trains: the anchor's and,
+where the adapter is not empty at the start, the reference's take the policy's place while they are used. A fresh LoRA
+adapter adds nothing: there the reference is the base with its adapters off. With full fine-tuning the anchor and the
+reference are frozen copies. Under FSDP2 and ZeRO-3 each process holds its part of all three, and a role that samples or
+scores gets them gathered in a plain twin (`bondlm.models.sharding`).
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 
 from bondlm.errors import ConfigError
+from bondlm.models.adapters import adds_nothing, save_adapter
 from bondlm.models.row_adapters import RowAdapters, can_join, joined
 from bondlm.models.sharding import Replica, copied, gather_to_main, named_weights
 
-ANCHOR_ADAPTER = "anchor"
-REFERENCE_ADAPTER = "reference"
+Values = dict[int, Tensor]  # by the identity of the policy's parameter
 
 
 class Roles:
@@ -43,20 +44,21 @@ class Roles:
         """
         self.model = model
         self.is_peft = isinstance(model, PeftModel)
-        self._reference_adapter: str | None = None
+        self._adapters_off = self.is_peft and adds_nothing(model)  # whether that is the reference
         self._copies: dict[str, nn.Module] = {}
+        self._values: dict[str, Values] = {}  # a role's own, beside those of the policy's that it shares
         self.autocast: torch.dtype | None = None  # what Trainer's mixed precision learns in: all roles compute in it
         self._device: torch.device | None = None
-        self._shards: dict[str, dict[int, torch.Tensor]] | None = None  # by the identity of the policy's parameter
-        if self.is_peft:
-            self._add_adapters(model)
+        self._is_placed = not sharded  # whether anchor and reference exist
+        if self.is_peft and not sharded:
+            self._take_values()
         elif not sharded:
             anchor = _frozen_copy(model)
             self._copies = {"anchor": anchor, "reference": _frozen_copy(model) if anchor_moves else anchor}
         if offload_anchor and not self._copies:
             raise ConfigError(
-                "offload_anchor=True: remove it. With LoRA the anchor is an adapter, under FSDP2 and ZeRO-3 a part of "
-                "a copy; only the whole copy of full fine-tuning can rest on the CPU"
+                "offload_anchor=True: remove it. With an adapter the anchor is as small as that, under FSDP2 and "
+                "ZeRO-3 it is a part of a copy; only the whole copy of full fine-tuning can rest on the CPU"
             )
         self._at_rest_on_cpu = {"anchor", "reference"} if offload_anchor else {"reference"} if anchor_moves else set()
         self._replica = Replica(model) if sharded else None
@@ -67,26 +69,16 @@ class Roles:
 
         `dtype` is that of the forward pass in mixed precision: what samples must compute as what learns.
         """
-        if self._replica is None or self._shards is not None:  # not sharded, or a second `train`
+        if self._replica is None or self._is_placed:  # not sharded, or a second `train`
             return
         self._replica.dtype = dtype
-        start = [] if self.is_peft else [p for p in self.model.parameters() if p.requires_grad]
-        self._shards = {role: {id(p): copied(p) for p in start} for role in ("anchor", "reference")}
+        self._take_values()
+        self._is_placed = True
 
-    def _add_adapters(self, model: PeftModel) -> None:
-        self.policy_adapter = model.active_adapter
-        config = model.peft_config[self.policy_adapter]
-        start = get_peft_model_state_dict(model, adapter_name=self.policy_adapter)
-        names = [ANCHOR_ADAPTER]
-        trainable = _trainable_names(model)
-        if not _adapter_is_identity(start):  # the run continues an adapter: its start is the reference
-            names.append(REFERENCE_ADAPTER)
-            self._reference_adapter = REFERENCE_ADAPTER
-        for name in names:
-            model.add_adapter(name, copy.deepcopy(config))
-            set_peft_model_state_dict(model, start, adapter_name=name)
-        model.set_adapter(self.policy_adapter)
-        _train_only(model, trainable)
+    def _take_values(self) -> None:
+        roles = ("anchor",) if self._adapters_off else ("anchor", "reference")
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._values = {role: {id(p): copied(p) for p in trained} for role in roles}
 
     @property
     def core(self) -> Any:
@@ -94,41 +86,38 @@ class Roles:
         return self.model.get_base_model() if self.is_peft else self.model
 
     @property
-    def anchor_pairs(self) -> list[tuple[str, torch.Tensor, nn.Parameter]]:
+    def adapter_roles(self) -> list[str]:
+        """The roles that are adapters; where the reference is none it is the base model."""
+        return ["policy", "anchor", *([] if self._adapters_off else ["reference"])] if self.is_peft else []
+
+    @property
+    def anchor_pairs(self) -> list[tuple[str, Tensor, nn.Parameter]]:
         """(name, anchor weight, policy parameter) of all that trains; none before a model to shard is sharded."""
-        if self._replica is not None and self._shards is None:
+        if not self._is_placed:
             return []
-        parameters = named_weights(self.model)
-        if not self.is_peft:
-            if self._shards is not None:
-                shards = self._shards["anchor"]
-                return [(n, shards[id(p)], p) for n, p in parameters.items() if p.requires_grad]
+        trained = {n: p for n, p in named_weights(self.model).items() if p.requires_grad}
+        if self._copies:
             anchors = dict(self._copies["anchor"].named_parameters())
-            return [(n, anchors[n], p) for n, p in parameters.items() if p.requires_grad]
-        mine, theirs = f".{self.policy_adapter}.", f".{ANCHOR_ADAPTER}."
-        return [
-            (name, parameters[name.replace(mine, theirs)], parameter)
-            for name, parameter in parameters.items()
-            if mine in name and name.replace(mine, theirs) in parameters
-        ]
+            return [(n, anchors[n], p) for n, p in trained.items()]
+        return [(n, self._values["anchor"][id(p)], p) for n, p in trained.items()]
 
     def use_together(self, roles: Sequence[str]) -> AbstractContextManager[tuple[Any, RowAdapters]] | None:
         """Lend one model for several roles, and what says which row is whose; None if they are not adapters of one."""
-        adapters = {"policy": self.policy_adapter, "anchor": ANCHOR_ADAPTER} if self.is_peft else {}
-        names = [adapters[role] for role in roles if role in adapters]
-        # The policy's adapter is the active one: it comes first.
-        if len(names) < len(roles) or roles[0] != "policy" or not can_join(self.model, names):
+        others = [self._values[role] for role in roles if role in self._values]
+        # The policy's values are the model's own: it comes first.
+        if not self.is_peft or roles[0] != "policy" or len(others) < len(roles) - 1 or not can_join(self.model):
             return None
-        return self._use_joined(names)
+        return self._use_joined(others)
 
     @contextmanager
-    def _use_joined(self, names: Sequence[str]) -> Iterator[tuple[Any, RowAdapters]]:
+    def _use_joined(self, others: Sequence[Values]) -> Iterator[tuple[Any, RowAdapters]]:
         replica, weights = self._replica, named_weights(self.model, every_name=True)
+        by_name = [_instead(weights, values) for values in others]
         with nullcontext(self.model) if replica is None else replica.holding(weights) as model:
-            rows = RowAdapters(len(names), next(model.parameters()).device)
+            rows = RowAdapters(1 + len(others), next(model.parameters()).device)
             with (
                 _eval_mode(model.get_base_model()) as core,
-                joined(model, names, rows),
+                joined(model, by_name, rows),
                 computing_in(core, self.autocast),
             ):
                 yield core, rows
@@ -140,9 +129,8 @@ class Roles:
         Of a sharded model every process must ask for the same roles in the same order.
         """
         if self._replica is not None:
-            own = (self._shards or {}).get(role, {})
-            weights = {n: own.get(id(p), p) for n, p in named_weights(self.model, every_name=True).items()}
-            with self._replica.holding(weights) as twin, self._adapter_of(twin, role):
+            weights = _instead(named_weights(self.model, every_name=True), self._values.get(role, {}))
+            with self._replica.holding(weights) as twin, self._adapters_of(twin, role):
                 core = twin.get_base_model() if self.is_peft else twin
                 # FSDP's forward pass casts weights, as the replica then does; ZeRO-3 learns under autocast.
                 with computing_in(core, self.autocast if self._replica.dtype is None else None):
@@ -154,36 +142,42 @@ class Roles:
                 with computing_in(model, self.autocast):
                     yield model
             return
-        with _eval_mode(self.core) as core, self._adapter_of(self.model, role), computing_in(core, self.autocast):
+        with (
+            _eval_mode(self.core) as core,
+            _holding(self.model, self._values.get(role, {})),
+            self._adapters_of(self.model, role),
+            computing_in(core, self.autocast),
+        ):
             yield core
 
     @contextmanager
-    def _adapter_of(self, model: Any, role: str) -> Iterator[None]:
-        if not self.is_peft:
-            yield
-            return
-        name = {"policy": self.policy_adapter, "anchor": ANCHOR_ADAPTER, "reference": self._reference_adapter}[role]
-        if role == "policy":
+    def _adapters_of(self, model: Any, role: str) -> Iterator[None]:
+        """Adapters on or off."""
+        if not (self._adapters_off and role == "reference"):
             yield
             return
         # PEFT makes all of an adapter trainable that it activates, also what the user has frozen (A of LoRA, say).
-        trainable = _trainable_names(model)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
-            with model.disable_adapter() if name is None else nullcontext():
-                if name is not None:
-                    model.set_adapter(name)
+            with model.disable_adapter():
                 yield
         finally:
-            model.set_adapter(self.policy_adapter)
-            _train_only(model, trainable)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trainable)
 
     def to(self, device: torch.device) -> None:
-        """Move the anchor's copy (the trainer moves the policy) unless it waits on the CPU, as the reference does."""
+        """Move the anchor (the trainer moves the policy) unless it waits on the CPU, as the reference's copy does."""
         self._device = device
         if "anchor" in self._copies and "anchor" not in self._at_rest_on_cpu:
             self._copies["anchor"].to(device)
         if self._replica is not None:
             self._replica.device = device
+            return
+        for parameter in self.model.parameters():  # one that is on an accelerator stays there: it may be one of several
+            place = device if parameter.device.type == "cpu" else parameter.device
+            for values in self._values.values():
+                if id(parameter) in values:
+                    values[id(parameter)] = values[id(parameter)].to(place)
 
     def keep_reference(self) -> None:
         """Give the reference a copy of its own if it shares the anchor's, which is about to get other weights."""
@@ -198,12 +192,15 @@ class Roles:
         """
         model, state = self.model, None
         if self._replica is not None:
-            wanted = f".{self.policy_adapter}." if self.is_peft else ""
-            weights = {name: w for name, w in named_weights(model).items() if wanted in name}
+            weights = named_weights(model)
+            if self.is_peft:
+                ends = f".{model.active_adapter}"
+                weights = {name: w for name, w in weights.items() if f"{ends}." in name or name.endswith(ends)}
             model, state = self._replica.plain, gather_to_main(weights, is_main=is_main)
-        only = {"selected_adapters": [self.policy_adapter]} if self.is_peft else {}
-        if is_main:
-            model.save_pretrained(folder, state_dict=state, **only)
+        if is_main and self.is_peft:
+            save_adapter(model, folder, state)
+        elif is_main:
+            model.save_pretrained(folder, state_dict=state)
 
 
 @contextmanager
@@ -265,16 +262,21 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def _trainable_names(model: nn.Module) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+def _instead(weights: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
+    """Weights by name, a role's own where it has some."""
+    return {name: values.get(id(weight), weight) for name, weight in weights.items()}
 
 
-def _train_only(model: nn.Module, names: set[str]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-
-
-def _adapter_is_identity(state: dict[str, torch.Tensor]) -> bool:
-    """A fresh LoRA adapter adds nothing: its B factors are zero."""
-    factors = [tensor for name, tensor in state.items() if "lora_B" in name or "lora_embedding_B" in name]
-    return bool(factors) and all(not tensor.any() for tensor in factors)
+@contextmanager
+def _holding(model: nn.Module, values: Values) -> Iterator[None]:
+    """Have these values in the place of the policy's, which are left as they are."""
+    at_rest = [(p, p.data) for p in model.parameters() if id(p) in values]
+    try:
+        for parameter, _ in at_rest:
+            parameter.data = values[id(parameter)].to(parameter.device, parameter.dtype)
+        torch.clear_autocast_cache()  # it knows a weight by its parameter
+        yield
+    finally:
+        for parameter, data in at_rest:
+            parameter.data = data
+        torch.clear_autocast_cache()

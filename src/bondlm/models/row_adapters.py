@@ -1,4 +1,4 @@
-"""Several LoRA adapters of one model in one batch: each row computes with the adapter that it belongs to.
+"""Several values of a LoRA adapter in one batch: each row computes with those of the role that it belongs to.
 
 Decoding a few rows takes nearly as long as decoding many, so policy and anchor are drawn together. Their factors stand
 side by side, A as (K*r, in) and B as (out, K*r), and between the two each row keeps the r numbers of its own adapter:
@@ -8,15 +8,17 @@ instead, which on a CPU costs what the common batch saves.)
 Shapes: B rows, K adapters, r their rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from bondlm.models.sharding import whole
 
 
 class RowsNotKnownError(RuntimeError):
@@ -65,21 +67,22 @@ class _Factors(nn.Linear):
         return hidden * self._rows.mask(self._rank, hidden)
 
 
-def can_join(model: nn.Module, names: Sequence[str]) -> bool:
-    """Whether these adapters are plain LoRA on linear layers and nothing else: no DoRA, biases or trained modules."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    if any(isinstance(m, ModulesToSaveWrapper) for m in model.modules()):
+def can_join(model: Any) -> bool:
+    """Whether all that trains are factors of plain LoRA on linear layers: no DoRA, biases or trained modules."""
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if any(isinstance(m, AuxiliaryTrainingWrapper) for m in model.modules()):
         return False
-    return bool(layers) and all(isinstance(layer, LoraLinear) and _is_plain(layer, names) for layer in layers)
+    name = model.active_adapter
+    if not layers or not all(isinstance(layer, LoraLinear) and _is_plain(layer, name) for layer in layers):
+        return False
+    factors = {id(part[name].weight) for layer in layers for part in (layer.lora_A, layer.lora_B) if name in part}
+    return {id(p) for p in model.parameters() if p.requires_grad} <= factors
 
 
-def _is_plain(layer: Any, names: Sequence[str]) -> bool:
-    if any(name not in layer.lora_A or name in layer.lora_variant for name in names):
+def _is_plain(layer: Any, name: str) -> bool:
+    if layer.merged or layer.active_adapters != [name]:
         return False
-    if any(layer.lora_B[name].bias is not None for name in names) or layer.merged:
-        return False
-    kinds = {(layer.scaling[name], layer.lora_A[name].weight.shape, layer.lora_A[name].weight.dtype) for name in names}
-    return len(kinds) == 1
+    return name not in layer.lora_A or (name not in layer.lora_variant and layer.lora_B[name].bias is None)
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -89,17 +92,24 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 @contextmanager
-def joined(model: nn.Module, names: Sequence[str], rows: RowAdapters) -> Iterator[None]:
-    """Let the adapter `names[0]`, which must be active, be all of them: adapter k for the rows that `rows` says."""
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLinear)]
-    first, own = names[0], [(layer.lora_A[names[0]], layer.lora_B[names[0]]) for layer in layers]
+def joined(model: Any, others: Sequence[Mapping[str, Tensor]], rows: RowAdapters) -> Iterator[None]:
+    """Let the active adapter have several values: its own for the rows of number 0, then those of `others`, by name."""
+    first = model.active_adapter
+    layers: list[tuple[str, Any]] = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, LoraLinear) and first in m.lora_A
+    ]
+    own = [(layer.lora_A[first], layer.lora_B[first]) for _, layer in layers]
     try:
-        for layer in layers:
+        for name, layer in layers:
             rank = layer.lora_A[first].out_features
-            a = torch.cat([layer.lora_A[name].weight.detach() for name in names], dim=0)
-            b = torch.cat([layer.lora_B[name].weight.detach() for name in names], dim=1)
+            a = _side_by_side(layer.lora_A[first].weight, others, f"{name}.lora_A.{first}.weight", dim=0)
+            b = _side_by_side(layer.lora_B[first].weight, others, f"{name}.lora_B.{first}.weight", dim=1)
             layer.lora_A[first], layer.lora_B[first] = _Factors(a, rank, rows), _linear(b)
         yield
     finally:
-        for layer, (a, b) in zip(layers, own, strict=True):
+        for (_, layer), (a, b) in zip(layers, own, strict=True):
             layer.lora_A[first], layer.lora_B[first] = a, b
+
+
+def _side_by_side(own: Tensor, others: Sequence[Mapping[str, Tensor]], name: str, *, dim: int) -> Tensor:
+    return torch.cat([own.detach(), *(whole(values[name], own.device).to(own.dtype) for values in others)], dim=dim)

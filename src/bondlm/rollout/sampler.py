@@ -13,6 +13,7 @@ from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
+from bondlm.models.adapters import without_wrapper
 from bondlm.models.load import fast_dtype, load_model
 from bondlm.models.probe import check_model
 from bondlm.rewards import NamedReward
@@ -31,8 +32,7 @@ class Sampler:
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any = load_model(model, dtype=fast_dtype(self.device) if dtype == "auto" else getattr(torch, dtype))
-        # An adapter is merged: nobody trains it here, and the merged model decodes faster.
-        core = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
+        core = without_wrapper(loaded) if isinstance(loaded, PeftModel) else loaded
         self.model: Any = core.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         self.encoder = PromptEncoder.of_model(core, self.tokenizer)

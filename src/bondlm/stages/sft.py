@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel,
 
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.errors import ConfigError, DataError
-from bondlm.models.load import load_model, wrap_lora
+from bondlm.models.adapters import wrap_adapter
+from bondlm.models.load import load_model
 
 IGNORED = -100  # a label that counts for nothing, in every transformers model
 
@@ -25,7 +26,7 @@ def prepare_model(name: str, peft_config: PeftConfig | None) -> PreTrainedModel 
     if (Path(name) / "adapter_config.json").is_file():
         raise ConfigError(f"model={name!r} is an adapter: merge it into its base first, or give the base")
     model: Any = load_model(name, dtype=torch.float32)
-    return model if peft_config is None else wrap_lora(model, peft_config)
+    return model if peft_config is None else wrap_adapter(model, peft_config)
 
 
 class Examples:

@@ -18,7 +18,7 @@ from transformers import FalconConfig, FalconForCausalLM, Gemma3Config, MixtralC
 
 from bondlm.engines.local.cuda_graph import CudaGraphs
 from bondlm.engines.local.engine import TransformersEngine
-from bondlm.models.load import wrap_lora
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
 
 TOKENIZER = tiny_tokenizer()
@@ -76,7 +76,7 @@ def test_samples_are_those_of_ordinary_steps(kind: str, num_samples: int, device
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_two_roles_in_one_batch(device: str, autocast: torch.dtype | None) -> None:
-    roles = Roles(wrap_lora(tiny_causal(TOKENIZER), LoraConfig(r=3, target_modules="all-linear")))
+    roles = Roles(wrap_adapter(tiny_causal(TOKENIZER), LoraConfig(r=3, target_modules="all-linear")))
     roles.autocast = autocast
     torch.manual_seed(0)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from bondlm.engines import Completion
 from bondlm.engines.local.decoding import similar_lengths
 from bondlm.engines.local.engine import TransformersEngine, row_uniforms, sample_tokens
 from bondlm.errors import ResourceError
-from bondlm.models.load import wrap_lora
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.logprobs import collate, sequence_logprobs
 from bondlm.models.roles import Roles
 
@@ -274,16 +274,17 @@ def lora_roles(kind: str) -> tuple[Roles, dict[str, Any]]:
     task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
     base = MODELS[kind](TOKENIZER)
     plain = {"reference": deepcopy(base)}
-    model = wrap_lora(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=task))
+    model = wrap_adapter(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type=task))
     roles = Roles(model)
     torch.manual_seed(0)
+    own: dict[str, Any] = {"policy": {}, "anchor": {}}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, anchor, parameter in roles.anchor_pairs:
             if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    for role, adapter in (("policy", "default"), ("anchor", "anchor")):
+                own["policy"][name], own["anchor"][name] = parameter.normal_(std=0.1), anchor.normal_(std=0.1)
+    for role, values in own.items():
         merged = deepcopy(model)
-        merged.set_adapter(adapter)
+        merged.load_state_dict(values, strict=False)
         plain[role] = merged.merge_and_unload().eval()
     return roles, plain
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from tiny import tiny_causal
 
 from bondlm.engines.vllm.lora import VLLMEngine
-from bondlm.models.load import wrap_lora
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
 from engines.vllm.helpers import EOS, TOKENIZER, change, connect
 from engines.vllm.stub import Stub, serving
@@ -18,7 +18,7 @@ from engines.vllm.stub import Stub, serving
 @pytest.fixture
 def roles() -> Roles:
     torch.manual_seed(0)
-    made = Roles(wrap_lora(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])))
+    made = Roles(wrap_adapter(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])))
     change(made, 0.1)  # policy and anchor differ
     return made
 
@@ -38,6 +38,6 @@ def engine(stub: Stub, roles: Roles, tmp_path: Path) -> VLLMEngine:
 def plain_stub() -> Iterator[Stub]:
     """Of the trainer's base model, ending where its tokenizer says."""
     with serving(
-        Stub(wrap_lora(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])), [2])
+        Stub(wrap_adapter(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])), [2])
     ) as s:
         yield s

@@ -24,15 +24,14 @@ PROBE = TOKENIZER.encode("a text that server and trainer are compared by")
 def change(roles: Roles, size: float) -> None:
     """Move the policy's adapter as a step of an optimizer would."""
     with torch.no_grad():
-        for name, parameter in roles.model.named_parameters():
-            if f".{roles.policy_adapter}." in name and parameter.requires_grad:
+        for parameter in roles.model.parameters():
+            if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * size)
 
 
 def connect(stub: Stub, roles: Roles, folder: Path, timeout: float = 20.0) -> VLLMEngine:
     client = VLLMClient(stub.url, timeout=timeout, max_wait=0.02)
-    adapters: Any = {"policy": roles.policy_adapter, "anchor": "anchor"}
-    return VLLMEngine(client, roles.model, adapters, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+    return VLLMEngine(client, roles.model, roles.adapter_roles, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
 
 
 def draw_both(engine: VLLMEngine) -> Any:

@@ -13,7 +13,7 @@ from bondlm.engines.agreement import GAP_METRIC
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.errors import ConfigError, DataError, EngineError, NonFiniteError
-from bondlm.models.load import wrap_lora
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
 from engines.vllm.helpers import EOS, IDS, SEEDS, TOKENIZER, change, connect, draw_both, ignore_reloads, trainer
 from engines.vllm.stub import Answer, Stub, serving
@@ -140,7 +140,7 @@ def test_a_probe_that_is_not_finite_is_an_error(engine: VLLMEngine, stub: Stub) 
 
 
 def test_a_server_with_another_model_is_refused(roles: Roles, tmp_path: Path) -> None:
-    other = Roles(wrap_lora(tiny_causal(TOKENIZER, seed=7), LORA))
+    other = Roles(wrap_adapter(tiny_causal(TOKENIZER, seed=7), LORA))
     with serving(Stub(other.model, EOS)) as stub, pytest.raises(ConfigError, match="another model"):
         connect(stub, roles, tmp_path)
 

@@ -15,7 +15,7 @@ from tiny import prompt_rows, tiny_causal
 
 from bondlm import BONDTrainer
 from bondlm.errors import ResourceError
-from bondlm.models.load import wrap_lora
+from bondlm.models.adapters import wrap_adapter
 from engines.vllm.helpers import TOKENIZER, length
 from engines.vllm.helpers import config as config_of
 from engines.vllm.helpers import trainer as stub_trainer
@@ -29,7 +29,7 @@ Fault = Callable[[str, Any], Answer | None]
 def stub() -> Iterator[Stub]:
     """Of the base model that `job` writes, with adapters of its shape."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    with serving(Stub(wrap_lora(tiny_causal(TOKENIZER), lora), [2])) as made:
+    with serving(Stub(wrap_adapter(tiny_causal(TOKENIZER), lora), [2])) as made:
         yield made
 
 
@@ -135,7 +135,7 @@ def test_log_probabilities_of_a_server_that_rounds_do_not_enter_the_loss(tmp_pat
             if "logprobs" in choice:
                 choice["logprobs"]["token_logprobs"] = [x - 0.05 for x in choice["logprobs"]["token_logprobs"]]
 
-    base = wrap_lora(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    base = wrap_adapter(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     with serving(Stub(base, [2])) as plain, serving(Stub(base, [2])) as rounding:
         rounding.spoil = rounded
         expected, weights = weights_after(tmp_path / "plain", plain), weights_after(tmp_path / "rounding", rounding)

@@ -22,7 +22,7 @@ from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.engines.vllm.whole import WholeModelEngine
 from bondlm.errors import ConfigError, EngineError
-from bondlm.models.load import wrap_lora
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.logprobs import row_logprobs
 from bondlm.models.roles import Roles
 
@@ -82,14 +82,14 @@ def lora(rank: int = 8) -> LoraConfig:
 
 def change(roles: Roles, size: float) -> None:
     with torch.no_grad():
-        for name, parameter in roles.model.named_parameters():
-            if f".{roles.policy_adapter}." in name:
+        for parameter in roles.model.parameters():
+            if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * size)
 
 
 def load(base: str, rank: int = 8) -> Roles:
     torch.manual_seed(0)
-    roles = Roles(wrap_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora(rank)))
+    roles = Roles(wrap_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora(rank)))
     change(roles, 0.1)
     return roles
 
@@ -101,8 +101,7 @@ def roles(base: str) -> Roles:
 
 def connect(server: LocalServer, roles: Roles, folder: Path) -> VLLMEngine:
     client = VLLMClient(server.url, timeout=60)
-    adapters: Any = {"policy": roles.policy_adapter, "anchor": "anchor"}
-    return VLLMEngine(client, roles.model, adapters, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+    return VLLMEngine(client, roles.model, roles.adapter_roles, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
 
 
 @pytest.fixture

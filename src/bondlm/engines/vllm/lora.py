@@ -17,7 +17,7 @@ import copy
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -51,7 +51,7 @@ class VLLMEngine:
         self,
         client: VLLMClient,
         model: Any,
-        adapters: Mapping[Role, str],
+        adapters: Collection[str],
         use: Callable[[Role], AbstractContextManager[Any]],
         *,
         eos_ids: Sequence[int],
@@ -64,7 +64,7 @@ class VLLMEngine:
         Args:
             client: the connection.
             model: the PEFT model.
-            adapters: its adapter of each role that has one; a role without is the base model.
+            adapters: the roles that are adapters; another one is the base model.
             use: lends the model of a role in eval mode.
             eos_ids: end a completion.
             probe_ids: a short text whose log-probabilities server and trainer are compared by.
@@ -74,7 +74,7 @@ class VLLMEngine:
         Raises:
             ConfigError: the server cannot be reached, serves another model or cannot take the adapters.
         """
-        self._client, self._model, self._adapters, self._use = client, model, dict(adapters), use
+        self._client, self._model, self._adapters, self._use = client, model, adapters, use
         self._eos_ids, self._probe_ids, self._folder, self._server = list(eos_ids), list(probe_ids), folder, server
         self._vocab_size = vocabulary_size(model.config)
         # Weights in 16 bits round a small step away: only a larger move of the probe says that the server must move.
@@ -169,12 +169,13 @@ class VLLMEngine:
     def _send(self, role: Role, path: Path) -> None:
         """Write the role's weights into the folder `path` and have the server load them."""
         path.mkdir(parents=True, exist_ok=True)
-        name = self._adapters[role]
+        name = self._model.active_adapter
         config: PeftConfig = copy.deepcopy(self._model.peft_config[name])
         config.inference_mode = True
         config.save_pretrained(str(path))
-        state = get_peft_model_state_dict(self._model, adapter_name=name)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
+        with self._use(role):  # it has the role's values in the policy's place
+            state = get_peft_model_state_dict(self._model, adapter_name=name)
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
         self._client.load_adapter(ADAPTERS[role], path)
 
     def _keep_only(self, role: Role, path: Path) -> None:

@@ -1,0 +1,283 @@
+"""Adapters of any kind (PEFT): which of them can be trained exactly, and how they are put on, compared and saved."""
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from bondlm.errors import ConfigError
+from bondlm.models.probe import difference, in_eval_mode, is_low_precision, plain_logits, probe_groups, tolerance_of
+from bondlm.models.row_adapters import can_join
+from bondlm.models.sharding import whole
+
+_LOGGER = logging.getLogger(__name__)
+IN, OUT = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")  # LoRA's factors; a fresh one has OUT = 0
+REPEATED = ("pissa", "olora")  # take from the base what loading the adapter takes again, the same each time
+LOST = ("pissa_niter", "loftq", "corda", "lora_ga")  # take what depends on chance, data or a quantiser
+
+
+# -- refusals
+
+
+def check_config(config: PeftConfig, *, to_train: bool = True) -> None:
+    """Refuse, by name, a kind of adapter that cannot be computed, trained or loaded again exactly.
+
+    Raises:
+        ConfigError: it is such a kind.
+    """
+    kind, start = _kind(config), _initialisation(config)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ConfigError(f"{kind} puts learned tokens before the prompt, which bondlm cannot: use LoraConfig")
+    if kind in ("XLORA", "POLY", "SHADOW"):
+        raise ConfigError(f"{kind} computes with more than a text and its weights, which bondlm cannot: use LoraConfig")
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        raise ConfigError("alora_invocation_tokens: an adapter that begins in the middle of a text cannot be used")
+    if start.startswith(LOST):
+        raise ConfigError(
+            f"init_lora_weights={start!r} takes from the base's weights what cannot be taken again, so that the saved "
+            "adapter would fit no base: use 'pissa', 'olora' or 'eva', or save the base that it leaves, load it, and "
+            "put the adapter on that with init_lora_weights=True"
+        )
+    if to_train and kind == "ADALORA":
+        raise ConfigError(
+            "AdaLoRA must be called with its gradients in every step, which bondlm does not: use LoraConfig"
+        )
+    bias: str = getattr(config, "bias", "none")
+    if to_train and bias != "none":
+        raise ConfigError(
+            f"bias={bias!r} trains biases of the base, which the reference shares: use bias='none', or name the "
+            "layers in modules_to_save"
+        )
+
+
+def check_adapter(model: Any) -> None:
+    """Refuse a model whose adapter is not all that trains, or not what its forward pass uses.
+
+    Raises:
+        ConfigError: see above.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if not isinstance(model, PeftModel):
+        if layers:
+            raise ConfigError(
+                "the model has adapter layers inside: pass the PeftModel that get_peft_model returned, or the base "
+                "model with peft_config"
+            )
+        return
+    if len(model.active_adapters) != 1:
+        raise ConfigError(f"active adapters {model.active_adapters}: one trains, activate it alone (set_adapter)")
+    check_config(model.peft_config[model.active_adapter])
+    if any(layer.merged or layer.disable_adapters for layer in layers):
+        raise ConfigError("the adapter is merged or disabled: call unmerge_adapter() or enable_adapter_layers() before")
+    saved = {id(weight) for weight in adapter_weights(model).values()}
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if outside:
+        raise ConfigError(
+            f"{len(outside)} weights train outside of the adapter {model.active_adapter!r} (first: {outside[0]}), and "
+            "its folder would not hold them: freeze them, or name their modules in modules_to_save"
+        )
+
+
+def _kind(config: PeftConfig) -> str:
+    return str(config.peft_type).rsplit(".", 1)[-1]
+
+
+def _initialisation(config: PeftConfig) -> str:
+    return str(getattr(config, "init_lora_weights", None)).lower()
+
+
+def _change_of_base(config: PeftConfig) -> str:
+    """The setting by which putting the adapter on changes the base; empty if none does."""
+    if getattr(config, "layer_replication", None):
+        return "layer_replication"
+    start = _initialisation(config)
+    return f"init_lora_weights={start!r}" if start.startswith((*REPEATED, *LOST)) else ""
+
+
+# -- putting on
+
+
+def wrap_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
+    """Put a fresh adapter on `model`, its weights in fp32 whatever the base's dtype.
+
+    Raises:
+        ConfigError: PEFT refuses it.
+    """
+    try:
+        # A copy: PEFT writes into it which layers "all-linear" means.
+        return get_peft_model(model, copy.deepcopy(peft_config), autocast_adapter_dtype=True)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        raise ConfigError(f"peft_config: PEFT refuses this {_kind(peft_config)}: {error}") from error
+
+
+def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> PeftModel:
+    """`wrap_adapter`, for a policy: with the adapter the model must be the given one as yet.
+
+    Raises:
+        ConfigError: it is another one, or this kind of adapter cannot be trained.
+    """
+    if isinstance(model, PeftModel):
+        raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
+    check_config(peft_config)
+    remove_adapters(model)
+    change = _change_of_base(peft_config)
+    if sharded and change:
+        raise ConfigError(f"{change} changes weights that are sharded here: remove it, or train on one process")
+    given = _logits(model) if change else None
+    wrapped = wrap_adapter(model, peft_config)
+    if sharded or (given is None and adds_nothing(wrapped)):
+        return wrapped
+    if given is None:
+        with wrapped.disable_adapter():
+            given = _logits(wrapped)
+    is_low = is_low_precision(wrapped)
+    apart = difference(_logits(wrapped), given, is_low=is_low)
+    if apart > tolerance_of(given, is_low=is_low):
+        raise ConfigError(
+            f"peft_config: with this {_kind(peft_config)} adapter the model starts {apart:.2g} nats per token away "
+            "from the given one. Choose an initialisation that starts there (init_weights=True of most kinds), or pass "
+            "the PEFT model itself: it is then the given one"
+        )
+    return wrapped
+
+
+def _logits(model: Any) -> list[Tensor]:
+    with in_eval_mode(model):
+        return plain_logits(model, probe_groups(model), model.device)
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Take off what an earlier `get_peft_model` has put into this model: a cell of a notebook may be run twice.
+
+    Raises:
+        ConfigError: the earlier adapter has changed the base.
+    """
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        if change := _change_of_base(config):
+            raise ConfigError(f"an earlier adapter, with {change}, has changed this model: load the model again")
+    done: list[str] = []
+    for name, module in list(model.named_modules()):
+        is_layer, is_wrapper = isinstance(module, BaseTunerLayer), isinstance(module, AuxiliaryTrainingWrapper)
+        if not (is_layer or is_wrapper) or any(name.startswith(f"{outer}.") for outer in done):
+            continue
+        if is_layer and module.merged:
+            module.unmerge()
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, module.get_base_layer() if is_layer else module.original_module)
+        done.append(name)
+    if done and hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def silence_adapter(model: PeftModel) -> None:
+    """Set the adapter's own dropout to 0, in its config too, which is saved: what is learned is what was sampled."""
+    config: Any = model.peft_config[model.active_adapter]
+    rates = dropout_rates(config)
+    for name in rates:
+        setattr(config, name, 0.0)
+    for module in model.modules():
+        by_adapter = getattr(module, "module_dropout", None)
+        if isinstance(by_adapter, dict):
+            by_adapter.update(dict.fromkeys(by_adapter, 0.0))
+        if "Dropout" in type(module).__name__ and isinstance(vars(module).get("p"), float):
+            vars(module)["p"] = 0.0
+    if rates:
+        said = ", ".join(f"{name}={rate}" for name, rate in rates.items())
+        _LOGGER.warning(f"the adapter's {said} is 0 in this run: disable_dropout=True (disable_dropout=False keeps it)")
+
+
+def dropout_rates(config: PeftConfig) -> dict[str, float]:
+    """The rates of noise that an adapter's config asks for."""
+    return {n: v for n, v in vars(config).items() if "dropout" in n and isinstance(v, float | int) and v > 0}
+
+
+# -- looking at
+
+
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Parameters and buffers that a folder of the active adapter holds, by the names that they have in it."""
+    every = model.state_dict(keep_vars=True)
+    return get_peft_model_state_dict(  # type: ignore[no-any-return]
+        model, state_dict=every, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+
+
+def adds_nothing(model: PeftModel) -> bool:
+    """Whether the model with its adapters off is the same model: of LoRA, as yet, with B = 0 in every layer."""
+    fully_trained = set()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            mine = module.modules_to_save[model.active_adapter]
+            pairs = zip(mine.parameters(), module.original_module.parameters(), strict=True)
+            if not all(torch.equal(whole(a), whole(b).to(a.dtype)) for a, b in pairs):
+                return False
+            fully_trained |= {id(p) for p in mine.parameters()}
+    rest = {name: weight for name, weight in adapter_weights(model).items() if id(weight) not in fully_trained}
+    if not all(_is_any(name, IN + OUT) for name in rest):
+        return False
+    return not any(weight.any() for name, weight in rest.items() if _is_any(name, OUT))
+
+
+def _is_any(name: str, parts: tuple[str, ...]) -> bool:
+    return any(f".{part}" in name for part in parts)
+
+
+def without_wrapper(model: PeftModel) -> Any:
+    """The transformers model that computes with the adapter, to be sampled from.
+
+    In fp32 LoRA on linear layers is merged, which decodes faster. In bf16 the sum would be rounded, which moves the
+    distribution by tenths of a nat per text: there, and for other kinds, the adapter stays beside its layers.
+    """
+    is_fp32 = all(p.dtype == torch.float32 for p in model.parameters())
+    return model.merge_and_unload() if is_fp32 and can_join(model) else model.get_base_model()
+
+
+def edits_base(model: PeftModel) -> bool:
+    """Whether the base in memory has other weights than the one on file."""
+    return bool(_change_of_base(model.peft_config[model.active_adapter]))
+
+
+def check_start(model: PeftModel, use: Callable[[str], AbstractContextManager[Any]], *, sharded: bool) -> None:
+    """Before step 1 what learns, what samples, the anchor and the reference must be one model.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    with use("policy") as core:
+        is_low = is_low_precision(core)
+        groups = probe_groups(core)
+        policy = plain_logits(core, groups, core.device)
+        seen = {} if sharded else {"the policy as it learns": plain_logits(model, groups, core.device)}
+    for role in ("anchor", "reference"):
+        with use(role) as core:
+            seen[f"the {role}"] = plain_logits(core, groups, core.device)
+    for name, logits in seen.items():
+        apart = difference(logits, policy, is_low=is_low)
+        if apart > tolerance_of(policy, is_low=is_low):
+            kind = _kind(model.peft_config[model.active_adapter])
+            raise ConfigError(
+                f"{kind}: before the first step {name} is {apart:.2g} nats per token away from the policy as it "
+                "samples. bondlm cannot train this kind of adapter: use LoraConfig"
+            )
+
+
+# -- saving
+
+
+def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the active adapter, whatever its name, into `folder` itself; `state` holds weights that lie elsewhere."""
+    name = model.active_adapter
+    model.save_pretrained(str(folder), selected_adapters=[name], state_dict=state)
+    if name != "default":  # PEFT gives those a folder of their own
+        for path in (Path(folder) / name).iterdir():
+            path.replace(Path(folder) / path.name)
+        (Path(folder) / name).rmdir()
