@@ -111,11 +111,14 @@ BAD_ROWS = [
     pytest.param({"prompt": chat(("user", " "))}, "last message", id="blank message"),
     pytest.param({"prompt": ["a"]}, "message 0: ", id="texts"),
     pytest.param({"prompt": chat(("user", "a"), ("human", "b"))}, "message 1: `role`", id="role"),
-    pytest.param({"prompt": [{"content": "a"}]}, "system, user, assistant, tool, not None"),
+    pytest.param({"prompt": [{"content": "a"}]}, "system, developer, user, assistant, tool, not None"),
     pytest.param({"prompt": chat((["user"], "a"))}, "not ['user']", id="role is a list"),
     pytest.param({"prompt": chat(("user", None))}, "message 0: `content`", id="no content"),
-    pytest.param({"prompt": chat(("user", [{"type": "text"}]))}, "not a list", id="parts"),
-    pytest.param({"prompt": chat(("user", "a"), ("assistant", "b"))}, "assistant", id="turn"),
+    pytest.param({"prompt": chat(("user", [{"type": "image", "image": "x"}]))}, "a part that is 'image'", id="image"),
+    pytest.param({"prompt": chat(("user", []))}, "message 0: `content`", id="no parts"),
+    pytest.param({"prompt": chat(("user", "a"), ("assistant", None))}, "message 1: `content`", id="null"),
+    pytest.param({"prompt": chat(("user", "a"), ("assistant", " "))}, "empty", id="an empty beginning"),
+    pytest.param({"prompt": [1, 2]}, "prompt_format='rendered'", id="ids"),
 ]
 
 
