@@ -149,7 +149,8 @@ class BONDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        note_rendering(args, self.encoder.rendering)
+        if self.args.should_save:
+            note_rendering(Path(str(args.output_dir)), self.encoder.rendering, replace=False)
         check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)
         self.world = World.of(args)
         self._place_roles()
@@ -187,7 +188,7 @@ class BONDTrainer(Trainer):
         self.anchor.before_other_weights = self.roles.keep_reference
         learned = self.objective.plan.learned_quantile
         self.quantile_model = quantile_model(hidden_size(self.roles.core.config), args) if learned else None
-        self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
+        self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering)
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self._anchor_callback = AnchorCallback(
             self.anchor, self.quantile_model, self.clock, self._means, self.run_folder

@@ -309,3 +309,20 @@ def test_overlap_of_conversations_looks_at_roles_and_ignores_absent_keys() -> No
     assert overlap(train, [{"prompt": chat(("user", "a"))}]) == 1
     assert overlap(train, [{"prompt": [{"name": "x", "content": "b", "role": "user"}]}]) == 1
     assert overlap(train, [{"prompt": chat(("system", "a"))}, {"prompt": chat(("user", "b"))}]) == 0
+
+
+def test_content_in_parts_is_text_wherever_it_comes_from() -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": word}, {"type": "text", "text": "!"}]}]}
+        for word in ("a", "b")
+    ]
+    for source in (rows, Dataset.from_list(rows)):
+        assert load_prompts(source)["prompt"][:] == [chat(("user", "a!")), chat(("user", "b!"))]
+
+
+def test_an_assistants_turn_that_calls_a_tool_may_have_no_text() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "rain"}}]}
+    prompt = [*chat(("user", "a")), call, *chat(("tool", "wet"))]
+    assert load_prompts([{"prompt": prompt}])["prompt"][0][2]["content"] == "wet"
+    with pytest.raises(DataError, match="last message"):
+        load_prompts([{"prompt": prompt[:2]}])

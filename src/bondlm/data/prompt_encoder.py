@@ -11,7 +11,7 @@ from datasets import Dataset
 from bondlm.data.columns import PROMPT_IDS, PROMPT_ROW, TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.context import start_id
 from bondlm.data.control import control_ids, plain_ids
-from bondlm.data.prompts import load_prompts
+from bondlm.data.prompts import load_prompts, with_prompts
 from bondlm.data.rendering import Rendering, has_template, template_source, turn_end
 from bondlm.data.tokens import Prompt, check_tokenizer, decode_completions, encode_prompts, length_limits
 from bondlm.data.vocabulary import Sizes, check_ids, check_vocabulary
@@ -89,7 +89,7 @@ class PromptEncoder:
                 raise DataError(f"no row can be used:\n{listed(skipped, 'rows')}")
             prompts, ids = prompts.select(good), [ids[row] for row in good]
         if len(ids) and not isinstance(prompts["prompt"][0], str) and self._kind(prompts["prompt"][0]) == "ids":
-            prompts = prompts.remove_columns("prompt").add_column("prompt", self.tokenizer.batch_decode(ids))
+            prompts = with_prompts(prompts, self.tokenizer.batch_decode(ids))
         return prompts.add_column(PROMPT_IDS, ids).add_column(PROMPT_ROW, list(range(len(ids))))
 
     def encode_answers(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -317,7 +317,13 @@ def _with_text_contents(dataset: Dataset) -> Dataset:
     prompts = dataset["prompt"][:]
     if not any(isinstance(message.get("content"), list) for prompt in prompts for message in prompt):
         return dataset
-    return dataset.remove_columns("prompt").add_column("prompt", [with_text(prompt) for prompt in prompts])
+    return with_prompts(dataset, [with_text(prompt) for prompt in prompts])
+
+
+def with_prompts(dataset: Dataset, prompts: Sequence[Any]) -> Dataset:
+    """The data set with other prompts."""
+    renamed = dataset.rename_column("prompt", "other_prompt")  # a table without any column would have no rows
+    return renamed.add_column("prompt", list(prompts)).remove_columns("other_prompt")
 
 
 def _is_flat(prompt: Any) -> bool:

@@ -41,6 +41,12 @@ def write_prompting(folder: Path, prompt_format: str, variables: Mapping[str, An
     write_whole(folder / PROMPTING_FILE, json.dumps(content, indent=1) + "\n")
 
 
+def adopt_prompting(source: Path, folder: Path) -> None:
+    """Go on in `folder` with the rendering of the run in `source`."""
+    if folder.resolve() != source.resolve() and (before := read_prompting(source)) is not None:
+        write_prompting(folder, before["prompt_format"], before["chat_template_kwargs"], before["now"])
+
+
 def begun_by_0_1(folder: Path) -> bool:
     """Whether the folder holds a run of bondlm 0.1, which gave text to chat models as it is."""
     if (folder / PROMPTING_FILE).is_file():

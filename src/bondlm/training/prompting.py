@@ -26,8 +26,8 @@ def rendering_of_run(args: Any) -> Rendering:
     )
 
 
-def note_rendering(args: Any, rendering: Rendering) -> None:
+def note_rendering(folder: Path, rendering: Rendering, *, replace: bool = True) -> None:
     """Keep it in the run folder; that of a run of 0.1 stays as it is, and so is known again."""
-    if World.of(args).is_main and rendering.now is not None and not rendering.leaves_text:
-        folder = Path(str(args.output_dir))
-        write_prompting(folder, rendering.prompt_format, rendering.variables, rendering.now)
+    if rendering.now is None or rendering.leaves_text or (not replace and read_prompting(folder) is not None):
+        return
+    write_prompting(folder, rendering.prompt_format, rendering.variables, rendering.now)
