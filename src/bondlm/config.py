@@ -123,6 +123,17 @@ class BONDConfig(TrainingArguments):
         "conversation that would cut the template. Reward functions see the prompt whole.",
         one_of("never", "left"),
     )
+    prompt_format: str = _field(
+        "auto",
+        "What plain text is to the model: 'auto' (a chat model gets it as one message of the user), 'chat', 'plain' "
+        "(as it is) or 'rendered' (a chat template has written it, or prompts are token ids).",
+        one_of("auto", "chat", "plain", "rendered"),
+    )
+    chat_template_kwargs: dict[str, Any] | None = _field(
+        None,
+        "Variables that the chat template looks at, such as {enable_thinking: false}. A column of this name has those "
+        "of a row.",
+    )
     max_completion_length: int = _field(256, "Most tokens of a completion, end-of-sequence included.", at_least(1))
     missing_eos: str = _field(
         "keep",

@@ -68,6 +68,7 @@ from bondlm.training.processes import (
     waiting_for_others,
     work_digest,
 )
+from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.step import Step
 
 
@@ -117,7 +118,8 @@ class BONDTrainer(Trainer):
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         # Inputs: what the settings and the data say alone, before a model is loaded.
         self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
-        prompts = None if train_dataset is None else self.drops.load(train_dataset, skip=args.on_bad_row == "skip")
+        reading = {"skip": args.on_bad_row == "skip", "token_ids": args.prompt_format == "rendered"}
+        prompts = None if train_dataset is None else self.drops.load(train_dataset, **reading)
         check_inputs(args, prompts, train_dataset, name, reward_funcs, has_held_out=eval_dataset is not None)
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
@@ -135,6 +137,7 @@ class BONDTrainer(Trainer):
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
             truncate_prompt=args.truncate_prompt,
+            rendering=rendering_of_run(args),
         )
         self.objective: Objective = objective_of(args, num_logged=samples_per_prompt(prompts))
         if args.learning_rate is None:
@@ -143,12 +146,14 @@ class BONDTrainer(Trainer):
             model=model,
             args=args,
             data_collator=keep_rows,
-            train_dataset=None if prompts is None else self._encoded_for_training(prompts),
+            train_dataset=None if prompts is None else self._encoded_for_training(prompts, args),
             eval_dataset=None if eval_dataset is None else self.encoder.encoded(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.args.should_save:
+            note_rendering(Path(str(args.output_dir)), self.encoder.rendering, replace=False)
         check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)
         self.world = World.of(args)
         self._place_roles()
@@ -167,10 +172,10 @@ class BONDTrainer(Trainer):
 
     # -- stages of the constructor
 
-    def _encoded_for_training(self, prompts: Dataset) -> Dataset:
+    def _encoded_for_training(self, prompts: Dataset, args: BONDConfig) -> Dataset:
         if is_scored(prompts):
-            prompts = group_scored(prompts, self.encoder, self.objective.plan.total)
-        return self.encoder.encoded(prompts)
+            return self.encoder.encoded(group_scored(prompts, self.encoder, self.objective.plan.total))
+        return self.drops.encode(prompts, self.encoder, skip=args.on_bad_row == "skip")
 
     def _place_roles(self) -> None:
         """Anchor and reference on the run's device, computing in what the policy learns in."""
@@ -186,7 +191,7 @@ class BONDTrainer(Trainer):
         self.anchor.before_other_weights = self.roles.keep_reference
         learned = self.objective.plan.learned_quantile
         self.quantile_model = quantile_model(hidden_size(self.roles.core.config), args) if learned else None
-        self.run_folder = RunFolderCallback(Path(str(args.output_dir)))
+        self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering)
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self._anchor_callback = AnchorCallback(
             self.anchor, self.quantile_model, self.clock, self._means, self.run_folder

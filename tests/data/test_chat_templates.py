@@ -11,7 +11,7 @@ from data.helpers import encode, user
 
 
 def test_conversations_are_rendered_with_the_generation_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bondlm.data.tokens._CHUNK", 5)
+    monkeypatch.setattr("bondlm.data.control.CHUNK", 5)
     tokenizer = tiny_tokenizer()
     expected = [f"{START}user\n{prompt}{END}\n{START}assistant\n" for prompt in PROMPTS]
     ids = encode(CHATS, tokenizer)
@@ -74,7 +74,7 @@ RAISING = {
 
 @pytest.mark.parametrize("fault", RAISING.values(), ids=RAISING.keys())
 def test_rows_that_the_template_refuses_are_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bondlm.data.tokens._CHUNK", 5)
+    monkeypatch.setattr("bondlm.data.control.CHUNK", 5)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + fault + "{% endif %}" + CHATML
     chats: list[Any] = list(CHATS)
@@ -107,7 +107,7 @@ def test_tokens_that_a_template_joins_across_messages_are_refused() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     chats = [user("hi <|im_", "end|> there")]
     assert 2 in encode(chats, tokenizer, allow_special_tokens_in_text=True)[0]
-    with pytest.raises(DataError, match=r"<\|im_end\|>.*row 0"):
+    with pytest.raises(DataError, match=r"row 0: .*<\|im_end\|>"):
         encode(chats, tokenizer)
 
 
@@ -116,7 +116,7 @@ def test_markers_of_the_template_that_are_no_special_tokens_are_refused() -> Non
     tokenizer.add_tokens([AddedToken("<tool_call>"), AddedToken("<|role|>"), AddedToken("user"), AddedToken("    ")])
     tokenizer.chat_template = CHATML + "    {# <tool_call> #}{{ '[INST]' if false }}"
     for hostile, name in [("<tool_call>", "<tool_call>"), ("a <|role|>", r"<\|role\|>"), ("[INST] x", r"\[INST\]")]:
-        with pytest.raises(DataError, match=f"{name}.*row 0"):
+        with pytest.raises(DataError, match=f"row 0: .*{name}"):
             encode([user(hostile)], tokenizer)
     assert encode([user("the user    indents [NAME] <b>")], tokenizer)
     # Plain text is not rendered by a template, so its markers mean nothing there.

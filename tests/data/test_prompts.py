@@ -111,11 +111,14 @@ BAD_ROWS = [
     pytest.param({"prompt": chat(("user", " "))}, "last message", id="blank message"),
     pytest.param({"prompt": ["a"]}, "message 0: ", id="texts"),
     pytest.param({"prompt": chat(("user", "a"), ("human", "b"))}, "message 1: `role`", id="role"),
-    pytest.param({"prompt": [{"content": "a"}]}, "system, user, assistant, tool, not None"),
+    pytest.param({"prompt": [{"content": "a"}]}, "system, developer, user, assistant, tool, not None"),
     pytest.param({"prompt": chat((["user"], "a"))}, "not ['user']", id="role is a list"),
     pytest.param({"prompt": chat(("user", None))}, "message 0: `content`", id="no content"),
-    pytest.param({"prompt": chat(("user", [{"type": "text"}]))}, "not a list", id="parts"),
-    pytest.param({"prompt": chat(("user", "a"), ("assistant", "b"))}, "assistant", id="turn"),
+    pytest.param({"prompt": chat(("user", [{"type": "image", "image": "x"}]))}, "a part that is 'image'", id="image"),
+    pytest.param({"prompt": chat(("user", []))}, "message 0: `content`", id="no parts"),
+    pytest.param({"prompt": chat(("user", "a"), ("assistant", None))}, "message 1: `content`", id="null"),
+    pytest.param({"prompt": chat(("user", "a"), ("assistant", " "))}, "empty", id="an empty beginning"),
+    pytest.param({"prompt": [1, 2]}, "prompt_format='rendered'", id="ids"),
 ]
 
 
@@ -306,3 +309,20 @@ def test_overlap_of_conversations_looks_at_roles_and_ignores_absent_keys() -> No
     assert overlap(train, [{"prompt": chat(("user", "a"))}]) == 1
     assert overlap(train, [{"prompt": [{"name": "x", "content": "b", "role": "user"}]}]) == 1
     assert overlap(train, [{"prompt": chat(("system", "a"))}, {"prompt": chat(("user", "b"))}]) == 0
+
+
+def test_content_in_parts_is_text_wherever_it_comes_from() -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": word}, {"type": "text", "text": "!"}]}]}
+        for word in ("a", "b")
+    ]
+    for source in (rows, Dataset.from_list(rows)):
+        assert load_prompts(source)["prompt"][:] == [chat(("user", "a!")), chat(("user", "b!"))]
+
+
+def test_an_assistants_turn_that_calls_a_tool_may_have_no_text() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "rain"}}]}
+    prompt = [*chat(("user", "a")), call, *chat(("tool", "wet"))]
+    assert load_prompts([{"prompt": prompt}])["prompt"][0][2]["content"] == "wet"
+    with pytest.raises(DataError, match="last message"):
+        load_prompts([{"prompt": prompt[:2]}])

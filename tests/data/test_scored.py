@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PROMPTS, prompt_rows
+from datasets import Dataset
+from tiny import CHATML, PROMPTS, prompt_rows, tiny_causal, tiny_tokenizer
 from trainer.helpers import TOKENIZER, low_ids, trainer
 
 from bondlm import BONDTrainer
+from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS
+from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.data.scored import group_scored, samples_per_prompt
 from bondlm.errors import ConfigError, DataError
 
 
@@ -113,3 +117,22 @@ def test_scored_rows_may_come_in_any_order(tmp_path: Path) -> None:
     one, other = (logged_trainer(tmp_path, r).train_dataset.to_list() for r in (rows, mixed))
     key = {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in one}
     assert {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in other} == key
+
+
+def test_what_the_template_looks_at_goes_with_its_prompt() -> None:
+    """Two prompts are the same if the template makes the same of them; an answer ends as the template ends a turn."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML + "{{ mood }}"
+    model = tiny_causal(tokenizer)
+    model.generation_config.eos_token_id = [5, 2]
+    encoder = PromptEncoder.of_model(model, tokenizer, max_completion_length=8)
+    rows = [
+        {"prompt": "Hi", "completion": "a", "reward": float(i), "chat_template_kwargs": {"mood": mood}}
+        for i, mood in enumerate(("good", "bad", "good", "bad"))
+    ]
+    assert samples_per_prompt(Dataset.from_list(rows)) == 2
+    grouped = group_scored(Dataset.from_list(rows), encoder, 2)
+    assert grouped[LOGGED_REWARDS][:] == [[0.0, 2.0], [1.0, 3.0]]
+    assert {ids[-1] for group in grouped[LOGGED_IDS] for ids in group} == {2}
+    texts = [tokenizer.decode(ids) for ids in encoder.encoded(grouped)[PROMPT_IDS]]
+    assert [text.rpartition("\n")[2] for text in texts] == ["good", "bad"]

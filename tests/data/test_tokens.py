@@ -51,7 +51,7 @@ def test_check_tokenizer_refuses_what_is_not_a_token_id(bad: Any) -> None:
 
 
 def test_standard_prompts_are_tokenised_in_order_and_across_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bondlm.data.tokens._CHUNK", 5)
+    monkeypatch.setattr("bondlm.data.control.CHUNK", 5)
     tokenizer = tiny_tokenizer()
     assert encode(PROMPTS, tokenizer) == [tokenizer.encode(prompt) for prompt in PROMPTS]
     assert encode([], tokenizer) == []
@@ -161,7 +161,7 @@ HARMLESS = [
 def test_special_tokens_in_the_text_are_refused(hostile: str, make: Callable[[str], Any]) -> None:
     tokenizer = tiny_tokenizer(pad=None)
     name = next(token for _, token in sorted((hostile.find(t), t) for t in (PAD, START, END) if t in hostile))
-    with pytest.raises(DataError, match=rf"\n.*{re.escape(name)}.*row 1$"):
+    with pytest.raises(DataError, match=rf"\nrow 1: .*{re.escape(name)}"):
         encode([make("fine"), make(hostile)], tokenizer)
     control = sum(token_id < 3 for row in encode([make("x")], tokenizer) for token_id in row)
     (allowed,) = encode([make(hostile)], tokenizer, allow_special_tokens_in_text=True)
@@ -186,10 +186,10 @@ def test_hostile_rows_are_counted_and_found_in_every_message_field() -> None:
         encode(chats, tokenizer)
     nested_line, first_line = str(caught.value).split("\n")[1:]
     assert END in nested_line
-    assert nested_line.endswith("row 12")
+    assert nested_line.startswith("row 12: ")
     assert START in first_line
-    assert first_line.endswith("row 13")
-    with pytest.raises(DataError, match=r"row 9\n\.\.\. and 15 more rows$"):
+    assert first_line.startswith("row 13: ")
+    with pytest.raises(DataError, match=r"row 9: .*\n\.\.\. and 15 more rows$"):
         encode([END] * 25, tokenizer)
 
 
@@ -207,13 +207,13 @@ def test_unknown_words_are_not_special_tokens_but_normalised_eos_is() -> None:
     tokenizer = word_tokenizer(unk_token="[UNK]", eos_token="</s>", pad_token="[UNK]")
     assert encode(["hello \U0001f600 world"], tokenizer) == [[2, 0, 3]]
     for hostile in ("hello </s>", "hello \uff1c/s\uff1e"):
-        with pytest.raises(DataError, match=r"</s>.*row 0"):
+        with pytest.raises(DataError, match=r"row 0: .*</s>"):
             encode([hostile], tokenizer)
 
 
 def test_an_unknown_token_that_is_also_eos_stays_refused() -> None:
     tokenizer = word_tokenizer(unk_token="[UNK]", eos_token="[UNK]")
-    with pytest.raises(DataError, match=r"\[UNK\].*row 0"):
+    with pytest.raises(DataError, match=r"row 0: .*\[UNK\]"):
         encode(["hello stranger"], tokenizer)
 
 

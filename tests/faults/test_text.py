@@ -225,7 +225,7 @@ def test_t4_what_begins_every_text_stays_and_conversations_are_not_cut(tmp_path:
 
 @pytest.mark.parametrize("hostile", INJECTIONS.values(), ids=INJECTIONS.keys())
 def test_t5_control_tokens_in_user_text_are_refused(hostile: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"special token .* row 1") as caught:
+    with pytest.raises(DataError, match=r"row 1: special token ") as caught:
         trainer(tmp_path, train_dataset=[*prompt_rows(1, chat=True), {"prompt": user(hostile)}])
     assert caught.value.exit_code == 3
 

@@ -1,3 +1,4 @@
+import json
 import logging
 from functools import partial
 
@@ -9,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from bondlm.errors import ConfigError, RewardError
-from bondlm.rewards import NamedReward, NLIReward, SequenceClassifierReward, score
+from bondlm.rewards import NamedReward, NLIReward, SequenceClassifierReward, load_rewards, score
+from bondlm.rewards.classifier import FACTS_FILE, FALLBACK_TEMPLATES
 
 from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved
 
@@ -135,7 +137,8 @@ def test_chats_without_a_template_are_refused():
 )
 def test_append_eos(append_eos, options, chat, ends):
     tokenizer = tiny_tokenizer(**options)
-    reward = SequenceClassifierReward(llama_classifier(tokenizer, pad_token_id=0), tokenizer, append_eos=append_eos)
+    how = {"append_eos": append_eos, "prompt_format": "plain"}
+    reward = SequenceClassifierReward(llama_classifier(tokenizer, pad_token_id=0), tokenizer, **how)
     ids = reward.encode(CHATS[0], ANSWERS[0]) if chat else reward.encode(PROMPTS[0], COMPLETIONS[0])
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert "".join("$" if token == end else "x" for token in ids[-2:]) == ends
@@ -190,7 +193,29 @@ def test_no_rows():
 
 def test_an_empty_text_is_an_error_and_not_a_crash():
     with pytest.raises(RewardError, match=r"row 0.*token"):
-        SequenceClassifierReward(*llama())([""], [""])
+        SequenceClassifierReward(*llama(), prompt_format="plain")([""], [""])
+
+
+def test_plain_text_is_what_its_own_template_or_training_makes_of_it(tmp_path):
+    """A chat model reads messages, also of plain text; one that bondlm trained reads what it was trained on."""
+    model, tokenizer = llama()
+    chat = SequenceClassifierReward(model, tokenizer)
+    assert chat.render(PROMPTS[0], COMPLETIONS[0]) == (chat_text(PROMPTS[0], COMPLETIONS[0]), True)
+    prefilled = [*CHATS[0], {"role": "assistant", "content": "Well, "}]
+    assert chat.render(prefilled, ANSWERS[0]) == (chat_text(PROMPTS[0], "Well, " + COMPLETIONS[0]), True)
+    plain = SequenceClassifierReward(model, tokenizer, prompt_format="plain")
+    assert plain.render(PROMPTS[0], COMPLETIONS[0]) == (PROMPTS[0] + COMPLETIONS[0], False)
+    for kind, template in FALLBACK_TEMPLATES.items():  # it came with the training, and no plain text was in it
+        tokenizer.chat_template = template
+        assert SequenceClassifierReward(model, tokenizer).prompt_format == "plain", kind
+    folder = tmp_path / "reward"
+    model.save_pretrained(folder)
+    llama()[1].save_pretrained(folder)
+    for facts, expected in ((None, "chat"), ({}, "plain"), ({"prompt_format": "chat"}, "chat")):
+        if facts is not None:
+            (folder / FACTS_FILE).write_text(json.dumps(facts))
+        assert SequenceClassifierReward.from_pretrained(str(folder)).prompt_format == expected
+    assert load_rewards(f"classifier:{folder}?prompt_format=plain")[0].function.prompt_format == "plain"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny import PROMPTS, prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
+from tiny import CHATS, PROMPTS, prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bondlm.cli import main
+from bondlm.data.rendering import Rendering
 from bondlm.stages.sft import IGNORED, Examples
 from stages.helpers import CHEAP, save, write
 
@@ -53,6 +55,22 @@ def test_only_the_answer_and_its_end_are_learned(chat: bool) -> None:
     target = batch["labels"][:, 1:]
     chosen = logits.gather(2, target.clamp_min(0).unsqueeze(2)).squeeze(2)[target != IGNORED]
     assert model(**batch).loss.item() == pytest.approx(-chosen.mean().item(), rel=1e-5)
+
+
+def test_plain_rows_of_a_chat_model_are_learned_as_it_is_asked_later() -> None:
+    """Rendered as messages, and ended as the template ends a turn, not by the first of two end tokens."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_causal(tokenizer)
+    model.generation_config.eos_token_id = [5, 2]
+    rows = [{"prompt": PROMPTS[0], "completion": "sky"}]
+    limits: dict[str, Any] = {"max_prompt_length": None, "max_completion_length": 16}
+    (auto,) = Examples(model, tokenizer, **limits).encode(rows)
+    (messages,) = Examples(model, tokenizer, **limits).encode([rows[0] | {"prompt": CHATS[0]}])
+    assert auto == messages
+    assert auto["input_ids"][-1] == 2
+    (plain,) = Examples(model, tokenizer, rendering=Rendering(prompt_format="plain"), **limits).encode(rows)
+    assert plain["input_ids"][-1] == 5
+    assert tokenizer.decode(plain["input_ids"][:-1]) == PROMPTS[0] + "sky"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -4,6 +4,8 @@ import json
 import shlex
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
         None if settings.get("opponent") is None else str(settings["opponent"]),
         dtype=str(settings.get("dtype", "auto")),
         max_rows=settings["max_rows"],
+        rendering=_rendering(settings),
     )
     sampler = pair.samplers["policy"]
     lengths: dict[str, Any] = {name: settings.get(name) for name in ("max_prompt_length", "max_completion_length")}
@@ -170,6 +173,21 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
             settings["num_samples"], settings["num_reference_samples"], opponent=pair.opponent is not None
         ),
     }
+
+
+def _rendering(settings: Mapping[str, Any]) -> Any:
+    """As the run renders its prompts; for another model at the time when the output folder was begun."""
+    from bondlm.cli.prompting import rendering_of
+    from bondlm.runs.prompting import PROMPTING_FILE, read_prompting, write_prompting
+
+    model, output = Path(settings["model"]), Path(settings["output"])
+    rendering = rendering_of(settings, run=model, keeps_0_1=True)
+    if rendering.now is None and not rendering.leaves_text:
+        before = read_prompting(output)
+        rendering = replace(rendering, now=before["now"] if before else datetime.now())
+        if not (output / PROMPTING_FILE).is_file():
+            write_prompting(output, rendering.prompt_format, rendering.variables, rendering.now)
+    return rendering
 
 
 def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,11 @@ from bondlm.cli.presets import with_preset
 from bondlm.errors import ConfigError
 
 _MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
+_PROMPTS = {
+    "prompt_format": "What plain text is to the model: 'auto' (a chat model gets it as a message of the user), 'chat', "
+    "'plain' or 'rendered'. Default: as the run was trained, else auto.",
+    "chat_template_kwargs": "Variables that the chat template looks at. Default: those of the run.",
+}
 _SAMPLING = {
     "max_completion_length": "Most tokens of a completion. Default: 256.",
     "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
@@ -59,6 +64,9 @@ SFT = (
         "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
         "max_completion_length": "Longest answer in tokens, end-of-sequence included. Default: 256.",
         "output_dir": "Folder for the model. Default: runs/sft.",
+        "prompt_format": "What plain text is to the model: 'auto' (a chat model gets it as a message of the user), "
+        "'chat', 'plain' or 'rendered'.",
+        "chat_template_kwargs": "Variables that the chat template looks at.",
     }
     | LORA
 )
@@ -69,6 +77,8 @@ REWARD_MODEL = (
         "eval_dataset": "Pairs of other prompts, for the accuracy. Default: every tenth prompt is held out.",
         "max_length": "Most tokens of prompt and answer. Default: what the model takes.",
         "output_dir": "Folder for the reward model. Default: runs/reward-model.",
+        "prompt_format": "What plain text is to the model: 'auto' (messages, if it has a chat template), 'chat' or "
+        "'plain' (prompt and answer joined).",
     }
     | LORA
 )
@@ -79,11 +89,12 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         _MODEL
         | _REWARDS
         | {
-            "prompt": "One prompt as text (a chat model gets it as a user message).",
+            "prompt": "One prompt as text.",
             "dataset": "A file of prompts instead.",
             "best_of": "Draw this many and keep the one with the highest reward. Default: 1.",
             "output": "Write JSONL rows {prompt, completion} here instead of printing.",
         }
+        | _PROMPTS
         | _SAMPLING,
     ),
     "score": (
@@ -95,6 +106,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
             "num_samples": "Samples per prompt. Default: 16.",
             "output": "The file to write. Required.",
         }
+        | _PROMPTS
         | _SAMPLING,
     ),
     "eval": (
@@ -112,6 +124,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
             "output": "Folder for samples, eval.json and eval_samples.jsonl. Default: the run folder.",
         }
         | _REWARDS
+        | _PROMPTS
         | {name: text for name, text in _SAMPLING.items() if name != "temperature"},
     ),
     "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", TRAIN),

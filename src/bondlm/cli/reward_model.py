@@ -8,8 +8,6 @@ from bondlm.cli.train import lora_config
 from bondlm.errors import ConfigError, DataError
 from bondlm.runs.folder import locked
 
-FACTS_FILE = "reward.json"
-
 
 def run(options: dict[str, Any]) -> int:
     """Read and check the pairs, train, save a classifier folder for `reward_funcs`, say how often it is right."""
@@ -19,6 +17,7 @@ def run(options: dict[str, Any]) -> int:
     folder, console = fresh_folder(options, "runs/reward-model"), make_console()
     with locked(folder):
         with console.status("loading PyTorch and the model"):
+            from bondlm.rewards.classifier import FACTS_FILE
             from bondlm.stages.reward_model import held_out_accuracy, preference_trainer
 
             quiet()
@@ -29,6 +28,7 @@ def run(options: dict[str, Any]) -> int:
                 training_arguments(options, folder, REWARD_MODEL, rate),
                 peft_config=lora_config(options),
                 max_length=options.get("max_length"),
+                prompt_format=options.get("prompt_format", "auto"),
             )
         silence(trainer)
         seconds = fit(trainer, console)
@@ -44,6 +44,7 @@ def run(options: dict[str, Any]) -> int:
             {
                 "model": str(options["model"]),
                 "train_pairs": len(train_rows),
+                "prompt_format": pairs.prompt_format,
                 "steps": trainer.state.global_step,
                 "seconds": seconds,
                 "accuracy": {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high},

@@ -81,6 +81,7 @@ def generate(
     with console.status("loading PyTorch, the model and the rewards"):
         from transformers.utils import logging as transformers_logging
 
+        from bondlm.cli.prompting import rendering_of
         from bondlm.models.load import fast_dtype
         from bondlm.rewards import load_rewards
         from bondlm.rollout.sampler import Sampler
@@ -88,7 +89,10 @@ def generate(
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         sampler = Sampler(
-            str(options["model"]), dtype=str(options.get("dtype", "auto")), max_rows=options.get("max_rows")
+            str(options["model"]),
+            dtype=str(options.get("dtype", "auto")),
+            max_rows=options.get("max_rows"),
+            rendering=rendering_of(options, run=Path(str(options["model"])), takes_rendered=False),
         )
         lengths: dict[str, Any] = {"max_completion_length": int(options.get("max_completion_length", 256))}
         rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)
@@ -125,9 +129,12 @@ def generate(
 
 
 def _as_rows(rows: Any, drawn: Any, texts: list[list[str]], rewards: Any) -> list[list[dict[str, Any]]]:
+    from bondlm.data.columns import TEMPLATE_VARIABLES, TOOLS
+
     groups = []
     for i, row in enumerate(rows):
-        group = [{"prompt": row["prompt"], "completion": text} for text in texts[i]]
+        beside = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name)}
+        group = [{"prompt": row["prompt"], **beside, "completion": text} for text in texts[i]]
         if rewards is not None:
             for answer, reward, completion in zip(group, rewards[i].tolist(), drawn[i], strict=True):
                 answer |= {"reward": reward, "finished": completion.finished}

@@ -26,6 +26,7 @@ def run(options: dict[str, Any]) -> int:
     folder, console = fresh_folder(options, "runs/sft"), make_console()
     with locked(folder):
         with console.status("loading PyTorch and the model"):
+            from bondlm.cli.prompting import rendering_of
             from bondlm.stages.sft import sft_trainer
 
             quiet()
@@ -38,6 +39,7 @@ def run(options: dict[str, Any]) -> int:
                 peft_config=lora_config(options),
                 max_prompt_length=options.get("max_prompt_length"),
                 max_completion_length=int(options.get("max_completion_length", 256)),
+                rendering=rendering_of(options),
             )
         silence(trainer)
         before = _loss(trainer) if eval_rows else None

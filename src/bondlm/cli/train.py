@@ -21,6 +21,7 @@ from bondlm.cli.options import LORA, TRAIN
 from bondlm.errors import CheckpointError, ConfigError
 from bondlm.runs.folder import CONFIG_FILE, is_main_process, locked, run_config, write_whole
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished, verify
+from bondlm.runs.prompting import adopt_prompting
 from bondlm.runs.redact import redacted
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -209,6 +210,7 @@ def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) ->
         if not Path(wish).is_dir():
             raise CheckpointError(f"resume={wish!r} is not a checkpoint folder")
         verify(Path(wish))
+        adopt_prompting(Path(wish).parent, folder)
         return wish, _changed_settings(Path(wish).parent / CONFIG_FILE, options)
     for line in remove_unfinished(folder) if is_main_process() else []:
         console.print(line, highlight=False, soft_wrap=True)

@@ -1,15 +1,23 @@
 """Between text and token ids for one model: its tokenizer, its end-of-sequence ids, its limits."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from datasets import Dataset
 
-from bondlm.data.columns import PROMPT_IDS, PROMPT_ROW
+from bondlm.data.columns import PROMPT_IDS, PROMPT_ROW, TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.context import start_id
-from bondlm.data.prompts import load_prompts
+from bondlm.data.control import control_ids, plain_ids
+from bondlm.data.prompts import load_prompts, with_prompts
+from bondlm.data.rendering import Rendering, has_template, template_source, turn_end
 from bondlm.data.tokens import Prompt, check_tokenizer, decode_completions, encode_prompts, length_limits
+from bondlm.data.vocabulary import Sizes, check_ids, check_vocabulary
+from bondlm.errors import ConfigError, DataError, listed
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,45 +29,130 @@ class PromptEncoder:
     eos_ids: tuple[int, ...]  # they end a completion; never empty
     pad_id: int  # fills the unused cells of a batch; may be one of `eos_ids`, so no mask is ever made from it
     start_id: int | None  # the decoder's first token; None for a decoder-only model
+    sizes: Sizes = field(default_factory=Sizes)
+    rendering: Rendering = field(default_factory=Rendering)
     max_prompt_length: int | None = None
     max_completion_length: int = 256
     truncate_prompt: str = "never"
+    _said: set[str] = field(default_factory=set, repr=False, compare=False)  # each message once, whatever the limits
 
     @classmethod
-    def of_model(cls, model: Any, tokenizer: Any, **limits: Any) -> "PromptEncoder":
-        """For a transformers model without adapters around it; `limits` are the last three fields.
+    def of_model(cls, model: Any, tokenizer: Any, **more: Any) -> "PromptEncoder":
+        """For a transformers model without adapters around it; `more` are the rendering and the limits.
 
         Raises:
-            ConfigError: no end-of-sequence token, or one that is no token id.
+            ConfigError: no end-of-sequence token, or tokenizer, embedding and head do not fit together.
         """
         text = check_tokenizer(tokenizer, model.generation_config.eos_token_id)
-        ids: dict[str, Any] = {"eos_ids": text.eos_ids, "pad_id": text.pad_id, "start_id": start_id(model)}
-        return cls(tokenizer=tokenizer, config=model.config, **ids, **limits)
+        sizes = check_vocabulary(model, tokenizer, text.eos_ids)
+        known = [size for size in (sizes.prompt, sizes.completion) if size is not None]
+        pad_id = text.pad_id if all(text.pad_id < size for size in known) else text.eos_ids[0]  # it is never looked at
+        ids: dict[str, Any] = {"eos_ids": text.eos_ids, "pad_id": pad_id, "start_id": start_id(model)}
+        return cls(tokenizer=tokenizer, config=model.config, sizes=sizes, **ids, **more)
 
     def limited_to(self, **limits: Any) -> "PromptEncoder":
         """The same with other limits."""
         return replace(self, **limits)
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt.
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        beside: Sequence[Mapping[str, Any]] | None = None,
+        skipped: dict[int, str] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of each prompt; `beside` are their rows, `skipped` takes the reason of each that cannot be used.
 
         Raises:
-            ConfigError, DataError: see `encode_prompts`.
+            ConfigError, DataError: see `encode_prompts`; or a token that the model does not know.
         """
+        if prompts:
+            self._say_how(prompts[0])
         limits = length_limits(self.config, self.max_prompt_length, self.max_completion_length, self.truncate_prompt)
-        return encode_prompts(prompts, self.tokenizer, **limits)
+        how: dict[str, Any] = {"rendering": self.rendering, "beside": beside, "skipped": skipped}
+        ids = encode_prompts(prompts, self.tokenizer, **limits, **how)
+        check_ids(ids, self.sizes.prompt, self.tokenizer, "prompts")
+        return ids
 
-    def encoded(self, source: Any) -> Dataset:
-        """Prompts from a data set, rows or a file, with their ids and their numbers as columns."""
-        prompts = load_prompts(source)
-        ids = self.encode(prompts["prompt"][:])
+    def encoded(self, source: Any, skipped: list[str] | None = None) -> Dataset:
+        """Prompts from a data set, rows or a file, with their ids and their numbers as columns.
+
+        Rows that cannot be used are left out if `skipped` takes their reasons. Prompts given as token ids become text.
+        """
+        prompts = load_prompts(source, token_ids=self.rendering.prompt_format == "rendered")
+        bad: dict[int, str] | None = None if skipped is None else {}
+        columns = [name for name in (TOOLS, TEMPLATE_VARIABLES) if name in prompts.column_names]
+        ids = self.encode(prompts["prompt"][:], prompts.select_columns(columns).to_list() if columns else None, bad)
+        if bad and skipped is not None:
+            skipped += [f"row {row}: {reason}" for row, reason in sorted(bad.items())]
+            good = [row for row in range(len(ids)) if row not in bad]
+            if not good:
+                raise DataError(f"no row can be used:\n{listed(skipped, 'rows')}")
+            prompts, ids = prompts.select(good), [ids[row] for row in good]
+        if len(ids) and not isinstance(prompts["prompt"][0], str) and self._kind(prompts["prompt"][0]) == "ids":
+            prompts = with_prompts(prompts, self.tokenizer.batch_decode(ids))
         return prompts.add_column(PROMPT_IDS, ids).add_column(PROMPT_ROW, list(range(len(ids))))
 
-    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of whole answers, each with the end-of-sequence token that the model is to learn."""
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*ids, self.eos_ids[0]] for ids in rows]
+    def encode_answers(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of whole answers, each with the token that ends one: of a conversation what its template writes.
+
+        Raises:
+            DataError: a token that the model does not write.
+        """
+        rows = plain_ids(texts, self.tokenizer, add_special_tokens=False) if texts else []
+        ends = [self.end_id(prompt) for prompt in prompts]
+        answers = [[*ids, end] for ids, end in zip(rows, ends, strict=True)]
+        check_ids(answers, self.sizes.head, self.tokenizer, "answers")
+        return answers
+
+    def end_id(self, prompt: Prompt) -> int:
+        """The token that ends an answer to this prompt, where an answer is learned that the model has not sampled."""
+        if self._kind(prompt) == "plain" or not has_template(self.tokenizer):
+            return self.eos_ids[0]
+        return self.eos_ids[0] if self._turn_end is None else self._turn_end
 
     def decode(self, completions: Sequence[Sequence[Sequence[int]]]) -> list[list[str]]:
         """Completions of each prompt, as ids, to the text that rewards see."""
         return [decode_completions(ids, self.tokenizer, self.eos_ids) for ids in completions]
+
+    def _kind(self, prompt: Prompt) -> str:
+        return self.rendering.kind_of(prompt, self.tokenizer)
+
+    @cached_property
+    def _turn_end(self) -> int | None:
+        try:
+            control = control_ids(self.tokenizer, template_source(self.tokenizer))
+        except ConfigError:  # several templates, and none that a conversation alone would take
+            return None
+        return turn_end(self.tokenizer, control, self.eos_ids, self.rendering)
+
+    def _say_how(self, prompt: Prompt) -> None:
+        """Say once what is done with text, and that a turn does not end where the model does."""
+        kind = self._kind(prompt)
+        if isinstance(prompt, str) and self.rendering.prompt_format == "auto" and has_template(self.tokenizer):
+            if kind == "chat":
+                self._say(
+                    "plain prompts are given to this chat model as one message of the user each (prompt_format='auto'; "
+                    "'plain' leaves them as they are)"
+                )
+            else:
+                self._say(
+                    "plain prompts are given to this chat model as they are, because this run was begun so by bondlm "
+                    "0.1 (prompt_format='plain'); a new run makes messages of them"
+                )
+        if isinstance(prompt, list | tuple) and kind == "chat" and prompt[-1]["role"] == "assistant":
+            self._say("prompts that end with an assistant's message are continued where it ends")
+        if kind == "plain" or not has_template(self.tokenizer):
+            return
+        end = self._turn_end
+        if end is not None and end not in self.eos_ids:
+            written, *ends = (f"{self.tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in (end, *self.eos_ids))
+            self._say(
+                f"the chat template ends a turn with {written}, which is no end-of-sequence token of this model: "
+                f"completions end with {', '.join(ends)} alone, and run on behind it. If the model ends its turns so, "
+                f"add {end} to eos_token_id of the generation config"
+            )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _log.warning("%s", text)

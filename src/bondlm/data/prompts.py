@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bondlm.data.chat_templates import joined_text
+from bondlm.data.rendering import is_token_ids
 from bondlm.errors import DataError, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _JSONL = (".jsonl", ".jsonlines", ".json-lines", ".ndjson")
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 # Reward functions get these as arguments of their own, beside the columns of the data set.
 _RESERVED = ("prompts", "completions", "completion_ids", "truncated")
 # A hub name: `name` or `owner/name`. Everything else that is text is a path.
@@ -32,7 +34,11 @@ _log = logging.getLogger(__name__)
 
 
 def load_prompts(
-    source: str | Path | Dataset | Sequence[_Row], *, split: str = "train", skipped: list[str] | None = None
+    source: str | Path | Dataset | Sequence[_Row],
+    *,
+    split: str = "train",
+    skipped: list[str] | None = None,
+    token_ids: bool = False,
 ) -> Dataset:
     """Read a prompt data set and check every row.
 
@@ -41,9 +47,11 @@ def load_prompts(
             hub, a `datasets.Dataset` (or a dictionary of splits), or a list of rows.
         split: Which split of a hub data set, or of a folder or dictionary with several.
         skipped: A list that takes the reason of each bad row, which is then left out; None refuses bad rows.
+        token_ids: Whether prompts may be lists of token ids.
 
     Returns:
-        The data set with its columns as they are. Columns that some rows lack are None there.
+        The data set with its columns as they are, but for messages whose content is a list of parts: their text is
+        joined. Columns that some rows lack are None there.
 
     Raises:
         DataError: If the source cannot be read, has no rows, has bad rows (the first 10 are named as `path:line` or
@@ -53,13 +61,14 @@ def load_prompts(
 
     if isinstance(source, str | Path):
         if Path(source).suffix.lower() in _JSONL:
-            return _to_dataset(read_jsonl(source, prompts=True, skipped=skipped), str(source))
+            return _to_dataset(read_jsonl(source, prompts=True, skipped=skipped, token_ids=token_ids), str(source))
         dataset = _open_source(str(source), split)
     elif isinstance(source, Dataset | DatasetDict):
         dataset = source
     elif isinstance(source, Sequence):
         rows: list[Any] = list(source)
-        good = _check_rows(rows, [f"row {i}" for i in range(len(rows))], "the list of rows", skipped)
+        places = [f"row {i}" for i in range(len(rows))]
+        good = _check_rows(rows, places, "the list of rows", skipped, token_ids=token_ids)
         return _to_dataset([rows[i] for i in good], "the list of rows")
     else:
         raise DataError(
@@ -71,11 +80,13 @@ def load_prompts(
     _check_columns(dataset.column_names, name)
     # The other columns may hold images or long answers, and no check looks at them.
     checked = dataset.select_columns([column for column in ("prompt", "id") if column in dataset.column_names])
-    good = _check_rows(checked, [f"row {i}" for i in range(len(checked))], name, skipped)
-    return dataset if len(good) == len(checked) else dataset.select(good)
+    good = _check_rows(checked, [f"row {i}" for i in range(len(checked))], name, skipped, token_ids=token_ids)
+    return _with_text_contents(dataset if len(good) == len(checked) else dataset.select(good))
 
 
-def read_jsonl(path: str | Path, *, prompts: bool = False, skipped: list[str] | None = None) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: str | Path, *, prompts: bool = False, skipped: list[str] | None = None, token_ids: bool = False
+) -> list[dict[str, Any]]:
     """Read a file with one JSON object a line, strictly.
 
     The file is UTF-8; a byte-order mark may stand at its start and nowhere else. Lines end with LF or CRLF; blank
@@ -86,6 +97,7 @@ def read_jsonl(path: str | Path, *, prompts: bool = False, skipped: list[str] | 
         path: The file.
         prompts: Whether the rows are prompts, and so are checked as `load_prompts` does.
         skipped: As in `load_prompts`.
+        token_ids: As in `load_prompts`.
 
     Returns:
         The objects, in order.
@@ -112,7 +124,7 @@ def read_jsonl(path: str | Path, *, prompts: bool = False, skipped: list[str] | 
         raise DataError(f"{path}: cannot be read: {error.strerror or error}. Check the path.") from error
     if prompts:
         numbers = [int(place.rpartition(":")[2]) for place in places]
-        bad = dict(_row_problems(rows, places))
+        bad = dict(_row_problems(rows, places, token_ids=token_ids))
         problems += [(numbers[i], text) for i, text in bad.items()]
         rows = [row for i, row in enumerate(rows) if i not in bad]
     _raise_or_note([text for _, text in sorted(problems)], skipped)
@@ -222,14 +234,14 @@ def _kind(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _row_problems(rows: Iterable[Any], places: Sequence[str]) -> list[tuple[int, str]]:
+def _row_problems(rows: Iterable[Any], places: Sequence[str], *, token_ids: bool = False) -> list[tuple[int, str]]:
     """Find the first fault of each bad row, as (index, `place: reason`)."""
     problems = []
     first_kind: type | None = None
     first_place = ""
     seen_ids: dict[tuple[str, str], str] = {}
     for i, (row, place) in enumerate(zip(rows, places, strict=True)):
-        reason = _prompt_problem(row)
+        reason = _prompt_problem(row, token_ids=token_ids)
         if reason is None:
             kind = str if isinstance(row["prompt"], str) else list
             if first_kind is None:
@@ -249,7 +261,7 @@ def _row_problems(rows: Iterable[Any], places: Sequence[str]) -> list[tuple[int,
     return problems
 
 
-def _prompt_problem(row: Any) -> str | None:
+def _prompt_problem(row: Any, *, token_ids: bool = False) -> str | None:
     """Say what is wrong with the prompt of one row, or None."""
     if not isinstance(row, Mapping):
         return f'a row must be an object such as {{"prompt": ...}}, not {_kind(row)}'
@@ -264,13 +276,13 @@ def _prompt_problem(row: Any) -> str | None:
         return f"`prompt` must be text or a list of messages, not {_kind(prompt)}"
     if not prompt:
         return "empty prompt (no messages)"
+    if is_token_ids(prompt):
+        return None if token_ids else "`prompt` is a list of token ids: set prompt_format='rendered' to take them so"
     for i, message in enumerate(prompt):
         problem = _message_problem(message)
         if problem is not None:
             return f"message {i}: {problem}"
-    if prompt[-1]["role"] == "assistant":
-        return "the last message is the assistant's; a prompt ends where the assistant is to speak"
-    return None if prompt[-1]["content"].strip() else "empty prompt (the last message has no text)"
+    return None if _text_of(prompt[-1]).strip() else "empty prompt (the last message has no text)"
 
 
 def _message_problem(message: Any) -> str | None:
@@ -279,14 +291,58 @@ def _message_problem(message: Any) -> str | None:
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
         return f"`role` must be one of {', '.join(_ROLES)}, not {role!r}"
-    if not isinstance(content, str):
-        return f"`content` must be text, not {_kind(content)}"
-    return None
+    if content is None and role == "assistant" and message.get("tool_calls"):
+        return None
+    if isinstance(content, list | tuple) and content:
+        return next((problem for part in content if (problem := _part_problem(part)) is not None), None)
+    return None if isinstance(content, str) else f"`content` must be text, not {_kind(content)}"
 
 
-def _check_rows(rows: Iterable[Any], places: Sequence[str], name: str, skipped: list[str] | None) -> list[int]:
+def _part_problem(part: Any) -> str | None:
+    if isinstance(part, str) or (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
+        return None
+    kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+    return f"`content` has a part that is {kind!r}: bondlm reads text alone"
+
+
+def _text_of(message: _Row) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else joined_text(content)
+
+
+def _with_text_contents(dataset: Dataset) -> Dataset:
+    """Content that is a list of parts becomes its text: what rewards and reports expect."""
+    if _is_flat(dataset[0]["prompt"]):
+        return dataset
+    prompts = dataset["prompt"][:]
+    if not any(isinstance(message.get("content"), list) for prompt in prompts for message in prompt):
+        return dataset
+    return with_prompts(dataset, [with_text(prompt) for prompt in prompts])
+
+
+def with_prompts(dataset: Dataset, prompts: Sequence[Any]) -> Dataset:
+    """The data set with other prompts."""
+    renamed = dataset.rename_column("prompt", "other_prompt")  # a table without any column would have no rows
+    return renamed.add_column("prompt", list(prompts)).remove_columns("other_prompt")
+
+
+def _is_flat(prompt: Any) -> bool:
+    return isinstance(prompt, str) or is_token_ids(prompt)
+
+
+def with_text(prompt: Sequence[_Row]) -> list[dict[str, Any]]:
+    """The messages; content that is a list of parts becomes their text."""
+    return [
+        {**message, "content": _text_of(message)} if isinstance(message.get("content"), list | tuple) else dict(message)
+        for message in prompt
+    ]
+
+
+def _check_rows(
+    rows: Iterable[Any], places: Sequence[str], name: str, skipped: list[str] | None, *, token_ids: bool
+) -> list[int]:
     """The numbers of the good rows; without any the source is refused."""
-    bad = dict(_row_problems(rows, places))
+    bad = dict(_row_problems(rows, places, token_ids=token_ids))
     _raise_or_note(list(bad.values()), skipped)
     good = [i for i in range(len(places)) if i not in bad]
     if not good:
@@ -322,6 +378,7 @@ def _to_dataset(rows: Sequence[_Row], name: str) -> Dataset:
 
     columns = _union_columns(rows)
     _check_columns(columns, name)
+    rows = [row if _is_flat(row["prompt"]) else {**row, "prompt": with_text(row["prompt"])} for row in rows]
     try:
         return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
     except (pyarrow.ArrowException, OverflowError, UnicodeError) as error:

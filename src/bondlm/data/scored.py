@@ -15,10 +15,12 @@ from typing import Any
 from datasets import Dataset
 
 from bondlm.config import OFF_POLICY, BONDConfig, objective_of
-from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS
+from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, same_model
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.errors import ConfigError, DataError, listed
+
+_BESIDE = (TOOLS, TEMPLATE_VARIABLES)  # two prompts are the same if the template makes the same of them
 
 
 def is_scored(dataset: Dataset) -> bool:
@@ -63,7 +65,7 @@ def samples_per_prompt(dataset: Dataset | None) -> int | None:
     """How many scored samples every prompt has at least; None if the rows are no scored samples."""
     if dataset is None or not is_scored(dataset):
         return None
-    return min(Counter(_key(row) for row in dataset.select_columns(["prompt"])).values())
+    return min(Counter(_key(row) for row in _rows(dataset)).values())
 
 
 def group_scored(dataset: Dataset, encoder: PromptEncoder, num_samples: int) -> Dataset:
@@ -71,20 +73,20 @@ def group_scored(dataset: Dataset, encoder: PromptEncoder, num_samples: int) -> 
 
     Args:
         dataset: rows of `bondlm score`.
-        encoder: the policy's. Text is encoded again here: log files hold no token ids. Its first end-of-sequence id is
-            put behind every completion that is not marked `finished: false`.
+        encoder: the policy's. Text is encoded again here: log files hold no token ids. What ends an answer is put
+            behind every completion that is not marked `finished: false`.
         num_samples: what the objective asks for.
 
     Returns:
-        Columns `prompt`, `logged_ids` and `logged_rewards`.
+        Columns `prompt`, `logged_ids`, `logged_rewards`, and those that the chat template looks at.
 
     Raises:
         DataError: completions that are empty or too long.
     """
     problems: list[str] = []
-    groups: dict[str, tuple[Any, list[tuple[list[int], float]]]] = {}
+    groups: dict[str, tuple[dict[str, Any], list[tuple[list[int], float]]]] = {}
     for i, row in enumerate(_rows(dataset)):
-        (ids,) = encoder.encode_answers([row["completion"]])
+        (ids,) = encoder.encode_answers([row["completion"]], [row["prompt"]])
         ids = ids[:-1] if row.get("finished") is False else ids
         if not 1 <= len(ids) <= encoder.max_completion_length:
             problems.append(
@@ -92,11 +94,12 @@ def group_scored(dataset: Dataset, encoder: PromptEncoder, num_samples: int) -> 
                 f"max_completion_length is {encoder.max_completion_length}, raise it"
             )
             continue
-        groups.setdefault(_key(row), (row["prompt"], []))[1].append((ids, float(row["reward"])))
+        groups.setdefault(_key(row), (row, []))[1].append((ids, float(row["reward"])))
     _raise_if_any(problems)
+    columns = [name for name in ("prompt", *_BESIDE) if name in dataset.column_names]
     return Dataset.from_dict(
         {
-            "prompt": [prompt for prompt, _ in groups.values()],
+            **{name: [row[name] for row, _ in groups.values()] for name in columns},
             LOGGED_IDS: [[ids for ids, _ in samples[:num_samples]] for _, samples in groups.values()],
             LOGGED_REWARDS: [[reward for _, reward in samples[:num_samples]] for _, samples in groups.values()],
         }
@@ -142,12 +145,12 @@ def _hash(fingerprint: Mapping[str, Any]) -> str:
 
 
 def _rows(dataset: Dataset) -> Dataset:
-    columns = [c for c in ("prompt", "completion", "reward", "finished") if c in dataset.column_names]
+    columns = [c for c in ("prompt", "completion", "reward", "finished", *_BESIDE) if c in dataset.column_names]
     return dataset.select_columns(columns)
 
 
 def _key(row: dict[str, Any]) -> str:
-    return json.dumps(row["prompt"], sort_keys=True)
+    return json.dumps([row["prompt"], *(row.get(name) for name in _BESIDE)], sort_keys=True)
 
 
 def _least(args: BONDConfig) -> int:

@@ -7,14 +7,22 @@ learns on the sampled ids themselves. Masks follow from lengths, so the padding 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bondlm.data.chat_templates import render_chat, strings
+from bondlm.data import control
 from bondlm.data.context import check_completion_length, context_length
-from bondlm.errors import ConfigError, DataError, listed
+from bondlm.data.control import Problems, plain_ids, refuse_special_tokens
+from bondlm.data.rendering import (
+    TEMPLATE_ERRORS,
+    Beside,
+    Rendering,
+    as_chat,
+    template_source,
+    unknown_variable,
+)
+from bondlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,17 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[Message]
-
-# Rows tokenised in one call: enough for the tokenizer's threads, few enough to keep memory flat.
-_CHUNK = 1024
-# Markers that some templates write as plain text: <|user|>, [INST], <<SYS>>. They have no id of their own, yet a
-# model reads them as structure, so a prompt must not be able to write them either.
-_PLAIN_MARKER = re.compile(r"<\|[^<>|\s]+\|>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
-# What a template can raise beside Jinja's own errors: those of the Python operators that it uses.
-_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-# What separates a template's own tokens (<think>, [INST]) from added words and runs of spaces.
-_BRACKETED = re.compile(r"[<\[].+[>\]]")
+Prompt = str | Sequence[Message] | Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,15 +101,19 @@ def encode_prompts(
     is_encoder_decoder: bool = False,
     truncate_prompt: str = "never",
     allow_special_tokens_in_text: bool = False,
+    rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
+    beside: Sequence[Mapping[str, Any]] | None = None,
+    skipped: dict[int, str] | None = None,
 ) -> list[list[int]]:
     """Turn prompts into token ids, whole: a prompt that does not fit is refused, or cut only where that is asked for.
 
     Text gets the tokenizer's usual special tokens, except that a decoder-only model gets no EOS behind its prompt.
-    Messages are rendered with the chat template and its generation prompt; the template alone decides on BOS. Two BOS
-    at the start become one in both cases.
+    Conversations are rendered with the chat template and its generation prompt, or up to the end of a last message of
+    the assistant, which is continued; the template alone decides on BOS. Two BOS at the start become one in both cases.
+    A chat model gets text as one message of the user (see `Rendering`).
 
     Args:
-        prompts: All text, or all lists of messages (`{"role", "content"}`).
+        prompts: All text, all lists of messages (`{"role", "content"}`), or all token ids.
         tokenizer: Tokenizer of the policy.
         max_prompt_length: Longest prompt wanted, in tokens; None for no limit.
         context_length: Positions of the model, in tokens; None for no limit (T5). A decoder-only model must fit the
@@ -122,41 +124,133 @@ def encode_prompts(
             (but BOS) and warns with the number of such texts.
         allow_special_tokens_in_text: Let text such as `<|im_end|>` inside a prompt become the control token. With
             False such prompts are refused: data could otherwise write system messages.
+        rendering: What is done with text, and what the template is told.
+        beside: The rows of the prompts, whose columns `tools` and `chat_template_kwargs` the template looks at.
+        skipped: Takes the reason of each row that cannot be used, whose ids are then empty; None refuses such rows.
 
     Returns:
         The ids of each prompt, in order.
 
     Raises:
-        ConfigError: If messages are given and the tokenizer has no chat template, or one that is not valid Jinja or
-            takes too long or writes too much. If conversations are to be truncated.
+        ConfigError: If a chat template is needed and there is none, or one that is not valid Jinja or takes too long or
+            writes too much, or that does not look at what it is told. If conversations are to be truncated.
         DataError: If rows are too long, empty, hold special tokens or are refused by the template. Up to 10 are named.
     """
     if not prompts:
         return []
-    conversational = not isinstance(prompts[0], str)
-    if conversational and truncate_prompt != "never":
+    kind = rendering.kind_of(prompts[0], tokenizer)
+    if kind != "plain" and truncate_prompt != "never":
         raise ConfigError(
-            f"truncate_prompt={truncate_prompt!r}: the prompts are conversations, and cutting their token ids would "
-            "cut the template's markers and roles with them. Leave out whole messages in the data instead"
+            f"truncate_prompt={truncate_prompt!r}: the prompts are rendered as conversations, and cutting their "
+            "token ids would cut the template's markers and roles with them. Leave out whole messages in the data "
+            "instead, or set prompt_format='plain' if they are text that this model is to continue"
         )
-    template = _chat_template(tokenizer) if conversational else ""
-    if not allow_special_tokens_in_text:
-        _refuse_special_tokens(prompts, tokenizer, template)
-    ids: list[list[int]] = []
-    refused: list[str] = []
-    for start in range(0, len(prompts), _CHUNK):
-        chunk = prompts[start : start + _CHUNK]
-        if conversational:
-            ids += _encode_chats(chunk, tokenizer, start, refused)
-        else:
-            ids += _encode_texts(chunk, tokenizer, keep_eos=is_encoder_decoder)
-    _raise_if_any(refused, "the chat template refuses these prompts. Change the messages or the template:")
-    ids = [_single_bos(row, tokenizer.bos_token_id) for row in ids]
-    beside = 0 if is_encoder_decoder else max_completion_length
+    problems = Problems(skipped)
+    extras = _extras(beside, len(prompts), problems)
+    template = ""
+    if kind == "chat":
+        template = template_source(tokenizer)
+        _refuse_unread(tokenizer, rendering, extras)
+    else:
+        _refuse_unused(kind, rendering, extras)
+    if not allow_special_tokens_in_text and kind in ("chat", "plain"):
+        refuse_special_tokens(prompts, extras, tokenizer, template, problems)
+    ids = _encoded(kind, prompts, tokenizer, rendering, extras, keep_eos=is_encoder_decoder, problems=problems)
+    if kind != "ids":
+        ids = [_single_bos(row, tokenizer.bos_token_id) for row in ids]
+    room = 0 if is_encoder_decoder else max_completion_length
     if truncate_prompt == "left":
-        ids = _cut_left(ids, _longest(max_prompt_length, context_length, beside), tokenizer.bos_token_id)
-    _refuse_bad_lengths(ids, max_prompt_length, context_length, beside)
+        ids = _cut_left(ids, _longest(max_prompt_length, context_length, room), tokenizer.bos_token_id)
+    _refuse_bad_lengths(ids, max_prompt_length, context_length, room, problems)
+    return [[] if row in problems.skipped else own for row, own in enumerate(ids)]
+
+
+def _extras(beside: Sequence[Mapping[str, Any]] | None, count: int, problems: Problems) -> list[Beside]:
+    extras, bad = [Beside()] * count, {}
+    for row, columns in enumerate(beside or ()):
+        try:
+            extras[row] = Beside.of_row(columns)
+        except ValueError as error:
+            bad[row] = str(error)
+    problems.found(bad, "columns that the chat template is to look at cannot be read. Correct these rows:")
+    return extras
+
+
+def _refuse_unread(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, extras: Sequence[Beside]) -> None:
+    """Refuse what is said to a template that does not look at it."""
+    for place, asked in (
+        ("", Beside(variables=rendering.variables)),
+        *((f"row {i}: ", e) for i, e in enumerate(extras)),
+    ):
+        problem = unknown_variable(template_source(tokenizer, asked.tools), asked) if asked else None
+        if problem is not None:
+            raise ConfigError(place + problem)
+
+
+def _refuse_unused(kind: str, rendering: Rendering, extras: Sequence[Beside]) -> None:
+    named = "chat_template_kwargs" if rendering.variables else None
+    row = next((i for i, extra in enumerate(extras) if extra), None)
+    if named is None and row is not None:
+        named = f"row {row}: the column {'tools' if extras[row].tools else 'chat_template_kwargs'}"
+    if named is not None:
+        raise ConfigError(
+            f"{named} is for a chat template, and these prompts are not rendered with one ({kind}): remove it, rename "
+            "the column, or give a chat model messages"
+        )
+
+
+def _encoded(
+    kind: str,
+    prompts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering,
+    extras: Sequence[Beside],
+    *,
+    keep_eos: bool,
+    problems: Problems,
+) -> list[list[int]]:
+    """Token ids of prompts of one kind, before anything is looked at; rows that the template refuses have none."""
+    if kind == "ids":
+        return [list(prompt) for prompt in prompts]
+    ids: list[list[int]] = []
+    refused: dict[int, str] = {}
+    for start in range(0, len(prompts), control.CHUNK):
+        chunk = prompts[start : start + control.CHUNK]
+        if kind == "plain":
+            ids += _encode_texts(chunk, tokenizer, keep_eos=keep_eos)
+            continue
+        texts = list(chunk)
+        if kind == "chat":
+            rows = range(start, start + len(chunk))
+            texts = [_rendered(as_chat(prompts[row]), tokenizer, rendering, extras[row], row, refused) for row in rows]
+        ids += plain_ids(texts, tokenizer, add_special_tokens=False)  # the template has written them
+    problems.found(refused, "the chat template refuses these prompts. Change the messages or the template:")
     return ids
+
+
+def _rendered(
+    chat: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering,
+    extra: Beside,
+    row: int,
+    refused: dict[int, str],
+) -> str:
+    """A conversation as text; why the template refuses it goes to `refused`."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        return rendering.render(chat, tokenizer, extra, f"row {row}")
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"the tokenizer's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
+            "Correct `tokenizer.chat_template`."
+        ) from error
+    except ConfigError:  # a ValueError, too
+        raise
+    except (*TEMPLATE_ERRORS, TemplateError) as error:
+        refused[row] = f"{type(error).__name__}: {error}"
+        return ""
 
 
 def strip_after_eos(ids: Sequence[int], eos_ids: Iterable[int]) -> tuple[list[int], bool]:
@@ -189,111 +283,26 @@ def as_messages(texts: Iterable[str]) -> list[list[dict[str, str]]]:
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> Any:
-    """Tokenise whole texts: no padding, no truncation, even where the tokenizer's file asks for them."""
-    return tokenizer(
-        list(texts),
-        add_special_tokens=add_special_tokens,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
-
-
 def _encode_texts(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, keep_eos: bool) -> list[list[int]]:
     """Tokenise standard prompts; a text that gives no token of its own becomes an empty list."""
-    nothing, probe = _plain_ids(["", "a"], tokenizer, add_special_tokens=True)
-    drops_eos = not keep_eos and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id
-    rows = _plain_ids(texts, tokenizer, add_special_tokens=True)
+    (nothing,) = plain_ids([""], tokenizer, add_special_tokens=True)
+    drops_eos = not keep_eos and _appends_eos(tokenizer)
+    rows = plain_ids(texts, tokenizer, add_special_tokens=True)
     return [[] if row == nothing else row[:-1] if drops_eos else row for row in rows]
 
 
-def _encode_chats(
-    chats: Sequence[Any], tokenizer: PreTrainedTokenizerBase, first_row: int, refused: list[str]
-) -> list[list[int]]:
-    """Render and tokenise conversational prompts; add the rows that the template refuses to `refused`."""
-    from jinja2 import TemplateError, TemplateSyntaxError
-
-    texts: list[str] = []
-    for row, chat in enumerate(chats, start=first_row):
-        try:
-            texts.append(render_chat(chat, tokenizer, add_generation_prompt=True, place=f"row {row}"))
-        except TemplateSyntaxError as error:
-            raise ConfigError(
-                f"the tokenizer's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
-                "Correct `tokenizer.chat_template`."
-            ) from error
-        except ConfigError:  # a ValueError, too
-            raise
-        except (*_TEMPLATE_ERRORS, TemplateError) as error:
-            refused.append(f"row {row}: {type(error).__name__}: {error}")
-    return _plain_ids(texts, tokenizer, add_special_tokens=False) if texts else []  # the template has written them
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the source of the chat template that `apply_chat_template` will use."""
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise ConfigError(
-            "the prompts are conversations, but the tokenizer has no chat template (or several and no `default`). "
-            "Set `tokenizer.chat_template`, use an instruction-tuned model, or give prompts as plain text."
-        ) from error
-
-
-def _refuse_special_tokens(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Refuse prompts whose own text would become control ids or structural markers of the template.
-
-    The ids are looked at, not the characters: a tokenizer's normaliser may turn harmless-looking text into a token.
-    """
-    control = _control_ids(tokenizer, template)
-    markers = set(_PLAIN_MARKER.findall(template))
-    problems = []
-    for start in range(0, len(prompts), _CHUNK):
-        pieces = [
-            (row, text) for row, prompt in enumerate(prompts[start : start + _CHUNK], start) for text in _texts(prompt)
-        ]
-        found: dict[int, str] = {}
-        all_ids = _plain_ids([text for _, text in pieces], tokenizer, add_special_tokens=False)
-        for (row, text), ids in zip(pieces, all_ids, strict=True):
-            names = [control[token_id] for token_id in ids if token_id in control]
-            names += [marker for marker in _PLAIN_MARKER.findall(text) if marker in markers]
-            if names:
-                found.setdefault(row, names[0])
-        problems += [f"special token {name} in the text of row {row}" for row, name in found.items()]
-    _raise_if_any(
-        problems,
-        "prompts contain text that the model reads as control tokens. Remove it, or give conversations as lists "
-        "of messages:",
-    )
-
-
-def _control_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[int, str]:
-    """Map each id that prompt text must not produce to its token.
-
-    These are the special tokens, and the added tokens in brackets that the template writes (Qwen's `<tool_call>` is
-    added, but not special) or builds from pieces (`<|user|>`). An unknown-token id only says that text was not known.
-    """
-    control = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    for token_id, token in tokenizer.added_tokens_decoder.items():
-        name = token.content
-        if token.special or (name in template and _BRACKETED.fullmatch(name)) or _PLAIN_MARKER.fullmatch(name):
-            control[token_id] = name
-    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        control.pop(tokenizer.unk_token_id, None)
-    return control
-
-
-def _texts(prompt: Prompt) -> list[str]:
-    """List every text that a row brings, and for messages also all of them joined.
-
-    The joined text shows a token that is cut into two messages, for templates that put nothing between them.
-    """
-    if isinstance(prompt, str):
-        return [prompt]
-    texts = [text for message in prompt for text in strings(message)]
-    return [*texts, "".join(texts)] if len(texts) > 1 else texts
+def _appends_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether an EOS is put behind every text: seen on one that has none of its own, as an unknown word may have."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return False
+    words = ("a", "1", *(tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab()))
+    for word in words:
+        (own,) = plain_ids([word], tokenizer, add_special_tokens=False)
+        if own and eos not in own:
+            (whole,) = plain_ids([word], tokenizer, add_special_tokens=True)
+            return bool(whole[-1] == eos)
+    return False
 
 
 def _single_bos(ids: list[int], bos_id: int | None) -> list[int]:
@@ -327,17 +336,21 @@ def _cut_left(ids: list[list[int]], limit: int | None, bos_id: int | None) -> li
 
 
 def _refuse_bad_lengths(
-    ids: Sequence[Sequence[int]], max_prompt_length: int | None, context_length: int | None, completion_length: int
+    ids: Sequence[Sequence[int]],
+    max_prompt_length: int | None,
+    context_length: int | None,
+    completion_length: int,
+    problems: Problems,
 ) -> None:
-    """Raise for prompts without tokens, and for those that do not fit with `completion_length` tokens after them."""
+    """Refuse prompts without tokens, and those that do not fit with `completion_length` tokens after them."""
     room = None if context_length is None else context_length - completion_length
     if room is not None and room < 1:
         raise ConfigError(
             f"no room for a prompt: max_completion_length = {completion_length} tokens fill the context of "
             f"{context_length} tokens. Lower `max_completion_length`."
         )
-    _raise_if_any(
-        [f"row {row}: no tokens" for row, own in enumerate(ids) if not own],
+    problems.found(
+        {row: "no tokens" for row, own in enumerate(ids) if not own},
         "prompts that the tokenizer turns into nothing. Remove these rows:",
     )
     limit = _longest(max_prompt_length, context_length, completion_length)
@@ -354,11 +367,5 @@ def _refuse_bad_lengths(
         )
     else:
         reason = f"the context holds {context_length} tokens. Shorten or remove these rows:"
-    problems = [f"row {row}: {len(own)} tokens" for row, own in enumerate(ids) if len(own) > limit]
-    _raise_if_any(problems, f"prompts are too long: {reason}")
-
-
-def _raise_if_any(problems: Sequence[str], summary: str) -> None:
-    """Raise one DataError that names the first rows and counts the rest."""
-    if problems:
-        raise DataError(f"{summary}\n{listed(problems, 'rows')}")
+    long = {row: f"{len(own)} tokens" for row, own in enumerate(ids) if len(own) > limit}
+    problems.found(long, f"prompts are too long: {reason}")

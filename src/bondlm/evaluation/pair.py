@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.rendering import Rendering
 from bondlm.engines import Role
 from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.evaluation.files import finished_prompts
@@ -82,15 +83,17 @@ class Pair:
         *,
         dtype: str = "auto",
         max_rows: int | None = None,
+        rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
     ) -> None:
-        """Load them.
+        """Load them; `rendering` is what prompts become.
 
         Raises:
             ConfigError: one cannot be loaded, or policy and reference do not share tokenizer, vocabulary and kind.
         """
-        self.samplers: dict[Role, Sampler] = {"policy": Sampler(policy, dtype=dtype, max_rows=max_rows)}
-        self.samplers["reference"] = Sampler(reference, dtype=dtype, max_rows=max_rows)
-        self.opponent = None if opponent is None else Sampler(opponent, dtype=dtype, max_rows=max_rows)
+        how: dict[str, Any] = {"dtype": dtype, "max_rows": max_rows, "rendering": rendering}
+        self.samplers: dict[Role, Sampler] = {"policy": Sampler(policy, **how)}
+        self.samplers["reference"] = Sampler(reference, **how)
+        self.opponent = None if opponent is None else Sampler(opponent, **how)
         _refuse_other_tokens(self.samplers["policy"], policy, self.samplers["reference"], reference)
 
     def sampler(self, wanted: SampleSet) -> Sampler:
@@ -105,14 +108,14 @@ class Pair:
         max_completion_length: int,
         for_opponent: bool = False,
     ) -> list[dict[str, Any]]:
-        """Read and encode prompts as training does: plain text stays plain text, chats get the chat template.
+        """Read and encode prompts as training does.
 
         Raises:
-            DataError: prompts that cannot be used.
+            ConfigError, DataError: prompts that cannot be used.
         """
         sampler = self.opponent if for_opponent and self.opponent is not None else self.samplers["policy"]
         limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-        return sampler.rows(source, **limits, text_as_message=False)  # type: ignore[arg-type]
+        return sampler.rows(source, **limits)  # type: ignore[arg-type]
 
     def log_ratio(self, rows: Sequence[Mapping[str, Any]], samples: Samples) -> Tensor:
         """Log pi(y) - log pi_ref(y) (P, M), both from the same kind of forward pass, so that rounding cancels."""

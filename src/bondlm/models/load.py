@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -53,7 +54,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any
                 raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
             if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
                 raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
-            return PeftModel.from_pretrained(load_model(base, dtype=dtype, **init_kwargs), str(path), is_trainable=True)
+            model = load_model(base, dtype=dtype, **init_kwargs)
+            _resize_as(Path(path), model)
+            return PeftModel.from_pretrained(model, str(path), is_trainable=True)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
         auto = _auto_class(config)
         return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **init_kwargs)
@@ -61,6 +64,16 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"cannot load the model {str(path)!r}: {error}") from error
+
+
+def _resize_as(adapter: Path, model: Any) -> None:
+    """Give the base the vocabulary that it was trained with: PEFT keeps a resized embedding beside the adapter."""
+    embedding = next((name for name, m in model.named_modules() if m is model.get_input_embeddings()), None)
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        kept = f"base_model.model.{embedding}.weight"
+        rows = file.get_slice(kept).get_shape()[0] if kept in file.keys() else None
+    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # its new rows are read next
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

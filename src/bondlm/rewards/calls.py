@@ -40,7 +40,7 @@ def call_all(
     pending: dict[int, Awaitable[Any]] = {}
     try:
         for index, (name, function) in enumerate(named):
-            answer = _call(name, function, accepted_arguments(name, function, offered))
+            answer = _call(name, function, accepted_arguments(name, function, offered), _hint(offered))
             if inspect.isawaitable(answer):
                 pending[index] = answer
             else:
@@ -53,7 +53,9 @@ def call_all(
     if pending:
         names = {index: named[index][0] for index in pending}
         limits = limits or {}
-        awaited = _await_all([_named_await(names[i], pending[i], limits.get(names[i])) for i in pending])
+        awaited = _await_all(
+            [_named_await(names[i], pending[i], limits.get(names[i]), _hint(offered)) for i in pending]
+        )
         answers.update(zip(pending, awaited, strict=True))
     return [answers[index] for index in range(len(named))]
 
@@ -84,29 +86,38 @@ def accepted_arguments(name: str, function: RewardFunction, offered: Mapping[str
     return arguments
 
 
-def _call(name: str, function: RewardFunction, arguments: Mapping[str, list[Any]]) -> Any:
+def _hint(offered: Mapping[str, list[Any]]) -> str:
+    """What a function that expects text must know of conversations."""
+    if not offered.get("completions") or isinstance(offered["completions"][0], str):
+        return ""
+    return (
+        ' The prompts are conversations, so a completion is a list of messages: its text is completion[0]["content"].'
+    )
+
+
+def _call(name: str, function: RewardFunction, arguments: Mapping[str, list[Any]], hint: str = "") -> Any:
     try:
         return function(**arguments)
     except Exception as error:
-        raise _failure(name, error) from error
+        raise _failure(name, error, hint) from error
 
 
-async def _named_await(name: str, awaitable: Awaitable[Any], limit: float | None) -> Any:
+async def _named_await(name: str, awaitable: Awaitable[Any], limit: float | None, hint: str = "") -> Any:
     try:
         async with asyncio.timeout(limit) as watch:
             return await awaitable
     except TimeoutError as error:
         if not watch.expired():  # the function's own
-            raise _failure(name, error) from error
+            raise _failure(name, error, hint) from error
         raise RewardOutageError(
             f"reward {name!r} did not answer within {limit:g} s (reward_timeout_s): see what it waits for, or raise "
             "the limit; the same command continues the run"
         ) from None
     except (Exception, SystemExit) as error:  # SystemExit would end the loop's thread and leave the caller waiting
-        raise _failure(name, error) from error
+        raise _failure(name, error, hint) from error
 
 
-def _failure(name: str, error: BaseException) -> BondError:
+def _failure(name: str, error: BaseException, hint: str = "") -> BondError:
     """Say which reward failed; keep our own classes (their exit code is already right) and tell memory from bugs."""
     if isinstance(error, BondError):
         return type(error)(f"reward {name!r}: {error}")
@@ -114,8 +125,9 @@ def _failure(name: str, error: BaseException) -> BondError:
         return ResourceError(f"reward {name!r} ran out of memory ({error}). Lower its batch_size or batch_tokens.")
     text = str(error)[:500]
     return RewardError(
-        f"reward {name!r} raised {type(error).__name__}: {text}. The traceback above is the function's own: fix it "
-        "there, or let it return a low finite number for completions that it cannot judge."
+        f"reward {name!r} raised {type(error).__name__}: {text}."
+        f"{hint if isinstance(error, (TypeError, AttributeError)) else ''} The traceback above is the function's own: "
+        "fix it there, or let it return a low finite number for completions that it cannot judge."
     )
 
 

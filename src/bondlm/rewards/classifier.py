@@ -4,27 +4,40 @@ Shapes: B rows, T tokens (padded).
 """
 
 import inspect
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from bondlm.data.chat_templates import render_chat
+from bondlm.data.rendering import as_chat
 from bondlm.errors import ConfigError
 from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import check_batch_bounds, check_choice, refuse_bad_lengths, token_limit
 
+FACTS_FILE = "reward.json"  # beside a reward model that bondlm has trained
+# What a base without a chat template gets when it becomes a reward model, so that it can score conversations.
+FALLBACK_TEMPLATES = {
+    "encoder": "{{ cls_token }}{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}",
+    "decoder": (
+        "{{ bos_token if bos_token else '' }}{% for message in messages %}{{ message['role'] + ': ' + "
+        "message['content'] + '\n' }}{% endfor %}{{ eos_token }}"
+    ),
+}
 _logger = logging.getLogger(__name__)
 
 
 class SequenceClassifierReward:
     """Score prompt and completion with a sequence classifier that has one label.
 
-    The text is always built with the *reward* model's tokenizer: chats are rendered with its own chat template, plain
-    texts are prompt + completion. Rows are scored in micro-batches of similar length, padded on the right; a row's
+    The text is always built with the *reward* model's tokenizer: chats are rendered with its own chat template, and so
+    is a plain prompt with its completion if it has one, as a message of the user and an answer. Else plain texts are
+    prompt + completion. Rows are scored in micro-batches of similar length, padded on the right; a row's
     score does not depend on its neighbours.
     """
 
@@ -34,6 +47,7 @@ class SequenceClassifierReward:
         tokenizer: Any,
         *,
         append_eos: Literal["auto"] | bool = "auto",
+        prompt_format: Literal["auto", "chat", "plain"] = "auto",
         max_length: int | None = None,
         truncate: Literal["left"] | None = None,
         batch_size: int = 16,
@@ -46,6 +60,8 @@ class SequenceClassifierReward:
             tokenizer: The reward model's own tokenizer.
             append_eos: End each plain or rendered text with the end-of-sequence token. "auto" does so when the
                 tokenizer has no chat template; a text that already ends with the token never gets a second one.
+            prompt_format: What plain text is to the model: "chat" makes messages of it, "plain" joins prompt and
+                completion, and "auto" does the first if the tokenizer has a chat template that is not bondlm's own.
             max_length: Most tokens of a row; None takes the limit that tokenizer and config state.
             truncate: None refuses longer rows; "left" drops their oldest tokens and keeps a leading special token.
             batch_size: Most rows in a forward pass.
@@ -56,6 +72,7 @@ class SequenceClassifierReward:
         """
         check_choice("append_eos", append_eos, ("auto", True, False))
         check_choice("truncate", truncate, (None, "left"))
+        check_choice("prompt_format", prompt_format, ("auto", "chat", "plain"))
         check_batch_bounds(batch_size, batch_tokens)
         if append_eos is True and tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -65,6 +82,7 @@ class SequenceClassifierReward:
         _check_one_label(self.model.config, type(model).__name__)
         self.tokenizer = tokenizer
         self.truncate = truncate
+        self.prompt_format = _format_of_text(tokenizer) if prompt_format == "auto" else prompt_format
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self._limit = token_limit(model, tokenizer, max_length)
@@ -93,6 +111,7 @@ class SequenceClassifierReward:
         from transformers import AutoModelForSequenceClassification
 
         _check_one_label(load_config(path), path)
+        options = {"prompt_format": trained_format(path)} | options
         model = load_model(AutoModelForSequenceClassification, path, device=device, dtype=dtype)
         return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
 
@@ -129,14 +148,18 @@ class SequenceClassifierReward:
 
     def render(self, prompt: Any, completion: Any) -> tuple[str, bool]:
         """Text that is scored, and whether the chat template wrote it (then it holds its special tokens already)."""
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and self.prompt_format == "plain":
             return prompt + completion, False
         if self.tokenizer.chat_template is None:
             raise ConfigError(
                 "the prompts are conversations and the reward model's tokenizer has no chat_template: set one on it "
                 "(reward_processing_classes), or wrap the model in a function that builds the text."
             )
-        return render_chat([*prompt, *completion], self.tokenizer, place="an answer that a reward model scores"), True
+        chat = as_chat(prompt)
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+        if chat[-1]["role"] == "assistant":  # the completion goes on with it
+            answer[0] = {**answer[0], "content": chat.pop()["content"] + answer[0]["content"]}
+        return render_chat([*chat, *answer], self.tokenizer, place="an answer that a reward model scores"), True
 
     @torch.no_grad()
     def _forward(self, encoded: dict[str, list[list[int]]], rows: list[int]) -> Tensor:
@@ -150,6 +173,19 @@ class SequenceClassifierReward:
             self._is_logged = True
             tokens = self.tokenizer.convert_ids_to_tokens(ids[-5:])
             _logger.info("the reward model scores rows that end with the tokens %s", tokens)
+
+
+def _format_of_text(tokenizer: Any) -> Literal["chat", "plain"]:
+    return "plain" if tokenizer.chat_template in (None, *FALLBACK_TEMPLATES.values()) else "chat"
+
+
+def trained_format(path: str) -> Literal["auto", "chat", "plain"]:
+    """What plain text was to a reward model that `bondlm reward-model` has trained, as far as its folder says."""
+    facts = Path(path) / FACTS_FILE
+    if not facts.is_file():
+        return "auto"
+    found = json.loads(facts.read_text(encoding="utf-8")).get("prompt_format", "plain")  # 0.1 joined prompt and answer
+    return "chat" if found == "chat" else "plain"
 
 
 def _check_one_label(config: Any, name: str) -> None:

@@ -32,7 +32,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 _SHARED: dict[str, Callable[[str], Any]] = {"max_length": int, "truncate": str, "batch_size": int, "batch_tokens": int}
 _KINDS: dict[str, tuple[Any, dict[str, Callable[[str], Any]]]] = {
-    "classifier": (SequenceClassifierReward, {"append_eos": _boolean_or_auto, **_SHARED}),
+    "classifier": (SequenceClassifierReward, {"append_eos": _boolean_or_auto, "prompt_format": str, **_SHARED}),
     "similarity": (SimilarityReward, _SHARED),
     "nli": (
         NLIReward,
@@ -74,8 +74,8 @@ def load_rewards(
     MODEL is a folder or hub id. Options of the class follow it as in a web address, such as
     ``"nli:models/t5?template=flan&premise_prefix=summarize: "`` (``%26`` for ``&``, ``%20`` for a space that a shell
     would eat). All take ``max_length``, ``truncate``, ``batch_size``, ``batch_tokens``; ``classifier`` also
-    ``append_eos``; ``nli`` also ``template``, ``positive``, ``negative`` (answers with a comma between),
-    ``entailment_label``, ``premise_column``, ``premise_prefix``, ``output``.
+    ``append_eos`` and ``prompt_format``; ``nli`` also ``template``, ``positive``, ``negative`` (answers with a comma
+    between), ``entailment_label``, ``premise_column``, ``premise_prefix``, ``output``.
 
     Args:
         specs: One spec or a list.

@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.columns import PROMPT_ROW
 from bondlm.data.prompt_encoder import PromptEncoder
-from bondlm.data.prompts import load_prompts
+from bondlm.data.rendering import Rendering
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
 from bondlm.models.adapters import without_wrapper
@@ -24,8 +24,15 @@ from bondlm.rollout.seeds import Seeds
 class Sampler:
     """Answers prompts with a model, by folder or hub name."""
 
-    def __init__(self, model: str, *, dtype: str = "auto", max_rows: int | None = None) -> None:
-        """Load the model (an adapter on its base, too) and its tokenizer.
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        max_rows: int | None = None,
+        rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
+    ) -> None:
+        """Load the model (an adapter on its base, too) and its tokenizer; `rendering` is what prompts become.
 
         Raises:
             ConfigError: the model cannot be loaded, or never ends an answer.
@@ -35,7 +42,7 @@ class Sampler:
         core = without_wrapper(loaded) if isinstance(loaded, PeftModel) else loaded
         self.model: Any = core.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        self.encoder = PromptEncoder.of_model(core, self.tokenizer)
+        self.encoder = PromptEncoder.of_model(core, self.tokenizer, rendering=rendering)
         find_decoding(self.model)
         check_model(self.model, self.device, is_noise_allowed=True)  # nobody trains it here
         self.engine = TransformersEngine(
@@ -47,26 +54,16 @@ class Sampler:
         yield self.model
 
     def rows(
-        self,
-        source: Any,
-        *,
-        max_prompt_length: int | None = None,
-        max_completion_length: int = 256,
-        text_as_message: bool = True,
+        self, source: Any, *, max_prompt_length: int | None = None, max_completion_length: int = 256
     ) -> list[dict[str, Any]]:
-        """Read and encode prompts; with `text_as_message` plain text for a chat model becomes a user message.
+        """Read and encode prompts.
 
         Raises:
-            DataError: prompts that cannot be used.
+            ConfigError, DataError: prompts that cannot be used.
         """
-        prompts = load_prompts(source).to_list()
-        if text_as_message and self.tokenizer.chat_template is not None:
-            for row in prompts:
-                if isinstance(row["prompt"], str):
-                    row["prompt"] = [{"role": "user", "content": row["prompt"]}]
         limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-        ids = self.encoder.limited_to(**limits).encode([row["prompt"] for row in prompts])
-        return [row | {PROMPT_IDS: prompt_ids} for row, prompt_ids in zip(prompts, ids, strict=True)]
+        rows = self.encoder.limited_to(**limits).encoded(source).to_list()
+        return [{name: value for name, value in row.items() if name != PROMPT_ROW} for row in rows]
 
     def sample(
         self,

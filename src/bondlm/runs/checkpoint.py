@@ -103,8 +103,9 @@ def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
         )
     if tokens != now["tokens"]:
         raise ConfigError(
-            f"the tokenizer, its chat template or max_prompt_length makes other tokens of the prompts than when "
-            f"{path.parent.name} was saved: restore it, or start a new run from these weights in another output_dir"
+            f"the tokenizer, its chat template, prompt_format, chat_template_kwargs or truncate_prompt makes other "
+            f"tokens of the prompts than when {path.parent.name} was saved: restore it, or start a new run from these "
+            "weights in another output_dir"
         )
 
 

@@ -7,7 +7,7 @@ Shapes: B pairs, T tokens (padded).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
@@ -18,14 +18,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from bondlm.bestofn import Estimate, bootstrap_mean
 from bondlm.errors import ConfigError
 from bondlm.rewards.batching import pad_right
-from bondlm.rewards.classifier import SequenceClassifierReward
+from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
 from bondlm.rewards.texts import refuse_bad_lengths, token_limit
-
-_ENCODER_CHAT = "{{ cls_token }}{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}"
-_DECODER_CHAT = (
-    "{{ bos_token if bos_token else '' }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] "
-    "+ '\n' }}{% endfor %}{{ eos_token }}"
-)
 
 
 def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
@@ -46,7 +40,7 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load {name!r} as the base of a reward model: {error}") from error
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = _DECODER_CHAT if tokenizer.sep_token is None else _ENCODER_CHAT
+        tokenizer.chat_template = FALLBACK_TEMPLATES["decoder" if tokenizer.sep_token is None else "encoder"]
     if model.config.pad_token_id is None:
         model.config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -57,10 +51,17 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
 class Pairs:
     """Encodes preference pairs exactly as `SequenceClassifierReward` will encode what it scores."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_length: int | None = None,
+        prompt_format: Literal["auto", "chat", "plain"] = "auto",
+    ) -> None:
         """Borrow the reward's own encoding."""
         was_trainable = [parameter.requires_grad for parameter in model.parameters()]
-        self._reward = SequenceClassifierReward(model, tokenizer, max_length=max_length)
+        self._reward = SequenceClassifierReward(model, tokenizer, max_length=max_length, prompt_format=prompt_format)
+        self.prompt_format = self._reward.prompt_format  # what plain text is to the model
         for parameter, trainable in zip(model.parameters(), was_trainable, strict=True):
             parameter.requires_grad_(trainable)  # the reward has frozen it
         self._pad_id = int(model.config.pad_token_id)
@@ -146,6 +147,7 @@ def preference_trainer(
     *,
     peft_config: PeftConfig | None = None,
     max_length: int | None = None,
+    prompt_format: Literal["auto", "chat", "plain"] = "auto",
 ) -> tuple[PreferenceTrainer, Pairs]:
     """A trainer on rows `{"prompt", "chosen", "rejected"}`, and the encoder that it shares with the evaluation.
 
@@ -154,7 +156,7 @@ def preference_trainer(
         RewardError: a row is longer than the model takes.
     """
     model, tokenizer = load_base(name, seed=args.seed)
-    pairs = Pairs(model, tokenizer, max_length)
+    pairs = Pairs(model, tokenizer, max_length, prompt_format)
     train = pairs.encode(train_rows)
     if peft_config is not None:
         from peft import get_peft_model

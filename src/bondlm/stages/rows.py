@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bondlm.data.prompts import read_jsonl
+from bondlm.data.columns import TEMPLATE_VARIABLES, TOOLS
+from bondlm.data.prompts import read_jsonl, with_text
 from bondlm.errors import DataError, listed
 
 Row = dict[str, Any]
@@ -20,7 +21,7 @@ def read_answers(path: str | Path, column: str = "completion") -> list[Row]:
         DataError: the file cannot be read, or has rows without prompt or with an empty answer.
     """
     rows = _checked(path, lambda row: _text_problem(row, column))
-    return [{"prompt": row["prompt"], "completion": text_of(row[column])} for row in rows]
+    return [{"completion": text_of(row[column]), **_prompt_of(row)} for row in rows]
 
 
 def read_preferences(path: str | Path) -> list[Row]:
@@ -30,7 +31,13 @@ def read_preferences(path: str | Path) -> list[Row]:
         DataError: the file cannot be read, or has rows without prompt, with an empty answer, or with two equal ones.
     """
     rows = _checked(path, _preference_problem)
-    return [{"prompt": row["prompt"]} | {name: text_of(row[name]) for name in ("chosen", "rejected")} for row in rows]
+    return [_prompt_of(row) | {name: text_of(row[name]) for name in ("chosen", "rejected")} for row in rows]
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Row:
+    """The prompt, its messages' content as text, and what the chat template looks at beside it."""
+    beside = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name) is not None}
+    return {"prompt": row["prompt"] if isinstance(row["prompt"], str) else with_text(row["prompt"])} | beside
 
 
 def text_of(answer: Any) -> str:

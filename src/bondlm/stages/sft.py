@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
 
 from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.data.rendering import Rendering
 from bondlm.errors import ConfigError, DataError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import load_model
@@ -30,10 +31,16 @@ def prepare_model(name: str, peft_config: PeftConfig | None) -> PreTrainedModel 
 
 
 class Examples:
-    """Encodes rows as the policy will see and write them later: same prompt ids, same end-of-sequence token."""
+    """Encodes rows as the policy will see and write them later: same prompt ids, same end of an answer."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_prompt_length: int | None, max_completion_length: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_prompt_length: int | None,
+        max_completion_length: int,
+        rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
     ) -> None:
         """Look up what the model's prompts and answers end with.
 
@@ -41,7 +48,7 @@ class Examples:
             ConfigError: the tokenizer has no end-of-sequence token.
         """
         limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-        self._encoder = PromptEncoder.of_model(model, tokenizer, **limits)
+        self._encoder = PromptEncoder.of_model(model, tokenizer, rendering=rendering, **limits)
         self.is_encoder_decoder = self._encoder.start_id is not None
         padding = copy.deepcopy(tokenizer)  # on the right, and with an id, whatever the tokenizer that is saved says
         padding.padding_side, padding.pad_token_id = "right", self._encoder.pad_id
@@ -53,8 +60,9 @@ class Examples:
         Raises:
             DataError: prompts that cannot be used, or answers longer than `max_completion_length`, by row number.
         """
-        prompts = self._encoder.encode([row["prompt"] for row in rows])
-        answers = self._encoder.encode_answers([row["completion"] for row in rows])
+        texts = [row["prompt"] for row in rows]
+        prompts = self._encoder.encode(texts, rows)
+        answers = self._encoder.encode_answers([row["completion"] for row in rows], texts)
         most = self._encoder.max_completion_length
         long = [i for i, ids in enumerate(answers) if len(ids) > most]
         if long:
@@ -81,6 +89,7 @@ def sft_trainer(
     peft_config: PeftConfig | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int = 256,
+    rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
 ) -> Trainer:
     """A `transformers.Trainer` for rows `{"prompt", "completion"}`: text or messages, causal or encoder-decoder.
 
@@ -92,7 +101,7 @@ def sft_trainer(
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-    examples = Examples(core, tokenizer, **limits)  # type: ignore[arg-type]
+    examples = Examples(core, tokenizer, rendering=rendering, **limits)  # type: ignore[arg-type]
     return Trainer(
         model=model,
         args=args,

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from bondlm.data.columns import LOGGED_IDS
 from bondlm.data.fingerprints import data_digest
+from bondlm.data.rendering import Rendering
 from bondlm.errors import (
     CheckpointError,
     ConfigError,
@@ -41,6 +42,7 @@ from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED
 from bondlm.runs.manifest import remove_older, seal
 from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.processes import World, decided_by_main, require_same_weights
+from bondlm.training.prompting import note_rendering
 from bondlm.training.rollout import Rollout
 
 _log = logging.getLogger(__name__)
@@ -168,9 +170,9 @@ class AnchorCallback(TrainerCallback):
 class RunFolderCallback(TrainerCallback):
     """Writes metrics.jsonl and samples.jsonl as the run goes."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` is the run's output_dir."""
-        self._folder = folder
+    def __init__(self, folder: Path, rendering: Rendering) -> None:
+        """`folder` is the run's output_dir, `rendering` what becomes of its prompts."""
+        self._folder, self._rendering = folder, rendering
         self._step: Rollout | None = None
         self._num_logged = 0
         self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
@@ -221,6 +223,7 @@ class RunFolderCallback(TrainerCallback):
             self._folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
                 drop_after(self._folder / name, state.global_step)
+            note_rendering(self._folder, self._rendering)  # after `AnchorCallback` has compared the prompts
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One object per logged step."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts
 from bondlm.errors import DataError, RewardError, listed
 from bondlm.rollout.samples import Samples
@@ -39,16 +40,28 @@ class DropBudget:
         self.seen = self.dropped = self.left_out = 0
         self._counted = False
 
-    def load(self, source: Any, *, skip: bool) -> Dataset:
-        """Read prompts; bad rows are refused, or with `skip` left out and remembered.
+    def load(self, source: Any, *, skip: bool, token_ids: bool = False) -> Dataset:
+        """Read prompts; bad rows are refused, or with `skip` left out and remembered. They may be `token_ids`.
 
         Raises:
             DataError: prompts that cannot be used, or too many bad rows.
         """
         skipped = list[str]()
-        prompts = load_prompts(source, skipped=skipped if skip else None)
+        prompts = load_prompts(source, skipped=skipped if skip else None, token_ids=token_ids)
         self.note_rows(skipped, len(prompts))
         return prompts
+
+    def encode(self, prompts: Dataset, encoder: PromptEncoder, *, skip: bool) -> Dataset:
+        """Encode prompts; those that are too long, or that the chat template refuses, are bad rows like others.
+
+        Raises:
+            ConfigError: the tokenizer or the settings do not fit.
+            DataError: prompts that cannot be used, or too many bad rows.
+        """
+        skipped = list[str]()
+        encoded = encoder.encoded(prompts, skipped if skip else None)
+        self.note_rows([*self.skipped_rows, *skipped], len(encoded))
+        return encoded
 
     def note_rows(self, skipped: Sequence[str], num_good: int) -> None:
         """Remember the bad rows of the data that were left out, each with its place and reason.

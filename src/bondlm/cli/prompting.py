@@ -1,0 +1,38 @@
+"""What prompts become in a command: as its options say, else as the run was trained that is asked about."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bondlm.errors import ConfigError
+from bondlm.runs.prompting import begun_by_0_1, read_prompting
+
+
+def rendering_of(
+    options: Mapping[str, Any], *, run: Path | None = None, keeps_0_1: bool = False, takes_rendered: bool = True
+) -> Any:
+    """The `Rendering` that the options ask for.
+
+    Args:
+        options: `prompt_format` and `chat_template_kwargs`, if they are set.
+        run: the folder of the model, which may be a run's; what it was trained with is the default.
+        keeps_0_1: text stays as it is for a run of bondlm 0.1, which trained so.
+        takes_rendered: whether "rendered" is taken over from a run: its data are, a question is not.
+
+    Raises:
+        ConfigError: an option has none of the values that it may have.
+    """
+    from bondlm.data.rendering import FORMATS, Rendering
+
+    known = (read_prompting(run) if run is not None else None) or {}
+    if known.get("prompt_format") == "rendered" and not takes_rendered:
+        del known["prompt_format"]
+    asked = {name: options[name] for name in ("prompt_format", "chat_template_kwargs") if options.get(name) is not None}
+    settings = known | asked
+    prompt_format, variables = settings.get("prompt_format", "auto"), settings.get("chat_template_kwargs", {})
+    if prompt_format not in FORMATS:
+        raise ConfigError(f"prompt_format={prompt_format!r}: must be one of {', '.join(FORMATS)}")
+    if not isinstance(variables, Mapping):
+        raise ConfigError(f"chat_template_kwargs={variables!r}: names and values are needed, {{name: value}}")
+    is_old = keeps_0_1 and run is not None and begun_by_0_1(run)
+    return Rendering(prompt_format=prompt_format, variables=variables, now=settings.get("now"), leaves_text=is_old)

@@ -1,0 +1,33 @@
+"""How a run's prompts are rendered: as its settings say, and as its folder says if it goes on."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from bondlm.data.rendering import Rendering
+from bondlm.runs.prompting import begun_by_0_1, read_prompting, write_prompting
+from bondlm.training.processes import World, decided_by_main
+
+
+def rendering_of_run(args: Any) -> Rendering:
+    """The rendering that the settings ask for, with the time that the folder's run began; a new run begins now."""
+    folder = Path(str(args.output_dir))
+
+    def decide() -> tuple[datetime, bool]:
+        before = read_prompting(folder)
+        return (before["now"] if before else datetime.now()), begun_by_0_1(folder)
+
+    now, is_old = decided_by_main(decide, World.of(args), wait_s=args.ddp_timeout)
+    return Rendering(
+        prompt_format=args.prompt_format,
+        variables=args.chat_template_kwargs or {},
+        now=now,
+        leaves_text=is_old,
+    )
+
+
+def note_rendering(folder: Path, rendering: Rendering, *, replace: bool = True) -> None:
+    """Keep it in the run folder; that of a run of 0.1 stays as it is, and so is known again."""
+    if rendering.now is None or rendering.leaves_text or (not replace and read_prompting(folder) is not None):
+        return
+    write_prompting(folder, rendering.prompt_format, rendering.variables, rendering.now)
