@@ -51,7 +51,7 @@ class BONDConfig(TrainingArguments):
     # -- the algorithm
     objective: str = _field(
         "jbond",
-        "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, vbon, bonbon, "
+        "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, grpo, vbon, bonbon, "
         "best_of_n_regression or self_bond.",
         one_of(*OBJECTIVES),
     )
@@ -66,7 +66,8 @@ class BONDConfig(TrainingArguments):
     )
     anchor: AnchorSchedule = _field(
         None,
-        "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed'. self_bond: always 'fixed'.",
+        "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed'. grpo: default 'fixed'; "
+        "self_bond: always 'fixed'.",
         one_of(*get_args(AnchorSchedule)),
     )
     eta: float = _field(
@@ -105,11 +106,16 @@ class BONDConfig(TrainingArguments):
     quantile_learning_rate: float = _field(
         1e-3, "Learning rate of the learned quantile model.", above(0), needs=("quantile", "learned")
     )
-    beta_rl: float = _field(0.05, "reinforce, rloo: KL coefficient >= 0 in units of reward a nat. Paper: 0.001 to 1.")
+    beta_rl: float = _field(
+        0.05, "reinforce, rloo, grpo: KL coefficient >= 0 in units of reward per nat. Paper: 0.001 to 1."
+    )
     num_samples: int | None = _field(
         None,
-        "Samples per prompt. rloo: default 2; self_bond: default 8, at least 3; best_of_n_regression: default n, or "
-        "all logged ones.",
+        "Samples per prompt. rloo: default 2; grpo: default 8; self_bond: default 8, at least 3; best_of_n_regression: "
+        "default n, or all logged ones.",
+    )
+    scale_rewards: str = _field(
+        "group", "grpo: 'group' divides a prompt's rewards by their standard deviation, 'none' does not."
     )
     alpha: float = _field(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
 
@@ -266,7 +272,8 @@ class BONDConfig(TrainingArguments):
 
 def default_anchor(objective: str) -> AnchorSchedule:
     """How the anchor moves if nothing is said."""
-    return "ema" if anchor_may_move(objective) else "fixed"
+    schedule: AnchorSchedule = getattr(OBJECTIVES.get(objective), "default_anchor", "ema")
+    return schedule if anchor_may_move(objective) else "fixed"
 
 
 def _longest_wait(c: BONDConfig) -> int:
