@@ -206,6 +206,8 @@ def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Pa
             settings = {"objective": objective, name: value} | more
             if name in names:
                 assert getattr(config(tmp_path, **settings), name) == value
+            elif name == "scale_rewards":  # to scale nothing is what all others do
+                assert config(tmp_path, **settings).scale_rewards == "group"
             else:
                 with pytest.raises(ConfigError, match=f"{name}={value!r}: objective={objective!r}"):
                     config(tmp_path, **settings)

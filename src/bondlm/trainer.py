@@ -10,6 +10,7 @@ Only public methods of Trainer are overridden:
 The anchor moves in a callback, right after the optimizer's step (`bondlm.training.callbacks`).
 """
 
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from bondlm.engines import Role
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
 from bondlm.errors import ConfigError, RewardError
+from bondlm.migration import own_arguments
 from bondlm.models.anchor import Anchor
 from bondlm.models.deepspeed import load_without_code, require_same_sharding, settle_precision, stepping
 from bondlm.models.facts import hidden_size
@@ -87,6 +89,7 @@ class BONDTrainer(Trainer):
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
         peft_config: train an adapter instead of all weights.
+        others: what TRL's trainers take beside; each is refused in one sentence (docs/migration.md).
 
     Raises:
         ConfigError: contradictory settings, or a model or reward that cannot be used.
@@ -108,7 +111,9 @@ class BONDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
+        **others: Any,
     ) -> None:
+        own_arguments(others, list(inspect.signature(BONDTrainer).parameters))
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made

@@ -3,7 +3,7 @@
 Each step, for each prompt:
 
 1. draw y_1 .. y_m from the policy; A_i = (r(y_i) - mean) / (std + 1e-4), mean and std over the prompt's own rewards,
-   std with m - 1 in its denominator; with `scale_rewards="none"` A_i = r(y_i) - mean (Liu et al. 2025, arXiv 2503.20783);
+   std with m - 1 in its denominator; without std ("none", Liu et al. 2025, arXiv 2503.20783) A_i = r(y_i) - mean;
 2. h_i = log pi(y_i) - log pi_anchor(y_i), minus the mean of the prompt's *other* h;
 3. descend the mean of -log pi(y_i) (A_i - beta_rl h_i).
 
