@@ -18,6 +18,7 @@ class Foreign:
     neutral: tuple[Any, ...] = ()
 
 
+UNSAFE_NAME = "trust_remote_code"
 UNSAFE_CODE = (
     "would run code that comes with a model or data set, and bondlm does not; convert the model to an architecture of "
     "transformers, or load it yourself and pass it to BONDTrainer"
@@ -155,7 +156,7 @@ _OLDER = {
     "torch_dtype": Foreign("use dtype"),
 }
 SETTINGS: dict[str, Foreign] = {
-    "trust_remote_code": Foreign(UNSAFE_CODE, (False,)),
+    UNSAFE_NAME: Foreign(UNSAFE_CODE, (False,)),
     "chat_template_kwargs": Foreign("no such setting yet: render the prompts yourself", ({}, "{}")),
     **_OF_SAMPLING,
     **_OF_GRPO,
