@@ -133,6 +133,7 @@ TRAIN_METRICS = {
     "reward",
     "reward_std",
     "rewards/<name>/mean",
+    "rewards/<name>/std",
     "sampling/sampling_logp_difference/mean",
     "skipped_steps",
     "step_time",

@@ -70,6 +70,7 @@ from bondlm.training.processes import (
     work_digest,
 )
 from bondlm.training.step import Step
+from bondlm.training.tables import TablesCallback
 
 
 class BONDTrainer(Trainer):
@@ -89,7 +90,7 @@ class BONDTrainer(Trainer):
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
         peft_config: train an adapter instead of all weights.
-        others: what TRL's trainers take beside; each is refused in one sentence (docs/migration.md).
+        others: what TRL's trainers take beside; each is refused in one sentence.
 
     Raises:
         ConfigError: contradictory settings, or a model or reward that cannot be used.
@@ -193,7 +194,8 @@ class BONDTrainer(Trainer):
         self._anchor_callback = AnchorCallback(
             self.anchor, self.quantile_model, self.clock, self._means, self.run_folder
         )
-        for callback in (self._anchor_callback, self.run_folder, self.stop, TiesCallback()):
+        tables = TablesCallback(self.run_folder, self.callback_handler)
+        for callback in (self._anchor_callback, self.run_folder, self.stop, TiesCallback(), tables):
             self.add_callback(callback)
 
     def _make_step(self) -> None:
@@ -218,6 +220,7 @@ class BONDTrainer(Trainer):
             share_prompts=share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,
+            trainer_state=lambda: self.state,
             gamma_ref=args.gamma_ref,
         )
 
@@ -335,6 +338,7 @@ class BONDTrainer(Trainer):
             return {}
         logs = compare(policy, reference, self.log_ratio(policy)).metrics(metric_key_prefix)
         logs |= {f"{metric_key_prefix}_{k}": v for k, v in metrics.completion_metrics(policy.flat).items()}
+        logs |= {f"{metric_key_prefix}_{k}": v for k, v in policy.metrics.items()}
         logs[f"{metric_key_prefix}_runtime"] = sum(self.clock.drain().values())
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

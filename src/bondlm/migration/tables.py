@@ -1,7 +1,4 @@
-"""The tables: each name of TRL 1.16 (GRPOConfig, RLOOConfig and what their scripts parse) and of older transformers.
-
-docs/migration.md shows what most users need of them.
-"""
+"""The tables: each name of TRL 1.16 (GRPOConfig, RLOOConfig and what their scripts parse) and of older transformers."""
 
 from dataclasses import dataclass
 from typing import Any
