@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bondlm import bestofn
-from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
+from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
 
 OBJECTIVES: dict[str, Any] = {
     "jbond": JBOND(),
@@ -30,6 +30,7 @@ OBJECTIVES: dict[str, Any] = {
     "best_of_n_sft (n=8)": BestOfNSFT(n=8),
     "reinforce": Reinforce(beta_rl=0.1),
     "rloo": RLOO(beta_rl=0.1),
+    "grpo": GRPO(beta_rl=0.1),
     "vbon (n=8, M=16)": VBON(n=8, num_anchor_samples=16),
     "bonbon (n=8)": BoNBoN(n=8),
     "regression (M=16)": BestOfNRegression(n=8, num_samples=16),

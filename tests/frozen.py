@@ -27,6 +27,7 @@ CONFIG_FIELDS = {
     "missing_eos",
     "reward_outage_s",
     "reward_timeout_s",
+    "scale_rewards",
     "model_init_kwargs",
     "n",
     "num_anchor_samples",
@@ -70,6 +71,8 @@ BESTOFN = {
     "expected_best_of_n",
     "forward_kl",
     "forward_kl_gradient",
+    "grpo_fixed_point",
+    "grpo_gradient",
     "iterated_best_of_n",
     "jbond_backward_target",
     "jbond_fixed_point",
@@ -107,6 +110,7 @@ TRAINER_ARGUMENTS = [
     "callbacks",
     "optimizers",
     "peft_config",
+    "quantization_config",
 ]
 TRAIN_METRICS = {
     "anchor/distance",
@@ -132,6 +136,7 @@ TRAIN_METRICS = {
     "reward",
     "reward_std",
     "rewards/<name>/mean",
+    "rewards/<name>/std",
     "sampling/sampling_logp_difference/mean",
     "skipped_steps",
     "step_time",

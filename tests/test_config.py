@@ -123,6 +123,7 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
         "best_of_n_sft": (0, 2, 1, 0),
         "reinforce": (1, 0, 1, 1),
         "rloo": (2, 0, 2, 2),
+        "grpo": (8, 0, 8, 8),
         "vbon": (1, 16, 1, 1),
         "bonbon": (0, 2, 2, 2),
         "best_of_n_regression": (0, 2, 2, 2),
@@ -146,7 +147,7 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
 
 def test_the_anchor_follows_the_objective_unless_it_is_set(tmp_path: Path) -> None:
     assert config(tmp_path).anchor == config(tmp_path, objective="rloo").anchor == "ema"
-    assert config(tmp_path, objective="self_bond").anchor == "fixed"
+    assert config(tmp_path, objective="self_bond").anchor == config(tmp_path, objective="grpo").anchor == "fixed"
     assert config(tmp_path, objective="self_bond", anchor="fixed").anchor == "fixed"
     assert config(tmp_path, objective="rloo", anchor="fixed").anchor == "fixed"
 
@@ -170,6 +171,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "best_of_n_sft": ("n",),
     "reinforce": ("beta_rl", "gamma_ref"),
     "rloo": ("beta_rl", "gamma_ref", "num_samples"),
+    "grpo": ("beta_rl", "gamma_ref", "num_samples", "scale_rewards"),
     "vbon": ("n", "gamma_ref", "num_anchor_samples"),
     "bonbon": ("n", "alpha"),
     "best_of_n_regression": ("n", "num_samples"),
@@ -193,16 +195,19 @@ def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Pa
     other: dict[str, Any] = {
         **{"n": 3, "beta": 0.25, "gamma": 0.5, "gamma_ref": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
         **{"correction": True, "quantile": "learned", "quantile_learning_rate": 0.5, "beta_rl": 0.5},
-        **{"num_samples": 4, "alpha": 0.5},
+        **{"num_samples": 4, "alpha": 0.5, "scale_rewards": "none"},
     }
     assert {name for names in KNOBS.values() for name in names} == set(other)
     assert set(KNOBS) == set(OBJECTIVES)
     for objective, names in KNOBS.items():
         for name, value in other.items():
             more = {"quantile": "learned"} if name == "quantile_learning_rate" and objective == "bond" else {}
+            more |= {"anchor": "ema"} if name == "gamma_ref" and objective == "grpo" else {}  # its own is fixed
             settings = {"objective": objective, name: value} | more
             if name in names:
                 assert getattr(config(tmp_path, **settings), name) == value
+            elif name == "scale_rewards":  # to scale nothing is what all others do
+                assert config(tmp_path, **settings).scale_rewards == "group"
             else:
                 with pytest.raises(ConfigError, match=f"{name}={value!r}: objective={objective!r}"):
                     config(tmp_path, **settings)

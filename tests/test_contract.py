@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 import bondlm
 import bondlm.bestofn
 from bondlm import BONDConfig, BONDTrainer
+from bondlm.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,13 +40,17 @@ def test_public_names() -> None:
 
 def test_config_fields() -> None:
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    own = [field for field in dataclasses.fields(BONDConfig) if field.name not in inherited]
-    assert {field.name for field in own} == CONFIG_FIELDS
-    assert all(field.metadata.get("help") for field in own)
+    own = {name: field for name, field in vars(BONDConfig)["__dataclass_fields__"].items() if name not in inherited}
+    assert set(own) == CONFIG_FIELDS
+    assert all(field.metadata.get("help") for field in own.values())
 
 
 def test_constructor_arguments_are_trls() -> None:
-    assert list(inspect.signature(BONDTrainer).parameters) == TRAINER_ARGUMENTS
+    names = list(inspect.signature(BONDTrainer).parameters)
+    assert names == [*TRAINER_ARGUMENTS, "others"]
+    for name in ("tools", "rollout_func", "environment_factory"):
+        with pytest.raises(ConfigError, match=f"^{name}="):
+            BONDTrainer("no model", **{name: print})  # type: ignore[arg-type]
 
 
 def length(completions: list[str]) -> list[float]:

@@ -4,10 +4,11 @@ Defaults are the paper's where it states one (Sessa et al. 2024, sections 5 and 
 why.
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -15,12 +16,16 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from bondlm.errors import ConfigError
+from bondlm.migration import UNSAFE_CODE, Keywords, Loggers, NoOption, OwnNames
 from bondlm.objectives import Objective
 from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
 from bondlm.objectives.rules import Rule, above, at_least, beginning_with, between, finite, off, one_of
 
+_log = logging.getLogger(__name__)
+
 AnchorSchedule = Literal["ema", "periodic", "fixed"]
 DEFAULT_WAIT_S, YEAR_S = 600, 31_536_000
+MEANT_AS_KL = 0.1  # a smaller beta is rarely a Jeffreys weight
 PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
 
 
@@ -40,18 +45,24 @@ class Setting:
 
 def _field(default: Any, help_text: str, rule: Rule | None = None, **more: Any) -> Any:
     """A setting of ours; `help_text` is what `bondlm train --help` says (it reads the source)."""
-    setting = Setting(rule=rule, shared=True, **more)
-    return field(default=default, metadata={"help": help_text, "setting": setting})
+    made: Field[Any] = field(default=default, metadata={"help": help_text})
+    _OWN[made] = Setting(rule=rule, shared=True, **more)  # metadata would reach argparse, by `HfArgumentParser`
+    return made
+
+
+_OWN: dict[Field[Any], Setting] = {}
 
 
 @dataclass
-class BONDConfig(TrainingArguments):
+class BONDConfig(TrainingArguments, metaclass=OwnNames):
     """Settings of `BONDTrainer`. `per_device_train_batch_size` counts prompts, not completions."""
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
     # -- the algorithm
     objective: str = _field(
         "jbond",
-        "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, vbon, bonbon, "
+        "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, grpo, vbon, bonbon, "
         "best_of_n_regression or self_bond.",
         one_of(*OBJECTIVES),
     )
@@ -66,7 +77,8 @@ class BONDConfig(TrainingArguments):
     )
     anchor: AnchorSchedule = _field(
         None,
-        "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed'. self_bond: always 'fixed'.",
+        "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed'. grpo: default 'fixed'; "
+        "self_bond: always 'fixed'.",
         one_of(*get_args(AnchorSchedule)),
     )
     eta: float = _field(
@@ -105,11 +117,16 @@ class BONDConfig(TrainingArguments):
     quantile_learning_rate: float = _field(
         1e-3, "Learning rate of the learned quantile model.", above(0), needs=("quantile", "learned")
     )
-    beta_rl: float = _field(0.05, "reinforce, rloo: KL coefficient >= 0 in units of reward a nat. Paper: 0.001 to 1.")
+    beta_rl: float = _field(
+        0.05, "reinforce, rloo, grpo: KL coefficient >= 0 in units of reward per nat. Paper: 0.001 to 1."
+    )
     num_samples: int | None = _field(
         None,
-        "Samples per prompt. rloo: default 2; self_bond: default 8, at least 3; best_of_n_regression: default n, or "
-        "all logged ones.",
+        "Samples per prompt. rloo: default 2; grpo: default 8; self_bond: default 8, at least 3; best_of_n_regression: "
+        "default n, or all logged ones.",
+    )
+    scale_rewards: str = _field(
+        "group", "grpo: 'group' divides a prompt's rewards by their standard deviation, 'none' does not."
     )
     alpha: float = _field(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
 
@@ -171,8 +188,8 @@ class BONDConfig(TrainingArguments):
     )
 
     # -- model and engine
-    model_init_kwargs: dict[str, Any] | None = _field(None, "Keyword arguments of from_pretrained for a model name.")
-    dtype: str = _field(
+    model_init_kwargs: Keywords = _field(None, "Keyword arguments of from_pretrained for a model name.")
+    dtype: NoOption = _field(
         "auto",
         "Dtype of frozen weights with LoRA: 'float32', 'bfloat16' or 'auto' (bf16 where the hardware has it).",
         one_of("auto", "float32", "bfloat16"),
@@ -254,12 +271,14 @@ class BONDConfig(TrainingArguments):
         above(0, "seconds"),
         may_change="always",
     )
-    report_to: str | list[str] | None = _field(
+    report_to: Loggers = _field(
         "none", "Loggers of transformers to report to. metrics.jsonl is always written.", may_change="always"
     )
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, dtype: str) -> None:  # type: ignore[override]
         """Check what can be checked without a model."""
+        self.dtype = dtype
+        _settle_scale_rewards(self)
         if self.anchor is None:
             self.anchor = default_anchor(self.objective)
         if problems := _problems(self):
@@ -269,6 +288,14 @@ class BONDConfig(TrainingArguments):
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
+        if (self.model_init_kwargs or {}).get("trust_remote_code"):
+            raise ConfigError(f"model_init_kwargs={self.model_init_kwargs!r}: trust_remote_code {UNSAFE_CODE}")
+        if self.beta < MEANT_AS_KL and self.objective in users("beta"):
+            _log.warning(
+                "beta=%g: with objective=%r it is the Jeffreys weight, and this near to 0 the run is plain fine-tuning "
+                "on the best sample. The KL coefficient that TRL calls beta is beta_rl, of rloo, grpo and reinforce",
+                *(self.beta, self.objective),
+            )
 
     def shared_settings(self) -> dict[str, Any]:
         """What all processes of a run must have alike."""
@@ -277,7 +304,18 @@ class BONDConfig(TrainingArguments):
 
 def default_anchor(objective: str) -> AnchorSchedule:
     """How the anchor moves if nothing is said."""
-    return "ema" if anchor_may_move(objective) else "fixed"
+    schedule: AnchorSchedule = getattr(OBJECTIVES.get(objective), "default_anchor", "ema")
+    return schedule if anchor_may_move(objective) else "fixed"
+
+
+def _settle_scale_rewards(c: BONDConfig) -> None:
+    """TRL's words for it; where the order of rewards alone counts, or nothing is scaled, they ask for what is done."""
+    if isinstance(c.scale_rewards, bool):
+        c.scale_rewards = "group" if c.scale_rewards else "none"
+    if c.objective in OBJECTIVES and c.objective not in users("scale_rewards"):
+        by_value = c.objective in users("beta_rl")
+        if c.scale_rewards in (("none",) if by_value else ("group", "batch", "none")):
+            c.scale_rewards = DEFAULTS["scale_rewards"]
 
 
 def _longest_wait(c: BONDConfig) -> int:
@@ -314,10 +352,11 @@ _OF_TRANSFORMERS: dict[str, Setting] = {
         )
     ),
 }
+_FIELDS: dict[str, Field[Any]] = vars(BONDConfig)["__dataclass_fields__"]
 SETTINGS: dict[str, Setting] = {
-    f.name: f.metadata.get("setting") or _OF_TRANSFORMERS.get(f.name, Setting()) for f in fields(BONDConfig)
+    name: _OWN.get(f) or _OF_TRANSFORMERS.get(name, Setting()) for name, f in _FIELDS.items()
 }
-DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(BONDConfig) if f.default is not MISSING}
+DEFAULTS: dict[str, Any] = {name: f.default for name, f in _FIELDS.items() if f.default is not MISSING}
 # These draw nothing from the policy, and so can learn from a file of scored samples.
 OFF_POLICY = tuple(name for name in OBJECTIVES if make_objective(name, DEFAULTS).plan.policy == 0)
 
@@ -380,6 +419,8 @@ def _unused(c: BONDConfig) -> Iterator[str]:
 
 def _not_used(c: BONDConfig, name: str, other: str, values: tuple[str, ...]) -> str:
     do = f"{', '.join(map(repr, values))} {'do' if len(values) > 1 else 'does'}"
+    if name == "beta" and c.objective in users("beta_rl"):
+        do += "; the KL coefficient that TRL calls beta is beta_rl"
     return f"{name}={getattr(c, name)!r}: {other}={getattr(c, other)!r} does not use it ({do}), remove it"
 
 

@@ -10,6 +10,7 @@ Only public methods of Trainer are overridden:
 The anchor moves in a callback, right after the optimizer's step (`bondlm.training.callbacks`).
 """
 
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from bondlm.engines import Role
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
 from bondlm.errors import ConfigError, RewardError
+from bondlm.migration import own_arguments
 from bondlm.models.adapters import check_start
 from bondlm.models.anchor import Anchor
 from bondlm.models.deepspeed import load_without_code, require_same_sharding, settle_precision, stepping
@@ -70,6 +72,7 @@ from bondlm.training.processes import (
 )
 from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.step import Step
+from bondlm.training.tables import TablesCallback
 
 
 class BONDTrainer(Trainer):
@@ -90,6 +93,7 @@ class BONDTrainer(Trainer):
         optimizers: as in `transformers.Trainer`.
         peft_config: train an adapter instead of all weights.
         quantization_config: how to quantise the base of that adapter (QLoRA), for a model given by name.
+        others: what TRL's trainers take beside; each is refused in one sentence.
 
     Raises:
         ConfigError: contradictory settings, or a model or reward that cannot be used.
@@ -112,7 +116,9 @@ class BONDTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
+        **others: Any,
     ) -> None:
+        own_arguments(others, list(inspect.signature(BONDTrainer).parameters))
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
@@ -196,7 +202,8 @@ class BONDTrainer(Trainer):
         self._anchor_callback = AnchorCallback(
             self.anchor, self.quantile_model, self.clock, self._means, self.run_folder
         )
-        for callback in (self._anchor_callback, self.run_folder, self.stop, TiesCallback()):
+        tables = TablesCallback(self.run_folder, self.callback_handler)
+        for callback in (self._anchor_callback, self.run_folder, self.stop, TiesCallback(), tables):
             self.add_callback(callback)
 
     def _make_step(self) -> None:
@@ -223,6 +230,7 @@ class BONDTrainer(Trainer):
             share_prompts=share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,
+            trainer_state=lambda: self.state,
             gamma_ref=args.gamma_ref,
         )
 
@@ -340,6 +348,7 @@ class BONDTrainer(Trainer):
             return {}
         logs = compare(policy, reference, self.log_ratio(policy)).metrics(metric_key_prefix)
         logs |= {f"{metric_key_prefix}_{k}": v for k, v in metrics.completion_metrics(policy.flat).items()}
+        logs |= {f"{metric_key_prefix}_{k}": v for k, v in policy.metrics.items()}
         logs[f"{metric_key_prefix}_runtime"] = sum(self.clock.drain().values())
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

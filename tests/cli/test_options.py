@@ -15,6 +15,10 @@ def test_command_line_wins_over_the_file_and_1e_4_is_a_number(tmp_path):
     assert options == {"eta": 0.25, "learning_rate": 1e-4, "lora_r": 8, "use_peft": True}
 
 
+def test_names_of_trls_that_ask_for_what_happens_anyway_are_left_out():
+    assert parse("train", ["--temperature", "1.0", "--use_vllm", "false", "--eta", "0.1"]) == {"eta": 0.1}
+
+
 def test_judge_is_judges_one_at_a_time():
     given = ["--judge", "a.py:f", "--judge", "similarity:m"]
     assert parse("eval", given) == {"judges": ["a.py:f", "similarity:m"]}
@@ -35,6 +39,9 @@ def test_lists_and_plain_text_keep_their_kind():
         (["train", "--learning_rat", "1"], "'learning_rat' .*'learning_rate'"),
         (["tran"], "'tran' .*'train'"),
         (["score", "--beta", "1"], "option 'beta'"),
+        (["train", "--vllm_mode", "server"], "vllm_mode='server': .*vllm_server"),
+        (["check", "--model_name_or_path", "m"], "model_name_or_path='m': .*use model"),
+        (["train", "--resume_from_checkpoint", "true"], "resume_from_checkpoint=True: .*use resume"),
         (["train", "x"], "'x' .*--name value"),
         (["train", "--config", "no/such.yaml"], r"--config 'no/such\.yaml'"),
         (["train", "--eta", "[1"], r"--eta '\[1' .*YAML"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce, SelfBOND
+from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce, SelfBOND
 
 from .tables import ANCHOR, LOGITS, REWARDS, draw, enumerated_gradient, exact_gradient, loss_on
 
@@ -48,6 +48,7 @@ _JEFFREYS = [
     ("return leave_one_out_mean(", "return -leave_one_out_mean(", "baseline's mean"),
 ]
 _SELF = SelfBOND(n=2, num_samples=4, log_quantile="best_of_n")
+_GRPO = GRPO(beta_rl=0.7, num_samples=3)
 _REWARD = [
     ("-logp_PL * advantage", "logp_PL * advantage", "loss"),
     ("- baseline_PC", "+ baseline_PC", "baseline"),
@@ -99,6 +100,21 @@ MUTATIONS = [
     Mutation(RLOO(beta_rl=0.7), "objectives.rloo", " - returns_PC) /", ") /", "baseline with the sample itself"),
     Mutation(RLOO(beta_rl=0.7), "objectives.rloo", "(returns_PC.sum", "(-returns_PC.sum", "baseline's sum"),
     Mutation(RLOO(beta_rl=0.7), "objectives.rloo", "advantage).mean(", "advantage).sum(", "sum over samples, not mean"),
+    *(Mutation(_GRPO, "objectives.grpo", *m) for m in _REWARD),
+    *(
+        Mutation(_GRPO, "objectives.grpo", *m)
+        for m in [
+            ("logp_PL.detach()", "logp_PL", "log-ratio not detached"),
+            (" - returns_PC) /", ") /", "baseline with the sample itself"),
+            ("(returns_PC.sum", "(-returns_PC.sum", "baseline's sum"),
+            ("advantage).mean(", "advantage).sum(", "sum over samples, not mean"),
+            ("rewards_PM.std(dim=1,", "rewards_PM.std(dim=1, correction=0,", "std with m in its denominator"),
+            ("rewards_PM.std(dim=1, keepdim=True)", "rewards_PM.std()", "std of the batch, not of the prompt"),
+            ("+ STD_FLOOR", "", "no floor under the std"),
+            ('== "group"', '== "none"', "std where none is asked for, and the reverse"),
+            (" * (self.num_samples - 1) / self.num_samples", "", "signal without (m-1)/m"),
+        ]
+    ),
     *(
         Mutation(VBON(n=3, num_anchor_samples=3), "objectives.vbon", *m)
         for m in [

@@ -15,6 +15,8 @@ from bondlm.bestofn import (
     bonbon_gradient,
     bond_fixed_point,
     bond_gradient,
+    grpo_fixed_point,
+    grpo_gradient,
     kl_reward_gradient,
     kl_reward_optimum,
     regression_fixed_point,
@@ -22,7 +24,7 @@ from bondlm.bestofn import (
     self_bond_fixed_point,
     self_bond_gradient,
 )
-from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce, SelfBOND
+from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce, SelfBOND
 
 ANCHOR = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.45, 0.15, 0.25, 0.15], [0.25, 0.25, 0.4, 0.1]], dtype=torch.float64)
 REWARDS = torch.tensor([[0.3, -1.0, 2.0, 0.7], [0.0, 1.0, 1.0, 2.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
@@ -42,6 +44,9 @@ OBJECTIVES: dict[str, Any] = {
     "reinforce": Reinforce(beta_rl=1.5),
     "rloo": RLOO(beta_rl=0.8),
     "rloo 4 samples": RLOO(beta_rl=2.0, num_samples=4),
+    "grpo": GRPO(beta_rl=0.9, num_samples=4),
+    "grpo 2 samples": GRPO(beta_rl=0.6, num_samples=2),
+    "grpo without std": GRPO(beta_rl=0.8, num_samples=3, scale_rewards="none"),
     "vbon": VBON(n=4, num_anchor_samples=4),
     "bonbon": BoNBoN(n=4, alpha=0.3),
     "regression": BestOfNRegression(n=3, num_samples=4),
@@ -72,6 +77,9 @@ def exact_gradient(objective: Any, logits: Tensor, anchor: Tensor, rewards: Tens
             return bonbon_gradient(logits, anchor, rewards, objective.n, objective.alpha)
         case "BestOfNRegression":
             return regression_gradient(logits, anchor, rewards, objective.n, objective.num_samples)
+        case "GRPO":
+            settings = objective.beta_rl, objective.num_samples, objective.scale_rewards
+            return grpo_gradient(logits, anchor, rewards, *settings)
         case "SelfBOND":
             settings = objective.n, objective.num_samples, objective.log_quantile
             return self_bond_gradient(logits, anchor, rewards, *settings)
@@ -88,6 +96,8 @@ def exact_fixed_point(objective: Any, anchor: Tensor, rewards: Tensor) -> Tensor
             return bonbon_fixed_point(anchor, rewards, objective.n, objective.alpha)
         case "BestOfNRegression":
             return regression_fixed_point(anchor, rewards, objective.n, objective.num_samples)
+        case "GRPO":
+            return grpo_fixed_point(anchor, rewards, objective.beta_rl, objective.num_samples, objective.scale_rewards)
         case "SelfBOND":
             return self_bond_fixed_point(anchor, rewards, objective.n, objective.num_samples, objective.log_quantile)
         case _:
@@ -120,10 +130,10 @@ def enumerated_gradient(
     """The mean gradient (K,) over all K^M draws of one prompt, each weighted by its probability: no sampling error.
 
     Ties go to the first: the outcome's distribution is that of ties broken at random. `use_baseline` is for baselines
-    inside a prompt; one over the batch would mix draws. SelfBOND's baseline is part of its signal: by default it is
-    used.
+    inside a prompt; one over the batch would mix draws. The baseline of SelfBOND and GRPO is part of their signal: by
+    default it is used.
     """
-    use_baseline = type(objective).__name__ == "SelfBOND" if use_baseline is None else use_baseline
+    use_baseline = type(objective).__name__ in ("SelfBOND", "GRPO") if use_baseline is None else use_baseline
     plan = objective.plan
     draws_DM = torch.tensor(list(itertools.product(range(len(anchor_K)), repeat=plan.total)))
     policy_K = logits_K.softmax(-1)

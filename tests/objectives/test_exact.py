@@ -108,7 +108,7 @@ def test_iterated_distillation_multiplies_the_order():
     torch.testing.assert_close(anchor, best_of_n_probs(ANCHOR, REWARDS, 8), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["jbond", "bond", "best_of_n_sft", "reinforce", "rloo", "vbon"])
+@pytest.mark.parametrize("name", ["jbond", "bond", "best_of_n_sft", "reinforce", "rloo", "grpo", "vbon"])
 def test_descent_on_samples_comes_close_to_the_fixed_point(name):
     """The real loop: draw, select, baseline, loss, gradient. The anchor stands still."""
     objective, generator = OBJECTIVES[name], torch.Generator().manual_seed(0)

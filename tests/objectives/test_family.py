@@ -7,13 +7,13 @@ import torch
 
 from bondlm.bestofn import kl_divergence, log_quantile
 from bondlm.errors import ConfigError
-from bondlm.objectives import BOND, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
+from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
 from bondlm.objectives.terms import argmax_random_ties, leave_one_out_mean
 
 from .tables import ANCHOR, LOGITS, OBJECTIVES, REWARDS, draw, exact_fixed_point, loss_on
 
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
-RANK_BASED = [name for name, objective in OBJECTIVES.items() if not isinstance(objective, Reinforce | RLOO)]
+RANK_BASED = [name for name, objective in OBJECTIVES.items() if not isinstance(objective, Reinforce | RLOO | GRPO)]
 INCREASING = {
     "affine": lambda r: 3 * r + 7,
     "exp": torch.exp,
@@ -129,6 +129,43 @@ def test_reinforce_and_rloo_have_one_objective():
     column = [tensor.T for tensor in (logp, anchor_logp, rewards)]
     baseline = reinforce.baseline(reinforce.returns(column[2], column[0], column[1]))
     torch.testing.assert_close(reinforce.loss(*column, baseline).loss_P.mean(), together[0], rtol=1e-14, atol=0)
+
+
+def test_grpo_by_hand():
+    """Two prompts: rewards apart, with mean and Bessel's std of the prompt alone; and all tied."""
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.5, 0.5, 0.5]], dtype=torch.float64)
+    logp, anchor_logp = torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+    std = math.sqrt((2.0**2 + 1.0**2 + 3.0**2) / 2)
+    for scale, divisor in (("none", 1.0), ("group", std + 1e-4)):
+        grpo = GRPO(beta_rl=0.7, num_samples=3, scale_rewards=scale)
+        signal = grpo.select(rewards, torch.rand_like(rewards)).signal_PC
+        assert float(signal.sum().abs()) < 1e-15  # the mean is off before the trainer rounds to fp32
+        returns = grpo.returns(signal, logp, anchor_logp)
+        advantage = returns - grpo.baseline(returns)
+        expected = torch.tensor([[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0]], dtype=torch.float64) / divisor
+        torch.testing.assert_close(advantage, expected, rtol=1e-14, atol=1e-15)
+        metrics = grpo.loss(logp, anchor_logp, signal, grpo.baseline(returns)).metrics
+        assert metrics["bond/frac_no_signal"].tolist() == [0.0, 1.0]
+
+
+def test_grpo_without_std_is_rloo_with_a_smaller_reward():
+    """(m-1)/m of the reward, to the bit of rounding: the mean that is taken off has the sample itself in it."""
+    grpo, rloo = GRPO(beta_rl=0.3, num_samples=4, scale_rewards="none"), RLOO(beta_rl=0.3, num_samples=4)
+    *case, rewards = drawn(grpo)
+    expected = loss_and_gradient(rloo, *case, 0.75 * rewards)
+    for one, other in zip(loss_and_gradient(grpo, *case, rewards), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_grpo_forgets_the_scale_of_a_prompts_rewards_and_a_pair_keeps_the_order_alone():
+    outcomes, noise, logits, anchor, rewards = drawn(GRPO(beta_rl=0.0))
+    _, expected = loss_and_gradient(GRPO(beta_rl=0.0), outcomes, noise, logits, anchor, 1e6 * rewards)
+    _, moved = loss_and_gradient(GRPO(beta_rl=0.0), outcomes, noise, logits, anchor, 3e6 * rewards + 1e7)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
+    pair = GRPO(beta_rl=0.0, num_samples=2)
+    signal = pair.select(torch.tensor([[0.0, 10.0], [3.0, -1e6]]).double(), torch.rand(2, 2)).signal_PC
+    half = math.sqrt(0.5) / 2
+    torch.testing.assert_close(signal, torch.tensor([[-half, half], [half, -half]]).double(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("objective", [Reinforce(beta_rl=0.0), RLOO(beta_rl=0.0)])
@@ -315,6 +352,9 @@ def test_bonbon_takes_two_different_samples_where_all_tie():
         (lambda: Reinforce(beta_rl=-0.1), "beta_rl=-0.1"),
         (lambda: RLOO(beta_rl=math.nan), "beta_rl=nan"),
         (lambda: RLOO(beta_rl=0.1, num_samples=1), "num_samples=1: .*>= 2"),
+        (lambda: GRPO(beta_rl=-0.1), "beta_rl=-0.1"),
+        (lambda: GRPO(beta_rl=0.1, num_samples=1), "num_samples=1: .*>= 2"),
+        (lambda: GRPO(beta_rl=0.1, scale_rewards="batch"), "scale_rewards='batch': .*group, none"),
         (lambda: VBON(n=1, num_anchor_samples=4), "n=1"),
         (lambda: VBON(n=4, num_anchor_samples=1), "num_anchor_samples=1"),
         (lambda: BoNBoN(n=1), "n=1"),

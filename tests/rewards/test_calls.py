@@ -49,7 +49,7 @@ def test_each_function_gets_the_arguments_that_it_accepts():
     assert seen == {
         "completions": ["c", "dd"],
         "one": (["p", "q"], ["c", "dd"], ["4", "5"], "default"),
-        "all": ["completion_ids", "prompts", "truncated"],
+        "all": ["completion_ids", "log_extra", "log_metric", "prompts", "trainer_state", "truncated"],
         "object": ([False, True], [[1, 2], [3]]),
         "partial": (3, ["4", "5"]),
     }

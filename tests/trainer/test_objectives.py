@@ -37,6 +37,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "best_of_n_sft": {"objective": "best_of_n_sft", "n": 4},
     "reinforce": {"objective": "reinforce", "beta_rl": 0.01},
     "rloo": {"objective": "rloo", "beta_rl": 0.01, "num_samples": 4},
+    "grpo": {"objective": "grpo", "beta_rl": 0.01, "num_samples": 4},
     "vbon": {"objective": "vbon", "n": 4},
     "bonbon": {"objective": "bonbon", "n": 4, "alpha": 0.5},
     "regression": {"objective": "best_of_n_regression", "n": 4, "num_samples": 8},

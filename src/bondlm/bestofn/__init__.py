@@ -19,6 +19,7 @@ from bondlm.bestofn.oracle.exact_objectives import (
     regression_gradient,
 )
 from bondlm.bestofn.oracle.exact_signal import mean_signal
+from bondlm.bestofn.oracle.grpo import grpo_fixed_point, grpo_gradient
 from bondlm.bestofn.oracle.reference_kl import bond_resting_point
 from bondlm.bestofn.oracle.self_bond import self_bond_fixed_point, self_bond_gradient, self_bond_signal
 from bondlm.bestofn.oracle.tabular import (
@@ -63,6 +64,8 @@ __all__ = [
     "expected_best_of_n",
     "forward_kl",
     "forward_kl_gradient",
+    "grpo_fixed_point",
+    "grpo_gradient",
     "iterated_best_of_n",
     "jbond_backward_target",
     "jbond_fixed_point",

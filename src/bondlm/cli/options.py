@@ -4,7 +4,6 @@ The names and texts of `BONDConfig`'s fields are read from its source, so that h
 """
 
 import ast
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ import yaml
 
 from bondlm.cli.presets import with_preset
 from bondlm.errors import ConfigError
+from bondlm.migration import own_names
+from bondlm.migration.names import nearest
 
 _MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
 _PROMPTS = {
@@ -163,7 +164,7 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         ConfigError: unknown command or name, a value that is missing, or a file that is not a YAML mapping.
     """
     if command not in COMMANDS:
-        raise ConfigError(f"unknown command {command!r}{_nearest(command, COMMANDS)}; see `bondlm --help`")
+        raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}; see `bondlm --help`")
     given: dict[str, Any] = {}
     path: str | None = None
     words = list(arguments)
@@ -186,20 +187,24 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         else:
             given[name] = _value(name, text)
     options = (_read(Path(path)) if path is not None else {}) | given
-    refuse_unknown(command, options)
-    return with_preset(options)
+    return with_preset(known_options(command, options))
 
 
-def refuse_unknown(command: str, options: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for the first name that the command does not know, with the nearest that it does."""
+def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without TRL's names that ask for nothing else than bondlm does.
+
+    Raises:
+        ConfigError: names that the command does not know, each with bondlm's own or with the nearest.
+    """
     known = set(COMMANDS[command][1])
     if command in ("train", "check"):
-        known |= _training_names()
-    elif command in ("sft", "reward-model"):
+        return own_names(options, known | _training_names(), command=command)
+    if command in ("sft", "reward-model"):
         known |= _plain_training_names()
     for name in options:
         if name not in known:
-            raise ConfigError(f"unknown option {name!r}{_nearest(name, known)}; see `bondlm {command} --help`")
+            raise ConfigError(f"unknown option {name!r}{nearest(name, known)}; see `bondlm {command} --help`")
+    return dict(options)
 
 
 def _value(name: str, text: str) -> Any:
@@ -223,11 +228,6 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def bond_fields() -> dict[str, str]:
     """Name and help text of every field of `BONDConfig`, read from its source."""
     tree = ast.parse((Path(__file__).parents[1] / "config.py").read_text(encoding="utf-8"))
@@ -241,11 +241,9 @@ def bond_fields() -> dict[str, str]:
 
 def _training_names() -> set[str]:
     """All fields of `BONDConfig`, those of `transformers.TrainingArguments` included."""
-    import dataclasses
+    from bondlm.config import SETTINGS
 
-    from bondlm.config import BONDConfig
-
-    return {field.name for field in dataclasses.fields(BONDConfig)}
+    return set(SETTINGS) - {"resume_from_checkpoint"}
 
 
 def _plain_training_names() -> set[str]:

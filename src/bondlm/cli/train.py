@@ -19,6 +19,7 @@ from rich.console import Console
 from bondlm.cli.console import make_console
 from bondlm.cli.options import LORA, TRAIN
 from bondlm.errors import CheckpointError, ConfigError
+from bondlm.migration import UNSAFE_CODE
 from bondlm.runs.folder import CONFIG_FILE, is_main_process, locked, run_config, write_whole
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished, verify
 from bondlm.runs.prompting import adopt_prompting
@@ -286,10 +287,7 @@ def refuse_unsafe(options: Mapping[str, Any]) -> None:
     if run_name is not None and not RUN_NAME.fullmatch(str(run_name)):
         raise ConfigError(f"run_name={run_name!r}: 1 to 80 letters, digits, dots, dashes or underscores")
     if (options.get("model_init_kwargs") or {}).get("trust_remote_code"):
-        raise ConfigError(
-            "model_init_kwargs.trust_remote_code would run code that comes with the model: bondlm does not. Convert "
-            "the model to an architecture of transformers, or load it yourself and pass it to BONDTrainer"
-        )
+        raise ConfigError(f"model_init_kwargs.trust_remote_code {UNSAFE_CODE}")
 
 
 @contextmanager

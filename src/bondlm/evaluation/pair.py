@@ -16,7 +16,7 @@ from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.evaluation.files import finished_prompts
 from bondlm.models.facts import vocabulary_size
 from bondlm.models.logprobs import row_logprobs
-from bondlm.rewards import NamedReward
+from bondlm.rewards import NamedReward, applies_everywhere
 from bondlm.rollout.sampler import Sampler
 from bondlm.rollout.samples import Samples, SamplingParams, draw
 from bondlm.rollout.seeds import Seeds
@@ -196,6 +196,7 @@ def fill(
         ratio = pair.log_ratio(chunk, samples) if wanted.is_main else None
         names = [reward.name for reward in rewards]
         judges = names[len(names) - num_judges :]
+        applies_everywhere({name: samples.by_name[name] for name in judges})
         append_jsonl(path, list(_as_rows(chunk, samples, ratio, judges, seconds)))
         on_prompts_done(len(chunk))
 

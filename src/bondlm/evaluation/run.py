@@ -18,7 +18,7 @@ from bondlm.evaluation.card import write_card
 from bondlm.evaluation.describe import describe_settings
 from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
-from bondlm.rewards import NamedReward
+from bondlm.rewards import NamedReward, applies_everywhere
 from bondlm.rollout.samples import Samples, score_samples
 from bondlm.runs.folder import append_jsonl, plain, whole, write_whole
 
@@ -66,7 +66,8 @@ def _judged(
 ) -> dict[str, Tensor]:
     if not judges:
         return {}
-    return score_samples(judges, rows, samples.completions, encoder=trainer.encoder).by_name
+    scored = score_samples(judges, rows, samples.completions, encoder=trainer.encoder)
+    return applies_everywhere(scored.by_name)
 
 
 def _baseline(trainer: Any, rows: Sequence[Mapping[str, Any]], role: str, temperature: float) -> Samples:

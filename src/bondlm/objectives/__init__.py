@@ -5,6 +5,7 @@ from bondlm.objectives.best_of_n_regression import BestOfNRegression
 from bondlm.objectives.best_of_n_sft import BestOfNSFT
 from bondlm.objectives.bonbon import BoNBoN
 from bondlm.objectives.bond import BOND
+from bondlm.objectives.grpo import GRPO
 from bondlm.objectives.jbond import JBOND
 from bondlm.objectives.reference_kl import reference_pull, with_reference_kl
 from bondlm.objectives.reinforce import Reinforce
@@ -14,6 +15,7 @@ from bondlm.objectives.vbon import VBON
 
 __all__ = [
     "BOND",
+    "GRPO",
     "JBOND",
     "RLOO",
     "VBON",

@@ -13,6 +13,7 @@ from bondlm.objectives.best_of_n_regression import BestOfNRegression
 from bondlm.objectives.best_of_n_sft import BestOfNSFT
 from bondlm.objectives.bonbon import BoNBoN
 from bondlm.objectives.bond import BOND
+from bondlm.objectives.grpo import GRPO
 from bondlm.objectives.jbond import JBOND
 from bondlm.objectives.reinforce import Reinforce
 from bondlm.objectives.rloo import RLOO
@@ -26,6 +27,7 @@ OBJECTIVES: dict[str, type[Any]] = {
     "best_of_n_sft": BestOfNSFT,
     "reinforce": Reinforce,
     "rloo": RLOO,
+    "grpo": GRPO,
     "vbon": VBON,
     "bonbon": BoNBoN,
     "best_of_n_regression": BestOfNRegression,

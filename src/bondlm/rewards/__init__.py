@@ -7,7 +7,7 @@ from bondlm.rewards.functions import load_function
 from bondlm.rewards.http import HTTPReward
 from bondlm.rewards.load import load_rewards, rewards_of_run
 from bondlm.rewards.nli import NLIReward
-from bondlm.rewards.scoring import NamedReward, Scores, score
+from bondlm.rewards.scoring import NamedReward, Scores, applies_everywhere, score
 from bondlm.rewards.similarity import SimilarityReward
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Scores",
     "SequenceClassifierReward",
     "SimilarityReward",
+    "applies_everywhere",
     "load_function",
     "load_rewards",
     "map_micro_batches",

@@ -20,6 +20,7 @@ def call_all(
     named: Sequence[tuple[str, RewardFunction]],
     offered: Mapping[str, list[Any]],
     limits: Mapping[str, float | None] | None = None,
+    extras: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """Call every function once with the arguments that it accepts and return the answers in order.
 
@@ -28,6 +29,7 @@ def call_all(
     Args:
         named: (name, function) pairs.
         offered: ``prompts``, ``completions`` and the columns, each a list of B.
+        extras: Further arguments that are no lists, handed on as they are.
         limits: Seconds that an asynchronous function may take, by name; a plain one cannot be interrupted.
 
     Raises:
@@ -40,7 +42,8 @@ def call_all(
     pending: dict[int, Awaitable[Any]] = {}
     try:
         for index, (name, function) in enumerate(named):
-            answer = _call(name, function, accepted_arguments(name, function, offered), _hint(offered))
+            arguments = accepted_arguments(name, function, offered, extras)
+            answer = _call(name, function, arguments, _hint(offered))
             if inspect.isawaitable(answer):
                 pending[index] = answer
             else:
@@ -60,7 +63,9 @@ def call_all(
     return [answers[index] for index in range(len(named))]
 
 
-def accepted_arguments(name: str, function: RewardFunction, offered: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def accepted_arguments(
+    name: str, function: RewardFunction, offered: Mapping[str, list[Any]], extras: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Keep the offered arguments that the function's signature accepts: all of them when it has ``**kwargs``.
 
     Each list is copied, so that a function that changes its arguments cannot disturb the next one.
@@ -75,13 +80,17 @@ def accepted_arguments(name: str, function: RewardFunction, offered: Mapping[str
     kinds = {parameter.name: parameter.kind for parameter in signature.parameters.values()}
     takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    arguments = {key: list(value) for key, value in offered.items() if takes_all or kinds.get(key) in by_name}
+    arguments: dict[str, Any] = {
+        key: list(value) for key, value in offered.items() if takes_all or kinds.get(key) in by_name
+    }
+    arguments |= {key: value for key, value in (extras or {}).items() if takes_all or kinds.get(key) in by_name}
     try:
         signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(
             f"reward {name!r} has the signature {signature}: {error}. The arguments are passed by name and these are "
-            f"available: {', '.join(offered)}. Rename the parameter, give it a default, or add the dataset column."
+            f"available: {', '.join({**offered, **(extras or {})})}. Rename the parameter, give it a default, or add "
+            "the dataset column."
         ) from error
     return arguments
 

@@ -23,6 +23,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.rewards.calls import await_together
+from bondlm.rewards.extras import NAMES as EXTRAS
 
 TOKEN_VARIABLE = "BONDLM_REWARD_TOKEN"  # noqa: S105 (the name of a variable, not a token)
 PLAIN_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP"
@@ -82,7 +83,7 @@ class HTTPReward:
                 follow_redirects=False,  # another host is not the one that was asked, and must not see the token
             )
         rows = [
-            {name: values[i] for name, values in columns.items() if name != "completion_ids"}
+            {name: values[i] for name, values in columns.items() if name not in ("completion_ids", *EXTRAS)}
             for i in range(len(prompts))
         ]
         items = [

@@ -7,19 +7,17 @@ Shapes: B rows (one prompt with one completion each).
 
 import math
 import numbers
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bondlm.errors import ConfigError, DataError, RewardError
+from bondlm.rewards.answers import checked, place_of, refuse_non_finite
 from bondlm.rewards.calls import RewardFunction, call_all
-
-_ADVICE = "Return one finite number a completion, and a low one for completions that cannot be judged."
+from bondlm.rewards.extras import NAMES, Extras
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class NamedReward:
     timeout: float | None = None  # seconds, of an asynchronous function; a server has time limits of its own
 
     def __post_init__(self) -> None:
-        if not _is_real(self.weight) or not math.isfinite(self.weight):
+        is_real = isinstance(self.weight, numbers.Real) and not isinstance(self.weight, bool)
+        if not is_real or not math.isfinite(self.weight):
             raise ConfigError(f"reward {self.name!r} has the weight {self.weight!r}: give a finite number.")
 
 
@@ -44,12 +43,15 @@ class NamedReward:
 class Scores:
     """Rewards of B rows: ``total`` (B,), the weighted sum, and ``by_name``, each reward (B,) before its weight.
 
-    All are float64 on the CPU. ``bad`` says of each row without a finite total why, and is empty unless asked for.
+    All are float64 on the CPU. A reward that does not apply to a row is NaN there, and not in the row's total. ``bad``
+    says of each row without a finite total why, and is empty unless asked for.
     """
 
     total: Tensor
     by_name: dict[str, Tensor]
     bad: dict[int, str] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # of `log_extra`, B values each
+    metrics: dict[str, float] = field(default_factory=dict)  # of `log_metric`
 
 
 def score(
@@ -59,8 +61,12 @@ def score(
     columns: Mapping[str, Sequence[Any]] | None = None,
     *,
     allow_bad_rows: bool = False,
+    groups: Sequence[int] | None = None,
+    trainer_state: Any = None,
 ) -> Scores:
     """Score B completions with every reward and check each value.
+
+    A reward that returns None for all rows of a group does not apply to it, and is left out of their sum.
 
     Args:
         rewards: At least one, with different names.
@@ -68,6 +74,8 @@ def score(
         completions: B strings, or B lists of chat messages.
         columns: Further arguments by name, each a sequence of B; a function gets those that its signature accepts.
         allow_bad_rows: Note a row whose reward is not one finite real number in ``bad`` instead of raising.
+        groups: Which rows are completions of one prompt, B numbers. Default: each row by itself.
+        trainer_state: What functions that ask for it get.
 
     Raises:
         ConfigError: No reward, two rewards of one name, or a reward that wants an argument that is not there.
@@ -83,20 +91,73 @@ def score(
         empty = torch.zeros(0, dtype=torch.float64)
         return Scores(empty, {name: empty.clone() for name in names})
     limits = {reward.name: reward.timeout for reward in rewards}
-    answers = call_all([(reward.name, reward.function) for reward in rewards], offered, limits)
+    extras = Extras(len(prompts), trainer_state)
+    answers = call_all([(reward.name, reward.function) for reward in rewards], offered, limits, extras.offered)
     bad: dict[int, str] | None = {} if allow_bad_rows else None
-    by_name = {name: _checked(name, answer, prompts, bad) for name, answer in zip(names, answers, strict=True)}
+    of_each = {name: checked(name, answer, prompts, bad) for name, answer in zip(names, answers, strict=True)}
+    missing = {name: rows for name, (_, rows) in of_each.items() if rows}
+    if missing:
+        _refuse_partly_missing(rewards, missing, prompts, range(len(prompts)) if groups is None else groups, bad)
+    by_name = {name: values for name, (values, _) in of_each.items()}
     total = torch.zeros(len(prompts), dtype=torch.float64)
     for reward in rewards:
-        total = total + reward.weight * by_name[reward.name]
-    _refuse_non_finite("the weighted sum", total, prompts, bad)
-    return Scores(total, by_name, bad or {})
+        values = by_name[reward.name]
+        left_out = torch.tensor(sorted(missing.get(reward.name, ())), dtype=torch.long)
+        total = total + reward.weight * values.index_fill(0, left_out, 0.0)
+    refuse_non_finite("the weighted sum", total, prompts, bad)
+    return Scores(total, by_name, bad or {}, extras.columns, extras.metrics)
+
+
+def applies_everywhere(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rewards themselves, of judges: each is compared on all prompts, and cannot leave any out.
+
+    Raises:
+        RewardError: one of them does.
+    """
+    for name, values in by_name.items():
+        if values.isnan().any():
+            raise RewardError(f"judge {name!r} is None for some prompts: return one finite number for each completion")
+    return dict(by_name)
+
+
+def _refuse_partly_missing(
+    rewards: Sequence[NamedReward],
+    missing: Mapping[str, set[int]],
+    prompts: Sequence[Any],
+    groups: Sequence[int],
+    bad: dict[int, str] | None,
+) -> None:
+    """None is for a reward that does not apply to a prompt: to no sample of it, while another one does apply.
+
+    Left out of some samples alone it would change which of them is best.
+    """
+    weighed = [reward.name for reward in rewards if reward.weight] or [reward.name for reward in rewards]
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    for rows in members.values():
+        problem = None
+        for name in missing:
+            if 0 < (count := len(missing[name].intersection(rows))) < len(rows):
+                problem = (
+                    f"reward {name!r} is None for {count} of {len(rows)} completions {place_of(rows[0], prompts)}: "
+                    "return None for all completions of a prompt, if it does not apply there, or for none"
+                )
+        if problem is None and all(rows[0] in missing.get(name, ()) for name in weighed):
+            problem = (
+                f"reward {weighed[0]!r} is None {place_of(rows[0], prompts)}, and no other reward applies there. "
+                "Return one finite number for each completion"
+            )
+        if problem is not None and bad is None:
+            raise RewardError(problem)
+        for row in rows if problem is not None and bad is not None else ():
+            bad.setdefault(row, problem)  # type: ignore[union-attr, arg-type]
 
 
 def _offered_arguments(
     prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> dict[str, list[Any]]:
-    for name in ("prompts", "completions"):
+    for name in ("prompts", "completions", *NAMES):
         if name in columns:
             raise DataError(f"the dataset column {name!r} has the name of a reward function's argument: rename it.")
     offered = {"prompts": list(prompts), "completions": list(completions)}
@@ -105,93 +166,3 @@ def _offered_arguments(
         if len(values) != len(prompts):
             raise DataError(f"{name!r} has {len(values)} rows and there are {len(prompts)} prompts: give one a prompt.")
     return offered
-
-
-def _checked(name: str, answer: Any, prompts: Sequence[Any], bad: dict[int, str] | None) -> Tensor:
-    """Turn an answer into a float64 tensor (B,) of finite numbers; raise RewardError, or note the rows in `bad`."""
-    source = f"reward {name!r}"
-    if isinstance(answer, np.ndarray):
-        answer = _from_array(source, answer)
-    if isinstance(answer, Tensor):
-        values = _from_tensor(source, answer, len(prompts))
-    elif isinstance(answer, (list, tuple)):
-        _refuse_wrong_count(source, len(answer), len(prompts))
-        numbers_B = [_number(source, value, row, prompts, bad) for row, value in enumerate(answer)]
-        values = torch.tensor(numbers_B, dtype=torch.float64)
-    else:
-        raise RewardError(
-            f"{source} returned a {type(answer).__name__} ({reprlib.repr(answer)}) for {len(prompts)} completions: "
-            "return a list of numbers, an array or a tensor."
-        )
-    _refuse_non_finite(source, values, prompts, bad)
-    return values
-
-
-def _from_array(source: str, array: np.ndarray) -> Tensor | list[Any]:
-    if array.dtype.kind in "iuf":
-        return torch.from_numpy(array.astype(np.float64))
-    if array.dtype.kind == "O" and array.ndim == 1:
-        return list(array)
-    raise RewardError(f"{source} returned an array of {array.dtype}: return real numbers.")
-
-
-def _from_tensor(source: str, tensor: Tensor, count: int) -> Tensor:
-    if tensor.dtype is torch.bool or tensor.is_complex():
-        raise RewardError(f"{source} returned a tensor of {tensor.dtype}: return real numbers.")
-    if tensor.ndim == 2 and tensor.shape[1] == 1:
-        tensor = tensor[:, 0]
-    if tensor.ndim != 1:
-        raise RewardError(
-            f"{source} returned a tensor of shape {tuple(tensor.shape)} for {count} completions: "
-            f"return shape ({count},), one number a completion."
-        )
-    _refuse_wrong_count(source, len(tensor), count)
-    return tensor.detach().cpu().to(torch.float64)  # CPU first: some devices have no float64
-
-
-def _refuse_wrong_count(source: str, seen: int, wanted: int) -> None:
-    if seen != wanted:
-        raise RewardError(
-            f"{source} returned {seen} values for {wanted} completions: return one number a completion, in order."
-        )
-
-
-def _number(source: str, value: Any, row: int, prompts: Sequence[Any], bad: dict[int, str] | None) -> float:
-    """One element of a list as a float; bool, str, None and everything else that is not a real number is refused."""
-    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
-        value = value.item()
-    if not _is_real(value):
-        problem = (
-            f"{source} returned {reprlib.repr(value)} ({type(value).__name__}) {_place(row, prompts)}: "
-            f"that is not a real number. {_ADVICE}"
-        )
-        if bad is None:
-            raise RewardError(problem)
-        bad.setdefault(row, problem)
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:  # an int beyond float64
-        return math.inf
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _refuse_non_finite(source: str, values: Tensor, prompts: Sequence[Any], bad: dict[int, str] | None) -> None:
-    bad_rows = torch.nonzero(~torch.isfinite(values))[:, 0].tolist()
-    if bad is not None:
-        for row in bad_rows:
-            bad.setdefault(row, f"{source} is {values[row].item()} {_place(row, prompts)}. {_ADVICE}")
-    elif bad_rows:
-        row = bad_rows[0]
-        more = f" ({len(bad_rows)} rows in all)" if len(bad_rows) > 1 else ""
-        raise RewardError(f"{source} is {values[row].item()} {_place(row, prompts)}{more}. {_ADVICE}")
-
-
-def _place(row: int, prompts: Sequence[Any]) -> str:
-    """Where a bad value is: the row and the head of its prompt, escaped so that it cannot steer a terminal."""
-    prompt = prompts[row]
-    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
-    return f"for row {row} of {len(prompts)} (prompt {text[:80]!r})"

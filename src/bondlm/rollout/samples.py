@@ -30,7 +30,9 @@ class Samples:
     logprobs_PM: Tensor  # of the whole completion, under the distribution that it was drawn from
     prompt_ids: list[list[int]] = field(default_factory=list)  # these two of samples just drawn
     completions: list[list[Completion]] = field(default_factory=list)
-    by_name: dict[str, Tensor] = field(default_factory=dict)  # each reward function's own
+    by_name: dict[str, Tensor] = field(default_factory=dict)  # each reward function's own; NaN: it does not apply
+    extras: dict[str, list[list[Any]]] = field(default_factory=dict)  # what they said of each sample by `log_extra`
+    metrics: dict[str, float] = field(default_factory=dict)  # and of all by `log_metric`
     judges: dict[str, Tensor] = field(default_factory=dict)  # rewards that were not optimised
     log_ratio_PM: Tensor | None = None  # log pi(y) - log pi_ref(y), whichever drew y
     seconds: float = 0.0  # to draw all of them
@@ -124,10 +126,12 @@ def score_samples(
     *,
     encoder: PromptEncoder,
     drop: bool = False,
+    trainer_state: Any = None,
 ) -> Samples:
     """Decode the completions and score each text once: equal answers to a prompt share their reward.
 
     `drop` marks a prompt as dropped when a reward fails for one of its completions, instead of raising.
+    `trainer_state` is for reward functions that ask for it.
     """
     texts = encoder.decode([[c.ids for c in row] for row in completions])
     keys: dict[tuple[int, str, bool], int] = {}
@@ -150,7 +154,8 @@ def score_samples(
         "completion_ids": [ids_by_place[place] for place in range(len(keys))],
         "truncated": [not finished for _, _, finished in keys],
     }
-    scores = score(rewards, prompts, as_messages(answers) if conversational else answers, columns, allow_bad_rows=drop)
+    how: dict[str, Any] = {"allow_bad_rows": drop, "groups": owner, "trainer_state": trainer_state}
+    scores = score(rewards, prompts, as_messages(answers) if conversational else answers, columns, **how)
     dropped: dict[int, str] = {}
     for place, reason in scores.bad.items():
         dropped.setdefault(owner[place], reason)
@@ -162,6 +167,8 @@ def score_samples(
         scores.total[index].masked_fill(is_dropped_P1, 0.0),
         texts=texts,
         by_name={name: values[index].masked_fill(is_dropped_P1, 0.0) for name, values in scores.by_name.items()},
+        extras={name: [[values[i] for i in row] for row in places] for name, values in scores.columns.items()},
+        metrics=scores.metrics,
         dropped=dropped,
     )
 

@@ -32,7 +32,7 @@ def rank_truncated_last(rewards_PM: Tensor, finished_PM: Tensor) -> Tensor:
 
     They move down together, until the best of them is as far below the lowest finished one as the prompt's rewards are
     apart (by 1 if all are equal). So their order stays, and for objectives that look at the value and not at the order
-    (rloo) it is of the reward's own scale. Where none is finished, or all lie below already, nothing moves.
+    (rloo, grpo) it is of the reward's own scale. Where none is finished, or all lie below already, nothing moves.
     """
     lowest_P1 = rewards_PM.masked_fill(~finished_PM, torch.inf).amin(dim=1, keepdim=True)
     highest_P1 = rewards_PM.masked_fill(finished_PM, -torch.inf).amax(dim=1, keepdim=True)

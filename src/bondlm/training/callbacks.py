@@ -208,12 +208,21 @@ class RunFolderCallback(TrainerCallback):
             row = {"step": step, "not_finite": "loss" if by_loss else "gradient", "samples": samples}
             append_jsonl(self._folder / SKIPPED_FILE, [row])
 
+    def samples(self) -> list[dict[str, Any]]:
+        """The first prompts of the last step, as many as are logged, with their completions and rewards."""
+        count = 0 if self._step is None else min(self._num_logged, len(self._step.rows))
+        return [self._sampled(i) for i in range(count)]
+
     def _sampled(self, place: int) -> dict[str, Any]:
         """One prompt of the step with its completions and rewards."""
         assert self._step is not None  # noqa: S101  asked for its prompts alone
         samples, num_policy = self._step.samples, self._step.plan.policy
         rewards = samples.rewards_PM[place].tolist()
-        scored = [{"text": t, "reward": r} for t, r in zip(samples.texts[place], rewards, strict=True)]
+        scored: list[dict[str, Any]] = [
+            {"text": t, "reward": r} for t, r in zip(samples.texts[place], rewards, strict=True)
+        ]
+        for j, sample in enumerate(scored if samples.extras else ()):
+            sample["extra"] = {name: values[place][j] for name, values in samples.extras.items()}
         prompt = self._step.rows[place]["prompt"]
         return {"prompt": prompt, "policy": scored[:num_policy], "anchor": scored[num_policy:]}
 
@@ -231,8 +240,7 @@ class RunFolderCallback(TrainerCallback):
             return
         files = {METRICS_FILE: [{"step": state.global_step, **logs}]}
         if "loss" in logs:
-            count = 0 if self._step is None else min(self._num_logged, len(self._step.rows))
-            files[SAMPLES_FILE] = [{"step": state.global_step, **self._sampled(i)} for i in range(count)]
+            files[SAMPLES_FILE] = [{"step": state.global_step, **row} for row in self.samples()]
         for name, rows in files.items():
             self._failure = self._failure or _write_or_retry(self._folder / name, rows)
         if self._failure is not None:  # what was learned is saved first

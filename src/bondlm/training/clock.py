@@ -84,8 +84,8 @@ class StepMeans:
                 self._sums[name] = (before[0] + share * total, before[1] + share * weight)
 
     def drain(self, world: World) -> dict[str, float]:
-        """The means since the last call; every process must call, with metrics of the same names."""
-        names = sorted(self._sums)
+        """The means since the last call, of all names that any process has; every process must call."""
+        names = sorted(set(world.gather_objects(list(self._sums))))
         sums = torch.tensor([self._sums[n] for n in names], dtype=torch.float64).reshape(-1, 2)
         self._sums.clear()
         totals, weights = world.sum(sums).unbind(dim=1)

@@ -7,9 +7,12 @@ import numpy as np
 from torch import Tensor
 
 from bondlm.engines import Completion
+from bondlm.errors import RewardError
 from bondlm.rollout.samples import Samples
 from bondlm.training.clock import StepMeans
 from bondlm.training.rollout import Rollout
+
+TAKEN = ("loss", "grad_norm", "learning_rate", "epoch", "step", "step_time", "kl", "anchor/kl", "skipped_steps")
 
 
 def record(rollout: Rollout, means: StepMeans) -> None:
@@ -19,8 +22,23 @@ def record(rollout: Rollout, means: StepMeans) -> None:
         means.record_of_each({"anchor/kl": rollout.sampled_logp_PC - rollout.anchor_logp_PC}, counted_P)
         if rollout.reference_logp_PC is not None:
             means.record_of_each({"kl": rollout.sampled_logp_PC - rollout.reference_logp_PC}, counted_P)
-    means.record(reward_metrics(samples, plan.policy, counted_P), weight=float(counted_P.sum()))
-    means.record(work_metrics(samples, plan.policy, rollout.learned, plan.compare, rollout.num_passes))
+    own = reward_metrics(samples, plan.policy, counted_P)
+    means.record(own, weight=float(counted_P.sum()))
+    work = work_metrics(samples, plan.policy, rollout.learned, plan.compare, rollout.num_passes)
+    means.record(work)
+    for name in samples.by_name if plan.policy else ():
+        record_reward(name, samples.by_name[name][counted_P, : plan.policy], means)
+    if taken := sorted(samples.metrics.keys() & (own | work | dict.fromkeys(TAKEN)).keys()):
+        raise RewardError(f"log_metric({taken[0]!r}): a metric of bondlm's own has this name, choose another one")
+    means.record(samples.metrics)
+
+
+def record_reward(name: str, values_Pm: Tensor, means: StepMeans) -> None:
+    """Mean and spread of one reward over the samples of the prompts that it applies to; elsewhere it is NaN."""
+    applies_Pm = values_Pm[~values_Pm.isnan().any(dim=1)]
+    means.record({f"rewards/{name}/mean": float(applies_Pm.mean())}, weight=float(len(applies_Pm)))
+    spread = float(applies_Pm.std()) if applies_Pm.numel() > 1 else math.nan
+    means.record({f"rewards/{name}/std": spread}, weight=float(len(applies_Pm)) if applies_Pm.numel() > 1 else 0.0)
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
@@ -49,9 +67,6 @@ def reward_metrics(samples: Samples, num_policy: int, counted_P: Tensor) -> dict
     }
     if num_policy:
         metrics["reward"] = float(policy.mean())
-        metrics |= {
-            f"rewards/{name}/mean": float(v[counted_P, :num_policy].mean()) for name, v in samples.by_name.items()
-        }
     if anchor.shape[1]:
         metrics["anchor/reward"] = float(anchor.mean())
     return metrics

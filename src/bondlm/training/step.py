@@ -3,7 +3,7 @@
 Shapes: P prompts of this process, M samples of each, C of them compared with the anchor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -46,6 +46,7 @@ class Step:
     share_prompts: bool  # whether completions of a prompt may share its row
     seed: int
     missing_eos: str
+    trainer_state: Callable[[], Any]  # Trainer makes a new one when it trains
     gamma_ref: float = 0.0
 
     def roll_out(
@@ -122,7 +123,8 @@ class Step:
     ) -> Samples:
         """Decode and score completions of encoded rows; `drop` marks prompts whose reward fails instead of raising."""
         with self.clock("reward"), failing_together(self.world):
-            return score_samples(self.rewards, rows, completions, encoder=self.encoder, drop=drop)
+            how: dict[str, Any] = {"encoder": self.encoder, "trainer_state": self.trainer_state()}
+            return score_samples(self.rewards, rows, completions, drop=drop, **how)
 
     def logprob(self, role: Role, groups: list[Group]) -> Tensor:
         """Log-probability (P, C) under `role` of C completions of each prompt, nats, whichever model drew them."""

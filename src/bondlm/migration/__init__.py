@@ -1,0 +1,18 @@
+"""Names that users bring from TRL and older transformers: what each is called here, or why there is no such thing."""
+
+from bondlm.migration.names import Keywords, Loggers, NoOption, OwnNames, own_arguments, own_names
+from bondlm.migration.tables import ARGUMENTS, COMMAND_LINE, SETTINGS, UNSAFE_CODE, Foreign
+
+__all__ = [
+    "ARGUMENTS",
+    "COMMAND_LINE",
+    "SETTINGS",
+    "UNSAFE_CODE",
+    "Foreign",
+    "Keywords",
+    "Loggers",
+    "NoOption",
+    "OwnNames",
+    "own_arguments",
+    "own_names",
+]

@@ -1,0 +1,81 @@
+"""What becomes of a name that bondlm does not have: dropped if it asks for what happens anyway, else one sentence."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import InitVar
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bondlm.errors import ConfigError
+from bondlm.migration.tables import ARGUMENTS, COMMAND_LINE, SETTINGS, Foreign
+
+# Types of fields as `HfArgumentParser` must see them.
+if TYPE_CHECKING:
+    Keywords: TypeAlias = dict[str, Any] | None
+    Loggers: TypeAlias = str | list[str] | None
+    NoOption: TypeAlias = str
+else:
+    Keywords = dict[str, Any] | str | None  # JSON on a command line, which TrainingArguments reads
+    Loggers = None | str | list[str]  # it takes the second for the type of the option
+    NoOption = InitVar[str]  # TRL's ModelConfig has an option of that name: one parser cannot have two
+
+
+class OwnNames(type):
+    """Metaclass of a dataclass of settings: `own_names` goes before its constructor, of subclasses, too."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        """Build it from the names that bondlm has."""
+        return super().__call__(*args, **own_names(settings, vars(cls)["__dataclass_fields__"]))
+
+
+def own_names(given: Mapping[str, Any], known: Collection[str], *, command: str | None = None) -> dict[str, Any]:
+    """The settings of a run that bondlm knows; foreign ones with a neutral value are left out.
+
+    Args:
+        given: settings by name, as the user wrote them.
+        known: the names that bondlm has.
+        command: the command whose options these are; None in Python.
+
+    Raises:
+        ConfigError: a foreign name with a value that bondlm cannot follow, or a name that nobody knows.
+    """
+    table, what, more = SETTINGS, "setting", ""
+    if command is not None:
+        table, what, more = SETTINGS | COMMAND_LINE, "option", f"; see `bondlm {command} --help`"
+    return _own(given, known, table, what, more)
+
+
+def own_arguments(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse arguments of a trainer's constructor that `BONDTrainer` does not have, unless they are None.
+
+    Raises:
+        ConfigError: one of them has a value.
+    """
+    _own(given, known, ARGUMENTS, "argument", "", spare=True)
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """For a message: the known name that is most like this one, if any is."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _own(
+    given: Mapping[str, Any],
+    known: Collection[str],
+    table: Mapping[str, Foreign],
+    what: str,
+    more: str,
+    *,
+    spare: bool = False,
+) -> dict[str, Any]:
+    own, problems = {}, []
+    for name, value in given.items():
+        if name in known and not spare:
+            own[name] = value
+        elif name not in table:
+            problems.append(f"unknown {what} {name!r}{nearest(name, known)}{more}")
+        elif value is not None and value not in table[name].neutral:
+            problems.append(f"{name}={value!r}: {table[name].text}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return own

@@ -1,0 +1,214 @@
+"""The tables: each name of TRL 1.16 (GRPOConfig, RLOOConfig and what their scripts parse) and of older transformers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A name that bondlm does not have: the sentence for it, and values that ask for what bondlm does anyway.
+
+    None asks for nothing, whatever the name.
+    """
+
+    text: str
+    neutral: tuple[Any, ...] = ()
+
+
+UNSAFE_NAME = "trust_remote_code"
+UNSAFE_CODE = (
+    "would run code that comes with a model or data set, and bondlm does not; convert the model to an architecture of "
+    "transformers, or load it yourself and pass it to BONDTrainer"
+)
+_OWN_DISTRIBUTION = (
+    "completions are drawn from the model's own distribution, or their log-probabilities would not be those that are "
+    "learned from; remove it"
+)
+_ONE_STEP = "belongs to GRPO's surrogate over several steps per rollout, and bondlm takes one step per rollout"
+_OTHER_LOSS = "belongs to a loss_type that bondlm does not have"
+_NO_ENTROPY = "bondlm has no entropy bonus; a KL keeps the policy broad: beta_rl, gamma or gamma_ref"
+_SERVER_OPTION = "an option of the server: vllm_server_args with vllm_server: auto, or where you start the server"
+_RECOMPUTED = "log-probabilities of a server's samples are always recomputed by the learner (docs/vllm.md); remove it"
+_LOGGED = "samples.jsonl and the tables of loggers have them always: num_logged_samples says of how many prompts"
+_BATCHED = "the transformers engine batches by itself: max_rows is its only dial"
+_ADDRESS = "use vllm_base_url, such as http://127.0.0.1:8000"
+_OF_THE_MODEL = "use model_init_kwargs, such as model_init_kwargs: {%s}"
+_QUANTISED = _OF_THE_MODEL % "quantization_config: {load_in_4bit: true}"
+_PEFT = "the command line has use_peft and lora_r, lora_alpha, lora_dropout, lora_target_modules; for others use Python"
+_SPLIT = "train_dataset and eval_dataset each name their own data"
+
+_OF_GRPO = {
+    "num_iterations": Foreign(f"{_ONE_STEP}; remove it", (1,)),
+    "steps_per_generation": Foreign(f"{_ONE_STEP}: raise per_device_train_batch_size instead", (1,)),
+    "generation_batch_size": Foreign(
+        "a rollout is one optimizer step: per_device_train_batch_size * gradient_accumulation_steps prompts per process"
+    ),
+    "epsilon": Foreign(f"{_ONE_STEP}: nothing is clipped, remove it", (0.2,)),
+    "epsilon_high": Foreign(f"{_ONE_STEP}: nothing is clipped, remove it", (0.2,)),
+    "delta": Foreign(f"{_ONE_STEP}: nothing is clipped, remove it"),
+    "off_policy_mask_threshold": Foreign(f"{_ONE_STEP}: no sample is off-policy, remove it"),
+    "importance_sampling_level": Foreign(f"{_ONE_STEP}: all ratios are 1, remove it", ("token",)),
+    "loss_type": Foreign(
+        "a completion's log-probabilities are summed, as in 'dapo' and 'dr_grpo' up to one factor for the whole batch; "
+        "other values weigh tokens otherwise, or differ only over several steps per rollout",
+        ("dapo", "dr_grpo"),
+    ),
+    "sapo_temperature_neg": Foreign(f"{_OTHER_LOSS}; remove it", (1.05,)),
+    "sapo_temperature_pos": Foreign(f"{_OTHER_LOSS}; remove it", (1.0,)),
+    "vespo_k_pos": Foreign(f"{_OTHER_LOSS}; remove it", (2.0,)),
+    "vespo_lambda_pos": Foreign(f"{_OTHER_LOSS}; remove it", (3.0,)),
+    "vespo_k_neg": Foreign(f"{_OTHER_LOSS}; remove it", (3.0,)),
+    "vespo_lambda_neg": Foreign(f"{_OTHER_LOSS}; remove it", (2.0,)),
+    "multi_objective_aggregation": Foreign(
+        "rewards are summed with reward_weights first; normalise each in the reward function", ("sum_then_normalize",)
+    ),
+    "normalize_advantages": Foreign("objective: grpo normalises, inside each prompt", (False,)),
+    "reward_clip_range": Foreign("clip in the reward function"),
+    "top_entropy_quantile": Foreign("all tokens of a completion are learned from; remove it", (1.0,)),
+    "entropy_coef": Foreign(_NO_ENTROPY, (0.0,)),
+    "use_adaptive_entropy": Foreign(_NO_ENTROPY, (False,)),
+    "entropy_coef_min": Foreign(_NO_ENTROPY, (0.0,)),
+    "entropy_coef_max": Foreign(_NO_ENTROPY, (1.0,)),
+    "entropy_coef_delta": Foreign(_NO_ENTROPY, (0.005,)),
+    "entropy_target": Foreign(_NO_ENTROPY, (0.2,)),
+    "use_bias_correction_kl": Foreign("the KL of bondlm has the unbiased gradient; remove it", (True,)),
+    "router_aux_loss_coef": Foreign("no auxiliary loss of a router is added; remove it", (0.0,)),
+    "cast_lm_head_to_fp32": Foreign("log-probabilities are summed in fp32 already; remove it", (False,)),
+}
+_OF_SAMPLING = {
+    "num_generations": Foreign(
+        "use num_samples with rloo, grpo and self_bond; jbond draws 1 and num_anchor_samples of the anchor. "
+        "per_device_train_batch_size counts prompts, not completions"
+    ),
+    "num_generations_eval": Foreign("use eval_num_samples"),
+    "temperature": Foreign(_OWN_DISTRIBUTION, (1.0,)),
+    "top_p": Foreign(_OWN_DISTRIBUTION, (1.0,)),
+    "top_k": Foreign(_OWN_DISTRIBUTION, (0, -1)),
+    "min_p": Foreign(_OWN_DISTRIBUTION, (0.0,)),
+    "repetition_penalty": Foreign(_OWN_DISTRIBUTION, (1.0,)),
+    "generation_kwargs": Foreign(_OWN_DISTRIBUTION, ({}, "{}")),
+    "cache_implementation": Foreign(_BATCHED),
+    "use_transformers_continuous_batching": Foreign(_BATCHED, (False,)),
+    "transformers_continuous_batching_config": Foreign(_BATCHED),
+    "use_transformers_paged": Foreign(_BATCHED, (False,)),
+    "pad_to_multiple_of": Foreign("a batch is padded to its longest row; remove it", ("auto", 1)),
+    "mask_truncated_completions": Foreign("use missing_eos: drop (whole prompts) or missing_eos: worst", (False,)),
+    "max_tool_calling_iterations": Foreign("a completion is one answer, and no tool is called; remove it"),
+    "shuffle_dataset": Foreign("use train_sampling_strategy: sequential", (True,)),
+    "ds3_gather_for_generation": Foreign("ZeRO-3 always gathers for generation (docs/scaling.md); remove it", (True,)),
+}
+_OF_VLLM = {
+    "use_vllm": Foreign("use engine: vllm (docs/vllm.md)", (False,)),
+    "vllm_mode": Foreign("use vllm_server: 'external' is a server that you run, 'auto' one that the run starts"),
+    "vllm_server_base_url": Foreign("use vllm_base_url"),
+    "vllm_server_host": Foreign(_ADDRESS, ("0.0.0.0", "127.0.0.1", "localhost")),  # noqa: S104  TRL's default
+    "vllm_server_port": Foreign(_ADDRESS, (8000,)),
+    "vllm_server_timeout": Foreign("use vllm_start_timeout"),
+    "vllm_group_port": Foreign("weights reach the server through files, no group is opened; remove it", (51216,)),
+    "vllm_gpu_memory_utilization": Foreign(f"{_SERVER_OPTION}: --gpu-memory-utilization"),
+    "vllm_tensor_parallel_size": Foreign(f"{_SERVER_OPTION}: --tensor-parallel-size", (1,)),
+    "vllm_max_model_length": Foreign(f"{_SERVER_OPTION}: --max-model-len"),
+    "vllm_model_impl": Foreign(f"{_SERVER_OPTION}: --model-impl", ("vllm",)),
+    "vllm_enable_sleep_mode": Foreign(f"{_SERVER_OPTION}: --enable-sleep-mode", (False,)),
+    "vllm_structured_outputs_regex": Foreign(_OWN_DISTRIBUTION),
+    "vllm_importance_sampling_correction": Foreign(_RECOMPUTED, (True,)),
+    "vllm_importance_sampling_mode": Foreign(_RECOMPUTED, ("sequence_mask",)),
+    "vllm_importance_sampling_clip_max": Foreign(_RECOMPUTED, (3.0,)),
+    "vllm_importance_sampling_clip_min": Foreign(_RECOMPUTED),
+    "vllm_importance_sampling_cap": Foreign(_RECOMPUTED),
+}
+_OF_REFERENCE = {
+    "sync_ref_model": Foreign("use anchor: 'ema' follows at eta, 'periodic' is copied, 'fixed' stays"),
+    "ref_model_mixup_alpha": Foreign("use eta, with anchor: ema"),
+    "ref_model_sync_steps": Foreign("use anchor_update_every, with anchor: periodic"),
+}
+_OF_LOGGING = {
+    "log_completions": Foreign(_LOGGED, (True, False)),
+    "num_completions_to_print": Foreign(_LOGGED),
+    "log_unique_prompts": Foreign(_LOGGED, (False,)),
+    "log_multimodal": Foreign("bondlm learns from text; remove it", (True, False)),
+    "log_completions_hub_repo": Foreign("samples.jsonl is in the run folder, and push_to_hub uploads that"),
+}
+_OLDER = {
+    "kl_coef": Foreign("use beta_rl"),
+    "rloo_k": Foreign("use num_samples"),
+    "response_length": Foreign("use max_completion_length"),
+    "max_new_tokens": Foreign("use max_completion_length"),
+    "missing_eos_penalty": Foreign("use missing_eos: worst"),
+    "num_ppo_epochs": Foreign(f"{_ONE_STEP}; remove it", (1,)),
+    "num_mini_batches": Foreign(f"{_ONE_STEP}; remove it", (1,)),
+    "cliprange": Foreign(f"{_ONE_STEP}: nothing is clipped, remove it"),
+    "evaluation_strategy": Foreign("use eval_strategy"),
+    "no_cuda": Foreign("use use_cpu", (False,)),
+    "warmup_ratio": Foreign("use warmup_steps: below 1 it is a share of the run", (0.0,)),
+    "group_by_length": Foreign("prompts of similar length learn together anyway; remove it", (True, False)),
+    "overwrite_output_dir": Foreign("choose another output_dir, or remove the folder", (False,)),
+    "logging_dir": Foreign("set TENSORBOARD_LOGGING_DIR in the environment"),
+    "save_safetensors": Foreign("everything is saved as safetensors; remove it", (True,)),
+    "push_to_hub_model_id": Foreign("use hub_model_id"),
+    "push_to_hub_token": Foreign("set HF_TOKEN in the environment"),
+    "per_gpu_train_batch_size": Foreign("use per_device_train_batch_size"),
+    "fp16_backend": Foreign("use bf16 or fp16", ("auto",)),
+    "half_precision_backend": Foreign("use bf16 or fp16", ("auto",)),
+    "torch_dtype": Foreign("use dtype"),
+}
+SETTINGS: dict[str, Foreign] = {
+    UNSAFE_NAME: Foreign(UNSAFE_CODE, (False,)),
+    **_OF_SAMPLING,
+    **_OF_GRPO,
+    **_OF_VLLM,
+    **_OF_REFERENCE,
+    **_OF_LOGGING,
+    **_OLDER,
+}
+
+COMMAND_LINE: dict[str, Foreign] = {
+    "resume_from_checkpoint": Foreign("use resume: auto, never, or a checkpoint folder"),
+    "model_name_or_path": Foreign("use model"),
+    "reward_model_name_or_path": Foreign("use reward_funcs, which takes functions and models alike"),
+    "dataset_name": Foreign("use train_dataset"),
+    "dataset_config": Foreign(_SPLIT),
+    "dataset_train_split": Foreign(_SPLIT, ("train",)),
+    "dataset_test_split": Foreign(_SPLIT),
+    "dataset_streaming": Foreign("the prompts are read whole; remove it", (False,)),
+    "datasets": Foreign("train_dataset takes one data set: mix them before"),
+    "ignore_bias_buffers": Foreign("a debugging aid of TRL's scripts; remove it", (False,)),
+    "model_revision": Foreign(_OF_THE_MODEL % "revision: main", ("main",)),
+    "attn_implementation": Foreign(_OF_THE_MODEL % "attn_implementation: sdpa"),
+    "load_in_8bit": Foreign(_QUANTISED, (False,)),
+    "load_in_4bit": Foreign(_QUANTISED, (False,)),
+    "bnb_4bit_quant_type": Foreign(_QUANTISED, ("nf4",)),
+    "bnb_4bit_quant_storage": Foreign(_QUANTISED),
+    "use_bnb_nested_quant": Foreign(_QUANTISED, (False,)),
+    "lora_target_parameters": Foreign(_PEFT),
+    "lora_modules_to_save": Foreign(_PEFT),
+    "lora_task_type": Foreign(_PEFT, ("CAUSAL_LM",)),
+    "use_rslora": Foreign(_PEFT, (False,)),
+    "use_dora": Foreign(_PEFT, (False,)),
+}
+
+# Of a trainer's constructor.
+ARGUMENTS: dict[str, Foreign] = {
+    "tools": Foreign(
+        "a completion is one answer of the model, and no tool is called; score what it would do", ([], ())
+    ),
+    "rollout_func": Foreign(
+        "bondlm draws the completions itself, from the policy and its anchor; train from samples that you drew with "
+        "objective='best_of_n_sft', 'bonbon' or 'best_of_n_regression' and a train_dataset of scored samples"
+    ),
+    "environment_factory": Foreign(
+        "a completion is one answer, without an environment's turns; score it in a reward function"
+    ),
+    "environments": Foreign("a completion is one answer, without an environment's turns", ([], ())),
+    "tokenizer": Foreign("use processing_class"),
+    "ref_model": Foreign("the reference is the model as it is given; remove it"),
+    "reward_model": Foreign("use reward_funcs"),
+    "reward_models": Foreign("use reward_funcs"),
+    "judge": Foreign("use reward_funcs"),
+    "model_init": Foreign("pass a model, or its name"),
+    "data_collator": Foreign("a batch is rows of text, and bondlm collates them; remove it"),
+    "compute_metrics": Foreign("evaluate() measures reward, win rate, effective N and KL; add judges as reward_funcs"),
+    "compute_loss_func": Foreign("the loss is the objective's: choose it with args.objective"),
+    "preprocess_logits_for_metrics": Foreign("evaluate() looks at no logits; remove it"),
+    "optimizer_cls_and_kwargs": Foreign("use optimizers, or args.optim"),
+}

@@ -1,0 +1,41 @@
+"""What TRL hands to reward functions beside data: the state of training, and two ways to log from inside of one."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from bondlm.errors import RewardError
+
+NAMES = ("trainer_state", "log_extra", "log_metric")
+
+
+class Extras:
+    """Takes what reward functions log while they score B completions; a function gets what its signature accepts."""
+
+    def __init__(self, count: int, trainer_state: Any = None) -> None:
+        """`count` is B; `trainer_state` is None outside training."""
+        self._count = count
+        self.offered = {"trainer_state": trainer_state, "log_extra": self._extra, "log_metric": self._metric}
+        self.columns: dict[str, list[Any]] = {}
+        self._metrics: dict[str, list[float]] = {}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The mean of what was logged under each name."""
+        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+    def _extra(self, column: str, values: Iterable[Any]) -> None:
+        """Keep one value for each completion: it goes beside them into samples.jsonl and the tables of loggers."""
+        plain = [value.item() if hasattr(value, "item") else value for value in values]
+        if len(plain) != self._count:
+            raise RewardError(
+                f"log_extra({column!r}) has {len(plain)} values for {self._count} completions: give one for each, in "
+                "their order"
+            )
+        self.columns[str(column)] = [v if isinstance(v, str | int | float | None) else str(v) for v in plain]
+
+    def _metric(self, name: str, value: Any) -> None:
+        """Keep a number: its mean over calls and steps is logged under its name."""
+        try:
+            self._metrics.setdefault(str(name), []).append(float(value))
+        except (TypeError, ValueError) as error:
+            raise RewardError(f"log_metric({name!r}, {value!r}): give one number") from error
