@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of
 from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.paths import expanded
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
 from bondlm.data.scored import check_inputs, group_scored, is_scored, samples_per_prompt
@@ -120,6 +121,7 @@ class BONDTrainer(Trainer):
     ) -> None:
         own_arguments(others, list(inspect.signature(BONDTrainer).parameters))
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
+        model = expanded(model)
         name = model if isinstance(model, str) else model.config._name_or_path
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         # Inputs: what the settings and the data say alone, before a model is loaded.

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from bondlm.cli.presets import with_preset
+from bondlm.data.paths import expanded
 from bondlm.errors import ConfigError
 from bondlm.migration import own_names
 from bondlm.migration.names import nearest
@@ -186,8 +187,9 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
             given["judges"] = [*(judges if isinstance(judges, list) else [judges]), text]
         else:
             given[name] = _value(name, text)
-    options = (_read(Path(path)) if path is not None else {}) | given
-    return with_preset(known_options(command, options))
+    options = (_read(Path(path).expanduser()) if path is not None else {}) | given
+    known = known_options(command, options)
+    return with_preset({name: value if name == "prompt" else expanded(value) for name, value in known.items()})
 
 
 def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:

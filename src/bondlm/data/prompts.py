@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bondlm.data.chat_templates import joined_text
+from bondlm.data.paths import expanded
 from bondlm.data.rendering import is_token_ids
 from bondlm.errors import DataError, listed
 
@@ -60,6 +61,7 @@ def load_prompts(
     from datasets import Dataset, DatasetDict
 
     if isinstance(source, str | Path):
+        source = expanded(str(source))
         if Path(source).suffix.lower() in _JSONL:
             return _to_dataset(read_jsonl(source, prompts=True, skipped=skipped, token_ids=token_ids), str(source))
         dataset = _open_source(str(source), split)

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bondlm.config import BONDConfig
+from bondlm.data.paths import refuse_absent_folder
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import (
     check_adapter,
@@ -45,6 +46,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any
             f"trust_remote_code would run code that comes with {str(path)!r}: bondlm does not. Load the model yourself "
             "and pass it to BONDTrainer"
         )
+    refuse_absent_folder(str(path), "model")
     try:
         if (Path(path) / "adapter_config.json").is_file():
             adapter = PeftConfig.from_pretrained(str(path))

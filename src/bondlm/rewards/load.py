@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import torch
 from torch import nn
 
+from bondlm.data.paths import expanded
 from bondlm.errors import ConfigError
 from bondlm.models.load import fast_dtype
 from bondlm.rewards.calls import RewardFunction
@@ -167,7 +168,7 @@ def _load_one(
 def _load_named_function(spec: str, kind: str) -> RewardFunction:
     near = difflib.get_close_matches(kind, _KINDS, n=1)
     try:
-        return load_function(spec)
+        return load_function(expanded(spec))
     except ConfigError as error:
         if not near:
             raise
@@ -183,7 +184,7 @@ def _function_name(function: Any) -> str:
 def _load_model_reward(
     kind: str, rest: str, tokenizer: Any, device: torch.device | str, dtype: torch.dtype | str
 ) -> tuple[str, RewardFunction]:
-    path, _, query = rest.partition("?")
+    path, _, query = expanded(rest).partition("?")
     if path.endswith(".py"):
         raise ConfigError(f"reward {path!r} is a file: name the function in it, '{path}:function'.")
     reward_class, known = _KINDS[kind]

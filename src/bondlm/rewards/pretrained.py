@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bondlm.data.paths import refuse_absent_folder
 from bondlm.errors import ConfigError
 
 
@@ -45,7 +46,7 @@ def load_config(path: str) -> Any:
     """
     from transformers import AutoConfig
 
-    _refuse_absent_folder(path)
+    refuse_absent_folder(path, "reward model")
     if (Path(path) / "adapter_config.json").is_file():
         raise _adapter_error(path)
     try:
@@ -88,7 +89,7 @@ def load_model(
     Raises:
         ConfigError: The model cannot be loaded, or weights are missing.
     """
-    _refuse_absent_folder(path)
+    refuse_absent_folder(path, "reward model")
     try:
         model, info = auto_class.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -104,13 +105,6 @@ def load_model(
             f"as a {type(model).__name__} they would be random numbers. Give a checkpoint trained as one."
         )
     return with_fp32_head(model.to(device))
-
-
-def _refuse_absent_folder(path: str) -> None:
-    """Say that a folder is not there, instead of asking the hub for a name that it cannot hold."""
-    is_folder_name = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if is_folder_name and not Path(path).is_dir():
-        raise ConfigError(f"reward model {path!r}: there is no folder {Path(path).resolve()}.")
 
 
 def _load_error(path: str, error: Exception) -> ConfigError:

@@ -1,0 +1,27 @@
+"""Paths as users write them."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from bondlm.errors import ConfigError
+
+
+def expanded(value: Any) -> Any:
+    """With `~` at the beginning of a text replaced by the home folder, in lists too; anything else stays as it is."""
+    if isinstance(value, list):
+        return [expanded(part) for part in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+def refuse_absent_folder(name: str, what: str) -> None:
+    """Say that a folder is not there, instead of asking the hub for a name that it cannot hold.
+
+    Raises:
+        ConfigError: `name` can only be a folder (or lies in one that exists), and there is none.
+    """
+    path = Path(name)
+    in_a_folder = name.count("/") == 1 and path.parent.is_dir()
+    is_folder_name = name.startswith((".", "/")) or name.count("/") > 1 or in_a_folder
+    if is_folder_name and not path.is_dir():
+        raise ConfigError(f"{what} {name!r}: there is no folder {path.resolve()}")
