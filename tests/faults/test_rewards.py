@@ -46,7 +46,7 @@ class FailsFor:
         return [self._value if p == self._prompt else r for p, r in zip(prompts, good, strict=True)]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "good", True], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "good"], ids=str)
 def test_r1_a_bad_reward_drops_its_prompt_whole_and_the_rest_learn_as_if_it_were_not_there(
     value: Any, tmp_path: Path
 ) -> None:
@@ -195,7 +195,7 @@ SHAPES: dict[str, tuple[Any, bool]] = {
     "(1, B)": (torch.tensor([[1.0, 2.0, 3.0]]), False),
     "(B, 2)": (torch.ones(3, 2), False),
     "too many": ([1.0, 2.0, 3.0, 4.0], False),
-    "a generator": ((float(i) for i in range(3)), False),
+    "a range": (range(1, 4), True),
     "None": (None, False),
 }
 

@@ -104,7 +104,7 @@ def test_d10_another_tokenizer_is_refused(copy: Path) -> None:
     template = copy.parent / "model" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|> "))
     assert train(copy, lambda: None, "--max_steps", "4") == 2
-    assert re.search("chat template.*max_prompt_length", said(copy))
+    assert re.search("chat template.*truncate_prompt", said(copy))
 
 
 def test_d11_another_number_of_prompts_a_step_is_refused(copy: Path, straight: Path) -> None:

@@ -15,7 +15,7 @@ def rendering_of_run(args: Any) -> Rendering:
 
     def decide() -> tuple[datetime, bool]:
         before = read_prompting(folder)
-        return (before["now"] if before else datetime.now()), begun_by_0_1(folder)
+        return (before["now"] if before else datetime.today()), begun_by_0_1(folder)
 
     now, is_old = decided_by_main(decide, World.of(args), wait_s=args.ddp_timeout)
     return Rendering(
