@@ -184,7 +184,7 @@ def _rendering(settings: Mapping[str, Any]) -> Any:
     rendering = rendering_of(settings, run=model, keeps_0_1=True)
     if rendering.now is None and not rendering.leaves_text:
         before = read_prompting(output)
-        rendering = replace(rendering, now=before["now"] if before else datetime.now())
+        rendering = replace(rendering, now=before["now"] if before else datetime.today())
         if not (output / PROMPTING_FILE).is_file():
             write_prompting(output, rendering.prompt_format, rendering.variables, rendering.now)
     return rendering
