@@ -206,6 +206,7 @@ def test_x6_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str
 
 SECRETS = {
     "address": "https://user:hunter2secret@rewards.example/score",
+    "address taken for a path": "https:/user:hunter2secret@rewards.example/score",
     "query": "http://127.0.0.1/score?api_key=hunter2secret&n=1",
     "token in a query": "http://127.0.0.1/score?access_token=hunter2secret",
     "header": "Authorization: Bearer hunter2secret.abc",

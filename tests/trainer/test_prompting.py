@@ -43,7 +43,7 @@ class Clock:
     def __init__(self, day: int) -> None:
         self.day = day
 
-    def now(self) -> datetime:
+    def today(self) -> datetime:
         return datetime(2026, 1, self.day, 12)
 
 

@@ -18,8 +18,10 @@ def refuse_absent_folder(name: str, what: str) -> None:
     """Say that a folder is not there, instead of asking the hub for a name that it cannot hold.
 
     Raises:
-        ConfigError: `name` can only be a folder (or lies in one that exists), and there is none.
+        ConfigError: `name` can only be a folder (or lies in one that exists), and there is none; or it is an address.
     """
+    if "://" in name:
+        raise ConfigError(f"{what} {name!r}: an address is neither a folder nor a name on the hub")
     path = Path(name)
     in_a_folder = name.count("/") == 1 and path.parent.is_dir()
     is_folder_name = name.startswith((".", "/")) or name.count("/") > 1 or in_a_folder

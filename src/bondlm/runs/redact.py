@@ -11,7 +11,7 @@ from typing import Any
 HIDDEN = "<secret>"
 _NAMES = r"(?:[a-z]+[_-])?(?:token|secret|password|passwd|api[_-]?key|access[_-]?key|authorization)"
 _PATTERNS = (
-    (re.compile(r"(?<=://)[^/\s@]+(?=@)"), HIDDEN),  # user and password in an address
+    (re.compile(r"(:/{1,2})[^/\s@]+(?=@)"), rf"\g<1>{HIDDEN}"),  # user, password in an address; a path has one slash
     (re.compile(rf"(?i)([?&;]{_NAMES}=)[^&\s#'\";]+"), rf"\g<1>{HIDDEN}"),
     (re.compile(rf"(?i)(--{_NAMES}['\"]?[\s,=]+['\"]?)[^\s'\",\]]+"), rf"\g<1>{HIDDEN}"),
     (re.compile(r"(?i)\b(bearer|basic)(\s+)[a-z0-9._~+/=-]{8,}"), rf"\g<1>\g<2>{HIDDEN}"),
