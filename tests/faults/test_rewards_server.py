@@ -245,7 +245,9 @@ def test_m1_processes_wait_longer_for_each_other_than_one_may_for_its_server(
     """And the limit reaches the process group. A rank that is gone: test_processes.py."""
     limits: list[float] = []
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr("bondlm.config.PartialState", lambda timeout, **others: limits.append(timeout.total_seconds()))
+    monkeypatch.setattr(
+        "bondlm.config.bond_config.PartialState", lambda timeout, **others: limits.append(timeout.total_seconds())
+    )
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
     made = config(tmp_path, **settings)
     assert made.ddp_timeout == seconds

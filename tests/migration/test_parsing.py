@@ -78,7 +78,7 @@ def test_a_subclass_has_the_same_names(tmp_path: Path) -> None:
 def test_a_beta_that_looks_like_a_kl_coefficient_warns(
     objective: str, beta: float, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, logger="bondlm.config"):
+    with caplog.at_level(logging.WARNING, logger="bondlm.config.bond_config"):
         config(tmp_path, objective=objective, beta=beta)
     assert ("beta_rl" in caplog.text) == warns
 

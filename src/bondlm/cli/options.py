@@ -232,7 +232,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def bond_fields() -> dict[str, str]:
     """Name and help text of every field of `BONDConfig`, read from its source."""
-    tree = ast.parse((Path(__file__).parents[1] / "config.py").read_text(encoding="utf-8"))
+    tree = ast.parse((Path(__file__).parents[1] / "config" / "bond_config.py").read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "BONDConfig")
     return {
         node.target.id: ast.literal_eval(node.value.args[1])

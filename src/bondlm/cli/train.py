@@ -248,7 +248,7 @@ def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
 
 
 def _may_change(name: str) -> str:
-    """Whether an option may have another value when a run goes on: see `bondlm.config.Setting`."""
+    """Whether an option may have another value when a run goes on: see `bondlm.config.settings.Setting`."""
     from bondlm.config import SETTINGS
 
     if name in FREE_NAMES:

@@ -7,19 +7,20 @@ why.
 import logging
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field
+from dataclasses import MISSING, Field, dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from bondlm.config.checks import problems as problems_of
+from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
 from bondlm.errors import ConfigError
 from bondlm.migration import UNSAFE_CODE, Keywords, Loggers, NoOption, OwnNames
 from bondlm.objectives import Objective
 from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
-from bondlm.objectives.rules import Rule, above, at_least, beginning_with, between, finite, off, one_of
+from bondlm.objectives.rules import above, at_least, beginning_with, between, finite, off, one_of
 
 _log = logging.getLogger(__name__)
 
@@ -29,30 +30,6 @@ MEANT_AS_KL = 0.1  # a smaller beta is rarely a Jeffreys weight
 PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """What is known of a setting beside its default and its text.
-
-    `may_change` is about a run that is continued: it may have another value "on demand" (`allow_config_change`),
-    "always", "if endless" (its learning rates do not depend on its length), or "never" (the checkpoint holds it).
-    """
-
-    rule: Rule | None = None  # None: any value, or its objective has the rule
-    needs: tuple[str, str] | None = None  # another setting, and the value of it without which this one has no effect
-    may_change: Literal["on demand", "always", "if endless", "never"] = "on demand"
-    shared: bool = False  # all processes of a run must have the same
-
-
-def _field(default: Any, help_text: str, rule: Rule | None = None, **more: Any) -> Any:
-    """A setting of ours; `help_text` is what `bondlm train --help` says (it reads the source)."""
-    made: Field[Any] = field(default=default, metadata={"help": help_text})
-    _OWN[made] = Setting(rule=rule, shared=True, **more)  # metadata would reach argparse, by `HfArgumentParser`
-    return made
-
-
-_OWN: dict[Field[Any], Setting] = {}
-
-
 @dataclass
 class BONDConfig(TrainingArguments, metaclass=OwnNames):
     """Settings of `BONDTrainer`. `per_device_train_batch_size` counts prompts, not completions."""
@@ -60,218 +37,218 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
     # -- the algorithm
-    objective: str = _field(
+    objective: str = setting(
         "jbond",
         "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, grpo, vbon, bonbon, "
         "best_of_n_regression or self_bond.",
         one_of(*OBJECTIVES),
     )
-    n: int = _field(2, "Order of Best-of-n in the target, at least 2. J-BOND is defined for 2.")
-    beta: float = _field(0.5, "Jeffreys weight in [0, 1]: 0 is forward KL only (SFT), 1 backward KL only. Paper: 0.5.")
-    gamma: float = _field(0.0, "Strength >= 0 of the extra KL to the anchor. Paper: 0 to 2 (Fig. 6).")
-    gamma_ref: float = _field(
+    n: int = setting(2, "Order of Best-of-n in the target, at least 2. J-BOND is defined for 2.")
+    beta: float = setting(0.5, "Jeffreys weight in [0, 1]: 0 is forward KL only (SFT), 1 backward KL only. Paper: 0.5.")
+    gamma: float = setting(0.0, "Strength >= 0 of the extra KL to the anchor. Paper: 0 to 2 (Fig. 6).")
+    gamma_ref: float = setting(
         0.0,
         "Strength >= 0 of the KL to the fixed reference, with a moving anchor: it sets the N that is kept "
         "(docs/theory.md).",
         finite(0, "a negative value pushes away from the reference"),
     )
-    anchor: AnchorSchedule = _field(
+    anchor: AnchorSchedule = setting(
         None,
         "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed'. grpo: default 'fixed'; "
         "self_bond: always 'fixed'.",
         one_of(*get_args(AnchorSchedule)),
     )
-    eta: float = _field(
+    eta: float = setting(
         0.02,
         "Mixing rate in [0, 1] of the EMA anchor (Eq. 18). Paper: 0.02 (7B), 0.05 (2B).",
         between(0, 1, "it is 1 - decay"),
         needs=("anchor", "ema"),
     )
-    anchor_update_every: int = _field(
+    anchor_update_every: int = setting(
         50,
         "Optimizer steps between copies of a 'periodic' anchor. Paper: 50 (Fig. 5).",
         at_least(1),
         needs=("anchor", "periodic"),
     )
-    offload_anchor: bool = _field(
+    offload_anchor: bool = setting(
         False, "Full fine-tuning: the anchor rests on the CPU and visits the device while it is used (docs/scaling.md)."
     )
-    num_anchor_samples: int | None = _field(
+    num_anchor_samples: int | None = setting(
         None,
         "Anchor samples k behind a quantile. Default: 2 for jbond, 16 for bond and vbon, 1 for a learned quantile.",
     )
-    log_quantile: str | None = _field(
+    log_quantile: str | None = setting(
         None,
         "Estimate of the log-quantile: jbond takes 'jbond' (Eq. 17, default) or 'harmonic', bond 'clamped' (default) "
         "or 'harmonic', self_bond 'tilt' (default), 'harmonic' or 'best_of_n'.",
         needs=("quantile", "monte_carlo"),
     )
-    correction: bool = _field(
+    correction: bool = setting(
         False,
         "bond: add the collision term of Eq. 4, which keeps ties exact. Paper: dropped.",
         needs=("quantile", "monte_carlo"),
     )
-    quantile: str = _field(
+    quantile: str = setting(
         "monte_carlo", "bond: 'monte_carlo' quantiles from k anchor samples, or 'learned' by a small model (App. B.1)."
     )
-    quantile_learning_rate: float = _field(
+    quantile_learning_rate: float = setting(
         1e-3, "Learning rate of the learned quantile model.", above(0), needs=("quantile", "learned")
     )
-    beta_rl: float = _field(
+    beta_rl: float = setting(
         0.05, "reinforce, rloo, grpo: KL coefficient >= 0 in units of reward per nat. Paper: 0.001 to 1."
     )
-    num_samples: int | None = _field(
+    num_samples: int | None = setting(
         None,
         "Samples per prompt. rloo: default 2; grpo: default 8; self_bond: default 8, at least 3; best_of_n_regression: "
         "default n, or all logged ones.",
     )
-    scale_rewards: str = _field(
+    scale_rewards: str = setting(
         "group", "grpo: 'group' divides a prompt's rewards by their standard deviation, 'none' does not."
     )
-    alpha: float = _field(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
+    alpha: float = setting(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
 
     # -- prompts, completions, rewards
-    max_prompt_length: int | None = _field(
+    max_prompt_length: int | None = setting(
         None, "Longest prompt in tokens; a longer one is an error, see truncate_prompt.", at_least(1)
     )
-    truncate_prompt: str = _field(
+    truncate_prompt: str = setting(
         "never",
         "Prompts that do not fit: 'never' refuses them, 'left' leaves out their beginning. Text alone: of a "
         "conversation that would cut the template. Reward functions see the prompt whole.",
         one_of("never", "left"),
     )
-    prompt_format: str = _field(
+    prompt_format: str = setting(
         "auto",
         "What plain text is to the model: 'auto' (a chat model gets it as one message of the user), 'chat', 'plain' "
         "(as it is) or 'rendered' (a chat template has written it, or prompts are token ids).",
         one_of("auto", "chat", "plain", "rendered"),
     )
-    chat_template_kwargs: dict[str, Any] | None = _field(
+    chat_template_kwargs: dict[str, Any] | None = setting(
         None,
         "Variables that the chat template looks at, such as {enable_thinking: false}. A column of this name has those "
         "of a row.",
     )
-    max_completion_length: int = _field(256, "Most tokens of a completion, end-of-sequence included.", at_least(1))
-    missing_eos: str = _field(
+    max_completion_length: int = setting(256, "Most tokens of a completion, end-of-sequence included.", at_least(1))
+    missing_eos: str = setting(
         "keep",
         "A completion that does not end within max_completion_length: 'keep' it with its reward (as the paper does), "
         "rank it 'worst' among its prompt's samples, or 'drop' the prompt from the step.",
         one_of("keep", "worst", "drop"),
     )
-    reward_weights: list[float] | None = _field(None, "Weight of each reward function. Default: 1 each.")
-    reward_timeout_s: float = _field(
+    reward_weights: list[float] | None = setting(None, "Weight of each reward function. Default: 1 each.")
+    reward_timeout_s: float = setting(
         60.0,
         "Seconds that a request to a reward server, or a call of an async reward function, may take.",
         above(0, "seconds"),
         may_change="always",
     )
-    reward_outage_s: float = _field(
+    reward_outage_s: float = setting(
         600.0,
         "Seconds that the run waits for a reward server that is down; then it saves and ends.",
         at_least(0, "seconds"),
         may_change="always",
     )
-    max_skipped_frac: float = _field(
+    max_skipped_frac: float = setting(
         0.01,
         "Fraction in [0, 1] of prompts whose reward may fail: they are dropped whole and counted. One may fail in any "
         "case, unless this is 0. The same for bad rows with on_bad_row='skip'.",
         between(0, 1),
         may_change="always",
     )
-    on_bad_row: str = _field(
+    on_bad_row: str = setting(
         "fail",
         "Bad rows of train_dataset: 'fail', or 'skip' (left out and counted, see max_skipped_frac).",
         one_of("fail", "skip"),
     )
-    strict: bool = _field(
+    strict: bool = setting(
         False, "Held-out prompts that are training prompts too are an error, not a warning.", may_change="always"
     )
 
     # -- model and engine
-    model_init_kwargs: Keywords = _field(None, "Keyword arguments of from_pretrained for a model name.")
-    dtype: NoOption = _field(
+    model_init_kwargs: Keywords = setting(None, "Keyword arguments of from_pretrained for a model name.")
+    dtype: NoOption = setting(
         "auto",
         "Dtype of frozen weights with LoRA: 'float32', 'bfloat16' or 'auto' (bf16 where the hardware has it).",
         one_of("auto", "float32", "bfloat16"),
     )
-    engine: str = _field(
+    engine: str = setting(
         "auto",
         "Who generates: 'auto', 'transformers' or 'vllm' (docs/vllm.md).",
         one_of("auto", "transformers", "vllm"),
     )
-    vllm_server: str = _field(
+    vllm_server: str = setting(
         "external",
         "vllm: 'external' (it runs at vllm_base_url) or 'auto' (started, and stopped).",
         one_of("external", "auto"),
     )
-    vllm_base_url: str = _field(
+    vllm_base_url: str = setting(
         "http://127.0.0.1:8000", "vllm: address of an external server.", beginning_with("http://", "https://")
     )
-    vllm_python: str | None = _field(
+    vllm_python: str | None = setting(
         None, "vllm: with vllm_server='auto', the Python interpreter that has vLLM installed. Default: this one."
     )
-    vllm_server_args: list[str] | None = _field(None, "vllm: more options for a server that is started ('auto').")
-    vllm_timeout: float = _field(600.0, "vllm: seconds until an answer is given up for lost.", above(0, "seconds"))
-    vllm_start_timeout: float = _field(
+    vllm_server_args: list[str] | None = setting(None, "vllm: more options for a server that is started ('auto').")
+    vllm_timeout: float = setting(600.0, "vllm: seconds until an answer is given up for lost.", above(0, "seconds"))
+    vllm_start_timeout: float = setting(
         600.0, "vllm: seconds until a server that is started must answer.", above(0, "seconds")
     )
-    max_rows: int | None = _field(
+    max_rows: int | None = setting(
         None,
         "Most completions that are decoded together. Default: as many as fit into memory (on a CPU 96 at most).",
         at_least(1),
         may_change="always",
     )
-    cuda_graphs: bool = _field(
+    cuda_graphs: bool = setting(
         True,
         "Transformers engine on CUDA: decode by replaying a recorded step. False if it gets in the way of something.",
     )
-    max_skipped_steps: int = _field(
+    max_skipped_steps: int = setting(
         2,
         "Steps in a row whose gradient may be non-finite: they are skipped and counted. One more ends the run.",
         at_least(0),
     )
-    disable_dropout: bool = _field(True, "Set all dropout to 0, so that log-probabilities are reproducible.")
+    disable_dropout: bool = setting(True, "Set all dropout to 0, so that log-probabilities are reproducible.")
 
     # -- evaluation
-    eval_num_samples: int = _field(
+    eval_num_samples: int = setting(
         4, "Policy completions per held-out prompt in an evaluation.", at_least(1), may_change="always"
     )
-    eval_num_reference_samples: int = _field(
+    eval_num_reference_samples: int = setting(
         16, "Reference completions per held-out prompt: they show N up to this.", at_least(2), may_change="always"
     )
-    target_n: float | None = _field(
+    target_n: float | None = setting(
         None, "Stop training once the lower end of effective N reaches this value.", above(1), may_change="always"
     )
-    kl_budget: float | None = _field(
+    kl_budget: float | None = setting(
         None, "Stop training once the held-out KL, in nats, passes this.", above(0), may_change="always"
     )
-    num_logged_samples: int = _field(
+    num_logged_samples: int = setting(
         4, "Prompts per logged step whose completions go to samples.jsonl.", at_least(0), may_change="always"
     )
 
     # -- other defaults than TrainingArguments
-    learning_rate: float | None = _field(  # type: ignore[assignment]
+    learning_rate: float | None = setting(  # type: ignore[assignment]
         None,
         "Default: 3e-6 for full fine-tuning (paper), 1e-4 with LoRA, whose few weights need larger steps.",
         may_change="never",
     )
-    lr_scheduler_type: str = _field("constant_with_warmup", "The paper warms up for 100 steps, then stays constant.")
-    warmup_steps: float = _field(100, "Paper: 100. Short runs want fewer.")
-    logging_steps: float = _field(10, "Log every so many steps.", may_change="always")
-    dataloader_pin_memory: bool = _field(False, "A batch is rows of text; there is nothing to pin.")
-    remove_unused_columns: bool = _field(
+    lr_scheduler_type: str = setting("constant_with_warmup", "The paper warms up for 100 steps, then stays constant.")
+    warmup_steps: float = setting(100, "Paper: 100. Short runs want fewer.")
+    logging_steps: float = setting(10, "Log every so many steps.", may_change="always")
+    dataloader_pin_memory: bool = setting(False, "A batch is rows of text; there is nothing to pin.")
+    remove_unused_columns: bool = setting(
         False,
         "Must stay False: other columns reach the reward functions.",
         off("it would hide the data's columns from the rewards"),
     )
-    ddp_timeout: int | None = _field(  # type: ignore[assignment]
+    ddp_timeout: int | None = setting(  # type: ignore[assignment]
         None,
         "Seconds that a process waits for another one. Default: 600, or longer than a reward server may take "
         "(reward_outage_s + 2 * reward_timeout_s + 60): 780.",
         above(0, "seconds"),
         may_change="always",
     )
-    report_to: Loggers = _field(
+    report_to: Loggers = setting(
         "none", "Loggers of transformers to report to. metrics.jsonl is always written.", may_change="always"
     )
 
@@ -281,7 +258,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         _settle_scale_rewards(self)
         if self.anchor is None:
             self.anchor = default_anchor(self.objective)
-        if problems := _problems(self):
+        if problems := problems_of(self, SETTINGS, DEFAULTS):
             raise ConfigError("; ".join(problems))
         if self.ddp_timeout is None:
             self.ddp_timeout = _longest_wait(self)
@@ -329,33 +306,8 @@ def _longest_wait(c: BONDConfig) -> int:
     return max(DEFAULT_WAIT_S, math.ceil(min(of_rewards, YEAR_S)))  # who waits for a server without end says infinity
 
 
-# Of transformers' own settings, those of which something is known.
-_OF_TRANSFORMERS: dict[str, Setting] = {
-    **dict.fromkeys(("max_steps", "num_train_epochs"), Setting(may_change="if endless", shared=True)),
-    **dict.fromkeys(("output_dir", "save_steps", "eval_steps", "eval_strategy"), Setting(may_change="always")),
-    # A step must have as many prompts as before: the checkpoint knows how many (runs/checkpoint.py).
-    "per_device_train_batch_size": Setting(may_change="always", shared=True),
-    "gradient_accumulation_steps": Setting(may_change="always", shared=True),
-    **dict.fromkeys(("optim", "adam_beta1", "adam_beta2", "adam_epsilon"), Setting(may_change="never")),
-    "weight_decay": Setting(may_change="never", shared=True),
-    **dict.fromkeys(("seed", "data_seed", "max_grad_norm", "bf16", "fp16"), Setting(shared=True)),
-    "save_total_limit": Setting(
-        rule=at_least(2, "a crash while saving could leave no checkpoint"), may_change="always"
-    ),
-    "save_only_model": Setting(rule=off("no run could be continued from such checkpoints")),
-    "ignore_data_skip": Setting(rule=off("a run that is continued would take its first prompts again")),
-    "use_liger_kernel": Setting(
-        rule=off(
-            "remove it. Trainer would put the kernels into the policy after the anchor and the reference were copied "
-            "from it, so that the roles round differently, and its fused loss needs labels that are not there; "
-            "bondlm's head already makes no logits beyond a fixed budget (docs/speed.md)"
-        )
-    ),
-}
 _FIELDS: dict[str, Field[Any]] = vars(BONDConfig)["__dataclass_fields__"]
-SETTINGS: dict[str, Setting] = {
-    name: _OWN.get(f) or _OF_TRANSFORMERS.get(name, Setting()) for name, f in _FIELDS.items()
-}
+SETTINGS: dict[str, Setting] = {name: OWN.get(f) or OF_TRANSFORMERS.get(name, Setting()) for name, f in _FIELDS.items()}
 DEFAULTS: dict[str, Any] = {name: f.default for name, f in _FIELDS.items() if f.default is not MISSING}
 # These draw nothing from the policy, and so can learn from a file of scored samples.
 OFF_POLICY = tuple(name for name in OBJECTIVES if make_objective(name, DEFAULTS).plan.policy == 0)
@@ -368,77 +320,3 @@ def objective_of(settings: Any, *, num_logged: int | None = None) -> Objective:
         ConfigError: it refuses a setting.
     """
     return make_objective(settings.objective, vars(settings), num_logged=num_logged)
-
-
-def _problems(c: BONDConfig) -> list[str]:
-    """Every contradiction, each as one sentence that says the value seen and what is allowed."""
-    problems = [*_outside_of_range(c), *_unused(c), *_contradictions(c)]
-    if problems:
-        return problems
-    try:
-        plan = objective_of(c).plan
-    except ConfigError as error:
-        return [str(error)]
-    if c.gamma_ref and (plan.policy == 0 or not anchor_may_move(c.objective)):
-        why = "its KL to the reference has weight 1" if plan.policy else "it draws no samples of the policy"
-        problems.append(f"gamma_ref={c.gamma_ref!r}: objective={c.objective!r} does not use it ({why}), remove it")
-    elif c.gamma_ref and c.anchor == "fixed":
-        problems.append(
-            f"gamma_ref={c.gamma_ref!r}: anchor='fixed' is the reference itself, and the objective has a KL to it; "
-            "remove gamma_ref, or let the anchor move"
-        )
-    if c.missing_eos == "worst" and plan.total == 1:
-        problems.append(
-            f"missing_eos='worst': objective={c.objective!r} draws one sample per prompt, and there is no other to "
-            "rank it below; use 'drop', or a reward that looks at `truncated`"
-        )
-    return problems
-
-
-def _outside_of_range(c: BONDConfig) -> Iterator[str]:
-    for name, setting in SETTINGS.items():
-        value = getattr(c, name)
-        if setting.rule is None or (value is None and DEFAULTS[name] is None):
-            continue
-        if (problem := setting.rule.problem(name, value)) is not None:
-            yield problem
-
-
-def _unused(c: BONDConfig) -> Iterator[str]:
-    """Settings that differ from their defaults, though nothing in this run looks at them."""
-    for name, setting in SETTINGS.items():
-        if getattr(c, name) == DEFAULTS.get(name, MISSING):
-            continue
-        other, value = setting.needs or ("objective", c.objective)
-        owners = users(name) or users(other)
-        if owners and c.objective in OBJECTIVES and c.objective not in owners:
-            yield _not_used(c, name, "objective", owners)
-        elif getattr(c, other) != value:
-            yield _not_used(c, name, other, (value,))
-
-
-def _not_used(c: BONDConfig, name: str, other: str, values: tuple[str, ...]) -> str:
-    do = f"{', '.join(map(repr, values))} {'do' if len(values) > 1 else 'does'}"
-    if name == "beta" and c.objective in users("beta_rl"):
-        do += "; the KL coefficient that TRL calls beta is beta_rl"
-    return f"{name}={getattr(c, name)!r}: {other}={getattr(c, other)!r} does not use it ({do}), remove it"
-
-
-def _contradictions(c: BONDConfig) -> Iterator[str]:
-    """What two settings say together."""
-    if c.anchor != "fixed" and not anchor_may_move(c.objective):
-        yield (
-            f"anchor={c.anchor!r}: objective={c.objective!r} has no moving anchor, its KL is to the model it started "
-            "from; remove the setting"
-        )
-    if c.target_n is not None and c.target_n > c.eval_num_reference_samples:
-        yield (
-            f"target_n={c.target_n}: must be at most eval_num_reference_samples={c.eval_num_reference_samples}, which "
-            "cannot show more"
-        )
-    for name in ("target_n", "kl_budget"):
-        if getattr(c, name) is not None and c.eval_strategy == "no":
-            yield (
-                f"{name}={getattr(c, name)}: only an evaluation looks at it, and eval_strategy='no' makes none in "
-                "training: set eval_strategy='steps' with eval_steps, and an eval_dataset"
-            )

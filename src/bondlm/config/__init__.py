@@ -1,0 +1,25 @@
+"""All settings of a run, and what must hold of them together. What a setting does lives with its user."""
+
+from bondlm.config.bond_config import (
+    DEFAULTS,
+    LORA_LEARNING_RATE,
+    OFF_POLICY,
+    PAPER_LEARNING_RATE,
+    SETTINGS,
+    AnchorSchedule,
+    BONDConfig,
+    default_anchor,
+    objective_of,
+)
+
+__all__ = [
+    "DEFAULTS",
+    "LORA_LEARNING_RATE",
+    "OFF_POLICY",
+    "PAPER_LEARNING_RATE",
+    "SETTINGS",
+    "AnchorSchedule",
+    "BONDConfig",
+    "default_anchor",
+    "objective_of",
+]
