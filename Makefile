@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vllm test-deepspeed soak lint setup clean
+.PHONY: demo test test-slow test-vllm test-qlora test-deepspeed soak lint setup clean
 
 setup: .venv/.installed
 
@@ -42,6 +42,15 @@ test-slow: models/smollm2-135m-instruct/config.json
 test-vllm: .venv/.installed .venv-vllm/.installed
 	BONDLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest tests/engines/vllm/test_real.py
 
+# A folder of its own, since every process that imports PEFT would load it, which takes seconds.
+.bitsandbytes/.installed: .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target .bitsandbytes bitsandbytes==0.50.2
+	touch $@
+
+# A base in 4 bits under an adapter.
+test-qlora: .bitsandbytes/.installed
+	PYTHONPATH=.bitsandbytes $(BIN)/python -m pytest tests/trainer/test_qlora.py
+
 # DeepSpeed on the CPU, in an environment that sees .venv (half a minute); --no-deps: torch stays as it is.
 .venv-deepspeed/.installed: .venv/.installed
 	$(BIN)/python -m venv .venv-deepspeed
@@ -67,4 +76,4 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-deepspeed models runs
+	rm -rf .venv .venv-vllm .venv-deepspeed .bitsandbytes models runs
