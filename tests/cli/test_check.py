@@ -15,3 +15,13 @@ def test_check_takes_a_dry_step_and_changes_nothing(tmp_path, capsys):
     assert "bond/penalty_rate" in out
     assert not (tmp_path / "run").exists()
     assert main(["check", "--config", str(config), "--reward_funcs", f"{tmp_path}/reward.py:broken"]) == 4
+
+
+def test_check_says_what_n_buys_and_what_the_run_costs(tmp_path, capsys):
+    config = write_job(tmp_path, max_steps=7, eval_num_samples=2, eval_num_reference_samples=3)
+    assert main(["check", "--config", str(config)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "6 prompts, 9 answers each" in out
+    assert "7 steps about" in out
+    assert "6 x 2 answers, the first one 6 x 3" in out
+    assert "GiB" in out

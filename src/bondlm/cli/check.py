@@ -1,4 +1,4 @@
-"""`bondlm check`: everything that a run will need, tried once in a minute: a step with learning rate 0."""
+"""`bondlm check`: everything that a run will need, tried once: a step with learning rate 0, and what N could buy."""
 
 import shutil
 import tempfile
@@ -18,6 +18,7 @@ NEIGHBOUR_TOLERANCE = 1e-3
 def run(options: dict[str, Any]) -> int:
     """Build the trainer, take one dry step in a scratch folder, and say what was seen."""
     from bondlm.cli.train import build_trainer, load_judges, require, training_arguments
+    from bondlm.evaluation.forecast import print_cost, print_frontier
 
     require(options)
     console = make_console()
@@ -26,7 +27,9 @@ def run(options: dict[str, Any]) -> int:
         dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
         dry |= {"eval_strategy": "no", "target_n": None, "kl_budget": None}
         with console.status("loading PyTorch, the model, data and rewards"):
-            training_arguments(options | {"output_dir": scratch})  # the settings as they are, not those of a dry step
+            args = training_arguments(
+                options | {"output_dir": scratch}
+            )  # the settings as they are, not those of a dry step
             trainer = build_trainer(options | dry | {"output_dir": scratch, "report_to": "none"})
             load_judges(options, trainer)
         packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
@@ -37,11 +40,14 @@ def run(options: dict[str, Any]) -> int:
         logs = next(row for row in trainer.state.log_history if "loss" in row)
         if trainer.rewards:
             _check_neighbours(trainer)
+            with console.status("answers of the untouched model"):
+                print_frontier(console, trainer)
         trainer.save_model()
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
     for name in sorted(logs):
         if name.split("/")[0] in ("reward", "rewards", "completions", "time", "step_time", "bond"):
             console.print(f"  {name:32} {logs[name]:.4g}", highlight=False, soft_wrap=True)
+    print_cost(console, trainer, args, logs["step_time"])
     _check_disk(wanted, size, console)
     if logs["bond/frac_tied"] > TIES_WARNED:
         console.print(

@@ -1,0 +1,115 @@
+"""What `bondlm check` says of a run before it starts: how long it will take, its memory, and what N could buy."""
+
+import math
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bondlm.bestofn import best_of_n_win_rates, bootstrap_mean, expected_best_of_n, kl_bound
+
+PROMPTS, SAMPLES = 16, 9  # one sample more than the largest N: it is the opponent
+
+
+def print_frontier(console: Console, trainer: Any) -> Tensor:
+    """Draw from the untouched model, show what Best-of-N of it is worth, and return the rewards (P, M).
+
+    Raises:
+        ConfigError, RewardError: the reward fails.
+    """
+    dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    rows = list(dataset.select(range(min(PROMPTS, len(dataset)))))
+    samples = trainer.sample(rows, "reference", SAMPLES)
+    table = Table(title=f"Best-of-N of the untouched model: {len(rows)} prompts, {SAMPLES} answers each")
+    for name in ("N", "win rate", "reward", "KL at most"):
+        table.add_column(name, justify="right")
+    for row in frontier(samples.rewards_PM):
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"{tie_rate(samples.rewards_PM):.0%} of the pairs of a prompt's answers have equal rewards; "
+        f"{float((1 - samples.finished_PM).mean()):.0%} of the answers were cut.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    _print_evaluation(console, trainer, samples.seconds / samples.rewards_PM.numel())
+    return samples.rewards_PM
+
+
+def frontier(rewards_PM: Tensor) -> Iterator[tuple[str, str, str, str]]:
+    """N, win rate, reward and KL of Best-of-N of the model that drew the samples, N a power of two below M."""
+    win_rates_PN = torch.as_tensor(best_of_n_win_rates(rewards_PM))
+    n = 1
+    while n < rewards_PM.shape[1]:
+        of_win = bootstrap_mean(win_rates_PN[:, n - 1])
+        of_reward = bootstrap_mean(expected_best_of_n(rewards_PM, n))
+        yield str(n), _spread(of_win), _spread(of_reward), f"{kl_bound(n):.2f}"
+        n *= 2
+
+
+def tie_rate(rewards_PM: Tensor) -> float:
+    """Share of the pairs of a prompt's samples whose rewards are equal."""
+    equal_PMM = rewards_PM[:, :, None] == rewards_PM[:, None, :]
+    num_samples = rewards_PM.shape[1]
+    return float((equal_PMM.sum() - rewards_PM.numel()) / (len(rewards_PM) * num_samples * (num_samples - 1)))
+
+
+def print_cost(console: Console, trainer: Any, args: Any, seconds: float) -> None:
+    """Time of all steps of the run that `args` describe, if one takes `seconds`, and the memory that was needed."""
+    steps = num_steps(args, len(trainer.train_dataset))
+    peak = _peak_memory()
+    console.print(
+        f"A step takes about {_duration(seconds)} (the first is the slowest), {steps} steps about "
+        f"{_duration(steps * seconds)}, evaluations not counted." + ("" if peak is None else f" Memory: {peak}."),
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def num_steps(args: Any, num_prompts: int) -> int:
+    """Optimizer steps of a run over `num_prompts` prompts, as `transformers.Trainer` counts them."""
+    if args.max_steps > 0:
+        return int(args.max_steps)
+    batches = math.ceil(num_prompts / (args.per_device_train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def _print_evaluation(console: Console, trainer: Any, seconds: float) -> None:
+    dataset = trainer.eval_dataset
+    if dataset is None:
+        return
+    num_prompts = sum(map(len, dataset.values())) if isinstance(dataset, dict) else len(dataset)
+    each, once = trainer.args.eval_num_samples, trainer.args.eval_num_reference_samples
+    console.print(
+        f"An evaluation draws {num_prompts} x {each} answers, the first one {num_prompts} x {once} of the untouched "
+        f"model too: about {_duration(num_prompts * each * seconds)} and {_duration(num_prompts * once * seconds)}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _peak_memory() -> str | None:
+    """The most memory that this process has had; None where nobody counts it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the card"
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+
+
+def _spread(estimate: Any) -> str:
+    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
