@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("run_tiny.py")
 
 
 def run_tiny(
-    out: Path, processes: int, *, timeout: float = 100, config: str | None = None, precision: str = "no", **job: Any
+    out: Path, processes: int, *, timeout: float = 300, config: str | None = None, precision: str = "no", **job: Any
 ) -> subprocess.CompletedProcess[str]:
     """`torchrun`, or `accelerate launch` with a shipped `config`; see `run_tiny.py` for `job`."""
     out.mkdir(exist_ok=True)

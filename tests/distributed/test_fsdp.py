@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from distributed.launch import check, outcome, run_tiny
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def residuals(one: Path, two: Path, file: str) -> torch.Tensor:

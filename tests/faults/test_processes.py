@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from bondlm.errors import DataDesyncError, WeightDesyncError
 from bondlm.runs.manifest import fault
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
-TIMEOUT_S = 8
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+TIMEOUT_S = 8  # what the runs are told
+PATIENCE_S = 180  # until a process must have ended on a busy machine
 LAST_WORDS = """
 import atexit, os
 atexit.register(os.write, 2, b"the tracker has ended")
@@ -51,7 +52,7 @@ def ranks(config: Path, *options: str, late: float = 0) -> list[subprocess.Popen
 
 def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
     log = folder / "run" / "metrics.jsonl"
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end and all(process.poll() is None for process in processes):
         if log.exists() and any(json.loads(line)["step"] >= step for line in log.read_text().split("\n")[:-1]):
             return
@@ -114,7 +115,7 @@ def test_d8_one_process_decides_where_to_resume(tmp_path: Path) -> None:
     unfinished.mkdir(parents=True)
     (unfinished / "optimizer.pt").write_bytes(b"half")
     processes = ranks(config, late=4)
-    ends = [process.communicate(timeout=60) for process in processes]
+    ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     assert f"removed {unfinished}" in ends[0][0]
 
@@ -124,7 +125,7 @@ def test_d10_what_the_main_process_refuses_ends_all(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".sealed").touch()
     processes = ranks(config)
-    ends = [process.communicate(timeout=60) for process in processes]
+    ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
     assert [process.returncode for process in processes] == [6, 6], ends
     assert all(".sealed" in error for _, error in ends)
 
@@ -155,7 +156,7 @@ def test_m5_a_missing_variable_is_named(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"}
     environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "bondlm", "train", "--config", str(config)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 2
     assert "MASTER_ADDR" in done.stderr
     assert "Traceback" not in done.stderr
@@ -167,7 +168,7 @@ def test_m5_a_taken_port_is_named(tmp_path: Path) -> None:
         environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         environment |= {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT / "src")}
         command = [sys.executable, "-m", "bondlm", "train", "--config", str(config)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 2
     assert f"MASTER_PORT={port}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -179,7 +180,7 @@ def test_s5_ranks_end_before_the_interpreter_does(tmp_path: Path) -> None:
     with (tmp_path / "reward.py").open("a") as reward:
         reward.write(LAST_WORDS)
     processes = ranks(config)
-    ends = [process.communicate(timeout=60) for process in processes]
+    ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     for _, error in ends:
         assert "the tracker has ended" in error
@@ -193,7 +194,7 @@ def test_s5_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, rank
     try:
         wait_for_step(tmp_path, 2, processes)
         processes[rank].send_signal(signal.SIGTERM)
-        ends = [process.communicate(timeout=40) for process in processes]
+        ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
         assert [process.returncode for process in processes] == [75, 75], ends
     finally:
         for process in processes:
@@ -237,7 +238,7 @@ def test_r8_an_outage_on_one_rank_saves_the_run_on_all(tmp_path: Path) -> None:
     (tmp_path / "down.py").write_text(OUTAGE)
     config = write_job(tmp_path, save_steps=100, eval_dataset=None, reward_funcs=f"{tmp_path}/down.py:down")
     processes = ranks(config)
-    ends = [process.communicate(timeout=60) for process in processes]
+    ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
     assert [process.returncode for process in processes] == [4, 4], ends
     assert "the rewards of rank 1 failed" in ends[0][1]
     assert "the server is down" in ends[1][1]
