@@ -60,6 +60,7 @@ from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
 from bondlm.training.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback, TiesCallback
 from bondlm.training.clock import Clock, StepMeans
+from bondlm.training.data import check_number
 from bondlm.training.dropped import DropBudget
 from bondlm.training.held_out import compare
 from bondlm.training.micro_batches import MicroBatch, SmallerBatches
@@ -155,7 +156,7 @@ class BONDTrainer(Trainer):
             args=args,
             data_collator=keep_rows,
             train_dataset=None if prompts is None else self._encoded_for_training(prompts, args),
-            eval_dataset=None if eval_dataset is None else self.encoder.encoded(eval_dataset),
+            eval_dataset=None if eval_dataset is None else self.encoder.encoded(eval_dataset, held_out=True),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -182,8 +183,11 @@ class BONDTrainer(Trainer):
 
     def _encoded_for_training(self, prompts: Dataset, args: BONDConfig) -> Dataset:
         if is_scored(prompts):
-            return self.encoder.encoded(group_scored(prompts, self.encoder, self.objective.plan.total))
-        return self.drops.encode(prompts, self.encoder, skip=args.on_bad_row == "skip")
+            encoded = self.encoder.encoded(group_scored(prompts, self.encoder, self.objective.plan.total))
+        else:
+            encoded = self.drops.encode(prompts, self.encoder, skip=args.on_bad_row == "skip")
+        check_number(len(encoded), args)
+        return encoded
 
     def _place_roles(self) -> None:
         """Anchor and reference on the run's device, computing in what the policy learns in."""
@@ -340,7 +344,7 @@ class BONDTrainer(Trainer):
         if dataset is None:
             raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
         if not isinstance(dataset, Dataset) or PROMPT_IDS not in dataset.column_names:
-            dataset = self.encoder.encoded(dataset)
+            dataset = self.encoder.encoded(dataset, held_out=True)
         try:
             policy, reference = self.held_out_samples(dataset)
         except (RewardError, *PAUSING) as error:
@@ -358,7 +362,7 @@ class BONDTrainer(Trainer):
 
     def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
         """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves."""
-        rows, key = dataset.to_list(), dataset._fingerprint
+        rows, key = list(dataset), dataset._fingerprint
         if key not in self._reference_samples:
             self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
         return self.sample(rows, "policy", self.args.eval_num_samples), self._reference_samples[key]

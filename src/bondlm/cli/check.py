@@ -61,7 +61,7 @@ def run(options: dict[str, Any]) -> int:
 
 def _check_neighbours(trainer: Any) -> None:
     """A reward must not depend on what it is scored beside (a padding bug does)."""
-    rows = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))).to_list()
+    rows = list(trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))))
     together = trainer.sample(rows, "policy", 2)
     for i, row in enumerate(rows):
         alone = trainer.score_completions([row], [together.completions[i][:1]]).rewards_PM[0, 0]

@@ -37,7 +37,7 @@ def evaluate_run(
 
     `judges` are rewards that were not optimised; they score the samples of policy and reference.
     """
-    rows, args = trainer.eval_dataset.to_list(), trainer.args
+    rows, args = list(trainer.eval_dataset), trainer.args
     with _counted(trainer, reporter, "held-out samples at the end", len(rows) * (1 if reporter.reference_drawn else 2)):
         policy, reference = trainer.held_out_samples(trainer.eval_dataset)
     log_ratio = trainer.log_ratio(policy).double().cpu()
