@@ -20,13 +20,16 @@ def run(options: dict[str, Any]) -> int:
     from bondlm.cli.train import build_trainer, load_judges, require, training_arguments
 
     require(options)
+    from bondlm.data.held_out import main_set
+
     console = make_console()
     wanted = Path(str(options.get("output_dir") or "runs/bond"))
     with tempfile.TemporaryDirectory() as scratch:
         dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
         dry |= {"eval_strategy": "no", "target_n": None, "kl_budget": None}
         with console.status("loading PyTorch, the model, data and rewards"):
-            training_arguments(options | {"output_dir": scratch})  # the settings as they are, not those of a dry step
+            # The settings as they are, not those of a dry step.
+            main_set(training_arguments(options | {"output_dir": scratch}), options.get("eval_dataset"))
             trainer = build_trainer(options | dry | {"output_dir": scratch, "report_to": "none"})
             load_judges(options, trainer)
         packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")

@@ -6,7 +6,7 @@ columns travel to the reward functions. Bad rows are refused together, each with
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -101,17 +101,18 @@ def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> int:
 
 
 def check_overlap(
-    train: Dataset | None, evaluation: Dataset | Mapping[str, Dataset] | None, *, strict: bool = False
+    train: Dataset | None, evaluation: Dataset | dict[str, Dataset] | None, *, strict: bool = False
 ) -> None:
     """Log how many held-out prompts are also training prompts: on those an evaluation says little.
 
     Raises:
         DataError: there are some, and `strict` forbids it; the first 10 are named.
     """
-    parts = evaluation if isinstance(evaluation, Mapping) else {"eval_dataset": evaluation}
+    parts = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     for name, part in parts.items():
         if train is None or part is None:
             continue
+        where = f" of {name}" if isinstance(evaluation, dict) else ""
         common = _common_rows(train.select_columns("prompt"), part.select_columns("prompt"))
         if common and strict:
             rows = [f"row {i} of {name}: {_prompt_key(part[i]['prompt'])[:80]}" for i in common]
@@ -120,7 +121,7 @@ def check_overlap(
                 f"it. Remove them from one of the two:\n{listed(rows, 'rows')}"
             )
         if common:
-            _log.warning("%d of %d evaluation prompts are training prompts too", len(common), len(part))
+            _log.warning("%d of %d evaluation prompts%s are training prompts too", *(len(common), len(part), where))
 
 
 def _common_rows(train: Iterable[Row], evaluation: Iterable[Row]) -> list[int]:
