@@ -17,6 +17,7 @@ CONFIG_FIELDS = {
     "gamma",
     "gamma_ref",
     "kl_budget",
+    "main_eval",
     "log_quantile",
     "max_completion_length",
     "max_prompt_length",

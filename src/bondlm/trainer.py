@@ -25,10 +25,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of
 from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.held_out import main_set
 from bondlm.data.paths import expanded
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
 from bondlm.data.scored import check_inputs, group_scored, is_scored, samples_per_prompt
+from bondlm.data.sources import named_sets
 from bondlm.engines import Role
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
@@ -60,6 +62,7 @@ from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
 from bondlm.training.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback, TiesCallback
 from bondlm.training.clock import Clock, StepMeans
+from bondlm.training.data import check_number
 from bondlm.training.dropped import DropBudget
 from bondlm.training.held_out import compare
 from bondlm.training.micro_batches import MicroBatch, SmallerBatches
@@ -87,7 +90,8 @@ class BONDTrainer(Trainer):
         args: settings.
         train_dataset: prompts (`{"prompt": str}` or `{"prompt": messages}`); other columns reach the rewards. Or scored
             samples (`{"prompt", "completion", "reward"}`, from `bondlm score`) for an objective that learns from these.
-        eval_dataset: held-out prompts.
+        eval_dataset: held-out prompts, or a dictionary of several such data sets by name (`main_eval`). Of a data set
+            with splits it is the one that is not for training.
         processing_class: the policy's tokenizer; default: the model's own.
         reward_processing_classes: tokenizers of reward modules.
         callbacks: as in `transformers.Trainer`.
@@ -110,7 +114,7 @@ class BONDTrainer(Trainer):
         reward_funcs: Any = None,
         args: BONDConfig | None = None,
         train_dataset: Dataset | Sequence[Mapping[str, Any]] | str | None = None,
-        eval_dataset: Dataset | Sequence[Mapping[str, Any]] | str | None = None,
+        eval_dataset: Dataset | Sequence[Mapping[str, Any]] | Mapping[str, Any] | str | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -128,6 +132,7 @@ class BONDTrainer(Trainer):
         self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
         reading = {"skip": args.on_bad_row == "skip", "token_ids": args.prompt_format == "rendered"}
         prompts = None if train_dataset is None else self.drops.load(train_dataset, **reading)
+        self.main_eval = main_set(args, eval_dataset)
         check_inputs(args, prompts, train_dataset, name, reward_funcs, has_held_out=eval_dataset is not None)
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
@@ -155,7 +160,7 @@ class BONDTrainer(Trainer):
             args=args,
             data_collator=keep_rows,
             train_dataset=None if prompts is None else self._encoded_for_training(prompts, args),
-            eval_dataset=None if eval_dataset is None else self.encoder.encoded(eval_dataset),
+            eval_dataset=None if eval_dataset is None else self._encoded_for_evaluation(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -182,8 +187,16 @@ class BONDTrainer(Trainer):
 
     def _encoded_for_training(self, prompts: Dataset, args: BONDConfig) -> Dataset:
         if is_scored(prompts):
-            return self.encoder.encoded(group_scored(prompts, self.encoder, self.objective.plan.total))
-        return self.drops.encode(prompts, self.encoder, skip=args.on_bad_row == "skip")
+            encoded = self.encoder.encoded(group_scored(prompts, self.encoder, self.objective.plan.total))
+        else:
+            encoded = self.drops.encode(prompts, self.encoder, skip=args.on_bad_row == "skip")
+        check_number(len(encoded), args)
+        return encoded
+
+    def _encoded_for_evaluation(self, prompts: Any) -> Any:
+        if (sets := named_sets(prompts)) is None:
+            return self.encoder.encoded(prompts, held_out=True)
+        return {name: self.encoder.encoded(part, held_out=True) for name, part in sets.items()}
 
     def _place_roles(self) -> None:
         """Anchor and reference on the run's device, computing in what the policy learns in."""
@@ -332,15 +345,23 @@ class BONDTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Reward, win rate, effective N and KL on held-out prompts at temperature 1, with 95% intervals."""
+        """Reward, win rate, effective N and KL on held-out prompts at temperature 1, with 95% intervals.
+
+        Of several data sets each has its name in its metrics; those of `main_eval` have the names of a single one, too.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, dict):
-            parts = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in dataset.items()]
-            return {name: value for part in parts for name, value in part.items()}
+        if (sets := named_sets(dataset)) is not None:
+            merged: dict[str, float] = {}
+            for name, part in sets.items():
+                own = self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                if not own:
+                    return {}  # the run pauses
+                merged |= own
+            return merged
         if dataset is None:
             raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
         if not isinstance(dataset, Dataset) or PROMPT_IDS not in dataset.column_names:
-            dataset = self.encoder.encoded(dataset)
+            dataset = self.encoder.encoded(dataset, held_out=True)
         try:
             policy, reference = self.held_out_samples(dataset)
         except (RewardError, *PAUSING) as error:
@@ -352,13 +373,15 @@ class BONDTrainer(Trainer):
         logs |= {f"{metric_key_prefix}_{k}": v for k, v in metrics.completion_metrics(policy.flat).items()}
         logs |= {f"{metric_key_prefix}_{k}": v for k, v in policy.metrics.items()}
         logs[f"{metric_key_prefix}_runtime"] = sum(self.clock.drain().values())
+        if metric_key_prefix == f"eval_{self.main_eval}":
+            logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
     def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
         """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves."""
-        rows, key = dataset.to_list(), dataset._fingerprint
+        rows, key = list(dataset), dataset._fingerprint
         if key not in self._reference_samples:
             self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
         return self.sample(rows, "policy", self.args.eval_num_samples), self._reference_samples[key]

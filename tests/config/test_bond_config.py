@@ -266,7 +266,15 @@ def test_what_may_change_when_a_run_goes_on() -> None:
         "always": {
             *("logging_steps", "save_steps", "eval_steps", "eval_strategy", "save_total_limit", "output_dir"),
             *("num_logged_samples", "max_rows", "eval_num_samples", "eval_num_reference_samples", "report_to"),
-            *("target_n", "kl_budget", "reward_timeout_s", "reward_outage_s", "max_skipped_frac", "strict"),
+            *(
+                "target_n",
+                "kl_budget",
+                "main_eval",
+                "reward_timeout_s",
+                "reward_outage_s",
+                "max_skipped_frac",
+                "strict",
+            ),
             *("ddp_timeout", "per_device_train_batch_size", "gradient_accumulation_steps"),
         },
         "if endless": {"max_steps", "num_train_epochs"},

@@ -13,7 +13,8 @@ from tiny import prompt_rows
 from trainer.helpers import TOKENIZER, same, trainer, weights
 
 from bondlm.cli import main
-from bondlm.data.prompts import load_prompts, read_jsonl
+from bondlm.data.files import rows_of_files
+from bondlm.data.prompts import load_prompts
 from bondlm.errors import DataError
 
 
@@ -39,13 +40,13 @@ def test_t8_odd_text_survives_and_half_a_character_does_not(tmp_path: Path) -> N
     rows = [{"prompt": text} for text in ODD]
     path = write(tmp_path / "odd.jsonl", *rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert read_jsonl(path, prompts=True) == rows
+    assert [line.row for line in rows_of_files(path)] == rows
     short = [text[:10_000] for text in ODD]
     for text, ids in zip(short, encode(short, TOKENIZER), strict=True):
         assert TOKENIZER.decode(ids) == text
     bad = write(tmp_path / "bad.jsonl", {"prompt": "fine"}, b'{"prompt": "\\ud800"}', b'\xef\xbb\xbf{"prompt": "late"}')
     with pytest.raises(DataError) as caught:
-        read_jsonl(bad, prompts=True)
+        rows_of_files(bad)
     first, second = str(caught.value).splitlines()
     assert re.match(rf"{bad}:2: .*surrogate", first)
     assert second.startswith(f"{bad}:3: ")
@@ -94,7 +95,7 @@ def test_t9_bad_rows_of_a_list_are_skipped_too(tmp_path: Path) -> None:
     assert len(made.train_dataset) == 4  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"1 of 5 rows.*max_skipped_frac"):
         trainer(tmp_path, train_dataset=rows, on_bad_row="skip", max_skipped_frac=0.0)
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="none of its 1 rows"):
         load_prompts([{"prompt": ""}], skipped=[])
 
 

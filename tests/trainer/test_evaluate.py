@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 from tiny import prompt_rows
 from transformers import TrainerCallback
 
 from bondlm import BONDTrainer
 from bondlm.errors import ConfigError
 from trainer.helpers import logged, same, trainer, weights, without_times
+
+PROMPTS_8 = Dataset.from_list(prompt_rows(8))
 
 
 def held_out(made: BONDTrainer) -> dict[str, float]:
@@ -104,3 +107,49 @@ def test_target_n_stops_the_run_once_it_is_reached(
 def test_evaluation_without_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="eval_dataset"):
         trainer(tmp_path).evaluate()
+
+
+def test_several_eval_sets_have_names_and_one_leads(tmp_path: Path) -> None:
+    sets = {"chat": prompt_rows(4), "math": DatasetDict({"train": PROMPTS_8, "test": PROMPTS_8.select([5, 6])})}
+    made = trainer(tmp_path, eval_dataset=sets, main_eval="math", eval_strategy="steps", eval_steps=2)
+    assert {name: len(part) for name, part in made.eval_dataset.items()} == {"chat": 4, "math": 2}  # type: ignore[union-attr, arg-type]
+    made.train()
+    rows = [row for row in logged(tmp_path) if any(name.endswith("effective_n") for name in row)]
+    assert [{"eval_reward", "eval_chat_reward", "eval_math_reward"} & row.keys() for row in rows] == [
+        {"eval_chat_reward"},
+        {"eval_math_reward", "eval_reward"},
+    ]
+    assert rows[1]["eval_kl_low"] == rows[1]["eval_math_kl_low"]
+
+
+@pytest.mark.parametrize(("main", "steps"), [("good", 1), ("bad", 3)])
+def test_the_set_that_main_eval_names_ends_the_run(main: str, steps: int, tmp_path: Path) -> None:
+    def stub(dataset: Any) -> Any:
+        samples = made.sample(list(dataset), "reference", 4)
+        gain = 10 if len(dataset) == 4 else 0
+        return replace(samples, rewards_PM=samples.rewards_PM + gain), samples
+
+    sets = {"bad": prompt_rows(3), "good": prompt_rows(4)}
+    goal = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "target_n": 3.0}
+    made = trainer(tmp_path, eval_dataset=sets, main_eval=main, **goal)
+    made.held_out_samples = stub  # type: ignore[method-assign]
+    made.train()
+    assert made.state.global_step == steps
+
+
+@pytest.mark.parametrize(
+    ("sets", "settings", "message"),
+    [
+        (prompt_rows(2), {"main_eval": "a"}, "main_eval='a'"),
+        ({"a": prompt_rows(2)}, {"main_eval": "b"}, "main_eval='b'"),
+        ({}, {}, "eval_dataset"),
+        ({"a/b": prompt_rows(2)}, {}, "'a/b'"),
+        ({"a": prompt_rows(2), "b": prompt_rows(2)}, {"target_n": 2.0}, r"target_n=2\.0.*main_eval.*a, b"),
+        ({"a": prompt_rows(2), "b": prompt_rows(2)}, {"kl_budget": 2.0}, r"kl_budget=2\.0.*main_eval"),
+    ],
+)
+def test_names_of_eval_sets_are_checked_before_a_model_is_loaded(
+    sets: Any, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, "no such model", eval_dataset=sets, eval_strategy="steps", eval_steps=1, **settings)

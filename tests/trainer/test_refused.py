@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from tiny import prompt_rows, tiny_causal
 from torch import nn
 
 from bondlm.errors import ConfigError, DataError
-from trainer.helpers import TOKENIZER, logged, lora, trainer
+from trainer.helpers import TOKENIZER, logged, lora, same, trainer, weights
 
 
 def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -64,3 +65,21 @@ def test_bf16_weights_are_refused_where_they_would_train(tmp_path: Path) -> None
 def test_an_evaluation_without_held_out_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval_strategy='steps'.*target_n=2\.0.*eval_dataset"):
         trainer(tmp_path, eval_strategy="steps", eval_steps=1, target_n=2.0)
+
+
+def test_a_run_without_a_step_is_refused(tmp_path: Path) -> None:
+    few = {"rows": 3, "per_device_train_batch_size": 4}
+    with pytest.raises(ConfigError, match="dataloader_drop_last"):
+        trainer(tmp_path, dataloader_drop_last=True, **few)
+    made = trainer(tmp_path, **few)
+    made.train()
+    assert made.state.global_step == 2
+
+
+def test_a_data_set_with_a_format_trains_as_without(tmp_path: Path) -> None:
+    rows = [row | {"label": i} for i, row in enumerate(prompt_rows(8))]
+    made = trainer(tmp_path, train_dataset=Dataset.from_list(rows).with_format("torch"), prompt_format="plain")
+    made.train()
+    plain = trainer(tmp_path, train_dataset=rows)
+    plain.train()
+    assert same(weights(made.model), weights(plain.model))

@@ -18,18 +18,19 @@ NEIGHBOUR_TOLERANCE = 1e-3
 def run(options: dict[str, Any]) -> int:
     """Build the trainer, take one dry step in a scratch folder, and say what was seen."""
     from bondlm.cli.train import build_trainer, load_judges, require, training_arguments
-    from bondlm.evaluation.forecast import print_cost, print_frontier
 
     require(options)
+    from bondlm.data.held_out import main_set
+    from bondlm.evaluation.forecast import print_cost, print_frontier
+
     console = make_console()
     wanted = Path(str(options.get("output_dir") or "runs/bond"))
     with tempfile.TemporaryDirectory() as scratch:
         dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
         dry |= {"eval_strategy": "no", "target_n": None, "kl_budget": None}
         with console.status("loading PyTorch, the model, data and rewards"):
-            args = training_arguments(
-                options | {"output_dir": scratch}
-            )  # the settings as they are, not those of a dry step
+            args = training_arguments(options | {"output_dir": scratch})  # as they are, not those of a dry step
+            main_set(args, options.get("eval_dataset"))
             trainer = build_trainer(options | dry | {"output_dir": scratch, "report_to": "none"})
             load_judges(options, trainer)
         packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
@@ -67,7 +68,7 @@ def run(options: dict[str, Any]) -> int:
 
 def _check_neighbours(trainer: Any) -> None:
     """A reward must not depend on what it is scored beside (a padding bug does)."""
-    rows = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))).to_list()
+    rows = list(trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))))
     together = trainer.sample(rows, "policy", 2)
     for i, row in enumerate(rows):
         alone = trainer.score_completions([row], [together.completions[i][:1]]).rewards_PM[0, 0]

@@ -59,9 +59,9 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         raise ConfigError("model is required: set it in the config or with --model")
     model = Path(str(options["model"]))
     config = run_config(model)
-    known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
-    if "reference" not in known and _adapter_base(model) is not None:
-        known["reference"] = _adapter_base(model)
+    known = _known(model, config)
+    if isinstance(options.get("dataset"), Mapping):
+        raise ConfigError("dataset is a dictionary: name one data set, and ask for each in turn")
     for name in ("reward_funcs", "judges"):
         if name not in options:
             _refuse_code_of(model, name, _list(known.get(name)))
@@ -80,6 +80,16 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             raise ConfigError(f"{name}={settings[name]!r}: must be a whole number >= {least}")
     settings["orders"] = _orders(settings.get("orders"), settings["num_reference_samples"])
     return settings, config
+
+
+def _known(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run folder or an adapter says of the options."""
+    known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
+    if isinstance(sets := known.get("dataset"), Mapping):
+        known["dataset"] = sets.get(config.get("main_eval") or next(iter(sets)))
+    if "reference" not in known and _adapter_base(model) is not None:
+        known["reference"] = _adapter_base(model)
+    return known
 
 
 def _orders(value: Any, most: int) -> list[int] | None:

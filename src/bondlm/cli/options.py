@@ -48,8 +48,9 @@ TRAIN = (
     _MODEL
     | {"reward_funcs": _REWARDS["reward_funcs"]}
     | {
-        "train_dataset": "Prompts: JSONL, Parquet, a saved data set or a hub name. Required.",
-        "eval_dataset": "Held-out prompts, evaluated at the end (and every eval_steps).",
+        "train_dataset": "Prompts: .jsonl, .json, .csv or .parquet files, a saved data set, or NAME:CONFIG:SPLIT of "
+        "the hub. Required.",
+        "eval_dataset": "Held-out prompts of the same kinds, evaluated at the end (and every eval_steps).",
         "judges": "Rewards that are not optimised, as reward_funcs, asked by the last evaluation. --judge adds one.",
         "resume": "'auto' (default) continues the run in output_dir, 'never' refuses one, or a checkpoint folder.",
         "allow_config_change": "Continue a run with other settings; env.json keeps the list of differences.",
@@ -60,7 +61,7 @@ TRAIN = (
 SFT = (
     {"model": "Model folder or hub name, causal or encoder-decoder. Required."}
     | {
-        "train_dataset": "JSONL rows {prompt, completion}, text or messages. Required.",
+        "train_dataset": "Files with rows {prompt, completion}, text or messages. Required.",
         "eval_dataset": "Held-out rows of the same kind: their loss is measured before and after.",
         "completion_column": "The column with the answers. Default: completion.",
         "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
@@ -75,7 +76,7 @@ SFT = (
 REWARD_MODEL = (
     {"model": "An encoder or a language model, folder or hub name. Required."}
     | {
-        "train_dataset": "JSONL rows {prompt, chosen, rejected}. Required.",
+        "train_dataset": "Files with rows {prompt, chosen, rejected}. Required.",
         "eval_dataset": "Pairs of other prompts, for the accuracy. Default: every tenth prompt is held out.",
         "max_length": "Most tokens of prompt and answer. Default: what the model takes.",
         "output_dir": "Folder for the reward model. Default: runs/reward-model.",
@@ -92,7 +93,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         | _REWARDS
         | {
             "prompt": "One prompt as text.",
-            "dataset": "A file of prompts instead.",
+            "dataset": "Prompts from files or a data set instead.",
             "best_of": "Draw this many and keep the one with the highest reward. Default: 1.",
             "output": "Write JSONL rows {prompt, completion} here instead of printing.",
         }

@@ -1,7 +1,7 @@
 """What a person sees while a run goes: a bar with ETA on a terminal, one plain line a logged step everywhere."""
 
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -60,15 +60,18 @@ class ProgressReporter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""
         self._progress.update(self._training, completed=state.global_step)
-        if control.should_evaluate and isinstance(self._trainer.eval_dataset, Sized):
+        if control.should_evaluate and (held_out := self._trainer.eval_dataset) is not None:
             # The reference does not move: its samples are drawn once.
-            prompts = len(self._trainer.eval_dataset)
+            prompts = sum(map(len, held_out.values())) if isinstance(held_out, dict) else len(held_out)
             total = prompts if self.reference_drawn else 2 * prompts
             self._evaluation = Counter(self._progress, "held-out samples", total)
             self._trainer.engine.on_prompts_done = self._evaluation
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Remove the evaluation's bar."""
+        """Remove the evaluation's bar; of several data sets the last one's evaluation ends it."""
+        sets = self._trainer.eval_dataset
+        if isinstance(sets, dict) and f"eval_{list(sets)[-1]}_runtime" not in (metrics or {}):
+            return
         self.reference_drawn = True
         if self._evaluation is not None:
             self._trainer.engine.on_prompts_done = None
@@ -87,9 +90,9 @@ class ProgressReporter(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), highlight=False, soft_wrap=True
             )
             self._sum(logs)
-        elif "eval_effective_n" in logs:
-            self.evaluation_seconds += logs.get("eval_runtime", 0.0)
-            print_evaluation(self.console, state.global_step, logs, args.eval_num_reference_samples)
+        for prefix in [name.removesuffix("_effective_n") for name in logs if name.endswith("_effective_n")][-1:]:
+            self.evaluation_seconds += logs.get(f"{prefix}_runtime", 0.0)
+            print_evaluation(self.console, state.global_step, logs, args.eval_num_reference_samples, prefix)
 
     def _sum(self, logs: Mapping[str, float]) -> None:
         self._logged_steps += 1

@@ -75,10 +75,10 @@ def _rows(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str,
     for name in ("model", "train_dataset"):
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
-    train_rows = read_preferences(str(options["train_dataset"]))
+    train_rows = read_preferences(options["train_dataset"])
     if not options.get("eval_dataset"):
         return hold_out(train_rows)
-    eval_rows = read_preferences(str(options["eval_dataset"]))
+    eval_rows = read_preferences(options["eval_dataset"])
     common = overlap(train_rows, eval_rows)
     if common:
         raise DataError(

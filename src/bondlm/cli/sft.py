@@ -21,8 +21,8 @@ def run(options: dict[str, Any]) -> int:
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
     column = str(options.get("completion_column", "completion"))
-    train_rows = read_answers(str(options["train_dataset"]), column)
-    eval_rows = read_answers(str(options["eval_dataset"]), column) if options.get("eval_dataset") else []
+    train_rows = read_answers(options["train_dataset"], column)
+    eval_rows = read_answers(options["eval_dataset"], column) if options.get("eval_dataset") else []
     folder, console = fresh_folder(options, "runs/sft"), make_console()
     with locked(folder):
         with console.status("loading PyTorch and the model"):

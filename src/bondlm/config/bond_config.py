@@ -222,6 +222,12 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     kl_budget: float | None = setting(
         None, "Stop training once the held-out KL, in nats, passes this.", above(0), may_change="always"
     )
+    main_eval: str | None = setting(
+        None,
+        "Of several eval sets (eval_dataset as a dictionary) the one that target_n, kl_budget, the report and the card "
+        "look at. Default: the first.",
+        may_change="always",
+    )
     num_logged_samples: int = setting(
         4, "Prompts per logged step whose completions go to samples.jsonl.", at_least(0), may_change="always"
     )

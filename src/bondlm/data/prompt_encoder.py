@@ -11,8 +11,9 @@ from datasets import Dataset
 from bondlm.data.columns import PROMPT_IDS, PROMPT_ROW, TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.context import start_id
 from bondlm.data.control import control_ids, plain_ids
-from bondlm.data.prompts import load_prompts, with_prompts
+from bondlm.data.prompts import load_prompts
 from bondlm.data.rendering import Rendering, has_template, template_source, turn_end
+from bondlm.data.table import with_prompts
 from bondlm.data.tokens import Prompt, check_tokenizer, decode_completions, encode_prompts, length_limits
 from bondlm.data.vocabulary import Sizes, check_ids, check_vocabulary
 from bondlm.errors import ConfigError, DataError, listed
@@ -73,15 +74,16 @@ class PromptEncoder:
         check_ids(ids, self.sizes.prompt, self.tokenizer, "prompts")
         return ids
 
-    def encoded(self, source: Any, skipped: list[str] | None = None) -> Dataset:
+    def encoded(self, source: Any, skipped: list[str] | None = None, *, held_out: bool = False) -> Dataset:
         """Prompts from a data set, rows or a file, with their ids and their numbers as columns.
 
         Rows that cannot be used are left out if `skipped` takes their reasons. Prompts given as token ids become text.
+        `held_out` prompts come from the split that is not for training.
         """
-        prompts = load_prompts(source, token_ids=self.rendering.prompt_format == "rendered")
+        prompts = load_prompts(source, held_out=held_out, token_ids=self.rendering.prompt_format == "rendered")
         bad: dict[int, str] | None = None if skipped is None else {}
         columns = [name for name in (TOOLS, TEMPLATE_VARIABLES) if name in prompts.column_names]
-        ids = self.encode(prompts["prompt"][:], prompts.select_columns(columns).to_list() if columns else None, bad)
+        ids = self.encode(prompts["prompt"][:], list(prompts.select_columns(columns)) if columns else None, bad)
         if bad and skipped is not None:
             skipped += [f"row {row}: {reason}" for row, reason in sorted(bad.items())]
             good = [row for row in range(len(ids)) if row not in bad]

@@ -109,6 +109,8 @@ def _plain(value: Any) -> str:
 
 
 def _list(value: Any) -> str:
+    if isinstance(value, Mapping):  # several eval sets
+        return ", ".join(f"{name} `{item}`" for name, item in value.items())
     values = value if isinstance(value, list | tuple) else [value]
     return ", ".join(f"`{item}`" for item in values if item is not None)
 

@@ -24,7 +24,7 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
     """
     dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
     if isinstance(dataset, dict):
-        dataset = next(iter(dataset.values()))
+        dataset = dataset[trainer.main_eval]
     rows = list(dataset.select(range(min(PROMPTS, len(dataset)))))
     samples = trainer.sample(rows, "reference", SAMPLES)
     table = Table(title=f"Best-of-N of the untouched model: {len(rows)} prompts, {SAMPLES} answers each")

@@ -115,7 +115,7 @@ class Pair:
         """
         sampler = self.opponent if for_opponent and self.opponent is not None else self.samplers["policy"]
         limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-        return sampler.rows(source, **limits)  # type: ignore[arg-type]
+        return sampler.rows(source, held_out=True, **limits)  # type: ignore[arg-type]
 
     def log_ratio(self, rows: Sequence[Mapping[str, Any]], samples: Samples) -> Tensor:
         """Log pi(y) - log pi_ref(y) (P, M), both from the same kind of forward pass, so that rounding cancels."""

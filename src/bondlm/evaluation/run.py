@@ -35,11 +35,34 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate the trainer's policy on its held-out prompts and write the run folder's `eval.json`.
 
+    Of several data sets that is the one of `main_eval`; the others have folders of their own, `eval-NAME`.
     `judges` are rewards that were not optimised; they score the samples of policy and reference.
     """
-    rows, args = trainer.eval_dataset.to_list(), trainer.args
-    with _counted(trainer, reporter, "held-out samples at the end", len(rows) * (1 if reporter.reference_drawn else 2)):
-        policy, reference = trainer.held_out_samples(trainer.eval_dataset)
+    sets = trainer.eval_dataset
+    if not isinstance(sets, dict):
+        return _evaluate_set(trainer, sets, folder, console, reporter, judges)
+    for name in [name for name in sets if name != trainer.main_eval]:
+        own = folder / f"eval-{name}"
+        own.mkdir(exist_ok=True)
+        _evaluate_set(trainer, sets[name], own, console, reporter, judges, name=name)
+    main = trainer.main_eval
+    return _evaluate_set(trainer, sets[main], folder, console, reporter, judges, name=main)
+
+
+def _evaluate_set(
+    trainer: Any,
+    dataset: Any,
+    folder: Path,
+    console: Any,
+    reporter: Any,
+    judges: Sequence[NamedReward],
+    *,
+    name: str | None = None,
+) -> dict[str, Any]:
+    rows, args = list(dataset), trainer.args
+    what = "held-out samples at the end" + (f", {name}" if name else "")
+    with _counted(trainer, reporter, what, len(rows) * (1 if reporter.reference_drawn else 2)):
+        policy, reference = trainer.held_out_samples(dataset)
     log_ratio = trainer.log_ratio(policy).double().cpu()
     policy = replace(policy, log_ratio_PM=log_ratio, judges=_judged(trainer, judges, rows, policy))
     reference = replace(reference, judges=_judged(trainer, judges, rows, reference))
@@ -50,12 +73,16 @@ def evaluate_run(
         "steps": trainer.state.global_step,
         "objective": describe_settings(args, trainer.objective),
         "rewards": [reward.name for reward in trainer.rewards],
-        "model": str(folder),
+        "model": str(trainer.args.output_dir),
+        **({"held_out": name} if name else {}),
         "reference": trainer.roles.core.config._name_or_path,
     }
     if trainer.is_world_process_zero():
         write_results(folder, result, policy, reference)
-        write_card(folder, result)
+        if name == trainer.main_eval:
+            write_card(folder, result)
+        if name:
+            console.print(f"held-out prompts of {name}:", highlight=False)
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
     return result

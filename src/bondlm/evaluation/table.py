@@ -100,17 +100,20 @@ def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
         )
 
 
-def print_evaluation(console: Console, step: int, metrics: Mapping[str, float], max_n: int) -> None:
-    """A compact table of an evaluation during training: flat numbers under their logged names."""
-    table = Table(title=f"step {step}: held-out prompts, {metrics.get('eval_runtime', 0.0):.1f} s")
+def print_evaluation(
+    console: Console, step: int, metrics: Mapping[str, float], max_n: int, prefix: str = "eval"
+) -> None:
+    """A compact table of an evaluation during training: flat numbers under their logged names, behind `prefix`."""
+    which = prefix.removeprefix("eval").replace("_", " of ", 1)
+    table = Table(title=f"step {step}: held-out prompts{which}, {metrics.get(f'{prefix}_runtime', 0.0):.1f} s")
     for name in ("effective N", "win rate", "reward", "untouched", "KL", "tokens"):
         table.add_column(name, justify="right")
-    value, low, high = (metrics[f"eval_effective_n{tail}"] for tail in ENDS.values())
+    value, low, high = (metrics[f"{prefix}_effective_n{tail}"] for tail in ENDS.values())
     cells = [
-        _spread({end: metrics[f"eval_{name}{tail}"] for end, tail in ENDS.items()}, digits)
+        _spread({end: metrics[f"{prefix}_{name}{tail}"] for end, tail in ENDS.items()}, digits)
         for name, digits in (("win_rate", 3), ("reward", 3), ("reference_reward", 3), ("kl", 2))
     ]
-    length = metrics.get("eval_completions/mean_length")
+    length = metrics.get(f"{prefix}_completions/mean_length")
     table.add_row(str(EffectiveN(value, low, high, max_n)), *cells, "" if length is None else f"{length:.1f}")
     console.print(table)
 

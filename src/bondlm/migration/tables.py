@@ -35,7 +35,7 @@ _ADDRESS = "use vllm_base_url, such as http://127.0.0.1:8000"
 _OF_THE_MODEL = "use model_init_kwargs, such as model_init_kwargs: {%s}"
 _QUANTISED = _OF_THE_MODEL % "quantization_config: {load_in_4bit: true}"
 _PEFT = "the command line has use_peft and lora_r, lora_alpha, lora_dropout, lora_target_modules; for others use Python"
-_SPLIT = "train_dataset and eval_dataset each name their own data"
+_SPLIT = "train_dataset and eval_dataset each name their own data, as NAME:CONFIG:SPLIT"
 
 _OF_GRPO = {
     "num_iterations": Foreign(f"{_ONE_STEP}; remove it", (1,)),

@@ -54,15 +54,20 @@ class Sampler:
         yield self.model
 
     def rows(
-        self, source: Any, *, max_prompt_length: int | None = None, max_completion_length: int = 256
+        self,
+        source: Any,
+        *,
+        max_prompt_length: int | None = None,
+        max_completion_length: int = 256,
+        held_out: bool = False,
     ) -> list[dict[str, Any]]:
-        """Read and encode prompts.
+        """Read and encode prompts; `held_out` ones come from the split that is not for training.
 
         Raises:
             ConfigError, DataError: prompts that cannot be used.
         """
         limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-        rows = self.encoder.limited_to(**limits).encoded(source).to_list()
+        rows = self.encoder.limited_to(**limits).encoded(source, held_out=held_out)
         return [{name: value for name, value in row.items() if name != PROMPT_ROW} for row in rows]
 
     def sample(

@@ -1,36 +1,36 @@
 """Rows that people have written or judged: answers to imitate, and pairs of which one was preferred.
 
-Read from JSONL and checked as a whole before any model is loaded; every bad row is named as `path:line`.
+Read from files and checked as a whole before any model is loaded; every bad row is named as `path:line`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bondlm.data.columns import TEMPLATE_VARIABLES, TOOLS
-from bondlm.data.prompts import read_jsonl, with_text
+from bondlm.data.files import rows_of_files
+from bondlm.data.rows import with_text
 from bondlm.errors import DataError, listed
 
 Row = dict[str, Any]
 
 
-def read_answers(path: str | Path, column: str = "completion") -> list[Row]:
-    """Rows `{"prompt", "completion"}` for supervised fine-tuning; `column` names the answer.
+def read_answers(source: Any, column: str = "completion") -> list[Row]:
+    """Rows `{"prompt", "completion"}` for supervised fine-tuning, of a file or several; `column` names the answer.
 
     Raises:
         DataError: the file cannot be read, or has rows without prompt or with an empty answer.
     """
-    rows = _checked(path, lambda row: _text_problem(row, column))
+    rows = _checked(source, lambda row: _text_problem(row, column))
     return [{"completion": text_of(row[column]), **_prompt_of(row)} for row in rows]
 
 
-def read_preferences(path: str | Path) -> list[Row]:
+def read_preferences(source: Any) -> list[Row]:
     """Rows `{"prompt", "chosen", "rejected"}`: two answers, of which a person preferred the first.
 
     Raises:
         DataError: the file cannot be read, or has rows without prompt, with an empty answer, or with two equal ones.
     """
-    rows = _checked(path, _preference_problem)
+    rows = _checked(source, _preference_problem)
     return [_prompt_of(row) | {name: text_of(row[name]) for name in ("chosen", "rejected")} for row in rows]
 
 
@@ -45,20 +45,12 @@ def text_of(answer: Any) -> str:
     return answer if isinstance(answer, str) else str(answer[0]["content"])
 
 
-def _checked(path: str | Path, problem: Callable[[Mapping[str, Any]], str | None]) -> list[Row]:
-    if Path(path).suffix.lower() != ".jsonl":
-        raise DataError(
-            f"{path}: give a .jsonl file, one JSON object a line (recipes/prepare.py writes one of a hub set)"
-        )
-    rows = read_jsonl(path, prompts=True)
-    with open(path, "rb") as file:  # blank lines are no rows
-        lines = [number for number, line in enumerate(file, start=1) if line.strip(b" \t\r\n\xef\xbb\xbf")]
-    found = [
-        f"{path}:{n}: {reason}" for n, row in zip(lines, rows, strict=True) if (reason := problem(row)) is not None
-    ]
+def _checked(source: Any, problem: Callable[[Mapping[str, Any]], str | None]) -> list[Row]:
+    lines = rows_of_files(source)
+    found = [f"{line.place}: {reason}" for line in lines if (reason := problem(line.row)) is not None]
     if found:
         raise DataError(listed(found, "bad rows"))
-    return rows
+    return [dict(line.row) for line in lines]
 
 
 def _text_problem(row: Mapping[str, Any], name: str) -> str | None:

@@ -1,0 +1,267 @@
+"""Files of rows: JSON lines, JSON, CSV and Parquet, also compressed, several at once or by a pattern.
+
+JSON lines are read strictly, by bondlm itself: every bad line is named.
+"""
+
+import bz2
+import glob
+import gzip
+import json
+import lzma
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+
+from bondlm.data.paths import expanded
+from bondlm.data.rows import Line, RowCheck, check_columns, good_rows, has_surrogate, kind_of
+from bondlm.errors import DataError
+
+LINES = (".jsonl", ".jsonlines", ".json-lines", ".ndjson")
+JSON, TABLES = (*LINES, ".json"), (".csv", ".tsv", ".parquet")
+_OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_KNOWN = "Give .jsonl, .json, .csv, .tsv or .parquet; all but the last may be compressed (.gz, .bz2, .xz)."
+# Text in any file, however it looks: an answer 12 is no number.
+_TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected")
+
+
+def suffix_of(path: str) -> str:
+    """The kind of a file by its name, whatever it is compressed with."""
+    name = Path(path)
+    packed = name.suffix.lower() in _OPENERS
+    suffix = (Path(name.stem) if packed else name).suffix.lower()
+    return "" if packed and suffix == ".parquet" else suffix
+
+
+def files_of(source: Any) -> list[str] | None:
+    """The files that a path, a pattern or a list of these names; None if it names something else.
+
+    Raises:
+        DataError: a pattern that no file matches, a list with something else in it, or files of different kinds.
+    """
+    if isinstance(source, str | Path):
+        return _matching(expanded(str(source)))
+    if not (isinstance(source, list | tuple) and source and all(isinstance(part, str | Path) for part in source)):
+        return None
+    found: list[str] = []
+    for part in source:
+        paths = _matching(expanded(str(part)))
+        if paths is None:
+            raise DataError(
+                f"{part}: no such file. A list of texts names files; prompts themselves are rows such as "
+                '{"prompt": "..."}.'
+            )
+        found += paths
+    if len({suffix_of(path) in JSON for path in found}) > 1:
+        raise DataError(f"{', '.join(found[:4])}: JSON beside tables, give files of one kind")
+    return found
+
+
+def _matching(path: str) -> list[str] | None:
+    if Path(path).is_dir():
+        return None
+    if Path(path).is_file():
+        if suffix_of(path) not in (*JSON, *TABLES):
+            raise DataError(f"{path}: unknown kind of file. {_KNOWN}")
+        return [path]
+    if glob.has_magic(path.partition(":")[0]):  # behind a colon there may be a slice of a split
+        found = sorted(each for each in glob.glob(path, recursive=True) if Path(each).is_file())
+        if not found:
+            raise DataError(f"{path}: no file matches this pattern")
+        return [each for one in found for each in _matching(one) or ()]
+    return [path] if suffix_of(path) in (*JSON, *TABLES) else None  # it is not there, and reading it will say so
+
+
+def rows_of_files(source: Any) -> list[Line]:
+    """The rows of one file or of several, all of them with a prompt that can be used.
+
+    Raises:
+        DataError: no file is named, one cannot be read, or rows are bad.
+    """
+    files = files_of(source)
+    if files is None:
+        raise DataError(f"{source}: no such file. {_KNOWN}")
+    in_json = suffix_of(files[0]) in JSON
+    lines = list(json_rows(files) if in_json else (line for path in files for line in _table_rows(path)))
+    name = ", ".join(files)
+    good = [lines[i] for i in good_rows(lines, RowCheck(typed=True), name, None)]
+    check_columns({key: None for line in good for key in line.row}, name)
+    return good
+
+
+def _table_rows(path: str) -> Iterator[Line]:
+    table, odd = read_table(path)
+    check_columns(table.column_names, path)
+    yield from odd
+    left_out = {line.place for line in odd}
+    places = [f"{path}: row {i}" for i in range(table.num_rows + len(odd))]
+    yield from map(Line, [place for place in places if place not in left_out], table.to_pylist())
+
+
+def json_rows(paths: Sequence[str]) -> Iterator[Line]:
+    """The rows of JSON files, one after the other.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    for path in paths:
+        yield from _json_array(path) if suffix_of(path) == ".json" and _is_array(path) else json_lines(path)
+
+
+def json_lines(path: str) -> Iterator[Line]:
+    """One row for each line that is not blank, at `path:line`, read strictly.
+
+    The file is UTF-8; a byte-order mark may stand at its start and nowhere else. Lines end with LF or CRLF. Not
+    accepted: NaN and infinities, numbers beyond float64, a key twice in one object, and lone surrogates, which no UTF-8
+    file can hold.
+    """
+    for number, line in enumerate(_binary_lines(path), start=1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if not line.strip(b" \t\r\n"):
+            continue
+        place = f"{path}:{number}"
+        try:
+            yield Line(place, _parse_line(line.rstrip(b"\r\n")))
+        except ValueError as error:
+            yield Line(place, None, str(error))
+
+
+def read_table(path: str) -> tuple[pyarrow.Table, list[Line]]:
+    """A CSV or Parquet file, and lines of it that have too few or too many values.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        if suffix_of(path) == ".parquet":
+            return pyarrow.parquet.read_table(path), []
+        return _read_csv(path)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _binary_lines(path: str) -> Iterator[bytes]:
+    try:
+        with _open(path) as file:
+            yield from file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}. Check the path.") from error
+
+
+def _open(path: str) -> IO[bytes]:
+    opened: IO[bytes] = _OPENERS.get(Path(path).suffix.lower(), open)(path, "rb")
+    return opened
+
+
+def _is_array(path: str) -> bool:
+    """Whether a .json file holds one list; many have an object a line."""
+    for line in _binary_lines(path):
+        if start := line.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n"):
+            return start.startswith(b"[")
+    return False
+
+
+def _json_array(path: str) -> Iterator[Line]:
+    data = b"".join(_binary_lines(path)).removeprefix(b"\xef\xbb\xbf")
+    try:
+        rows = _parse(data)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: {_json_problem(error)}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    for i, row in enumerate(rows):
+        yield Line(f"{path}: row {i}", row)
+
+
+def _read_csv(path: str) -> tuple[pyarrow.Table, list[Line]]:
+    odd: list[Line] = []
+
+    def note(row: Any) -> str:
+        text = f"{row.actual_columns} values, and the header names {row.expected_columns}: {row.text:.60}"
+        odd.append(Line(f"{path}: row {row.number - 2}", None, text))  # the header is number 1
+        return "skip"
+
+    def read(types: Mapping[str, pyarrow.DataType]) -> pyarrow.Table:
+        odd.clear()
+        with _open(path) as file:
+            return pyarrow.csv.read_csv(
+                file,
+                read_options=pyarrow.csv.ReadOptions(use_threads=False),
+                parse_options=pyarrow.csv.ParseOptions(
+                    delimiter="\t" if suffix_of(path) == ".tsv" else ",",
+                    newlines_in_values=True,
+                    invalid_row_handler=note,
+                ),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+            )
+
+    types = dict.fromkeys(_TEXT_COLUMNS, pyarrow.string())
+    table = read(types)
+    # What looks like a date stays as it was written.
+    times = {each.name: pyarrow.string() for each in table.schema if pyarrow.types.is_temporal(each.type)}
+    table = read(types | times) if times else table
+    for i, each in enumerate(table.schema):
+        if pyarrow.types.is_binary(each.type):
+            raise DataError(f"{path}: the column {each.name!r} is not UTF-8")
+        if table.column_names.index(each.name) != i:
+            raise DataError(f"{path}: two columns are called {each.name!r}")
+    return table, odd
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """Parse one line to an object, or raise ValueError with the reason."""
+    try:
+        row = _parse(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(_json_problem(error)) from error
+    if not isinstance(row, dict):
+        raise ValueError(f'a row must be an object such as {{"prompt": ...}}, not {kind_of(row)}')
+    return row
+
+
+def _json_problem(error: json.JSONDecodeError) -> str:
+    return f"invalid JSON: {error.msg.removesuffix(' at')} (column {error.colno})"
+
+
+def _parse(data: bytes) -> Any:
+    """Strict JSON, or ValueError with the reason."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})") from error
+    try:
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys
+        )
+    except RecursionError as error:
+        raise ValueError("invalid JSON: nested too deeply") from error
+    # Escapes are the only way for a surrogate to pass the UTF-8 decoder.
+    if "\\u" in text and isinstance(value, dict) and has_surrogate(value):
+        raise ValueError("lone surrogate: half of a character, which UTF-8 cannot hold")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number; use null for a missing value")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"number {text} is too large for float64")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
+    return row

@@ -1,0 +1,110 @@
+"""Where rows come from: data sets on the hub, saved folders, and objects of `datasets`, each with its split.
+
+A name is `NAME`, `NAME:CONFIG`, `NAME:CONFIG:SPLIT` or, without a config, `NAME::SPLIT`.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from bondlm.data.table import unformatted
+from bondlm.errors import DataError
+
+# A hub name: `name` or `owner/name`. Everything else that is text is a path.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+_log = logging.getLogger(__name__)
+
+
+def named_sets(source: Any) -> dict[str, Any] | None:
+    """The held-out data sets of a dictionary, by name; None if the source is one data set.
+
+    A `DatasetDict` is one data set with its splits.
+    """
+    is_one = isinstance(source, DatasetDict | IterableDatasetDict) or not isinstance(source, Mapping)
+    return None if is_one else {str(name): part for name, part in source.items()}
+
+
+def open_source(source: Any, *, held_out: bool) -> Dataset:
+    """The rows of a data set that is no file; `held_out` ones are not the training split.
+
+    Raises:
+        DataError: it cannot be read, or has no split that is meant.
+    """
+    if isinstance(source, str):
+        source = _open_name(source, held_out=held_out)
+    if isinstance(source, DatasetDict):
+        source = source[choose_split(source, "the data set", held_out=held_out)]
+    if isinstance(source, IterableDataset | IterableDatasetDict):
+        raise DataError("a streaming data set (IterableDataset) has no number of rows: give one that is read whole")
+    if not isinstance(source, Dataset):
+        raise DataError(
+            f"cannot read prompts from a {type(source).__name__}. Give a path, the name of a hub data set, a "
+            "`datasets.Dataset` or a list of rows."
+        )
+    return unformatted(source)
+
+
+def choose_split(splits: Iterable[str], name: str, *, held_out: bool) -> str:
+    """The training split, or the one split that is not for training.
+
+    Raises:
+        DataError: there is none, or more than one.
+    """
+    names = [str(split) for split in splits]
+    found = [split for split in names if not split.startswith("train")] if held_out else names
+    if not held_out and "train" in names:
+        return "train"
+    if held_out and len(found) == 1:
+        _log.warning("held-out prompts are the split %r of %s", found[0], name)
+        return found[0]
+    raise DataError(
+        f"{name}: {'several splits, or none, hold prompts that are not for training' if held_out else 'no split train'}"
+        f" (it has {', '.join(names)}). Name one: NAME:CONFIG:SPLIT or NAME::SPLIT, in Python dataset['SPLIT']"
+    )
+
+
+def _open_name(source: str, *, held_out: bool) -> Any:
+    name, config, split = _parts(source)
+    path = Path(name)
+    if path.is_file():
+        raise DataError(f"{source}: a file has no configs and splits, write {name} alone")
+    try:
+        if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+            return _split_of(datasets.load_from_disk(name), source, config, split)
+        if path.is_dir() or _HUB_NAME.fullmatch(name):
+            if split is None and held_out:
+                split = choose_split(datasets.get_dataset_split_names(name, config), source, held_out=True)
+            return datasets.load_dataset(name, config, split=split or "train")
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source}: cannot be read: {error}") from error
+    raise DataError(f"{source}: no such file, and not the name of a hub data set.")
+
+
+def _split_of(saved: Any, source: str, config: str | None, split: str | None) -> Any:
+    """The split of a saved folder that its name asks for."""
+    if config is not None:
+        raise DataError(f"{source}: a folder of `save_to_disk` has no configs. Write FOLDER::SPLIT")
+    if split is None:
+        return saved
+    if not isinstance(saved, DatasetDict) or split not in saved:
+        known = ", ".join(saved) if isinstance(saved, DatasetDict) else "none"
+        raise DataError(f"{source}: no split {split!r}, it has {known}")
+    return saved[split]
+
+
+def _parts(source: str) -> tuple[str, str | None, str | None]:
+    """Name, config and split; a folder may have a colon in its name."""
+    if Path(source).is_dir():
+        return source, None, None
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    return name, config or None, split or None

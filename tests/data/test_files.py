@@ -1,0 +1,118 @@
+"""Kinds of files, compressed or not, one or several: the same rows, and each bad one named."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from bondlm.data.prompts import load_prompts
+from bondlm.errors import DataError
+
+ROWS = [{"prompt": "12", "answer": 1, "note": "NA"}, {"prompt": "two\nlines", "answer": 2, "note": "2020-01-31"}]
+AS_CSV = 'prompt,answer,note\n12,1,NA\n"two\nlines",2,2020-01-31\n'
+CONTENTS = {
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+    ".json": json.dumps(ROWS, indent=1),
+    "-lines.json": "\ufeff" + "".join(json.dumps(row) + "\n" for row in ROWS),
+    ".csv": "\ufeff" + AS_CSV,
+    ".tsv": AS_CSV.replace(",", "\t"),
+}
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_every_kind_of_file_gives_the_same_rows(kind: str, packed: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{kind}{packed}"
+    path.write_bytes(PACKED[packed](CONTENTS[kind].encode()))
+    assert list(load_prompts(path)) == ROWS
+    if packed:
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(DataError, match=rf"^{path}: cannot be read"):
+            load_prompts(path)
+
+
+def many(folder: Path, kind: str) -> list[str]:
+    paths = []
+    for i, word in enumerate("ba"):
+        rows = [{"prompt": word, "answer": i}, {"prompt": word * 2, "answer": i}]
+        paths.append(str(folder / f"{word}{kind}"))
+        if kind == ".parquet":
+            Dataset.from_list(rows).to_parquet(paths[-1])
+        else:
+            Path(paths[-1]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_files_of_a_list_come_in_its_order_and_those_of_a_pattern_by_name(kind: str, tmp_path: Path) -> None:
+    paths = many(tmp_path, kind)
+    assert load_prompts(paths)["prompt"][:] == ["b", "bb", "a", "aa"]
+    assert load_prompts(tmp_path / f"*{kind}")["prompt"][:] == ["a", "aa", "b", "bb"]
+    assert load_prompts([tmp_path / f"a*{kind}", Path(paths[0])])["answer"][:] == [1, 1, 0, 0]
+
+
+def test_a_bad_row_of_several_files_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "k": 1}\n')
+    (tmp_path / "b.jsonl").write_text('\n{"prompt": "b", "k": "x"}\n')
+    with pytest.raises(DataError, match=rf"^{tmp_path}/b\.jsonl:2: column 'k'.*{tmp_path}/a\.jsonl:1"):
+        load_prompts(tmp_path / "*.jsonl")
+    (tmp_path / "c.csv").write_text("prompt,k\na,1\nb\nc,3,4\n,5\nd,6\n")
+    (tmp_path / "d.csv").write_text("prompt,k\ne,7\n")
+    skipped: list[str] = []
+    files = [tmp_path / "c.csv", tmp_path / "d.csv"]
+    assert load_prompts(files, skipped=skipped).to_list() == [
+        {"prompt": p, "k": k} for p, k in (("a", 1), ("d", 6), ("e", 7))
+    ]
+    assert sorted(reason.split(": ")[1] for reason in skipped) == ["row 1", "row 2", "row 3"]
+    with pytest.raises(DataError, match=rf"{tmp_path}/c\.csv: row 1: 1 values"):
+        load_prompts(files)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", b'[{"prompt": "a"},\n {"prompt": }]', r"a\.json:2: invalid JSON"),
+        ("a.json", b'[{"prompt": "a"}, {"prompt": "a", "prompt": "b"}]', r"a\.json: .*'prompt' appears twice"),
+        ("a.json", b'["a"]', r"a\.json: row 0: .*not text"),
+        ("a.json", b"[]", r"a\.json: it has no rows"),
+        ("a.csv", b"", r"a\.csv: cannot be read: .*[Ee]mpty"),
+        ("a.csv", b"prompt\n", r"a\.csv: it has no rows"),
+        ("a.csv", b"question\na\n", r"a\.csv: no column `prompt`, it has question"),
+        ("a.csv", b"prompt,k,k\na,1,2\n", r"a\.csv: two columns are called 'k'"),
+        ("a.csv", b"prompt,k\na,\xff\n", r"a\.csv: the column 'k' is not UTF-8"),
+        ("a.csv", b"prompt,k\n\xff,a\n", r"a\.csv: cannot be read: .*UTF8"),
+        ("a.parquet.gz", b"", r"a\.parquet\.gz: unknown kind"),
+        ("a.jsonl", b'{"prompt": "a"}', "no configs and splits"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+    path: Any = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        load_prompts(f"{path}::test" if "splits" in reason else path)
+
+
+def test_lists_of_files_are_of_one_kind_and_fit_together(tmp_path: Path) -> None:
+    Dataset.from_dict({"prompt": ["a"], "k": [1]}).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_dict({"prompt": ["a"], "k": ["x"]}).to_parquet(tmp_path / "b.parquet")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    for files, reason in (
+        (["a.parquet", "a.jsonl"], "one kind"),
+        (["a.parquet", "b.parquet"], r"b\.parquet: columns of one name.*\bk\b"),
+        (["a.jsonl", "gone.jsonl"], r"gone\.jsonl: .*No such file"),
+        (["a.jsonl", "org/name"], "org/name: no such file"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            load_prompts([tmp_path / name for name in files])
