@@ -39,6 +39,9 @@ CONFIG_FIELDS = {
     "prompt_format",
     "quantile",
     "quantile_learning_rate",
+    "ranks_as_values",
+    "reward_aggregation",
+    "reward_tolerances",
     "reward_weights",
     "strict",
     "target_n",
@@ -158,6 +161,7 @@ OTHER_OBJECTIVES_METRICS = {
     "bond/signal",
     "time/quantile",
 }
+SOME_REWARDS_METRICS = {"eval_rewards/<name>/effective_n", "eval_rewards/<name>/win_rate"}  # where there are several
 EVAL_ESTIMATES = {"eval_effective_n", "eval_kl", "eval_reference_reward", "eval_reward", "eval_win_rate"}
 EVAL_METRICS = (
     EVAL_ESTIMATES

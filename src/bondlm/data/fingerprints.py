@@ -27,7 +27,7 @@ def model_fingerprint(name: str, revision: str | None) -> dict[str, Any]:
 def reward_fingerprint(spec: Any) -> Any:
     """The reward as it was written, with a hash of the file or of the weights that it names."""
     text = str(spec)
-    source = text.rpartition(":")[0]
+    source = text.removeprefix("rank:").rpartition(":")[0]
     if source.endswith(".py") and Path(source).is_file():
         digest = hashlib.sha256()
         _add_file(digest, Path(source))

@@ -17,6 +17,7 @@ from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.functions import load_function
 from bondlm.rewards.http import HTTPReward
 from bondlm.rewards.nli import NLIReward
+from bondlm.rewards.ranking import RankReward
 from bondlm.rewards.scoring import NamedReward
 from bondlm.rewards.similarity import SimilarityReward
 
@@ -68,6 +69,7 @@ def load_rewards(
     - a callable with TRL's signature ``f(prompts, completions, **columns) -> list[float]``, sync or async;
     - an ``nn.Module``: a sequence classifier with one label; it needs a processing class;
     - ``"module:function"`` or ``"path/to/file.py:function"``;
+    - a `RankReward`, or ``"rank:module:function"``: a function that ranks all samples of a prompt;
     - ``"nli:MODEL"``: entailment (`NLIReward`); ``"similarity:MODEL"``: cosine (`SimilarityReward`);
     - ``"http://HOST/PATH"`` or ``"https://..."``: a server (`HTTPReward`);
     - ``"MODEL"`` or ``"classifier:MODEL"``: a sequence classifier with one label (`SequenceClassifierReward`).
@@ -155,7 +157,9 @@ def _load_one(
         kind, _, rest = spec.partition(":")
         if is_model(spec):
             return _load_model_reward(kind if rest else "classifier", rest or kind, tokenizer, device, dtype)
-        name, function = spec.rpartition(":")[2], _load_named_function(spec, kind)
+        name = spec.rpartition(":")[2]
+        ranks = kind == "rank"
+        function = RankReward(load_function(expanded(rest)), name) if ranks else _load_named_function(spec, kind)
     elif callable(spec):
         name, function = _function_name(spec), spec
     else:
@@ -166,7 +170,7 @@ def _load_one(
 
 
 def _load_named_function(spec: str, kind: str) -> RewardFunction:
-    near = difflib.get_close_matches(kind, _KINDS, n=1)
+    near = difflib.get_close_matches(kind, [*_KINDS, "rank"], n=1)
     try:
         return load_function(expanded(spec))
     except ConfigError as error:
