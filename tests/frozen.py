@@ -161,7 +161,11 @@ OTHER_OBJECTIVES_METRICS = {
     "bond/signal",
     "time/quantile",
 }
-SOME_REWARDS_METRICS = {"eval_rewards/<name>/effective_n", "eval_rewards/<name>/win_rate"}  # where there are several
+SOME_REWARDS_METRICS = {  # where there are several; a judge with several rounds
+    "eval_rewards/<name>/effective_n",
+    "eval_rewards/<name>/win_rate",
+    "judges/<name>/agreement",
+}
 EVAL_ESTIMATES = {"eval_effective_n", "eval_kl", "eval_reference_reward", "eval_reward", "eval_win_rate"}
 EVAL_METRICS = (
     EVAL_ESTIMATES

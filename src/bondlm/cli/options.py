@@ -33,7 +33,7 @@ _SAMPLING = {
 }
 _REWARDS = {
     "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, "
-    "rank:module:function, a server's http(s)://HOST/PATH, or a list.",
+    "rank:module:function, judge:URL?model=NAME, a server's http(s)://HOST/PATH, or a list.",
     "reward_weights": "A list of numbers, one per reward.",
     "reward_aggregation": "How several become one: sum (default), quantile, worst or lexicographic.",
     "reward_tolerances": "lexicographic: how far below the best counts as equal, one number per reward.",

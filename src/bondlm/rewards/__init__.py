@@ -6,6 +6,7 @@ from bondlm.rewards.calls import RewardFunction
 from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.functions import load_function
 from bondlm.rewards.http import HTTPReward
+from bondlm.rewards.judge import JudgeReward
 from bondlm.rewards.load import load_rewards, rewards_of_run
 from bondlm.rewards.nli import NLIReward
 from bondlm.rewards.ranking import RankReward, by_pairs, is_ranking
@@ -16,6 +17,7 @@ __all__ = [
     "SUM",
     "Aggregation",
     "HTTPReward",
+    "JudgeReward",
     "NLIReward",
     "NamedReward",
     "RankReward",
