@@ -40,6 +40,9 @@ CONFIG_FIELDS = {
     "prompt_format",
     "quantile",
     "quantile_learning_rate",
+    "ranks_as_values",
+    "reward_aggregation",
+    "reward_tolerances",
     "reward_weights",
     "strict",
     "target_n",
@@ -158,6 +161,11 @@ OTHER_OBJECTIVES_METRICS = {
     "bond/regression_loss",
     "bond/signal",
     "time/quantile",
+}
+SOME_REWARDS_METRICS = {  # where there are several; a judge with several rounds
+    "eval_rewards/<name>/effective_n",
+    "eval_rewards/<name>/win_rate",
+    "judges/<name>/agreement",
 }
 EVAL_ESTIMATES = {"eval_effective_n", "eval_kl", "eval_reference_reward", "eval_reward", "eval_win_rate"}
 EVAL_METRICS = (

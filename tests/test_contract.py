@@ -14,6 +14,7 @@ from frozen import (
     EVAL_METRICS,
     FROM_TRANSFORMERS,
     OTHER_OBJECTIVES_METRICS,
+    SOME_REWARDS_METRICS,
     TRAIN_METRICS,
     TRAINER_ARGUMENTS,
 )
@@ -117,6 +118,7 @@ def test_every_metric_is_documented_and_no_other() -> None:
     logged_names = (
         TRAIN_METRICS
         | OTHER_OBJECTIVES_METRICS
+        | SOME_REWARDS_METRICS
         | {name.removesuffix("_low").removesuffix("_high") for name in EVAL_METRICS}
     )
     assert {name for name in logged_names if not any(fnmatch(name, pattern) for pattern in names)} == set()

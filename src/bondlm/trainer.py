@@ -75,6 +75,7 @@ from bondlm.training.processes import (
     work_digest,
 )
 from bondlm.training.prompting import note_rendering, rendering_of_run
+from bondlm.training.ranks import aggregation_of_run
 from bondlm.training.step import Step
 from bondlm.training.tables import TablesCallback
 
@@ -134,6 +135,8 @@ class BONDTrainer(Trainer):
         prompts = None if train_dataset is None else self.drops.load(train_dataset, **reading)
         self.main_eval = main_set(args, eval_dataset)
         check_inputs(args, prompts, train_dataset, name, reward_funcs, has_held_out=eval_dataset is not None)
+        self.objective: Objective = objective_of(args, num_logged=samples_per_prompt(prompts))
+        self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
         if processing_class is None:
@@ -152,7 +155,6 @@ class BONDTrainer(Trainer):
             truncate_prompt=args.truncate_prompt,
             rendering=rendering_of_run(args),
         )
-        self.objective: Objective = objective_of(args, num_logged=samples_per_prompt(prompts))
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
         super().__init__(
@@ -236,6 +238,7 @@ class BONDTrainer(Trainer):
             engine=self.engine,
             roles=self.roles,
             rewards=self.rewards,
+            aggregation=self.aggregation,
             encoder=self.encoder,
             world=self.world,
             clock=self.clock,
@@ -316,15 +319,24 @@ class BONDTrainer(Trainer):
     # -- samples and log-probabilities outside training
 
     def sample(
-        self, rows: Sequence[Mapping[str, Any]], role: Role, num_samples: int, *, temperature: float = 1.0
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        role: Role,
+        num_samples: int,
+        *,
+        temperature: float = 1.0,
+        reference: Samples | None = None,
     ) -> Samples:
-        """Draw and score completions of encoded rows outside training; the prompts are shared among the processes."""
+        """Draw and score completions of encoded rows outside training; the prompts are shared among the processes.
+
+        Rewards that rank do so among the samples of `reference`, if given.
+        """
         mine = self.world.mine(len(rows))
         began = time.perf_counter()
         seeds = Seeds.of_evaluation(self.args.seed, temperature)
         drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature)
         seconds = time.perf_counter() - began
-        scored = self.score_completions(rows, gather_in_order(self.world, mine, drawn))
+        scored = self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference)
         return replace(scored, seconds=seconds)
 
     def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:
@@ -384,7 +396,8 @@ class BONDTrainer(Trainer):
         rows, key = list(dataset), dataset._fingerprint
         if key not in self._reference_samples:
             self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
-        return self.sample(rows, "policy", self.args.eval_num_samples), self._reference_samples[key]
+        reference = self._reference_samples[key]
+        return self.sample(rows, "policy", self.args.eval_num_samples, reference=reference), reference
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of all recorded since the last log, the loss included: Trainer's own forgets at a resume."""

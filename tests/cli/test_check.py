@@ -25,3 +25,20 @@ def test_check_says_what_n_buys_and_what_the_run_costs(tmp_path, capsys):
     assert "7 steps about" in out
     assert "6 x 2 answers, the first one 6 x 3" in out
     assert "GiB" in out
+
+
+def test_it_says_how_often_a_ranking_agrees_with_itself(tmp_path, capsys):
+    config = write_job(tmp_path)
+    (tmp_path / "ranks.py").write_text(
+        "def steady(prompt, completions):\n"
+        "    return {'ranking': sorted(range(len(completions)), key=lambda i: completions[i][-1]['content'])}\n"
+        "def first(prompt, completions):\n    return {'ranking': list(range(len(completions)))}\n"
+        "def half(prompt, completions):\n    return {'ranking': [0]}\n"
+    )
+    codes = {}
+    for name in ("steady", "first", "half"):
+        codes[name] = main(["check", "--config", str(config), "--reward_funcs", f"rank:{tmp_path}/ranks.py:{name}"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert (f"{name} ranks 100% of the pairs" in shown) == (name == "steady")
+        assert ("first hardly agrees with itself" in shown) == (name == "first")  # it prefers what comes first
+    assert codes == {"steady": 0, "first": 0, "half": 4}

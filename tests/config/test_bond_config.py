@@ -250,7 +250,13 @@ def test_the_help_names_every_objective() -> None:
 
 def test_what_a_setting_needs_is_a_setting_and_one_of_its_values(tmp_path: Path) -> None:
     needed = {setting.needs for setting in SETTINGS.values() if setting.needs is not None}
-    assert needed == {("anchor", "ema"), ("anchor", "periodic"), ("quantile", "learned"), ("quantile", "monte_carlo")}
+    assert needed == {
+        ("anchor", "ema"),
+        ("anchor", "periodic"),
+        ("quantile", "learned"),
+        ("quantile", "monte_carlo"),
+        ("reward_aggregation", "lexicographic"),
+    }
     for other, value in needed:
         assert other in DEFAULTS
         config(tmp_path, objective="bond", **{other: value})

@@ -111,7 +111,7 @@ def test_r8_pauses_grow_and_no_two_are_alike(monkeypatch: pytest.MonkeyPatch) ->
     async def note(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr("bondlm.rewards.http.asyncio.sleep", note)
+    monkeypatch.setattr("bondlm.rewards.client.asyncio.sleep", note)
     with serving(*[status(503)] * 10) as server:
         ask(server.url, outage=1000.0)
     assert len(pauses) == len(set(pauses)) == 10

@@ -14,7 +14,8 @@ import pytest
 
 from bondlm.errors import BondError, ConfigError, RewardError, RewardOutageError
 from bondlm.rewards import HTTPReward, NamedReward, load_rewards, score
-from bondlm.rewards.http import MAX_REQUESTS, PLAIN_VARIABLE, TOKEN_VARIABLE
+from bondlm.rewards.client import MAX_REQUESTS, PLAIN_VARIABLE
+from bondlm.rewards.http import TOKEN_VARIABLE
 from rewards.reward_stub import changed, good, serving, slow, status
 
 TOKEN = "s3cr3t-t0k3n-0123456789"
@@ -204,7 +205,7 @@ def test_while_the_server_is_down_one_request_at_a_time_asks() -> None:
         assert server.most == 1
         server.otherwise = good
         assert score([NamedReward("r", reward)], ["p"], ["5"]).total.tolist() == [5.0]
-        assert reward._failing_since is None
+        assert reward.client._failing_since is None
 
 
 def test_ids_of_the_wrong_type_are_not_ours() -> None:

@@ -13,6 +13,7 @@ from bondlm.errors import ConfigError, RewardError
 
 TIES_WARNED, CUT_WARNED = 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3
+AGREEMENT_PROMPTS, AGREEMENT_SAMPLES, AGREEMENT_WARNED = 4, 4, 0.7
 
 
 def run(options: dict[str, Any]) -> int:
@@ -43,6 +44,7 @@ def run(options: dict[str, Any]) -> int:
             _check_neighbours(trainer)
             with console.status("answers of the untouched model"):
                 print_frontier(console, trainer)
+            _say_agreement(trainer, console)
         trainer.save_model()
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
     for name in sorted(logs):
@@ -67,17 +69,50 @@ def run(options: dict[str, Any]) -> int:
 
 
 def _check_neighbours(trainer: Any) -> None:
-    """A reward must not depend on what it is scored beside (a padding bug does)."""
+    """A reward must not depend on what it is scored beside (a padding bug does); one that ranks alone may."""
+    absolute = [reward.name for reward in trainer.rewards if not reward.ranks]
+    if not absolute:
+        return
     rows = list(trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))))
     together = trainer.sample(rows, "policy", 2)
     for i, row in enumerate(rows):
-        alone = trainer.score_completions([row], [together.completions[i][:1]]).rewards_PM[0, 0]
-        gap = abs(float(alone - together.rewards_PM[i, 0]))
-        if gap > NEIGHBOUR_TOLERANCE * max(1.0, abs(float(alone))):
-            raise RewardError(
-                f"row {i}: the reward is {float(alone)} when scored alone and {float(together.rewards_PM[i, 0])} in a "
-                "batch: it depends on its neighbours (often a padding bug), so its order means nothing"
-            )
+        alone = trainer.score_completions([row], [together.completions[i][:1]])
+        for name in absolute:
+            value, beside = (float(samples.by_name[name][j, 0]) for samples, j in ((alone, 0), (together, i)))
+            if abs(value - beside) > NEIGHBOUR_TOLERANCE * max(1.0, abs(value)):  # never for NaN: it does not apply
+                raise RewardError(
+                    f"row {i}: the reward {name!r} is {value} when scored alone and {beside} in a batch: it depends on "
+                    "its neighbours (often a padding bug), so its order means nothing"
+                )
+
+
+def _say_agreement(trainer: Any, console: Console) -> None:
+    for name, share in _agreement(trainer).items():
+        console.print(
+            f"{name} ranks {share:.0%} of the pairs of answers alike when it gets them in the opposite order",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if share < AGREEMENT_WARNED:
+            console.print(f"warning: {name} hardly agrees with itself: a coin does with 50%", soft_wrap=True)
+
+
+def _agreement(trainer: Any) -> dict[str, float]:
+    """Share of the pairs of different answers that a reward that ranks puts in the same order, asked twice."""
+    names = [reward.name for reward in trainer.rewards if reward.ranks]
+    if not names:
+        return {}
+    rows = list(trainer.train_dataset.select(range(min(AGREEMENT_PROMPTS, len(trainer.train_dataset)))))
+    first = trainer.sample(rows, "policy", AGREEMENT_SAMPLES)
+    second = trainer.score_completions(rows, [completions[::-1] for completions in first.completions])
+    found = {}
+    for name in names:
+        one_PM, other_PM = first.by_name[name], second.by_name[name].flip(1)
+        gaps = [(values_PM[:, :, None] - values_PM[:, None, :]).sign() for values_PM in (one_PM, other_PM)]
+        is_pair = (gaps[0] != 0) | (gaps[1] != 0)
+        if is_pair.any():
+            found[name] = float((gaps[0] == gaps[1])[is_pair].double().mean())
+    return found
 
 
 def _check_disk(folder: Path, size: int, console: Console) -> None:

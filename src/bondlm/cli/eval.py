@@ -16,11 +16,12 @@ from bondlm.errors import ConfigError, DataError
 from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, run_config
 
 DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
+OF_REWARDS = ("reward_weights", "reward_aggregation", "reward_tolerances")
 # Options that a run folder answers with its own settings, under the names that they have there.
 FROM_RUN = {
     "reference": "model",
     "dataset": "eval_dataset",
-    **{name: name for name in ("reward_funcs", "reward_weights", "max_completion_length", "max_prompt_length")},
+    **{name: name for name in ("reward_funcs", *OF_REWARDS, "max_completion_length", "max_prompt_length")},
     "judges": "judges",
 }
 
@@ -66,7 +67,7 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         if name not in options:
             _refuse_code_of(model, name, _list(known.get(name)))
     if "reward_funcs" in options and _list(options["reward_funcs"]) != _list(config.get("reward_funcs")):
-        known.pop("reward_weights", None)  # they were for the run's rewards
+        known = {k: v for k, v in known.items() if k not in OF_REWARDS}  # they were for the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
     settings["model"] = str(model)
     for name in ("reference", "dataset", "reward_funcs", "output"):
@@ -142,7 +143,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
     from bondlm.evaluation.pair import Pair, sample_sets
     from bondlm.evaluation.rouge import rouge_judge
     from bondlm.models.load import fast_dtype
-    from bondlm.rewards import load_rewards
+    from bondlm.rewards import aggregation_of, load_rewards
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
@@ -163,8 +164,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"{settings['dataset']}: {len(rows)} prompt, and an interval over prompts needs at least 2")
     specs, judge_specs = _list(settings["reward_funcs"]), _list(settings.get("judges"))
     weights = _list(settings.get("reward_weights")) or [1.0] * len(specs)
-    if len(weights) != len(specs):
-        raise ConfigError(f"reward_weights has {len(weights)} entries for {len(specs)} rewards: give one a reward")
+    aggregation = aggregation_of(settings, weights, len(specs))
     rewards = load_rewards(
         specs + judge_specs,
         weights + [0.0] * len(judge_specs),
@@ -178,6 +178,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "opponent_rows": opponent_rows,
         "rewards": rewards + judges,
+        "aggregation": aggregation,
         "num_judges": len(judge_specs) + len(judges),
         "sets": sample_sets(
             settings["num_samples"], settings["num_reference_samples"], opponent=pair.opponent is not None
@@ -209,7 +210,9 @@ def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str
     def model(role: str, name: str) -> dict[str, Any]:
         return model_fingerprint(name, _revision(samplers[role]))
 
-    names = ("num_samples", "num_reference_samples", "max_completion_length", "seed", "reference_column")
+    names = ["num_samples", "num_reference_samples", "max_completion_length", "seed", "reference_column"]
+    if job["aggregation"].by_order:
+        names += ["reward_aggregation", "reward_tolerances"]
     return {
         "policy": model("policy", settings["model"]),
         "reference": model("reference", str(settings["reference"])),
@@ -242,6 +245,8 @@ def _evaluate(
         who = model_fingerprint(str(settings["opponent"]), _revision(job["pair"].opponent))
         claim(folder, made_from | {"opponent": who}, [OPPONENT_FILE], manifest="opponent-manifest.json")
     total = len(job["rows"])
+    beside = folder / job["sets"][0].file, job["sets"][0].num_samples  # the reference comes first
+    has_ranks = job["aggregation"].by_order or any(reward.ranks for reward in job["rewards"])
     with make_progress(console) as progress:
         for number, wanted in enumerate(job["sets"]):
             fill(
@@ -255,6 +260,8 @@ def _evaluate(
                 seed=int(settings["seed"]),
                 max_completion_length=settings["max_completion_length"],
                 on_prompts_done=Counter(progress, f"{wanted.name} x {wanted.num_samples}", total),
+                aggregation=job["aggregation"],
+                beside=beside if number and has_ranks else None,
             )
     scored = {wanted.name: from_rows(read_samples(folder / wanted.file), wanted.num_samples) for wanted in job["sets"]}
     policy, reference, opponent = scored.pop("policy"), scored.pop("reference"), scored.pop("opponent", None)

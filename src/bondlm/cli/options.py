@@ -32,9 +32,11 @@ _SAMPLING = {
     "max_rows": "Most completions that are decoded together. Default: what fits into memory (on a CPU 96).",
 }
 _REWARDS = {
-    "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, a server's "
-    "http(s)://HOST/PATH, or a list.",
+    "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, "
+    "rank:module:function, judge:URL?model=NAME, a server's http(s)://HOST/PATH, or a list.",
     "reward_weights": "A list of numbers, one per reward.",
+    "reward_aggregation": "How several become one: sum (default), quantile, worst or lexicographic.",
+    "reward_tolerances": "lexicographic: how far below the best counts as equal, one number per reward.",
 }
 LORA = {
     "use_peft": "Train a LoRA adapter instead of all weights.",

@@ -83,7 +83,7 @@ def generate(
 
         from bondlm.cli.prompting import rendering_of
         from bondlm.models.load import fast_dtype
-        from bondlm.rewards import load_rewards
+        from bondlm.rewards import SUM, aggregation_of, load_rewards
         from bondlm.rollout.sampler import Sampler
 
         transformers_logging.set_verbosity_error()
@@ -106,6 +106,7 @@ def generate(
             if options.get("reward_funcs")
             else []
         )
+        aggregation = aggregation_of(options, [r.weight for r in rewards], len(rewards)) if rewards else SUM
     if on_loaded is not None:
         on_loaded(sampler)
     progress = make_progress(console)
@@ -122,7 +123,7 @@ def generate(
                 first_position=start,
                 **lengths,
             )
-            scored = sampler.score(rewards, chunk, drawn).rewards_PM if rewards else None
+            scored = sampler.score(rewards, chunk, drawn, aggregation).rewards_PM if rewards else None
             if len(rows) > 1:
                 count(len(chunk))
             yield _as_rows(chunk, drawn, sampler.texts(drawn), scored)

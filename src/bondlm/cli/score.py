@@ -33,6 +33,7 @@ def run(options: dict[str, Any]) -> int:
             "model": model_fingerprint(str(options["model"]), getattr(sampler.model.config, "_commit_hash", None)),
             "rewards": [reward_fingerprint(spec) for spec in (specs if isinstance(specs, list) else [specs])],
             "reward_weights": options.get("reward_weights"),
+            **{name: options[name] for name in ("reward_aggregation", "reward_tolerances") if options.get(name)},
             "num_samples": num_samples,
             "max_completion_length": int(options.get("max_completion_length", 256)),
             "seed": int(options.get("seed", 42)),

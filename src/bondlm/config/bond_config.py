@@ -136,6 +136,22 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         one_of("keep", "worst", "drop"),
     )
     reward_weights: list[float] | None = setting(None, "Weight of each reward function. Default: 1 each.")
+    reward_aggregation: str = setting(
+        "sum",
+        "How several rewards become one: weighted 'sum', or by their order among a prompt's samples, whatever their "
+        "scales: 'quantile' (weighted mean of ranks), 'worst' (the lowest rank) or 'lexicographic' (the first decides, "
+        "then the second).",
+        one_of("sum", "quantile", "worst", "lexicographic"),
+    )
+    reward_tolerances: list[float] | None = setting(
+        None,
+        "lexicographic: how far a reward may lie below the best and count as equal, one per reward. Default: 0 each.",
+        needs=("reward_aggregation", "lexicographic"),
+    )
+    ranks_as_values: bool = setting(
+        False,
+        "rloo, grpo: learn from ranks in [0, 1] as if they were values, where a reward or reward_aggregation ranks.",
+    )
     reward_timeout_s: float = setting(
         60.0,
         "Seconds that a request to a reward server, or a call of an async reward function, may take.",

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from bondlm.data.columns import PROMPT_IDS
 
@@ -27,11 +28,12 @@ def model_fingerprint(name: str, revision: str | None) -> dict[str, Any]:
 def reward_fingerprint(spec: Any) -> Any:
     """The reward as it was written, with a hash of the file or of the weights that it names."""
     text = str(spec)
-    source = text.rpartition(":")[0]
+    source = text.removeprefix("rank:").rpartition(":")[0]
     if source.endswith(".py") and Path(source).is_file():
-        digest = hashlib.sha256()
-        _add_file(digest, Path(source))
-        return {"spec": text, "sha256": digest.hexdigest()}
+        return {"spec": text, "sha256": _hash_of(source)}
+    if text.startswith("judge:"):
+        file = dict(part.partition("=")[::2] for part in text.partition("?")[2].split("&")).get("prompt")
+        return {"spec": text} | ({"sha256": _hash_of(unquote(file))} if file else {})
     model = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
     return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
 
@@ -55,6 +57,12 @@ def data_digest(dataset: Any) -> dict[str, Any]:
         tokens.update(json.dumps(batch.pop(PROMPT_IDS, None)).encode())
         text.update(json.dumps(batch, sort_keys=True, default=str).encode())
     return {"rows": len(dataset), "text": text.hexdigest(), "tokens": tokens.hexdigest()}
+
+
+def _hash_of(name: str) -> str:
+    digest = hashlib.sha256()
+    _add_file(digest, Path(name).expanduser())
+    return digest.hexdigest()
 
 
 def _add_file(digest: Any, path: Path) -> None:

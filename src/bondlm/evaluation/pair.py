@@ -1,5 +1,6 @@
 """Policy and reference side by side: samples of either, and what each says of the other's samples."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.rendering import Rendering
 from bondlm.engines import Role
 from bondlm.errors import ConfigError, NonFiniteError
-from bondlm.evaluation.files import finished_prompts
+from bondlm.evaluation.files import finished_prompts, read_samples
+from bondlm.evaluation.samples import from_rows
 from bondlm.models.facts import vocabulary_size
 from bondlm.models.logprobs import row_logprobs
-from bondlm.rewards import NamedReward, applies_everywhere
+from bondlm.rewards import SUM, Aggregation, NamedReward, applies_everywhere
 from bondlm.rollout.sampler import Sampler
 from bondlm.rollout.samples import Samples, SamplingParams, draw
 from bondlm.rollout.seeds import Seeds
@@ -163,6 +165,8 @@ def fill(
     seed: int,
     max_completion_length: int,
     on_prompts_done: Callable[[int], object],
+    aggregation: Aggregation = SUM,
+    beside: tuple[Path, int] | None = None,
 ) -> None:
     """Append the samples that the file still lacks, a chunk of prompts at a time.
 
@@ -177,10 +181,13 @@ def fill(
         seed: of the samples.
         max_completion_length: most tokens of a completion.
         on_prompts_done: told how many more prompts are on file.
+        aggregation: how several rewards become one.
+        beside: the file of the reference's samples, so many of each prompt, that ranks are counted among.
     """
     done = finished_prompts(path, [row["prompt"] for row in rows], wanted.num_samples)
     on_prompts_done(done)
     sampler = pair.sampler(wanted)
+    references = None if beside is None else _References(*beside, skip=done)
     for start in range(done, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         began = time.perf_counter()
@@ -192,13 +199,26 @@ def fill(
         positions = range(start, start + len(chunk))
         drawn = draw(sampler.engine, chunk, {wanted.role: wanted.num_samples}, params, positions)
         seconds = (time.perf_counter() - began) / (len(chunk) * wanted.num_samples)
-        samples = sampler.score(rewards, chunk, drawn)
+        reference = None if references is None else references.next(len(chunk))
+        samples = sampler.score(rewards, chunk, drawn, aggregation, reference, num_judges)
         ratio = pair.log_ratio(chunk, samples) if wanted.is_main else None
         names = [reward.name for reward in rewards]
         judges = names[len(names) - num_judges :]
         applies_everywhere({name: samples.by_name[name] for name in judges})
         append_jsonl(path, list(_as_rows(chunk, samples, ratio, judges, seconds)))
         on_prompts_done(len(chunk))
+
+
+class _References:
+    """The reference's scored samples, some prompts at a time."""
+
+    def __init__(self, path: Path, num_samples: int, *, skip: int) -> None:
+        self._num_samples = num_samples
+        self._rows = itertools.islice(read_samples(path), skip * num_samples, None)
+
+    def next(self, num_prompts: int) -> Samples:
+        rows = itertools.islice(self._rows, num_prompts * self._num_samples)
+        return from_rows(rows, self._num_samples, num_texts=None)
 
 
 def _as_rows(

@@ -67,7 +67,7 @@ def _evaluate_set(
     policy = replace(policy, log_ratio_PM=log_ratio, judges=_judged(trainer, judges, rows, policy))
     reference = replace(reference, judges=_judged(trainer, judges, rows, reference))
     with _counted(trainer, reporter, "baselines", len(rows) * len(BASELINES)):
-        others = {name: _baseline(trainer, rows, role, temp) for name, (role, temp) in BASELINES.items()}
+        others = {name: _baseline(trainer, rows, reference, *how) for name, how in BASELINES.items()}
     result = summarize(policy, reference, others)
     result |= {
         "steps": trainer.state.global_step,
@@ -97,9 +97,11 @@ def _judged(
     return applies_everywhere(scored.by_name)
 
 
-def _baseline(trainer: Any, rows: Sequence[Mapping[str, Any]], role: str, temperature: float) -> Samples:
+def _baseline(
+    trainer: Any, rows: Sequence[Mapping[str, Any]], reference: Samples, role: str, temperature: float
+) -> Samples:
     count = 1 if temperature == 0 else max(1, trainer.args.eval_num_samples // 2)
-    samples: Samples = trainer.sample(rows, role, count, temperature=temperature)
+    samples: Samples = trainer.sample(rows, role, count, temperature=temperature, reference=reference)
     return samples
 
 

@@ -3,6 +3,7 @@
 Shapes: P prompts, M samples of each.
 """
 
+import math
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +15,13 @@ from bondlm.bestofn.comparison import within_prompt_correlation
 from bondlm.errors import DataError
 from bondlm.rollout.samples import Samples
 
+KEPT_TEXTS = 8  # of a prompt: what is shown and counted; the others stay on file
 
-def from_rows(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Samples:
+
+def from_rows(rows: Iterable[Mapping[str, Any]], num_samples: int, *, num_texts: int | None = KEPT_TEXTS) -> Samples:
     """Rows of a sample file (`bondlm.evaluation.files`), `num_samples` in a row for each prompt; one is held at a time.
+
+    Of each prompt the first `num_texts` texts are kept, or all.
 
     Raises:
         DataError: a row lacks a number.
@@ -28,7 +33,7 @@ def from_rows(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Samples:
         if i % num_samples == 0:
             prompts.append(row["prompt"])
             texts.append([])
-        if len(texts[-1]) < KEPT_TEXTS:
+        if num_texts is None or len(texts[-1]) < num_texts:
             texts[-1].append(row["completion"])
         for name, value in _numbers(row).items():
             numbers.setdefault(name, array("d")).append(value)
@@ -44,19 +49,21 @@ def from_rows(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Samples:
         texts=texts,
         **fields,
         log_ratio_PM=columns.get("log_ratio"),
+        by_name={name.removeprefix("rewards/"): v for name, v in columns.items() if name.startswith("rewards/")},
         judges={name.removeprefix("judges/"): v for name, v in columns.items() if name.startswith("judges/")},
         seconds=float(columns["seconds"].sum()),
     )
 
 
-KEPT_TEXTS = 8  # of a prompt: what is shown and counted; the others stay on file
 _COLUMNS = {"reward": "rewards_PM", "tokens": "lengths_PM", "finished": "finished_PM", "logprob": "logprobs_PM"}
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     names = (*_COLUMNS, "seconds", "log_ratio")
     own = {name: float(row[name]) for name in names if isinstance(row.get(name), bool | int | float)}
-    return own | {f"judges/{name}": float(value) for name, value in row.get("judges", {}).items()}
+    for kind in ("rewards", "judges"):  # a reward that does not apply is null
+        own |= {f"{kind}/{name}": math.nan if v is None else float(v) for name, v in row.get(kind, {}).items()}
+    return own
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:

@@ -49,6 +49,7 @@ def summarize(
         "num_samples": policy.rewards_PM.shape[1],
         "num_reference_samples": reference.rewards_PM.shape[1],
         "baselines": _baselines(result, reference, others),
+        "goals": {name: _goal(*values) for name, values in policy.goals(reference).items()},
         "judges": {name: _judge(policy.judges[name], reference.judges[name]) for name in policy.judges},
         "cost": _cost(policy, reference, result.matched["win_rate"].value),
         "versions": versions(),
@@ -126,6 +127,11 @@ def _opponent(policy: Samples, opponent: Samples) -> dict[str, Any]:
         "num_samples": opponent.rewards_PM.shape[1],
         **text_metrics(opponent),
     }
+
+
+def _goal(mine: Any, refs: Any) -> dict[str, Any]:
+    """One of several rewards by itself, on the prompts that it applies to."""
+    return _judge(mine, refs) | {"effective_n": interval(effective_n(mine, refs)), "num_prompts": len(mine)}
 
 
 def _judge(mine: Any, refs: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
     _add_distributions(table, result, _row)
     console.print(table)
     _print_details(console, result)
+    _print_goals(console, result.get("goals", {}))
     _print_judges(console, result.get("judges", {}))
     for warning in result.get("warnings", ()):
         console.print(visible(f"warning: {warning}"), soft_wrap=True)
@@ -140,6 +141,19 @@ def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
         number("completions/clipped_ratio", "{:.0%}"),
         number("distinct_2", "{:.2f}"),
     ]
+
+
+def _print_goals(console: Console, goals: Mapping[str, Any]) -> None:
+    """Each of several rewards: what did the gain cost the others?"""
+    if not goals:
+        return
+    table = Table(title="Each reward by itself")
+    for name in ("reward", "untouched", "trained", "win rate", "effective N", "prompts"):
+        table.add_column(name, justify="left" if name == "reward" else "right")
+    for name, numbers in goals.items():
+        cells = (_spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
+        table.add_row(visible(name), *cells, numbers["effective_n"]["text"], str(numbers["num_prompts"]))
+    console.print(table)
 
 
 def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:

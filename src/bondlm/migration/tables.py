@@ -60,7 +60,7 @@ _OF_GRPO = {
     "vespo_k_neg": Foreign(f"{_OTHER_LOSS}; remove it", (3.0,)),
     "vespo_lambda_neg": Foreign(f"{_OTHER_LOSS}; remove it", (2.0,)),
     "multi_objective_aggregation": Foreign(
-        "rewards are summed with reward_weights first; normalise each in the reward function", ("sum_then_normalize",)
+        "reward_aggregation: 'sum' adds with reward_weights first, 'quantile' needs no scales", ("sum_then_normalize",)
     ),
     "normalize_advantages": Foreign("objective: grpo normalises, inside each prompt", (False,)),
     "reward_clip_range": Foreign("clip in the reward function"),

@@ -7,6 +7,7 @@ import math
 import numbers
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,13 @@ from torch import Tensor
 from bondlm.errors import RewardError
 
 _ADVICE = "Return one finite number a completion, and a low one for completions that cannot be judged."
+
+
+@dataclass(frozen=True)
+class Failure:
+    """In place of a number: why there is none. Its prompt is dropped, or the reward fails."""
+
+    reason: str
 
 
 def checked(name: str, answer: Any, prompts: Sequence[Any], bad: dict[int, str] | None) -> tuple[Tensor, set[int]]:
@@ -81,7 +89,9 @@ def _number(source: str, value: Any, row: int, prompts: Sequence[Any], bad: dict
         value = value.item()
     if not isinstance(value, numbers.Real):
         problem = (
-            f"{source} returned {reprlib.repr(value)} ({type(value).__name__}) {place_of(row, prompts)}: "
+            f"{source} {value.reason} {place_of(row, prompts)}"
+            if isinstance(value, Failure)
+            else f"{source} returned {reprlib.repr(value)} ({type(value).__name__}) {place_of(row, prompts)}: "
             f"that is not a real number. {_ADVICE}"
         )
         if bad is None:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
@@ -16,7 +17,9 @@ from bondlm.rewards.calls import RewardFunction
 from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.functions import load_function
 from bondlm.rewards.http import HTTPReward
+from bondlm.rewards.judge import JudgeReward
 from bondlm.rewards.nli import NLIReward
+from bondlm.rewards.ranking import RankReward
 from bondlm.rewards.scoring import NamedReward
 from bondlm.rewards.similarity import SimilarityReward
 
@@ -31,6 +34,15 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _temperature(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+_OF_JUDGES: dict[str, Callable[[str], Any]] = {
+    **{name: str for name in ("model", "prompt", "reference", "cache", "key")},
+    **{name: int for name in ("rounds", "seed", "concurrency", "max_calls", "max_tokens", "answer_tokens")},
+    "temperature": _temperature,
+}
 _SHARED: dict[str, Callable[[str], Any]] = {"max_length": int, "truncate": str, "batch_size": int, "batch_tokens": int}
 _KINDS: dict[str, tuple[Any, dict[str, Callable[[str], Any]]]] = {
     "classifier": (SequenceClassifierReward, {"append_eos": _boolean_or_auto, "prompt_format": str, **_SHARED}),
@@ -68,7 +80,9 @@ def load_rewards(
     - a callable with TRL's signature ``f(prompts, completions, **columns) -> list[float]``, sync or async;
     - an ``nn.Module``: a sequence classifier with one label; it needs a processing class;
     - ``"module:function"`` or ``"path/to/file.py:function"``;
+    - a `RankReward`, or ``"rank:module:function"``: a function that ranks all samples of a prompt;
     - ``"nli:MODEL"``: entailment (`NLIReward`); ``"similarity:MODEL"``: cosine (`SimilarityReward`);
+    - ``"judge:URL?model=NAME"``: a chat model that ranks all samples of a prompt (`JudgeReward`, docs/rewards.md);
     - ``"http://HOST/PATH"`` or ``"https://..."``: a server (`HTTPReward`);
     - ``"MODEL"`` or ``"classifier:MODEL"``: a sequence classifier with one label (`SequenceClassifierReward`).
 
@@ -101,6 +115,11 @@ def load_rewards(
     tokenizers = _one_each("processing_classes", processing_classes, len(spec_list), default=None)
     rewards: list[NamedReward] = []
     for spec, weight, tokenizer in zip(spec_list, weight_list, tokenizers, strict=True):
+        if isinstance(spec, str) and spec.startswith("judge:"):
+            judge = load_judge(spec, timeout=timeout, outage=outage)
+            name = _unused(_last_part(judge.model), {r.name for r in rewards})
+            rewards.append(NamedReward(name, judge, weight))
+            continue
         if isinstance(spec, str) and spec.startswith(("http://", "https://")):
             server = HTTPReward(spec, timeout=timeout, outage=outage)
             rewards.append(NamedReward(_unused(_last_part(server.name), {r.name for r in rewards}), server, weight))
@@ -108,6 +127,34 @@ def load_rewards(
         name, function = _load_one(spec, tokenizer, device, dtype)
         rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight, timeout))
     return rewards
+
+
+def load_judge(spec: str, **limits: Any) -> JudgeReward:
+    """The judge that ``"judge:URL?model=NAME&..."`` names; `limits` are its timeout and outage.
+
+    Raises:
+        ConfigError: no model, an option that it has not, or a criterion that cannot be read.
+    """
+    url, _, query = spec.removeprefix("judge:").partition("?")
+    options = dict(_option("judge", part, _OF_JUDGES) for part in query.split("&") if part)
+    if not url.startswith(("http://", "https://")) or "model" not in options:
+        raise ConfigError("a judge is written judge:URL?model=NAME, with the URL of an OpenAI-compatible API")
+    if "prompt" in options:
+        options["criterion"] = _criterion(options.pop("prompt"))
+    return JudgeReward(url, options.pop("model"), **options, **limits)
+
+
+def _criterion(name: str) -> str:
+    try:
+        text = Path(expanded(name)).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(
+            f"judge option prompt={name!r}, the file with the criterion, cannot be read: {reason}"
+        ) from error
+    if not text:
+        raise ConfigError(f"judge option prompt={name!r}: the file with the criterion is empty")
+    return text
 
 
 def rewards_of_run(specs: Any, args: Any, processing_classes: Any) -> list[NamedReward]:
@@ -155,7 +202,9 @@ def _load_one(
         kind, _, rest = spec.partition(":")
         if is_model(spec):
             return _load_model_reward(kind if rest else "classifier", rest or kind, tokenizer, device, dtype)
-        name, function = spec.rpartition(":")[2], _load_named_function(spec, kind)
+        name = spec.rpartition(":")[2]
+        ranks = kind == "rank"
+        function = RankReward(load_function(expanded(rest)), name) if ranks else _load_named_function(spec, kind)
     elif callable(spec):
         name, function = _function_name(spec), spec
     else:
@@ -166,7 +215,7 @@ def _load_one(
 
 
 def _load_named_function(spec: str, kind: str) -> RewardFunction:
-    near = difflib.get_close_matches(kind, _KINDS, n=1)
+    near = difflib.get_close_matches(kind, [*_KINDS, "rank", "judge"], n=1)
     try:
         return load_function(expanded(spec))
     except ConfigError as error:
@@ -198,11 +247,12 @@ def _option(kind: str, text: str, known: dict[str, Callable[[str], Any]]) -> tup
     if name not in known or not equals:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
-        raise ConfigError(f"reward option {text!r}: '{kind}:' takes name=value, and {hint}")
+        shown = name if kind == "judge" else text  # what follows may be a key
+        raise ConfigError(f"reward option {shown!r}: '{kind}:' takes name=value, and {hint}")
     try:
         return name, known[name](unquote(value))
     except ValueError as error:
-        raise ConfigError(f"reward option {text!r}: {value!r} is not a whole number.") from error
+        raise ConfigError(f"reward option {text!r}: {value!r} is not a number that it can have.") from error
 
 
 def _last_part(path: str) -> str:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bondlm.bestofn.aggregation import mid_ranks
 from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards.answers import checked, place_of, refuse_non_finite
 from bondlm.rewards.calls import RewardFunction, call_all
 from bondlm.rewards.extras import NAMES, Extras
+from bondlm.rewards.ranking import rows_of
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,19 @@ class NamedReward:
         if not is_real or not math.isfinite(self.weight):
             raise ConfigError(f"reward {self.name!r} has the weight {self.weight!r}: give a finite number.")
 
+    @property
+    def ranks(self) -> bool:
+        """Whether it compares a prompt's samples (`RankReward`): its values mean nothing beside another prompt's."""
+        return bool(getattr(self.function, "ranks", False))
+
 
 @dataclass(frozen=True)
 class Scores:
     """Rewards of B rows: ``total`` (B,), the weighted sum, and ``by_name``, each reward (B,) before its weight.
 
-    All are float64 on the CPU. A reward that does not apply to a row is NaN there, and not in the row's total. ``bad``
-    says of each row without a finite total why, and is empty unless asked for.
+    All are float64 on the CPU. A reward that does not apply to a row is NaN there, and not in the row's total. What a
+    reward that ranks is worth is the rank among the rows of the group, in [0, 1] (`mid_ranks`). ``bad`` says of each
+    row without a finite value why, and is empty unless asked for.
     """
 
     total: Tensor
@@ -63,6 +71,8 @@ def score(
     allow_bad_rows: bool = False,
     groups: Sequence[int] | None = None,
     trainer_state: Any = None,
+    num_beside: int = 0,
+    add: bool = True,
 ) -> Scores:
     """Score B completions with every reward and check each value.
 
@@ -76,6 +86,9 @@ def score(
         allow_bad_rows: Note a row whose reward is not one finite real number in ``bad`` instead of raising.
         groups: Which rows are completions of one prompt, B numbers. Default: each row by itself.
         trainer_state: What functions that ask for it get.
+        num_beside: So many of the last rows are there to be compared with: rewards that rank see them, others do not
+            and are NaN there, and the total does not reach so far. Each belongs to the group of an earlier row.
+        add: Whether ``total`` is wanted; without, a sum that is not finite is no fault, and there is 0.
 
     Raises:
         ConfigError: No reward, two rewards of one name, or a reward that wants an argument that is not there.
@@ -90,22 +103,61 @@ def score(
     if not prompts:
         empty = torch.zeros(0, dtype=torch.float64)
         return Scores(empty, {name: empty.clone() for name in names})
-    limits = {reward.name: reward.timeout for reward in rewards}
-    extras = Extras(len(prompts), trainer_state)
-    answers = call_all([(reward.name, reward.function) for reward in rewards], offered, limits, extras.offered)
+    group_B = list(range(len(prompts))) if groups is None else list(groups)
+    own = len(prompts) - num_beside
+    extras = Extras(own, trainer_state)
     bad: dict[int, str] | None = {} if allow_bad_rows else None
-    of_each = {name: checked(name, answer, prompts, bad) for name, answer in zip(names, answers, strict=True)}
-    missing = {name: rows for name, (_, rows) in of_each.items() if rows}
+    by_name, missing = _values(rewards, offered, group_B, own, extras, bad)
     if missing:
-        _refuse_partly_missing(rewards, missing, prompts, range(len(prompts)) if groups is None else groups, bad)
-    by_name = {name: values for name, (values, _) in of_each.items()}
-    total = torch.zeros(len(prompts), dtype=torch.float64)
-    for reward in rewards:
-        values = by_name[reward.name]
-        left_out = torch.tensor(sorted(missing.get(reward.name, ())), dtype=torch.long)
-        total = total + reward.weight * values.index_fill(0, left_out, 0.0)
+        _refuse_partly_missing(rewards, missing, prompts, group_B[:own], bad)
+    total = torch.zeros(own, dtype=torch.float64)
+    for reward in rewards if add else ():
+        total = total + reward.weight * by_name[reward.name][:own].masked_fill(_rows(missing, reward, own), 0.0)
     refuse_non_finite("the weighted sum", total, prompts, bad)
     return Scores(total, by_name, bad or {}, extras.columns, extras.metrics)
+
+
+def _values(
+    rewards: Sequence[NamedReward],
+    offered: Mapping[str, list[Any]],
+    groups: Sequence[int],
+    own: int,
+    extras: Extras,
+    bad: dict[int, str] | None,
+) -> tuple[dict[str, Tensor], dict[str, set[int]]]:
+    """Each reward's values (B,), checked, and the rows that it does not apply to."""
+    functions = [r.function.over(offered, groups) if r.ranks else r.function for r in rewards]  # type: ignore[attr-defined]
+    answers = call_all(
+        list(zip([reward.name for reward in rewards], functions, strict=True)),
+        {name: values[:own] for name, values in offered.items()},
+        {reward.name: reward.timeout for reward in rewards},
+        extras.offered,
+    )
+    by_name: dict[str, Tensor] = {}
+    missing: dict[str, set[int]] = {}
+    beside = torch.full((len(groups) - own,), math.nan, dtype=torch.float64)
+    for reward, answer in zip(rewards, answers, strict=True):
+        prompts = offered["prompts"] if reward.ranks else offered["prompts"][:own]
+        values, rows = checked(reward.name, answer, prompts, bad)
+        by_name[reward.name] = _ranked(values, groups) if reward.ranks else torch.cat([values, beside])
+        if rows:
+            missing[reward.name] = rows
+    return by_name, missing
+
+
+def _ranked(values: Tensor, groups: Sequence[int]) -> Tensor:
+    """Each value's rank (B,) among those of its group; a group without numbers stays NaN."""
+    ranks = torch.full_like(values, math.nan)
+    for rows in rows_of(groups):
+        if not values[rows].isnan().any():
+            ranks[rows] = mid_ranks(values[rows][None], values[rows][None])[0]
+    return ranks
+
+
+def _rows(missing: Mapping[str, set[int]], reward: NamedReward, count: int) -> Tensor:
+    """Which of the first rows a reward does not apply to (count,) bool."""
+    left_out = missing.get(reward.name, set())
+    return torch.tensor([row in left_out for row in range(count)], dtype=torch.bool)
 
 
 def applies_everywhere(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,10 +184,7 @@ def _refuse_partly_missing(
     Left out of some samples alone it would change which of them is best.
     """
     weighed = [reward.name for reward in rewards if reward.weight] or [reward.name for reward in rewards]
-    members: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    for rows in members.values():
+    for rows in rows_of(groups):
         problem = None
         for name in missing:
             if 0 < (count := len(missing[name].intersection(rows))) < len(rows):

@@ -16,7 +16,7 @@ from bondlm.engines.local.probe import find_decoding
 from bondlm.models.adapters import without_wrapper
 from bondlm.models.load import fast_dtype, load_model
 from bondlm.models.probe import check_model
-from bondlm.rewards import NamedReward
+from bondlm.rewards import SUM, Aggregation, NamedReward
 from bondlm.rollout.samples import Samples, SamplingParams, draw, score_samples
 from bondlm.rollout.seeds import Seeds
 
@@ -90,7 +90,17 @@ class Sampler:
         return self.encoder.decode([[c.ids for c in row] for row in completions])
 
     def score(
-        self, rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]
+        self,
+        rewards: Sequence[NamedReward],
+        rows: Sequence[Mapping[str, Any]],
+        completions: list[list[Any]],
+        aggregation: Aggregation = SUM,
+        reference: Samples | None = None,
+        num_judges: int = 0,
     ) -> Samples:
-        """Score completions of encoded rows."""
-        return score_samples(rewards, rows, completions, encoder=self.encoder)
+        """Score completions of encoded rows; ranks are counted among the samples of `reference`, if given.
+
+        The last `num_judges` rewards are asked alone.
+        """
+        how: dict[str, Any] = {"aggregation": aggregation, "reference": reference, "num_judges": num_judges}
+        return score_samples(rewards, rows, completions, encoder=self.encoder, **how)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bondlm.bestofn.aggregation import mid_ranks
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS, PROMPT_ROW
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.tokens import as_messages
 from bondlm.engines import Completion, Engine, RemoteEngine, Role
-from bondlm.rewards import NamedReward, score
+from bondlm.rewards import SUM, Aggregation, NamedReward, Scores, score
 from bondlm.rollout.seeds import Seeds
 
 
@@ -69,6 +70,19 @@ class Samples:
     def ranked(self) -> Tensor:
         """The rewards as the objective sees them (P, M)."""
         return self.rewards_PM if self.reranked_PM is None else self.reranked_PM
+
+    def goals(self, reference: "Samples") -> dict[str, tuple[Tensor, Tensor]]:
+        """Each of several rewards' own values, of these samples (P, m) and of the reference's (P, M).
+
+        Only of the prompts that it applies to; a reward that applies to none is left out.
+        """
+        found = {}
+        for name in self.by_name if len(self.by_name) > 1 else ():
+            mine, refs = self.by_name[name], reference.by_name[name]
+            applies_P = ~(mine.isnan().any(dim=1) | refs.isnan().any(dim=1))
+            if applies_P.any():
+                found[name] = (mine[applies_P], refs[applies_P])
+        return found
 
     @property
     def flat(self) -> list[Completion]:
@@ -127,50 +141,116 @@ def score_samples(
     encoder: PromptEncoder,
     drop: bool = False,
     trainer_state: Any = None,
+    aggregation: Aggregation = SUM,
+    reference: Samples | None = None,
+    num_judges: int = 0,
 ) -> Samples:
     """Decode the completions and score each text once: equal answers to a prompt share their reward.
 
-    `drop` marks a prompt as dropped when a reward fails for one of its completions, instead of raising.
-    `trainer_state` is for reward functions that ask for it.
+    Args:
+        rewards: in the order of their priority, with their weights.
+        rows: P encoded prompts.
+        completions: M of each.
+        encoder: turns tokens into text.
+        drop: mark a prompt as dropped when a reward fails for one of its completions, instead of raising.
+        trainer_state: for reward functions that ask for it.
+        aggregation: how several rewards become one.
+        reference: scored samples of the same prompts that ranks are counted among, so that ranks of several such calls
+            can be compared. None: among the completions themselves. Where nothing ranks it is not looked at.
+        num_judges: so many of the last rewards are asked alone, and not combined with the others.
     """
     texts = encoder.decode([[c.ids for c in row] for row in completions])
-    keys: dict[tuple[int, str, bool], int] = {}
-    places = []
-    for i, (row_texts, row) in enumerate(zip(texts, completions, strict=True)):
-        places.append(
-            [keys.setdefault((i, text, c.finished), len(keys)) for text, c in zip(row_texts, row, strict=True)]
-        )
-    owner = [i for i, _, _ in keys]
-    ids_by_place = {
-        place: c.ids for row, at in zip(completions, places, strict=True) for c, place in zip(row, at, strict=True)
-    }
-    answers = [text for _, text, _ in keys]
+    distinct = _Distinct(texts, [[c.finished for c in row] for row in completions])
+    index_PM = torch.tensor(distinct.places)
+    own, index_PK = len(distinct.owner), None
+    if reference is not None and any(reward.ranks for reward in rewards):
+        index_PK = torch.tensor(distinct.add(reference.texts, reference.finished_PM.bool().tolist()))
+    how: dict[str, Any] = {"allow_bad_rows": drop, "trainer_state": trainer_state, "add": not aggregation.by_order}
+    scores = _ask(rewards, rows, completions, distinct, num_beside=len(distinct.owner) - own, **how)
+    dropped: dict[int, str] = {}
+    for place, reason in sorted(scores.bad.items()):
+        dropped.setdefault(distinct.owner[place], reason)
+    is_dropped_P1 = torch.tensor([[i in dropped] for i in range(len(rows))])
+    by_name, among = dict[str, Tensor](), dict[str, Tensor]()
+    for reward in rewards:
+        values = scores.by_name[reward.name]
+        mine = values[index_PM].masked_fill(is_dropped_P1, 0.0)
+        if reward.ranks:
+            others = mine if index_PK is None else values[index_PK].masked_fill(is_dropped_P1, 0.0)
+            by_name[reward.name], among[reward.name] = _ranks(mine, others), _ranks(others, others)
+        else:
+            by_name[reward.name] = mine
+            if reference is not None and aggregation.by_order:
+                among[reward.name] = reference.by_name[reward.name]
+    total = aggregation.combine(rewards[: len(rewards) - num_judges], by_name, None if reference is None else among)
+    return Samples.of_rows(
+        rows,
+        completions,
+        total.masked_fill(is_dropped_P1, 0.0),
+        texts=texts,
+        by_name=by_name,
+        extras={name: [[vs[i] for i in row] for row in index_PM.tolist()] for name, vs in scores.columns.items()},
+        metrics=scores.metrics,
+        dropped=dropped,
+    )
+
+
+class _Distinct:
+    """The different answers to each prompt, numbered: an answer that was cut is not the one that ended there."""
+
+    def __init__(self, texts: Sequence[Sequence[str]], finished: Sequence[Sequence[bool]]) -> None:
+        self._keys: dict[tuple[int, str, bool], int] = {}
+        self.places = self.add(texts, finished)
+
+    def add(self, texts: Sequence[Sequence[str]], finished: Sequence[Sequence[bool]]) -> list[list[int]]:
+        """The numbers of each prompt's answers."""
+        return [
+            [self._keys.setdefault((i, text, bool(ended)), len(self._keys)) for text, ended in zip(*row, strict=True)]
+            for i, row in enumerate(zip(texts, finished, strict=True))
+        ]
+
+    @property
+    def owner(self) -> list[int]:
+        """The prompt of each."""
+        return [i for i, _, _ in self._keys]
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for _, text, _ in self._keys]
+
+    @property
+    def truncated(self) -> list[bool]:
+        return [not ended for _, _, ended in self._keys]
+
+
+def _ask(
+    rewards: Sequence[NamedReward],
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Sequence[Completion]],
+    distinct: _Distinct,
+    **how: Any,
+) -> Scores:
+    """Ask the rewards about the different answers."""
+    owner, answers = distinct.owner, distinct.texts
     prompts = [rows[i]["prompt"] for i in owner]
     conversational = bool(prompts) and not isinstance(prompts[0], str)
     columns = {
         name: [rows[i][name] for i in owner] for name in rows[0] if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)
     }
+    pairs = (pair for both in zip(completions, distinct.places, strict=True) for pair in zip(*both, strict=True))
+    ids_by_place = {place: c.ids for c, place in pairs}
     columns |= {
-        "completion_ids": [ids_by_place[place] for place in range(len(keys))],
-        "truncated": [not finished for _, _, finished in keys],
+        "completion_ids": [ids_by_place.get(place, []) for place in range(len(owner))],
+        "truncated": distinct.truncated,
     }
-    how: dict[str, Any] = {"allow_bad_rows": drop, "groups": owner, "trainer_state": trainer_state}
-    scores = score(rewards, prompts, as_messages(answers) if conversational else answers, columns, **how)
-    dropped: dict[int, str] = {}
-    for place, reason in scores.bad.items():
-        dropped.setdefault(owner[place], reason)
-    index = torch.tensor(places)
-    is_dropped_P1 = torch.tensor([[i in dropped] for i in range(len(rows))])
-    return Samples.of_rows(
-        rows,
-        completions,
-        scores.total[index].masked_fill(is_dropped_P1, 0.0),
-        texts=texts,
-        by_name={name: values[index].masked_fill(is_dropped_P1, 0.0) for name, values in scores.by_name.items()},
-        extras={name: [[values[i] for i in row] for row in places] for name, values in scores.columns.items()},
-        metrics=scores.metrics,
-        dropped=dropped,
-    )
+    return score(rewards, prompts, as_messages(answers) if conversational else answers, columns, groups=owner, **how)
+
+
+def _ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
+    """Mid-ranks (P, M); a prompt that the reward does not apply to stays NaN."""
+    missing_P1 = values_PM.isnan().all(dim=1, keepdim=True)
+    ranks_PM = mid_ranks(values_PM.masked_fill(missing_P1, 0.0), among_PK.masked_fill(missing_P1, 0.0))
+    return ranks_PM.masked_fill(missing_P1, torch.nan)
 
 
 def logged_samples(rows: Sequence[Mapping[str, Any]]) -> Samples:

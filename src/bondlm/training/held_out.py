@@ -3,7 +3,7 @@
 Shapes: P prompts, m policy samples and M reference samples of each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,12 +20,16 @@ class HeldOut:
     win_rate: Estimate
     effective_n: EffectiveN
     kl: Estimate
+    goals: dict[str, tuple[Estimate, EffectiveN]] = field(default_factory=dict)  # of several rewards: win rate and N
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Flat numbers for loggers: the value under its name, the interval under `_low` and `_high`."""
         flat = {}
-        for name in ("reward", "reference_reward", "win_rate", "effective_n", "kl"):
-            estimate = getattr(self, name)
+        names = ("reward", "reference_reward", "win_rate", "effective_n", "kl")
+        estimates: dict[str, Estimate | EffectiveN] = {name: getattr(self, name) for name in names}
+        for name, (wins, worth) in self.goals.items():
+            estimates |= {f"rewards/{name}/win_rate": wins, f"rewards/{name}/effective_n": worth}
+        for name, estimate in estimates.items():
             flat[f"{prefix}_{name}"] = estimate.value
             flat[f"{prefix}_{name}_low"] = estimate.low
             flat[f"{prefix}_{name}_high"] = estimate.high
@@ -46,4 +50,8 @@ def compare(policy: Samples, reference: Samples, log_ratio_Pm: Tensor) -> HeldOu
         win_rate=bootstrap_mean(win_rates(policy.rewards_PM, reference.rewards_PM)),
         effective_n=effective_n(policy.rewards_PM, reference.rewards_PM),
         kl=bootstrap_mean(log_ratio_Pm.mean(dim=1)),
+        goals={
+            name: (bootstrap_mean(win_rates(mine, refs)), effective_n(mine, refs))
+            for name, (mine, refs) in policy.goals(reference).items()
+        },
     )

@@ -18,7 +18,7 @@ from bondlm.models.learned_quantile import QuantileModel, completion_features
 from bondlm.models.logprobs import Group, by_length, group_logprobs
 from bondlm.models.roles import Roles
 from bondlm.objectives import LearnedQuantile, Objective, reference_pull
-from bondlm.rewards import NamedReward
+from bondlm.rewards import Aggregation, NamedReward
 from bondlm.rollout.samples import Samples, SamplingParams, draw, logged_samples, score_samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.rollout.truncated import treat_truncated
@@ -37,6 +37,7 @@ class Step:
     engine: Engine
     roles: Roles
     rewards: Sequence[NamedReward]
+    aggregation: Aggregation
     encoder: PromptEncoder
     world: World
     clock: Clock
@@ -119,11 +120,20 @@ class Step:
             return draw(self.engine, rows, counts, params, positions)
 
     def score(
-        self, rows: Sequence[Mapping[str, Any]], completions: list[list[Completion]], *, drop: bool = False
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completions: list[list[Completion]],
+        *,
+        drop: bool = False,
+        reference: Samples | None = None,
     ) -> Samples:
-        """Decode and score completions of encoded rows; `drop` marks prompts whose reward fails instead of raising."""
+        """Decode and score completions of encoded rows; `drop` marks prompts whose reward fails instead of raising.
+
+        Ranks are counted among the samples of `reference`, if given.
+        """
         with self.clock("reward"), failing_together(self.world):
             how: dict[str, Any] = {"encoder": self.encoder, "trainer_state": self.trainer_state()}
+            how |= {"aggregation": self.aggregation, "reference": reference}
             return score_samples(self.rewards, rows, completions, drop=drop, **how)
 
     def logprob(self, role: Role, groups: list[Group]) -> Tensor:

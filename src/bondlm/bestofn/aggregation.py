@@ -1,0 +1,141 @@
+"""Several rewards, one order: rewards of different scales combined by the order that each gives to a prompt's samples.
+
+Only comparisons enter `quantile` and `worst`, so an increasing map of any one reward changes no bit of the result. All
+counting is in whole numbers: what is equal in theory is equal to the last bit.
+
+Shape suffixes: J rewards, P prompts, M samples of a prompt, K samples that ranks are counted among.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bondlm.bestofn._arrays import check_no_nan
+from bondlm.bestofn.quantiles import count_below
+
+
+def mid_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
+    """Share of the K samples that each value exceeds, equal ones counting half: (P, M) in [0, 1].
+
+    A sample that is itself among the K counts itself as equal: M different values among themselves have the ranks
+    1/(2M), 3/(2M), .., (2M-1)/(2M), and a single sample has 1/2. The mean is 1/2 whatever ties.
+
+    Raises:
+        ValueError: on NaN, or shapes that do not fit.
+    """
+    return _twice_ranks(values_PM, among_PK) / (2.0 * among_PK.shape[1])
+
+
+def mean_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) -> Tensor:
+    """Weighted mean of each sample's mid-ranks under J rewards: (P, M) in [0, 1].
+
+    `Σ_j |w_j| u_j / Σ_j |w_j|`, u_j the mid-rank under reward j, or 1 − u_j where its weight is negative: less is
+    better. Weights count as the decimal fractions that they are written as, so 0.1 and 0.2 together weigh as much as
+    0.3, and samples with equal means tie exactly.
+
+    Args:
+        values_JPM: rewards of the samples. NaN in all of a prompt's: the reward does not apply and is left out there.
+        among_JPK: rewards of the samples that ranks are counted among; the same ones to rank them among themselves.
+        weights: one finite number per reward; at least one that is not 0 must apply to each prompt.
+
+    Raises:
+        ValueError: NaN for some of a prompt's samples alone.
+    """
+    whole_J = _whole_numbers(weights)
+    total: Any = 0  # arrays of whole numbers of any size
+    norm_P1: Any = 0
+    for values_PM, among_PK, weight in zip(values_JPM, among_JPK, whole_J, strict=True):
+        twice_PM, applies_P1 = _directed(values_PM, among_PK, weight)
+        total = total + twice_PM.long().numpy().astype(object) * (applies_P1.numpy().astype(object) * abs(weight))
+        norm_P1 = norm_P1 + applies_P1.numpy().astype(object) * (abs(weight) * 2 * among_PK.shape[1])
+    return torch.from_numpy((total / norm_P1).astype(np.float64))
+
+
+def worst_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) -> Tensor:
+    """Lowest of each sample's mid-ranks under J rewards: (P, M) in [0, 1]. Samples with equal lowest ranks tie.
+
+    Args:
+        values_JPM: as in `mean_ranks`.
+        among_JPK: as in `mean_ranks`.
+        weights: 1, −1 (less is better) or 0 (left out) per reward.
+    """
+    lowest_PM = torch.full(values_JPM.shape[1:], math.inf, dtype=torch.float64)
+    for values_PM, among_PK, weight in zip(values_JPM, among_JPK, weights, strict=True):
+        if weight:
+            twice_PM, applies_P1 = _directed(values_PM, among_PK, weight)
+            ranks_PM = twice_PM / (2.0 * among_PK.shape[1])
+            lowest_PM = torch.where(applies_P1, torch.minimum(lowest_PM, ranks_PM), lowest_PM)
+    return lowest_PM
+
+
+def lexicographic_ranks(
+    values_JPM: Tensor, among_JPK: Tensor | None, weights: Sequence[float], tolerances: Sequence[float]
+) -> Tensor:
+    """Mid-ranks in the order that the first reward gives, then the second within what is equal, and so on: (P, M).
+
+    Equal under reward j are the best sample and all that lie at most `tolerances[j]` below it; then the best of the
+    rest with all within its tolerance, and so on. (To call any two equal that are this near would be no order: a may
+    equal b and b equal c while a is better than c.) What is in one class under all rewards ties.
+
+    Args:
+        values_JPM: as in `mean_ranks`.
+        among_JPK: other samples, which the ranks are counted among; they share the order. None: the samples themselves.
+        weights: 1, −1 (less is better) or 0 (left out) per reward.
+        tolerances: one number >= 0 per reward, in units of the reward.
+    """
+    num_samples = values_JPM.shape[2]
+    all_JPM = values_JPM if among_JPK is None else torch.cat([values_JPM, among_JPK], dim=2)
+    check_no_nan(all_JPM[~all_JPM.isnan().all(dim=2)], "values_JPM")
+    levels = [(values_PM, weight, t) for values_PM, weight, t in zip(all_JPM, weights, tolerances, strict=True)]
+    places = [
+        _places([(weight * values_PM[p]).tolist() for values_PM, weight, _ in levels if weight], levels)
+        for p in range(all_JPM.shape[1])
+    ]
+    places_PM = torch.tensor(places, dtype=torch.float64)
+    return mid_ranks(places_PM[:, :num_samples], places_PM if among_JPK is None else places_PM[:, num_samples:])
+
+
+def _places(values_JM: list[list[float]], levels: Sequence[tuple[Tensor, float, float]]) -> list[int]:
+    """A number for each sample of a prompt, higher is better, equal where they tie."""
+    classes = [list(range(len(values_JM[0])))]
+    for values_M, tolerance in zip(values_JM, [t for _, weight, t in levels if weight], strict=True):
+        if not all(math.isnan(value) for value in values_M):
+            classes = [part for members in classes for part in _cut(members, values_M, tolerance)]
+    place = {i: -number for number, members in enumerate(classes) for i in members}
+    return [place[i] for i in range(len(place))]
+
+
+def _cut(members: Sequence[int], values_M: Sequence[float], tolerance: float) -> list[list[int]]:
+    """Cut samples into classes, the best first."""
+    parts: list[list[int]] = []
+    for i in sorted(members, key=lambda i: -values_M[i]):
+        if parts and values_M[parts[-1][0]] - values_M[i] <= tolerance:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def _directed(values_PM: Tensor, among_PK: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Twice the mid-rank counts (P, M), turned round for a negative weight; and which prompts it applies to (P, 1)."""
+    applies_P1 = ~values_PM.isnan().all(dim=1, keepdim=True)
+    found = _twice_ranks(values_PM.where(applies_P1, 0.0), among_PK.where(applies_P1, 0.0))
+    return (2.0 * among_PK.shape[1] - found if weight < 0 else found), applies_P1
+
+
+def _twice_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
+    """Samples below and at most each value, added: whole numbers."""
+    lower_PM, at_most_PM, _ = count_below(values_PM, among_PK)
+    return lower_PM + at_most_PM
+
+
+def _whole_numbers(weights: Sequence[float]) -> list[int]:
+    """Weights in the same proportions as whole numbers."""
+    fractions = [Fraction(repr(float(weight))) for weight in weights]
+    scale = math.lcm(*(fraction.denominator for fraction in fractions))
+    return [int(fraction * scale) for fraction in fractions]

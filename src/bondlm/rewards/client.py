@@ -1,0 +1,233 @@
+"""Requests that ride out what passes: JSON over HTTP, every wait bounded.
+
+A fault that may pass (no connection, 429, 5xx, half an answer) is tried again, with growing random pauses, until
+`outage` seconds have gone by without any answer; one that cannot (401, 404, a wrong answer) is not. While the server is
+down one call at a time asks whether it is back.
+"""
+
+import asyncio
+import ipaddress
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+
+from bondlm.errors import ConfigError, RewardError, RewardOutageError
+
+PLAIN_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP"
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+MAX_REQUESTS = 8  # in flight together
+LONGEST_CONNECT, LONGEST_PAUSE = 10.0, 30.0  # seconds
+LEAST_BYTES = 65_536  # of an answer: more is not what we asked for
+MOST_SAID = 4096  # bytes, of a refusal
+
+
+class RefusedError(RewardError):
+    """A status that will not pass; `said` is the beginning of what came with it."""
+
+    def __init__(self, message: str, status: int = 0, said: bytes = b"") -> None:
+        super().__init__(message)
+        self.status, self.said = status, said
+
+
+class _TransientError(Exception):
+    """A fault that may pass; `after` seconds if the server says so."""
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+def _fault(state: RetryCallState) -> BaseException | None:
+    return None if state.outcome is None else state.outcome.exception()
+
+
+class Client:
+    """Posts to one address, a bounded number of requests at a time."""
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        headers: Mapping[str, str],
+        *,
+        what: str,
+        advice: str,
+        timeout: float,
+        outage: float,
+        max_requests: int = MAX_REQUESTS,
+        is_final: Callable[[int, bytes], bool] = lambda status, said: False,
+    ) -> None:
+        """Say whom to ask, and how long to wait.
+
+        Args:
+            url: where requests go.
+            name: how messages call it, without secrets.
+            headers: of each request; secrets go here alone.
+            what: "reward server", for messages.
+            advice: what to check when it refuses.
+            timeout: seconds of one request.
+            outage: seconds without any answer, after which it is given up.
+            max_requests: in flight together.
+            is_final: whether a status that usually passes will not, by what came with it.
+        """
+        self.name = name
+        self._url, self._headers, self._what, self._advice = url, headers, what, advice
+        self._timeout, self._outage, self._is_final = timeout, outage, is_final
+        self._client: httpx.AsyncClient | None = None
+        self._slots = asyncio.Semaphore(max_requests)
+        self._failing_since: float | None = None  # shared by all requests: this is the breaker
+        self._probing = asyncio.Lock()
+        self._random = random.Random()  # noqa: S311 (spreads retries; the run's own generators must not move)
+
+    async def post(self, body: str, limit: int) -> bytes:
+        """The answer to a request, of at most `limit` bytes.
+
+        Raises:
+            RefusedError: the server refuses it.
+            RewardError: it answers something else than JSON, or too much.
+            RewardOutageError: it did not answer for `outage` seconds.
+        """
+        if self._client is None:  # made here, where the event loop of all later calls runs
+            self._client = httpx.AsyncClient(
+                timeout=httpx.Timeout(self._timeout, connect=min(LONGEST_CONNECT, self._timeout)),
+                headers=self._headers,
+                trust_env=False,  # a proxy for the web is none for a server of ours
+                follow_redirects=False,  # another host is not the one that was asked, and must not see the token
+            )
+        async with self._slots:  # waiting for a turn is not waiting for the server: no time limit runs yet
+            return await self._persist(self._client, body, limit)
+
+    async def _persist(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
+        """Ask until there is an answer; while no request gets any, one at a time asks."""
+        trial = AsyncRetrying(
+            retry=retry_if_exception_type(_TransientError),
+            wait=self._pause,
+            stop=lambda state: self._left() <= 0,
+            retry_error_callback=self._give_up,
+        )
+        answer: bytes = await trial(self._ask_in_turn, client, body, limit)
+        return answer
+
+    def _left(self) -> float:
+        """Seconds until the server has been down for too long."""
+        return self._outage - (0.0 if self._failing_since is None else time.monotonic() - self._failing_since)
+
+    def _pause(self, state: RetryCallState) -> float:
+        """However long the server asks for: it is asked once more before the run is given up."""
+        after = getattr(_fault(state), "after", 0.0)
+        grown = min(LONGEST_PAUSE, 0.5 * 2 ** (state.attempt_number - 1))
+        return min(max(after, self._random.uniform(0.5, 1.0) * grown), self._left())
+
+    def _give_up(self, state: RetryCallState) -> NoReturn:
+        raise RewardOutageError(
+            f"the {self._what} {self.name} has not answered for {self._outage - self._left():.0f} s "
+            f"(reward_outage_s={self._outage:g}): {_fault(state)}. Start it again; the same command continues the run."
+        ) from _fault(state)
+
+    async def _ask_in_turn(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
+        try:
+            async with nullcontext() if self._failing_since is None else self._probing:
+                answer = await self._ask(client, body, limit)
+        except _TransientError:
+            self._failing_since = time.monotonic() if self._failing_since is None else self._failing_since
+            raise
+        self._failing_since = None
+        return answer
+
+    async def _ask(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._exchange(client, body, limit)
+        except TimeoutError as error:
+            raise _TransientError(f"no whole answer within {self._timeout:g} s (reward_timeout_s)") from error
+        except httpx.TransportError as error:
+            raise _TransientError(f"{type(error).__name__}: {error}") from error
+
+    async def _exchange(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
+        async with client.stream("POST", self._url, content=body) as response:
+            status = response.status_code
+            if status != 200:
+                said = await _beginning(response)
+                if status in TRANSIENT and not self._is_final(status, said):
+                    raise _TransientError(f"HTTP {status}", _retry_after(response.headers))
+                message = f"the {self._what} {self.name} answers HTTP {status}: {self._advice}"
+                raise RefusedError(message, status, said)
+            kind = response.headers.get("content-type", "")
+            if kind.partition(";")[0].strip().lower() != "application/json":
+                raise RewardError(f"the {self._what} {self.name} answers with {kind!r}, not application/json")
+            received = bytearray()
+            async for part in response.aiter_bytes():
+                received += part
+                if len(received) > limit:
+                    raise RewardError(f"the {self._what} {self.name} answers with more than {limit} bytes")
+            return bytes(received)
+
+
+def checked_name(url: str, variable: str) -> str:
+    """Host and path of the server's address, which are safe to show; the environment's `variable` is for the token.
+
+    Raises:
+        ConfigError: it is none, holds a password, or would send prompts over a network in clear.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"reward {url!r}: give http://HOST/PATH or https://HOST/PATH")
+    if parts.username or parts.password:
+        raise ConfigError(
+            f"the reward server at {parts.hostname} has a password in its address, which would be written into the "
+            f"run folder: put the token into the environment variable {variable}"
+        )
+    if parts.scheme == "http" and not _is_loopback(parts.hostname) and os.environ.get(PLAIN_VARIABLE) != "1":
+        raise ConfigError(
+            f"http://{parts.hostname} would carry prompts, completions and the token over the network in clear: use "
+            f"https, or set the environment variable {PLAIN_VARIABLE}=1 if that network is yours"
+        )
+    return f"{parts.hostname}{parts.path}".rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bearer(variable: str) -> dict[str, str]:
+    """Headers of a request, with the token that the environment's `variable` holds, if any.
+
+    Raises:
+        ConfigError: no header can carry it.
+    """
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # so that the cap is on what is sent
+    token = os.environ.get(variable)
+    if token is None:
+        return headers
+    if not re.fullmatch(r"[\x21-\x7e]+", token):  # httpx would quote it in its error
+        raise ConfigError(f"{variable} holds spaces, line ends or other characters that no header can carry")
+    return headers | {"Authorization": f"Bearer {token}"}
+
+
+async def _beginning(response: httpx.Response) -> bytes:
+    """The first bytes of what came with a status that is no answer."""
+    received = bytearray()
+    with suppress(httpx.TransportError):  # the status is there, which is what counts
+        async for part in response.aiter_bytes():
+            received += part
+            if len(received) >= MOST_SAID:
+                break
+    return bytes(received[:MOST_SAID])
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    try:
+        return max(0.0, float(headers.get("retry-after", 0)))
+    except ValueError:  # a date: our own pauses will do
+        return 0.0

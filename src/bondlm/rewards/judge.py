@@ -1,0 +1,311 @@
+"""`judge:URL?model=NAME`: a chat model behind an OpenAI-compatible endpoint ranks a prompt's samples in one question.
+
+What goes over the wire is in `bondlm.rewards.question`; what it costs is counted in `Usage`. An answer that ranks is
+kept on disk, so a run that goes on from a checkpoint gets the same rankings again, and pays for none of them twice.
+"""
+
+import asyncio
+import copy
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from bondlm.errors import ConfigError, RewardError, RewardOutageError
+from bondlm.rewards.answers import Failure
+from bondlm.rewards.cache import Cache
+from bondlm.rewards.calls import await_together
+from bondlm.rewards.client import MAX_REQUESTS, Client, RefusedError, bearer, checked_name
+from bondlm.rewards.question import CRITERION, Question, ask_about, read_ranking
+from bondlm.rewards.ranking import in_order, rows_of
+from bondlm.rewards.texts import completion_text
+
+KEY_VARIABLE, OPENAI_HOST, OPENAI_VARIABLE = "BONDLM_JUDGE_KEY", "api.openai.com", "OPENAI_API_KEY"
+TRIES = 3  # of a question whose answer is no ranking, each with other ids and in another order
+MOST_BYTES = 1 << 20  # of an answer, its thoughts included
+CHARS_A_TOKEN = 4  # roughly, where a server does not count
+
+
+@dataclass
+class Usage:
+    """What a judge was asked, and what that cost."""
+
+    calls: int = 0  # requests that were answered
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached: int = 0  # questions answered from disk: no call, no tokens
+    characters: int = 0  # of the questions of these calls
+    answers: int = 0  # that they ranked
+    is_counted: bool = True  # by the server; else tokens are a guess
+
+    @property
+    def tokens(self) -> int:
+        """In and out."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def expected(self, calls: float, characters: float, answers: float) -> int:
+        """Tokens that so many calls will cost, with so many characters and answers to rank, at the rate so far."""
+        per_character = self.prompt_tokens / max(1, self.characters)
+        return round(per_character * characters + self.completion_tokens / max(1, self.answers) * answers)
+
+
+class JudgeReward:
+    """A reward that ranks (`NamedReward.ranks`): asks a judge once per prompt and round."""
+
+    ranks = True
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        criterion: str = CRITERION,
+        rounds: int = 1,
+        reference: str | None = None,
+        seed: int = 0,
+        temperature: float | None = 0.0,
+        concurrency: int = MAX_REQUESTS,
+        max_calls: int | None = None,
+        max_tokens: int | None = None,
+        answer_tokens: int | None = None,
+        cache: str | None = None,
+        key: str | None = None,
+        timeout: float = 60.0,
+        outage: float = 600.0,
+    ) -> None:
+        """See where the judge is and what it is to judge by; nothing is asked yet.
+
+        Args:
+            url: of the API, such as https://api.openai.com/v1.
+            model: its name there.
+            criterion: what makes an answer better.
+            rounds: questions per prompt, each in another order; their ranks are averaged.
+            reference: the data's column with a good answer.
+            seed: of the order of presentation.
+            temperature: None sends none.
+            concurrency: requests in flight together.
+            max_calls: stop the run after so many calls of this process.
+            max_tokens: stop the run after so many tokens, in and out.
+            answer_tokens: most tokens of the judge's answer. Default: what a ranking needs, 64 + 24 per answer.
+            cache: folder of the cache; "off" for none. Default: in the user's cache folder.
+            key: environment variable with the API key. Default: BONDLM_JUDGE_KEY; OPENAI_API_KEY for api.openai.com.
+            timeout: seconds that a request may take.
+            outage: seconds without any answer after which the judge is given up.
+
+        Raises:
+            ConfigError: an address, key, limit or folder that cannot be used.
+        """
+        self.model, self.rounds, self.reference = model, rounds, reference
+        limits = {"rounds": rounds, "concurrency": concurrency, "max_calls": max_calls, "max_tokens": max_tokens}
+        for name, value in (limits | {"answer_tokens": answer_tokens}).items():
+            if value is not None and value < 1:
+                raise ConfigError(f"judge {model!r}: {name}={value} must be at least 1")
+        self._criterion, self._seed, self._temperature = criterion, seed, temperature
+        self._max_calls, self._max_tokens, self._answer_tokens = max_calls, max_tokens, answer_tokens
+        self._key = key or (OPENAI_VARIABLE if urlsplit(url).hostname == OPENAI_HOST else KEY_VARIABLE)
+        if self._key not in os.environ and (key is not None or self._key == OPENAI_VARIABLE):
+            raise ConfigError(
+                f"judge {model!r}: its key is to be in the environment variable {self._key}, which is empty"
+            )
+        self._url = url.rstrip("/") + "/chat/completions"
+        self._client = Client(
+            self._url,
+            checked_name(url, self._key),
+            bearer(self._key),
+            what=f"judge {model!r} at",
+            advice=f"check its address, the model's name and the key in {self._key}",
+            timeout=timeout,
+            outage=outage,
+            max_requests=concurrency,
+            is_final=lambda status, said: status == 429 and b"insufficient_quota" in said,
+        )
+        self._cache = None if cache == "off" else Cache(cache)
+        self._is_structured = True  # until the server says that it cannot
+        self._shuffles = True
+        self._slots = asyncio.Semaphore(concurrency)
+        self.usage = Usage()
+
+    def in_given_order(self) -> "JudgeReward":
+        """The same judge, asked once about answers in the order in which they are given; calls are counted together."""
+        other = copy.copy(self)
+        other._shuffles, other.rounds = False, 1
+        return other
+
+    def __call__(self, prompt: Any, completions: Sequence[Any]) -> Any:
+        """Scores of the completions, larger is better, or a `Failure`: to be awaited."""
+        return self.rank(prompt, [completion_text(completion) for completion in completions])
+
+    def over(self, offered: Mapping[str, Sequence[Any]], groups: Sequence[int]) -> Callable[..., Any]:
+        """A reward function without data arguments that ranks these B rows, group by group (`RankReward.over`).
+
+        Raises:
+            ConfigError: the data have no column of the reference's name.
+        """
+        if self.reference is not None and self.reference not in offered:
+            raise ConfigError(f"judge {self.model!r}: the data have no column {self.reference!r} (reference)")
+        members = rows_of(groups)
+        agreements: list[float] = []
+
+        async def ask(log_metric: Any = None) -> list[Any]:
+            asked = [
+                self.rank(
+                    offered["prompts"][rows[0]],
+                    [completion_text(offered["completions"][i]) for i in rows],
+                    None if self.reference is None else offered[self.reference][rows[0]],
+                    agreements,
+                )
+                for rows in members
+            ]
+            answers = await await_together(asked)
+            if agreements and log_metric is not None:
+                log_metric(f"judges/{self.model}/agreement", sum(agreements) / len(agreements))
+            return in_order(members, answers)
+
+        return ask
+
+    async def rank(
+        self, prompt: Any, texts: Sequence[str], reference: str | None = None, agreements: list[float] | None = None
+    ) -> Any:
+        """A score per text, larger is better: minus the mean place over the rounds. Or a `Failure`.
+
+        Raises:
+            RewardError: the server refuses us, or is no chat endpoint.
+            RewardOutageError: it is down, out of quota, or the budget is spent.
+        """
+        different = list(dict.fromkeys(texts))
+        if len(different) < 2:
+            return [0.0] * len(texts)
+        rounds = await await_together([self._round(prompt, different, reference, i) for i in range(self.rounds)])
+        failed = [found for found in rounds if isinstance(found, Failure)]
+        if failed:
+            return failed[0]
+        places = [[ranking.index(i) for i in range(len(different))] for ranking in rounds]
+        if self.rounds > 1 and agreements is not None:
+            agreements.append(agreement(places))
+        scores = {text: -float(sum(place[i] for place in places)) for i, text in enumerate(different)}
+        return [scores[text] for text in texts]
+
+    async def _round(self, prompt: Any, texts: Sequence[str], reference: str | None, number: int) -> Any:
+        """One ranking, best first; a judge that answers nonsense is asked again."""
+        how: dict[str, Any] = {"criterion": self._criterion, "reference": reference, "shuffle": self._shuffles}
+        salts = [(self._seed, number, attempt) for attempt in range(TRIES)]
+        questions = [ask_about(prompt, texts, salt=salt, **how) for salt in salts]
+        for question in questions:  # nonsense is not kept, but the answer to the question after it is
+            if (known := self._known(question)) is not None:
+                self.usage.cached += 1
+                return read_ranking(known, question.ids)
+        problem = ""
+        for question in questions:
+            try:
+                return read_ranking(await self._answer(question), question.ids)
+            except ValueError as error:
+                problem = str(error)
+        return Failure(f"got no ranking from the judge in {TRIES} tries: {problem}")
+
+    async def _answer(self, question: Question) -> str:
+        """The judge's words, which are kept if they rank.
+
+        Raises:
+            ValueError: it refuses to judge this, or does not rank.
+        """
+        async with self._slots:  # the budget is looked at when its turn comes
+            said = self._spoken(await self._post(self._request(question), question), question)
+        read_ranking(said, question.ids)
+        if self._cache is not None:
+            self._cache.put(self._key_of(question), said)
+        return said
+
+    def _known(self, question: Question) -> str | None:
+        return None if self._cache is None else self._cache.get(self._key_of(question))
+
+    def _key_of(self, question: Question) -> str:
+        asked = json.dumps([self._url, self._request(question)], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
+
+    def _request(self, question: Question) -> dict[str, Any]:
+        request: dict[str, Any] = {"model": self.model, "messages": question.messages}
+        request["max_completion_tokens"] = self._answer_tokens or 64 + 24 * len(question.ids)
+        return request if self._temperature is None else request | {"temperature": self._temperature}
+
+    async def _post(self, request: dict[str, Any], question: Question) -> bytes:
+        """The server's answer; asked without a schema if it takes none."""
+        self._spend()
+        schema = {"name": "ranking", "strict": True, "schema": question.schema}
+        structured: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": schema}}
+        asked = [structured, {}] if self._is_structured else [{}]
+        for more in asked:
+            try:
+                answer = await self._client.post(json.dumps(request | more), MOST_BYTES)
+            except RefusedError as error:
+                if b"content_filter" in error.said:
+                    raise ValueError("its content filter refused the question") from error
+                if error.status in (400, 422) and more:
+                    continue
+                raise self._explained(error) from error
+            self._is_structured = bool(more)
+            return answer
+        raise AssertionError("the last request is answered or refused")
+
+    def _explained(self, error: RefusedError) -> RewardError:
+        """With what the server says, without our key."""
+        said = error.said.decode("utf-8", "replace").replace(os.environ.get(self._key, "\0"), "<secret>")[:300]
+        kind = RewardOutageError if error.status == 429 else RewardError
+        return kind(f"{error}. It says: {said!r}")
+
+    def _spend(self) -> None:
+        """One more call, if the budget allows it."""
+        used = self.usage
+        if self._max_calls is not None and used.calls >= self._max_calls:
+            raise RewardOutageError(f"the judge {self.model!r} has had its {self._max_calls} calls (max_calls)")
+        if self._max_tokens is not None and used.tokens >= self._max_tokens:
+            raise RewardOutageError(
+                f"the judge {self.model!r} has used {used.tokens} tokens of its {self._max_tokens} (max_tokens)"
+            )
+        used.calls += 1
+
+    def _spoken(self, answer: bytes, question: Question) -> str:
+        """What the judge says in an answer of the chat API; its cost is noted.
+
+        Raises:
+            RewardError: this is no answer of a chat API.
+            ValueError: the judge refuses.
+        """
+        try:
+            data = json.loads(answer)
+            choice = data["choices"][0]
+            said, refusal = choice["message"].get("content"), choice["message"].get("refusal")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise RewardError(
+                f"the judge {self.model!r} at {self._client.name} answers what is no chat completion "
+                f"({type(error).__name__}): give the address that ends before /chat/completions, often in /v1"
+            ) from error
+        self._note_cost(data.get("usage"), question, said)
+        if refusal or not isinstance(said, str):
+            raise ValueError(f"it refused: {str(refusal)[:80]!r}")
+        return said
+
+    def _note_cost(self, usage: Any, question: Question, said: Any) -> None:
+        tokens = [
+            usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
+        ]
+        if not all(isinstance(count, int) and not isinstance(count, bool) for count in tokens):
+            self.usage.is_counted = False
+            tokens = [question.length // CHARS_A_TOKEN, len(str(said)) // CHARS_A_TOKEN]
+        self.usage.prompt_tokens += tokens[0]  # type: ignore[operator]
+        self.usage.completion_tokens += tokens[1]  # type: ignore[operator]
+        self.usage.characters += question.length
+        self.usage.answers += len(question.ids)
+
+
+def agreement(places: Sequence[Sequence[int]]) -> float:
+    """Share of the pairs of answers that two rounds put in the same order, over all pairs of rounds."""
+    same = [
+        (one[i] < one[j]) == (other[i] < other[j])
+        for one, other in itertools.combinations(places, 2)
+        for i, j in itertools.combinations(range(len(one)), 2)
+    ]
+    return sum(same) / len(same)

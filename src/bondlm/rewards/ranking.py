@@ -1,0 +1,148 @@
+"""Rewards that compare: a function that is asked once per prompt, with all its samples, and says which are better.
+
+Shapes: B rows (one prompt with one completion each); rows of one prompt are a group.
+"""
+
+import inspect
+import reprlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from bondlm.errors import RewardError
+from bondlm.rewards.answers import Failure
+from bondlm.rewards.calls import accepted_arguments, await_together
+
+PER_COMPLETION = ("completions", "completion_ids", "truncated")
+
+
+class RankReward:
+    """Asks `f(prompt, completions, **columns) -> ranking or scores` once per prompt.
+
+    The answer is one number per completion, larger is better and equal ones tie; or
+    `{"ranking": [best, .., worst]}` with each completion's position in the list once; or None where the reward does not
+    apply to the prompt. Numbers of different prompts are never compared. What is no ranking fails for its prompt.
+    """
+
+    ranks = True
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+        """`function` may be async; `name` is what metrics and errors call it."""
+        self.function = function
+        self.__name__: str = name or str(getattr(function, "__name__", type(function).__name__))
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The function itself."""
+        return self.function(*arguments, **named)
+
+    def over(self, offered: Mapping[str, Sequence[Any]], groups: Sequence[int]) -> Callable[..., Any]:
+        """A reward function without data arguments that ranks these B rows, group by group.
+
+        Args:
+            offered: `prompts`, `completions` and columns, B each; a column's value is that of the group's first row.
+            groups: the group of each row.
+        """
+        members = rows_of(groups)
+
+        def ask(trainer_state: Any = None, log_metric: Any = None) -> Any:
+            extras = {"trainer_state": trainer_state, "log_metric": log_metric}
+            answers = [self._ask(offered, rows, extras) for rows in members]
+            if not any(inspect.isawaitable(answer) for answer in answers):
+                return in_order(members, answers)
+            return _later(members, answers)
+
+        return ask
+
+    def _ask(self, offered: Mapping[str, Sequence[Any]], rows: Sequence[int], extras: Mapping[str, Any]) -> Any:
+        lists = {name: [offered[name][i] for i in rows] for name in ("completions", "truncated") if name in offered}
+        single = {name: values[rows[0]] for name, values in offered.items() if name not in (*PER_COMPLETION, "prompts")}
+        single |= {"prompt": offered["prompts"][rows[0]], **extras}
+        return self.function(**accepted_arguments(self.__name__, self.function, lists, single))
+
+
+def is_ranking(spec: Any) -> bool:
+    """Whether what a user writes for a reward compares a prompt's samples."""
+    return spec.startswith(("rank:", "judge:")) if isinstance(spec, str) else bool(getattr(spec, "ranks", False))
+
+
+def by_pairs(compare: Callable[..., Any]) -> RankReward:
+    """A rank function from one that compares two answers, asked about every ordered pair of a prompt's samples.
+
+    A sample's score is its mean chance to beat another one, over both orders of the pair.
+
+    Args:
+        compare: `f(prompt, first, second, **columns)`: for each pair of the two lists the chance, in [0, 1], that the
+            first answer is better. A cross-encoder's sigmoid will do.
+    """
+
+    def rank(prompt: Any, completions: list[Any], **columns: Any) -> list[float]:
+        count = len(completions)
+        columns.pop("truncated", None)  # of completions, not of pairs
+        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+        arguments = {"first": [completions[i] for i, _ in pairs], "second": [completions[j] for _, j in pairs]}
+        name = getattr(compare, "__name__", type(compare).__name__)
+        given = accepted_arguments(name, compare, arguments, {"prompt": prompt, **columns})
+        chances = compare(**given) if pairs else []
+        scores = [0.0] * count
+        for (i, j), chance in zip(pairs, [float(c) for c in chances], strict=True):
+            if not 0 <= chance <= 1:
+                raise RewardError(f"the comparison {name!r} returned {chance}: the chance that the first is better")
+            scores[i] += chance
+            scores[j] += 1 - chance
+        return scores
+
+    return RankReward(rank, getattr(compare, "__name__", None))
+
+
+async def _later(members: Sequence[Sequence[int]], answers: Sequence[Any]) -> list[Any]:
+    async def settled(answer: Any) -> Any:
+        return await answer if inspect.isawaitable(answer) else answer
+
+    waiting: list[Awaitable[Any]] = [settled(answer) for answer in answers]
+    return in_order(members, await await_together(waiting))
+
+
+def rows_of(groups: Sequence[int]) -> list[list[int]]:
+    """The rows of each group, in the order in which the groups begin."""
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    return list(members.values())
+
+
+def in_order(members: Sequence[Sequence[int]], answers: Sequence[Any]) -> list[Any]:
+    """Each group's answer as one value per row, B in all; what is no ranking is a `Failure` of the whole group."""
+    values: dict[int, Any] = {}
+    for rows, answer in zip(members, answers, strict=True):
+        values |= zip(rows, _values(answer, len(rows)), strict=True)
+    return [values[row] for row in range(len(values))]
+
+
+def _values(answer: Any, count: int) -> list[Any]:
+    if answer is None or isinstance(answer, Failure):
+        return [answer] * count
+    if isinstance(answer, Mapping):
+        return _of_ranking(answer, count)
+    try:
+        listed = answer.tolist() if hasattr(answer, "tolist") else list(answer)
+    except TypeError:
+        listed = None
+    if not isinstance(listed, list) or isinstance(answer, str | bytes) or len(listed) != count:
+        return [Failure(f"{_ASKED} {count} scores or {{'ranking': [..]}}, got {reprlib.repr(answer)}")] * count
+    return listed
+
+
+def _of_ranking(answer: Mapping[str, Any], count: int) -> list[Any]:
+    ranking = answer.get("ranking")
+    if not isinstance(ranking, list | tuple) or not _is_permutation(ranking, count):
+        return [Failure(f"{_ASKED} each of 0..{count - 1} once, got {reprlib.repr(dict(answer))}")] * count
+    place = {int(i): float(-number) for number, i in enumerate(ranking)}
+    return [place[i] for i in range(count)]
+
+
+_ASKED = "did not rank the samples: expected"
+
+
+def _is_permutation(ranking: Sequence[Any], count: int) -> bool:
+    whole = all(isinstance(i, Integral) and not isinstance(i, bool) for i in ranking)
+    return whole and sorted(ranking) == list(range(count))

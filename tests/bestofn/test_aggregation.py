@@ -1,0 +1,128 @@
+"""Combined orders against slow versions that count pairs, exact ties, and what an increasing map may change: no bit."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bondlm.bestofn.aggregation import lexicographic_ranks, mean_ranks, mid_ranks, worst_ranks
+
+NAN = float("nan")
+
+
+def rewards(seed: int = 0, num_rewards: int = 3, prompts: int = 5, samples: int = 6) -> Tensor:
+    """Few levels, so that many tie."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 4, (num_rewards, prompts, samples)).astype(float))
+
+
+def slow_rank(value: float, among: list[float]) -> Fraction:
+    return Fraction(sum(2 * (other < value) + (other == value) for other in among), 2 * len(among))
+
+
+def test_mid_ranks_count_pairs_and_their_mean_is_a_half() -> None:
+    values, others = rewards()[0], rewards(1, samples=4)[0]
+    for among in (values, others):
+        pairs = zip(values.tolist(), among.tolist(), strict=True)
+        expected = [[float(slow_rank(v, a)) for v in row] for row, a in pairs]
+        assert mid_ranks(values, among).tolist() == expected
+    assert torch.allclose(mid_ranks(values, values).mean(dim=1), torch.full((5,), 0.5, dtype=torch.float64))
+    assert mid_ranks(torch.tensor([[3.0]]), torch.tensor([[3.0]])).tolist() == [[0.5]]
+
+
+def test_the_mean_of_ranks_is_the_weighted_mean() -> None:
+    values, among, weights = rewards(), rewards(7, samples=4), [1.0, 0.25, -0.5]
+    for others in (values, among):
+        found = mean_ranks(values, others, weights)
+        for p, m in itertools.product(range(5), range(6)):
+            ranks = [slow_rank(float(values[j, p, m]), others[j, p].tolist()) for j in range(3)]
+            expected = (ranks[0] + ranks[1] / 4 + (1 - ranks[2]) / 2) / Fraction(7, 4)
+            assert found[p, m] == float(expected)
+
+
+def test_equal_means_tie_to_the_last_bit() -> None:
+    """0.1 + 0.2 is not 0.3 in floating point; nor is a sum of three the same in another order."""
+    values = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
+    tied = mean_ranks(values, values, [0.1, 0.2, 0.3])
+    assert tied[0, 0] == tied[0, 1] == 0.5
+    rows = torch.tensor([[[3.0, 1, 2]], [[1.0, 2, 3]], [[2.0, 3, 1]]])  # a cycle: each is first, second and third
+    for weight in (1.0, 0.7, 1 / 3):
+        assert mean_ranks(rows, rows, [weight] * 3).tolist() == [[0.5, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize("among", [None, rewards(3, samples=4)])
+@pytest.mark.parametrize("change", [lambda x: 1e12 * x, lambda x: x - 5e5, torch.exp, lambda x: (x - 1) ** 3])
+def test_an_increasing_map_of_one_reward_changes_no_bit(change: object, among: Tensor | None) -> None:
+    values = rewards()
+    for j in range(3):
+        mapped, others = values.clone(), values if among is None else among.clone()
+        mapped[j] = change(mapped[j])  # type: ignore[operator]
+        mapped_others = mapped if among is None else others
+        if among is not None:
+            mapped_others[j] = change(mapped_others[j])  # type: ignore[operator]
+        before = values if among is None else among
+        assert torch.equal(
+            mean_ranks(values, before, [1.0, 0.3, 2.0]), mean_ranks(mapped, mapped_others, [1.0, 0.3, 2.0])
+        )
+        assert torch.equal(worst_ranks(values, before, [1, 1, -1]), worst_ranks(mapped, mapped_others, [1, 1, -1]))
+
+
+def test_the_worst_rank_is_the_lowest_and_zero_weights_are_left_out() -> None:
+    values = rewards()
+    found = worst_ranks(values, values, [1, -1, 0])
+    for p, m in itertools.product(range(5), range(6)):
+        ranks = [slow_rank(float(values[j, p, m]), values[j, p].tolist()) for j in range(2)]
+        assert found[p, m] == float(min(ranks[0], 1 - ranks[1]))
+
+
+def test_a_reward_that_does_not_apply_is_left_out_of_its_prompt_alone() -> None:
+    values = rewards(prompts=2)
+    values[1, 0] = NAN
+    rest = values[[0, 2]]
+    weights, tolerances = [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]
+    assert torch.equal(mean_ranks(values, values, weights)[0], mean_ranks(rest, rest, weights[:2])[0])
+    assert torch.equal(worst_ranks(values, values, weights)[0], worst_ranks(rest, rest, weights[:2])[0])
+    assert torch.equal(
+        lexicographic_ranks(values, None, weights, tolerances)[0],
+        lexicographic_ranks(rest, None, weights[:2], tolerances[:2])[0],
+    )
+    whole = rewards(prompts=2)
+    assert torch.equal(mean_ranks(values, values, weights)[1], mean_ranks(whole, whole, weights)[1])
+    values[1, 1, 0] = NAN
+    for combine in (mean_ranks, worst_ranks):
+        with pytest.raises(ValueError, match="NaN"):
+            combine(values, values, weights)
+    with pytest.raises(ValueError, match="NaN"):
+        lexicographic_ranks(values, None, weights, tolerances)
+
+
+def test_lexicographic_without_tolerance_is_the_order_of_tuples() -> None:
+    values = rewards()
+    found = lexicographic_ranks(values, None, [1, 1, 1], [0, 0, 0])
+    for p in range(5):
+        tuples = [tuple(values[:, p, m].tolist()) for m in range(6)]
+        expected = [
+            Fraction(sum(2 * (other < mine) + (other == mine) for other in tuples), 2 * len(tuples)) for mine in tuples
+        ]
+        assert found[p].tolist() == [float(rank) for rank in expected]
+
+
+def test_classes_of_a_tolerance_begin_with_the_best() -> None:
+    """0.9 equals 1 and 0.8 equals 0.9, but the first class ends 0.15 below its best: 0.8 begins the second."""
+    safety, style = [1.0, 0.9, 0.8, 0.7], [0.0, 5.0, 3.0, 4.0]
+    values = torch.tensor([[safety], [style]])
+    found = lexicographic_ranks(values, None, [1, 1], [0.15, 0.0])
+    assert found.tolist() == [[5 / 8, 7 / 8, 1 / 8, 3 / 8]]
+    inside = lexicographic_ranks(values, None, [1, 1], [0.15, 1.0])  # 4 and 3 tie, 5 and 0 do not
+    assert inside.tolist() == [[5 / 8, 7 / 8, 2 / 8, 2 / 8]]
+    turned = lexicographic_ranks(values, None, [1, -1], [0.15, 0.0])
+    assert turned.tolist() == [[7 / 8, 5 / 8, 3 / 8, 1 / 8]]
+    assert lexicographic_ranks(values, None, [1, 1], [1.0, 9.0]).tolist() == [[0.5] * 4]
+
+
+def test_lexicographic_ranks_among_others_share_one_order() -> None:
+    mine, others = torch.tensor([[[0.95]], [[1.0]]]), torch.tensor([[[1.0, 0.0]], [[0.0, 9.0]]])
+    assert lexicographic_ranks(mine, others, [1, 1], [0.1, 0]).tolist() == [[1.0]]
+    assert lexicographic_ranks(mine, others, [1, 1], [0.0, 0]).tolist() == [[0.5]]

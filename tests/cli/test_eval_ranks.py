@@ -1,0 +1,62 @@
+"""`bondlm eval` with rewards that rank, and with several goals."""
+
+import json
+
+import pytest
+
+from bondlm.cli import main
+from cli.test_eval import job, rows
+
+RANKS = """
+def letters(prompt, completions):
+    texts = [c[-1]["content"] for c in completions]
+    values = [text.count("e") + 0.01 * len(text) for text in texts]
+    ranking = sorted(range(len(values)), key=lambda i: -values[i])
+    return values if len(set(values)) < len(values) else {"ranking": ranking}
+"""
+
+
+def test_a_ranking_shows_the_win_rate_and_the_n_of_the_scalar(tmp_path):
+    arguments = job(tmp_path, num_prompts=6)
+    (tmp_path / "ranks.py").write_text(RANKS)
+    results = []
+    for name, reward in (("out", f"{tmp_path}/reward.py:letters"), ("ranked", f"rank:{tmp_path}/ranks.py:letters")):
+        assert main([*arguments, "--reward_funcs", reward, "--output", f"{tmp_path}/{name}"]) == 0
+        results.append(json.loads((tmp_path / name / "eval.json").read_text()))
+    scalar, ranked = results
+    for name in ("win_rate", "effective_n", "log_quantile", "against_best_of", "kl_of_best_of_n"):
+        assert scalar[name] == ranked[name], name
+    for name, numbers in scalar["baselines"].items():
+        assert numbers.get("win_rate") == ranked["baselines"][name].get("win_rate")
+        assert numbers.get("effective_n") == ranked["baselines"][name].get("effective_n")
+    assert ranked["reward"]["value"] == pytest.approx(ranked["win_rate"]["value"])  # its rank among the reference's
+    assert {row["reward"] for row in rows(tmp_path / "ranked" / "policy.jsonl")} <= {i / 16 for i in range(17)}
+
+
+def test_several_goals_are_shown_together_and_each_by_itself(tmp_path, capsys):
+    arguments = [*job(tmp_path, num_prompts=6), "--reward_aggregation", "quantile"]
+    rewards = json.dumps([f"{tmp_path}/reward.py:letters", f"{tmp_path}/judge.py:short"])
+    assert main([*arguments, "--reward_funcs", rewards]) == 0
+    shown = capsys.readouterr().out
+    assert "Each reward by itself" in shown
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert set(result["goals"]) == {"letters", "short"}
+    assert all({"win_rate", "effective_n", "gain"} <= set(goal) for goal in result["goals"].values())
+    policy, reference = [rows(tmp_path / "out" / f"{name}.jsonl") for name in ("policy", "reference")]
+    wins = []
+    for prompt in range(6):
+        others = reference[8 * prompt : 8 * prompt + 8]
+        for row in policy[3 * prompt : 3 * prompt + 3]:
+            ranks = [
+                sum(
+                    (o["rewards"][n] < row["rewards"][n]) + 0.5 * (o["rewards"][n] == row["rewards"][n]) for o in others
+                )
+                / 8
+                for n in ("letters", "short")
+            ]
+            assert row["reward"] == pytest.approx(sum(ranks) / 2)
+            wins.append(sum((o["reward"] < row["reward"]) + 0.5 * (o["reward"] == row["reward"]) for o in others) / 8)
+    assert result["win_rate"]["value"] == pytest.approx(sum(wins) / len(wins))
+    assert main([*arguments, "--reward_funcs", rewards, "--reward_tolerances", "[1, 2]"]) == 2
+    (again,) = [json.loads((tmp_path / "out" / "eval.json").read_text())]
+    assert again == result
