@@ -32,7 +32,7 @@ def run(options: dict[str, Any]) -> int:
     errors = make_console(stderr=True)
     with locked(folder):
         with errors.status("loading PyTorch, the models and the rewards"):
-            job = _load(settings)
+            job = load_job(settings)
         result, policy, reference = _evaluate(folder, settings, job, errors)
         result |= _description(settings, config, job)
         from bondlm.evaluation.card import write_card
@@ -60,8 +60,8 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     model = Path(str(options["model"]))
     config = run_config(model)
     known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
-    if "reference" not in known and _adapter_base(model) is not None:
-        known["reference"] = _adapter_base(model)
+    if "reference" not in known and adapter_base(model) is not None:
+        known["reference"] = adapter_base(model)
     for name in ("reward_funcs", "judges"):
         if name not in options:
             _refuse_code_of(model, name, _list(known.get(name)))
@@ -108,7 +108,8 @@ def _refuse_code_of(folder: Path, option: str, rewards: list[Any]) -> None:
             )
 
 
-def _adapter_base(model: Path) -> str | None:
+def adapter_base(model: Path) -> str | None:
+    """The model that an adapter folder is put on; None if it is none, or does not say."""
     path = model / "adapter_config.json"
     if not path.is_file():
         return None
@@ -120,7 +121,7 @@ def _list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
+def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Models, rewards and encoded prompts.
 
     Raises:
@@ -143,7 +144,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
         None if settings.get("opponent") is None else str(settings["opponent"]),
         dtype=str(settings.get("dtype", "auto")),
         max_rows=settings["max_rows"],
-        rendering=_rendering(settings),
+        rendering=rendering_of_job(settings),
     )
     sampler = pair.samplers["policy"]
     lengths: dict[str, Any] = {name: settings.get(name) for name in ("max_prompt_length", "max_completion_length")}
@@ -175,7 +176,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rendering(settings: Mapping[str, Any]) -> Any:
+def rendering_of_job(settings: Mapping[str, Any]) -> Any:
     """As the run renders its prompts; for another model at the time when the output folder was begun."""
     from bondlm.cli.prompting import rendering_of
     from bondlm.runs.prompting import PROMPTING_FILE, read_prompting, write_prompting
