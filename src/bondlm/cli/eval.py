@@ -33,7 +33,7 @@ def run(options: dict[str, Any]) -> int:
     errors = make_console(stderr=True)
     with locked(folder):
         with errors.status("loading PyTorch, the models and the rewards"):
-            job = _load(settings)
+            job = load_job(settings)
         result, policy, reference = _evaluate(folder, settings, job, errors)
         result |= _description(settings, config, job)
         from bondlm.evaluation.card import write_card
@@ -63,6 +63,8 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     known = _known(model, config)
     if isinstance(options.get("dataset"), Mapping):
         raise ConfigError("dataset is a dictionary: name one data set, and ask for each in turn")
+    if "reference" not in known and adapter_base(model) is not None:
+        known["reference"] = adapter_base(model)
     for name in ("reward_funcs", "judges"):
         if name not in options:
             _refuse_code_of(model, name, _list(known.get(name)))
@@ -119,7 +121,8 @@ def _refuse_code_of(folder: Path, option: str, rewards: list[Any]) -> None:
             )
 
 
-def _adapter_base(model: Path) -> str | None:
+def adapter_base(model: Path) -> str | None:
+    """The model that an adapter folder is put on; None if it is none, or does not say."""
     path = model / "adapter_config.json"
     if not path.is_file():
         return None
@@ -131,7 +134,7 @@ def _list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
+def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Models, rewards and encoded prompts.
 
     Raises:
@@ -154,7 +157,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
         None if settings.get("opponent") is None else str(settings["opponent"]),
         dtype=str(settings.get("dtype", "auto")),
         max_rows=settings["max_rows"],
-        rendering=_rendering(settings),
+        rendering=rendering_of_job(settings),
     )
     sampler = pair.samplers["policy"]
     lengths: dict[str, Any] = {name: settings.get(name) for name in ("max_prompt_length", "max_completion_length")}
@@ -186,7 +189,7 @@ def _load(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rendering(settings: Mapping[str, Any]) -> Any:
+def rendering_of_job(settings: Mapping[str, Any]) -> Any:
     """As the run renders its prompts; for another model at the time when the output folder was begun."""
     from bondlm.cli.prompting import rendering_of
     from bondlm.runs.prompting import PROMPTING_FILE, read_prompting, write_prompting

@@ -87,6 +87,27 @@ REWARD_MODEL = (
     }
     | LORA
 )
+MERGE_CURVE = (
+    {
+        "curve": "Also evaluate the way to the reference: true (0, 0.2, .. 0.8), or a list of values of "
+        "toward_reference. The options below are for this, and as in `eval`; its samples are kept in curve/.",
+        "dataset": "Prompts, at least 2. Default: the runs' eval_dataset.",
+        "judges": "Rewards that were not optimised. --judge adds one.",
+        "num_samples": "Policy samples per prompt and point. Default: 8.",
+        "num_reference_samples": "Reference samples per prompt. Default: 32.",
+    }
+    | _REWARDS
+    | _PROMPTS
+    | {name: text for name, text in _SAMPLING.items() if name != "temperature"}
+)
+MERGE = {
+    "runs": "Run folders of one model, at least 2, as plain words behind `merge`.",
+    "method": "Of the task vectors, tensor by tensor: 'slerp' (default; keeps their length) or 'mean'.",
+    "toward_reference": "How far back to the reference the result lies, from 0 (default: the merge) to below 1.",
+    "rank": "Of a merged LoRA adapter. Default: the rank that holds the merge exactly, that of the runs together.",
+    "reference": "What the runs were trained from. Default: what they say.",
+    "output_dir": "Folder for the merged run. Required.",
+} | MERGE_CURVE
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "train": ("Distil Best-of-N into a model.", TRAIN),
     "sample": (
@@ -135,6 +156,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", TRAIN),
     "sft": ("Fine-tune on answers, the stage before BOND.", SFT),
     "reward-model": ("Train a reward model from preference pairs (Bradley-Terry).", REWARD_MODEL),
+    "merge": ("Merge runs from one model into one: bondlm merge RUN RUN [RUN ...] --output_dir OUT.", MERGE),
     "report": (
         "Write one HTML page about run folders: bondlm report RUN [RUN ...].",
         {
@@ -149,6 +171,7 @@ _EXAMPLES = """examples:
   bondlm sample --model runs/everyday --prompt "How do I boil an egg?"
   bondlm score  --model Qwen/Qwen3-0.6B --reward_funcs org/reward-model --dataset prompts.jsonl --output scored.jsonl
   bondlm eval   --model runs/everyday --judge similarity:models/all-minilm-l6-v2
+  bondlm merge  runs/one runs/two --toward_reference 0.3 --output_dir runs/merged
   bondlm report runs/everyday"""
 
 
@@ -174,7 +197,7 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     words = list(arguments)
     while words:
         word = words.pop(0)
-        if not word.startswith("--") and command == "report":
+        if not word.startswith("--") and command in ("merge", "report"):
             given.setdefault("runs", []).append(word)
             continue
         if not word.startswith("--"):

@@ -25,6 +25,14 @@ def model_fingerprint(name: str, revision: str | None) -> dict[str, Any]:
     return {"name": str(folder), "sha256": digest.hexdigest()}
 
 
+def weights_digest(folder: Path) -> str:
+    """Hash of a model folder's weights alone, whatever their files are called."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        _add_file(digest, path)
+    return digest.hexdigest()
+
+
 def reward_fingerprint(spec: Any) -> Any:
     """The reward as it was written, with a hash of the file or of the weights that it names."""
     text = str(spec)

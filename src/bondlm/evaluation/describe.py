@@ -31,7 +31,14 @@ def describe_settings(args: Any, objective: Any) -> dict[str, Any]:
 
 
 def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`describe_settings` of a run's `config.yaml`, which holds only what was set: the rest are the defaults."""
+    """`describe_settings` of a run's `config.yaml`, which holds only what was set: the rest are the defaults.
+
+    Of a merge of runs, which has no settings of its own, what it was merged of and how.
+    """
+    if isinstance(merge := config.get("merge"), Mapping):
+        runs = f"{len(merge['runs'])} {config.get('objective', 'BOND')} runs"
+        how = {name: merge[name] for name in ("toward_reference", "rank") if name in merge}
+        return {"name": f"{merge['method']} of {runs}"} | how
     defaults = {f.name: f.default for f in dataclasses.fields(BONDConfig) if f.default is not dataclasses.MISSING}
     args = SimpleNamespace(**defaults | {name: value for name, value in config.items() if name in defaults})
     args.anchor = args.anchor or default_anchor(args.objective)

@@ -122,6 +122,18 @@ def print_evaluation(
 ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
+def print_curve(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row for each point between a merge of runs and their reference."""
+    table = Table(title="From the merge (0) towards the reference (1). 95% intervals, bootstrap over prompts.")
+    for name in ("toward reference", "win rate", "effective N", "KL", "KL of Best-of-N", "reward"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        worth, needed = str(row["effective_n"]["text"]), row["kl_of_best_of_n"]
+        cells = (_spread(row["win_rate"], 3), worth, _spread(row["kl"], 2), f"{needed:.2f}")
+        table.add_row(f"{row['toward_reference']:g}", *cells, _spread(row["reward"], 3))
+    console.print(table)
+
+
 def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
     def spread(key: str, digits: int) -> str:
         if key not in numbers:

@@ -95,7 +95,7 @@ def _initialisation(config: PeftConfig) -> str:
     return str(getattr(config, "init_lora_weights", None)).lower()
 
 
-def _change_of_base(config: PeftConfig) -> str:
+def change_of_base(config: PeftConfig) -> str:
     """The setting by which putting the adapter on changes the base; empty if none does."""
     if getattr(config, "layer_replication", None):
         return "layer_replication"
@@ -129,7 +129,7 @@ def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> Peft
         raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
     check_config(peft_config)
     remove_adapters(model)
-    change = _change_of_base(peft_config)
+    change = change_of_base(peft_config)
     if sharded and change:
         raise ConfigError(f"{change} changes weights that are sharded here: remove it, or train on one process")
     given = _logits(model) if change else None
@@ -162,7 +162,7 @@ def remove_adapters(model: nn.Module) -> None:
         ConfigError: the earlier adapter has changed the base.
     """
     for config in (getattr(model, "peft_config", None) or {}).values():
-        if change := _change_of_base(config):
+        if change := change_of_base(config):
             raise ConfigError(f"an earlier adapter, with {change}, has changed this model: load the model again")
     done: list[str] = []
     for name, module in list(model.named_modules()):
@@ -243,7 +243,7 @@ def without_wrapper(model: PeftModel) -> Any:
 
 def edits_base(model: PeftModel) -> bool:
     """Whether the base in memory has other weights than the one on file."""
-    return bool(_change_of_base(model.peft_config[model.active_adapter]))
+    return bool(change_of_base(model.peft_config[model.active_adapter]))
 
 
 def check_start(model: PeftModel, use: Callable[[str], AbstractContextManager[Any]], *, sharded: bool) -> None:

@@ -1,0 +1,201 @@
+"""`bondlm merge RUN RUN ...`: several runs from one model as one (WARP), and its way back to the reference."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from bondlm.cli.console import Counter, make_console, make_progress
+from bondlm.cli.eval import FROM_RUN, adapter_base, complete, fingerprint, load_job, rendering_of_job
+from bondlm.cli.options import MERGE_CURVE
+from bondlm.cli.training import fresh_folder, quiet, write_facts
+from bondlm.errors import ConfigError
+from bondlm.runs.folder import CONFIG_FILE, locked, plain, run_config, write_whole
+from bondlm.runs.prompting import adopt_prompting, read_prompting
+from bondlm.runs.redact import redacted
+
+MERGE_FILE, CURVE_FILE, CURVE_FOLDER = "merge.json", "curve.json", "curve"
+POINTS = [0.0, 0.2, 0.4, 0.6, 0.8]
+NUMBERS = ("win_rate", "effective_n", "kl", "kl_of_best_of_n", "kl_ratio", "reward")
+
+
+def run(options: dict[str, Any]) -> int:
+    """Merge, write a run folder, and with `curve` evaluate the way from the merge to the reference."""
+    runs = options.get("runs") or []
+    folders = [Path(str(name)) for name in (runs if isinstance(runs, list) else [runs])]
+    toward, points = _toward(options.get("toward_reference", 0.0)), _points(options)
+    if not options.get("output_dir"):
+        raise ConfigError("output_dir is required: set it in the config or with --output_dir")
+    output, console = Path(str(options["output_dir"])), make_console()
+    references = [_reference(folder, options.get("reference")) for folder in folders]
+    config = _config(folders, references, options | {"toward_reference": toward})
+    goes_on = bool(points) and run_config(output).get("merge") == config["merge"]
+    if not goes_on:  # else it is there, and its curve is not finished, or another one is asked for
+        fresh_folder(options, "")
+    with locked(output):
+        with console.status("loading PyTorch and the runs"):
+            from bondlm.models.merge import merge_folders
+
+            quiet()
+            how: dict[str, Any] = {"method": options.get("method", "slerp"), "rank": options.get("rank")}
+            merge = merge_folders(folders, references, **how)
+        if goes_on and json.loads((output / MERGE_FILE).read_text(encoding="utf-8"))["sha256"] != merge.digests:
+            raise ConfigError(f"{output} holds a merge of other weights of these runs: choose another output_dir")
+        if not goes_on:
+            _write(output, merge, config, toward, console)
+        if points:
+            _evaluate_curve(output, merge, options, points, console)
+    console.print(f"run folder: {output}; `bondlm eval --model {output}` evaluates it", soft_wrap=True, highlight=False)
+    return 0
+
+
+# -- options
+
+
+def _toward(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(
+            f"toward_reference={value!r}: must be at least 0 (the merge itself) and below 1 (the reference itself)"
+        )
+    return float(value)
+
+
+def _points(options: Mapping[str, Any]) -> list[float]:
+    """The values of toward_reference to evaluate; none without `curve`."""
+    curve = options.get("curve", False)
+    if curve is False:
+        unused = [name for name in MERGE_CURVE if name in options and name != "curve"]
+        if unused:
+            raise ConfigError(f"{unused[0]} is set, and only --curve looks at it: add --curve, or remove it")
+        return []
+    if curve is True:
+        return sorted({*POINTS, _toward(options.get("toward_reference", 0.0))})
+    points = curve if isinstance(curve, list) else [curve]
+    return sorted({_toward(point) for point in points})
+
+
+def _reference(folder: Path, given: Any) -> str:
+    """What a run was trained from."""
+    if not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is not a folder: name run folders, as `bondlm train` leaves them")
+    found = given or run_config(folder).get("model") or adapter_base(folder)
+    if not found:
+        raise ConfigError(f"{str(folder)!r} does not say what it was trained from: give it with --reference")
+    return str(found)
+
+
+def _config(folders: Sequence[Path], references: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `eval` asks a run folder for, where all runs say the same; and how the merge was made."""
+    method, rank = options.get("method", "slerp"), options.get("rank")
+    if method not in ("mean", "slerp"):
+        raise ConfigError(f"method={method!r}: must be one of mean, slerp")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank={rank!r}: must be a whole number, at least 1")
+    _refuse_other_prompting(folders)
+    known = [{"objective": "jbond"} | config if (config := run_config(folder)) else {} for folder in folders]
+    names = [name for name in (*FROM_RUN.values(), "train_dataset", "objective") if all(name in c for c in known)]
+    shared = {name: c[name] for name in names for c in known[:1] if all(other[name] == c[name] for other in known)}
+    made = {"runs": [str(folder) for folder in folders], "method": method}
+    made |= {"toward_reference": options["toward_reference"]} | ({} if rank is None else {"rank": rank})
+    made_from = {"model": references[0]} if references else {}
+    return redacted(shared | made_from | {"merge": made})  # type: ignore[no-any-return]
+
+
+def _refuse_other_prompting(folders: Sequence[Path]) -> None:
+    found = [read_prompting(folder) or {} for folder in folders]
+    for name in ("prompt_format", "chat_template_kwargs"):
+        if len(values := {json.dumps(each.get(name), sort_keys=True) for each in found}) > 1:
+            raise ConfigError(
+                f"the runs were trained with different {name} ({', '.join(sorted(values))}): merge like ones"
+            )
+
+
+# -- the merge
+
+
+def _write(output: Path, merge: Any, config: Mapping[str, Any], toward: float, console: Console) -> None:
+    error = merge.write(output, toward_reference=toward)
+    adopt_prompting(merge.folders[0], output)
+    facts = {"norms": merge.norms, "norm": merge.norm, "toward_reference": toward, "sha256": merge.digests}
+    if merge.rank is not None:
+        facts |= {"rank": merge.rank, "full_rank": merge.full_rank, "rank_error": error}
+    write_facts(output, MERGE_FILE, dict(config["merge"]) | facts)
+    write_whole(output / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False))
+    lengths = ", ".join(f"{norm:.3g}" for norm in merge.norms)
+    lines = [f"task vectors of length {lengths}; merged: {merge.norm:.3g}, of which {1 - toward:.0%} are kept"]
+    if merge.rank is not None:
+        lines.append(f"LoRA of rank {merge.rank} (exact: {merge.full_rank}), relative error {error:.2g}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+# -- the curve
+
+
+def _evaluate_curve(
+    output: Path, merge: Any, options: Mapping[str, Any], points: Sequence[float], console: Console
+) -> None:
+    """Win rate and KL at several points of theta_0 + (1 - t) * (merged task vector); samples on file are kept."""
+    asked = {n: v for n, v in options.items() if n in MERGE_CURVE and n != "curve"}
+    asked |= {"reference": options["reference"]} if options.get("reference") else {}
+    folder = output / CURVE_FOLDER
+    folder.mkdir(exist_ok=True)
+    settings, _ = complete(asked | {"model": str(output), "output": str(folder)})
+    with console.status("loading the models, prompts and rewards"):
+        job = load_job(settings)
+    from bondlm.evaluation.files import claim
+    from bondlm.evaluation.table import print_curve
+    from bondlm.rollout.sampler import Sampler
+
+    claim(folder, fingerprint(settings, job), [path.name for path in folder.glob("*.jsonl")])
+    wanted = {each.role: each for each in job["sets"] if each.is_main}
+    _draw(folder, wanted["reference"], 0, settings, job, console)
+    how: dict[str, Any] = {"dtype": str(settings.get("dtype", "auto")), "max_rows": settings["max_rows"]}
+    rows = []
+    for point in points:
+        policy = replace(wanted["policy"], name=f"toward_reference {point:g}", file=f"policy-{point:g}.jsonl")
+        with tempfile.TemporaryDirectory() as scratch:
+            merge.write(Path(scratch), toward_reference=point)
+            job["pair"].samplers["policy"] = Sampler(scratch, rendering=rendering_of_job(settings), **how)
+            _draw(folder, policy, 1, settings, job, console)  # the same seeds at every point: paired samples
+        rows.append({"toward_reference": point} | _numbers(folder, wanted["reference"], policy))
+    write_whole(output / CURVE_FILE, json.dumps(plain(rows), indent=1, allow_nan=False) + "\n")
+    print_curve(console, rows)
+
+
+def _draw(
+    folder: Path, wanted: Any, number: int, settings: Mapping[str, Any], job: Mapping[str, Any], console: Console
+) -> None:
+    """Draw and score the samples that are not on file yet."""
+    from bondlm.evaluation.pair import fill
+
+    with make_progress(console) as progress:
+        fill(
+            folder / wanted.file,
+            wanted,
+            job["pair"],
+            job["rows"],
+            job["rewards"],
+            number=number,
+            num_judges=job["num_judges"],
+            seed=int(settings["seed"]),
+            max_completion_length=settings["max_completion_length"],
+            on_prompts_done=Counter(progress, f"{wanted.name} x {wanted.num_samples}", len(job["rows"])),
+        )
+
+
+def _numbers(folder: Path, reference: Any, policy: Any) -> dict[str, Any]:
+    """What the samples of one point say."""
+    from bondlm.evaluation.files import read_samples
+    from bondlm.evaluation.samples import from_rows
+    from bondlm.evaluation.statistics import summarize
+
+    theirs, mine = (from_rows(read_samples(folder / each.file), each.num_samples) for each in (reference, policy))
+    # The reference's samples were scored under the policy of another point.
+    result = summarize(mine, replace(theirs, log_ratio_PM=None), {})
+    return {number: result[number] for number in NUMBERS} | ({"judges": result["judges"]} if result["judges"] else {})

@@ -1,0 +1,334 @@
+"""Trained policies of one base, merged into one model, or one LoRA adapter, from their folders."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bondlm.data.fingerprints import model_fingerprint, same_model, weights_digest
+from bondlm.data.paths import refuse_absent_folder
+from bondlm.errors import ConfigError
+from bondlm.models.adapters import change_of_base
+from bondlm.models.load import load_model
+from bondlm.models.task_vectors import LowRank, Merging, Method, Vector, dot, plus, scaled
+
+_FACTORS = ((".lora_B.weight", ".lora_A.weight"), (".lora_embedding_B", ".lora_embedding_A"))
+# Of LoRA's relatives, those whose change of a layer is not the product of two factors.
+_NOT_A_PRODUCT = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "arrow_config"),
+    *("monteclora_config", "alora_invocation_tokens", "target_parameters", "trainable_token_indices"),
+)
+
+
+@dataclass(kw_only=True)
+class Merge:
+    """What the runs' task vectors merge to, tensor by tensor; `write` puts it on the base again.
+
+    `norms` are the lengths of the runs' task vectors, `norm` that of the merged one, `digests` hashes of the runs'
+    weights. `full_rank` is the rank that holds a merged adapter exactly; None: whole models.
+    """
+
+    folders: Sequence[Path]
+    digests: Sequence[str]
+    vectors: dict[str, Vector]
+    start: dict[str, Vector]  # theta_0's own, where it has any
+    norms: list[float]
+    norm: float
+    full_rank: int | None = None
+    rank: int | None = None
+    model: Any = field(default=None, repr=False)  # whole models: one of the runs', to write files with
+    adapter: Any = field(default=None, repr=False)  # adapters: the config to write
+
+    def write(self, folder: Path, *, toward_reference: float) -> float:
+        """Write theta_0 + (1 - toward_reference) * (merged task vector), with its tokenizer, as a run folder has them.
+
+        Returns the relative error (Frobenius, all layers together) of the adapter's rank; 0.0 for whole models.
+        """
+        tensors = {name: self._at(name, 1 - toward_reference) for name in self.vectors}
+        error = self._write_model(folder, tensors) if self.adapter is None else self._write_adapter(folder, tensors)
+        AutoTokenizer.from_pretrained(self.folders[0], trust_remote_code=False).save_pretrained(folder)
+        return error
+
+    def _at(self, name: str, share: float) -> Vector:
+        moved = scaled(self.vectors[name], share)
+        return plus(moved, self.start[name]) if name in self.start else moved
+
+    @torch.no_grad()
+    def _write_model(self, folder: Path, tensors: dict[str, Vector]) -> float:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[name])
+        self.model.save_pretrained(folder)
+        return 0.0
+
+    def _write_adapter(self, folder: Path, tensors: dict[str, Vector]) -> float:
+        found: dict[str, Tensor] = {}
+        lost = total = 0.0
+        for name, tensor in tensors.items():
+            if isinstance(tensor, LowRank):
+                factors, lost_here, here = tensor.of_rank(self.rank or 0)
+                lost, total = lost + lost_here, total + here
+                up, down = next(pair for pair in _FACTORS if name.endswith(pair[0]))
+                found[name], found[name.removesuffix(up) + down] = factors
+            else:
+                found[name] = tensor
+        folder.mkdir(parents=True, exist_ok=True)
+        self.adapter.save_pretrained(str(folder))
+        found = {name: tensor.float().contiguous() for name, tensor in found.items()}
+        safetensors.torch.save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return math.sqrt(lost / total) if total else 0.0
+
+
+def merge_folders(
+    folders: Sequence[Path], references: Sequence[str], *, method: Method, rank: int | None = None
+) -> Merge:
+    """Merge policies that were trained from one model.
+
+    Args:
+        folders: of the policies, at least two.
+        references: what each was trained from, a folder or a name on the hub.
+        method: "mean" or "slerp" (`bondlm.models.task_vectors`).
+        rank: of a merged LoRA adapter; None is the rank that holds it exactly.
+
+    Raises:
+        ConfigError: they have different bases, tokenizers, kinds, layers or ranks, are fewer than two, or one of them
+            comes twice; `rank` is out of its range.
+    """
+    is_adapter = _are_adapters(folders)
+    digests = _refuse_twice(folders)
+    _refuse_other_bases(folders, references)
+    _refuse_other_tokens(folders)
+    how: dict[str, Any] = {"folders": folders, "digests": digests}
+    if is_adapter:
+        return _merged_adapters(folders, references[0], method, rank, how)
+    if rank is not None:
+        raise ConfigError(f"rank={rank}: only LoRA adapters have one, and these are whole models: remove it")
+    return _merged_models(folders, references[0], method, how)
+
+
+# -- what must hold of the folders
+
+
+def _are_adapters(folders: Sequence[Path]) -> bool:
+    """Whether all are adapters, or all whole models."""
+    if len(folders) < 2:
+        raise ConfigError(
+            f"{len(folders)} run is given: a merge needs at least 2, `bondlm merge RUN RUN --output_dir OUT`"
+        )
+    adapters = [(folder / "adapter_config.json").is_file() for folder in folders]
+    for folder, is_adapter in zip(folders, adapters, strict=True):
+        if not (is_adapter or (folder / "config.json").is_file()):
+            raise ConfigError(f"{str(folder)!r} holds no trained model: name a folder that `bondlm train` has finished")
+    if len(set(adapters)) > 1:
+        kinds = ", ".join(f"{f}: {'adapter' if a else 'model'}" for f, a in zip(folders, adapters, strict=True))
+        raise ConfigError(f"adapters and whole models cannot be merged ({kinds}): give runs of one kind")
+    return adapters[0]
+
+
+def _refuse_twice(folders: Sequence[Path]) -> list[str]:
+    seen: dict[str, Path] = {}
+    for folder in folders:
+        digest = weights_digest(folder)
+        if digest in seen:
+            raise ConfigError(
+                f"{str(seen[digest])!r} and {str(folder)!r} have the same weights, and a run merged with itself is "
+                "itself: give runs that differ, in their seed at least"
+            )
+        seen[digest] = folder
+    return list(seen)
+
+
+def _refuse_other_bases(folders: Sequence[Path], references: Sequence[str]) -> None:
+    refuse_absent_folder(references[0], "reference")
+    first = model_fingerprint(references[0], None)
+    for folder, reference in zip(folders[1:], references[1:], strict=True):
+        if not same_model(first, model_fingerprint(reference, None)):
+            raise ConfigError(
+                f"{str(folders[0])!r} was trained from {references[0]!r} and {str(folder)!r} from {reference!r}: task "
+                "vectors of different bases do not add up. If it is the same model under two names, give --reference"
+            )
+
+
+def _refuse_other_tokens(folders: Sequence[Path]) -> None:
+    first, *others = [AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        for what, mine, theirs in (
+            ("tokenizers", first.get_vocab(), other.get_vocab()),
+            ("chat templates", first.chat_template, other.chat_template),
+            ("special tokens", first.special_tokens_map, other.special_tokens_map),
+        ):
+            if mine != theirs:
+                raise ConfigError(
+                    f"{str(folders[0])!r} and {str(folder)!r} have different {what}: merge runs that read and "
+                    "write the same tokens"
+                )
+
+
+# -- whole models
+
+
+def _merged_models(folders: Sequence[Path], reference: str, method: Method, how: dict[str, Any]) -> Merge:
+    """Holds theta_0, one run's model and the sum in memory, all fp32; for slerp a second sum."""
+    start = dict(load_model(reference, dtype=torch.float32).named_parameters())
+    sums = {name: Merging(method) for name in start}
+    norms = []
+    for folder in folders:
+        model = load_model(folder, dtype=torch.float32)
+        weights = dict(model.named_parameters())
+        _refuse_other_shapes(folder, reference, {n: p.shape for n, p in weights.items()}, start)
+        with torch.no_grad():
+            norms.append(math.sqrt(sum(sums[name].add(weights[name] - start[name]) for name in start)))
+    return _finished(sums, norms, start={name: p.detach() for name, p in start.items()}, model=model, **how)
+
+
+def _refuse_other_shapes(folder: Path, reference: str, shapes: dict[str, Any], start: dict[str, Any]) -> None:
+    odd = [
+        name
+        for name in sorted(shapes.keys() | start.keys())
+        if name not in start or shapes.get(name) != start[name].shape
+    ]
+    if odd:
+        raise ConfigError(
+            f"{str(folder)!r} was not trained from {reference!r}: {len(odd)} tensors have another shape or are missing "
+            f"(first: {odd[0]})"
+        )
+
+
+def _finished(sums: dict[str, Merging], norms: list[float], **more: Any) -> Merge:
+    vectors = {name: merging.merged() for name, merging in sums.items()}
+    norm = math.sqrt(sum(dot(vector, vector) for vector in vectors.values()))
+    return Merge(vectors=vectors, norms=norms, norm=norm, **more)
+
+
+# -- adapters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Adapter:
+    """A LoRA adapter's file: products by the name of B, with the scaling in them; and whole weights beside them."""
+
+    config: Any
+    products: dict[str, LowRank]
+    whole: dict[str, Tensor]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: product.up.shape[1] for name, product in self.products.items()}
+
+
+def _merged_adapters(
+    folders: Sequence[Path], reference: str, method: Method, rank: int | None, how: dict[str, Any]
+) -> Merge:
+    first, *others = adapters = [_read_adapter(folder) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        _refuse_other_layers(folders[0], first, folder, other)
+    start = _start_of(adapters[0], folders[0], reference)
+    sums = {name: Merging(method) for name in (*first.products, *first.whole)}
+    norms = []
+    for adapter in adapters:
+        vectors = {name: _minus(v, start.get(name)) for name, v in (adapter.products | adapter.whole).items()}
+        norms.append(math.sqrt(sum(sums[name].add(vector) for name, vector in vectors.items())))
+    of_start = [vector.up.shape[1] for vector in start.values() if isinstance(vector, LowRank)]
+    full = len(folders) * max(first.ranks.values()) + max(of_start, default=0)
+    full = min(full, max(min(len(p.up), p.down.shape[1]) for p in first.products.values()))
+    if rank is not None and not 1 <= rank <= full:
+        raise ConfigError(f"rank={rank}: must be from 1 to {full}, which holds this merge exactly")
+    config = _plain_config(first.config, rank or full, reference)
+    return _finished(sums, norms, start=start, full_rank=full, rank=rank or full, adapter=config, **how)
+
+
+def _minus(vector: Vector, start: Vector | None) -> Vector:
+    return vector if start is None else plus(vector, scaled(start, -1.0))
+
+
+def _plain_config(config: Any, rank: int, reference: str) -> Any:
+    """LoRA of one rank whose factors hold all of the product: scaling 1."""
+    made = copy.deepcopy(config)
+    made.r = made.lora_alpha = rank
+    made.rank_pattern, made.alpha_pattern, made.use_rslora, made.init_lora_weights = {}, {}, False, True
+    if not (Path(reference) / "adapter_config.json").is_file():
+        made.base_model_name_or_path = reference
+    return made
+
+
+def _read_adapter(folder: Path) -> _Adapter:
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    path = folder / "adapter_model.safetensors"
+    odd = [name for name in _NOT_A_PRODUCT if getattr(config, name, None)]
+    kind = str(config.peft_type).rsplit(".", 1)[-1]
+    if kind != "LORA" or odd or change_of_base(config):
+        said = odd[0] if odd else change_of_base(config) or kind
+        raise ConfigError(
+            f"{str(folder)!r}: {said} is no plain LoRA, and only LoRA adapters and whole models can be merged"
+        )
+    if not path.is_file():
+        raise ConfigError(f"{str(folder)!r}: no adapter_model.safetensors; save it as safetensors")
+    rest = safetensors.torch.load_file(path)
+    products = {}
+    for up, down in _FACTORS:
+        for name in [name for name in rest if name.endswith(up)]:
+            module = name.removesuffix(up)
+            b, a = rest.pop(name).double(), rest.pop(module + down).double()
+            products[name] = LowRank(_scaling(config, module, b.shape[-1]) * b, a)
+    strange = [name for name in rest if ".lora_" in name]
+    if strange or any(p.up.ndim != 2 or p.down.ndim != 2 for p in products.values()):
+        raise ConfigError(
+            f"{str(folder)!r}: the adapter has layers that are no product of two matrices ({strange[:1]})"
+        )
+    return _Adapter(config=config, products=products, whole={name: tensor.float() for name, tensor in rest.items()})
+
+
+def _scaling(config: Any, module: str, rank: int) -> float:
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
+    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _refuse_other_layers(first_folder: Path, first: _Adapter, folder: Path, other: _Adapter) -> None:
+    for what, mine, theirs in (
+        ("layers", first.products.keys() | first.whole.keys(), other.products.keys() | other.whole.keys()),
+        ("ranks", first.ranks, other.ranks),
+        ("shapes", _shapes(first), _shapes(other)),
+    ):
+        if mine != theirs:
+            raise ConfigError(
+                f"the adapters of {str(first_folder)!r} and {str(folder)!r} have different {what}: merge runs with the "
+                "same lora_r and lora_target_modules"
+            )
+
+
+def _shapes(adapter: _Adapter) -> dict[str, Any]:
+    products = {name: (len(p.up), p.down.shape[1]) for name, p in adapter.products.items()}
+    return products | {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
+
+
+def _start_of(adapter: _Adapter, folder: Path, reference: str) -> dict[str, Vector]:
+    """Theta_0 of what an adapter trains: nothing for a fresh one's products; else those that it started with."""
+    if (Path(reference) / "adapter_config.json").is_file():
+        start = _read_adapter(Path(reference))
+        _refuse_other_layers(Path(reference), start, folder, adapter)
+        return {**start.products, **start.whole}
+    if adapter.config.init_lora_weights is False:
+        raise ConfigError(
+            f"{str(folder)!r}: its adapter did not start empty (init_lora_weights=False): give --reference"
+        )
+    if not adapter.whole:
+        return {}
+    base = dict(load_model(reference, dtype=torch.float32).named_parameters())
+    weights = {name: base.get(_name_in_base(name)) for name in adapter.whole}
+    odd = [name for name, w in weights.items() if w is None or w.shape != adapter.whole[name].shape]
+    if odd:
+        raise ConfigError(f"{str(folder)!r}: {reference!r} has no weight like {odd[0]}, which the adapter holds whole")
+    return {name: w.detach() for name, w in weights.items() if w is not None}
+
+
+def _name_in_base(name: str) -> str:
+    """PEFT keeps an embedding whole beside its factors, and under the layer that it has wrapped."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
