@@ -12,8 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
+from bondlm.cli.report import write_page
+from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
-from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, run_config
+from bondlm.runs.ending import describe_ending
+from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, run_config, run_environment
 
 DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
 # Options that a run folder answers with its own settings, under the names that they have there.
@@ -40,9 +43,10 @@ def run(options: dict[str, Any]) -> int:
         from bondlm.evaluation.table import print_samples, print_table
 
         write_results(folder, result, policy, reference)
+        console = make_console()
         if config and folder.resolve() == Path(settings["model"]).resolve():
             write_card(folder, result)
-        console = make_console()
+            write_page(folder, console)
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
         console.print(f"written to {folder}", soft_wrap=True)
@@ -58,28 +62,37 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     if not options.get("model"):
         raise ConfigError("model is required: set it in the config or with --model")
     model = Path(str(options["model"]))
+    refuse_absent_folder(str(model), "model")
     config = run_config(model)
-    known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
-    if "reference" not in known and _adapter_base(model) is not None:
-        known["reference"] = _adapter_base(model)
+    known = _known_of_run(model, config)
     for name in ("reward_funcs", "judges"):
         if name not in options:
             _refuse_code_of(model, name, _list(known.get(name)))
-    if "reward_funcs" in options and _list(options["reward_funcs"]) != _list(config.get("reward_funcs")):
+    of_run = [_list(source.get("reward_funcs")) for source in (config, known)]
+    if "reward_funcs" in options and _list(options["reward_funcs"]) not in of_run:
         known.pop("reward_weights", None)  # they were for the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
     settings["model"] = str(model)
     for name in ("reference", "dataset", "reward_funcs", "output"):
         if not settings.get(name):
-            raise ConfigError(
-                f"{name} is required: {str(model)!r} is no run folder that says it. Set it in the config or with "
-                f"--{name}"
-            )
+            what = "is no run folder that says it" if model.is_dir() else "is no folder here (a run would say it)"
+            raise ConfigError(f"{name} is required: {str(model)!r} {what}. Set it in the config or with --{name}")
     for name, least in (("num_samples", 1), ("num_reference_samples", 2), ("max_completion_length", 1)):
         if not isinstance(settings[name], int) or settings[name] < least:
             raise ConfigError(f"{name}={settings[name]!r}: must be a whole number >= {least}")
     settings["orders"] = _orders(settings.get("orders"), settings["num_reference_samples"])
     return settings, config
+
+
+def _known_of_run(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run folder or an adapter answers; relative names begin where the run was started."""
+    known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
+    if (directory := run_environment(model).get("directory")) is not None:
+        names = ("reference", "dataset", "reward_funcs", "judges")
+        known |= {name: as_seen_from(Path(str(directory)), known[name]) for name in names if name in known}
+    if "reference" not in known and _adapter_base(model) is not None:
+        known["reference"] = _adapter_base(model)
+    return known
 
 
 def _orders(value: Any, most: int) -> list[int] | None:
@@ -259,6 +272,7 @@ def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Ma
     rewards, num_judges = job["rewards"], job["num_judges"]
     return {
         "steps": _last_step(Path(settings["model"]) / METRICS_FILE),
+        **describe_ending(Path(settings["model"])),
         "objective": describe_config(config) if config else None,
         "rewards": [reward.name for reward in rewards[: len(rewards) - num_judges]],
         "model": settings["model"],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,26 @@ def model_fingerprint(name: str, revision: str | None) -> dict[str, Any]:
 def reward_fingerprint(spec: Any) -> Any:
     """The reward as it was written, with a hash of the file or of the weights that it names."""
     text = str(spec)
-    source = text.rpartition(":")[0]
-    if source.endswith(".py") and Path(source).is_file():
+    if (file := _source_file(text.rpartition(":")[0])) is not None:
         digest = hashlib.sha256()
-        _add_file(digest, Path(source))
+        _add_file(digest, file)
         return {"spec": text, "sha256": digest.hexdigest()}
     model = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
     return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
+
+
+def _source_file(source: str) -> Path | None:
+    """The file of `path/to/file.py` or of a module; None if it is neither."""
+    if source.endswith(".py"):
+        return Path(source) if Path(source).is_file() else None
+    if not all(part.isidentifier() for part in source.split(".")):
+        return None
+    try:
+        found = find_spec(source)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    file = None if found is None or found.origin is None else Path(found.origin)
+    return file if file is not None and file.is_file() else None
 
 
 def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -45,7 +45,6 @@ def from_rows(rows: Iterable[Mapping[str, Any]], num_samples: int) -> Samples:
         **fields,
         log_ratio_PM=columns.get("log_ratio"),
         judges={name.removeprefix("judges/"): v for name, v in columns.items() if name.startswith("judges/")},
-        seconds=float(columns["seconds"].sum()),
     )
 
 
@@ -54,7 +53,7 @@ _COLUMNS = {"reward": "rewards_PM", "tokens": "lengths_PM", "finished": "finishe
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    names = (*_COLUMNS, "seconds", "log_ratio")
+    names = (*_COLUMNS, "log_ratio")
     own = {name: float(row[name]) for name in names if isinstance(row.get(name), bool | int | float)}
     return own | {f"judges/{name}": float(value) for name, value in row.get("judges", {}).items()}
 
