@@ -16,6 +16,7 @@ CONFIG_FIELDS = {
     "eval_num_samples",
     "gamma",
     "gamma_ref",
+    "hub_samples",
     "kl_budget",
     "main_eval",
     "log_quantile",

@@ -18,3 +18,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'bondlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The names of the module, those of a first use included."""
+    return sorted({*globals(), *__all__})

@@ -11,9 +11,7 @@ The anchor moves in a callback, right after the optimizer's step (`bondlm.traini
 """
 
 import inspect
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of
+from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of, require_metric_of
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.held_out import main_set
-from bondlm.data.paths import expanded
+from bondlm.data.paths import expanded, located
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
 from bondlm.data.scored import check_inputs, group_scored, is_scored, samples_per_prompt
@@ -60,15 +58,18 @@ from bondlm.rollout.seeds import Seeds
 from bondlm.runs.checkpoint import writing_to
 from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
-from bondlm.training.callbacks import PAUSING, AnchorCallback, RunFolderCallback, StopCallback, TiesCallback
+from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
 from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.data import check_number
 from bondlm.training.dropped import DropBudget
 from bondlm.training.held_out import compare
+from bondlm.training.hub import UploadingTrainer
 from bondlm.training.micro_batches import MicroBatch, SmallerBatches
+from bondlm.training.notices import FirstStepCallback, TiesCallback
 from bondlm.training.processes import (
     World,
     count_prompts,
+    ends_epoch,
     gather_in_order,
     real_rows,
     waiting_for_others,
@@ -77,10 +78,11 @@ from bondlm.training.processes import (
 from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.ranks import aggregation_of_run
 from bondlm.training.step import Step
+from bondlm.training.stopping import PAUSING, StopCallback
 from bondlm.training.tables import TablesCallback
 
 
-class BONDTrainer(Trainer):
+class BONDTrainer(UploadingTrainer):
     """Distil Best-of-N into a model (Sessa et al. 2024, arXiv 2407.14622).
 
     Args:
@@ -126,8 +128,9 @@ class BONDTrainer(Trainer):
     ) -> None:
         own_arguments(others, list(inspect.signature(BONDTrainer).parameters))
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
-        model = expanded(model)
+        model = located(expanded(model)) if isinstance(model, str) else model
         name = model if isinstance(model, str) else model.config._name_or_path
+        require_metric_of(eval_dataset, args.metric_for_best_model)
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         # Inputs: what the settings and the data say alone, before a model is loaded.
         self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
@@ -139,6 +142,8 @@ class BONDTrainer(Trainer):
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
+        for adapter in getattr(model, "peft_config", {}).values():  # it is saved with the adapter
+            adapter.base_model_name_or_path = located(str(adapter.base_model_name_or_path or "")) or None
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.roles = Roles(
@@ -220,7 +225,8 @@ class BONDTrainer(Trainer):
             self.anchor, self.quantile_model, self.clock, self._means, self.run_folder
         )
         tables = TablesCallback(self.run_folder, self.callback_handler)
-        for callback in (self._anchor_callback, self.run_folder, self.stop, TiesCallback(), tables):
+        first = FirstStepCallback(self.objective, self.run_folder)
+        for callback in (self._anchor_callback, self.run_folder, self.stop, first, TiesCallback(), tables):
             self.add_callback(callback)
 
     def _make_step(self) -> None:
@@ -274,7 +280,7 @@ class BONDTrainer(Trainer):
         num_prompts = count_prompts(world, is_real, step=step, digest=self._digest)
         if not rows or self.control.should_training_stop:
             return [], num_prompts
-        is_logged = step % self.state.logging_steps == 0  # of the state: there a share of the run is a number of steps
+        is_logged = logs_at(step, self.args, self.state, ends_epoch=ends_epoch(self.accelerator))
         try:
             rollout = self.step.roll_out(rows, step, torch.tensor(is_real), with_reference=is_logged)
         except PAUSING as error:
@@ -332,12 +338,9 @@ class BONDTrainer(Trainer):
         Rewards that rank do so among the samples of `reference`, if given.
         """
         mine = self.world.mine(len(rows))
-        began = time.perf_counter()
         seeds = Seeds.of_evaluation(self.args.seed, temperature)
         drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature)
-        seconds = time.perf_counter() - began
-        scored = self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference)
-        return replace(scored, seconds=seconds)
+        return self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference)
 
     def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:
         """Decode and score completions of encoded rows."""

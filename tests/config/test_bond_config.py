@@ -282,6 +282,7 @@ def test_what_may_change_when_a_run_goes_on() -> None:
                 "strict",
             ),
             *("ddp_timeout", "per_device_train_batch_size", "gradient_accumulation_steps"),
+            *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_samples"),
         },
         "if endless": {"max_steps", "num_train_epochs"},
         "never": {"learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"},

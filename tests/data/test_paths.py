@@ -9,7 +9,7 @@ from tiny import tiny_causal, tiny_tokenizer
 from trainer.helpers import trainer
 
 from bondlm.cli.options import parse
-from bondlm.data.paths import refuse_absent_folder
+from bondlm.data.paths import as_seen_from, located, refuse_absent_folder
 from bondlm.data.prompts import load_prompts
 from bondlm.errors import ConfigError
 
@@ -61,3 +61,17 @@ def test_what_can_only_be_a_folder_is_not_looked_for_elsewhere(
 def test_a_name_of_the_hub_passes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refuse_absent_folder(name, "model")
+
+
+def test_what_a_run_named_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "reward.py").write_text("")
+    monkeypatch.chdir("/")
+    assert as_seen_from(tmp_path, ["base", "reward.py:f", "nli:base?template=true", "org/name", "a.b:f", 3]) == [
+        *(f"{tmp_path}/base", f"{tmp_path}/reward.py:f", f"nli:{tmp_path}/base?template=true"),
+        *("org/name", "a.b:f", 3),
+    ]
+    assert as_seen_from(tmp_path, str(tmp_path / "base")) == str(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert as_seen_from(tmp_path, ["base", "reward.py:f"]) == ["base", "reward.py:f"]
+    assert (located("base"), located("org/name"), located("")) == (f"{tmp_path}/base", "org/name", "")

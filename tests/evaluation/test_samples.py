@@ -24,7 +24,6 @@ def test_rows_of_a_file_come_back_prompt_by_prompt():
             "tokens": j + 1,
             "logprob": -1.0,
             "log_ratio": 0.5 * j,
-            "seconds": 0.25,
         }
         for i in range(3)
         for j in range(2)
@@ -35,7 +34,6 @@ def test_rows_of_a_file_come_back_prompt_by_prompt():
     assert result.rewards_PM.tolist() == [[0, 1], [10, 11], [20, 21]]
     assert result.judges["a"].tolist() == [[0, -1]] * 3
     assert result.log_ratio_PM.tolist() == [[0, 0.5]] * 3
-    assert result.seconds == 1.5
     with pytest.raises(DataError, match="reward"):
         from_rows([rows[0] | {"reward": None}, *rows[1:]], 2)
     with pytest.raises(DataError, match="rows"):

@@ -23,9 +23,7 @@ def test_the_numbers_of_a_best_of_4_policy():
     assert result["kl_k3"]["value"] == pytest.approx(math.expm1(-1.2) + 1.2)
     assert result["entropy"] == pytest.approx(2.0)
     n = math.ceil(result["effective_n"]["value"])
-    assert result["cost"] == pytest.approx(
-        {"tokens": 10, "seconds": 4 / 1600, "best_of_n_tokens": 10 * n, "best_of_n_seconds": n * 0.01, "n": n}
-    )
+    assert result["cost"] == pytest.approx({"tokens": 10, "best_of_n_tokens": 10 * n, "n": n})
     baseline = result["baselines"]["reference, T=0.7"]
     assert baseline["win_rate"]["low"] <= 0.5 <= baseline["win_rate"]["high"]
     assert result["warnings"] == []

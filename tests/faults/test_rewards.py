@@ -24,8 +24,8 @@ from bondlm.rewards import NamedReward, score
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.runs.folder import DROPPED_FILE
-from bondlm.training.callbacks import TiesCallback
 from bondlm.training.dropped import DropBudget
+from bondlm.training.notices import TiesCallback
 from faults.children import job, said, train
 
 

@@ -28,11 +28,14 @@ def run(options: dict[str, Any]) -> int:
     wanted = Path(str(options.get("output_dir") or "runs/bond"))
     with tempfile.TemporaryDirectory() as scratch:
         dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
-        dry |= {"eval_strategy": "no", "target_n": None, "kl_budget": None}
+        dry |= {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False, "target_n": None, "kl_budget": None}
+        dry |= {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
+        dry |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
+        dry |= {"push_to_hub": False, "report_to": "none"}  # nothing of a dry run goes anywhere
         with console.status("loading PyTorch, the model, data and rewards"):
             args = training_arguments(options | {"output_dir": scratch})  # as they are, not those of a dry step
             main_set(args, options.get("eval_dataset"))
-            trainer = build_trainer(options | dry | {"output_dir": scratch, "report_to": "none"})
+            trainer = build_trainer(options | dry | {"output_dir": scratch})
             load_judges(options, trainer)
         packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
         console.print(", ".join(f"{name} {version(name)}" for name in packages), highlight=False, soft_wrap=True)

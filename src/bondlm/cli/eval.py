@@ -12,8 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
+from bondlm.cli.report import write_page
+from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
-from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, run_config
+from bondlm.runs.ending import describe_ending
+from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, run_config, run_environment
 
 DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
 OF_REWARDS = ("reward_weights", "reward_aggregation", "reward_tolerances")
@@ -41,9 +44,10 @@ def run(options: dict[str, Any]) -> int:
         from bondlm.evaluation.table import print_samples, print_table
 
         write_results(folder, result, policy, reference)
+        console = make_console()
         if config and folder.resolve() == Path(settings["model"]).resolve():
             write_card(folder, result)
-        console = make_console()
+            write_page(folder, console)
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
         console.print(f"written to {folder}", soft_wrap=True)
@@ -59,25 +63,23 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     if not options.get("model"):
         raise ConfigError("model is required: set it in the config or with --model")
     model = Path(str(options["model"]))
+    refuse_absent_folder(str(model), "model")
     config = run_config(model)
-    known = _known(model, config)
+    known = _known_of_run(model, config)
     if isinstance(options.get("dataset"), Mapping):
         raise ConfigError("dataset is a dictionary: name one data set, and ask for each in turn")
-    if "reference" not in known and adapter_base(model) is not None:
-        known["reference"] = adapter_base(model)
     for name in ("reward_funcs", "judges"):
         if name not in options:
             _refuse_code_of(model, name, _list(known.get(name)))
-    if "reward_funcs" in options and _list(options["reward_funcs"]) != _list(config.get("reward_funcs")):
+    of_run = [_list(source.get("reward_funcs")) for source in (config, known)]
+    if "reward_funcs" in options and _list(options["reward_funcs"]) not in of_run:
         known = {k: v for k, v in known.items() if k not in OF_REWARDS}  # they were for the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
     settings["model"] = str(model)
     for name in ("reference", "dataset", "reward_funcs", "output"):
         if not settings.get(name):
-            raise ConfigError(
-                f"{name} is required: {str(model)!r} is no run folder that says it. Set it in the config or with "
-                f"--{name}"
-            )
+            what = "is no run folder that says it" if model.is_dir() else "is no folder here (a run would say it)"
+            raise ConfigError(f"{name} is required: {str(model)!r} {what}. Set it in the config or with --{name}")
     for name, least in (("num_samples", 1), ("num_reference_samples", 2), ("max_completion_length", 1)):
         if not isinstance(settings[name], int) or settings[name] < least:
             raise ConfigError(f"{name}={settings[name]!r}: must be a whole number >= {least}")
@@ -85,13 +87,16 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return settings, config
 
 
-def _known(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run folder or an adapter says of the options."""
+def _known_of_run(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run folder or an adapter answers; relative names begin where the run was started."""
     known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
     if isinstance(sets := known.get("dataset"), Mapping):
         known["dataset"] = sets.get(config.get("main_eval") or next(iter(sets)))
-    if "reference" not in known and _adapter_base(model) is not None:
-        known["reference"] = _adapter_base(model)
+    if (directory := run_environment(model).get("directory")) is not None:
+        names = ("reference", "dataset", "reward_funcs", "judges")
+        known |= {name: as_seen_from(Path(str(directory)), known[name]) for name in names if name in known}
+    if "reference" not in known and (base := adapter_base(model)) is not None:
+        known["reference"] = base
     return known
 
 
@@ -279,6 +284,7 @@ def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Ma
     rewards, num_judges = job["rewards"], job["num_judges"]
     return {
         "steps": _last_step(Path(settings["model"]) / METRICS_FILE),
+        **describe_ending(Path(settings["model"])),
         "objective": describe_config(config) if config else None,
         "rewards": [reward.name for reward in rewards[: len(rewards) - num_judges]],
         "model": settings["model"],

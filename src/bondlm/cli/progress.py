@@ -51,6 +51,8 @@ class ProgressReporter(TrainerCallback):
         """Start the bar, at the step that a resumed run starts from."""
         self._training = self._progress.add_task("train", total=state.max_steps, completed=state.global_step)
         self._began, self._first_step = time.monotonic(), state.global_step
+        if control.should_training_stop:  # the run is finished, as `StopCallback` says
+            return
         world = f", {args.world_size} processes" if args.world_size > 1 else ""
         prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.console.print(

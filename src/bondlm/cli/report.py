@@ -1,9 +1,22 @@
 """`bondlm report RUN [RUN...]`: one HTML page about one or several runs, with its figures and numbers beside it."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bondlm.cli.console import make_console
+
+
+def write_page(folder: Path, console: Console) -> None:
+    """The page of a run folder that has just been evaluated; without what it needs a line that says so."""
+    if find_spec("jinja2") is None or find_spec("matplotlib") is None:
+        console.print("no report.html: pip install 'bondlm[report]', then bondlm report", highlight=False)
+        return
+    from bondlm.report import write_report
+
+    write_report([folder])
 
 
 def run(options: dict[str, Any]) -> int:

@@ -124,9 +124,19 @@ def generate(
                 **lengths,
             )
             scored = sampler.score(rewards, chunk, drawn, aggregation).rewards_PM if rewards else None
+            if start == 0 and scored is not None:
+                _warn_of_constant(scored, sampler.texts(drawn), chunk, console)
             if len(rows) > 1:
                 count(len(chunk))
             yield _as_rows(chunk, drawn, sampler.texts(drawn), scored)
+
+
+def _warn_of_constant(rewards_PM: Any, texts: Any, rows: Any, console: Console) -> None:
+    from bondlm.rewards.constant import constant_rewards
+
+    text = constant_rewards(rewards_PM, texts, [row["prompt"] for row in rows])
+    if text is not None:
+        console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _as_rows(rows: Any, drawn: Any, texts: list[list[str]], rewards: Any) -> list[list[dict[str, Any]]]:

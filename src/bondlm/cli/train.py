@@ -6,10 +6,9 @@ import platform
 import re
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,24 @@ from rich.console import Console
 
 from bondlm.cli.console import make_console
 from bondlm.cli.options import LORA, TRAIN
+from bondlm.cli.report import write_page
 from bondlm.errors import CheckpointError, ConfigError
 from bondlm.migration import UNSAFE_CODE
-from bondlm.runs.folder import CONFIG_FILE, is_main_process, locked, run_config, write_whole
+from bondlm.runs.folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    is_main_process,
+    locked,
+    run_config,
+    run_environment,
+    write_whole,
+)
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished, verify
 from bondlm.runs.prompting import adopt_prompting
 from bondlm.runs.redact import redacted
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PREEMPTED, INTERRUPTED = 75, 130
-ENVIRONMENT_FILE = "env.json"
 # Options beside the settings of BONDConfig that may be others when a run goes on.
 FREE_NAMES = ("eval_dataset", "judges", "resume", "allow_config_change")
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -46,9 +53,10 @@ def run(options: dict[str, Any]) -> int:
             from bondlm.cli.progress import ProgressReporter
             from bondlm.engines.choose import engine_choice
             from bondlm.training.processes import World, decided_by_main
+        rewards = _reward_fingerprints(options) if is_main_process() else []
         args = training_arguments(options)  # here the processes of a run find each other
         checkpoint, changes = decided_by_main(
-            lambda: _resume_point(folder, options, console), World.of(args), wait_s=args.ddp_timeout
+            lambda: _resume_point(folder, options, console, rewards), World.of(args), wait_s=args.ddp_timeout
         )
         with console.status(f"loading {options.get('model')}, data and rewards"):
             trainer = build_trainer(options, args)
@@ -57,18 +65,20 @@ def run(options: dict[str, Any]) -> int:
         console.print(engine, highlight=False, soft_wrap=True)
         if is_main_process():
             write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
-            _note_environment(folder / ENVIRONMENT_FILE, changes, engine)
+            _note_environment(folder / ENVIRONMENT_FILE, changes, engine, rewards)
         watched.append(trainer.stop)
         with closing(trainer.engine), ProgressReporter(console, trainer) as reporter:
             trainer.train(resume_from_checkpoint=checkpoint)
             if trainer.stop.stopped:
                 return _say_stopped(console, folder, trainer.stop.signal)
-            trainer.save_model()
+            trainer.save_model(_internal_call=True)  # it goes to the hub once, with its card
             trainer.stop.finished = True
             if trainer.stop.agree(args)[0]:  # it came during the save
                 return _say_stopped(console, folder, trainer.stop.signal)
             reporter.close_training()
             _evaluate(trainer, folder, console, reporter, judges)
+            if args.push_to_hub:
+                trainer.push_to_hub()
         console.print(f"run folder: {folder}", soft_wrap=True)
     return 0
 
@@ -85,16 +95,7 @@ def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judge
     if trainer.eval_dataset is not None:
         evaluate_run(trainer, folder, console, reporter, judges)
     if trainer.eval_dataset is not None and is_main_process():
-        _write_report(folder, console)
-
-
-def _write_report(folder: Path, console: Console) -> None:
-    if find_spec("jinja2") is None or find_spec("matplotlib") is None:
-        console.print("no report.html: pip install 'bondlm[report]', then bondlm report", highlight=False)
-        return
-    from bondlm.report import write_report
-
-    write_report([folder])
+        write_page(folder, console)
 
 
 def require(options: Mapping[str, Any]) -> None:
@@ -199,7 +200,9 @@ def lora_config(options: Mapping[str, Any]) -> Any:
     )
 
 
-def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) -> tuple[str | None, list[str]]:
+def _resume_point(
+    folder: Path, options: Mapping[str, Any], console: Console, rewards: Sequence[Mapping[str, Any]]
+) -> tuple[str | None, list[str]]:
     """The checkpoint to continue from, if any, and the settings that differ from those of the run so far.
 
     Raises:
@@ -212,7 +215,7 @@ def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) ->
             raise CheckpointError(f"resume={wish!r} is not a checkpoint folder")
         verify(Path(wish))
         adopt_prompting(Path(wish).parent, folder)
-        return wish, _changed_settings(Path(wish).parent / CONFIG_FILE, options)
+        return wish, _changed_settings(Path(wish).parent / CONFIG_FILE, options, rewards)
     for line in remove_unfinished(folder) if is_main_process() else []:
         console.print(line, highlight=False, soft_wrap=True)
     path, rejected = newest_checkpoint(folder)
@@ -220,13 +223,13 @@ def _resume_point(folder: Path, options: Mapping[str, Any], console: Console) ->
         return None, []
     if wish == "never":
         raise CheckpointError(f"{folder} already holds a run: choose another output_dir, or resume: auto")
-    changes = _changed_settings(folder / CONFIG_FILE, options)
+    changes = _changed_settings(folder / CONFIG_FILE, options, rewards)
     for reason in rejected:
         console.print(f"not resumed from {reason}", highlight=False, soft_wrap=True)
     return str(path), changes
 
 
-def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
+def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = ()) -> list[str]:
     """Each difference to the settings on file; refused unless `allow_config_change` is set."""
     before, now = run_config(path.parent), redacted(dict(options))
     if not before:
@@ -234,17 +237,36 @@ def _changed_settings(path: Path, options: Mapping[str, Any]) -> list[str]:
     free = {"always", "if endless"} if _is_endless(now) else {"always"}
     names = [n for n in sorted(set(before) | set(now)) if before.get(n) != now.get(n) and _may_change(n) not in free]
     changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
+    if fixed := [n for n in names if _may_change(n) == "never"]:
+        values = "; ".join(f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in fixed)
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a run ({values}), since a checkpoint of {path.parent} restores its "
+            "optimizer. Give the same to continue it, or start a new run from its weights in another output_dir"
+        )
+    changed += _edited(path.parent / ENVIRONMENT_FILE, rewards)
     if changed and not options.get("allow_config_change"):
         raise ConfigError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}): give the same ones to continue it, "
             "choose another output_dir, or add --allow_config_change"
         )
-    if fixed := [name for name in names if _may_change(name) == "never"]:
-        raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a run: a checkpoint restores its optimizer. Start a new run from "
-            "these weights in another output_dir"
-        )
     return changed
+
+
+def _reward_fingerprints(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the rewards are made of: hashes of the files and weights behind them."""
+    from bondlm.data.fingerprints import reward_fingerprint
+
+    specs = options.get("reward_funcs") or []
+    return [reward_fingerprint(spec) for spec in (specs if isinstance(specs, list | tuple) else [specs])]
+
+
+def _edited(environment: Path, rewards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each reward whose file or weights are others than when the run was begun."""
+    known = run_environment(environment.parent).get("rewards")
+    before = {each.get("spec"): each.get("sha256") for each in known or [] if isinstance(each, dict)}
+    now = {each["spec"]: each.get("sha256") for each in rewards}
+    both = [spec for spec, digest in now.items() if digest and before.get(spec)]
+    return [f"reward_funcs: {spec} has been edited" for spec in both if before[spec] != now[spec]]
 
 
 def _may_change(name: str) -> str:
@@ -265,16 +287,14 @@ def _is_endless(options: Mapping[str, Any]) -> bool:
     return schedule == "constant" or (schedule in ENDLESS_SCHEDULES and not 0 < warmup < 1)
 
 
-def _note_environment(path: Path, changes: list[str], engine: str) -> None:
-    """Versions and engine that the run was made with, and every change of its settings that was allowed."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")).get("config_changes", [])
-    except (OSError, ValueError, AttributeError):
-        before = []
+def _note_environment(path: Path, changes: list[str], engine: str, rewards: Sequence[Mapping[str, Any]]) -> None:
+    """Versions, engine and rewards that the run was made with, and every change of its settings that was allowed."""
+    before = run_environment(path.parent).get("config_changes", [])
     packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     content: dict[str, Any] = {"versions": versions, "platform": platform.platform(), "engine": engine}
-    content["config_changes"] = before + changes
+    content["directory"] = str(Path.cwd())  # where the relative names of config.yaml begin
+    content |= {"rewards": redacted(list(rewards)), "config_changes": before + changes}
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -304,13 +324,16 @@ def _stop_on_signals() -> Iterator[list[Any]]:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(PREEMPTED)
         watched[0].signal = number
         signal.signal(number, before[number])
+        if is_main_process():  # not by print: this may have interrupted one
+            os.write(2, b"bondlm: stopping: the step under way is finished and saved. Once more stops at once.\n")
 
     def save(number: int, frame: Any) -> None:
         for stop in watched:
             stop.save_requested = True
 
     before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, save)
+    if hasattr(signal, "SIGUSR1"):  # Windows has none
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, save)
     try:
         yield watched
     finally:

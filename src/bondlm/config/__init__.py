@@ -11,6 +11,7 @@ from bondlm.config.bond_config import (
     default_anchor,
     objective_of,
 )
+from bondlm.config.checks import require_metric_of
 
 __all__ = [
     "DEFAULTS",
@@ -22,4 +23,5 @@ __all__ = [
     "BONDConfig",
     "default_anchor",
     "objective_of",
+    "require_metric_of",
 ]

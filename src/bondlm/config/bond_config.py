@@ -7,7 +7,7 @@ why.
 import logging
 import math
 import os
-from dataclasses import MISSING, Field, dataclass
+from dataclasses import MISSING, Field, dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from bondlm.config.checks import problems as problems_of
+from bondlm.config.checks import require_loggers, settle_best_model
 from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
 from bondlm.errors import ConfigError
 from bondlm.migration import UNSAFE_CODE, Keywords, Loggers, NoOption, OwnNames
@@ -273,6 +274,16 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     report_to: Loggers = setting(
         "none", "Loggers of transformers to report to. metrics.jsonl is always written.", may_change="always"
     )
+    hub_strategy: str = setting(
+        "end",
+        "push_to_hub: the run folder is uploaded once, 'end', when its model card is there.",
+        one_of("end", why="a run is uploaded once, when its model card is there"),
+    )
+    hub_samples: bool = setting(
+        False,
+        "push_to_hub: upload files with prompts and completions, too (samples.jsonl, report.html and others).",
+        may_change="always",
+    )
 
     def __post_init__(self, dtype: str) -> None:  # type: ignore[override]
         """Check what can be checked without a model."""
@@ -280,6 +291,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         _settle_scale_rewards(self)
         if self.anchor is None:
             self.anchor = default_anchor(self.objective)
+        settle_best_model(self)
         if problems := problems_of(self, SETTINGS, DEFAULTS):
             raise ConfigError("; ".join(problems))
         if self.ddp_timeout is None:
@@ -287,6 +299,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
+        require_loggers(list(self.report_to or ()))
         if (self.model_init_kwargs or {}).get("trust_remote_code"):
             raise ConfigError(f"model_init_kwargs={self.model_init_kwargs!r}: trust_remote_code {UNSAFE_CODE}")
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):
@@ -329,7 +342,10 @@ def _longest_wait(c: BONDConfig) -> int:
 
 
 _FIELDS: dict[str, Field[Any]] = vars(BONDConfig)["__dataclass_fields__"]
-SETTINGS: dict[str, Setting] = {name: OWN.get(f) or OF_TRANSFORMERS.get(name, Setting()) for name, f in _FIELDS.items()}
+SETTINGS: dict[str, Setting] = {
+    name: replace(OWN.get(f) or OF_TRANSFORMERS.get(name, Setting()), kinds=frozenset(get_args(f.type) or (f.type,)))
+    for name, f in _FIELDS.items()
+}
 DEFAULTS: dict[str, Any] = {name: f.default for name, f in _FIELDS.items() if f.default is not MISSING}
 # These draw nothing from the policy, and so can learn from a file of scored samples.
 OFF_POLICY = tuple(name for name in OBJECTIVES if make_objective(name, DEFAULTS).plan.policy == 0)

@@ -1,12 +1,80 @@
 """What must hold of the settings of a run together; each problem is one sentence with the value seen."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING
+from numbers import Real
 from typing import Any
+
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from bondlm.config.settings import Setting
 from bondlm.errors import ConfigError
+from bondlm.migration.names import nearest
 from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
+
+# What an evaluation measures, by whether more is better; each has its interval's ends under _low and _high.
+MEASURES = {"reward": True, "win_rate": True, "effective_n": True, "kl": False}
+ENDS = ("", "_low", "_high")
+OTHERS = (
+    "reference_reward",
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "completions/frac_empty",
+)
+
+
+def settle_best_model(c: Any) -> None:
+    """Which end of a measure is its better one, where the user has not said."""
+    measure = _measure(c.metric_for_best_model)
+    if measure is not None and c.greater_is_better is None:
+        c.greater_is_better = MEASURES.get(measure)
+
+
+def _measure(metric: Any) -> str | None:
+    """The measure of an evaluation that a metric's name means; of several data sets the name has theirs before it."""
+    names = {name + end: name for name in MEASURES for end in ENDS} | {name: name for name in OTHERS}
+    text = str(metric).removeprefix("eval_")
+    found = [name for name in names if text == name or text.endswith(f"_{name}")]
+    return names[max(found, key=len)] if found else None
+
+
+def require_metric_of(data_sets: Any, metric: str | None) -> None:
+    """See that `metric_for_best_model` is of one of the held-out data sets, where they have names.
+
+    Raises:
+        ConfigError: it is of none, and would be missed after the first evaluation.
+    """
+    if metric is None or data_sets is None:
+        return
+    text, measure = metric.removeprefix("eval_"), str(_measure(metric))
+    starts = [f"{name}_" for name in data_sets] if isinstance(data_sets, dict) else [""]
+    if not any(text.startswith(start + measure) for start in starts):
+        choices = ", ".join(f"eval_{start}{measure}" for start in starts)
+        raise ConfigError(f"metric_for_best_model={metric!r}: an evaluation logs no such number, but {choices}")
+
+
+def require_loggers(names: Sequence[str]) -> None:
+    """See that the loggers of a run are there.
+
+    Raises:
+        ConfigError: there is no such logger, or its package is not installed.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            hint = nearest(name, INTEGRATION_TO_CALLBACK)
+            raise ConfigError(
+                f"report_to={name!r}: no such logger{hint}, choose of {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if name != "flyte" and name not in get_available_reporting_integrations():  # type: ignore[no-untyped-call]
+            raise ConfigError(
+                f"report_to={name!r}: its package is not installed. pip install {PACKAGES.get(name, name)}, or remove "
+                "it: metrics.jsonl is always written"
+            )
+
+
+PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "tensorboard": "tensorboard"}
 
 
 def problems(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any]) -> list[str]:
@@ -37,10 +105,26 @@ def problems(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any
 def _outside_of_range(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any]) -> Iterator[str]:
     for name, setting in settings.items():
         value = getattr(c, name)
+        if (problem := _other_kind(name, value, setting.kinds)) is not None:
+            yield problem
+            continue
         if setting.rule is None or (value is None and defaults[name] is None):
             continue
         if (problem := setting.rule.problem(name, value)) is not None:
             yield problem
+
+
+def _other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
+    """The sentence for a text where a number must be, and the like; other kinds of values have rules of their own."""
+    kinds -= {type(None)}
+    is_switch = isinstance(value, bool)
+    if value is None or not kinds:
+        return None
+    if kinds <= {int, float} and (is_switch or not isinstance(value, Real)):
+        return f"{name}={value!r}: must be a number"
+    if kinds == {bool} and not (is_switch or value in (0, 1)):
+        return f"{name}={value!r}: must be true or false"
+    return None
 
 
 def _unused(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any]) -> Iterator[str]:
@@ -81,3 +165,28 @@ def _contradictions(c: Any) -> Iterator[str]:
                 f"{name}={getattr(c, name)}: only an evaluation looks at it, and eval_strategy='no' makes none in "
                 "training: set eval_strategy='steps' with eval_steps, and an eval_dataset"
             )
+    yield from _of_best_model(c)
+    if c.eval_steps is not None and c.eval_strategy == "no":
+        yield f"eval_steps={c.eval_steps}: eval_strategy='no' makes no evaluation; set eval_strategy='steps'"
+    warmup = c.warmup_steps
+    if c.lr_scheduler_type == "constant" and warmup not in (0, 100):  # 100 is the default
+        yield f"warmup_steps={warmup}: lr_scheduler_type='constant' has no warm-up, use 'constant_with_warmup'"
+
+
+def _of_best_model(c: Any) -> Iterator[str]:
+    """A metric is looked up after the first evaluation: see that it will be there."""
+    askers = {
+        "load_best_model_at_end=True": c.load_best_model_at_end,
+        "save_strategy='best'": c.save_strategy == "best",
+        f"lr_scheduler_type={c.lr_scheduler_type!r}": c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+    }
+    asker = next((text for text, asks in askers.items() if asks), None)
+    metric, choices = c.metric_for_best_model, f"such as {', '.join(MEASURES)} (docs/metrics.md)"
+    if metric is None and asker is not None:
+        yield f"{asker} needs metric_for_best_model: set it to what an evaluation measures, {choices}"
+    elif metric is not None and _measure(metric) is None:
+        yield f"metric_for_best_model={metric!r}: an evaluation has no such number, choose one {choices}"
+    elif metric is not None and c.greater_is_better is None:
+        yield f"metric_for_best_model={metric!r}: set greater_is_better, which end of it is better"
+    if asker is not None and c.eval_strategy == "no":
+        yield f"{asker} needs evaluations: set eval_strategy='steps' with eval_steps, and an eval_dataset"

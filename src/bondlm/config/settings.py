@@ -3,7 +3,7 @@
 from dataclasses import Field, dataclass, field
 from typing import Any, Literal
 
-from bondlm.objectives.rules import Rule, at_least, off
+from bondlm.objectives.rules import Rule, at_least, off, one_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +18,7 @@ class Setting:
     needs: tuple[str, str] | None = None  # another setting, and the value of it without which this one has no effect
     may_change: Literal["on demand", "always", "if endless", "never"] = "on demand"
     shared: bool = False  # all processes of a run must have the same
+    kinds: frozenset[type] = frozenset()  # of its values, where these are plain
 
 
 def setting(default: Any, help_text: str, rule: Rule | None = None, **more: Any) -> Any:
@@ -30,10 +31,67 @@ def setting(default: Any, help_text: str, rule: Rule | None = None, **more: Any)
 OWN: dict[Field[Any], Setting] = {}
 
 
+def _unless(why: str, *neutral: Any) -> Setting:
+    """A setting of transformers that does nothing here: other values than the `neutral` ones are refused."""
+    return Setting(rule=Rule(lambda value: value in neutral, why))
+
+
+_NO_LABELS = "completions have rewards and no labels; remove it"
+_NO_LOOP = "evaluate() draws and scores completions, as many together as fit into memory; max_rows is its only dial"
+_NO_LOSS = "evaluate() measures reward, win rate, effective N and KL, and has no other metrics; remove it"
+_PRECISION = "an evaluation computes in what the run computes in: use bf16 or fp16, or dtype"
+_BY_LENGTH = "prompts of similar length learn together anyway; remove it"
+
+# What Trainer reads in methods that `BONDTrainer` has its own of, or does not call.
+_WITHOUT_EFFECT: dict[str, Setting] = {
+    "label_smoothing_factor": _unless(_NO_LABELS, 0),
+    "label_names": _unless(_NO_LABELS, None, []),
+    "per_device_eval_batch_size": _unless(_NO_LOOP, 8),
+    "eval_accumulation_steps": _unless(_NO_LOOP, None),
+    "eval_do_concat_batches": _unless(_NO_LOOP, True),
+    "eval_use_gather_object": _unless(_NO_LOOP, False),
+    "prediction_loss_only": _unless(_NO_LOSS, False),
+    "batch_eval_metrics": _unless(_NO_LOSS, False),
+    "include_for_metrics": _unless(_NO_LOSS, None, []),
+    "do_predict": _unless("nothing is predicted; `bondlm sample` answers prompts", False),
+    "bf16_full_eval": _unless(_PRECISION, False),
+    "fp16_full_eval": _unless(_PRECISION, False),
+    "train_sampling_strategy": Setting(
+        rule=one_of("random", "sequential", why="prompts of similar length learn together anyway")
+    ),
+    "length_column_name": _unless(_BY_LENGTH, "length"),
+    "average_tokens_across_devices": _unless("the loss is always the mean over the prompts of all processes", True),
+    "auto_find_batch_size": _unless(
+        "a step that does not fit into memory is taken in smaller parts anyway, with the same gradient; remove it",
+        False,
+    ),
+    "include_num_input_tokens_seen": _unless(
+        "num_tokens, num_tokens/learned and num_tokens/compared are always logged; remove it", False, "no"
+    ),
+    "logging_nan_inf_filter": _unless(
+        "a loss that is not finite is no part of the logged mean, and its step is skipped and counted; remove it", True
+    ),
+    "use_cache": _unless("sampling has a cache, and learning needs none; remove it", False),
+    "liger_kernel_config": _unless("use_liger_kernel is not there for it; remove it", None),
+    "enable_jit_checkpoint": _unless(
+        "its checkpoints lack the anchor; SIGTERM makes `bondlm train` save and end, without it", False
+    ),
+    "resume_from_checkpoint": _unless(
+        "use trainer.train(resume_from_checkpoint=...); `bondlm train` has resume: auto, never, or a folder", None
+    ),
+    "hub_always_push": _unless("a run is uploaded once, when its model card is there; remove it", False),
+    "parallelism_config": _unless("bondlm knows DDP, FSDP2 and DeepSpeed (docs/scaling.md); remove it", None),
+    "debug": Setting(
+        rule=Rule(lambda value: "tpu_metrics_debug" not in (value or ()), "tpu_metrics_debug is for TPUs; remove it")
+    ),
+}
+
 # Of transformers' own settings, those of which something is known.
 OF_TRANSFORMERS: dict[str, Setting] = {
+    **_WITHOUT_EFFECT,
     **dict.fromkeys(("max_steps", "num_train_epochs"), Setting(may_change="if endless", shared=True)),
     **dict.fromkeys(("output_dir", "save_steps", "eval_steps", "eval_strategy"), Setting(may_change="always")),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"), Setting(may_change="always")),
     # A step must have as many prompts as before: the checkpoint knows how many (runs/checkpoint.py).
     "per_device_train_batch_size": Setting(may_change="always", shared=True),
     "gradient_accumulation_steps": Setting(may_change="always", shared=True),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -36,14 +37,27 @@ def weights_digest(folder: Path) -> str:
 def reward_fingerprint(spec: Any) -> Any:
     """The reward as it was written, with a hash of the file or of the weights that it names."""
     text = str(spec)
-    source = text.removeprefix("rank:").rpartition(":")[0]
-    if source.endswith(".py") and Path(source).is_file():
-        return {"spec": text, "sha256": _hash_of(source)}
+    if (file := _source_file(text.removeprefix("rank:").rpartition(":")[0])) is not None:
+        return {"spec": text, "sha256": _hash_of(file)}
     if text.startswith("judge:"):
-        file = dict(part.partition("=")[::2] for part in text.partition("?")[2].split("&")).get("prompt")
-        return {"spec": text} | ({"sha256": _hash_of(unquote(file))} if file else {})
+        prompt = dict(part.partition("=")[::2] for part in text.partition("?")[2].split("&")).get("prompt")
+        return {"spec": text} | ({"sha256": _hash_of(Path(unquote(prompt)))} if prompt else {})
     model = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
     return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
+
+
+def _source_file(source: str) -> Path | None:
+    """The file of `path/to/file.py` or of a module; None if it is neither."""
+    if source.endswith(".py"):
+        return Path(source) if Path(source).is_file() else None
+    if not all(part.isidentifier() for part in source.split(".")):
+        return None
+    try:
+        found = find_spec(source)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    file = None if found is None or found.origin is None else Path(found.origin)
+    return file if file is not None and file.is_file() else None
 
 
 def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -67,9 +81,9 @@ def data_digest(dataset: Any) -> dict[str, Any]:
     return {"rows": len(dataset), "text": text.hexdigest(), "tokens": tokens.hexdigest()}
 
 
-def _hash_of(name: str) -> str:
+def _hash_of(file: Path) -> str:
     digest = hashlib.sha256()
-    _add_file(digest, Path(name).expanduser())
+    _add_file(digest, file.expanduser())
     return digest.hexdigest()
 
 

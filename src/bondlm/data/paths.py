@@ -14,6 +14,29 @@ def expanded(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
+def located(name: str) -> str:
+    """With the whole path of a folder that is there, so that it is found from everywhere; any other name as it is."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
+
+
+def as_seen_from(directory: Path, value: Any) -> Any:
+    """Names of files, folders and rewards as they were meant in `directory`; what is not found there stays as it is."""
+    if isinstance(value, list):
+        return [as_seen_from(directory, part) for part in value]
+    if not isinstance(value, str) or not value or directory.resolve() == Path.cwd().resolve():
+        return value
+    if (directory / value).exists():
+        return str(directory / value)
+    source, _, function = value.rpartition(":")
+    if source.endswith(".py") and (directory / source).is_file():
+        return f"{directory / source}:{function}"
+    kind, _, rest = value.partition(":")
+    folder, mark, options = rest.partition("?")
+    if folder and (directory / folder).is_dir():  # nli:FOLDER?options
+        return f"{kind}:{directory / folder}{mark}{options}"
+    return value
+
+
 def refuse_absent_folder(name: str, what: str) -> None:
     """Say that a folder is not there, instead of asking the hub for a name that it cannot hold.
 

@@ -60,7 +60,7 @@ on {result["num_prompts"]} held-out prompts at temperature 1, judged by {rewards
 - objective: {name} ({", ".join(f"{key} {_plain(value)}" for key, value in objective.items())})
 - reward: {_list(config.get("reward_funcs")) or rewards}{_weights(config)}
 - data: {_list(config.get("train_dataset")) or "not recorded"}; held out: {held_out or "given"}
-- training: {_steps(result["steps"])}{_budget(config)}
+- training: {_steps(result)}{_budget(config)}
 
 A reward is not a person: a higher reward says nothing about facts or safety that the reward does not measure.
 
@@ -120,8 +120,13 @@ def _weights(config: Mapping[str, Any]) -> str:
     return f" (weights {', '.join(_plain(w) for w in weights)})" if isinstance(weights, list) else ""
 
 
-def _steps(steps: int | None) -> str:
-    return "steps not recorded" if steps is None else f"{steps} steps"
+def _steps(result: Mapping[str, Any]) -> str:
+    """Steps taken, of how many, and why no more, as far as the run says."""
+    planned, reason = result.get("planned_steps"), result.get("stopped")
+    taken = (
+        f"{result['steps']} steps" if planned in (None, result["steps"]) else f"{result['steps']} of {planned} steps"
+    )
+    return taken + (f" (stopped: {reason})" if reason else "")
 
 
 def _budget(config: Mapping[str, Any]) -> str:

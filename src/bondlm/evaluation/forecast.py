@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -26,7 +27,9 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
     if isinstance(dataset, dict):
         dataset = dataset[trainer.main_eval]
     rows = list(dataset.select(range(min(PROMPTS, len(dataset)))))
+    began = time.perf_counter()
     samples = trainer.sample(rows, "reference", SAMPLES)
+    seconds = (time.perf_counter() - began) / samples.rewards_PM.numel()
     table = Table(title=f"Best-of-N of the untouched model: {len(rows)} prompts, {SAMPLES} answers each")
     for name in ("N", "win rate", "reward", "KL at most"):
         table.add_column(name, justify="right")
@@ -39,7 +42,7 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
         highlight=False,
         soft_wrap=True,
     )
-    _print_evaluation(console, trainer, samples.seconds / samples.rewards_PM.numel())
+    _print_evaluation(console, trainer, seconds)
     return samples.rewards_PM
 
 

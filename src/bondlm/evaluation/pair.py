@@ -1,7 +1,6 @@
 """Policy and reference side by side: samples of either, and what each says of the other's samples."""
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +189,6 @@ def fill(
     references = None if beside is None else _References(*beside, skip=done)
     for start in range(done, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        began = time.perf_counter()
         params = SamplingParams(
             max_new_tokens=max_completion_length,
             seeds=Seeds.of_comparison(seed, number),
@@ -198,14 +196,13 @@ def fill(
         )
         positions = range(start, start + len(chunk))
         drawn = draw(sampler.engine, chunk, {wanted.role: wanted.num_samples}, params, positions)
-        seconds = (time.perf_counter() - began) / (len(chunk) * wanted.num_samples)
         reference = None if references is None else references.next(len(chunk))
         samples = sampler.score(rewards, chunk, drawn, aggregation, reference, num_judges)
         ratio = pair.log_ratio(chunk, samples) if wanted.is_main else None
         names = [reward.name for reward in rewards]
         judges = names[len(names) - num_judges :]
         applies_everywhere({name: samples.by_name[name] for name in judges})
-        append_jsonl(path, list(_as_rows(chunk, samples, ratio, judges, seconds)))
+        append_jsonl(path, list(_as_rows(chunk, samples, ratio, judges)))
         on_prompts_done(len(chunk))
 
 
@@ -222,7 +219,7 @@ class _References:
 
 
 def _as_rows(
-    chunk: Sequence[Mapping[str, Any]], samples: Samples, ratio: Tensor | None, judges: Sequence[str], seconds: float
+    chunk: Sequence[Mapping[str, Any]], samples: Samples, ratio: Tensor | None, judges: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     for i, row in enumerate(chunk):
         for j, completion in enumerate(samples.completions[i]):
@@ -237,5 +234,4 @@ def _as_rows(
                 "tokens": len(completion.ids),
                 "logprob": completion.logprob,
                 **({} if ratio is None else {"log_ratio": float(ratio[i, j])}),
-                "seconds": seconds,
             }

@@ -20,6 +20,7 @@ from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward, applies_everywhere
 from bondlm.rollout.samples import Samples, score_samples
+from bondlm.runs.ending import describe_ending
 from bondlm.runs.folder import append_jsonl, plain, whole, write_whole
 
 BASELINES = {
@@ -71,6 +72,7 @@ def _evaluate_set(
     result = summarize(policy, reference, others)
     result |= {
         "steps": trainer.state.global_step,
+        **describe_ending(folder),
         "objective": describe_settings(args, trainer.objective),
         "rewards": [reward.name for reward in trainer.rewards],
         "model": str(trainer.args.output_dir),

@@ -51,7 +51,6 @@ def from_rows(rows: Iterable[Mapping[str, Any]], num_samples: int, *, num_texts:
         log_ratio_PM=columns.get("log_ratio"),
         by_name={name.removeprefix("rewards/"): v for name, v in columns.items() if name.startswith("rewards/")},
         judges={name.removeprefix("judges/"): v for name, v in columns.items() if name.startswith("judges/")},
-        seconds=float(columns["seconds"].sum()),
     )
 
 
@@ -59,7 +58,7 @@ _COLUMNS = {"reward": "rewards_PM", "tokens": "lengths_PM", "finished": "finishe
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    names = (*_COLUMNS, "seconds", "log_ratio")
+    names = (*_COLUMNS, "log_ratio")
     own = {name: float(row[name]) for name in names if isinstance(row.get(name), bool | int | float)}
     for kind in ("rewards", "judges"):  # a reward that does not apply is null
         own |= {f"{kind}/{name}": math.nan if v is None else float(v) for name, v in row.get(kind, {}).items()}

@@ -144,13 +144,14 @@ def _judge(mine: Any, refs: Any) -> dict[str, Any]:
 
 
 def _cost(policy: Samples, reference: Samples, worth: float) -> dict[str, float]:
-    """Tokens and seconds an answer; Best-of-n draws n of the reference (scoring them is not counted)."""
+    """Tokens of an answer; Best-of-n draws n of the reference.
+
+    No seconds: samples are drawn in batches of other sizes for policy and reference, and their times do not compare.
+    """
     n = math.ceil(min(worth, reference.rewards_PM.shape[1]) - 1e-9)
     return {
         "tokens": float(policy.lengths_PM.mean()),
-        "seconds": policy.seconds / policy.rewards_PM.numel(),
         "best_of_n_tokens": n * float(reference.lengths_PM.mean()),
-        "best_of_n_seconds": n * reference.seconds / reference.rewards_PM.numel(),
         "n": n,
     }
 

@@ -93,9 +93,8 @@ def _detail_row(name: str, numbers: Mapping[str, Any]) -> list[str]:
 def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
     if cost is not None:
         console.print(
-            f"One answer: {cost['tokens']:.0f} tokens, {cost['seconds']:.3f} s; Best-of-{cost['n']} of the untouched "
-            f"model: {cost['best_of_n_tokens']:.0f} tokens, {cost['best_of_n_seconds']:.3f} s, and {cost['n']:.0f} "
-            "rewards.",
+            f"One answer: {cost['tokens']:.0f} tokens; Best-of-{cost['n']} of the untouched model: "
+            f"{cost['best_of_n_tokens']:.0f} tokens, and {cost['n']:.0f} rewards.",
             highlight=False,
             soft_wrap=True,
         )
@@ -218,7 +217,8 @@ def print_phases(
     total = sum(seconds.values())
     if total == 0:
         return
-    table = Table(title=f"A mean step: {total:.1f} s, {tokens.get('num_tokens', 0):.0f} tokens sampled")
+    sampled = f", {tokens['num_tokens']:.0f} tokens sampled" if "num_tokens" in tokens else ""
+    table = Table(title=f"A mean step: {total:.1f} s{sampled}")
     for name in ("phase", "seconds", "share", "tokens/s"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase, value in sorted(seconds.items(), key=lambda item: -item[1]):

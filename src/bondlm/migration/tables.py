@@ -127,7 +127,7 @@ _OF_LOGGING = {
     "num_completions_to_print": Foreign(_LOGGED),
     "log_unique_prompts": Foreign(_LOGGED, (False,)),
     "log_multimodal": Foreign("bondlm learns from text; remove it", (True, False)),
-    "log_completions_hub_repo": Foreign("samples.jsonl is in the run folder, and push_to_hub uploads that"),
+    "log_completions_hub_repo": Foreign("use hub_samples with push_to_hub: it uploads samples.jsonl"),
 }
 _OLDER = {
     "kl_coef": Foreign("use beta_rl"),

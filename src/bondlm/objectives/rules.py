@@ -51,9 +51,9 @@ def whole(least: int, why: str = "") -> Rule:
     )
 
 
-def one_of(*values: str) -> Rule:
+def one_of(*values: str, why: str = "") -> Rule:
     """One of a few words."""
-    return Rule(lambda v: v in values, f"choose one of {', '.join(values)}")
+    return Rule(lambda v: v in values, f"choose one of {', '.join(values)}{_so(why)}")
 
 
 def beginning_with(*starts: str) -> Rule:

@@ -36,7 +36,6 @@ class Samples:
     metrics: dict[str, float] = field(default_factory=dict)  # and of all by `log_metric`
     judges: dict[str, Tensor] = field(default_factory=dict)  # rewards that were not optimised
     log_ratio_PM: Tensor | None = None  # log pi(y) - log pi_ref(y), whichever drew y
-    seconds: float = 0.0  # to draw all of them
     dropped: dict[int, str] = field(default_factory=dict)  # prompts that a reward failed for, and why; rewards are 0
     left_out: frozenset[int] = frozenset()  # other prompts, with a completion that was cut
     reranked_PM: Tensor | None = None  # what the objective sees instead of the rewards, if anything

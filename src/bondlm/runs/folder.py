@@ -18,6 +18,7 @@ from bondlm.errors import CheckpointError, ConfigError
 
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner"
 CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "env.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
@@ -165,3 +166,12 @@ def run_config(folder: Path) -> dict[str, Any]:
             "it to continue with the settings that you give now"
         )
     return config
+
+
+def run_environment(folder: Path) -> dict[str, Any]:
+    """What a run was made with beside its settings; nothing if the folder does not say."""
+    try:
+        content = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -181,6 +181,8 @@ def _digest(path: Path, *, sync: bool = False) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

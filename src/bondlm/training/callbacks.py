@@ -1,7 +1,6 @@
 """What happens around an optimizer step: the anchor moves, the run folder is written, the run stops in good order."""
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,8 @@ from bondlm.data.rendering import Rendering
 from bondlm.errors import (
     CheckpointError,
     ConfigError,
-    EngineError,
     NonFiniteError,
     ResourceError,
-    RewardError,
-    RewardOutageError,
 )
 from bondlm.models.anchor import Anchor
 from bondlm.models.deepspeed import step_was_skipped, zero_stage
@@ -41,15 +37,9 @@ from bondlm.runs.checkpoint import (
 from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.runs.manifest import remove_older, seal
 from bondlm.training.clock import Clock, StepMeans
-from bondlm.training.processes import World, decided_by_main, require_same_weights
+from bondlm.training.processes import World, require_same_weights
 from bondlm.training.prompting import note_rendering
 from bondlm.training.rollout import Rollout
-
-_log = logging.getLogger(__name__)
-
-TIED_PROMPTS, TIED_STEPS = 0.5, 10  # `TiesCallback` warns if more than half of the prompts tie for so many steps
-# Faults of a server, or memory that is spent: the weights are as the last step left them, and worth a checkpoint.
-PAUSING = (RewardOutageError, EngineError, ResourceError, ConfigError)
 
 
 class AnchorCallback(TrainerCallback):
@@ -106,7 +96,8 @@ class AnchorCallback(TrainerCallback):
         self.skipped = step_was_skipped(optimizer) if zero_stage(args) else not _finite_on_all_ranks(model, args)
         self._record({"skipped_steps": float(self.skipped)})
         scaler = getattr(optimizer, "scaler", None)
-        if self.skipped and _finds_its_scale(scaler) and not self._run_folder.has_bad_loss(args):
+        is_empty = self.skipped and self._run_folder.is_left_with_nothing(args)  # a mean over no prompts
+        if self.skipped and not is_empty and _finds_its_scale(scaler) and not self._run_folder.has_bad_loss(args):
             return  # the scaler takes no step either
         self._skips_in_a_row = self._skips_in_a_row + 1 if self.skipped else 0
         if not self.skipped:
@@ -114,13 +105,17 @@ class AnchorCallback(TrainerCallback):
         if scaler is None:
             for parameter in model.parameters():
                 parameter.grad = None  # an optimizer leaves a parameter without gradient as it is
-        self._run_folder.write_skipped(state.global_step + 1, args)
-        if self._skips_in_a_row > args.max_skipped_steps:
-            raise NonFiniteError(
-                f"step {state.global_step + 1}: the gradient is not finite, {self._skips_in_a_row} steps in a row "
-                f"(max_skipped_steps={args.max_skipped_steps}). Neither policy nor anchor has moved; the prompts are "
-                f"in {SKIPPED_FILE}. A smaller learning_rate or fp32 weights usually help."
-            )
+        if not is_empty:
+            self._run_folder.write_skipped(state.global_step + 1, args)
+        if self._skips_in_a_row <= args.max_skipped_steps:
+            return
+        if is_empty:
+            raise ConfigError(_nothing_left(state.global_step + 1, self._skips_in_a_row, args))
+        raise NonFiniteError(
+            f"step {state.global_step + 1}: the gradient is not finite, {self._skips_in_a_row} steps in a row "
+            f"(max_skipped_steps={args.max_skipped_steps}). Neither policy nor anchor has moved; the prompts are "
+            f"in {SKIPPED_FILE}. A smaller learning_rate or fp32 weights usually help."
+        )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Eq. 18: the anchor moves right after the policy has."""
@@ -173,14 +168,14 @@ class RunFolderCallback(TrainerCallback):
     def __init__(self, folder: Path, rendering: Rendering) -> None:
         """`folder` is the run's output_dir, `rendering` what becomes of its prompts."""
         self._folder, self._rendering = folder, rendering
-        self._step: Rollout | None = None
+        self.rollout: Rollout | None = None  # of the step that is under way
         self._num_logged = 0
         self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
         self._failure: OSError | None = None
 
     def note_step(self, rollout: Rollout, num_logged: int) -> None:
         """Remember a step's samples; those of its first prompts are written if the step is logged (and made them)."""
-        self._step, self._bad = rollout, {}
+        self.rollout, self._bad = rollout, {}
         self._num_logged = 0 if LOGGED_IDS in rollout.rows[0] else num_logged
 
     def note_losses(self, row_P: Tensor, loss_P: Tensor) -> Tensor:
@@ -195,13 +190,18 @@ class RunFolderCallback(TrainerCallback):
         """Whether the step's loss is not finite, on any process; all must call."""
         return World.of(args).any(bool(self._bad))
 
+    def is_left_with_nothing(self, args: Any) -> bool:
+        """Whether no prompt of the step counts, on any process; all must call."""
+        counts = self.rollout is not None and bool(self.rollout.is_counted_P.any())
+        return not World.of(args).any(counts)
+
     def write_skipped(self, step: int, args: Any) -> None:
         """Write the prompts whose loss is not finite; if all losses are, and the gradient is not, all of the step.
 
         Every process must call, and writes its own.
         """
         by_loss = self.has_bad_loss(args)
-        which = sorted(self._bad) if by_loss else range(0 if self._step is None else len(self._step.rows))
+        which = sorted(self._bad) if by_loss else range(0 if self.rollout is None else len(self.rollout.rows))
         if which:
             samples = [self._sampled(i) | ({"loss": str(self._bad[i])} if by_loss else {}) for i in which]
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -210,24 +210,25 @@ class RunFolderCallback(TrainerCallback):
 
     def samples(self) -> list[dict[str, Any]]:
         """The first prompts of the last step, as many as are logged, with their completions and rewards."""
-        count = 0 if self._step is None else min(self._num_logged, len(self._step.rows))
+        count = 0 if self.rollout is None else min(self._num_logged, len(self.rollout.rows))
         return [self._sampled(i) for i in range(count)]
 
     def _sampled(self, place: int) -> dict[str, Any]:
         """One prompt of the step with its completions and rewards."""
-        assert self._step is not None  # noqa: S101  asked for its prompts alone
-        samples, num_policy = self._step.samples, self._step.plan.policy
+        assert self.rollout is not None  # noqa: S101  asked for its prompts alone
+        samples, num_policy = self.rollout.samples, self.rollout.plan.policy
         rewards = samples.rewards_PM[place].tolist()
         scored: list[dict[str, Any]] = [
             {"text": t, "reward": r} for t, r in zip(samples.texts[place], rewards, strict=True)
         ]
         for j, sample in enumerate(scored if samples.extras else ()):
             sample["extra"] = {name: values[place][j] for name, values in samples.extras.items()}
-        prompt = self._step.rows[place]["prompt"]
+        prompt = self.rollout.rows[place]["prompt"]
         return {"prompt": prompt, "policy": scored[:num_policy], "anchor": scored[num_policy:]}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what was logged beyond the step that the run starts from."""
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the run that wrote it
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
@@ -247,7 +248,9 @@ class RunFolderCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Without its folder a run would be written to a place that nobody knows."""
+        """Have the last steps logged, too; without its folder a run would be written to a place that nobody knows."""
+        if logs_at(state.global_step, args, state):
+            control.should_log = True
         if state.is_world_process_zero and not self._folder.is_dir():
             raise CheckpointError(
                 f"output_dir={str(self._folder)!r} is gone since step {state.global_step - 1}: bring it back, then the "
@@ -264,107 +267,32 @@ class RunFolderCallback(TrainerCallback):
             ) from error
 
 
-class TiesCallback(TrainerCallback):
-    """Warns of rewards that tie: a run learns nothing from them, and all its other numbers look well."""
-
-    def __init__(self) -> None:
-        """A warning takes ten times as many steps as the one before it."""
-        self._untied, self._enough = 0, TIED_STEPS
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count from here."""
-        self._untied = state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Look at the steps since the last log whose rewards were apart."""
-        seen = logs or {}  # where ties are learned from, only prompts without any signal count
-        tied = seen.get("bond/frac_no_signal", seen.get("bond/frac_tied"))
-        if tied is None or not state.is_world_process_zero:
-            return
-        if not tied > TIED_PROMPTS:
-            self._untied = state.global_step
-        elif (steps := state.global_step - self._untied) >= self._enough:
-            self._enough = 10 * steps
-            _log.warning(
-                "step %d: %.0f%% of the prompts have equal rewards among their samples, and most had in the last %d "
-                "steps. Equal samples teach nothing: BOND learns from their order. See whether the reward is constant, "
-                "or has few values (0/1, clipped, rounded); use one that is graded, or add a second one that breaks "
-                "ties (docs/rewards.md)",
-                *(state.global_step, 100 * tied, steps),
-            )
+def logs_at(step: int, args: Any, state: Any, *, ends_epoch: bool = False) -> bool:
+    """Whether a step is logged: as often as asked for, and where the run ends, or may end by an evaluation."""
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == "no":
+        return False
+    # Steps of the state: there a share of the run is a number of steps.
+    is_due = ends_epoch if args.logging_strategy == "epoch" else step % state.logging_steps == 0
+    has_goal = args.target_n is not None or args.kl_budget is not None
+    may_end = has_goal and args.eval_strategy == "steps" and step % state.eval_steps == 0
+    return bool(is_due or step >= state.max_steps or may_end)
 
 
-class StopCallback(TrainerCallback):
-    """Stops on a signal (the step is finished and saved), at the effective N asked for, or when the KL is spent."""
-
-    def __init__(self, target_n: float | None, kl_budget: float | None = None) -> None:
-        """Stop when the lower end of an evaluation's effective N reaches `target_n`, or its KL passes `kl_budget`.
-
-        A goal must be certain to be reached. A budget must not wait until it is certain to be overspent.
-        """
-        self._target_n, self._kl_budget = target_n, kl_budget
-        self.signal: int | None = None
-        self.save_requested = False
-        self._failure: Exception | None = None
-        self.stopped = False  # by a signal, on all ranks, and saved
-        self.finished = False  # all is saved: a signal need not wait for anything
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that is resumed at its last step is done: Trainer would take one more."""
-        if state.global_step >= state.max_steps:
-            control.should_training_stop = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a signal: save, and stop if it was one to stop; on every rank if any rank got it."""
-        stop, save = self.agree(args)
-        self.save_requested = False
-        if stop or save:
-            control.should_save = True
-        if stop:
-            control.should_training_stop = self.stopped = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A signal that came during the save: what it asks for is done."""
-        stop, _ = self.agree(args)
-        self.save_requested = False
-        if stop:
-            control.should_training_stop = self.stopped = True
-
-    def agree(self, args: Any) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save: what any rank was asked."""
-        wanted = World.of(args).max(torch.tensor([float(self.signal or 0), float(self.save_requested)]))
-        stop, save = (int(flag) for flag in wanted.tolist())
-        if stop:
-            self.signal = stop  # known to all ranks from here on
-        return stop > 0, save > 0
-
-    def pause(self, error: Exception, args: Any, state: Any, control: Any) -> None:
-        """Save and stop without a further step; `error` is for `raise_failure`, when all is saved.
-
-        Several processes agree on what a reward raises. Of other errors the others could not know: there such a one
-        ends the run, at its last checkpoint.
-        """
-        world = World.of(args)
-        if not world.is_alone and not isinstance(error, RewardError):
-            raise error
-        self._failure = error
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        is_saved = decided_by_main(folder.is_dir, world, wait_s=args.ddp_timeout)
-        control.should_save = state.global_step > 0 and not is_saved
-        control.should_training_stop = True
-
-    def raise_failure(self) -> None:
-        """Raise what the run was paused for, if anything."""
-        if self._failure is not None:
-            raise self._failure
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Compare with `target_n` and `kl_budget`."""
-        n, kl = ((metrics or {}).get(f"eval_{name}") for name in ("effective_n_low", "kl"))
-        reached = self._target_n is not None and n is not None and n >= self._target_n
-        spent = self._kl_budget is not None and kl is not None and kl > self._kl_budget
-        if reached or spent:
-            control.should_training_stop = True
+def _nothing_left(step: int, steps: int, args: Any) -> str:
+    """Why steps had no prompt to learn from, and what to set."""
+    why, todo = "their rewards failed", "mend the rewards, or lower max_skipped_frac to see the first failure"
+    if args.missing_eos == "drop":
+        why = (
+            "missing_eos='drop' leaves out prompts with a completion that does not end within max_completion_length="
+            f"{args.max_completion_length}"
+        )
+        todo = "raise max_completion_length, or use missing_eos='worst' or 'keep'"
+    return (
+        f"step {step}: no prompt was left to learn from, {steps} steps in a row (max_skipped_steps="
+        f"{args.max_skipped_steps}): {why} ({DROPPED_FILE}). Neither policy nor anchor has moved; {todo}"
+    )
 
 
 def _finds_its_scale(scaler: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from bondlm.data.columns import LOGGED_IDS
 from bondlm.engines import Completion
 from bondlm.errors import RewardError
 from bondlm.rollout.samples import Samples
@@ -25,6 +26,8 @@ def record(rollout: Rollout, means: StepMeans) -> None:
     own = reward_metrics(samples, plan.policy, counted_P)
     means.record(own, weight=float(counted_P.sum()))
     work = work_metrics(samples, plan.policy, rollout.learned, plan.compare, rollout.num_passes)
+    if LOGGED_IDS in rollout.rows[0]:  # samples on file: nobody has drawn them here, from whichever distribution
+        del work["entropy"], work["num_tokens"]
     means.record(work)
     for name in samples.by_name if plan.policy else ():
         record_reward(name, samples.by_name[name][counted_P, : plan.policy], means)

@@ -204,6 +204,11 @@ def real_rows(accelerator: Any, batch_sizes: Sequence[int]) -> list[bool]:
     return is_real[last:] + [first + i < state.remainder for i in range(last)]
 
 
+def ends_epoch(accelerator: Any) -> bool:
+    """Whether the window of rows that was just read is the last of its epoch."""
+    return bool(accelerator.gradient_state.end_of_dataloader)
+
+
 def weights_digest(tensors: Iterable[Tensor]) -> int:
     """A number that changes when a bit of a tensor does: the sums of their bit patterns, each times its place."""
     total = 0

@@ -1,0 +1,90 @@
+"""The upload of a run folder to a hub: at its end, with its model card, and without users' texts unless asked."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import Trainer
+
+from bondlm.errors import ConfigError
+from bondlm.runs.folder import ENVIRONMENT_FILE, LOCK_FILE, METRICS_FILE, OWNER_FILE
+from bondlm.runs.manifest import SEALED_FILE
+
+PAGE_FILE, CARD_FILE = "report.html", "README.md"  # the page shows prompts and completions
+
+
+class UploadingTrainer(Trainer):
+    """Trainer, whose uploads are those of a run folder."""
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, at start: a run whose result has nowhere to go ends before it begins.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        with _asking_the_hub(str(self.args.hub_model_id or self.args.output_dir)):
+            super().init_hf_repo(token, private)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's card, unless there is one that says what was measured."""
+        if not (Path(str(self.args.output_dir)) / CARD_FILE).is_file():
+            super().create_model_card(*args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Save the model and upload the run folder with its card; samples only with `hub_samples`.
+
+        Raises:
+            ConfigError: the repository cannot be written.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**card)
+        if not self.is_world_process_zero():
+            return None
+        args: Any = self.args
+        folder, repository = Path(str(args.output_dir)), str(self.hub_model_id)
+        hub: Any = HfApi(library_name="bondlm")
+        with _asking_the_hub(repository):
+            return hub.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=commit_message,
+                token=token or args.hub_token,
+                revision=revision or args.hub_revision,
+                run_as_future=not blocking,
+                ignore_patterns=kept_back(folder, samples=args.hub_samples),
+            )
+
+
+def kept_back(folder: Path, *, samples: bool) -> list[str]:
+    """Patterns of what stays here: checkpoints, locks, pickles; and, unless `samples`, files with users' texts."""
+    patterns = [f"{LOCK_FILE}*", OWNER_FILE, SEALED_FILE, "_*", "*.tmp", "checkpoint-*", "training_args.bin"]
+    patterns.append(ENVIRONMENT_FILE)  # it has a path of this machine
+    if not samples:
+        texts = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
+        patterns += [name for name in texts if name != METRICS_FILE] + [PAGE_FILE]
+    return patterns
+
+
+@contextmanager
+def _asking_the_hub(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"push_to_hub: the repository {name!r} cannot be written ({str(error).strip().partition(chr(10))[0]}). "
+            "Log in with `hf auth login` or set HF_TOKEN, see that hub_model_id is yours, or remove push_to_hub"
+        ) from error

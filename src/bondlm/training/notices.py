@@ -1,0 +1,106 @@
+"""What a run warns of where its numbers look well: at its start, at its first step, and when rewards tie."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from bondlm.objectives import Objective
+from bondlm.rewards.constant import constant_rewards
+from bondlm.training.callbacks import RunFolderCallback
+
+_log = logging.getLogger(__name__)
+
+TIED_PROMPTS, TIED_STEPS = 0.5, 10  # `TiesCallback` warns if more than half of the prompts tie for so many steps
+LONG_WARMUP = 0.5  # share of a run
+
+
+class FirstStepCallback(TrainerCallback):
+    """Warns at the start of a run that never learns at its learning rate, has no baseline, or a constant reward."""
+
+    def __init__(self, objective: Objective, run_folder: RunFolderCallback) -> None:
+        """`run_folder` knows the step that is under way."""
+        self._objective, self._run_folder, self._has_looked = objective, run_folder, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What the settings say, once the length of the run is known."""
+        self._has_looked = not state.is_world_process_zero
+        if self._has_looked:
+            return
+        if (text := warmup_warning(args, state.max_steps, begun=state.global_step)) is not None:
+            _log.warning("%s", text)
+        prompts = args.world_size * args.train_batch_size * args.gradient_accumulation_steps
+        if prompts == 1 and needs_other_prompts(self._objective):
+            _log.warning(
+                "per_device_train_batch_size=1 with gradient_accumulation_steps=%d on %d process: a step has one "
+                "prompt, and the baseline is the mean return of the step's other prompts: there is none, and gradients "
+                "are noisy. Raise one of them",
+                *(args.gradient_accumulation_steps, args.world_size),
+            )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first step is drawn and scored, and not learned from yet."""
+        rollout = self._run_folder.rollout
+        if self._has_looked or rollout is None:
+            return
+        self._has_looked = True
+        samples, kept_P = rollout.samples, rollout.samples.kept
+        kept = kept_P.nonzero()[:, 0].tolist()
+        text = constant_rewards(samples.rewards_PM[kept_P], [samples.texts[i] for i in kept], samples.prompts)
+        if text is not None:
+            _log.warning("step %d: %s", state.global_step + 1, text)
+
+
+def warmup_warning(args: Any, max_steps: int, *, begun: int = 0) -> str | None:
+    """What to say of a warm-up that takes half of a run of `max_steps` or more; nothing once it is over."""
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    warmup = args.get_warmup_steps(max_steps)
+    if schedule == "constant" or begun >= warmup or warmup < LONG_WARMUP * max_steps or warmup <= 1:
+        return None
+    reached = min(1.0, max_steps / warmup)
+    rate = "" if args.learning_rate is None else f" of learning_rate={args.learning_rate:g}"
+    return (
+        f"warmup_steps={args.warmup_steps:g} of a run of {max_steps} steps: "
+        + (f"it ends at {reached:.0%}{rate}" if reached < 1 else f"it learns with less{rate} for half of it or more")
+        + f". Set warmup_steps to a tenth of the run ({max(1, max_steps // 10)}), or make the run longer"
+    )
+
+
+def needs_other_prompts(objective: Objective) -> bool:
+    """Whether the objective's baseline of a prompt is made of other prompts' returns, and is 0 without any."""
+    compared = objective.plan.compare
+    if objective.plan.policy == 0 or compared == 0:
+        return False
+    alone, among_others = (objective.baseline(torch.ones(prompts, compared)) for prompts in (1, 2))
+    return not alone.any() and bool(among_others.any())
+
+
+class TiesCallback(TrainerCallback):
+    """Warns of rewards that tie: a run learns nothing from them, and all its other numbers look well."""
+
+    def __init__(self) -> None:
+        """A warning takes ten times as many steps as the one before it."""
+        self._untied, self._enough = 0, TIED_STEPS
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from here."""
+        self._untied = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Look at the steps since the last log whose rewards were apart."""
+        seen = logs or {}  # where ties are learned from, only prompts without any signal count
+        tied = seen.get("bond/frac_no_signal", seen.get("bond/frac_tied"))
+        if tied is None or not state.is_world_process_zero:
+            return
+        if not tied > TIED_PROMPTS:
+            self._untied = state.global_step
+        elif (steps := state.global_step - self._untied) >= self._enough:
+            self._enough = 10 * steps
+            _log.warning(
+                "step %d: %.0f%% of the prompts have equal rewards among their samples, and most had in the last %d "
+                "steps. Equal samples teach nothing: BOND learns from their order. See whether the reward is constant, "
+                "or has few values (0/1, clipped, rounded); use one that is graded, or add a second one that breaks "
+                "ties (docs/rewards.md)",
+                *(state.global_step, 100 * tied, steps),
+            )

@@ -1,0 +1,135 @@
+"""When a run stops before its last step, or at once: by a signal, a goal, a fault; and what it says of that."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from bondlm.errors import ConfigError, EngineError, ResourceError, RewardError, RewardOutageError
+from bondlm.runs.ending import ENDING_FILE, Ending, read_ending, write_ending
+from bondlm.training.processes import World, decided_by_main
+
+_log = logging.getLogger(__name__)
+
+# Faults of a server, or memory that is spent: the weights are as the last step left them, and worth a checkpoint.
+PAUSING = (RewardOutageError, EngineError, ResourceError, ConfigError)
+
+
+class StopCallback(TrainerCallback):
+    """Stops on a signal (the step is finished and saved), at the effective N asked for, or when the KL is spent."""
+
+    def __init__(self, target_n: float | None, kl_budget: float | None = None) -> None:
+        """Stop when the lower end of an evaluation's effective N reaches `target_n`, or its KL passes `kl_budget`.
+
+        A goal must be certain to be reached. A budget must not wait until it is certain to be overspent.
+        """
+        self._target_n, self._kl_budget = target_n, kl_budget
+        self.signal: int | None = None
+        self.save_requested = False
+        self._failure: Exception | None = None
+        self.stopped = False  # by a signal, on all ranks, and saved
+        self.finished = False  # all is saved: a signal need not wait for anything
+        self._reason: str | None = None  # why a goal ended the run
+        self._is_training = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A run that is resumed at its last step, or at its goal, is done: Trainer would take one more step."""
+        self._is_training = True
+        folder, world = Path(args.output_dir), World.of(args)
+        before = decided_by_main(lambda: read_ending(folder), world, wait_s=args.ddp_timeout)
+        self._reason = before.reason if before is not None and self._is_where(before, state.global_step) else None
+        if self._reason is not None or state.global_step >= state.max_steps:
+            control.should_training_stop = True
+            if world.is_main:
+                _log.warning("%s", self._nothing_to_train(folder, state))
+        elif world.is_main:
+            (folder / ENDING_FILE).unlink(missing_ok=True)
+
+    def _is_where(self, before: Ending, step: int) -> bool:
+        """Whether the run has stopped by a goal at this step, and has the same goals."""
+        goals = (before.target_n, before.kl_budget)
+        return before.reason is not None and before.step == step and goals == (self._target_n, self._kl_budget)
+
+    def _nothing_to_train(self, folder: Path, state: Any) -> str:
+        why = "" if self._reason is None else f" ({self._reason})"
+        more = "max_steps or num_train_epochs" if self._reason is None else "that goal, or remove it,"
+        return (
+            f"the run in {folder} is finished: {state.global_step} of {state.max_steps} steps{why}. Nothing is "
+            f"trained. Raise {more} to go on, or choose another output_dir for a new run"
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep how far the run has come, and why."""
+        self._is_training = False
+        if state.is_world_process_zero:
+            ending = Ending(
+                step=state.global_step,
+                max_steps=state.max_steps,
+                reason=self._reason,
+                target_n=self._target_n,
+                kl_budget=self._kl_budget,
+            )
+            write_ending(Path(args.output_dir), ending)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a signal: save, and stop if it was one to stop; on every rank if any rank got it."""
+        stop, save = self.agree(args)
+        self.save_requested = False
+        if stop or save:
+            control.should_save = True
+        if stop:
+            control.should_training_stop = self.stopped = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A signal that came during the save: what it asks for is done."""
+        stop, _ = self.agree(args)
+        self.save_requested = False
+        if stop:
+            control.should_training_stop = self.stopped = True
+
+    def agree(self, args: Any) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save: what any rank was asked."""
+        wanted = World.of(args).max(torch.tensor([float(self.signal or 0), float(self.save_requested)]))
+        stop, save = (int(flag) for flag in wanted.tolist())
+        if stop:
+            self.signal = stop  # known to all ranks from here on
+        return stop > 0, save > 0
+
+    def pause(self, error: Exception, args: Any, state: Any, control: Any) -> None:
+        """Save and stop without a further step; `error` is for `raise_failure`, when all is saved.
+
+        Several processes agree on what a reward raises. Of other errors the others could not know: there such a one
+        ends the run, at its last checkpoint.
+        """
+        world = World.of(args)
+        if not world.is_alone and not isinstance(error, RewardError):
+            raise error
+        self._failure = error
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        is_saved = decided_by_main(folder.is_dir, world, wait_s=args.ddp_timeout)
+        control.should_save = state.global_step > 0 and not is_saved
+        control.should_training_stop = True
+
+    def raise_failure(self) -> None:
+        """Raise what the run was paused for, if anything."""
+        if self._failure is not None:
+            raise self._failure
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Compare with `target_n` and `kl_budget`; afterwards an evaluation decides nothing."""
+        if not self._is_training:
+            return
+        n, kl = ((metrics or {}).get(f"eval_{name}") for name in ("effective_n_low", "kl"))
+        reasons = []
+        if self._target_n is not None and n is not None and n >= self._target_n:
+            reasons.append(f"the lower end of effective N, {n:.2f}, reached target_n={self._target_n:g}")
+        if self._kl_budget is not None and kl is not None and kl > self._kl_budget:
+            reasons.append(f"the KL, {kl:.3g} nats, passed kl_budget={self._kl_budget:g}")
+        if reasons:
+            self._reason = f"at step {state.global_step} {' and '.join(reasons)}"
+            control.should_training_stop = True
+            control.should_save = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+            if state.is_world_process_zero:
+                _log.warning("the run stops: %s", self._reason)

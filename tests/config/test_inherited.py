@@ -1,0 +1,140 @@
+"""Settings that come from transformers do something here, or are refused by name."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainer.helpers import config
+from transformers import TrainingArguments
+
+from bondlm import BONDConfig
+from bondlm.config import SETTINGS, require_metric_of
+from bondlm.errors import ConfigError
+
+WITHOUT_EFFECT: dict[str, Any] = {
+    "label_smoothing_factor": 0.1,
+    "label_names": ["x"],
+    "per_device_eval_batch_size": 4,
+    "eval_accumulation_steps": 2,
+    "eval_do_concat_batches": False,
+    "eval_use_gather_object": True,
+    "prediction_loss_only": True,
+    "batch_eval_metrics": True,
+    "include_for_metrics": ["loss"],
+    "do_predict": True,
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "size",
+    "average_tokens_across_devices": False,
+    "auto_find_batch_size": True,
+    "include_num_input_tokens_seen": True,
+    "logging_nan_inf_filter": False,
+    "use_cache": True,
+    "liger_kernel_config": {"rope": True},
+    "enable_jit_checkpoint": True,
+    "resume_from_checkpoint": "somewhere",
+    "hub_strategy": "every_save",
+    "hub_always_push": True,
+    "debug": "tpu_metrics_debug",
+    "use_liger_kernel": True,
+    "save_only_model": True,
+    "ignore_data_skip": True,
+    "remove_unused_columns": True,
+    "eval_steps": 5,
+    "save_total_limit": 1,
+}
+
+# Read by Trainer, accelerate, the loggers or bondlm in a run of `BONDTrainer`.
+WORKS = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+    activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
+    torch_compile_backend torch_compile_mode torch_empty_cache_steps logging_strategy logging_steps logging_first_step
+    log_on_each_node log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
+    trackio_bucket_id trackio_static_space_id eval_strategy eval_delay eval_on_start save_strategy save_steps
+    save_on_each_node push_to_hub hub_token hub_private_repo hub_model_id hub_revision load_best_model_at_end
+    metric_for_best_model greater_is_better restore_callback_states_from_checkpoint full_determinism seed data_seed
+    use_cpu accelerator_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
+    fsdp_config deepspeed skip_memory_metrics
+""".split()
+# Ask for what happens anyway, come from a launcher, or are refused once the model is known.
+HARMLESS = {"do_train", "do_eval", "local_rank", "neftune_noise_alpha"}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_what_does_nothing_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}="):
+        config(tmp_path, **{name: WITHOUT_EFFECT[name]})
+
+
+def test_every_inherited_setting_is_known_to_work_or_refused() -> None:
+    """A new transformers may bring settings: look at each before it is listed here."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert inherited == set(WORKS) | set(WITHOUT_EFFECT) | HARMLESS | {"parallelism_config"}
+    assert inherited <= set(SETTINGS)
+
+
+def test_words_for_what_happens_anyway_pass(tmp_path: Path) -> None:
+    made = config(tmp_path, do_train=True, do_eval=True, local_rank=0, include_num_input_tokens_seen=False, debug="")
+    again = BONDConfig(**{name: value for name, value in made.to_dict().items() if value is not None})
+    assert again.to_dict() == made.to_dict()
+
+
+def test_a_logger_is_looked_up_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bondlm.config.checks.get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ConfigError, match=r"report_to='wandb'.*pip install wandb"):
+        config(tmp_path, report_to="wandb")
+    with pytest.raises(ConfigError, match=r"report_to='wanbd'.*'wandb'"):
+        config(tmp_path, report_to=["tensorboard", "wanbd"])
+    assert config(tmp_path, report_to=["tensorboard"]).report_to == ["tensorboard"]
+
+
+EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (EVALUATED | {"load_best_model_at_end": True}, "load_best_model_at_end=True needs metric_for_best_model"),
+        (EVALUATED | {"save_strategy": "best"}, "save_strategy='best' needs metric_for_best_model"),
+        (EVALUATED | {"lr_scheduler_type": "reduce_lr_on_plateau"}, "needs metric_for_best_model"),
+        (EVALUATED | {"metric_for_best_model": "loss"}, "metric_for_best_model='loss'"),
+        (EVALUATED | {"metric_for_best_model": "eval_winrate"}, "metric_for_best_model='eval_winrate'"),
+        (EVALUATED | {"metric_for_best_model": "entropy"}, "greater_is_better"),
+        ({"save_strategy": "best", "metric_for_best_model": "reward"}, "eval_strategy='steps'"),
+        ({"warmup_steps": 10, "lr_scheduler_type": "constant"}, "warmup_steps=10"),
+    ],
+)
+def test_settings_of_the_best_model_are_looked_up_at_once(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=named):
+        config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("reward", True),
+        ("eval_win_rate_low", True),
+        ("effective_n", True),
+        ("kl", False),
+        ("eval_other_kl_high", False),
+    ],
+)
+def test_which_end_of_a_measure_is_better_is_known(metric: str, greater: bool, tmp_path: Path) -> None:
+    made = config(tmp_path, **EVALUATED, load_best_model_at_end=True, metric_for_best_model=metric)
+    assert made.greater_is_better is greater
+    assert config(tmp_path, **EVALUATED, metric_for_best_model=metric, greater_is_better=True).greater_is_better
+
+
+def test_the_best_models_metric_is_of_the_data_sets_that_are_there() -> None:
+    require_metric_of([], "eval_reward")
+    require_metric_of({"a": [], "b": []}, "eval_b_win_rate_low")
+    require_metric_of([], None)
+    for data_sets, metric in (([], "b_reward"), ({"a": []}, "reward"), ({"a": []}, "eval_b_reward")):
+        with pytest.raises(ConfigError, match="metric_for_best_model"):
+            require_metric_of(data_sets, metric)

@@ -1,0 +1,108 @@
+"""A run stops at the effective N that was asked for, by the lower end of its interval, and past the KL that
+was allowed, by its estimate."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import prompt_rows
+from trainer.helpers import logged, same, trainer, weights
+
+from bondlm.runs.ending import Ending, read_ending
+from bondlm.training.stopping import StopCallback
+
+
+def stops(callback, metrics, folder):
+    args = SimpleNamespace(
+        output_dir=str(folder),
+        world_size=1,
+        process_index=0,
+        device=torch.device("cpu"),
+        ddp_timeout=1,
+        save_strategy="steps",
+    )
+    control = SimpleNamespace(should_training_stop=False, should_save=False)
+    state = SimpleNamespace(global_step=3, max_steps=9, is_world_process_zero=True)
+    callback.on_train_begin(args, state, control)
+    callback.on_evaluate(args, state, control, metrics=metrics)
+    assert control.should_save is control.should_training_stop
+    return control.should_training_stop
+
+
+@pytest.mark.parametrize(
+    ("target_n", "kl_budget", "n_low", "kl", "expected"),
+    [
+        (4.0, None, 3.9, 99.0, False),
+        (4.0, None, 4.0, 0.0, True),
+        (None, 2.0, 99.0, 2.0, False),
+        (None, 2.0, 1.0, 2.1, True),
+        (4.0, 2.0, 1.0, 1.0, False),
+        (4.0, 2.0, 5.0, 1.0, True),
+        (4.0, 2.0, 1.0, 3.0, True),
+        (None, None, 99.0, 99.0, False),
+    ],
+)
+def test_a_goal_is_reached_for_certain_and_a_budget_is_not_overspent(
+    target_n, kl_budget, n_low, kl, expected, tmp_path
+):
+    others = {"eval_effective_n_high": 99.0, "eval_effective_n": 99.0, "eval_kl_high": 99.0, "eval_kl_low": 0.0}
+    metrics = others | {"eval_effective_n_low": n_low, "eval_kl": kl}
+    assert stops(StopCallback(target_n, kl_budget), metrics, tmp_path) is expected
+
+
+def test_nothing_stops_without_numbers(tmp_path):
+    assert not stops(StopCallback(4.0), {"eval_effective_n_low": 3.0}, tmp_path)
+    assert not stops(StopCallback(4.0, 1.0), None, tmp_path)
+
+
+GOAL = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "logging_steps": 100, "save_strategy": "steps"}
+
+
+def test_a_stop_by_a_goal_is_said_kept_and_not_passed_over_by_the_same_command(tmp_path, caplog):
+    settings = GOAL | {"save_steps": 100, "kl_budget": 1e-9, "eval_dataset": prompt_rows(12)[8:]}
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, **settings).train()
+    step = read_ending(tmp_path).step
+    assert step in (2, 4)
+    assert read_ending(tmp_path) == Ending(
+        step=step, max_steps=6, reason=read_ending(tmp_path).reason, target_n=None, kl_budget=1e-9
+    )
+    assert f"at step {step} the KL" in read_ending(tmp_path).reason
+    assert "kl_budget=1e-09" in caplog.text
+    assert [row["step"] for row in logged(tmp_path) if "loss" in row] == list(range(2, step + 1, 2))
+
+    caplog.clear()
+    again = trainer(tmp_path, **settings)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == step
+    assert f"is finished: {step} of 6 steps (at step {step} the KL" in caplog.text
+    assert read_ending(tmp_path).reason is not None
+
+    more = trainer(tmp_path, **settings | {"kl_budget": 1e9})
+    more.train(resume_from_checkpoint=True)
+    assert more.state.global_step == 6
+    assert read_ending(tmp_path) == Ending(step=6, max_steps=6, kl_budget=1e9)
+
+
+def test_a_finished_run_says_so_and_takes_no_step(tmp_path, caplog):
+    trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    again = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert "is finished: 2 of 2 steps. Nothing is trained" in caplog.text
+    assert json.loads((tmp_path / "ending.json").read_text())["reason"] is None
+
+
+def test_an_evaluation_after_a_run_stops_nothing(tmp_path, caplog):
+    made = trainer(tmp_path, eval_dataset=prompt_rows(12)[8:], **GOAL | {"max_steps": 1, "kl_budget": 1e-9})
+    made.train()
+    before, had = weights(made.roles.core), read_ending(tmp_path)
+    caplog.clear()
+    made.evaluate()
+    assert "the run stops" not in caplog.text
+    assert read_ending(tmp_path) == had
+    assert same(weights(made.roles.core), before)
