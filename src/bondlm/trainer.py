@@ -142,8 +142,6 @@ class BONDTrainer(UploadingTrainer):
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
-        for adapter in getattr(model, "peft_config", {}).values():  # it is saved with the adapter
-            adapter.base_model_name_or_path = located(str(adapter.base_model_name_or_path or "")) or None
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.roles = Roles(

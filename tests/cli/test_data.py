@@ -15,7 +15,7 @@ from cli.test_train import rows
 def test_a_run_with_several_eval_sets_has_a_result_of_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bondlm.cli.train._write_report", lambda folder, console: None)
+    monkeypatch.setattr("bondlm.cli.train.write_page", lambda folder, console: None)
     settings = {"max_steps": 1, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "main_eval": "b"}
     config = write_job(tmp_path, max_completion_length=4, **settings)
     packed = tmp_path / "a.jsonl.gz"

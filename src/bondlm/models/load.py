@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bondlm.config import BONDConfig
-from bondlm.data.paths import refuse_absent_folder
+from bondlm.data.paths import located, refuse_absent_folder
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import (
     check_adapter,
@@ -171,6 +171,8 @@ def prepare_policy(
         raise ConfigError(
             "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
         )
+    for adapter in getattr(model, "peft_config", {}).values():  # it is saved with the adapter
+        adapter.base_model_name_or_path = located(str(adapter.base_model_name_or_path or "")) or None
     train_in_fp32(model, autocast=args.bf16 or args.fp16)
     check_adapter(model)
     if args.disable_dropout:
