@@ -23,11 +23,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of, require_metric_of
 from bondlm.data.columns import PROMPT_IDS
-from bondlm.data.held_out import main_set
 from bondlm.data.paths import expanded, located
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
-from bondlm.data.scored import check_inputs, group_scored, is_scored, samples_per_prompt
 from bondlm.data.sources import named_sets
 from bondlm.engines import Role
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
@@ -60,8 +58,7 @@ from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
 from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
 from bondlm.training.clock import Clock, StepMeans
-from bondlm.training.data import check_number
-from bondlm.training.dropped import DropBudget
+from bondlm.training.data import RunData
 from bondlm.training.held_out import compare
 from bondlm.training.hub import UploadingTrainer
 from bondlm.training.micro_batches import MicroBatch, SmallerBatches
@@ -132,13 +129,9 @@ class BONDTrainer(UploadingTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         require_metric_of(eval_dataset, args.metric_for_best_model)
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
-        # Inputs: what the settings and the data say alone, before a model is loaded.
-        self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)))
-        reading = {"skip": args.on_bad_row == "skip", "token_ids": args.prompt_format == "rendered"}
-        prompts = None if train_dataset is None else self.drops.load(train_dataset, **reading)
-        self.main_eval = main_set(args, eval_dataset)
-        check_inputs(args, prompts, train_dataset, name, reward_funcs, has_held_out=eval_dataset is not None)
-        self.objective: Objective = objective_of(args, num_logged=samples_per_prompt(prompts))
+        data = RunData(args, train_dataset, eval_dataset, model=name, reward_funcs=reward_funcs)
+        self.drops, self.main_eval = data.drops, data.main_eval
+        self.objective: Objective = objective_of(args, num_logged=data.num_logged)
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
@@ -156,7 +149,7 @@ class BONDTrainer(UploadingTrainer):
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length,
             truncate_prompt=args.truncate_prompt,
-            rendering=rendering_of_run(args),
+            rendering=rendering_of_run(args, drawn=data.drawn),
         )
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
@@ -164,8 +157,8 @@ class BONDTrainer(UploadingTrainer):
             model=model,
             args=args,
             data_collator=keep_rows,
-            train_dataset=None if prompts is None else self._encoded_for_training(prompts, args),
-            eval_dataset=None if eval_dataset is None else self._encoded_for_evaluation(eval_dataset),
+            train_dataset=data.encoded(self.encoder, self.objective.plan.total),
+            eval_dataset=data.encoded_for_evaluation(self.encoder),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -189,19 +182,6 @@ class BONDTrainer(UploadingTrainer):
         self._reference_samples: dict[str, Samples] = {}
 
     # -- stages of the constructor
-
-    def _encoded_for_training(self, prompts: Dataset, args: BONDConfig) -> Dataset:
-        if is_scored(prompts):
-            encoded = self.encoder.encoded(group_scored(prompts, self.encoder, self.objective.plan.total))
-        else:
-            encoded = self.drops.encode(prompts, self.encoder, skip=args.on_bad_row == "skip")
-        check_number(len(encoded), args)
-        return encoded
-
-    def _encoded_for_evaluation(self, prompts: Any) -> Any:
-        if (sets := named_sets(prompts)) is None:
-            return self.encoder.encoded(prompts, held_out=True)
-        return {name: self.encoder.encoded(part, held_out=True) for name, part in sets.items()}
 
     def _place_roles(self) -> None:
         """Anchor and reference on the run's device, computing in what the policy learns in."""

@@ -12,6 +12,7 @@ from trainer.helpers import TOKENIZER, low_ids, trainer
 
 from bondlm import BONDTrainer
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS
+from bondlm.data.fingerprints import model_fingerprint
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.scored import group_scored, samples_per_prompt
 from bondlm.errors import ConfigError, DataError
@@ -136,3 +137,89 @@ def test_what_the_template_looks_at_goes_with_its_prompt() -> None:
     assert {ids[-1] for group in grouped[LOGGED_IDS] for ids in group} == {2}
     texts = [tokenizer.decode(ids) for ids in encoder.encoded(grouped)[PROMPT_IDS]]
     assert [text.rpartition("\n")[2] for text in texts] == ["good", "bad"]
+
+
+def with_ids(rows: list[dict[str, Any]], cut: int = 0) -> list[dict[str, Any]]:
+    """The rows as they would be drawn, a letter a token: not what the tokenizer makes of their text."""
+    drawn = []
+    for i, row in enumerate(rows):
+        ids = [i for letter in row["completion"] for i in TOKENIZER(letter, add_special_tokens=False).input_ids]
+        drawn.append(row | {"finished": i != cut, "token_ids": ids + [2] * (i != cut)})
+    return drawn
+
+
+WORDS = [{"prompt": PROMPTS[i // 3], "completion": f"the dog {i}", "reward": float(i)} for i in range(6)]
+
+
+def test_samples_are_learned_as_they_were_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = with_ids(WORDS)
+    assert max(len(row["token_ids"]) for row in rows) == 10
+    assert any(TOKENIZER(row["completion"]).input_ids != row["token_ids"][:-1] for row in rows)
+    made = logged_trainer(tmp_path, rows, max_completion_length=10, model=tiny_causal(TOKENIZER))
+    drawn = [ids for group in made.train_dataset[LOGGED_IDS] for ids in group]
+    assert drawn == [row["token_ids"] for row in rows]
+    assert "token_ids" not in caplog.text
+    rows[1] |= {"completion": "the cat"}  # by hand, and of another vocabulary, and without its end
+    rows[2] |= {"token_ids": [5000, 2]}
+    rows[3] |= {"token_ids": rows[3]["token_ids"][:-1]}
+    made = logged_trainer(tmp_path, rows, max_completion_length=16, model=tiny_causal(TOKENIZER))
+    again = [ids for group in made.train_dataset[LOGGED_IDS] for ids in group]
+    eos = made.encoder.eos_ids[0]
+    assert [i for i in range(6) if again[i] != drawn[i]] == [1, 2, 3]
+    assert again[1] == [*TOKENIZER("the cat").input_ids, eos]
+    assert "token_ids of 3 of 6 samples" in caplog.text
+
+
+def test_bad_scored_rows_are_skipped_with_prompts_that_are_short_then(tmp_path: Path) -> None:
+    rows = scored_rows(6)
+    rows[1] |= {"reward": None}
+    rows[5] |= {"completion": None}
+    rows[6] |= {"completion": "a much longer completion than any that would fit"}
+    made = logged_trainer(tmp_path, rows, on_bad_row="skip", max_skipped_frac=0.5)
+    assert made.train_dataset["prompt"][:] == [PROMPTS[i] for i in (0, 2, 3, 4, 5)]
+    assert [sorted(group) for group in made.train_dataset[LOGGED_REWARDS][:1]] == [
+        sorted(row["reward"] for row in (rows[0], rows[2], rows[3]))
+    ]
+    places = [reason.split(": ")[0] for reason in made.drops.skipped_rows]
+    assert len(places) == 5  # rows 1 and 5, then 6, and the two that are left of their prompt
+    with pytest.raises(DataError, match=r"of 24 rows.*max_skipped_frac=0\.01"):
+        logged_trainer(tmp_path, rows, on_bad_row="skip")
+    with pytest.raises(DataError, match="no scored sample"):
+        logged_trainer(tmp_path, rows[:2], on_bad_row="skip", max_skipped_frac=1.0)
+
+
+def write_scored(folder: Path, prompting: dict[str, Any] | None, name: str = "scored.jsonl") -> Path:
+    rows = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in WORDS]
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    origin = {"model": model_fingerprint("", None), "rewards": []}
+    beside = origin | ({} if prompting is None else {"prompting": prompting})
+    path.with_name(f"{name}.meta.json").write_text(json.dumps(beside))
+    return path
+
+
+PROMPTING = {"prompt_format": "auto", "chat_template_kwargs": {}, "now": "2026-01-02T03:04:05"}
+
+
+def dated(folder: Path, source: Any, **settings: Any) -> BONDTrainer:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML + "{{ strftime_now('%Y-%m-%d') }}{{ mood }}"
+    return logged_trainer(folder, source, processing_class=tokenizer, max_completion_length=16, **settings)
+
+
+def test_a_scored_file_is_learned_behind_the_prompts_that_it_was_drawn_behind(tmp_path: Path) -> None:
+    path = write_scored(tmp_path, PROMPTING)
+    made = dated(tmp_path / "run", str(path))
+    assert made.encoder.tokenizer.decode(made.train_dataset[PROMPT_IDS][0]).endswith("2026-01-02")
+    write_scored(tmp_path, PROMPTING | {"now": "2026-02-02T00:00:00"}, "other.jsonl")
+    with pytest.raises(ConfigError, match=r"date.*2026-02-02.*2026-01-02"):
+        dated(tmp_path / "two", [str(path), str(tmp_path / "other.jsonl")])
+    with pytest.raises(ConfigError, match="chat_template_kwargs"):
+        dated(tmp_path / "three", str(path), chat_template_kwargs={"mood": "good"})
+    text = tmp_path / "text.jsonl"
+    write_scored(tmp_path, PROMPTING | {"prompt_format": "plain"}, "text.jsonl")
+    text.write_text("".join(json.dumps(row) + "\n" for row in WORDS))
+    with pytest.raises(ConfigError, match=r"prompt_format='auto'.*'plain'"):
+        dated(tmp_path / "four", str(text))
+    assert dated(tmp_path / "five", str(text), prompt_format="plain").train_dataset is not None
+    assert dated(tmp_path / "six", str(write_scored(tmp_path, None))).train_dataset is not None

@@ -58,7 +58,8 @@ def trainer(folder: Path, model: Any = None, *, reward: Any = low_ids, rows: int
     names = "eval_dataset callbacks optimizers peft_config quantization_config processing_class train_dataset".split()
     arguments = {name: settings.pop(name) for name in names if name in settings}
     arguments = {"train_dataset": prompt_rows(rows), "processing_class": TOKENIZER} | arguments
-    if isinstance(arguments["train_dataset"], list) and isinstance(arguments["train_dataset"][0]["prompt"], str):
+    rows_given = arguments["train_dataset"]
+    if isinstance(rows_given, list) and isinstance(rows_given[0], dict) and isinstance(rows_given[0]["prompt"], str):
         settings.setdefault("prompt_format", "plain")  # short prompts make short tests
     model = ends_often(tiny_causal(TOKENIZER)) if model is None else model
     return BONDTrainer(model, reward, config(folder, **settings), **arguments)

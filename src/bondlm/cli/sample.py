@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,12 @@ def generate(
     num_samples: int,
     console: Console,
     on_loaded: Callable[[Any], object] | None = None,
+    *,
+    token_ids: bool = False,
 ) -> Any:
     """Yield, per chunk of prompts, a list of each prompt's answers as rows {prompt, completion[, reward]}.
 
-    `on_loaded` is told the sampler once it is there.
+    `on_loaded` is told the sampler once it is there; `token_ids` of scored answers are wanted, too.
     """
     with console.status("loading PyTorch, the model and the rewards"):
         from transformers.utils import logging as transformers_logging
@@ -88,11 +92,12 @@ def generate(
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        rendering = rendering_of(options, run=Path(str(options["model"])), takes_rendered=False)
         sampler = Sampler(
             str(options["model"]),
             dtype=str(options.get("dtype", "auto")),
             max_rows=options.get("max_rows"),
-            rendering=rendering_of(options, run=Path(str(options["model"])), takes_rendered=False),
+            rendering=replace(rendering, now=rendering.now or datetime.today()),  # one day, however long it takes
         )
         lengths: dict[str, Any] = {"max_completion_length": int(options.get("max_completion_length", 256))}
         rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)
@@ -128,7 +133,7 @@ def generate(
                 _warn_of_constant(scored, sampler.texts(drawn), chunk, console)
             if len(rows) > 1:
                 count(len(chunk))
-            yield _as_rows(chunk, drawn, sampler.texts(drawn), scored)
+            yield _as_rows(chunk, drawn, sampler.texts(drawn), scored, token_ids=token_ids)
 
 
 def _warn_of_constant(rewards_PM: Any, texts: Any, rows: Any, console: Console) -> None:
@@ -139,8 +144,10 @@ def _warn_of_constant(rewards_PM: Any, texts: Any, rows: Any, console: Console) 
         console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _as_rows(rows: Any, drawn: Any, texts: list[list[str]], rewards: Any) -> list[list[dict[str, Any]]]:
-    from bondlm.data.columns import TEMPLATE_VARIABLES, TOOLS
+def _as_rows(
+    rows: Any, drawn: Any, texts: list[list[str]], rewards: Any, *, token_ids: bool
+) -> list[list[dict[str, Any]]]:
+    from bondlm.data.columns import DRAWN_IDS, TEMPLATE_VARIABLES, TOOLS
 
     groups = []
     for i, row in enumerate(rows):
@@ -149,5 +156,6 @@ def _as_rows(rows: Any, drawn: Any, texts: list[list[str]], rewards: Any) -> lis
         if rewards is not None:
             for answer, reward, completion in zip(group, rewards[i].tolist(), drawn[i], strict=True):
                 answer |= {"reward": reward, "finished": completion.finished}
+                answer |= {DRAWN_IDS: list(completion.ids)} if token_ids else {}
         groups.append(group)
     return groups

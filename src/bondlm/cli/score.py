@@ -1,6 +1,6 @@
-"""`bondlm score`: many scored samples per prompt, as JSONL rows {prompt, completion, reward}.
+"""`bondlm score`: many scored samples per prompt, as JSONL rows {prompt, completion, reward, finished, token_ids}.
 
-Beside the file stands `FILE.meta.json`: which model drew them and which rewards scored them.
+Beside the file stands `FILE.meta.json`: which model drew them behind which prompts, and which rewards scored them.
 """
 
 import json
@@ -23,7 +23,7 @@ def run(options: dict[str, Any]) -> int:
         raise ConfigError(f"num_samples={num_samples}: must be >= 1")
     path = fresh_file(str(options["output"]))
     from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint
-    from bondlm.data.scored import origin_file
+    from bondlm.data.origin import origin_file, prompting_of
     from bondlm.runs.folder import append_jsonl, write_whole
 
     def note_origin(sampler: Any) -> None:
@@ -32,6 +32,7 @@ def run(options: dict[str, Any]) -> int:
         origin = {
             "model": model_fingerprint(str(options["model"]), getattr(sampler.model.config, "_commit_hash", None)),
             "rewards": [reward_fingerprint(spec) for spec in (specs if isinstance(specs, list) else [specs])],
+            "prompting": prompting_of(sampler.encoder.rendering),
             "reward_weights": options.get("reward_weights"),
             **{name: options[name] for name in ("reward_aggregation", "reward_tolerances") if options.get(name)},
             "num_samples": num_samples,
@@ -41,6 +42,6 @@ def run(options: dict[str, Any]) -> int:
         write_whole(origin_file(path), json.dumps(origin, indent=2) + "\n")
 
     console = make_console(stderr=True)
-    for groups in generate(options, options["dataset"], num_samples, console, note_origin):
+    for groups in generate(options, options["dataset"], num_samples, console, note_origin, token_ids=True):
         append_jsonl(path, [row for group in groups for row in group])
     return 0

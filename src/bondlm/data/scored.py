@@ -1,24 +1,26 @@
 """Scored samples on file, as `bondlm score` writes them: what an objective that draws nothing itself learns from.
 
-A row is `{"prompt", "completion", "reward"}`, one sample; `"finished": false` says that it was cut at its budget. Rows
-of the same prompt belong together, wherever they stand.
+A row is `{"prompt", "completion", "reward"}`, one sample; `"finished": false` says that it was cut at its budget, and
+`token_ids` are its tokens. Rows of the same prompt belong together, wherever they stand.
 """
 
 import json
+import logging
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from bondlm.config import OFF_POLICY, BONDConfig, objective_of
-from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, TEMPLATE_VARIABLES, TOOLS
-from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, same_model
+from bondlm.config import OFF_POLICY, BONDConfig
+from bondlm.data.columns import DRAWN_IDS, LOGGED_IDS, LOGGED_REWARDS, TEMPLATE_VARIABLES, TOOLS
+from bondlm.data.origin import Origin, check_origin
 from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.data.rows import raise_or_note
 from bondlm.errors import ConfigError, DataError, listed
+
+_log = logging.getLogger(__name__)
 
 _BESIDE = (TOOLS, TEMPLATE_VARIABLES)  # two prompts are the same if the template makes the same of them
 
@@ -29,21 +31,26 @@ def is_scored(dataset: Dataset) -> bool:
 
 
 def check_inputs(
-    args: BONDConfig, prompts: Dataset | None, source: Any, model: str, reward_funcs: Any, *, has_held_out: bool
+    args: BONDConfig,
+    prompts: Dataset | None,
+    origins: Sequence[Origin],
+    model: str,
+    reward_funcs: Any,
+    *,
+    has_held_out: bool,
 ) -> None:
     """Refuse what the settings and the data say alone, before a model is loaded.
 
     Args:
         args: the run's settings.
         prompts: the training data.
-        source: where they came from; a file of scored samples may have its origin beside it.
+        origins: of its files, where these are scored samples that say it.
         model: the policy's name.
         reward_funcs: None, or what the trainer was given.
         has_held_out: whether there are held-out prompts.
 
     Raises:
         ConfigError: something is missing or contradicts the data: rewards, held-out prompts, objective, anchor, model.
-        DataError: scored samples with rewards missing or not finite, or with too few samples of a prompt.
     """
     if args.eval_strategy != "no" and not has_held_out:
         raise ConfigError(
@@ -54,9 +61,8 @@ def check_inputs(
         raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
     if prompts is not None and is_scored(prompts):
         _check_settings(args)
-        if isinstance(source, str | Path):
-            _check_origin(Path(source), model, reward_funcs, args)
-        _check_scored(prompts, args)
+        for origin in origins:
+            check_origin(origin, model, reward_funcs, args)
     elif prompts is not None and reward_funcs is None:
         raise ConfigError("reward_funcs is required: only a data set of scored samples comes without")
 
@@ -68,14 +74,40 @@ def samples_per_prompt(dataset: Dataset | None) -> int | None:
     return min(Counter(_key(row) for row in _rows(dataset)).values())
 
 
-def group_scored(dataset: Dataset, encoder: PromptEncoder, num_samples: int) -> Dataset:
-    """One row per prompt, with its first `num_samples` scored samples (see `check_inputs`).
+def usable_scored(dataset: Dataset, args: BONDConfig, skipped: list[str] | None = None) -> Dataset:
+    """The scored samples without bad ones, and without prompts that have too few.
+
+    Raises:
+        DataError: there are some, and `skipped` does not take their reasons.
+    """
+    bad: dict[int, str] = {}
+    groups: dict[str, list[int]] = {}
+    prompts: dict[str, Any] = {}
+    for i, row in enumerate(_rows(dataset)):
+        if (problem := _problem(row)) is not None:
+            bad[i] = problem
+            continue
+        groups.setdefault(key := _key(row), []).append(i)
+        prompts.setdefault(key, row["prompt"])
+    _leave_out_short(groups, prompts, _least(args), bad, each=skipped is not None)
+    raise_or_note([f"row {i}: {reason}" for i, reason in bad.items()], skipped)
+    good = [i for rows in groups.values() for i in rows if i not in bad]
+    if not good:
+        _refuse_all(bad)
+    return dataset.select(sorted(good)) if bad else dataset
+
+
+def group_scored(
+    dataset: Dataset, encoder: PromptEncoder, num_samples: int, skipped: list[str] | None = None
+) -> Dataset:
+    """One row per prompt, with its first `num_samples` scored samples (see `usable_scored`).
 
     Args:
         dataset: rows of `bondlm score`.
-        encoder: the policy's. Text is encoded again here: log files hold no token ids. What ends an answer is put
-            behind every completion that is not marked `finished: false`.
+        encoder: the policy's. Samples that come with their `token_ids` are learned as they were drawn. Text is encoded
+            again, and what ends an answer is put behind each that is not marked `finished: false`.
         num_samples: what the objective asks for.
+        skipped: takes the reason of each sample that cannot be used, and of each prompt that is short of some then.
 
     Returns:
         Columns `prompt`, `logged_ids`, `logged_rewards`, and those that the chat template looks at.
@@ -83,69 +115,86 @@ def group_scored(dataset: Dataset, encoder: PromptEncoder, num_samples: int) -> 
     Raises:
         DataError: completions that are empty or too long.
     """
-    problems: list[str] = []
-    groups: dict[str, tuple[dict[str, Any], list[tuple[list[int], float]]]] = {}
+    bad: dict[int, str] = {}
+    groups: dict[str, list[int]] = {}
+    first: dict[str, dict[str, Any]] = {}
+    ids_of = _ids_of_samples(dataset, encoder)
     for i, row in enumerate(_rows(dataset)):
-        (ids,) = encoder.encode_answers([row["completion"]], [row["prompt"]])
-        ids = ids[:-1] if row.get("finished") is False else ids
-        if not 1 <= len(ids) <= encoder.max_completion_length:
-            problems.append(
-                f"row {i}: the completion has {len(ids)} tokens (prompt {_short(row['prompt'])}); "
+        if 1 <= len(ids_of[i]) <= encoder.max_completion_length:
+            groups.setdefault(key := _key(row), []).append(i)
+            first.setdefault(key, row)
+        else:
+            bad[i] = (
+                f"the completion has {len(ids_of[i])} tokens (prompt {_short(row['prompt'])}); "
                 f"max_completion_length is {encoder.max_completion_length}, raise it"
             )
-            continue
-        groups.setdefault(_key(row), (row, []))[1].append((ids, float(row["reward"])))
-    _raise_if_any(problems)
+    if skipped is not None:
+        _leave_out_short(groups, {key: row["prompt"] for key, row in first.items()}, num_samples, bad, each=True)
+    raise_or_note([f"row {i}: {reason}" for i, reason in bad.items()], skipped)
+    kept = {key: rows[:num_samples] for key, rows in groups.items() if rows[0] not in bad}
+    if not kept:
+        _refuse_all(bad)
     columns = [name for name in ("prompt", *_BESIDE) if name in dataset.column_names]
+    rewards = dataset["reward"][:]
     return Dataset.from_dict(
         {
-            **{name: [row[name] for row, _ in groups.values()] for name in columns},
-            LOGGED_IDS: [[ids for ids, _ in samples[:num_samples]] for _, samples in groups.values()],
-            LOGGED_REWARDS: [[reward for _, reward in samples[:num_samples]] for _, samples in groups.values()],
+            **{name: [first[key][name] for key in kept] for name in columns},
+            LOGGED_IDS: [[ids_of[i] for i in rows] for rows in kept.values()],
+            LOGGED_REWARDS: [[float(rewards[i]) for i in rows] for rows in kept.values()],
         }
     )
 
 
-def origin_file(path: Path) -> Path:
-    """Where `bondlm score` notes what a file of scored samples was made from."""
-    return path.with_name(f"{path.name}.meta.json")
+def _refuse_all(bad: Mapping[int, str]) -> None:
+    raise DataError("no scored sample can be used:\n" + listed([f"row {i}: {r}" for i, r in bad.items()], "rows"))
 
 
-def _check_origin(path: Path, model: str, reward_funcs: Any, args: BONDConfig) -> None:
-    """Compare with the model that drew the samples, and the rewards that scored them, where the file says it."""
-    beside = origin_file(path)
-    if not beside.is_file():
-        return
-    try:
-        origin = json.loads(beside.read_text(encoding="utf-8"))
-        drawn_by, scored_by = dict(origin["model"]), list(origin["rewards"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{beside} does not say what {path.name} was made from ({error!r}): remove it") from error
-    if not same_model(drawn_by, mine := model_fingerprint(model, None)):
-        text = (
-            f"model={model!r}: the samples of {str(path)!r} were drawn by another one, {drawn_by.get('name')!r} "
-            f"({_hash(drawn_by)} against {_hash(mine)})"
+def _ids_of_samples(dataset: Dataset, encoder: PromptEncoder) -> list[list[int]]:
+    """Each sample as it was drawn, if the file says that, else as its text is read."""
+    found, reread = [], 0
+    for row in _rows(dataset):
+        ids = _drawn_ids(row, encoder)
+        reread += ids is None and row.get(DRAWN_IDS) is not None
+        found.append(_read_again(row, encoder) if ids is None else ids)
+    if reread:
+        _log.warning(
+            "the token_ids of %d of %d samples are not their completion to this model: these are learned from the text",
+            *(reread, len(found)),
         )
-        if objective_of(args).plan.compare:  # plain fine-tuning may well learn from another model's answers
-            raise ConfigError(
-                f"{text}: {args.objective} compares with the model that drew them. Train that one, or score again"
+    return found
+
+
+def _leave_out_short(
+    groups: Mapping[str, list[int]], prompts: Mapping[str, Any], least: int, bad: dict[int, str], *, each: bool
+) -> None:
+    """Note prompts with fewer samples than are needed: each of their rows, or the first."""
+    for key, rows in groups.items():
+        if len(rows) < least:
+            reason = (
+                f"the prompt {_short(prompts[key])} has {len(rows)} scored samples, {least} are needed: score more, "
+                "lower n, or remove the prompt"
             )
-        warnings.warn(f"bondlm: {text}: the result will not be Best-of-n of this model", stacklevel=4)
-    specs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    if all(isinstance(spec, str) for spec in specs) and [reward_fingerprint(spec) for spec in specs] != scored_by:
-        warnings.warn(
-            f"bondlm: reward_funcs={specs!r} measure the result, but other rewards scored the samples of {str(path)!r} "
-            f"({', '.join(str(reward.get('spec')) for reward in scored_by)})",
-            stacklevel=4,
-        )
+            bad |= dict.fromkeys(rows if each else rows[:1], reason)
 
 
-def _hash(fingerprint: Mapping[str, Any]) -> str:
-    return f"sha256 {str(fingerprint['sha256'])[:12]}" if "sha256" in fingerprint else str(fingerprint.get("name"))
+def _drawn_ids(row: Mapping[str, Any], encoder: PromptEncoder) -> list[int] | None:
+    """The ids that were drawn, if they are those of the completion for this model."""
+    ids = row.get(DRAWN_IDS)
+    if not ids or any(not 0 <= i < (encoder.sizes.head or len(encoder.tokenizer)) for i in ids):
+        return None
+    is_whole = (ids[-1] in encoder.eos_ids) == (row.get("finished") is not False)
+    return list(ids) if is_whole and encoder.decode([[ids]]) == [[row["completion"]]] else None
+
+
+def _read_again(row: Mapping[str, Any], encoder: PromptEncoder) -> list[int]:
+    (ids,) = encoder.encode_answers([row["completion"]], [row["prompt"]])
+    return ids[:-1] if row.get("finished") is False else ids
 
 
 def _rows(dataset: Dataset) -> Dataset:
-    columns = [c for c in ("prompt", "completion", "reward", "finished", *_BESIDE) if c in dataset.column_names]
+    columns = [
+        c for c in ("prompt", "completion", "reward", "finished", DRAWN_IDS, *_BESIDE) if c in dataset.column_names
+    ]
     return dataset.select_columns(columns)
 
 
@@ -156,26 +205,6 @@ def _key(row: dict[str, Any]) -> str:
 def _least(args: BONDConfig) -> int:
     """How many scored samples a prompt must have."""
     return max(args.n, args.num_samples or 0)
-
-
-def _check_scored(dataset: Dataset, args: BONDConfig) -> None:
-    least = _least(args)
-    problems: list[str] = []
-    groups: dict[str, tuple[int, Any, int]] = {}
-    for i, row in enumerate(_rows(dataset)):
-        problem = _problem(row)
-        if problem is not None:
-            problems.append(f"row {i}: {problem}")
-            continue
-        first, prompt, count = groups.get(_key(row), (i, row["prompt"], 0))
-        groups[_key(row)] = (first, prompt, count + 1)
-    problems += [
-        f"row {i}: the prompt {_short(prompt)} has {count} scored samples, {least} are needed: score more, lower n, "
-        "or remove the prompt"
-        for i, prompt, count in groups.values()
-        if count < least
-    ]
-    _raise_if_any(problems)
 
 
 def _check_settings(args: BONDConfig) -> None:
@@ -212,8 +241,3 @@ def _problem(row: dict[str, Any]) -> str | None:
 def _short(prompt: Any) -> str:
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
     return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _raise_if_any(problems: Sequence[str]) -> None:
-    if problems:
-        raise DataError(listed(problems, "bad rows"))

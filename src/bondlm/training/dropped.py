@@ -8,7 +8,7 @@ left would change the target of that prompt.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts
+from bondlm.data.scored import group_scored, usable_scored
 from bondlm.errors import DataError, RewardError, listed
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.truncated import REASON
@@ -29,39 +30,57 @@ _log = logging.getLogger(__name__)
 class DropBudget:
     """Counts what is left out, on all processes and over the whole run, resumed or not."""
 
-    def __init__(self, fraction: float, folder: Path) -> None:
+    def __init__(self, fraction: float, folder: Path, *, skips_rows: bool = False) -> None:
         """At most `fraction` may be left out: of the rows of the data, and of the prompts seen so far.
 
         One may be in any case unless `fraction` is 0: the first prompts of a run would otherwise have no budget, since
-        1% of ten prompts is less than one.
+        1% of ten prompts is less than one. Bad rows of the data are refused, unless the budget `skips_rows`.
         """
+        self._skips_rows = skips_rows
         self._fraction, self._path = fraction, folder / DROPPED_FILE
         self.skipped_rows: list[str] = []
         self.seen = self.dropped = self.left_out = 0
         self._counted = False
 
-    def load(self, source: Any, *, skip: bool, token_ids: bool = False) -> Dataset:
-        """Read prompts; bad rows are refused, or with `skip` left out and remembered. They may be `token_ids`.
+    def load(self, source: Any, *, token_ids: bool = False) -> Dataset:
+        """Read prompts, which may be `token_ids`.
 
         Raises:
             DataError: prompts that cannot be used, or too many bad rows.
         """
-        skipped = list[str]()
-        prompts = load_prompts(source, skipped=skipped if skip else None, token_ids=token_ids)
-        self.note_rows(skipped, len(prompts))
-        return prompts
+        return self._without_bad(lambda skipped: load_prompts(source, skipped=skipped, token_ids=token_ids))
 
-    def encode(self, prompts: Dataset, encoder: PromptEncoder, *, skip: bool) -> Dataset:
+    def usable(self, scored: Dataset, args: Any) -> Dataset:
+        """Scored samples that can be used, of prompts that have enough of them.
+
+        Raises:
+            DataError: see `usable_scored`, or too many bad rows.
+        """
+        return self._without_bad(lambda skipped: usable_scored(scored, args, skipped))
+
+    def group(self, scored: Dataset, encoder: PromptEncoder, num_samples: int) -> Dataset:
+        """One row per prompt, with its scored samples.
+
+        Raises:
+            DataError: see `group_scored`, or too many bad rows.
+        """
+        return self._without_bad(lambda skipped: group_scored(scored, encoder, num_samples, skipped), of=len(scored))
+
+    def encode(self, prompts: Dataset, encoder: PromptEncoder) -> Dataset:
         """Encode prompts; those that are too long, or that the chat template refuses, are bad rows like others.
 
         Raises:
             ConfigError: the tokenizer or the settings do not fit.
             DataError: prompts that cannot be used, or too many bad rows.
         """
+        return self._without_bad(lambda skipped: encoder.encoded(prompts, skipped))
+
+    def _without_bad(self, read: Callable[[list[str] | None], Dataset], of: int | None = None) -> Dataset:
+        """What `read` leaves of the data; `of` is the number of rows, if that is another one than what is left."""
         skipped = list[str]()
-        encoded = encoder.encoded(prompts, skipped if skip else None)
-        self.note_rows([*self.skipped_rows, *skipped], len(encoded))
-        return encoded
+        dataset = read(skipped if self._skips_rows else None)
+        self.note_rows([*self.skipped_rows, *skipped], len(dataset) if of is None else of - len(skipped))
+        return dataset
 
     def note_rows(self, skipped: Sequence[str], num_good: int) -> None:
         """Remember the bad rows of the data that were left out, each with its place and reason.

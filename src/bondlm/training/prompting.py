@@ -9,13 +9,16 @@ from bondlm.runs.prompting import begun_by_0_1, read_prompting, write_prompting
 from bondlm.training.processes import World, decided_by_main
 
 
-def rendering_of_run(args: Any) -> Rendering:
-    """The rendering that the settings ask for, with the time that the folder's run began; a new run begins now."""
+def rendering_of_run(args: Any, *, drawn: datetime | None = None) -> Rendering:
+    """The rendering that the settings ask for, with the time that the folder's run began.
+
+    A new run begins now, or when the samples were `drawn` that it learns from.
+    """
     folder = Path(str(args.output_dir))
 
     def decide() -> tuple[datetime, bool]:
         before = read_prompting(folder)
-        return (before["now"] if before else datetime.today()), begun_by_0_1(folder)
+        return (before["now"] if before else drawn or datetime.today()), begun_by_0_1(folder)
 
     now, is_old = decided_by_main(decide, World.of(args), wait_s=args.ddp_timeout)
     return Rendering(
