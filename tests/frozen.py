@@ -4,6 +4,7 @@ CONFIG_FIELDS = {
     "alpha",
     "anchor",
     "anchor_update_every",
+    "average_weights",
     "beta",
     "beta_rl",
     "chat_template_kwargs",

@@ -12,6 +12,7 @@ The anchor moves in a callback, right after the optimizer's step (`bondlm.traini
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from bondlm.errors import ConfigError, RewardError
 from bondlm.migration import own_arguments
 from bondlm.models.adapters import check_start
 from bondlm.models.anchor import Anchor
+from bondlm.models.average import WeightAverage
 from bondlm.models.deepspeed import load_without_code, require_same_sharding, settle_precision, stepping
 from bondlm.models.facts import hidden_size
 from bondlm.models.head import exact_head
@@ -195,12 +197,13 @@ class BONDTrainer(UploadingTrainer):
             self.roles.anchor_pairs, schedule=args.anchor, eta=args.eta, update_every=args.anchor_update_every
         )
         self.anchor.before_other_weights = self.roles.keep_reference
+        self.average = WeightAverage(self.roles.model, args.average_weights or 0.0)
         learned = self.objective.plan.learned_quantile
         self.quantile_model = quantile_model(hidden_size(self.roles.core.config), args) if learned else None
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering)
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self._anchor_callback = AnchorCallback(
-            self.anchor, self.quantile_model, self.clock, self._means, self.run_folder
+            self.anchor, self.quantile_model, self.clock, self._means, self.run_folder, self.average
         )
         tables = TablesCallback(self.run_folder, self.callback_handler)
         first = FirstStepCallback(self.objective, self.run_folder)
@@ -341,6 +344,7 @@ class BONDTrainer(UploadingTrainer):
         """Reward, win rate, effective N and KL on held-out prompts at temperature 1, with 95% intervals.
 
         Of several data sets each has its name in its metrics; those of `main_eval` have the names of a single one, too.
+        Where weights are averaged (`average_weights`) these are the average's: what would be saved now.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if (sets := named_sets(dataset)) is not None:
@@ -355,14 +359,16 @@ class BONDTrainer(UploadingTrainer):
             raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
         if not isinstance(dataset, Dataset) or PROMPT_IDS not in dataset.column_names:
             dataset = self.encoder.encoded(dataset, held_out=True)
-        try:
-            policy, reference = self.held_out_samples(dataset)
-        except (RewardError, *PAUSING) as error:
-            if not self.is_in_train or self.args.metric_for_best_model is not None:
-                raise
-            self.stop.pause(error, self.args, self.state, self.control)
-            return {}
-        logs = compare(policy, reference, self.log_ratio(policy)).metrics(metric_key_prefix)
+        with self.average.in_place():
+            try:
+                policy, reference = self.held_out_samples(dataset)
+            except (RewardError, *PAUSING) as error:
+                if not self.is_in_train or self.args.metric_for_best_model is not None:
+                    raise
+                self.stop.pause(error, self.args, self.state, self.control)
+                return {}
+            log_ratio = self.log_ratio(policy)
+        logs = compare(policy, reference, log_ratio).metrics(metric_key_prefix)
         logs |= {f"{metric_key_prefix}_{k}": v for k, v in metrics.completion_metrics(policy.flat).items()}
         logs |= {f"{metric_key_prefix}_{k}": v for k, v in policy.metrics.items()}
         logs[f"{metric_key_prefix}_runtime"] = sum(self.clock.drain().values())
@@ -389,6 +395,8 @@ class BONDTrainer(UploadingTrainer):
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the newest checkpoint, exactly, anchor included.
 
+        Where weights are averaged (`average_weights`) the model holds the average when this returns.
+
         Raises:
             CheckpointError: no checkpoint, or one without its anchor.
         """
@@ -400,6 +408,7 @@ class BONDTrainer(UploadingTrainer):
             self._anchor_callback.restore_from(Path(checkpoint))
         with writing_to(folder), waiting_for_others(self.world, wait_s=self.args.ddp_timeout):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
+        self.average.settle()
         self.stop.raise_failure()
         return output
 
@@ -413,7 +422,14 @@ class BONDTrainer(UploadingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a folder that `from_pretrained` loads; of the adapters the policy's alone."""
+        """Save a folder that `from_pretrained` loads; of the adapters the policy's alone.
+
+        Averaged weights, where there are such; a checkpoint holds the last step's, and the average beside them.
+        """
+        with nullcontext() if _internal_call else self.average.in_place():
+            self._save_policy(output_dir, _internal_call)
+
+    def _save_policy(self, output_dir: str | None, _internal_call: bool) -> None:
         if not (self.roles.is_peft or self.is_fsdp_enabled or self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return

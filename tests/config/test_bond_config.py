@@ -56,6 +56,9 @@ REFUSED: list[tuple[str, Any]] = [
     ("target_n", 16.5),
     ("dtype", "float16"),
     ("num_logged_samples", -1),
+    ("average_weights", -0.1),
+    ("average_weights", 1.5),
+    ("average_weights", math.nan),
 ]
 
 
@@ -150,6 +153,23 @@ def test_the_anchor_follows_the_objective_unless_it_is_set(tmp_path: Path) -> No
     assert config(tmp_path, objective="self_bond").anchor == config(tmp_path, objective="grpo").anchor == "fixed"
     assert config(tmp_path, objective="self_bond", anchor="fixed").anchor == "fixed"
     assert config(tmp_path, objective="rloo", anchor="fixed").anchor == "fixed"
+
+
+def test_weights_are_averaged_where_a_run_has_a_fixed_point(tmp_path: Path) -> None:
+    third = pytest.approx(1 / 3)
+    assert config(tmp_path).average_weights == config(tmp_path, objective="rloo").average_weights == 0
+    assert config(tmp_path, objective="self_bond").average_weights == third
+    assert config(tmp_path, gamma_ref=0.3).average_weights == third
+    for falling in ("linear", "cosine", "warmup_stable_decay"):  # its last steps are small already
+        settled = config(tmp_path, objective="self_bond", lr_scheduler_type=falling, lr_scheduler_kwargs={})
+        assert settled.average_weights == 0
+    assert config(tmp_path, objective="self_bond", average_weights=0).average_weights == 0
+    assert config(tmp_path, average_weights=0.2).average_weights == 0.2
+    best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_win_rate"}
+    best |= {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10}
+    assert config(tmp_path, objective="self_bond", **best).average_weights == 0
+    with pytest.raises(ConfigError, match=r"^average_weights=0.2: "):  # which weights would be the best ones?
+        config(tmp_path, objective="self_bond", average_weights=0.2, **best)
 
 
 def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:
@@ -285,7 +305,15 @@ def test_what_may_change_when_a_run_goes_on() -> None:
             *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_samples"),
         },
         "if endless": {"max_steps", "num_train_epochs"},
-        "never": {"learning_rate", "weight_decay", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"},
+        "never": {
+            "learning_rate",
+            "weight_decay",
+            "optim",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
+            "average_weights",
+        },
     }
 
 

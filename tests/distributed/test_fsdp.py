@@ -31,8 +31,9 @@ def moved(one: Path) -> float:
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_two_sharded_processes_are_one(lora: bool, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    check(run_tiny(one, 1, kind="causal", lora=lora, per_device_train_batch_size=4))
-    check(run_tiny(two, 2, kind="causal", lora=lora, per_device_train_batch_size=2, sharded=True))
+    job: dict[str, Any] = {"kind": "causal", "lora": lora} | ({} if lora else {"average_weights": 0.5})
+    check(run_tiny(one, 1, **job, per_device_train_batch_size=4))
+    check(run_tiny(two, 2, **job, per_device_train_batch_size=2, sharded=True))
     for file in ("policy.safetensors", "anchor.safetensors"):
         gap = residuals(one, two, file)
         assert float(gap.abs().max()) < 2e-6
@@ -78,10 +79,10 @@ def moments(path: Path) -> dict[str, dict[str, Any]]:
 
 BOND_K = {"objective": "bond", "n": 4, "num_anchor_samples": 3}
 RESUMED: dict[str, dict[str, Any]] = {
-    "ddp": {"kind": "causal"},
+    "ddp": {"kind": "causal", "average_weights": 0.5},
     "ddp-bond-lora-4": {"kind": "causal", "lora": True, "gradient_accumulation_steps": 4, **BOND_K},
     "ddp-t5": {"kind": "t5"},
-    "fsdp2": {"kind": "causal", "sharded": True},
+    "fsdp2": {"kind": "causal", "sharded": True, "average_weights": 0.5},
     "fsdp2-bond-lora-4": {"kind": "causal", "lora": True, "sharded": True, "gradient_accumulation_steps": 4, **BOND_K},
 }
 

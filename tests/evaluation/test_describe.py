@@ -27,6 +27,11 @@ def test_a_config_that_names_little_is_described_whole_and_by_its_own_knobs():
         "learning_rate": 1e-4,
     }
     own = describe_config({"objective": "self_bond", "n": 4})  # the anchor follows the objective
-    assert own == describe_objective("self_bond", SelfBOND(n=4)) | {"anchor": "fixed", "learning_rate": 3e-6}
+    assert own == describe_objective("self_bond", SelfBOND(n=4)) | {
+        "anchor": "fixed",
+        "learning_rate": 3e-6,
+        "average_weights": 1 / 3,  # its default is on
+    }
+    assert "average_weights" not in describe_config({"objective": "self_bond", "lr_scheduler_type": "cosine"})
     assert describe_config({"gamma_ref": 0.5})["gamma_ref"] == 0.5
     assert "num_samples" not in describe_config({"objective": "best_of_n_regression", "n": 4, "anchor": "fixed"})

@@ -37,7 +37,6 @@ RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PREEMPTED, INTERRUPTED = 75, 130
 # Options beside the settings of BONDConfig that may be others when a run goes on.
 FREE_NAMES = ("eval_dataset", "judges", "resume", "allow_config_change")
-ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 SECRET_NAMES = ("hub_token",)
 RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,80}")
 
@@ -61,11 +60,12 @@ def run(options: dict[str, Any]) -> int:
         with console.status(f"loading {options.get('model')}, data and rewards"):
             trainer = build_trainer(options, args)
             judges = load_judges(options, trainer)
-        engine = engine_choice(trainer.args)
-        console.print(engine, highlight=False, soft_wrap=True)
+        engine, held = engine_choice(trainer.args), _weights_held(trainer.args.average_weights)
+        for line in (engine, held):
+            console.print(line, highlight=False, soft_wrap=True)
         if is_main_process():
             write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
-            _note_environment(folder / ENVIRONMENT_FILE, changes, engine, rewards)
+            _note_environment(folder / ENVIRONMENT_FILE, changes, engine, held, rewards)
         watched.append(trainer.stop)
         with closing(trainer.engine), ProgressReporter(console, trainer) as reporter:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -240,8 +240,8 @@ def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[
     if fixed := [n for n in names if _may_change(n) == "never"]:
         values = "; ".join(f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in fixed)
         raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a run ({values}), since a checkpoint of {path.parent} restores its "
-            "optimizer. Give the same to continue it, or start a new run from its weights in another output_dir"
+            f"{', '.join(fixed)} cannot change in a run ({values}), since a checkpoint of {path.parent} holds what they "
+            "have made (its optimizer, its averaged weights). Give the same to continue it, or start a new run from its weights in another output_dir"
         )
     changed += _edited(path.parent / ENVIRONMENT_FILE, rewards)
     if changed and not options.get("allow_config_change"):
@@ -280,19 +280,29 @@ def _may_change(name: str) -> str:
 
 def _is_endless(options: Mapping[str, Any]) -> bool:
     """Whether the learning rate of a step is the same however long the run lasts; a warmup below 1 is a share of it."""
-    from bondlm.config import BONDConfig
+    from bondlm.config import ENDLESS_SCHEDULES, BONDConfig
 
     schedule = str(options.get("lr_scheduler_type", BONDConfig.lr_scheduler_type))
     warmup = float(options.get("warmup_steps", BONDConfig.warmup_steps) or 0)
     return schedule == "constant" or (schedule in ENDLESS_SCHEDULES and not 0 < warmup < 1)
 
 
-def _note_environment(path: Path, changes: list[str], engine: str, rewards: Sequence[Mapping[str, Any]]) -> None:
-    """Versions, engine and rewards that the run was made with, and every change of its settings that was allowed."""
+def _weights_held(fraction: float) -> str:
+    """Which weights the run folder will hold."""
+    if not fraction:
+        return "weights: of the last step"
+    return f"weights: a running average is evaluated and saved (average_weights={fraction:.3g}; 0: the last step's)"
+
+
+def _note_environment(
+    path: Path, changes: list[str], engine: str, held: str, rewards: Sequence[Mapping[str, Any]]
+) -> None:
+    """Versions, engine, kept weights and rewards of the run, and every change of its settings that was allowed."""
     before = run_environment(path.parent).get("config_changes", [])
     packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     content: dict[str, Any] = {"versions": versions, "platform": platform.platform(), "engine": engine}
+    content["weights"] = held.removeprefix("weights: ")
     content["directory"] = str(Path.cwd())  # where the relative names of config.yaml begin
     content |= {"rewards": redacted(list(rewards)), "config_changes": before + changes}
     write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from bondlm.config.bond_config import (
     DEFAULTS,
+    ENDLESS_SCHEDULES,
     LORA_LEARNING_RATE,
     OFF_POLICY,
     PAPER_LEARNING_RATE,
@@ -9,12 +10,14 @@ from bondlm.config.bond_config import (
     AnchorSchedule,
     BONDConfig,
     default_anchor,
+    default_average,
     objective_of,
 )
 from bondlm.config.checks import require_metric_of
 
 __all__ = [
     "DEFAULTS",
+    "ENDLESS_SCHEDULES",
     "LORA_LEARNING_RATE",
     "OFF_POLICY",
     "PAPER_LEARNING_RATE",
@@ -22,6 +25,7 @@ __all__ = [
     "AnchorSchedule",
     "BONDConfig",
     "default_anchor",
+    "default_average",
     "objective_of",
     "require_metric_of",
 ]

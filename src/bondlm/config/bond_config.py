@@ -26,6 +26,8 @@ from bondlm.objectives.rules import above, at_least, beginning_with, between, fi
 _log = logging.getLogger(__name__)
 
 AnchorSchedule = Literal["ema", "periodic", "fixed"]
+ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")  # do not depend on the run's length
+AVERAGED_FRACTION = 1 / 3  # as much of a run as is usually given to a learning rate that falls
 DEFAULT_WAIT_S, YEAR_S = 600, 31_536_000
 MEANT_AS_KL = 0.1  # a smaller beta is rarely a Jeffreys weight
 PAPER_LEARNING_RATE, LORA_LEARNING_RATE = 3e-6, 1e-4
@@ -70,6 +72,14 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "Optimizer steps between copies of a 'periodic' anchor. Paper: 50 (Fig. 5).",
         at_least(1),
         needs=("anchor", "periodic"),
+    )
+    average_weights: float | None = setting(
+        None,
+        "What is evaluated and saved: 0 the weights of the last step, else the running average of them, as old as that "
+        "over this last fraction of the steps so far. Default: 1/3 for self_bond and with gamma_ref, unless the "
+        "learning rate falls; else 0.",
+        between(0, 1, "a fraction of the run"),
+        may_change="never",
     )
     offload_anchor: bool = setting(
         False, "Full fine-tuning: the anchor rests on the CPU and visits the device while it is used (docs/scaling.md)."
@@ -294,6 +304,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         settle_best_model(self)
         if problems := problems_of(self, SETTINGS, DEFAULTS):
             raise ConfigError("; ".join(problems))
+        if self.average_weights is None:
+            self.average_weights = default_average(self)
         if self.ddp_timeout is None:
             self.ddp_timeout = _longest_wait(self)
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
@@ -318,6 +330,13 @@ def default_anchor(objective: str) -> AnchorSchedule:
     """How the anchor moves if nothing is said."""
     schedule: AnchorSchedule = getattr(OBJECTIVES.get(objective), "default_anchor", "ema")
     return schedule if anchor_may_move(objective) else "fixed"
+
+
+def default_average(settings: Any) -> float:
+    """`average_weights` if nothing is said: on where the run has a fixed point, and its steps do not grow small."""
+    has_fixed_point = settings.objective == "self_bond" or settings.gamma_ref > 0
+    is_falling = settings.lr_scheduler_type not in ENDLESS_SCHEDULES
+    return AVERAGED_FRACTION if has_fixed_point and not is_falling and not settings.load_best_model_at_end else 0.0
 
 
 def _settle_scale_rewards(c: BONDConfig) -> None:

@@ -159,6 +159,11 @@ def _contradictions(c: Any) -> Iterator[str]:
             f"target_n={c.target_n}: must be at most eval_num_reference_samples={c.eval_num_reference_samples}, which "
             "cannot show more"
         )
+    if c.average_weights and c.load_best_model_at_end:
+        yield (
+            f"average_weights={c.average_weights}: load_best_model_at_end would bring back the weights of a step, and "
+            "the evaluation that chose them was the average's; set average_weights=0, or remove load_best_model_at_end"
+        )
     for name in ("target_n", "kl_budget"):
         if getattr(c, name) is not None and c.eval_strategy == "no":
             yield (

@@ -60,6 +60,7 @@ on {result["num_prompts"]} held-out prompts at temperature 1, judged by {rewards
 - objective: {name} ({", ".join(f"{key} {_plain(value)}" for key, value in objective.items())})
 - reward: {_list(config.get("reward_funcs")) or rewards}{_weights(config)}
 - data: {_list(config.get("train_dataset")) or "not recorded"}; held out: {held_out or "given"}
+- weights: {_held(config, objective)}
 - training: {_steps(result)}{_budget(config)}
 
 A reward is not a person: a higher reward says nothing about facts or safety that the reward does not measure.
@@ -118,6 +119,14 @@ def _list(value: Any) -> str:
 def _weights(config: Mapping[str, Any]) -> str:
     weights = config.get("reward_weights")
     return f" (weights {', '.join(_plain(w) for w in weights)})" if isinstance(weights, list) else ""
+
+
+def _held(config: Mapping[str, Any], objective: Mapping[str, Any]) -> str:
+    if "merge" in config:
+        return "merged, as `merge.json` says"
+    if fraction := objective.get("average_weights"):
+        return f"the running average of the run's steps, as old as that of the last {fraction:.0%} of them"
+    return "those of the last step"
 
 
 def _steps(result: Mapping[str, Any]) -> str:

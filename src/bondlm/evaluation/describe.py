@@ -12,6 +12,7 @@ from bondlm.config import (
     SETTINGS,
     BONDConfig,
     default_anchor,
+    default_average,
     objective_of,
 )
 
@@ -24,9 +25,10 @@ def describe_objective(name: str, objective: Any) -> dict[str, Any]:
 
 
 def describe_settings(args: Any, objective: Any) -> dict[str, Any]:
-    """`describe_objective`, the anchor with what moves it, `gamma_ref` if there is any, and the learning rate."""
+    """`describe_objective`, the anchor with what moves it, the learning rate; `gamma_ref`, `average_weights` if set."""
     of_anchor = [name for name, setting in SETTINGS.items() if setting.needs == ("anchor", args.anchor)]
     names = ["anchor", *of_anchor, *(["gamma_ref"] if args.gamma_ref else []), "learning_rate"]
+    names += ["average_weights"] if args.average_weights else []
     return describe_objective(args.objective, objective) | {name: getattr(args, name) for name in names}
 
 
@@ -42,6 +44,8 @@ def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {f.name: f.default for f in dataclasses.fields(BONDConfig) if f.default is not dataclasses.MISSING}
     args = SimpleNamespace(**defaults | {name: value for name, value in config.items() if name in defaults})
     args.anchor = args.anchor or default_anchor(args.objective)
+    if args.average_weights is None:
+        args.average_weights = default_average(args)
     if args.learning_rate is None:
         args.learning_rate = LORA_LEARNING_RATE if config.get("use_peft") else PAPER_LEARNING_RATE
     described = describe_settings(args, objective_of(args))

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from bondlm.config import AnchorSchedule
-from bondlm.models.sharding import assign, copied, gather_to_main, is_sharded, local, num_copies, whole_shape
+from bondlm.models.sharding import (
+    assign,
+    copied,
+    gather_to_main,
+    is_sharded,
+    local,
+    num_copies,
+    refuse_other_tensors,
+    whole_shape,
+)
 
 Pairs = Sequence[tuple[str, Tensor, nn.Parameter]]  # (name, anchor weight, policy parameter)
 
@@ -95,14 +104,7 @@ class Anchor:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the master copy and the weights made from it; names and shapes must match exactly."""
-        if state.keys() != self._master.keys():
-            missing, extra = self._master.keys() - state.keys(), state.keys() - self._master.keys()
-            raise KeyError(f"anchor state does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(extra)[:3]}")
-        for name, master in self._master.items():
-            if state[name].shape != whole_shape(master):  # `copy_` would broadcast
-                raise ValueError(
-                    f"anchor state does not fit: {name} is {tuple(state[name].shape)}, not {tuple(whole_shape(master))}"
-                )
+        refuse_other_tensors("the anchor's state", state, self._master)
         if not self._is_sharded and any(
             not torch.equal(m.cpu(), state[name].cpu()) for name, m in self._master.items()
         ):

@@ -146,6 +146,17 @@ def num_copies(tensor: Tensor) -> int:
     return math.prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if placement.is_replicate())
 
 
+def refuse_other_tensors(what: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise KeyError or ValueError unless a state read from a file has the names and whole shapes of our own."""
+    if state.keys() != own.keys():
+        missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
+        raise KeyError(f"{what} does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(extra)[:3]}")
+    for name, tensor in own.items():
+        if state[name].shape != whole_shape(tensor):  # `copy_` would broadcast
+            shapes = f"{tuple(state[name].shape)}, not {tuple(whole_shape(tensor))}"
+            raise ValueError(f"{what} does not fit: {name} is {shapes}")
+
+
 @torch.no_grad()
 def assign(target: Tensor, source: Tensor) -> None:
     """Copy a whole tensor into `target`; a sharded one takes its part, without communication."""

@@ -1,4 +1,4 @@
-"""Our part of a checkpoint: the anchor, and the learned quantile model where there is one.
+"""Our part of a checkpoint: the anchor, and where there are such the averaged weights and the learned quantile model.
 
 `transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state.
 """
@@ -24,19 +24,23 @@ from bondlm.runs.manifest import remove_unfinished
 DATA_FILE = "data.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ANCHOR_FILE = "anchor.safetensors"
+AVERAGE_FILE = "average.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
 MEANS_FILE = "means.json"  # metrics of the steps since the last log, of each process
 
 
-def require_space(folder: Path, anchor_bytes: int, *, num_checkpoints: int, by_deepspeed: bool = False) -> None:
+def require_space(
+    folder: Path, anchor_bytes: int, *, num_checkpoints: int, by_deepspeed: bool = False, averaged: bool = False
+) -> None:
     """Raise ResourceError unless `folder` has room for its checkpoints; asked before the first step, not at the last.
 
     A checkpoint is the policy, its anchor in fp32 (`anchor_bytes`) and two moments of the optimizer: four times the
-    trained weights. DeepSpeed writes the policy twice more, as it is and in fp32.
+    trained weights, and once more where they are `averaged`. DeepSpeed writes the policy twice more, as it is and in
+    fp32.
     """
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    size = (6 if by_deepspeed else 4) * anchor_bytes
+    size = ((6 if by_deepspeed else 4) + averaged) * anchor_bytes
     if free < num_checkpoints * size:
         raise ResourceError(
             f"{existing} has {free / 2**30:.2f} GiB free, {num_checkpoints} checkpoints need about "

@@ -20,11 +20,13 @@ from bondlm.errors import (
     ResourceError,
 )
 from bondlm.models.anchor import Anchor
+from bondlm.models.average import WeightAverage
 from bondlm.models.deepspeed import step_was_skipped, zero_stage
 from bondlm.models.learned_quantile import QuantileModel
 from bondlm.models.sharding import local
 from bondlm.runs.checkpoint import (
     ANCHOR_FILE,
+    AVERAGE_FILE,
     DATA_FILE,
     MEANS_FILE,
     QUANTILE_FILE,
@@ -43,7 +45,7 @@ from bondlm.training.rollout import Rollout
 
 
 class AnchorCallback(TrainerCallback):
-    """Moves the anchor after every optimizer step; keeps it, and the learned quantile, in every checkpoint."""
+    """Moves anchor and averaged weights after every step; keeps them, and the learned quantile, in every checkpoint."""
 
     def __init__(
         self,
@@ -52,9 +54,10 @@ class AnchorCallback(TrainerCallback):
         clock: Clock,
         means: StepMeans,
         run_folder: "RunFolderCallback",
+        average: WeightAverage,
     ) -> None:
         """`means` takes the metrics of a step, `run_folder` the prompts of one that is skipped."""
-        self._anchor, self._quantile_model, self._clock = anchor, quantile_model, clock
+        self._anchor, self._quantile_model, self._clock, self._average = anchor, quantile_model, clock, average
         self._means, self._record, self._run_folder = means, means.record, run_folder
         self._restore: Path | None = None
         self._keep: int | None = None
@@ -75,11 +78,14 @@ class AnchorCallback(TrainerCallback):
         if args.should_save and str(args.save_strategy) != "no":
             kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
             folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
-            require_space(folder, self._anchor.num_bytes, num_checkpoints=kept, by_deepspeed=by_deepspeed)
+            how = {"by_deepspeed": by_deepspeed, "averaged": self._average.fraction > 0}
+            require_space(folder, self._anchor.num_bytes, num_checkpoints=kept, **how)
         if self._restore is not None:
             if self._data:
                 refuse_other_data(self._restore / DATA_FILE, self._data)
             load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
+            if self._average.fraction:
+                load_tensors(self._restore / AVERAGE_FILE, self._average.load_state_dict)
             if self._quantile_model is not None:
                 load_tensors(self._restore / QUANTILE_FILE, self._quantile_model.load_tensors)
             if (path := self._restore / MEANS_FILE).is_file():
@@ -124,6 +130,7 @@ class AnchorCallback(TrainerCallback):
             return
         with self._clock("anchor"):
             metrics = self._anchor.update(state.global_step + 1)
+            self._average.update(state.global_step + 1)
         self._record(metrics)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -140,10 +147,13 @@ class AnchorCallback(TrainerCallback):
         world.barrier()  # every rank has written its part
         require_same_weights(kwargs["model"], self._anchor.weights, world, step=state.global_step)
         anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if it is sharded
+        average = self._average.state_dict(is_main=args.should_save)
         means = world.gather_objects([self._means.state()])
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_tensors(anchor, folder / ANCHOR_FILE)
+            if average:
+                save_tensors(average, folder / AVERAGE_FILE)
             if self._quantile_model is not None:
                 save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads, tokens in it
