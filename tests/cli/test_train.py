@@ -57,6 +57,25 @@ def test_train_leaves_the_run_folder_of_the_contract(tmp_path, kind, capsys):
     assert "\x1b" not in out  # nothing garbled when piped
 
 
+def test_a_run_with_a_fixed_point_says_its_signal_and_which_weights_it_keeps(tmp_path, capsys):
+    """self_bond: the strength that was solved for n, and the average of the weights, in all that speaks of the run."""
+    config = write_job(tmp_path, objective="self_bond", n=3, num_samples=4, max_steps=2)
+    assert main(["train", "--config", str(config)]) == 0
+    run, shown = tmp_path / "run", capsys.readouterr().out
+    assert re.search(r"signal: 'tilt' of strength \d", shown)
+    assert "average_weights=0.333" in shown
+    objective = json.loads((run / "eval.json").read_text())["objective"]
+    assert objective["strength"] > 0
+    assert objective["average_weights"] == pytest.approx(1 / 3)
+    assert "- weights: the running average" in (run / "README.md").read_text()
+    assert "average" in json.loads((run / "env.json").read_text())["weights"]
+    held = safetensors.torch.load_file(run / "checkpoint-2" / "average.safetensors")
+    saved = safetensors.torch.load_file(run / "adapter_model.safetensors")
+    of_step = safetensors.torch.load_file(run / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name.replace(".default", "")], tensor) for name, tensor in held.items())
+    assert any(not torch.equal(saved[name], tensor) for name, tensor in of_step.items())
+
+
 def test_a_t5_is_fine_tuned_with_the_reward_of_an_nli_t5(tmp_path):
     """The paper's summarization job in small: full fine-tuning, the reward another T5 that answers 1 or 0."""
     config = write_job(tmp_path, kind="t5", reward_funcs=f"nli:{tmp_path}/nli?template=true", max_steps=2)

@@ -1,3 +1,5 @@
+import pytest
+
 from bondlm.evaluation.describe import describe_config, describe_objective
 from bondlm.objectives import BOND, JBOND, SelfBOND
 
@@ -12,6 +14,11 @@ def test_an_objective_is_described_by_its_settings():
         "log_quantile": "jbond",
     }
     assert describe_objective("bond", BOND(n=8))["n"] == 8
+
+
+def test_a_strength_that_was_solved_is_said():
+    assert describe_objective("self_bond", SelfBOND(n=8))["strength"] == pytest.approx(5.50, abs=5e-3)
+    assert "strength" not in describe_objective("jbond", JBOND())
 
 
 def test_a_config_that_names_little_is_described_whole_and_by_its_own_knobs():

@@ -61,7 +61,7 @@ def run(options: dict[str, Any]) -> int:
             trainer = build_trainer(options, args)
             judges = load_judges(options, trainer)
         engine, held = engine_choice(trainer.args), _weights_held(trainer.args.average_weights)
-        for line in (engine, held):
+        for line in (engine, *_signal(trainer), held):
             console.print(line, highlight=False, soft_wrap=True)
         if is_main_process():
             write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
@@ -285,6 +285,15 @@ def _is_endless(options: Mapping[str, Any]) -> bool:
     schedule = str(options.get("lr_scheduler_type", BONDConfig.lr_scheduler_type))
     warmup = float(options.get("warmup_steps", BONDConfig.warmup_steps) or 0)
     return schedule == "constant" or (schedule in ENDLESS_SCHEDULES and not 0 < warmup < 1)
+
+
+def _signal(trainer: Any) -> list[str]:
+    """The strength of a signal that was solved for n; nothing where the objective has none to solve."""
+    objective = trainer.objective
+    if getattr(objective, "strength", None) is None:
+        return []
+    form, drawn = objective.log_quantile, f"{objective.num_samples} samples per prompt"
+    return [f"signal: {form!r} of strength {objective.strength:.3g}, solved for n={objective.n} with {drawn}"]
 
 
 def _weights_held(fraction: float) -> str:

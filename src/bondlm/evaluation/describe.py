@@ -18,9 +18,10 @@ from bondlm.config import (
 
 
 def describe_objective(name: str, objective: Any) -> dict[str, Any]:
-    """The objective's name and its settings that are plain values."""
+    """The objective's name, its settings that are plain values, and the strength that it has solved for them."""
     settings = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
     settings = {"n": getattr(objective, "n", None)} | settings
+    settings["strength"] = getattr(objective, "strength", None)
     return {"name": name} | {k: v for k, v in settings.items() if isinstance(v, bool | int | float | str)}
 
 
