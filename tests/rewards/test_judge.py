@@ -288,7 +288,7 @@ def test_calls_and_tokens_are_counted() -> None:
         assert (used.calls, used.cached, used.is_counted) == (4, 0, True)
         assert used.tokens == server.spent
         assert used.answers == 2 * 5
-        assert used.expected(4, used.characters, used.answers) == pytest.approx(used.tokens, abs=1)
+        assert used.expected_tokens(used.characters, used.answers) == pytest.approx(used.tokens, abs=1)
     with judging(by_length, tokens=False) as server:
         reward = load(server)
         ask(reward)

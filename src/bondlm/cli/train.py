@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from bondlm.cli.console import make_console
+from bondlm.cli.judge_costs import judge_costs
 from bondlm.cli.options import LORA, TRAIN
 from bondlm.cli.report import write_page
 from bondlm.errors import CheckpointError, ConfigError
@@ -67,7 +68,11 @@ def run(options: dict[str, Any]) -> int:
             write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
             _note_environment(folder / ENVIRONMENT_FILE, changes, engine, held, rewards)
         watched.append(trainer.stop)
-        with closing(trainer.engine), ProgressReporter(console, trainer) as reporter:
+        with (
+            closing(trainer.engine),
+            ProgressReporter(console, trainer) as reporter,
+            judge_costs(console, trainer),
+        ):
             trainer.train(resume_from_checkpoint=checkpoint)
             if trainer.stop.stopped:
                 return _say_stopped(console, folder, trainer.stop.signal)

@@ -2,12 +2,16 @@
 
 import os
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 from bondlm.errors import ConfigError
 
 CACHE_FILE = "judges.sqlite"
+COLUMNS = "key TEXT PRIMARY KEY, said TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL"
+CREATE = f"CREATE TABLE IF NOT EXISTS answers ({COLUMNS})"
+SELECT = "SELECT said, prompt_tokens, completion_tokens FROM answers WHERE key = ?"
 
 
 def default_cache() -> Path:
@@ -28,23 +32,23 @@ class Cache:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as connection, connection:
-                connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, said TEXT NOT NULL)")
+                connection.execute(CREATE)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"the judge's answers cannot be kept in {self._path} ({error}): give another folder (cache=FOLDER) or "
                 "cache=off"
             ) from error
 
-    def get(self, key: str) -> str | None:
-        """What was said, if anything."""
+    def get(self, key: str) -> tuple[str, int, int] | None:
+        """What was said, and the tokens that it cost, in and out; if anything was."""
         with closing(self._connect()) as connection:
-            found = connection.execute("SELECT said FROM answers WHERE key = ?", (key,)).fetchone()
-        return None if found is None else str(found[0])
+            found: tuple[str, int, int] | None = connection.execute(SELECT, (key,)).fetchone()
+        return found
 
-    def put(self, key: str, said: str) -> None:
+    def put(self, key: str, said: str, tokens: Sequence[int]) -> None:
         """Keep it."""
         with closing(self._connect()) as connection, connection:
-            connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, said))
+            connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, said, *tokens))
 
     def _connect(self) -> sqlite3.Connection:
         """A connection of its own for each use: it belongs to a thread, and the file to several processes."""

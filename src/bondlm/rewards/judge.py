@@ -34,21 +34,25 @@ CHARS_A_TOKEN = 4  # roughly, where a server does not count
 class Usage:
     """What a judge was asked, and what that cost."""
 
-    calls: int = 0  # requests that were answered
+    calls: int = 0  # to the server
+    tokens: int = 0  # of these calls, in and out
+    cached: int = 0  # questions that were answered from disk
+    is_counted: bool = True  # by the server; else tokens are a guess
+    # Of all that was answered, from disk too: the rate at which questions cost.
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached: int = 0  # questions answered from disk: no call, no tokens
-    characters: int = 0  # of the questions of these calls
-    answers: int = 0  # that they ranked
-    is_counted: bool = True  # by the server; else tokens are a guess
+    characters: int = 0
+    answers: int = 0
 
-    @property
-    def tokens(self) -> int:
-        """In and out."""
-        return self.prompt_tokens + self.completion_tokens
+    def add(self, question: Question, tokens: Sequence[int]) -> None:
+        """Note what one question cost, in and out, now or when it was first asked."""
+        self.prompt_tokens += tokens[0]
+        self.completion_tokens += tokens[1]
+        self.characters += question.length
+        self.answers += len(question.ids)
 
-    def expected(self, calls: float, characters: float, answers: float) -> int:
-        """Tokens that so many calls will cost, with so many characters and answers to rank, at the rate so far."""
+    def expected_tokens(self, characters: float, answers: float) -> int:
+        """What questions of so many characters, with so many answers to rank, will cost at the rate so far."""
         per_character = self.prompt_tokens / max(1, self.characters)
         return round(per_character * characters + self.completion_tokens / max(1, self.answers) * answers)
 
@@ -129,6 +133,11 @@ class JudgeReward:
         self._slots = asyncio.Semaphore(concurrency)
         self.usage = Usage()
 
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether it has a cache."""
+        return self._cache is not None
+
     def in_given_order(self) -> "JudgeReward":
         """The same judge, asked once about answers in the order in which they are given; calls are counted together."""
         other = copy.copy(self)
@@ -196,8 +205,10 @@ class JudgeReward:
         questions = [ask_about(prompt, texts, salt=salt, **how) for salt in salts]
         for question in questions:  # nonsense is not kept, but the answer to the question after it is
             if (known := self._known(question)) is not None:
+                said, *tokens = known
                 self.usage.cached += 1
-                return read_ranking(known, question.ids)
+                self.usage.add(question, tokens)
+                return read_ranking(said, question.ids)
         problem = ""
         for question in questions:
             try:
@@ -213,13 +224,22 @@ class JudgeReward:
             ValueError: it refuses to judge this, or does not rank.
         """
         async with self._slots:  # the budget is looked at when its turn comes
-            said = self._spoken(await self._post(self._request(question), question), question)
+            answer = _parsed(await self._post(self._request(question), question))
+            if answer is None:
+                raise RewardError(
+                    f"the judge {self.model!r} at {self._client.name} answers what is no chat completion: give the "
+                    "address that ends before /chat/completions, often in /v1"
+                )
+            said, refusal, usage = answer
+            tokens = self._note_cost(usage, question, said)
+        if refusal or not isinstance(said, str):
+            raise ValueError(f"it refused: {str(refusal)[:80]!r}")
         read_ranking(said, question.ids)
         if self._cache is not None:
-            self._cache.put(self._key_of(question), said)
+            self._cache.put(self._key_of(question), said, tokens)
         return said
 
-    def _known(self, question: Question) -> str | None:
+    def _known(self, question: Question) -> tuple[str, int, int] | None:
         return None if self._cache is None else self._cache.get(self._key_of(question))
 
     def _key_of(self, question: Question) -> str:
@@ -267,38 +287,26 @@ class JudgeReward:
             )
         used.calls += 1
 
-    def _spoken(self, answer: bytes, question: Question) -> str:
-        """What the judge says in an answer of the chat API; its cost is noted.
-
-        Raises:
-            RewardError: this is no answer of a chat API.
-            ValueError: the judge refuses.
-        """
-        try:
-            data = json.loads(answer)
-            choice = data["choices"][0]
-            said, refusal = choice["message"].get("content"), choice["message"].get("refusal")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise RewardError(
-                f"the judge {self.model!r} at {self._client.name} answers what is no chat completion "
-                f"({type(error).__name__}): give the address that ends before /chat/completions, often in /v1"
-            ) from error
-        self._note_cost(data.get("usage"), question, said)
-        if refusal or not isinstance(said, str):
-            raise ValueError(f"it refused: {str(refusal)[:80]!r}")
-        return said
-
-    def _note_cost(self, usage: Any, question: Question, said: Any) -> None:
-        tokens = [
-            usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")
-        ]
-        if not all(isinstance(count, int) and not isinstance(count, bool) for count in tokens):
+    def _note_cost(self, usage: Any, question: Question, said: Any) -> list[int]:
+        """Tokens in and out, as the server counts them or as we guess."""
+        counted = usage if isinstance(usage, dict) else {}
+        tokens: list[Any] = [counted.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        if not all(type(count) is int and count >= 0 for count in tokens):
             self.usage.is_counted = False
             tokens = [question.length // CHARS_A_TOKEN, len(str(said)) // CHARS_A_TOKEN]
-        self.usage.prompt_tokens += tokens[0]  # type: ignore[operator]
-        self.usage.completion_tokens += tokens[1]  # type: ignore[operator]
-        self.usage.characters += question.length
-        self.usage.answers += len(question.ids)
+        self.usage.tokens += sum(tokens)
+        self.usage.add(question, tokens)
+        return tokens
+
+
+def _parsed(answer: bytes) -> tuple[Any, Any, Any] | None:
+    """What is said, why not, and what it cost, of an answer of the chat API; None if it is none."""
+    try:
+        data = json.loads(answer)
+        message = data["choices"][0]["message"]
+        return message.get("content"), message.get("refusal"), data.get("usage")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return None
 
 
 def agreement(places: Sequence[Sequence[int]]) -> float:

@@ -1,0 +1,113 @@
+"""What judges cost: said before a run, from a few questions that are really asked, and counted after it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from bondlm.runs.folder import is_main_process
+
+PROBED = 8  # prompts that are asked about before the run
+TAGS = 36  # characters around an answer in a question
+
+
+@contextmanager
+def judge_costs(console: Console, trainer: Any) -> Iterator[None]:
+    """Say what the judges of a run will cost once training begins, and what they have cost when it ends, however."""
+    from transformers import TrainerCallback
+
+    class Forecast(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            for name, (calls, tokens) in expected_costs(trainer, state.global_step, state.max_steps).items():
+                _say(console, f"judge {name}: this run needs about {calls} calls and {tokens} tokens{_where(args)}")
+
+    if not judges_of(trainer.rewards):
+        yield
+        return
+    trainer.add_callback(Forecast())
+    try:
+        yield
+    finally:
+        say_costs(console, trainer.rewards, _where(trainer.args))
+
+
+def say_costs(console: Console, rewards: Sequence[Any], where: str = "") -> None:
+    """One line per judge: its calls and tokens so far."""
+    for name, judge in judges_of(rewards).items():
+        used = judge.usage
+        how = "" if used.is_counted else " (a guess: the server does not count)"
+        more = f"; {used.cached} more answers were on disk" if used.cached else ""
+        _say(console, f"judge {name}: {used.calls} calls, {used.tokens} tokens{how}{where}{more}")
+
+
+def judges_of(rewards: Sequence[Any]) -> dict[str, Any]:
+    """The judges among rewards, by name."""
+    from bondlm.rewards import JudgeReward
+
+    return {reward.name: reward.function for reward in rewards if isinstance(reward.function, JudgeReward)}
+
+
+def expected_costs(trainer: Any, first_step: int, last_step: int) -> dict[str, tuple[int, int]]:
+    """Calls and tokens of each judge in this process, from samples of a few training prompts that it is asked about.
+
+    They include what these cost themselves. Prompts of a step, and of evaluations, count as they are; answers are taken
+    to stay as long as now.
+    """
+    count, total = min(PROBED, len(trainer.train_dataset)), trainer.objective.plan.total
+    samples = trainer.sample(trainer.train_dataset.select(range(count)).to_list(), "policy", total)
+    length = sum(len(text) for texts in samples.texts for text in texts) / (count * total)
+    prompts = _prompts(trainer, last_step) - _prompts(trainer, first_step)
+    found = {}
+    for name, judge in judges_of(trainer.rewards).items():
+        used = judge.usage
+        asked = used.calls + used.cached
+        if not asked:  # all samples of each prompt are equal
+            continue
+        each, share = used.characters / asked, asked / count  # share: rounds, and prompts with one answer alone
+        evaluations = _evaluations(trainer, first_step, last_step, is_kept=judge.keeps_answers)
+        sizes = [(prompts * share, used.answers / asked), *((rows * judge.rounds, size) for rows, size in evaluations)]
+        characters = sum(calls * (each + (size - sizes[0][1]) * (length + TAGS)) for calls, size in sizes)
+        tokens = used.expected_tokens(characters, sum(calls * size for calls, size in sizes))
+        found[name] = (used.calls + round(sum(calls for calls, _ in sizes)), used.tokens + tokens)
+    return found
+
+
+def _prompts(trainer: Any, step: int) -> float:
+    """Training prompts of this process up to a step; the last step of an epoch may have fewer than others."""
+    args, rows = trainer.args, len(trainer.train_dataset)
+    each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = -(-rows // each)
+    whole, rest = divmod(step, steps)
+    return float(whole * rows + min(rows, rest * each)) / float(args.world_size)
+
+
+def _evaluations(trainer: Any, first_step: int, last_step: int, *, is_kept: bool) -> list[tuple[int, int]]:
+    """(prompts, answers in a question) of all that is asked in evaluations, the last one included.
+
+    One after the last step has the same samples as the one that ends the run: answers that are kept are not paid twice.
+    """
+    args = trainer.args
+    if trainer.eval_dataset is None:
+        return []
+    datasets = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    prompts, references = sum(len(dataset) for dataset in datasets), args.eval_num_reference_samples
+    times = 0
+    if args.eval_strategy == "steps":
+        every = int(args.eval_steps)
+        times = last_step // every - first_step // every - (is_kept and last_step % every == 0)
+    elif args.eval_strategy == "epoch":
+        steps = max(1, last_step / max(1.0, float(args.num_train_epochs)))
+        times = int(last_step / steps) - int(first_step / steps)
+    of_baselines = (1, max(1, args.eval_num_samples // 2), 1)  # bondlm.evaluation.run
+    sizes = [references, *[references + args.eval_num_samples] * (times + 1)]
+    return [(prompts, size) for size in [*sizes, *(references + count for count in of_baselines)]]
+
+
+def _where(args: Any) -> str:
+    return " of this process" if args.world_size > 1 else ""
+
+
+def _say(console: Console, line: str) -> None:
+    if is_main_process():
+        console.print(line, highlight=False, soft_wrap=True)

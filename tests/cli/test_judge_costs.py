@@ -1,0 +1,50 @@
+"""`bondlm train` with a judge: its cost is said before the run, and right after it; its key is in no file."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rewards.judge_stub import by_scalar, judging
+
+from bondlm.cli import main
+from cli.helpers import write_job
+
+KEY = "sk-t3st-0123456789abcdef"
+
+
+def numbers(text: str, pattern: str) -> list[int]:
+    (found,) = re.findall(pattern, " ".join(text.split()))
+    return [int(number) for number in found]
+
+
+def test_the_cost_is_said_before_the_run_and_right_after_it(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 6, "learning_rate": 1e-2}
+    options |= {"eval_strategy": "steps", "eval_steps": 3}
+    options |= {"eval_num_samples": 2, "eval_num_reference_samples": 4, "max_completion_length": 8}
+    with judging(by_scalar) as server:
+        spec = server.spec(rounds=2, key="MY_KEY", cache=tmp_path / "cache")
+        config = write_job(tmp_path, **options, reward_funcs=spec)
+        assert main(["train", "--config", str(config)]) == 0
+        shown = capsys.readouterr().out
+        calls, spent = len(server.requests), server.spent
+    assert {request["headers"]["Authorization"] for request in server.requests} == {f"Bearer {KEY}"}
+    assert numbers(shown, r"judge small: (\d+) calls, (\d+) tokens") == [calls, spent]
+    expected = numbers(shown, r"judge small: this run needs about (\d+) calls and (\d+) tokens")
+    assert expected[0] == pytest.approx(calls, rel=0.05)
+    assert expected[1] == pytest.approx(spent, rel=0.05)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "judges.sqlite" for path in files)
+    assert not any(KEY.encode() in path.read_bytes() for path in files)
+
+
+def test_a_judge_that_cannot_be_asked_ends_the_run_before_its_first_step(tmp_path: Path, capsys: Any) -> None:
+    with judging(by_scalar, model="large") as server:
+        spec = server.spec().replace("model=large", "model=small")
+        config = write_job(tmp_path, reward_funcs=spec)
+        assert main(["train", "--config", str(config)]) == 4
+    assert "`small` does not exist" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
