@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from rewards.judge_stub import as_presented, by_scalar, judging, scalar
 
 from bondlm.cli import main
 from cli.test_eval import job, rows
@@ -60,3 +61,28 @@ def test_several_goals_are_shown_together_and_each_by_itself(tmp_path, capsys):
     assert main([*arguments, "--reward_funcs", rewards, "--reward_tolerances", "[1, 2]"]) == 2
     (again,) = [json.loads((tmp_path / "out" / "eval.json").read_text())]
     assert again == result
+
+
+def test_a_judge_compares_answers_pair_by_pair_and_the_samples_do_not_depend_on_it(tmp_path, capsys):
+    arguments = job(tmp_path, num_prompts=6)
+    for says, wins in ((by_scalar, scalar), (as_presented, lambda text: 0.0)):
+        with judging(says) as server:
+            assert main([*arguments, "--judge", server.spec(), "--judge", f"{tmp_path}/judge.py:short"]) == 0
+            calls = len(server.requests)
+        shown = " ".join("".join(capsys.readouterr()).split())
+        result = json.loads((tmp_path / "out" / "eval.json").read_text())
+        policy, reference = [rows(tmp_path / "out" / f"{name}.jsonl") for name in ("policy", "reference")]
+        for name, n in (("reference", 1), ("reference, best of 4", 4)):
+            expected = []
+            for i in range(6):
+                best = max(reference[8 * i : 8 * i + n], key=lambda row: row["reward"])
+                mine, theirs = wins(policy[3 * i]["completion"]), wins(best["completion"])
+                expected.append((mine > theirs) + 0.5 * (mine == theirs))
+            assert result["pairwise"]["small"]["win_rate"][name]["value"] == pytest.approx(sum(expected) / 6)
+        assert set(result["judges"]) == {"short"}
+        assert result["pairwise"]["small"]["num_failed"] == 0
+        assert result["pairwise"]["small"]["num_pairs"] == calls / 2
+        assert result["pairwise"]["small"]["agreement"] == (says is by_scalar)
+        assert f"small: {calls // 2} pairs in both orders" in shown
+        assert f"judge small: {calls} calls" in shown
+        assert "Before the judge small" in shown

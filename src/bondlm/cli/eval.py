@@ -39,6 +39,7 @@ def run(options: dict[str, Any]) -> int:
             job = load_job(settings)
         result, policy, reference = _evaluate(folder, settings, job, errors)
         result |= _description(settings, config, job)
+        result |= _compared(job, policy, reference, result, errors)
         from bondlm.evaluation.card import write_card
         from bondlm.evaluation.run import side_by_side, write_results
         from bondlm.evaluation.table import print_samples, print_table
@@ -179,15 +180,18 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
         device=sampler.device,
         dtype=fast_dtype(sampler.device),
     )
+    judges, rewards = rewards[len(specs) :], rewards[: len(specs)]
     column = settings.get("reference_column")
-    judges = [rouge_judge(rows, str(column))] if column is not None else []
+    absolute = [judge for judge in judges if not judge.ranks]
+    absolute += [rouge_judge(rows, str(column))] if column is not None else []
     return {
         "pair": pair,
         "rows": rows,
         "opponent_rows": opponent_rows,
-        "rewards": rewards + judges,
+        "rewards": rewards + absolute,
+        "ranking_judges": [judge for judge in judges if judge.ranks],
         "aggregation": aggregation,
-        "num_judges": len(judge_specs) + len(judges),
+        "num_judges": len(absolute),
         "sets": sample_sets(
             settings["num_samples"], settings["num_reference_samples"], opponent=pair.opponent is not None
         ),
@@ -212,6 +216,7 @@ def rendering_of_job(settings: Mapping[str, Any]) -> Any:
 def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """All that the samples and their scores depend on."""
     from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
+    from bondlm.rewards import is_ranking
 
     samplers = job["pair"].samplers
 
@@ -227,7 +232,7 @@ def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str
         "dataset": rows_fingerprint(job["rows"]),
         "rewards": [reward_fingerprint(spec) for spec in _list(settings["reward_funcs"])],
         "reward_weights": [reward.weight for reward in job["rewards"]],
-        "judges": [reward_fingerprint(spec) for spec in _list(settings.get("judges"))],
+        "judges": [reward_fingerprint(s) for s in _list(settings.get("judges")) if not is_ranking(s)],
         "dtype": str(samplers["policy"].model.dtype),
         **{name: settings.get(name) for name in names},
     }
@@ -276,6 +281,25 @@ def _evaluate(
     with console.status("statistics"):
         result = summarize(policy, reference, scored, orders=settings["orders"], opponent=opponent)
     return result, policy, reference
+
+
+def _compared(
+    job: Mapping[str, Any], policy: Any, reference: Any, result: Mapping[str, Any], console: Console
+) -> dict[str, Any]:
+    """What judges that rank say of the samples on file; these do not depend on them."""
+    from bondlm.cli.judge_costs import say_costs
+    from bondlm.evaluation.pairwise import compared
+
+    judges = job["ranking_judges"]
+    names = ", ".join(judge.name for judge in judges)
+
+    def announce(count: int) -> None:
+        console.print(f"{names}: {count} pairs in both orders, {2 * count} questions each", soft_wrap=True)
+
+    try:
+        return compared(judges, job["rows"], policy, reference, result, announce)
+    finally:
+        say_costs(console, [*judges, *job["rewards"]])
 
 
 def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,11 @@ TAGS = 36  # characters around an answer in a question
 
 
 @contextmanager
-def judge_costs(console: Console, trainer: Any) -> Iterator[None]:
-    """Say what the judges of a run will cost once training begins, and what they have cost when it ends, however."""
+def judge_costs(console: Console, trainer: Any, others: Sequence[Any] = ()) -> Iterator[None]:
+    """Say what the judges of a run will cost once training begins, and what they have cost when it ends, however.
+
+    `others` are the judges of the last evaluation, whose cost depends on its samples: they are counted alone.
+    """
     from transformers import TrainerCallback
 
     class Forecast(TrainerCallback):
@@ -22,14 +25,14 @@ def judge_costs(console: Console, trainer: Any) -> Iterator[None]:
             for name, (calls, tokens) in expected_costs(trainer, state.global_step, state.max_steps).items():
                 _say(console, f"judge {name}: this run needs about {calls} calls and {tokens} tokens{_where(args)}")
 
-    if not judges_of(trainer.rewards):
+    if not judges_of([*trainer.rewards, *others]):
         yield
         return
     trainer.add_callback(Forecast())
     try:
         yield
     finally:
-        say_costs(console, trainer.rewards, _where(trainer.args))
+        say_costs(console, [*trainer.rewards, *others], _where(trainer.args))
 
 
 def say_costs(console: Console, rewards: Sequence[Any], where: str = "") -> None:
@@ -54,6 +57,8 @@ def expected_costs(trainer: Any, first_step: int, last_step: int) -> dict[str, t
     They include what these cost themselves. Prompts of a step, and of evaluations, count as they are; answers are taken
     to stay as long as now.
     """
+    if not judges_of(trainer.rewards):
+        return {}
     count, total = min(PROBED, len(trainer.train_dataset)), trainer.objective.plan.total
     samples = trainer.sample(trainer.train_dataset.select(range(count)).to_list(), "policy", total)
     length = sum(len(text) for texts in samples.texts for text in texts) / (count * total)

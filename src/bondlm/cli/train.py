@@ -71,7 +71,7 @@ def run(options: dict[str, Any]) -> int:
         with (
             closing(trainer.engine),
             ProgressReporter(console, trainer) as reporter,
-            judge_costs(console, trainer),
+            judge_costs(console, trainer, judges),
         ):
             trainer.train(resume_from_checkpoint=checkpoint)
             if trainer.stop.stopped:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bondlm.evaluation.card import write_card
 from bondlm.evaluation.describe import describe_settings
+from bondlm.evaluation.pairwise import compared
 from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward, applies_everywhere
@@ -37,7 +38,7 @@ def evaluate_run(
     """Evaluate the trainer's policy on its held-out prompts and write the run folder's `eval.json`.
 
     Of several data sets that is the one of `main_eval`; the others have folders of their own, `eval-NAME`.
-    `judges` are rewards that were not optimised; they score the samples of policy and reference.
+    `judges` are rewards that were not optimised; they score the samples of policy and reference, or compare them.
     """
     sets = trainer.eval_dataset
     if not isinstance(sets, dict):
@@ -65,8 +66,9 @@ def _evaluate_set(
     with _counted(trainer, reporter, what, len(rows) * (1 if reporter.reference_drawn else 2)):
         policy, reference = trainer.held_out_samples(dataset)
     log_ratio = trainer.log_ratio(policy).double().cpu()
-    policy = replace(policy, log_ratio_PM=log_ratio, judges=_judged(trainer, judges, rows, policy))
-    reference = replace(reference, judges=_judged(trainer, judges, rows, reference))
+    absolute = [judge for judge in judges if not judge.ranks]
+    policy = replace(policy, log_ratio_PM=log_ratio, judges=_judged(trainer, absolute, rows, policy))
+    reference = replace(reference, judges=_judged(trainer, absolute, rows, reference))
     with _counted(trainer, reporter, "baselines", len(rows) * len(BASELINES)):
         others = {name: _baseline(trainer, rows, reference, *how) for name, how in BASELINES.items()}
     result = summarize(policy, reference, others)
@@ -80,6 +82,7 @@ def _evaluate_set(
         "reference": trainer.roles.core.config._name_or_path,
     }
     if trainer.is_world_process_zero():
+        result |= compared([judge for judge in judges if judge.ranks], rows, policy, reference, result)
         write_results(folder, result, policy, reference)
         if name == trainer.main_eval:
             write_card(folder, result)

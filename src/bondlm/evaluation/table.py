@@ -28,6 +28,7 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
     _print_details(console, result)
     _print_goals(console, result.get("goals", {}))
     _print_judges(console, result.get("judges", {}))
+    _print_pairwise(console, result.get("pairwise", {}))
     for warning in result.get("warnings", ()):
         console.print(visible(f"warning: {warning}"), soft_wrap=True)
     if "opponent" in result:
@@ -178,6 +179,24 @@ def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:
         cells = (_spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
         table.add_row(visible(name), *cells)
     console.print(table)
+
+
+def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
+    """Judges that compare two answers: one sample of the trained model against one of the untouched."""
+    for name, numbers in judges.items():
+        table = Table(title=f"Before the judge {visible(name)}: one answer against another, in both orders")
+        for column in ("against", "win rate", "prompts"):
+            table.add_column(column, justify="left" if column == "against" else "right")
+        for opponent, wins in numbers["win_rate"].items():
+            table.add_row("untouched" + opponent.removeprefix("reference"), _spread(wins, 3), str(wins["num_prompts"]))
+        console.print(table)
+        agreement = f"{numbers['agreement']:.0%}" if math.isfinite(numbers["agreement"]) else "none"
+        failed = f"; {numbers['num_failed']} were not ranked and are left out" if numbers["num_failed"] else ""
+        console.print(
+            f"{visible(name)} decides {agreement} of {numbers['num_pairs']} pairs alike in both orders{failed}.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _spread(numbers: Mapping[str, float], digits: int) -> str:

@@ -1,0 +1,148 @@
+"""Judges that rank, as judges of an evaluation: one sample of the policy against one of the reference, pair by pair.
+
+Every pair is asked about in both orders, so that a judge who likes what comes first gains nothing: it ties with itself.
+
+Shapes: P prompts.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bondlm.bestofn import bootstrap_mean
+from bondlm.data.columns import PROMPT_IDS, PROMPT_ROW
+from bondlm.data.tokens import as_messages
+from bondlm.errors import RewardError
+from bondlm.evaluation.statistics import BEST_OF, interval
+from bondlm.rewards import NamedReward, score
+from bondlm.rollout.samples import Samples
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The different pairs to ask about, and for each opponent which pair stands for it at each prompt.
+
+    None is a tie that need not be asked about: the two texts are equal.
+    """
+
+    prompt_rows: list[int]
+    first: list[str]  # the policy's
+    second: list[str]
+    of_opponent: dict[str, list[int | None]]
+
+
+def pairs_of(policy: Samples, reference: Samples) -> Pairs:
+    """The policy's first sample against the reference's first, and against its best of the first 2, 4 and 8."""
+    opponents = {REFERENCE: [0] * len(policy.texts)}
+    known = min(reference.rewards_PM.shape[1], min(len(texts) for texts in reference.texts))
+    for n in BEST_OF:
+        if n <= known:
+            opponents[f"reference, best of {n}"] = reference.rewards_PM[:, :n].argmax(dim=1).tolist()
+    numbers: dict[tuple[int, str], int] = {}
+    of_opponent: dict[str, list[int | None]] = {}
+    for name, chosen in opponents.items():
+        of_opponent[name] = []
+        for i, j in enumerate(chosen):
+            text = reference.texts[i][j]
+            is_equal = text == policy.texts[i][0]
+            of_opponent[name].append(None if is_equal else numbers.setdefault((i, text), len(numbers)))
+    rows = [i for i, _ in numbers]
+    return Pairs(rows, [policy.texts[i][0] for i in rows], [text for _, text in numbers], of_opponent)
+
+
+def compared(
+    judges: Sequence[NamedReward],
+    rows: Sequence[Mapping[str, Any]],
+    policy: Samples,
+    reference: Samples,
+    result: Mapping[str, Any],
+    on_pairs: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """What these judges add to `eval.json`: `judge_pairs`, and a warning where they contradict the optimised reward."""
+    if not judges:
+        return {}
+    found = judge_pairs(judges, rows, policy, reference, on_pairs)
+    lost = [
+        f"over-optimisation: by the optimised reward the policy wins {result['win_rate']['value']:.3f}, but the judge "
+        f"{name!r} prefers the reference: {numbers['win_rate'][REFERENCE]['value']:.3f}"
+        for name, numbers in found.items()
+        if REFERENCE in numbers["win_rate"]
+        and numbers["win_rate"][REFERENCE]["high"] < 1 / 2 < result["win_rate"]["low"]
+    ]
+    return {"pairwise": found, "warnings": [*result["warnings"], *lost]}
+
+
+def judge_pairs(
+    judges: Sequence[NamedReward],
+    rows: Sequence[Mapping[str, Any]],
+    policy: Samples,
+    reference: Samples,
+    on_pairs: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """How often the policy wins before each judge, in the form of `eval.json`'s `pairwise`.
+
+    Args:
+        judges: rewards that rank.
+        rows: P prompts, with the columns that judges ask for.
+        policy: their samples, of which the first is compared.
+        reference: samples of the reference, with the rewards that were optimised: these choose its best.
+        on_pairs: told how many pairs each judge will be asked about, in both orders, before it is asked.
+
+    Raises:
+        RewardError: a judge ranks none of the pairs.
+    """
+    pairs = pairs_of(policy, reference)
+    on_pairs(len(pairs.first))
+    return {judge.name: _judged(judge, rows, pairs) for judge in judges}
+
+
+def _judged(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs) -> dict[str, Any]:
+    wins_2K = _wins(judge, rows, pairs)
+    mean_K = wins_2K.mean(dim=0)  # NaN where an order was not ranked
+    known_K = ~mean_K.isnan()
+    if len(mean_K) and not known_K.any():
+        raise RewardError(f"judge {judge.name!r} ranked none of {len(mean_K)} pairs")
+    against = {}
+    for name, chosen in pairs.of_opponent.items():
+        wins = torch.tensor([0.5 if k is None else float(mean_K[k]) for k in chosen], dtype=torch.float64)
+        kept = wins[~wins.isnan()]
+        if len(kept):
+            against[name] = interval(bootstrap_mean(kept)) | {"num_prompts": len(kept)}
+    same = (wins_2K[0] == wins_2K[1])[known_K]
+    return {
+        "win_rate": against,
+        "num_pairs": len(mean_K),
+        "num_failed": int((~known_K).sum()),
+        "agreement": float(same.double().mean()) if len(same) else math.nan,
+    }
+
+
+def _wins(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs) -> Tensor:
+    """What the policy's text wins (2, K), in either order: 1, 1/2 or 0, NaN where there is no ranking."""
+    count = len(pairs.first)
+    if not count:
+        return torch.zeros(2, 0, dtype=torch.float64)
+    texts = [text for pair in zip(pairs.first, pairs.second, strict=True) for text in pair]
+    texts += [text for pair in zip(pairs.second, pairs.first, strict=True) for text in pair]
+    owner = [i for i in pairs.prompt_rows for _ in range(2)] * 2
+    prompts = [rows[i]["prompt"] for i in owner]
+    conversational = not isinstance(prompts[0], str)
+    columns = {
+        name: [rows[i][name] for i in owner] for name in rows[0] if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)
+    }
+    if hasattr(judge.function, "in_given_order"):
+        judge = replace(judge, function=judge.function.in_given_order())
+    groups = [k // 2 for k in range(len(texts))]
+    completions = as_messages(texts) if conversational else texts
+    scores = score([judge], prompts, completions, columns, groups=groups, allow_bad_rows=True)
+    ranks = scores.by_name[judge.name].clone()
+    ranks[list(scores.bad)] = torch.nan
+    ranks_2K2 = ranks.view(2, count, 2)
+    gaps_2K = torch.stack([ranks_2K2[0, :, 0] - ranks_2K2[0, :, 1], ranks_2K2[1, :, 1] - ranks_2K2[1, :, 0]])
+    return ((gaps_2K.sign() + 1) / 2).masked_fill(gaps_2K.isnan(), torch.nan)  # NaN has the sign 0
