@@ -100,6 +100,15 @@ def test_the_check_of_dependencies_sees_every_kind_of_import() -> None:
     assert sorted(rooms) == ["cli", "config", "evaluation", "report", "rollout", "trainer"]
 
 
+POSIX_ONLY = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_imported_that_windows_lacks(path: Path) -> None:
+    names = {name.split(".")[0] for node in TREES[path].body for name in imported_names(node, path)}
+    assert not names & POSIX_ONLY
+
+
 def attributes_of_self(node: ast.AST) -> Iterator[ast.Attribute]:
     for child in ast.walk(node):
         if isinstance(child, ast.Attribute) and isinstance(child.value, ast.Name) and child.value.id == "self":

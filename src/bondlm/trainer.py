@@ -32,6 +32,8 @@ from bondlm.engines import Role
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
 from bondlm.errors import ConfigError, RewardError
+from bondlm.evaluation import evaluate_run
+from bondlm.evaluation.table import print_evaluation, wide_console
 from bondlm.migration import own_arguments
 from bondlm.models.adapters import check_start
 from bondlm.models.anchor import Anchor
@@ -62,9 +64,10 @@ from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
 from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.data import RunData
 from bondlm.training.held_out import compare
-from bondlm.training.hub import UploadingTrainer
+from bondlm.training.hub import PAGE_FILE, UploadingTrainer
 from bondlm.training.micro_batches import MicroBatch, SmallerBatches
 from bondlm.training.notices import FirstStepCallback, TiesCallback
+from bondlm.training.occupied import held, named
 from bondlm.training.processes import (
     World,
     count_prompts,
@@ -171,6 +174,8 @@ class BONDTrainer(UploadingTrainer):
         self.world = World.of(args)
         self._place_roles()
         self.clock, self._means, self._smaller = Clock(), StepMeans(), SmallerBatches()
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        self._names = named(model=name, use_peft=self.roles.is_peft, reward_funcs=reward_funcs, **data)
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
         self.engine = make_engine(
             args,
@@ -375,8 +380,26 @@ class BONDTrainer(UploadingTrainer):
         if metric_key_prefix == f"eval_{self.main_eval}":
             logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs
         self.log(logs)
+        if not self.is_in_train and self.is_world_process_zero():  # there a command or a callback shows it
+            print_evaluation(wide_console(), self.state.global_step, logs, self.args.eval_num_reference_samples)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def report(self) -> Path:
+        """Evaluate the policy as `bondlm train` does at its end; writes eval.json, the model card and report.html.
+
+        Returns the page's path. Every process must call.
+
+        Raises:
+            ConfigError: there are no held-out prompts, or a package that the page needs is missing.
+        """
+        from bondlm.report import write_report
+
+        if not isinstance(self.eval_dataset, Dataset):
+            raise ConfigError("report needs an eval_dataset: pass one to the trainer")
+        folder = Path(str(self.args.output_dir))
+        evaluate_run(self, folder, wide_console())
+        return write_report([folder]) if self.is_world_process_zero() else folder / PAGE_FILE
 
     def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
         """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves."""
@@ -398,7 +421,7 @@ class BONDTrainer(UploadingTrainer):
         Where weights are averaged (`average_weights`) the model holds the average when this returns.
 
         Raises:
-            CheckpointError: no checkpoint, or one without its anchor.
+            CheckpointError: no checkpoint, or one without its anchor; without `resume_from_checkpoint`, another run's.
         """
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
@@ -406,7 +429,9 @@ class BONDTrainer(UploadingTrainer):
         if checkpoint is not None:
             require_same_sharding(Path(checkpoint), self.args)
             self._anchor_callback.restore_from(Path(checkpoint))
-        with writing_to(folder), waiting_for_others(self.world, wait_s=self.args.ddp_timeout):
+        is_fresh = checkpoint is None and self.state.global_step == 0  # a second `train` goes on from the first
+        hold = held(folder, self.args, is_fresh=is_fresh, settings=self._names | self.args.given)
+        with hold, writing_to(folder), waiting_for_others(self.world, wait_s=self.args.ddp_timeout):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.average.settle()
         self.stop.raise_failure()

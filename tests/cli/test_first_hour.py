@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 import bondlm
 from bondlm.cli import main
+from bondlm.cli.train import _stop_on_signals
 from cli.helpers import write_job
 
 QUICK = ("--eval_dataset", "null")
@@ -110,6 +113,21 @@ def test_a_run_that_is_not_there_is_said_to_be_missing(
     assert "there is no folder" in capsys.readouterr().err
     assert main(["eval", "--model", "nope"]) == 2
     assert "'nope' is no folder here" in capsys.readouterr().err
+
+
+def test_the_first_ctrl_c_is_answered_at_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where there is no SIGUSR1, on Windows."""
+    monkeypatch.delattr(signal, "SIGUSR1")
+    stop = SimpleNamespace(finished=False, signal=None)
+    with _stop_on_signals() as watched:
+        watched.append(stop)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        assert "stopping: the step under way is finished and saved" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_the_package_lists_its_names() -> None:

@@ -298,6 +298,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     def __post_init__(self, dtype: str) -> None:  # type: ignore[override]
         """Check what can be checked without a model."""
         self.dtype = dtype
+        # What config.yaml keeps of a run made in Python.
+        self.given: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS if getattr(self, n) != DEFAULTS.get(n, [])}
         _settle_scale_rewards(self)
         if self.anchor is None:
             self.anchor = default_anchor(self.objective)

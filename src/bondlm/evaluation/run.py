@@ -33,12 +33,13 @@ EVAL_FILE, EVAL_SAMPLES_FILE = "eval.json", "eval_samples.jsonl"
 
 
 def evaluate_run(
-    trainer: Any, folder: Path, console: Any, reporter: Any, judges: Sequence[NamedReward] = ()
+    trainer: Any, folder: Path, console: Any, reporter: Any = None, judges: Sequence[NamedReward] = ()
 ) -> dict[str, Any]:
     """Evaluate the trainer's policy on its held-out prompts and write the run folder's `eval.json`.
 
-    Of several data sets that is the one of `main_eval`; the others have folders of their own, `eval-NAME`.
-    `judges` are rewards that were not optimised; they score the samples of policy and reference, or compare them.
+    Of several data sets that is the one of `main_eval`; the others have folders of their own, `eval-NAME`. `reporter`
+    shows how far the work is. `judges` are rewards that were not optimised; they score the samples of policy and
+    reference, or compare them.
     """
     sets = trainer.eval_dataset
     if not isinstance(sets, dict):
@@ -63,7 +64,8 @@ def _evaluate_set(
 ) -> dict[str, Any]:
     rows, args = list(dataset), trainer.args
     what = "held-out samples at the end" + (f", {name}" if name else "")
-    with _counted(trainer, reporter, what, len(rows) * (1 if reporter.reference_drawn else 2)):
+    is_drawn = reporter is not None and reporter.reference_drawn
+    with _counted(trainer, reporter, what, len(rows) * (1 if is_drawn else 2)):
         policy, reference = trainer.held_out_samples(dataset)
     log_ratio = trainer.log_ratio(policy).double().cpu()
     absolute = [judge for judge in judges if not judge.ranks]
@@ -119,7 +121,10 @@ def write_results(folder: Path, result: Mapping[str, Any], policy: Samples, refe
 
 @contextmanager
 def _counted(trainer: Any, reporter: Any, description: str, total: int) -> Iterator[None]:
-    """Show progress over `total` prompts."""
+    """Show progress over `total` prompts, if there is a reporter."""
+    if reporter is None:
+        yield
+        return
     counter = reporter.counting(description, total)
     trainer.engine.on_prompts_done = counter
     try:

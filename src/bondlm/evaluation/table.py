@@ -11,11 +11,18 @@ from rich.text import Text
 from bondlm.bestofn import EffectiveN
 
 NUM_SHOWN = 4
+PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which breaks tables and lines in log files
 
 
 def visible(text: str) -> Text:
     """`text` without markup, its control characters written as escapes."""
     return Text("".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def wide_console() -> Console:
+    """On stdout; where that is neither a terminal nor a notebook it is as wide as the tables."""
+    console = Console()
+    return console if console.is_terminal or console.is_jupyter else Console(width=PIPE_WIDTH)
 
 
 def print_table(console: Console, result: Mapping[str, Any]) -> None:
@@ -102,9 +109,11 @@ def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
 
 
 def print_evaluation(
-    console: Console, step: int, metrics: Mapping[str, float], max_n: int, prefix: str = "eval"
+    console: Console, step: int, metrics: Mapping[str, float], max_n: int, prefix: str | None = None
 ) -> None:
-    """A compact table of an evaluation during training: flat numbers under their logged names, behind `prefix`."""
+    """A compact table of an evaluation in training: flat numbers under their logged names, behind `prefix` (if any)."""
+    if prefix is None:
+        prefix = next(name for name in metrics if name.endswith("_effective_n")).removesuffix("_effective_n")
     which = prefix.removeprefix("eval").replace("_", " of ", 1)
     table = Table(title=f"step {step}: held-out prompts{which}, {metrics.get(f'{prefix}_runtime', 0.0):.1f} s")
     for name in ("effective N", "win rate", "reward", "untouched", "KL", "tokens"):

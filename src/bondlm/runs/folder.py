@@ -48,7 +48,11 @@ def locked(folder: Path) -> Iterator[None]:
         raise ConfigError(f"output_dir={str(folder)!r} is a link: name the folder that it leads to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _take(folder)
+        lock = FileLock(folder.resolve() / LOCK_FILE, blocking=False, is_singleton=True)
+        if lock.is_locked:  # by this process: the command whose run this is
+            yield
+            return
+        _take(lock, folder)
         (folder / OWNER_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except FileExistsError as error:
         raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder") from error
@@ -63,8 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _take(folder: Path) -> FileLock:
-    lock = FileLock(folder / LOCK_FILE, blocking=False)
+def _take(lock: FileLock, folder: Path) -> None:
     try:
         lock.acquire()
     except Timeout as error:
@@ -79,7 +82,6 @@ def _take(folder: Path) -> FileLock:
             "write into it",
             stacklevel=4,
         )
-    return lock
 
 
 def _owner(folder: Path) -> str:

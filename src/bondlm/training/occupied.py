@@ -1,0 +1,77 @@
+"""A run's hold on its folder, whoever starts it: no two at a time, no second one over a first, its settings on file."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bondlm.errors import CheckpointError
+from bondlm.runs.folder import CONFIG_FILE, is_main_process, locked, write_whole
+from bondlm.runs.manifest import newest_checkpoint, remove_unfinished
+from bondlm.runs.redact import redacted
+from bondlm.training.processes import World, decided_by_main
+
+_log = logging.getLogger(__name__)
+
+BY_PYTHON = "# written by BONDTrainer\n"
+
+
+@contextmanager
+def held(folder: Path, args: Any, *, is_fresh: bool, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Hold the folder for a run; one that `is_fresh` must not find another run's checkpoints.
+
+    `settings` are written where no command has written its own.
+
+    Raises:
+        CheckpointError: the folder is in use, or holds a run.
+        ConfigError: it cannot be written.
+    """
+    with locked(folder):
+        if is_fresh:
+            decided_by_main(lambda: _refuse_a_run(folder), World.of(args), wait_s=args.ddp_timeout)
+        if is_main_process():
+            _write_settings(folder / CONFIG_FILE, settings)
+        yield
+
+
+def _refuse_a_run(folder: Path) -> None:
+    for line in remove_unfinished(folder):
+        _log.warning("%s", line)
+    path, _ = newest_checkpoint(folder)
+    if path is not None:
+        raise CheckpointError(
+            f"{folder} already holds a run, up to {path.name}: train(resume_from_checkpoint=True) continues it, or "
+            "choose another output_dir"
+        )
+
+
+def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(BY_PYTHON):
+        return
+    content = redacted({name: _plain(value) for name, value in settings.items() if name != "hub_token"})
+    write_whole(path, BY_PYTHON + yaml.safe_dump(content, sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it; objects by their names."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def named(*, use_peft: bool, **inputs: Any) -> dict[str, Any]:
+    """Of a trainer's inputs those that a file of settings can name."""
+    by_name = {name: value for name, value in inputs.items() if value and _is_name(value)}
+    return by_name | {"use_peft": use_peft}
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
