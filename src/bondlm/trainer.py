@@ -12,7 +12,6 @@ The anchor moves in a callback, right after the optimizer's step (`bondlm.traini
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,6 @@ from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
 from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.data import RunData
 from bondlm.training.held_out import compare
-from bondlm.training.hub import PAGE_FILE, UploadingTrainer
 from bondlm.training.micro_batches import MicroBatch, SmallerBatches
 from bondlm.training.notices import FirstStepCallback, TiesCallback
 from bondlm.training.occupied import held, named
@@ -79,12 +77,13 @@ from bondlm.training.processes import (
 )
 from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.ranks import aggregation_of_run
+from bondlm.training.saving import PAGE_FILE, SavingTrainer
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
 from bondlm.training.tables import TablesCallback
 
 
-class BONDTrainer(UploadingTrainer):
+class BONDTrainer(SavingTrainer):
     """Distil Best-of-N into a model (Sessa et al. 2024, arXiv 2407.14622).
 
     Args:
@@ -174,8 +173,13 @@ class BONDTrainer(UploadingTrainer):
         self.world = World.of(args)
         self._place_roles()
         self.clock, self._means, self._smaller = Clock(), StepMeans(), SmallerBatches()
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self._names = named(model=name, use_peft=self.roles.is_peft, reward_funcs=reward_funcs, **data)
+        self._names = named(
+            model=name,
+            use_peft=self.roles.is_peft,
+            reward_funcs=reward_funcs,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
         self.engine = make_engine(
             args,
@@ -353,13 +357,8 @@ class BONDTrainer(UploadingTrainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if (sets := named_sets(dataset)) is not None:
-            merged: dict[str, float] = {}
-            for name, part in sets.items():
-                own = self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-                if not own:
-                    return {}  # the run pauses
-                merged |= own
-            return merged
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in sets.items()]
+            return {name: value for part in parts for name, value in part.items()} if all(parts) else {}  # it pauses
         if dataset is None:
             raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
         if not isinstance(dataset, Dataset) or PROMPT_IDS not in dataset.column_names:
@@ -373,10 +372,10 @@ class BONDTrainer(UploadingTrainer):
                 self.stop.pause(error, self.args, self.state, self.control)
                 return {}
             log_ratio = self.log_ratio(policy)
-        logs = compare(policy, reference, log_ratio).metrics(metric_key_prefix)
-        logs |= {f"{metric_key_prefix}_{k}": v for k, v in metrics.completion_metrics(policy.flat).items()}
-        logs |= {f"{metric_key_prefix}_{k}": v for k, v in policy.metrics.items()}
-        logs[f"{metric_key_prefix}_runtime"] = sum(self.clock.drain().values())
+        others = (
+            metrics.completion_metrics(policy.flat) | policy.metrics | {"runtime": sum(self.clock.drain().values())}
+        )
+        logs = compare(policy, reference, log_ratio).metrics(metric_key_prefix, others)
         if metric_key_prefix == f"eval_{self.main_eval}":
             logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs
         self.log(logs)
@@ -395,7 +394,7 @@ class BONDTrainer(UploadingTrainer):
         """
         from bondlm.report import write_report
 
-        if not isinstance(self.eval_dataset, Dataset):
+        if self.eval_dataset is None:
             raise ConfigError("report needs an eval_dataset: pass one to the trainer")
         folder = Path(str(self.args.output_dir))
         evaluate_run(self, folder, wide_console())
@@ -445,26 +444,3 @@ class BONDTrainer(UploadingTrainer):
             self.roles.on_sharded(forward_dtype(self.accelerator))
             self.anchor.bind(self.roles.anchor_pairs)
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a folder that `from_pretrained` loads; of the adapters the policy's alone.
-
-        Averaged weights, where there are such; a checkpoint holds the last step's, and the average beside them.
-        """
-        with nullcontext() if _internal_call else self.average.in_place():
-            self._save_policy(output_dir, _internal_call)
-
-    def _save_policy(self, output_dir: str | None, _internal_call: bool) -> None:
-        if not (self.roles.is_peft or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            super().save_model(output_dir, _internal_call)
-            return
-        output_dir = str(output_dir if output_dir is not None else self.args.output_dir)
-        self.roles.save(output_dir, is_main=self.args.should_save)
-        if self.args.should_save:
-            self.encoder.tokenizer.save_pretrained(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: a rollout's work is not that of one forward pass."""
-        return 0

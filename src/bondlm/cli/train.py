@@ -245,8 +245,9 @@ def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[
     if fixed := [n for n in names if _may_change(n) == "never"]:
         values = "; ".join(f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in fixed)
         raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a run ({values}), since a checkpoint of {path.parent} holds what they "
-            "have made (its optimizer, its averaged weights). Give the same to continue it, or start a new run from its weights in another output_dir"
+            f"{', '.join(fixed)} cannot change in a run ({values}): a checkpoint of {path.parent} holds what "
+            "they made (its optimizer, its averaged weights). Give the same to continue it, or start a new run from "
+            "its weights in another output_dir"
         )
     changed += _edited(path.parent / ENVIRONMENT_FILE, rewards)
     if changed and not options.get("allow_config_change"):

@@ -3,6 +3,7 @@
 Shapes: P prompts, m policy samples and M reference samples of each.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,9 +23,9 @@ class HeldOut:
     kl: Estimate
     goals: dict[str, tuple[Estimate, EffectiveN]] = field(default_factory=dict)  # of several rewards: win rate and N
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Flat numbers for loggers: the value under its name, the interval under `_low` and `_high`."""
-        flat = {}
+    def metrics(self, prefix: str, others: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Flat numbers for loggers: the value under its name, the interval under `_low` and `_high`; and `others`."""
+        flat = {f"{prefix}_{name}": value for name, value in (others or {}).items()}
         names = ("reward", "reference_reward", "win_rate", "effective_n", "kl")
         estimates: dict[str, Estimate | EffectiveN] = {name: getattr(self, name) for name in names}
         for name, (wins, worth) in self.goals.items():

@@ -1,7 +1,7 @@
-"""The upload of a run folder to a hub: at its end, with its model card, and without users' texts unless asked."""
+"""What a run leaves: its model, and the upload of its folder, at the end and without users' texts unless asked."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,35 @@ from bondlm.runs.manifest import SEALED_FILE
 PAGE_FILE, CARD_FILE = "report.html", "README.md"  # the page shows prompts and completions
 
 
-class UploadingTrainer(Trainer):
-    """Trainer, whose uploads are those of a run folder."""
+class SavingTrainer(Trainer):
+    """Trainer, whose saves and uploads are those of a run folder."""
+
+    roles: Any
+    average: Any
+    encoder: Any
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: a rollout's work is not that of one forward pass."""
+        return 0
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save a folder that `from_pretrained` loads; of the adapters the policy's alone.
+
+        Averaged weights, where there are such; a checkpoint holds the last step's, and the average beside them.
+        """
+        with nullcontext() if _internal_call else self.average.in_place():
+            self._save_policy(output_dir, _internal_call)
+
+    def _save_policy(self, output_dir: str | None, _internal_call: bool) -> None:
+        if not (self.roles.is_peft or self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        output_dir = str(output_dir if output_dir is not None else self.args.output_dir)
+        self.roles.save(output_dir, is_main=self.args.should_save)
+        if self.args.should_save:
+            self.encoder.tokenizer.save_pretrained(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, at start: a run whose result has nowhere to go ends before it begins.
