@@ -154,6 +154,7 @@ TRAIN_METRICS = {
     "time/reference",
     "time/reward",
 }
+NOISE_METRICS = {"noise/gradient_sq", "noise/scale", "noise/trace"}  # every tenth step, with gradient accumulation
 OTHER_OBJECTIVES_METRICS = {
     "bond/frac_no_signal",
     "bond/margin_error",

@@ -13,6 +13,7 @@ from frozen import (
     CONFIG_FIELDS,
     EVAL_METRICS,
     FROM_TRANSFORMERS,
+    NOISE_METRICS,
     OTHER_OBJECTIVES_METRICS,
     SOME_REWARDS_METRICS,
     TRAIN_METRICS,
@@ -119,6 +120,7 @@ def test_every_metric_is_documented_and_no_other() -> None:
         TRAIN_METRICS
         | OTHER_OBJECTIVES_METRICS
         | SOME_REWARDS_METRICS
+        | NOISE_METRICS
         | {name.removesuffix("_low").removesuffix("_high") for name in EVAL_METRICS}
     )
     assert {name for name in logged_names if not any(fnmatch(name, pattern) for pattern in names)} == set()

@@ -66,6 +66,7 @@ from bondlm.training.held_out import compare
 from bondlm.training.micro_batches import MicroBatch, SmallerBatches
 from bondlm.training.notices import FirstStepCallback, TiesCallback
 from bondlm.training.occupied import held, named
+from bondlm.training.noise import NoiseScale, with_noise_scale
 from bondlm.training.processes import (
     World,
     count_prompts,
@@ -180,6 +181,7 @@ class BONDTrainer(SavingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
         )
+        self.noise = NoiseScale(args, self.accelerator, self._means)
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
         self.engine = make_engine(
             args,
@@ -279,14 +281,19 @@ class BONDTrainer(SavingTrainer):
         metrics.record(rollout, self._means)
         self.run_folder.note_step(rollout, self.args.num_logged_samples)
         num_prompts = world.gather(rollout.is_counted_P.float().sum().view(1)).sum()
-        return self.step.pack(rollout, sizes), num_prompts
+        mixed_first = self.noise.starts(step, len(sizes))
+        return self.step.pack(rollout, sizes, mixed_first=mixed_first), num_prompts
 
     def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, timed; in smaller parts if the memory does not hold it."""
         learn = super().training_step
         step = stepping(self.accelerator, lambda part: learn(model, part, num_items_in_batch))
         with self.clock("learn"):
-            return self._smaller.learn(model, inputs, step, self.args)
+            loss = self._smaller.learn(model, inputs, step, self.args)
+            if self.noise.is_measured:
+                counted, total = float(inputs["weight_P"].sum()), float(num_items_in_batch)
+                self.noise.note(model, counted, total, is_last=self.accelerator.sync_gradients)
+        return loss
 
     def compute_loss(
         self,
@@ -411,7 +418,7 @@ class BONDTrainer(SavingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of all recorded since the last log, the loss included: Trainer's own forgets at a resume."""
         if "loss" in logs:
-            logs = logs | self._means.drain(self.world)
+            logs = with_noise_scale(logs | self._means.drain(self.world))
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:

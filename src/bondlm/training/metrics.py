@@ -13,7 +13,10 @@ from bondlm.rollout.samples import Samples
 from bondlm.training.clock import StepMeans
 from bondlm.training.rollout import Rollout
 
-TAKEN = ("loss", "grad_norm", "learning_rate", "epoch", "step", "step_time", "kl", "anchor/kl", "skipped_steps")
+TAKEN = (
+    *("loss", "grad_norm", "learning_rate", "epoch", "step", "step_time", "kl", "anchor/kl", "skipped_steps"),
+    *("noise/trace", "noise/gradient_sq", "noise/scale"),
+)
 
 
 def record(rollout: Rollout, means: StepMeans) -> None:

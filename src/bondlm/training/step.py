@@ -96,12 +96,14 @@ class Step:
             num_passes=(1 if self.engine.exact else 2) + is_measured,
         )
 
-    def pack(self, rollout: Rollout, sizes: Sequence[int]) -> list[MicroBatch]:
+    def pack(self, rollout: Rollout, sizes: Sequence[int], *, mixed_first: bool = False) -> list[MicroBatch]:
         """The rollout as micro-batches of these numbers of prompts.
 
-        Prompts of similar length learn together: their sum does not depend on which of them share a batch.
+        Prompts of similar length learn together: their sum does not depend on which of them share a batch. With
+        `mixed_first` the first batch has the first prompts instead, a random part of them.
         """
-        order = iter(by_length(rollout.groups))
+        first = sizes[0] if mixed_first else 0
+        order = iter([*range(first), *(place for place in by_length(rollout.groups) if place >= first)])
         how: dict[str, Any] = {"start_id": self.encoder.start_id, "share_prompts": self.share_prompts}
         chosen = [list(islice(order, size)) for size in sizes]
         return [micro_batch(rollout, places, self.encoder.pad_id, **how) for places in chosen]
