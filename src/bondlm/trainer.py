@@ -64,9 +64,9 @@ from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.data import RunData
 from bondlm.training.held_out import compare
 from bondlm.training.micro_batches import MicroBatch, SmallerBatches
+from bondlm.training.noise import NoiseScale, with_noise_scale
 from bondlm.training.notices import FirstStepCallback, TiesCallback
 from bondlm.training.occupied import held, named
-from bondlm.training.noise import NoiseScale, with_noise_scale
 from bondlm.training.processes import (
     World,
     count_prompts,

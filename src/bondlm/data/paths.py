@@ -1,10 +1,15 @@
 """Paths as users write them."""
 
+import glob
 import os
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from bondlm.errors import ConfigError
+
+_CRITERION = re.compile(r"(?<=[?&]prompt=)[^&]+")  # the file of a judge's criterion
 
 
 def expanded(value: Any) -> Any:
@@ -25,11 +30,14 @@ def as_seen_from(directory: Path, value: Any) -> Any:
         return [as_seen_from(directory, part) for part in value]
     if not isinstance(value, str) or not value or directory.resolve() == Path.cwd().resolve():
         return value
-    if (directory / value).exists():
+    if (directory / value).exists() or glob.glob(str(directory / value)):
         return str(directory / value)
-    source, _, function = value.rpartition(":")
+    ranks = "rank:" if value.startswith("rank:") else ""
+    source, _, function = value.removeprefix(ranks).rpartition(":")
     if source.endswith(".py") and (directory / source).is_file():
-        return f"{directory / source}:{function}"
+        return f"{ranks}{directory / source}:{function}"
+    if value.startswith("judge:"):
+        return _CRITERION.sub(lambda found: quote(as_seen_from(directory, unquote(found[0]))), value)
     kind, _, rest = value.partition(":")
     folder, mark, options = rest.partition("?")
     if folder and (directory / folder).is_dir():  # nli:FOLDER?options
