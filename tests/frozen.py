@@ -46,6 +46,7 @@ CONFIG_FIELDS = {
     "reward_aggregation",
     "reward_tolerances",
     "reward_weights",
+    "streaming",
     "strict",
     "target_n",
     "truncate_prompt",

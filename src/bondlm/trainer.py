@@ -30,7 +30,7 @@ from bondlm.data.sources import named_sets
 from bondlm.engines import Role
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
-from bondlm.errors import ConfigError, RewardError
+from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.evaluation import evaluate_run
 from bondlm.evaluation.table import print_evaluation, wide_console
 from bondlm.migration import own_arguments
@@ -95,6 +95,7 @@ class BONDTrainer(SavingTrainer):
         args: settings.
         train_dataset: prompts (`{"prompt": str}` or `{"prompt": messages}`); other columns reach the rewards. Or scored
             samples (`{"prompt", "completion", "reward"}`, from `bondlm score`) for an objective that learns from these.
+            A `datasets.IterableDataset` is streamed (docs/data.md).
         eval_dataset: held-out prompts, or a dictionary of several such data sets by name (`main_eval`). Of a data set
             with splits it is the one that is not for training.
         processing_class: the policy's tokenizer; default: the model's own.
@@ -258,7 +259,12 @@ class BONDTrainer(SavingTrainer):
         """Draw, score and weigh the samples of one optimizer step; returns its micro-batches and number of prompts."""
         self.clock.drain()  # what lies between two steps belongs to neither
         self.clock.start("other")  # until the step's end (AnchorCallback)
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except (DataError, ConfigError) as error:  # of a stream: what was learned is saved first
+            self.stop.pause(error, self.args, self.state, self.control)
+            self.clock.stop()
+            return [], torch.zeros(1, device=device)
         micro_batches, num_prompts = self._learnable([batch["rows"] for batch in batches])
         if not micro_batches:
             self.clock.stop()

@@ -2,7 +2,9 @@
 
 import shutil
 import tempfile
+from collections.abc import Sized
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ def run(options: dict[str, Any]) -> int:
             load_judges(options, trainer)
         packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
         console.print(", ".join(f"{name} {version(name)}" for name in packages), highlight=False, soft_wrap=True)
-        console.print(f"model, tokenizer and rewards loaded; {len(trainer.train_dataset)} training prompts")
+        number = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
+        console.print(f"model, tokenizer and rewards loaded; {number} training prompts")
         with console.status("one dry step"):
             trainer.train()
         logs = next(row for row in trainer.state.log_history if "loss" in row)
@@ -76,7 +79,7 @@ def _check_neighbours(trainer: Any) -> None:
     absolute = [reward.name for reward in trainer.rewards if not reward.ranks]
     if not absolute:
         return
-    rows = list(trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))))
+    rows = list(islice(trainer.train_dataset, 2))
     together = trainer.sample(rows, "policy", 2)
     for i, row in enumerate(rows):
         alone = trainer.score_completions([row], [together.completions[i][:1]])
@@ -105,7 +108,7 @@ def _agreement(trainer: Any) -> dict[str, float]:
     names = [reward.name for reward in trainer.rewards if reward.ranks]
     if not names:
         return {}
-    rows = list(trainer.train_dataset.select(range(min(AGREEMENT_PROMPTS, len(trainer.train_dataset)))))
+    rows = list(islice(trainer.train_dataset, AGREEMENT_PROMPTS))
     first = trainer.sample(rows, "policy", AGREEMENT_SAMPLES)
     second = trainer.score_completions(rows, [completions[::-1] for completions in first.completions])
     found = {}

@@ -187,6 +187,9 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "Bad rows of train_dataset: 'fail', or 'skip' (left out and counted, see max_skipped_frac).",
         one_of("fail", "skip"),
     )
+    streaming: bool = setting(
+        False, "Read train_dataset as the run goes instead of whole; it needs max_steps and one process (docs/data.md)."
+    )
     strict: bool = setting(
         False, "Held-out prompts that are training prompts too are an error, not a warning.", may_change="always"
     )

@@ -100,9 +100,7 @@ def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> int:
     return len(_common_rows(train, evaluation))
 
 
-def check_overlap(
-    train: Dataset | None, evaluation: Dataset | dict[str, Dataset] | None, *, strict: bool = False
-) -> None:
+def check_overlap(train: Any, evaluation: Dataset | dict[str, Dataset] | None, *, strict: bool = False) -> None:
     """Log how many held-out prompts are also training prompts: on those an evaluation says little.
 
     Raises:
@@ -110,7 +108,7 @@ def check_overlap(
     """
     parts = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     for name, part in parts.items():
-        if train is None or part is None:
+        if not isinstance(train, Dataset) or part is None:  # a stream is not looked through
             continue
         where = f" of {name}" if isinstance(evaluation, dict) else ""
         common = _common_rows(train.select_columns("prompt"), part.select_columns("prompt"))

@@ -37,16 +37,18 @@ def check_inputs(
     model: str,
     reward_funcs: Any,
     *,
+    has_prompts: bool,
     has_held_out: bool,
 ) -> None:
     """Refuse what the settings and the data say alone, before a model is loaded.
 
     Args:
         args: the run's settings.
-        prompts: the training data.
+        prompts: the training data, if they are read whole.
         origins: of its files, where these are scored samples that say it.
         model: the policy's name.
         reward_funcs: None, or what the trainer was given.
+        has_prompts: whether there are training data, read whole or not.
         has_held_out: whether there are held-out prompts.
 
     Raises:
@@ -63,7 +65,7 @@ def check_inputs(
         _check_settings(args)
         for origin in origins:
             check_origin(origin, model, reward_funcs, args)
-    elif prompts is not None and reward_funcs is None:
+    elif has_prompts and reward_funcs is None:
         raise ConfigError("reward_funcs is required: only a data set of scored samples comes without")
 
 

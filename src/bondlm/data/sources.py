@@ -38,7 +38,7 @@ def open_source(source: Any, *, held_out: bool) -> Dataset:
         DataError: it cannot be read, or has no split that is meant.
     """
     if isinstance(source, str):
-        source = _open_name(source, held_out=held_out)
+        source = open_name(source, held_out=held_out)
     if isinstance(source, DatasetDict):
         source = source[choose_split(source, "the data set", held_out=held_out)]
     if isinstance(source, IterableDataset | IterableDatasetDict):
@@ -70,7 +70,12 @@ def choose_split(splits: Iterable[str], name: str, *, held_out: bool) -> str:
     )
 
 
-def _open_name(source: str, *, held_out: bool) -> Any:
+def open_name(source: str, *, held_out: bool, streaming: bool = False) -> Any:
+    """The data set that a name means: of the hub, or of a folder; `streaming` reads it as it is asked for.
+
+    Raises:
+        DataError: there is none, or it has no split that is meant.
+    """
     name, config, split = _parts(source)
     path = Path(name)
     if path.is_file():
@@ -81,7 +86,8 @@ def _open_name(source: str, *, held_out: bool) -> Any:
         if path.is_dir() or _HUB_NAME.fullmatch(name):
             if split is None and held_out:
                 split = choose_split(datasets.get_dataset_split_names(name, config), source, held_out=True)
-            return datasets.load_dataset(name, config, split=split or "train")
+            more = {"streaming": True} if streaming else {}
+            return datasets.load_dataset(name, config, split=split or "train", **more)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error, DataError):
             raise

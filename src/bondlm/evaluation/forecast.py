@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
     dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
     if isinstance(dataset, dict):
         dataset = dataset[trainer.main_eval]
-    rows = list(dataset.select(range(min(PROMPTS, len(dataset)))))
+    rows = list(islice(dataset, PROMPTS))
     began = time.perf_counter()
     samples = trainer.sample(rows, "reference", SAMPLES)
     seconds = (time.perf_counter() - began) / samples.rewards_PM.numel()
@@ -66,7 +67,7 @@ def tie_rate(rewards_PM: Tensor) -> float:
 
 def print_cost(console: Console, trainer: Any, args: Any, seconds: float) -> None:
     """Time of all steps of the run that `args` describe, if one takes `seconds`, and the memory that was needed."""
-    steps = num_steps(args, len(trainer.train_dataset))
+    steps = args.max_steps if args.max_steps > 0 else num_steps(args, len(trainer.train_dataset))
     peak = _peak_memory()
     console.print(
         f"A step takes about {_duration(seconds)} (the first is the slowest), {steps} steps about "

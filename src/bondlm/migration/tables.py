@@ -170,7 +170,7 @@ COMMAND_LINE: dict[str, Foreign] = {
     "dataset_config": Foreign(_SPLIT),
     "dataset_train_split": Foreign(_SPLIT, ("train",)),
     "dataset_test_split": Foreign(_SPLIT),
-    "dataset_streaming": Foreign("the prompts are read whole; remove it", (False,)),
+    "dataset_streaming": Foreign("use streaming", (False,)),
     "datasets": Foreign("train_dataset takes one data set: mix them before"),
     "ignore_bias_buffers": Foreign("a debugging aid of TRL's scripts; remove it", (False,)),
     "model_revision": Foreign(_OF_THE_MODEL % "revision: main", ("main",)),

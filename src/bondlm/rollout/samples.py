@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from bondlm.bestofn.aggregation import mid_ranks
@@ -127,7 +128,7 @@ def longest_prompt(*datasets: Any) -> int:
     for dataset in datasets:
         if isinstance(dataset, dict):
             longest = max(longest, longest_prompt(*dataset.values()))
-        elif dataset is not None:
+        elif isinstance(dataset, Dataset):  # of a stream it is not known
             longest = max([longest, *(len(ids) for ids in dataset[PROMPT_IDS])])
     return longest
 

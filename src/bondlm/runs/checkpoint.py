@@ -81,6 +81,19 @@ def prompts_per_step(args: Any) -> dict[str, Any]:
     }
 
 
+def streamed_to(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of the prompts of a stream that it has learned from; None if they were read whole.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        return dict(before) | {"rows": int(before["rows"])} if before.get("streamed") else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): resume from an older checkpoint") from error
+
+
 def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
     """Compare the digest that a checkpoint holds with that of the data `now`.
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from bondlm.data.columns import LOGGED_IDS
 from bondlm.data.fingerprints import data_digest
 from bondlm.data.rendering import Rendering
+from bondlm.data.stream import PromptStream
 from bondlm.errors import (
     CheckpointError,
     ConfigError,
@@ -35,6 +36,7 @@ from bondlm.runs.checkpoint import (
     refuse_other_data,
     require_space,
     save_tensors,
+    streamed_to,
 )
 from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.runs.manifest import remove_older, seal
@@ -62,6 +64,7 @@ class AnchorCallback(TrainerCallback):
         self._restore: Path | None = None
         self._keep: int | None = None
         self._data: dict[str, Any] = {}
+        self._stream: PromptStream | None = None
         self.skipped = False
         self._skips_in_a_row = 0
 
@@ -74,15 +77,16 @@ class AnchorCallback(TrainerCallback):
         # Trainer would remove the oldest checkpoint before the newest is sealed: we do it afterwards.
         self._keep, args.save_total_limit = args.save_total_limit or self._keep, None
         if (loader := kwargs.get("train_dataloader")) is not None:
-            self._data = data_digest(loader.dataset) | prompts_per_step(args)
+            self._stream = loader.dataset if isinstance(loader.dataset, PromptStream) else None
+            self._data = prompts_per_step(args) | {"streamed": self._stream is not None}
+            self._data |= data_digest(loader.dataset) if self._stream is None else {}
         if args.should_save and str(args.save_strategy) != "no":
             kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
             folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
             how = {"by_deepspeed": by_deepspeed, "averaged": self._average.fraction > 0}
             require_space(folder, self._anchor.num_bytes, num_checkpoints=kept, **how)
         if self._restore is not None:
-            if self._data:
-                refuse_other_data(self._restore / DATA_FILE, self._data)
+            self._compare_data(self._restore / DATA_FILE)
             load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
             if self._average.fraction:
                 load_tensors(self._restore / AVERAGE_FILE, self._average.load_state_dict)
@@ -92,6 +96,22 @@ class AnchorCallback(TrainerCallback):
                 state = json.loads(path.read_text(encoding="utf-8"))
                 self._means.load_state(state, World.of(args))
             self._restore = None  # a second `train` goes on from where the first one ended
+
+    def _compare_data(self, path: Path) -> None:
+        """With what a checkpoint says; of a stream when it has been read again up to there."""
+        if not self._data:
+            return
+        before = streamed_to(path)
+        if (before is None) != (self._stream is None):
+            raise ConfigError(
+                f"streaming: {path.parent.name} was saved with {'a whole' if before is None else 'a streamed'} "
+                "train_dataset, whose prompts come in another order. Read it as before"
+            )
+        if before is None or self._stream is None:
+            refuse_other_data(path, self._data)
+            return
+        refuse_other_data(path, before | self._data)  # the number of prompts per step, before any is read
+        self._stream.check_at(before["rows"], lambda digest: refuse_other_data(path, self._data | dict(digest)))
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -157,7 +177,10 @@ class AnchorCallback(TrainerCallback):
             if self._quantile_model is not None:
                 save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads, tokens in it
-            (folder / DATA_FILE).write_text(json.dumps(self._data), encoding="utf-8")
+            data = self._data
+            if self._stream is not None:
+                data = data | self._stream.digest_at(state.global_step * data["prompts_per_step"])
+            (folder / DATA_FILE).write_text(json.dumps(data), encoding="utf-8")
             (folder / MEANS_FILE).write_text(json.dumps(means), encoding="utf-8")
             seal(folder)
             if self._keep is not None:

@@ -1,5 +1,6 @@
 """The data of a run: prompts or scored samples to train on, prompts held out, and what of them is left out."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from bondlm.data.origin import check_rendering, origins_of, time_of
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.scored import check_inputs, is_scored, samples_per_prompt
 from bondlm.data.sources import named_sets
+from bondlm.data.stream import PromptStream, is_stream
 from bondlm.errors import ConfigError
 from bondlm.training.dropped import DropBudget
+
+_log = logging.getLogger(__name__)
 
 
 class RunData:
@@ -26,22 +30,31 @@ class RunData:
         """
         self._args, self._held_out = args, held_out
         self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)), skips_rows=args.on_bad_row == "skip")
+        self._stream = source if args.streaming or is_stream(source) else None
+        if self._stream is not None:
+            _check_streaming(args)
         takes_ids = args.prompt_format == "rendered"
-        prompts = None if source is None else self.drops.load(source, token_ids=takes_ids)
+        is_whole = source is not None and self._stream is None
+        prompts = self.drops.load(source, token_ids=takes_ids) if is_whole else None
         self._is_scored = prompts is not None and is_scored(prompts)
         self._origins = origins_of(source) if self._is_scored else []
         self.main_eval = main_set(args, held_out)
-        check_inputs(args, prompts, self._origins, model, reward_funcs, has_held_out=held_out is not None)
+        has_prompts, has_held_out = source is not None, held_out is not None
+        check_inputs(
+            args, prompts, self._origins, model, reward_funcs, has_prompts=has_prompts, has_held_out=has_held_out
+        )
         self.prompts = self.drops.usable(prompts, args) if prompts is not None and self._is_scored else prompts
         self.num_logged = samples_per_prompt(self.prompts)
         self.drawn = time_of(self._origins)
 
-    def encoded(self, encoder: PromptEncoder, num_samples: int) -> Dataset | None:
+    def encoded(self, encoder: PromptEncoder, num_samples: int) -> Dataset | PromptStream | None:
         """The training prompts with their ids, scored ones with their first `num_samples` samples.
 
         Raises:
             ConfigError, DataError: prompts that cannot be used, or too few for a step.
         """
+        if self._stream is not None:
+            return self._streamed(self._stream, encoder)
         prompts = self.prompts
         if prompts is None:
             return None
@@ -51,6 +64,17 @@ class RunData:
         encoded = self.drops.encode(prompts, encoder)
         _check_number(len(encoded), self._args)
         return encoded
+
+    def _streamed(self, source: Any, encoder: PromptEncoder) -> PromptStream:
+        skips_rows = self._args.on_bad_row == "skip"
+        stream = PromptStream(source, encoder, self.drops.note_rows, skips_rows=skips_rows)
+        if {"completion", "reward"} <= set(stream.columns):
+            raise ConfigError("streaming: scored samples of a prompt may stand anywhere, so they are read whole")
+        _log.warning(
+            "train_dataset is streamed: rows that cannot be used are seen when their turn comes, and nothing tells "
+            "whether held-out prompts are among them, or whether a resumed run has the same ones still to come"
+        )
+        return stream
 
     def encoded_for_evaluation(self, encoder: PromptEncoder) -> Any:
         """The held-out prompts, or each named set of them; None without any.
@@ -63,6 +87,22 @@ class RunData:
         if (sets := named_sets(self._held_out)) is None:
             return encoder.encoded(self._held_out, held_out=True)
         return {name: encoder.encoded(part, held_out=True) for name, part in sets.items()}
+
+
+def _check_streaming(args: Any) -> None:
+    """One process reads the stream, for a number of steps that is known."""
+    if args.max_steps <= 0:
+        raise ConfigError(f"max_steps={args.max_steps}: a streamed train_dataset has no number of rows, set it above 0")
+    for name, value, most in (
+        ("world_size", args.world_size, 1),
+        ("dataloader_num_workers", args.dataloader_num_workers, 0),
+    ):
+        if value > most:
+            raise ConfigError(
+                f"{name}={value}: a streamed train_dataset is read by one process, or its prompts would be trained "
+                f"several times. Use {most}, or read it whole"
+            )
+    args.accelerator_config.dispatch_batches = False  # rows of text cannot be dispatched as tensors
 
 
 def _check_number(num_prompts: int, args: Any) -> None:

@@ -1,0 +1,111 @@
+"""Prompts that are read as the run goes: the order, the place that a resume goes on from, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+from tiny import prompt_rows, tiny_causal
+
+from bondlm import BONDTrainer
+from bondlm.errors import ConfigError, DataError
+from trainer.helpers import TOKENIZER, same, trainer, weights
+
+
+def write(folder: Path, rows: list[Any], name: str = "prompts.jsonl") -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def streamed(folder: Path, source: Any, **settings: Any) -> BONDTrainer:
+    wanted = {"streaming": not isinstance(source, IterableDataset), "prompt_format": "plain", "max_steps": 4}
+    return trainer(folder, train_dataset=source, **(wanted | settings))
+
+
+def test_a_stream_trains_as_the_same_rows_in_their_order(tmp_path: Path) -> None:
+    rows = [row | {"label": i} for i, row in enumerate(prompt_rows(8))]
+    whole = trainer(tmp_path / "whole", train_dataset=rows, train_sampling_strategy="sequential")
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    whole.train()
+    for i, source in enumerate([write(tmp_path, rows), stream.with_format("torch")]):
+        made = streamed(tmp_path / str(i), source, max_steps=2)
+        made.train()
+        assert same(weights(made.roles.model), weights(whole.roles.model))
+
+
+def test_a_resumed_run_goes_on_where_the_stream_was(tmp_path: Path) -> None:
+    """Over more than one pass: 4 steps of 4 prompts take 6 rows nearly three times, shuffled anew each time."""
+
+    def run(folder: str, **changes: Any) -> BONDTrainer:
+        stream = Dataset.from_list(prompt_rows(6)).to_iterable_dataset().shuffle(seed=1, buffer_size=3)
+        return streamed(tmp_path / folder, stream, save_strategy="steps", save_steps=2, **changes)
+
+    once = run("once")
+    once.train()
+    run("parts", max_steps=2).train()
+    going_on = run("parts")
+    going_on.train(resume_from_checkpoint=True)
+    assert going_on.state.global_step == 4
+    assert same(weights(going_on.roles.model), weights(once.roles.model))
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "samples.jsonl").read_bytes().splitlines()]
+    passes = [[row["prompt"] for row in rows[i : i + 6]] for i in (0, 6)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(row["prompt"] for row in prompt_rows(6))
+    assert passes[0] != passes[1]
+
+
+def test_another_stream_is_not_gone_on_with(tmp_path: Path) -> None:
+    rows, settings = prompt_rows(6), {"save_strategy": "steps", "save_steps": 1}
+    streamed(tmp_path / "run", write(tmp_path, rows), max_steps=1, **settings).train()
+
+    def resume(source: Any, **changes: Any) -> None:
+        streamed(tmp_path / "run", source, **(settings | changes)).train(resume_from_checkpoint=True)
+
+    before = (tmp_path / "run" / "checkpoint-1" / "data.json").read_bytes()
+    with pytest.raises(DataError, match="train_dataset has changed"):
+        resume(write(tmp_path, [*rows[:2], {"prompt": "another"}, *rows[3:]]))
+    with pytest.raises(ConfigError, match="per_device_train_batch_size"):
+        resume(write(tmp_path, rows), per_device_train_batch_size=2)
+    with pytest.raises(ConfigError, match="streaming"):
+        resume(rows, streaming=False)
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+    assert (tmp_path / "run" / "checkpoint-1" / "data.json").read_bytes() == before
+
+
+def test_bad_rows_are_met_in_their_turn(tmp_path: Path) -> None:
+    rows: list[Any] = [*prompt_rows(40), {"prompt": ""}, {"prompt": "x" * 300}, *prompt_rows(4)]
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: .*`prompt`"):
+        streamed(tmp_path / "none", write(tmp_path, [{"text": "a"}]))
+    settings = {"max_steps": 5, "per_device_train_batch_size": 10, "max_completion_length": 1}
+    failing = streamed(tmp_path / "fail", write(tmp_path, rows), **settings)
+    with pytest.raises(DataError, match=r"prompts\.jsonl:41: empty"):
+        failing.train()
+    assert failing.state.global_step == 2  # of the 32 rows of the first chunk; the loader looks one batch ahead
+    assert (tmp_path / "fail" / "checkpoint-2" / "manifest.json").is_file()  # what was learned is saved
+    skipping = streamed(tmp_path / "skip", write(tmp_path, rows), on_bad_row="skip", max_skipped_frac=0.1, **settings)
+    skipping.train()
+    assert skipping.state.global_step == 5
+    assert [reason.split(": ")[0].split(":")[-1] for reason in skipping.drops.skipped_rows] == ["41", "42"]
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("prompts.jsonl", {"max_steps": -1}, "max_steps"),
+        ("prompts.jsonl", {"dataloader_num_workers": 2}, "dataloader_num_workers=2"),
+        (prompt_rows(4), {}, "streaming=True.*list"),
+        (Dataset.from_list(prompt_rows(4)), {}, "streaming=True.*Dataset"),
+        ("prompts.csv", {}, r"prompts\.csv"),
+        ("scored.jsonl", {"objective": "best_of_n_sft", "anchor": "fixed"}, "streaming: scored"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(
+    source: Any, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, prompt_rows(4))
+    (tmp_path / "prompts.csv").write_text("prompt\na\n")
+    write(tmp_path, [{"prompt": "a", "completion": "b", "reward": 1.0}] * 4, "scored.jsonl")
+    source = str(tmp_path / source) if isinstance(source, str) else source
+    with pytest.raises(ConfigError, match=message):
+        streamed(tmp_path / "run", source, model=tiny_causal(TOKENIZER), **settings)
