@@ -31,6 +31,7 @@ def test_judge_is_judges_one_at_a_time():
 def test_lists_and_plain_text_keep_their_kind():
     options = parse("train", ["--reward_weights", "[1, 0.5]", "--model", "1e4"])
     assert options == {"reward_weights": [1, 0.5], "model": "1e4"}
+    assert parse("score", ["--dataset", "*.jsonl"]) == {"dataset": "*.jsonl"}
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(name: str, text: str) -> Any:
-    if name in ("prompt", "model", "reference", "opponent", "output"):
+    if name in ("prompt", "model", "reference", "opponent", "output") or text.startswith("*"):  # an alias of nothing
         return text
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
