@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from bondlm.cli import main
 from cli.helpers import write_job
@@ -13,17 +15,20 @@ from cli.helpers import write_job
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a job and two runs of it, which no test may change."""
+    """A folder with a job and two runs of it, which no test may change; the second is the first, moved."""
     folder = tmp_path_factory.mktemp("merge")
-    config = write_job(folder, max_steps=2, save_steps=2)
+    config = write_job(folder, max_steps=1, save_steps=1)
     options = yaml.safe_load(config.read_text())
     heldout = options.pop("eval_dataset")
     config.write_text(yaml.safe_dump(options))
-    for seed in ("1", "2"):
-        run = folder / f"run{seed}"
-        assert main(["train", "--config", str(config), "--seed", seed, "--output_dir", str(run)]) == 0
-        with (run / "config.yaml").open("a") as file:
-            file.write(f"eval_dataset: {heldout}\n")  # as if it had been evaluated: that would take longer than the run
+    run = folder / "run1"
+    assert main(["train", "--config", str(config), "--output_dir", str(run)]) == 0
+    with (run / "config.yaml").open("a") as file:
+        file.write(f"eval_dataset: {heldout}\n")  # as if it had been evaluated: that would take longer than the run
+    path = shutil.copytree(run, folder / "run2") / "adapter_model.safetensors"
+    torch.manual_seed(0)
+    weights = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
     return folder
 
 

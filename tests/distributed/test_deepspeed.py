@@ -55,9 +55,10 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_two_processes_are_one(lora: bool, stage: int, baseline: Any, tmp_path: Path) -> None:
-    one = baseline(f"one-{lora}", 1, lora=lora, per_device_train_batch_size=4)
+    job: dict[str, Any] = {"lora": lora} | ({} if lora else {"average_weights": 0.5})
+    one = baseline(f"one-{lora}", 1, **job, per_device_train_batch_size=4)
     two = tmp_path / "two"
-    check(run_zero(two, stage, kind="causal", lora=lora, per_device_train_batch_size=2))
+    check(run_zero(two, stage, kind="causal", **job, per_device_train_batch_size=2))
     for file in ("policy.safetensors", "anchor.safetensors"):
         gap = residuals(one, two, file)
         assert float(gap.abs().max()) < 2e-6
@@ -92,7 +93,10 @@ def test_bf16_is_that_of_ddp(stage: int, baseline: Any, tmp_path: Path) -> None:
 
 
 BOND = {"objective": "bond", "n": 4, "num_anchor_samples": 3}
-KEPT: dict[int, dict[str, Any]] = {2: {"kind": "causal", "lora": True, **BOND}, 3: {"kind": "causal"}}
+KEPT: dict[int, dict[str, Any]] = {
+    2: {"kind": "causal", "lora": True, "average_weights": 0.5, **BOND},
+    3: {"kind": "causal", "average_weights": 0.5},
+}
 STATE = ("*.safetensors", "*.pt", "*.pth", "data.json")
 
 
