@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from bondlm.cli.console import make_console
+from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import ConfigError, RewardError
 
 TIES_WARNED, CUT_WARNED = 0.2, 0.5
@@ -70,6 +71,7 @@ def run(options: dict[str, Any]) -> int:
             f"{trainer.args.missing_eos})",
             soft_wrap=True,
         )
+    say_costs(console, trainer.rewards)
     console.print("check passed")
     return 0
 

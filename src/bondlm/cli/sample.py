@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
+from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import ConfigError
 
 CHUNK = 16  # prompts between two writes
@@ -134,6 +135,7 @@ def generate(
             if len(rows) > 1:
                 count(len(chunk))
             yield _as_rows(chunk, drawn, sampler.texts(drawn), scored, token_ids=token_ids)
+    say_costs(console, rewards)
 
 
 def _warn_of_constant(rewards_PM: Any, texts: Any, rows: Any, console: Console) -> None:
