@@ -34,13 +34,10 @@ def run(folder: Path, reward: Any, **settings: Any) -> BONDTrainer:
     return made
 
 
-@pytest.mark.parametrize("objective", ["jbond", "self_bond"])
-def test_the_order_of_a_scalar_trains_as_the_scalar(objective: str, tmp_path: Path) -> None:
-    how = {"objective": objective} | ({"anchor": "fixed"} if objective == "self_bond" else {})
-    one = run(tmp_path / "scalar", scalar, **how)
-    other = run(tmp_path / "order", RankReward(order), **how)
+def test_the_order_of_a_scalar_trains_as_the_scalar(tmp_path: Path) -> None:
+    one = run(tmp_path / "scalar", scalar)
+    other = run(tmp_path / "order", RankReward(order))
     assert same(weights(one.roles.model), weights(other.roles.model))
-    assert not same(weights(one.roles.model), weights(trainer(tmp_path / "new").roles.model))
     of_rewards = {name for row in logged(tmp_path / "order") for name in row if "reward" in name}
     kept = [
         [{k: v for k, v in row.items() if k not in of_rewards and "scalar" not in k} for row in without_times(rows)]
@@ -76,11 +73,10 @@ def test_rescaling_a_reward_changes_no_bit(tmp_path: Path) -> None:
 def test_the_first_of_lexicographic_rewards_decides(tmp_path: Path) -> None:
     how: dict[str, Any] = {"reward_aggregation": "lexicographic", "max_steps": 1}
     tolerant = how | {"reward_tolerances": [1.0, 0.0]}
-    alone = [run(tmp_path / reward.__name__, reward, max_steps=1) for reward in (scalar, length)]
+    alone = run(tmp_path / "alone", length, max_steps=1)
     both = [run(tmp_path / str(i), [scalar, length], **each) for i, each in enumerate((how, tolerant))]
-    first, second, one, other = [weights(made.roles.model) for made in (*alone, *both)]
-    assert same(first, one)
-    assert same(second, other)
+    second, first, other = [weights(made.roles.model) for made in (alone, *both)]
+    assert same(second, other)  # all are equal under the first
     assert not same(first, second)
 
 
