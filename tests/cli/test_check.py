@@ -17,6 +17,17 @@ def test_check_takes_a_dry_step_and_changes_nothing(tmp_path, capsys):
     assert main(["check", "--config", str(config), "--reward_funcs", f"{tmp_path}/reward.py:broken"]) == 4
 
 
+def test_check_sees_what_a_dry_step_does_not(tmp_path, capsys):
+    config = write_job(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=4)
+    assert main(["check", "--config", str(config), "--eval_dataset", "null"]) == 2
+    assert "eval_strategy='steps'" in capsys.readouterr().err
+    metric = ["--load_best_model_at_end", "true", "--metric_for_best_model"]
+    assert main(["check", "--config", str(config), *metric, "eval_other_reward"]) == 2
+    assert "metric_for_best_model='eval_other_reward'" in capsys.readouterr().err
+    assert main(["check", "--config", str(config), *metric, "reward", "--warmup_steps", "100"]) == 0
+    assert "warning: warmup_steps=100 of a run of 4 steps" in capsys.readouterr().out
+
+
 def test_check_says_what_n_buys_and_what_the_run_costs(tmp_path, capsys):
     config = write_job(tmp_path, max_steps=7, eval_num_samples=2, eval_num_reference_samples=3)
     assert main(["check", "--config", str(config)]) == 0

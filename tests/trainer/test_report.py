@@ -35,6 +35,30 @@ def test_evaluate_prints_the_table_and_report_writes_the_page(
     assert "One sample of the trained model" in capsys.readouterr().out
 
 
+def test_a_report_of_the_best_model_says_its_step(tmp_path: Path) -> None:
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "kl",
+        "max_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    made = trainer(
+        tmp_path,
+        eval_dataset=prompt_rows(12)[8:],
+        save_strategy="steps",
+        save_steps=1,
+        learning_rate=0.05,
+        max_steps=3,
+        **best,
+    )
+    made.train()
+    kls = [row["eval_kl"] for row in made.state.log_history if "eval_kl" in row]
+    assert made.evaluate()["eval_kl"] == pytest.approx(min(kls), rel=1e-4)
+    made.report()
+    assert json.loads((tmp_path / "eval.json").read_text())["steps"] == kls.index(min(kls)) + 1
+
+
 def test_a_report_needs_held_out_prompts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="eval_dataset"):
         trainer(tmp_path).report()

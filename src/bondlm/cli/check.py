@@ -25,7 +25,8 @@ def run(options: dict[str, Any]) -> int:
 
     require(options)
     from bondlm.data.held_out import main_set
-    from bondlm.evaluation.forecast import print_cost, print_frontier
+    from bondlm.evaluation.forecast import num_steps, print_cost, print_frontier
+    from bondlm.training.notices import warmup_warning
 
     console = make_console()
     wanted = Path(str(options.get("output_dir") or "runs/bond"))
@@ -38,6 +39,7 @@ def run(options: dict[str, Any]) -> int:
         with console.status("loading PyTorch, the model, data and rewards"):
             args = training_arguments(options | {"output_dir": scratch})  # as they are, not those of a dry step
             main_set(args, options.get("eval_dataset"))
+            _check_evaluations(args, options)
             trainer = build_trainer(options | dry | {"output_dir": scratch})
             load_judges(options, trainer)
         packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
@@ -59,6 +61,8 @@ def run(options: dict[str, Any]) -> int:
             console.print(f"  {name:32} {logs[name]:.4g}", highlight=False, soft_wrap=True)
     print_cost(console, trainer, args, logs["step_time"])
     _check_disk(wanted, size, console)
+    if (text := warmup_warning(args, num_steps(args, len(trainer.train_dataset)))) is not None:
+        console.print(f"warning: {text}", highlight=False, soft_wrap=True)
     if logs["bond/frac_tied"] > TIES_WARNED:
         console.print(
             f"warning: {logs['bond/frac_tied']:.0%} of the prompts have tied rewards; BOND learns from order",
@@ -74,6 +78,17 @@ def run(options: dict[str, Any]) -> int:
     say_costs(console, trainer.rewards)
     console.print("check passed")
     return 0
+
+
+def _check_evaluations(args: Any, options: dict[str, Any]) -> None:
+    """What the dry step, which makes no evaluation, does not see."""
+    from bondlm.config import require_metric_of
+    from bondlm.data.scored import check_inputs
+
+    held_out = options.get("eval_dataset")
+    has = {"has_prompts": False, "has_held_out": held_out is not None}
+    check_inputs(args, None, [], "", options.get("reward_funcs"), **has)
+    require_metric_of(held_out, args.metric_for_best_model)
 
 
 def _check_neighbours(trainer: Any) -> None:

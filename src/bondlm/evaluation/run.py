@@ -75,7 +75,7 @@ def _evaluate_set(
         others = {name: _baseline(trainer, rows, reference, *how) for name, how in BASELINES.items()}
     result = summarize(policy, reference, others)
     result |= {
-        "steps": trainer.state.global_step,
+        "steps": _steps_of_weights(trainer),
         **describe_ending(folder),
         "objective": describe_settings(args, trainer.objective),
         "rewards": [reward.name for reward in trainer.rewards],
@@ -93,6 +93,12 @@ def _evaluate_set(
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
     return result
+
+
+def _steps_of_weights(trainer: Any) -> int:
+    """Steps behind the policy as it is: at the end of a run the best checkpoint may have been loaded again."""
+    is_best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    return int(trainer.state.best_global_step if is_best else trainer.state.global_step)
 
 
 def _judged(
