@@ -27,7 +27,6 @@ from bondlm.data.paths import expanded, located
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
 from bondlm.data.sources import named_sets
-from bondlm.engines import Role
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
 from bondlm.errors import ConfigError, DataError, RewardError
@@ -54,8 +53,7 @@ from bondlm.models.sharding import (
 )
 from bondlm.objectives import Objective, with_reference_kl
 from bondlm.rewards import rewards_of_run
-from bondlm.rollout.samples import Samples, longest_prompt
-from bondlm.rollout.seeds import Seeds
+from bondlm.rollout.samples import longest_prompt
 from bondlm.runs.checkpoint import writing_to
 from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
@@ -71,20 +69,20 @@ from bondlm.training.processes import (
     World,
     count_prompts,
     ends_epoch,
-    gather_in_order,
     real_rows,
     waiting_for_others,
     work_digest,
 )
 from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.ranks import aggregation_of_run
-from bondlm.training.saving import PAGE_FILE, SavingTrainer
+from bondlm.training.sampling import SamplingTrainer
+from bondlm.training.saving import PAGE_FILE
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
 from bondlm.training.tables import TablesCallback
 
 
-class BONDTrainer(SavingTrainer):
+class BONDTrainer(SamplingTrainer):
     """Distil Best-of-N into a model (Sessa et al. 2024, arXiv 2407.14622).
 
     Args:
@@ -133,9 +131,12 @@ class BONDTrainer(SavingTrainer):
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         model = located(expanded(model)) if isinstance(model, str) else model
         name = model if isinstance(model, str) else model.config._name_or_path
-        require_metric_of(eval_dataset, args.metric_for_best_model)
+        require_metric_of(named_sets(eval_dataset), args.metric_for_best_model)
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         data = RunData(args, train_dataset, eval_dataset, model=name, reward_funcs=reward_funcs)
+        self._named = named(
+            model=name, reward_funcs=reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
         self.drops, self.main_eval = data.drops, data.main_eval
         self.objective: Objective = objective_of(args, num_logged=data.num_logged)
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
@@ -175,13 +176,6 @@ class BONDTrainer(SavingTrainer):
         self.world = World.of(args)
         self._place_roles()
         self.clock, self._means, self._smaller = Clock(), StepMeans(), SmallerBatches()
-        self._names = named(
-            model=name,
-            use_peft=self.roles.is_peft,
-            reward_funcs=reward_funcs,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-        )
         self.noise = NoiseScale(args, self.accelerator, self._means)
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
         self.engine = make_engine(
@@ -193,7 +187,6 @@ class BONDTrainer(SavingTrainer):
         )
         self._make_anchor_and_callbacks()
         self._make_step()
-        self._reference_samples: dict[str, Samples] = {}
 
     # -- stages of the constructor
 
@@ -325,39 +318,6 @@ class BONDTrainer(SavingTrainer):
         mean = (loss.loss_P * inputs["weight_P"]).sum() * self.args.world_size / num_items_in_batch
         return (mean, {"logp": logp_PL}) if return_outputs else mean
 
-    # -- samples and log-probabilities outside training
-
-    def sample(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        role: Role,
-        num_samples: int,
-        *,
-        temperature: float = 1.0,
-        reference: Samples | None = None,
-    ) -> Samples:
-        """Draw and score completions of encoded rows outside training; the prompts are shared among the processes.
-
-        Rewards that rank do so among the samples of `reference`, if given.
-        """
-        mine = self.world.mine(len(rows))
-        seeds = Seeds.of_evaluation(self.args.seed, temperature)
-        drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature)
-        return self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference)
-
-    def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:
-        """Decode and score completions of encoded rows."""
-        return self.step.score(rows, completions)
-
-    def log_probability(self, samples: Samples, role: Role) -> Tensor:
-        """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats."""
-        pairs = zip(samples.prompt_ids, samples.completions, strict=True)
-        return self.step.logprob(role, [(prompt, [c.ids for c in row]) for prompt, row in pairs])
-
-    def log_ratio(self, samples: Samples, role: Role = "reference") -> Tensor:
-        """Log pi(y) - log pi_role(y) (P, m) of the policy's samples `y`: its mean estimates KL(policy || role), k1."""
-        return self.log_probability(samples, "policy") - self.log_probability(samples, role)
-
     # -- evaluation, logs, saving
 
     def evaluate(
@@ -413,14 +373,6 @@ class BONDTrainer(SavingTrainer):
         evaluate_run(self, folder, wide_console())
         return write_report([folder]) if self.is_world_process_zero() else folder / PAGE_FILE
 
-    def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
-        """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves."""
-        rows, key = list(dataset), dataset._fingerprint
-        if key not in self._reference_samples:
-            self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
-        reference = self._reference_samples[key]
-        return self.sample(rows, "policy", self.args.eval_num_samples, reference=reference), reference
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of all recorded since the last log, the loss included: Trainer's own forgets at a resume."""
         if "loss" in logs:
@@ -442,7 +394,12 @@ class BONDTrainer(SavingTrainer):
             require_same_sharding(Path(checkpoint), self.args)
             self._anchor_callback.restore_from(Path(checkpoint))
         is_fresh = checkpoint is None and self.state.global_step == 0  # a second `train` goes on from the first
-        hold = held(folder, self.args, is_fresh=is_fresh, settings=self._names | self.args.given)
+        hold = held(
+            folder,
+            self.args,
+            is_fresh=is_fresh,
+            settings=self._named | {"use_peft": self.roles.is_peft} | self.args.given,
+        )
         with hold, writing_to(folder), waiting_for_others(self.world, wait_s=self.args.ddp_timeout):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.average.settle()

@@ -132,9 +132,10 @@ def test_which_end_of_a_measure_is_better_is_known(metric: str, greater: bool, t
 
 
 def test_the_best_models_metric_is_of_the_data_sets_that_are_there() -> None:
-    require_metric_of([], "eval_reward")
-    require_metric_of({"a": [], "b": []}, "eval_b_win_rate_low")
-    require_metric_of([], None)
-    for data_sets, metric in (([], "b_reward"), ({"a": []}, "reward"), ({"a": []}, "eval_b_reward")):
+    require_metric_of(None, "eval_reward")
+    require_metric_of(["a", "b"], "eval_b_win_rate_low")
+    require_metric_of(["a", "b"], "reward")  # of the one that leads
+    require_metric_of(None, None)
+    for names, metric in ((None, "b_reward"), (["a"], "eval_b_reward")):
         with pytest.raises(ConfigError, match="metric_for_best_model"):
-            require_metric_of(data_sets, metric)
+            require_metric_of(names, metric)

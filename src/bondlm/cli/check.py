@@ -61,7 +61,7 @@ def run(options: dict[str, Any]) -> int:
             console.print(f"  {name:32} {logs[name]:.4g}", highlight=False, soft_wrap=True)
     print_cost(console, trainer, args, logs["step_time"])
     _check_disk(wanted, size, console)
-    if (text := warmup_warning(args, num_steps(args, len(trainer.train_dataset)))) is not None:
+    if (text := warmup_warning(args, num_steps(args, trainer.train_dataset))) is not None:
         console.print(f"warning: {text}", highlight=False, soft_wrap=True)
     if logs["bond/frac_tied"] > TIES_WARNED:
         console.print(
@@ -84,11 +84,12 @@ def _check_evaluations(args: Any, options: dict[str, Any]) -> None:
     """What the dry step, which makes no evaluation, does not see."""
     from bondlm.config import require_metric_of
     from bondlm.data.scored import check_inputs
+    from bondlm.data.sources import named_sets
 
     held_out = options.get("eval_dataset")
     has = {"has_prompts": False, "has_held_out": held_out is not None}
     check_inputs(args, None, [], "", options.get("reward_funcs"), **has)
-    require_metric_of(held_out, args.metric_for_best_model)
+    require_metric_of(named_sets(held_out), args.metric_for_best_model)
 
 
 def _check_neighbours(trainer: Any) -> None:

@@ -1,6 +1,6 @@
 """What must hold of the settings of a run together; each problem is one sentence with the value seen."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from numbers import Real
 from typing import Any
@@ -40,16 +40,16 @@ def _measure(metric: Any) -> str | None:
     return names[max(found, key=len)] if found else None
 
 
-def require_metric_of(data_sets: Any, metric: str | None) -> None:
-    """See that `metric_for_best_model` is of one of the held-out data sets, where they have names.
+def require_metric_of(names: Iterable[str] | None, metric: str | None) -> None:
+    """See that an evaluation logs `metric_for_best_model`; `names` are those of the held-out data sets, if they have.
 
     Raises:
         ConfigError: it is of none, and would be missed after the first evaluation.
     """
-    if metric is None or data_sets is None:
+    if metric is None:
         return
     text, measure = metric.removeprefix("eval_"), str(_measure(metric))
-    starts = [f"{name}_" for name in data_sets] if isinstance(data_sets, dict) else [""]
+    starts = ["", *(f"{name}_" for name in names or ())]  # the set that leads is logged without its name, too
     if not any(text.startswith(start + measure) for start in starts):
         choices = ", ".join(f"eval_{start}{measure}" for start in starts)
         raise ConfigError(f"metric_for_best_model={metric!r}: an evaluation logs no such number, but {choices}")

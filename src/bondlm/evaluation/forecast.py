@@ -67,7 +67,7 @@ def tie_rate(rewards_PM: Tensor) -> float:
 
 def print_cost(console: Console, trainer: Any, args: Any, seconds: float) -> None:
     """Time of all steps of the run that `args` describe, if one takes `seconds`, and the memory that was needed."""
-    steps = args.max_steps if args.max_steps > 0 else num_steps(args, len(trainer.train_dataset))
+    steps = num_steps(args, trainer.train_dataset)
     peak = _peak_memory()
     console.print(
         f"A step takes about {_duration(seconds)} (the first is the slowest), {steps} steps about "
@@ -77,11 +77,11 @@ def print_cost(console: Console, trainer: Any, args: Any, seconds: float) -> Non
     )
 
 
-def num_steps(args: Any, num_prompts: int) -> int:
-    """Optimizer steps of a run over `num_prompts` prompts, as `transformers.Trainer` counts them."""
+def num_steps(args: Any, prompts: Any) -> int:
+    """Optimizer steps of a run over `prompts`, as `transformers.Trainer` counts them; a stream needs `max_steps`."""
     if args.max_steps > 0:
         return int(args.max_steps)
-    batches = math.ceil(num_prompts / (args.per_device_train_batch_size * args.world_size))
+    batches = math.ceil(len(prompts) / (args.per_device_train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
 

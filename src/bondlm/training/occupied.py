@@ -67,10 +67,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
-def named(*, use_peft: bool, **inputs: Any) -> dict[str, Any]:
+def named(**inputs: Any) -> dict[str, Any]:
     """Of a trainer's inputs those that a file of settings can name."""
-    by_name = {name: value for name, value in inputs.items() if value and _is_name(value)}
-    return by_name | {"use_peft": use_peft}
+    return {name: value for name, value in inputs.items() if _is_name(value) and value}
 
 
 def _is_name(value: Any) -> bool:
