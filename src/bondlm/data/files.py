@@ -85,7 +85,7 @@ def rows_of_files(source: Any) -> list[Line]:
     """
     files = files_of(source)
     if files is None:
-        raise DataError(f"{source}: no such file. {_KNOWN}")
+        raise DataError(f"{source}: no such file. {_KNOWN} recipes/prepare.py writes one of a hub data set.")
     in_json = suffix_of(files[0]) in JSON
     lines = list(json_rows(files) if in_json else (line for path in files for line in _table_rows(path)))
     name = ", ".join(files)
