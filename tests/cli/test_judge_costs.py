@@ -1,5 +1,6 @@
 """`bondlm train` with a judge: its cost is said before the run, and right after it; its key is in no file."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,19 @@ def test_a_judge_that_cannot_be_asked_ends_the_run_before_its_first_step(tmp_pat
         assert main(["train", "--config", str(config)]) == 4
     assert "`small` does not exist" in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_the_evaluation_that_ends_a_run_asks_judges_pair_by_pair(tmp_path: Path, capsys: Any) -> None:
+    with judging(by_scalar) as server:
+        config = write_job(tmp_path, judges=server.spec(), max_steps=1, eval_num_reference_samples=4)
+        assert main(["train", "--config", str(config)]) == 0
+        calls = len(server.requests)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Before the judge small" in shown
+    assert f"judge small: {calls} calls" in shown
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert result["pairwise"]["small"]["num_pairs"] == calls / 2
+    assert set(result["pairwise"]["small"]["win_rate"]) == {f"reference{n}" for n in ("", ", best of 2", ", best of 4")}
+    own = ["eval", "--model", str(tmp_path / "run"), "--reward_funcs", f"{tmp_path}/reward.py:letters"]
+    assert main(own) == 2  # a run folder alone sends no prompts to a server
+    assert "judge:" in capsys.readouterr().err

@@ -22,3 +22,13 @@ def test_fingerprints_see_what_matters(tmp_path):
     assert reward_fingerprint("org/model") == {"spec": "org/model"}
     assert rows_fingerprint([{"a": 1, "b": 2}]) == rows_fingerprint([{"b": 2, "a": 1}])
     assert rows_fingerprint([{"a": 1}]) != rows_fingerprint([{"a": 2}])
+
+
+def test_the_criterion_of_a_judge_and_the_file_of_a_ranking_are_seen(tmp_path):
+    for name, spec in (("criterion.txt", "judge:http://127.0.0.1/v1?model=m&prompt={}"), ("f.py", "rank:{}:f")):
+        spec = spec.format(tmp_path / name)
+        found = [reward_fingerprint(spec)]
+        for text in ("one", "two"):
+            (tmp_path / name).write_text(text)
+            found.append(reward_fingerprint(spec))
+        assert len({one.get("sha256") for one in found}) == 3

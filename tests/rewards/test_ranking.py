@@ -66,6 +66,8 @@ def test_it_is_asked_once_per_prompt_with_what_its_signature_accepts() -> None:
     assert scores.total.tolist() == [0.5] * 5
     with pytest.raises(ConfigError, match=r"'rank'.*topic"):
         ask(rank)
+    with pytest.raises(ConfigError, match=r"'r'.*groups"):
+        score([NamedReward("r", RankReward(ranking))], PROMPTS, TEXTS)
 
 
 NO_RANKINGS: dict[str, Any] = {

@@ -41,7 +41,8 @@ def reward_fingerprint(spec: Any) -> Any:
         return {"spec": text, "sha256": _hash_of(file)}
     if text.startswith("judge:"):
         prompt = dict(part.partition("=")[::2] for part in text.partition("?")[2].split("&")).get("prompt")
-        return {"spec": text} | ({"sha256": _hash_of(Path(unquote(prompt)))} if prompt else {})
+        criterion = None if prompt is None else Path(unquote(prompt)).expanduser()
+        return {"spec": text} | ({"sha256": _hash_of(criterion)} if criterion and criterion.is_file() else {})
     model = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
     return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
 
@@ -83,7 +84,7 @@ def data_digest(dataset: Any) -> dict[str, Any]:
 
 def _hash_of(file: Path) -> str:
     digest = hashlib.sha256()
-    _add_file(digest, file.expanduser())
+    _add_file(digest, file)
     return digest.hexdigest()
 
 

@@ -117,8 +117,10 @@ def _list(value: Any) -> str:
 
 
 def _weights(config: Mapping[str, Any]) -> str:
-    weights = config.get("reward_weights")
-    return f" (weights {', '.join(_plain(w) for w in weights)})" if isinstance(weights, list) else ""
+    weights, how = config.get("reward_weights"), config.get("reward_aggregation", "sum")
+    said = [f"weights {', '.join(_plain(w) for w in weights)}"] if isinstance(weights, list) else []
+    said += [f"combined by `{how}`"] if how != "sum" else []
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _held(config: Mapping[str, Any], objective: Mapping[str, Any]) -> str:

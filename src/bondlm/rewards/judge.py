@@ -27,6 +27,7 @@ from bondlm.rewards.texts import completion_text
 KEY_VARIABLE, OPENAI_HOST, OPENAI_VARIABLE = "BONDLM_JUDGE_KEY", "api.openai.com", "OPENAI_API_KEY"
 TRIES = 3  # of a question whose answer is no ranking, each with other ids and in another order
 MOST_BYTES = 1 << 20  # of an answer, its thoughts included
+_AGAIN = "the same command continues the run with as much again"
 CHARS_A_TOKEN = 4  # roughly, where a server does not count
 
 
@@ -280,10 +281,10 @@ class JudgeReward:
         """One more call, if the budget allows it."""
         used = self.usage
         if self._max_calls is not None and used.calls >= self._max_calls:
-            raise RewardOutageError(f"the judge {self.model!r} has had its {self._max_calls} calls (max_calls)")
+            raise RewardOutageError(f"judge {self.model!r} has had its {self._max_calls} calls (max_calls); {_AGAIN}")
         if self._max_tokens is not None and used.tokens >= self._max_tokens:
             raise RewardOutageError(
-                f"the judge {self.model!r} has used {used.tokens} tokens of its {self._max_tokens} (max_tokens)"
+                f"judge {self.model!r} has used {used.tokens} of its {self._max_tokens} tokens (max_tokens); {_AGAIN}"
             )
         used.calls += 1
 

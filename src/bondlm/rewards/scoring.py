@@ -91,7 +91,8 @@ def score(
         add: Whether ``total`` is wanted; without, a sum that is not finite is no fault, and there is 0.
 
     Raises:
-        ConfigError: No reward, two rewards of one name, or a reward that wants an argument that is not there.
+        ConfigError: No reward, two rewards of one name, one that ranks without ``groups``, or a reward that wants an
+            argument that is not there.
         DataError: Prompts, completions and columns differ in length, or a column is called like an argument.
         RewardError: A reward raised or did not return one finite real number a row.
         ResourceError: A reward ran out of memory.
@@ -100,6 +101,8 @@ def score(
     names = [reward.name for reward in rewards]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"rewards are called {names}: give at least one, each with a name of its own.")
+    if groups is None and (ranking := [reward.name for reward in rewards if reward.ranks]):
+        raise ConfigError(f"reward {ranking[0]!r} ranks the samples of a prompt: say in groups which belong together.")
     if not prompts:
         empty = torch.zeros(0, dtype=torch.float64)
         return Scores(empty, {name: empty.clone() for name in names})
