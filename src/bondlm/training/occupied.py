@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.folder import CONFIG_FILE, is_main_process, locked, write_whole
+from bondlm.runs.folder import CONFIG_FILE, locked, write_whole
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished
 from bondlm.runs.redact import redacted
 from bondlm.training.processes import World, decided_by_main
@@ -30,11 +30,15 @@ def held(folder: Path, args: Any, *, is_fresh: bool, settings: Mapping[str, Any]
         CheckpointError: the folder is in use, or holds a run.
         ConfigError: it cannot be written.
     """
-    with locked(folder):
+
+    def begin() -> None:
+        stack.enter_context(locked(folder))
         if is_fresh:
-            decided_by_main(lambda: _refuse_a_run(folder), World.of(args), wait_s=args.ddp_timeout)
-        if is_main_process():
-            _write_settings(folder / CONFIG_FILE, settings)
+            _refuse_a_run(folder)
+        _write_settings(folder / CONFIG_FILE, settings)
+
+    with ExitStack() as stack:
+        decided_by_main(begin, World.of(args), wait_s=args.ddp_timeout)
         yield
 
 
