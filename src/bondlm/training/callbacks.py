@@ -74,6 +74,8 @@ class AnchorCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load our part of the checkpoint, after Trainer has loaded the policy; see that there is room for more."""
+        # How often a run logs, saves and evaluates: a checkpoint brings the steps of the run that wrote it.
+        state.compute_steps(args, state.max_steps)
         # Trainer would remove the oldest checkpoint before the newest is sealed: we do it afterwards.
         self._keep, args.save_total_limit = args.save_total_limit or self._keep, None
         if (loader := kwargs.get("train_dataloader")) is not None:
@@ -261,7 +263,6 @@ class RunFolderCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what was logged beyond the step that the run starts from."""
-        state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the run that wrote it
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
