@@ -83,6 +83,7 @@ def test_a_recipe_runs_with_tiny_models(path: Path, tmp_path: Path) -> None:
     few = FEW | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_anchor_samples": None}
     few |= {
         "eval_strategy": "no",
+        "eval_steps": None,
         "kl_budget": None,
         "save_steps": 1,
         "eval_num_samples": 2,

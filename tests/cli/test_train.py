@@ -232,8 +232,9 @@ def test_other_settings_do_not_continue_a_run(tmp_path, capsys):
     assert main(["train", "--config", str(config), "--max_steps", "3"]) == 0
 
 
-def test_a_run_folder_in_use_is_refused(tmp_path, capsys):
-    config = write_job(tmp_path)
+def test_a_run_folder_in_use_is_refused(tmp_path):
+    command = [sys.executable, "-m", "bondlm", "train", "--config", str(write_job(tmp_path))]
     with locked(tmp_path / "run"):
-        assert main(["train", "--config", str(config)]) == 6
-    assert f"process {os.getpid()} on" in capsys.readouterr().err
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 6
+    assert f"process {os.getpid()} on" in done.stderr

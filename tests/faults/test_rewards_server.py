@@ -249,7 +249,7 @@ def test_m1_processes_wait_longer_for_each_other_than_one_may_for_its_server(
         "bondlm.config.bond_config.PartialState", lambda timeout, **others: limits.append(timeout.total_seconds())
     )
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)
-    made = config(tmp_path, **settings)
+    made = config(tmp_path, report_to=[], **settings)
     assert made.ddp_timeout == seconds
     assert limits == [seconds]
 

@@ -25,7 +25,7 @@ def test_evaluate_prints_the_table_and_report_writes_the_page(
     assert f"{logs['eval_reward']:.3f} ±" in out
     other = made.evaluate(prompt_rows(16)[12:], metric_key_prefix="eval_other")
     assert set(other) == {name.replace("eval_", "eval_other_", 1) for name in logs}
-    assert "held-out prompts (other)" in capsys.readouterr().out
+    assert "held-out prompts of other" in capsys.readouterr().out
     page = made.report()
     assert page == tmp_path / "report.html"
     result = json.loads((tmp_path / "eval.json").read_text())
@@ -39,7 +39,6 @@ def test_a_report_of_the_best_model_says_its_step(tmp_path: Path) -> None:
     best = {
         "load_best_model_at_end": True,
         "metric_for_best_model": "kl",
-        "max_steps": 3,
         "eval_strategy": "steps",
         "eval_steps": 1,
     }

@@ -49,15 +49,17 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / LOCK_FILE, blocking=False, is_singleton=True)
-        if lock.is_locked:  # by this process: the command whose run this is
-            yield
-            return
-        _take(lock, folder)
-        (folder / OWNER_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        is_ours = lock.is_locked  # the command whose run this is holds it
+        if not is_ours:
+            _take(lock, folder)
+            (folder / OWNER_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except FileExistsError as error:
         raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder") from error
     except OSError as error:
         raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}") from error
+    if is_ours:
+        yield
+        return
     try:
         yield
     finally:
