@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Sized
+from collections.abc import Iterator, Mapping, Sized
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,6 @@ def run(options: dict[str, Any]) -> int:
     require(options)
     from bondlm.data.held_out import main_set
     from bondlm.evaluation.forecast import num_steps, print_cost, print_frontier
-    from bondlm.training.notices import warmup_warning
 
     console = make_console()
     wanted = Path(str(options.get("output_dir") or "runs/bond"))
@@ -61,23 +60,25 @@ def run(options: dict[str, Any]) -> int:
             console.print(f"  {name:32} {logs[name]:.4g}", highlight=False, soft_wrap=True)
     print_cost(console, trainer, args, logs["step_time"])
     _check_disk(wanted, size, console)
-    if (text := warmup_warning(args, num_steps(args, trainer.train_dataset))) is not None:
+    for text in _warnings(args, logs, num_steps(args, trainer.train_dataset)):
         console.print(f"warning: {text}", highlight=False, soft_wrap=True)
-    if logs["bond/frac_tied"] > TIES_WARNED:
-        console.print(
-            f"warning: {logs['bond/frac_tied']:.0%} of the prompts have tied rewards; BOND learns from order",
-            soft_wrap=True,
-        )
-    if logs["completions/clipped_ratio"] > CUT_WARNED:
-        console.print(
-            f"warning: {logs['completions/clipped_ratio']:.0%} of the answers were cut: raise max_completion_length, "
-            "use a reward that wants them to end, or rank them last (missing_eos: worst; it is "
-            f"{trainer.args.missing_eos})",
-            soft_wrap=True,
-        )
     say_costs(console, trainer.rewards)
     console.print("check passed")
     return 0
+
+
+def _warnings(args: Any, logs: Mapping[str, float], steps: int) -> Iterator[str]:
+    from bondlm.training.notices import warmup_warning
+
+    if (text := warmup_warning(args, steps)) is not None:
+        yield text
+    if (tied := logs["bond/frac_tied"]) > TIES_WARNED:
+        yield f"{tied:.0%} of the prompts have tied rewards; BOND learns from order"
+    if (cut := logs["completions/clipped_ratio"]) > CUT_WARNED:
+        yield (
+            f"{cut:.0%} of the answers were cut: raise max_completion_length, use a reward that wants them to end, or "
+            f"rank them last (missing_eos: worst; it is {args.missing_eos})"
+        )
 
 
 def _check_evaluations(args: Any, options: dict[str, Any]) -> None:
