@@ -50,7 +50,6 @@ _JEFFREYS = [
 _SELF = SelfBOND(n=2, num_samples=4, log_quantile="best_of_n")
 _GRPO = GRPO(beta_rl=0.7, num_samples=3)
 _REWARD = [
-    ("-logp_PL * advantage", "logp_PL * advantage", "loss"),
     ("- baseline_PC", "+ baseline_PC", "baseline"),
     ("return signal_PC", "return -signal_PC", "reward"),
     ("- self.beta_rl * (", "+ self.beta_rl * (", "KL"),
@@ -97,17 +96,11 @@ MUTATIONS = [
     Mutation(Reinforce(beta_rl=0.7), "objectives.reinforce", "logp_PL.detach()", "logp_PL", "log-ratio not detached"),
     *(Mutation(RLOO(beta_rl=0.7, num_samples=3), "objectives.rloo", *m) for m in _REWARD),
     Mutation(RLOO(beta_rl=0.7), "objectives.rloo", "logp_PL.detach()", "logp_PL", "log-ratio not detached"),
-    Mutation(RLOO(beta_rl=0.7), "objectives.rloo", " - returns_PC) /", ") /", "baseline with the sample itself"),
-    Mutation(RLOO(beta_rl=0.7), "objectives.rloo", "(returns_PC.sum", "(-returns_PC.sum", "baseline's sum"),
-    Mutation(RLOO(beta_rl=0.7), "objectives.rloo", "advantage).mean(", "advantage).sum(", "sum over samples, not mean"),
     *(Mutation(_GRPO, "objectives.grpo", *m) for m in _REWARD),
     *(
         Mutation(_GRPO, "objectives.grpo", *m)
         for m in [
             ("logp_PL.detach()", "logp_PL", "log-ratio not detached"),
-            (" - returns_PC) /", ") /", "baseline with the sample itself"),
-            ("(returns_PC.sum", "(-returns_PC.sum", "baseline's sum"),
-            ("advantage).mean(", "advantage).sum(", "sum over samples, not mean"),
             ("rewards_PM.std(dim=1,", "rewards_PM.std(dim=1, correction=0,", "std with m in its denominator"),
             ("rewards_PM.std(dim=1, keepdim=True)", "rewards_PM.std()", "std of the batch, not of the prompt"),
             ("+ STD_FLOOR", "", "no floor under the std"),
@@ -118,7 +111,6 @@ MUTATIONS = [
     *(
         Mutation(VBON(n=3, num_anchor_samples=3), "objectives.vbon", *m)
         for m in [
-            ("loss = -logp_PL", "loss = logp_PL", "loss"),
             ("- baseline_PC", "+ baseline_PC", "baseline"),
             ("return signal_PC", "return -signal_PC", "signal"),
             ("- (logp_PC - anchor_logp_PC)", "+ (logp_PC - anchor_logp_PC)", "log-ratio"),
@@ -161,15 +153,11 @@ MUTATIONS = [
     *(
         Mutation(_SELF, "objectives.self_bond", *m)
         for m in [
-            ("-logp_PL * advantage", "logp_PL * advantage", "loss"),
             ("- baseline_PC", "+ baseline_PC", "baseline"),
             ("return signal_PC", "return -signal_PC", "signal"),
             ("- (logp_PC - anchor_logp_PC)", "+ (logp_PC - anchor_logp_PC)", "log-ratio"),
             ("(logp_PC - anchor_logp_PC)", "(logp_PC + anchor_logp_PC)", "reference's log p"),
             ("logp_PL.detach()", "logp_PL", "log-ratio not detached"),
-            (" - returns_PC) /", ") /", "baseline with the sample itself"),
-            ("(returns_PC.sum", "(-returns_PC.sum", "baseline's sum"),
-            ("advantage).mean(", "advantage).sum(", "sum over samples, not mean"),
             (" * others / self.num_samples", "", "signal without (K-1)/K"),
             ("[worse.long()", "[(others - at_most).long()", "better, not worse"),
             ("(at_most - worse).long()", "0 * worse.long()", "ties not seen"),
@@ -203,6 +191,16 @@ MUTATIONS = [
         "np.arange(1, num_samples))",
         "np.arange(2, num_samples + 1))",
         "harmonic numbers",
+    ),
+    *(
+        Mutation(RLOO(beta_rl=0.7, num_samples=3), "objectives.terms", *m)
+        for m in [
+            ("(-logp_PL *", "(logp_PL *", "loss"),
+            (" - returns_PC) /", ") /", "baseline with the sample itself"),
+            ("(returns_PC.sum", "(-returns_PC.sum", "baseline's sum"),
+            ("(returns_PC.shape[1] - 1)", "returns_PC.shape[1]", "baseline's count"),
+            ("advantage_PL).mean(", "advantage_PL).sum(", "sum over samples, not mean"),
+        ]
     ),
     Mutation(
         Reinforce(beta_rl=0.7),

@@ -19,11 +19,17 @@ order alone is left.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.rules import check, finite, one_of, whole
+from bondlm.objectives.terms import (
+    learn_from_all,
+    mean_of_prompts_others,
+    own_samples,
+    policy_gradient,
+    with_share_without_signal,
+)
 
 STD_FLOOR = 1e-4  # as everyone has it: rewards that differ by rounding alone must not be blown up to 1
 
@@ -50,7 +56,7 @@ class GRPO:
     @property
     def plan(self) -> SamplePlan:
         """Draw m samples of the policy, learn from all."""
-        return SamplePlan(policy=self.num_samples, anchor=0, learn=self.num_samples, compare=self.num_samples)
+        return own_samples(self.num_samples)
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
         """Learn from all samples; the signal of each is (m-1)/m A_i, which the baseline below makes A_i."""
@@ -58,8 +64,7 @@ class GRPO:
         advantage_PM = rewards_PM - rewards_PM.mean(dim=1, keepdim=True)
         if self.scale_rewards == "group":
             advantage_PM = advantage_PM / (rewards_PM.std(dim=1, keepdim=True) + STD_FLOOR)
-        signal_PM = advantage_PM * (self.num_samples - 1) / self.num_samples
-        return Selection(torch.arange(self.num_samples).expand(len(rewards_PM), -1), signal_PM)
+        return learn_from_all(advantage_PM * (self.num_samples - 1) / self.num_samples)
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
         """R = signal - beta_rl (log pi - log pi_anchor)."""
@@ -67,11 +72,9 @@ class GRPO:
 
     def baseline(self, returns_PC: Tensor) -> Tensor:
         """Mean return of the prompt's other samples; the others' signals sum to minus the sample's own."""
-        return (returns_PC.sum(dim=1, keepdim=True) - returns_PC) / (self.num_samples - 1)
+        return mean_of_prompts_others(returns_PC)
 
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """Mean over the prompt's samples of -log pi (R - baseline)."""
-        advantage = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
-        loss = (-logp_PL * advantage).mean(dim=1)
-        all_tied = (signal_PC == 0).all(dim=1).to(loss.dtype)
-        return Loss(loss, {"bond/advantage": advantage.mean(dim=1), "bond/frac_no_signal": all_tied})
+        advantage_PC = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
+        return with_share_without_signal(policy_gradient(logp_PL, advantage_PC), (signal_PC == 0).all(dim=1))

@@ -9,12 +9,11 @@ fixed anchor it is the usual RLHF; with an EMA anchor it is the ablation that pa
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.rules import check, finite
-from bondlm.objectives.terms import leave_one_out_mean
+from bondlm.objectives.terms import learn_from_all, leave_one_out_mean, policy_gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +30,7 @@ class Reinforce:
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
         """Learn from the policy's sample; its reward is the signal."""
-        return Selection(torch.zeros_like(rewards_PM, dtype=torch.long), rewards_PM)
+        return learn_from_all(rewards_PM)
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
         """R = r - beta_rl (log pi - log pi_anchor)."""
@@ -43,6 +42,4 @@ class Reinforce:
 
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """-log pi (R - baseline)."""
-        advantage = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
-        loss = -logp_PL * advantage
-        return Loss(loss.squeeze(1), {"bond/advantage": advantage.squeeze(1)})
+        return policy_gradient(logp_PL, self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC)

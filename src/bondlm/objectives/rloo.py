@@ -8,11 +8,11 @@ prompt's own baseline also removes what differs between prompts, such as their m
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.rules import check, finite, whole
+from bondlm.objectives.terms import learn_from_all, mean_of_prompts_others, own_samples, policy_gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +33,11 @@ class RLOO:
     @property
     def plan(self) -> SamplePlan:
         """Draw m samples of the policy, learn from all."""
-        return SamplePlan(policy=self.num_samples, anchor=0, learn=self.num_samples, compare=self.num_samples)
+        return own_samples(self.num_samples)
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
         """Learn from all samples; their rewards are the signal."""
-        return Selection(torch.arange(self.num_samples).expand(len(rewards_PM), -1), rewards_PM)
+        return learn_from_all(rewards_PM)
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
         """R = r - beta_rl (log pi - log pi_anchor)."""
@@ -45,10 +45,8 @@ class RLOO:
 
     def baseline(self, returns_PC: Tensor) -> Tensor:
         """Mean return of the prompt's other samples."""
-        return (returns_PC.sum(dim=1, keepdim=True) - returns_PC) / (self.num_samples - 1)
+        return mean_of_prompts_others(returns_PC)
 
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """Mean over the prompt's samples of -log pi (R - baseline)."""
-        advantage = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
-        loss = (-logp_PL * advantage).mean(dim=1)
-        return Loss(loss, {"bond/advantage": advantage.mean(dim=1)})
+        return policy_gradient(logp_PL, self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC)

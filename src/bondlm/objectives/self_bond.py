@@ -33,6 +33,13 @@ from bondlm.bestofn.quantiles import count_below
 from bondlm.errors import ConfigError
 from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.rules import check, one_of, whole
+from bondlm.objectives.terms import (
+    learn_from_all,
+    mean_of_prompts_others,
+    own_samples,
+    policy_gradient,
+    with_share_without_signal,
+)
 
 MAX_KL_RATIO = 2.0  # of what is paid for Best-of-n's win rate to Best-of-n's own KL: beyond it draw more samples
 
@@ -65,7 +72,7 @@ class SelfBOND:
     @property
     def plan(self) -> SamplePlan:
         """Draw K samples of the policy, learn from all."""
-        return SamplePlan(policy=self.num_samples, anchor=0, learn=self.num_samples, compare=self.num_samples)
+        return own_samples(self.num_samples)
 
     @property
     def strength(self) -> float:
@@ -76,8 +83,7 @@ class SelfBOND:
         """Learn from all samples; the signal of each is (K-1)/K times its entry in the table."""
         worse, at_most, others = count_below(rewards_PM, None)
         table_KK = torch.tensor(signal_table(self.n, self.num_samples, self.log_quantile), device=worse.device)
-        signal = table_KK[worse.long(), (at_most - worse).long()] * others / self.num_samples
-        return Selection(torch.arange(self.num_samples).expand(len(rewards_PM), -1), signal)
+        return learn_from_all(table_KK[worse.long(), (at_most - worse).long()] * others / self.num_samples)
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
         """R = signal - (log pi - log pi_ref)."""
@@ -85,11 +91,10 @@ class SelfBOND:
 
     def baseline(self, returns_PC: Tensor) -> Tensor:
         """Mean return of the prompt's other samples."""
-        return (returns_PC.sum(dim=1, keepdim=True) - returns_PC) / (self.num_samples - 1)
+        return mean_of_prompts_others(returns_PC)
 
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """Mean over the prompt's samples of -log pi (R - baseline)."""
-        advantage = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
-        loss = (-logp_PL * advantage).mean(dim=1)
-        all_tied = (signal_PC == signal_PC[:, :1]).all(dim=1).to(loss.dtype)
-        return Loss(loss, {"bond/advantage": advantage.mean(dim=1), "bond/frac_no_signal": all_tied})
+        advantage_PC = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
+        all_tied_P = (signal_PC == signal_PC[:, :1]).all(dim=1)
+        return with_share_without_signal(policy_gradient(logp_PL, advantage_PC), all_tied_P)

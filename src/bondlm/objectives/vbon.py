@@ -20,7 +20,7 @@ from torch import Tensor
 from bondlm.bestofn import quantile
 from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.rules import check, whole
-from bondlm.objectives.terms import leave_one_out_mean
+from bondlm.objectives.terms import learn_from_all, leave_one_out_mean, policy_gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class VBON:
         """Learn from the policy's sample; (n - 1) log F_ is the signal."""
         m = self.num_anchor_samples
         worse = m * quantile(rewards_PM[:, :1], rewards_PM[:, 1:], strict=True)
-        return Selection(torch.zeros_like(worse, dtype=torch.long), (self.n - 1) * torch.log((worse + 1) / (m + 1)))
+        return learn_from_all((self.n - 1) * torch.log((worse + 1) / (m + 1)))
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
         """R = (n - 1) log F_ - (log pi - log pi_anchor)."""
@@ -59,6 +59,5 @@ class VBON:
 
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """-log pi (R - baseline)."""
-        advantage = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
-        loss = -logp_PL * advantage
-        return Loss(loss.squeeze(1), {"bond/advantage": advantage.squeeze(1), "bond/signal": signal_PC.squeeze(1)})
+        loss = policy_gradient(logp_PL, self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC)
+        return loss._replace(metrics=loss.metrics | {"bond/signal": signal_PC.squeeze(1)})
