@@ -159,7 +159,7 @@ class Work:
         def roles() -> Any:
             return self.draw_roles(together=True)
 
-        on_cpu, module = DEVICE.type == "cpu", "bondlm.engines."
+        on_cpu, module = DEVICE.type == "cpu", "bondlm.engines.local."
         never_compact = (
             (module + "decoding.COMPACT_BELOW_IN_PLACE", -1.0) if on_cpu else (module + "cuda_graph.FEW_ROWS", 10**9)
         )
