@@ -291,7 +291,8 @@ def test_what_may_change_when_a_run_goes_on() -> None:
     assert groups == {
         "always": {
             *("logging_steps", "save_steps", "eval_steps", "eval_strategy", "save_total_limit", "output_dir"),
-            *("num_logged_samples", "max_rows", "eval_num_samples", "eval_num_reference_samples", "report_to"),
+            *("num_logged_samples", "max_rows", "per_device_eval_batch_size", "report_to"),
+            *("eval_num_samples", "eval_num_reference_samples"),
             *(
                 "target_n",
                 "kl_budget",

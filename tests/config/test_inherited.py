@@ -15,7 +15,6 @@ from bondlm.errors import ConfigError
 WITHOUT_EFFECT: dict[str, Any] = {
     "label_smoothing_factor": 0.1,
     "label_names": ["x"],
-    "per_device_eval_batch_size": 4,
     "eval_accumulation_steps": 2,
     "eval_do_concat_batches": False,
     "eval_use_gather_object": True,
@@ -48,8 +47,8 @@ WITHOUT_EFFECT: dict[str, Any] = {
 
 # Read by Trainer, accelerate, the loggers or bondlm in a run of `BONDTrainer`.
 WORKS = """
-    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
-    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    output_dir per_device_train_batch_size per_device_eval_batch_size num_train_epochs max_steps learning_rate
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
     activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
     torch_compile_backend torch_compile_mode torch_empty_cache_steps logging_strategy logging_steps logging_first_step
@@ -70,6 +69,11 @@ HARMLESS = {"do_train", "do_eval", "local_rank", "neftune_noise_alpha"}
 def test_what_does_nothing_is_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"^{name}="):
         config(tmp_path, **{name: WITHOUT_EFFECT[name]})
+
+
+def test_text_is_not_dispatched_as_tensors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="accelerator_config.*dispatch_batches"):
+        config(tmp_path, accelerator_config={"dispatch_batches": True})
 
 
 def test_every_inherited_setting_is_known_to_work_or_refused() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from tiny import prompt_rows
 from transformers import TrainerCallback
 
@@ -153,3 +153,27 @@ def test_names_of_eval_sets_are_checked_before_a_model_is_loaded(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path, "no such model", eval_dataset=sets, eval_strategy="steps", eval_steps=1, **settings)
+
+
+def test_prompts_drawn_together_do_not_change_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, sizes = [], []
+    for together in (None, 2):
+        made = trainer(tmp_path / str(together), per_device_eval_batch_size=together)
+        drawn = made.step.draw
+        monkeypatch.setattr(made.step, "draw", lambda rows, *more, d=drawn: sizes.append(len(rows)) or d(rows, *more))
+        metrics += without_times([made.evaluate(prompt_rows(5))])
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
+    assert sizes == [5, 5, 2, 2, 1, 2, 2, 1]  # of the reference, then of the policy
+    assert made.args.to_sanitized_dict()["eval_batch_size"] == 2  # a logger asks for it
+
+
+def test_splits_and_streams_are_eval_sets(tmp_path: Path) -> None:
+    splits = DatasetDict(train=PROMPTS_8, validation=PROMPTS_8.select([1]), test=PROMPTS_8.select([2, 3]))
+    streams = IterableDatasetDict({name: part.to_iterable_dataset() for name, part in splits.items()})
+    wanted = {name: part.to_list() for name, part in splits.items() if name != "train"}
+    for source in (splits, streams):
+        made = trainer(tmp_path, eval_dataset=source)
+        assert {name: part.select_columns("prompt").to_list() for name, part in made.eval_dataset.items()} == wanted  # type: ignore[union-attr]
+        assert made.main_eval == "validation"
+    once = made.evaluate(streams["test"])
+    assert without_times([once]) == without_times([made.evaluate(splits["test"])])

@@ -246,6 +246,12 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     eval_num_reference_samples: int = setting(
         16, "Reference completions per held-out prompt: they show N up to this.", at_least(2), may_change="always"
     )
+    per_device_eval_batch_size: int | None = setting(  # type: ignore[assignment]
+        None,
+        "Held-out prompts whose completions are drawn together on each process. Default: as many as fit into memory.",
+        at_least(1),
+        may_change="always",
+    )
     target_n: float | None = setting(
         None, "Stop training once the lower end of effective N reaches this value.", above(1), may_change="always"
     )
@@ -317,6 +323,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
         require_loggers(list(self.report_to or ()))
+        if self.accelerator_config.dispatch_batches:
+            raise ConfigError("accelerator_config: dispatch_batches=True sends tensors, and prompts are text; remove it")
         if (self.model_init_kwargs or {}).get("trust_remote_code"):
             raise ConfigError(f"model_init_kwargs={self.model_init_kwargs!r}: trust_remote_code {UNSAFE_CODE}")
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):
@@ -325,6 +333,11 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
                 "on the best sample. The KL coefficient that TRL calls beta is beta_rl, of rloo, grpo and reinforce",
                 *(self.beta, self.objective),
             )
+
+    @property
+    def eval_batch_size(self) -> int | None:  # type: ignore[override]
+        """`per_device_eval_batch_size`, by the name that loggers of transformers read."""
+        return self.per_device_eval_batch_size
 
     def shared_settings(self) -> dict[str, Any]:
         """What all processes of a run must have alike."""

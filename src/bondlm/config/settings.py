@@ -37,7 +37,7 @@ def _unless(why: str, *neutral: Any) -> Setting:
 
 
 _NO_LABELS = "completions have rewards and no labels; remove it"
-_NO_LOOP = "evaluate() draws and scores completions, as many together as fit into memory; max_rows is its only dial"
+_NO_LOOP = "evaluate() draws and scores completions: per_device_eval_batch_size and max_rows are its dials"
 _NO_LOSS = "evaluate() measures reward, win rate, effective N and KL, and has no other metrics; remove it"
 _PRECISION = "an evaluation computes in what the run computes in: use bf16 or fp16, or dtype"
 _BY_LENGTH = "prompts of similar length learn together anyway; remove it"
@@ -46,7 +46,6 @@ _BY_LENGTH = "prompts of similar length learn together anyway; remove it"
 _WITHOUT_EFFECT: dict[str, Setting] = {
     "label_smoothing_factor": _unless(_NO_LABELS, 0),
     "label_names": _unless(_NO_LABELS, None, []),
-    "per_device_eval_batch_size": _unless(_NO_LOOP, 8),
     "eval_accumulation_steps": _unless(_NO_LOOP, None),
     "eval_do_concat_batches": _unless(_NO_LOOP, True),
     "eval_use_gather_object": _unless(_NO_LOOP, False),

@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from bondlm.data.files import JSON, files_of, json_rows, read_table, suffix_of
 from bondlm.data.paths import expanded
 from bondlm.data.rows import Line, Row, RowCheck, check_columns, good_rows
-from bondlm.data.sources import open_source
+from bondlm.data.sources import open_source, read_whole
 from bondlm.data.table import to_dataset, with_text_contents
 from bondlm.errors import DataError, listed
 
@@ -31,7 +31,7 @@ def load_prompts(
     Args:
         source: A file (JSON lines, JSON, CSV, Parquet), a pattern or a list of files, a folder written by
             `Dataset.save_to_disk`, the name of a data set on the hub (`NAME:CONFIG:SPLIT`), a `datasets.Dataset` (or a
-            dictionary of splits), or a list of rows.
+            dictionary of splits), or a list of rows. Held-out prompts may also be an `IterableDataset`.
         held_out: Whether the prompts are for an evaluation: of several splits the one that is not `train`.
         skipped: A list that takes the reason of each bad row, which is then left out; None refuses bad rows.
         token_ids: Whether prompts may be lists of token ids.
@@ -45,6 +45,7 @@ def load_prompts(
             `path: row i` or `row i`, counted from 0), mixes standard and conversational prompts, or has a reserved
             column or none that is called `prompt`.
     """
+    source = read_whole(source) if held_out else source
     files = files_of(source)
     if files is not None and suffix_of(files[0]) not in JSON:
         return _load_tables(files, skipped, token_ids)

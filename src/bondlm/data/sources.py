@@ -6,6 +6,7 @@ A name is `NAME`, `NAME:CONFIG`, `NAME:CONFIG:SPLIT` or, without a config, `NAME
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,42 @@ from bondlm.errors import DataError
 # A hub name: `name` or `owner/name`. Everything else that is text is a path.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
+MOST_STREAMED = 10_000  # held-out prompts of a stream: it may have no end
+
 _log = logging.getLogger(__name__)
 
 
 def named_sets(source: Any) -> dict[str, Any] | None:
     """The held-out data sets of a dictionary, by name; None if the source is one data set.
 
-    A `DatasetDict` is one data set with its splits.
+    Of a `DatasetDict` these are the splits that are not for training, unless it is one alone.
     """
-    is_one = isinstance(source, DatasetDict | IterableDatasetDict) or not isinstance(source, Mapping)
-    return None if is_one else {str(name): part for name, part in source.items()}
+    if not isinstance(source, Mapping):
+        return None
+    sets = {str(name): part for name, part in source.items()}
+    if isinstance(source, DatasetDict | IterableDatasetDict):
+        sets = {name: sets[name] for name in _held_out(sets)}
+        return sets if len(sets) > 1 else None
+    return sets
+
+
+def read_whole(source: Any) -> Any:
+    """The rows of a stream of held-out prompts, which are answered several times; another source as it is.
+
+    Raises:
+        DataError: it does not end, or has no split that is meant.
+    """
+    if isinstance(source, IterableDatasetDict):
+        source = source[choose_split(source, "the data set", held_out=True)]
+    if not isinstance(source, IterableDataset):
+        return source
+    rows = list(islice(source.with_format(None), MOST_STREAMED + 1))
+    if len(rows) > MOST_STREAMED:
+        raise DataError(
+            f"the held-out prompts are a stream (IterableDataset) of more than {MOST_STREAMED} rows, and an evaluation "
+            "answers each of them several times: give it some, such as dataset.take(500)"
+        )
+    return rows
 
 
 def open_source(source: Any, *, held_out: bool) -> Dataset:
@@ -58,7 +85,7 @@ def choose_split(splits: Iterable[str], name: str, *, held_out: bool) -> str:
         DataError: there is none, or more than one.
     """
     names = [str(split) for split in splits]
-    found = [split for split in names if not split.startswith("train")] if held_out else names
+    found = _held_out(names) if held_out else names
     if not held_out and "train" in names:
         return "train"
     if held_out and len(found) == 1:
@@ -68,6 +95,10 @@ def choose_split(splits: Iterable[str], name: str, *, held_out: bool) -> str:
         f"{name}: {'several splits, or none, hold prompts that are not for training' if held_out else 'no split train'}"
         f" (it has {', '.join(names)}). Name one: NAME:CONFIG:SPLIT or NAME::SPLIT, in Python dataset['SPLIT']"
     )
+
+
+def _held_out(splits: Iterable[str]) -> list[str]:
+    return [split for split in splits if not split.startswith("train")]
 
 
 def open_name(source: str, *, held_out: bool, streaming: bool = False) -> Any:

@@ -111,8 +111,8 @@ def load_rewards(
     spec_list: list[Any] = list(specs) if isinstance(specs, (list, tuple)) else [specs]
     if not spec_list:
         raise ConfigError("no reward: give at least one function or model.")
-    weight_list = _one_each("weights", weights, len(spec_list), default=1.0)
-    tokenizers = _one_each("processing_classes", processing_classes, len(spec_list), default=None)
+    weight_list = _one_each("reward_weights", weights, len(spec_list), default=1.0)
+    tokenizers = _one_each("reward_processing_classes", processing_classes, len(spec_list), default=None)
     rewards: list[NamedReward] = []
     for spec, weight, tokenizer in zip(spec_list, weight_list, tokenizers, strict=True):
         if isinstance(spec, str) and spec.startswith("judge:"):
@@ -194,7 +194,7 @@ def _load_one(
     if isinstance(spec, nn.Module):
         if tokenizer is None:
             raise ConfigError(
-                f"the reward {type(spec).__name__} is a module: give its tokenizer in processing_classes."
+                f"the reward {type(spec).__name__} is a module: give its tokenizer in reward_processing_classes."
             )
         path = getattr(getattr(spec, "config", None), "name_or_path", "") or type(spec).__name__
         return _last_part(path), SequenceClassifierReward(spec.to(device), tokenizer)

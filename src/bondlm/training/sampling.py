@@ -1,5 +1,6 @@
 """Samples and log-probabilities of a trainer's models outside of its steps."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor
 
-from bondlm.engines import Role
+from bondlm.engines import Completion, Role
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.training.processes import World, gather_in_order
@@ -33,11 +34,17 @@ class SamplingTrainer(SavingTrainer):
     ) -> Samples:
         """Draw and score completions of encoded rows outside training; the prompts are shared among the processes.
 
+        Each process draws for `per_device_eval_batch_size` prompts together.
         Rewards that rank do so among the samples of `reference`, if given.
         """
         mine = self.world.mine(len(rows))
         seeds = Seeds.of_evaluation(self.args.seed, temperature)
-        drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature)
+        most = math.ceil(len(rows) / self.world.size)  # of a process: all make the same number of calls
+        together = self.args.per_device_eval_batch_size or max(1, most)
+        drawn: list[list[Completion]] = []
+        for start in range(0, most, together):
+            part = mine[start : start + together]
+            drawn += self.step.draw([rows[i] for i in part], {role: num_samples}, seeds, part, temperature)
         return self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference)
 
     def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:
