@@ -72,7 +72,7 @@ def test_what_does_nothing_is_refused_by_name(name: str, tmp_path: Path) -> None
 
 
 def test_text_is_not_dispatched_as_tensors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="accelerator_config.*dispatch_batches"):
+    with pytest.raises(ConfigError, match=r"accelerator_config.*dispatch_batches"):
         config(tmp_path, accelerator_config={"dispatch_batches": True})
 
 

@@ -324,7 +324,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         super().__post_init__()  # type: ignore[no-untyped-call]
         require_loggers(list(self.report_to or ()))
         if self.accelerator_config.dispatch_batches:
-            raise ConfigError("accelerator_config: dispatch_batches=True sends tensors, and prompts are text; remove it")
+            raise ConfigError("accelerator_config: dispatch_batches sends tensors, and prompts are text; remove it")
         if (self.model_init_kwargs or {}).get("trust_remote_code"):
             raise ConfigError(f"model_init_kwargs={self.model_init_kwargs!r}: trust_remote_code {UNSAFE_CODE}")
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):
