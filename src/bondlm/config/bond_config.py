@@ -323,7 +323,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
         require_loggers(list(self.report_to or ()))
-        if self.accelerator_config.dispatch_batches:
+        if getattr(self.accelerator_config, "dispatch_batches", False):
             raise ConfigError("accelerator_config: dispatch_batches sends tensors, and prompts are text; remove it")
         if (self.model_init_kwargs or {}).get("trust_remote_code"):
             raise ConfigError(f"model_init_kwargs={self.model_init_kwargs!r}: trust_remote_code {UNSAFE_CODE}")
