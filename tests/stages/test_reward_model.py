@@ -31,7 +31,7 @@ def test_a_reward_model_learns_the_preference_and_loads_as_a_reward(
 
 def test_the_margin_in_training_is_the_difference_of_the_rewards_later(tmp_path: Path) -> None:
     from bondlm.rewards.classifier import SequenceClassifierReward
-    from bondlm.stages.reward_model import Pairs, held_out_accuracy, load_base, margins
+    from bondlm.stages.reward_model import Pairs, accuracy_of, load_base, margins, margins_of
 
     model, tokenizer = load_base(save(tmp_path / "model", "causal"))
     rows, pairs = preferences(5), Pairs(model, tokenizer)
@@ -44,4 +44,4 @@ def test_the_margin_in_training_is_the_difference_of_the_rewards_later(tmp_path:
     better, worse = (reward(prompts, [row[name] for row in rows]) for name in ("chosen", "rejected"))
     assert together.tolist() == pytest.approx([a - b for a, b in zip(better, worse, strict=True)], abs=1e-5)
     wins = sum(a > b for a, b in zip(better, worse, strict=True)) / 5
-    assert held_out_accuracy(model, pairs, rows, batch_size=2).accuracy.value == pytest.approx(wins)
+    assert accuracy_of(margins_of(model, pairs, rows, batch_size=2), rows).accuracy.value == pytest.approx(wins)

@@ -82,6 +82,12 @@ REWARD_MODEL = (
         "eval_dataset": "Pairs of other prompts, for the accuracy. Default: every tenth prompt is held out.",
         "max_length": "Most tokens of prompt and answer. Default: what the model takes.",
         "output_dir": "Folder for the reward model. Default: runs/reward-model.",
+        "members": "Train this many from one start and average their weights (WARM). Default: 1.",
+        "member_learning_rates": "In turn. Default: learning_rate and half of it.",
+        "member_dropouts": "In turn. Default: 0.05, 0.1 and 0.",
+        "member_starts": "Checkpoints of a fine-tuning run, in turn. Default: the model.",
+        "flip_labels": "Exchange chosen and rejected in this share of the training pairs, to see what wrong labels "
+        "do. Default: 0.",
         "prompt_format": "What plain text is to the model: 'auto' (messages, if it has a chat template), 'chat' or "
         "'plain' (prompt and answer joined).",
     }

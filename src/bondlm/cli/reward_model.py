@@ -1,6 +1,12 @@
-"""`bondlm reward-model`: a reward model from preference pairs, with its held-out accuracy."""
+"""`bondlm reward-model`: a reward model from preference pairs, or the mean of several, with its held-out accuracy."""
 
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from bondlm.cli.console import make_console
 from bondlm.cli.options import REWARD_MODEL
@@ -8,81 +14,170 @@ from bondlm.cli.train import lora_config
 from bondlm.errors import ConfigError, DataError
 from bondlm.runs.folder import locked
 
+Rows = list[dict[str, Any]]
+
 
 def run(options: dict[str, Any]) -> int:
     """Read and check the pairs, train, save a classifier folder for `reward_funcs`, say how often it is right."""
-    from bondlm.cli.training import fit, fresh_folder, quiet, silence, training_arguments, write_facts
+    from bondlm.cli.training import fresh_folder, quiet, write_facts
 
-    train_rows, eval_rows = _rows(options)
+    train_rows, eval_rows, flipped = _rows(options)
     folder, console = fresh_folder(options, "runs/reward-model"), make_console()
     with locked(folder):
         with console.status("loading PyTorch and the model"):
             from bondlm.rewards.classifier import FACTS_FILE
-            from bondlm.stages.reward_model import held_out_accuracy, preference_trainer
+            from bondlm.stages.reward_model import load_base
+            from bondlm.stages.warm import members_of
 
             quiet()
-            rate = 2e-4 if options.get("use_peft") else 5e-5
-            trainer, pairs = preference_trainer(
-                str(options["model"]),
-                train_rows,
-                training_arguments(options, folder, REWARD_MODEL, rate),
-                peft_config=lora_config(options),
-                max_length=options.get("max_length"),
-                prompt_format=options.get("prompt_format", "auto"),
-            )
-        silence(trainer)
-        seconds = fit(trainer, console)
-        model: Any = trainer.model
-        result = held_out_accuracy(model, pairs, eval_rows)
-        if options.get("use_peft"):
-            trainer.model = model.merge_and_unload()  # a reward is loaded as one model
-        trainer.save_model(str(folder))
-        accuracy = result.accuracy
-        write_facts(
-            folder,
-            FACTS_FILE,
-            {
-                "model": str(options["model"]),
-                "train_pairs": len(train_rows),
-                "prompt_format": pairs.prompt_format,
-                "steps": trainer.state.global_step,
-                "seconds": seconds,
-                "accuracy": {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high},
-                "margin": result.margin,
-                "held_out_pairs": result.pairs,
-                "held_out_prompts": result.prompts,
-            },
-        )
-        console.print(
-            f"held-out accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] on {result.pairs} pairs "
-            f"of {result.prompts} prompts",
-            highlight=False,
-        )
+            members = members_of(options, 2e-4 if options.get("use_peft") else 5e-5)
+            base, tokenizer = load_base(str(options["model"]), seed=members[0].seed)
+        if flipped:
+            console.print(f"flip_labels: {flipped} of {len(train_rows)} training pairs are the wrong way round")
+        job = _Job(options, folder, console, train_rows, eval_rows, base, tokenizer)
+        facts = job.one(members[0]) if len(members) == 1 else job.mean_of(members)
+        known = {"model": str(options["model"]), "train_pairs": len(train_rows), "flipped_pairs": flipped}
+        write_facts(folder, FACTS_FILE, known | facts)
         console.print(f"reward model: {folder} (use it as reward_funcs: {folder})", soft_wrap=True)
     return 0
 
 
-def _rows(options: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out pairs.
+@dataclass
+class _Job:
+    """The parts of the command, in its order."""
+
+    options: Mapping[str, Any]
+    folder: Path
+    console: Console
+    train_rows: Rows
+    eval_rows: Rows
+    base: Any  # of one reward model: what is trained; of several: what they share their head with
+    tokenizer: Any
+
+    def one(self, member: Any) -> dict[str, Any]:
+        """Train and save one reward model; the facts about it."""
+        trainer, margin_B, facts = self._fit(self.base, member, self.folder)
+        trainer.save_model(str(self.folder))
+        return facts | self._measured(margin_B, "held-out accuracy")
+
+    def mean_of(self, members: list[Any]) -> dict[str, Any]:
+        """Train several and save the mean of their weights; the facts about each, about it, and their mean score."""
+        from torch import stack
+        from torch.optim.swa_utils import AveragedModel
+
+        from bondlm.stages.reward_model import margins_of
+        from bondlm.stages.warm import load_member, probe_head
+
+        device, pairs = self._arguments(members[0], self.folder).device, self._pairs()
+        with self.console.status("fitting the head that the members share"):
+            probe_head(self.base.to(device), pairs, self.train_rows)
+        mean, margins, found = AveragedModel(self.base.cpu()), [], []
+        for number, member in enumerate(members, 1):
+            self._say(f"member {number} of {len(members)}: " + ", ".join(f"{k} {v}" for k, v in asdict(member).items()))
+            model = load_member(member, self.base, self.tokenizer, seed=members[0].seed)
+            trainer, margin_B, facts = self._fit(model, member, self.folder / f"member-{number}")
+            mean.update_parameters(trainer.model.cpu())
+            margins.append(margin_B)
+            found.append(asdict(member) | facts | self._measured(margin_B, f"member {number}: held-out accuracy"))
+        trainer.model = mean.module.to(device)
+        trainer.save_model(str(self.folder))
+        ensemble = self._measured(stack(margins).mean(dim=0), "mean of the scores: held-out accuracy")
+        margin_B = margins_of(trainer.model, pairs, self.eval_rows)
+        facts = self._measured(margin_B, "mean of the weights: held-out accuracy")
+        self._warn_if_apart(facts, found)
+        took = {name: sum(member[name] for member in found) for name in ("steps", "seconds")}
+        return {"prompt_format": pairs.prompt_format} | took | facts | {"ensemble": ensemble, "members": found}
+
+    def _pairs(self) -> Any:
+        from bondlm.stages.reward_model import Pairs
+
+        return Pairs(self.base, self.tokenizer, **self._encoding())
+
+    def _encoding(self) -> dict[str, Any]:
+        return {
+            "max_length": self.options.get("max_length"),
+            "prompt_format": self.options.get("prompt_format", "auto"),
+        }
+
+    def _arguments(self, member: Any, folder: Path) -> Any:
+        from bondlm.cli.training import training_arguments
+
+        own = {"seed": member.seed, "learning_rate": member.learning_rate}
+        return training_arguments({**self.options, **own}, folder, REWARD_MODEL, member.learning_rate)
+
+    def _fit(self, model: Any, member: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+        """Train; the trainer with one whole model, the margins of the held-out pairs, and what it took."""
+        from bondlm.cli.training import fit, silence
+        from bondlm.stages.reward_model import margins_of, preference_trainer
+
+        trainer, pairs = preference_trainer(
+            model,
+            self.tokenizer,
+            self.train_rows,
+            self._arguments(member, folder),
+            peft_config=lora_config(self.options),
+            **self._encoding(),
+        )
+        silence(trainer)
+        seconds = fit(trainer, self.console)
+        trained: Any = trainer.model
+        margin_B = margins_of(trained, pairs, self.eval_rows)
+        if self.options.get("use_peft"):
+            trainer.model = trained.merge_and_unload()  # a reward is loaded as one model
+        with suppress(OSError):  # a member's folder holds checkpoints, if these were asked for
+            folder.rmdir()
+        facts = {"prompt_format": pairs.prompt_format, "steps": trainer.state.global_step, "seconds": seconds}
+        return trainer, margin_B, facts
+
+    def _measured(self, margin_B: Any, what: str) -> dict[str, Any]:
+        """The accuracy that these margins mean, which is printed, too."""
+        from bondlm.stages.reward_model import accuracy_of
+
+        found = accuracy_of(margin_B, self.eval_rows)
+        value, low, high = found.accuracy.value, found.accuracy.low, found.accuracy.high
+        self._say(f"{what} {value:.3f} [{low:.3f}, {high:.3f}] on {found.pairs} pairs of {found.prompts} prompts")
+        return {
+            "accuracy": {"value": value, "low": low, "high": high},
+            "margin": found.margin,
+            "held_out_pairs": found.pairs,
+            "held_out_prompts": found.prompts,
+        }
+
+    def _warn_if_apart(self, mean: Mapping[str, Any], members: list[dict[str, Any]]) -> None:
+        worst = min(member["accuracy"]["value"] for member in members)
+        if mean["accuracy"]["high"] < worst:
+            self._say(
+                f"warning: the mean of the weights is worse than its worst member ({worst:.3f}): they have moved too "
+                "far apart to be averaged. Lower learning_rate, or train fewer steps"
+            )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _rows(options: dict[str, Any]) -> tuple[Rows, Rows, int]:
+    """Training and held-out pairs, and how many of the former were flipped.
 
     Raises:
-        ConfigError: a required option is missing.
+        ConfigError: a required option is missing, or `flip_labels` cannot be.
         DataError: pairs that cannot be used, or prompts that are in both parts.
     """
     from bondlm.data.prompts import overlap
-    from bondlm.stages.rows import hold_out, read_preferences
+    from bondlm.stages.rows import flip_labels, hold_out, read_preferences
 
     for name in ("model", "train_dataset"):
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
     train_rows = read_preferences(options["train_dataset"])
-    if not options.get("eval_dataset"):
-        return hold_out(train_rows)
-    eval_rows = read_preferences(options["eval_dataset"])
-    common = overlap(train_rows, eval_rows)
-    if common:
-        raise DataError(
-            f"{options['eval_dataset']}: {common} of {len(eval_rows)} rows have a prompt that is also in "
-            f"{options['train_dataset']}: an accuracy on these says little. Split by prompt, or leave eval_dataset out"
-        )
-    return train_rows, eval_rows
+    if options.get("eval_dataset"):
+        eval_rows = read_preferences(options["eval_dataset"])
+        if common := overlap(train_rows, eval_rows):
+            raise DataError(
+                f"{options['eval_dataset']}: {common} of {len(eval_rows)} rows have a prompt that is also in "
+                f"{options['train_dataset']}: an accuracy on these says little. Split by prompt, or leave eval_dataset "
+                "out"
+            )
+    else:
+        train_rows, eval_rows = hold_out(train_rows)
+    train_rows, flipped = flip_labels(train_rows, options.get("flip_labels", 0), int(options.get("seed", 42)))
+    return train_rows, eval_rows, flipped

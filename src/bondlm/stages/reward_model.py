@@ -7,6 +7,7 @@ Shapes: B pairs, T tokens (padded).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from bondlm.bestofn import Estimate, bootstrap_mean
+from bondlm.data.paths import refuse_absent_folder
 from bondlm.errors import ConfigError
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
@@ -31,6 +33,9 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
     Raises:
         ConfigError: the model cannot be loaded.
     """
+    refuse_absent_folder(name, "model")
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ConfigError(f"{name!r} is an adapter: merge it into its base first, or give the base")
     torch.manual_seed(seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -120,8 +125,8 @@ class Accuracy:
 
 
 @torch.no_grad()
-def held_out_accuracy(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> Accuracy:
-    """Share of pairs whose chosen answer scores higher: the mean over prompts of each prompt's share."""
+def margins_of(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> Tensor:
+    """r(chosen) - r(rejected) of every row (B,), without dropout; float64 on the CPU."""
     model.eval()
     encoded = pairs.encode(rows)
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["chosen"]) + len(encoded[i]["rejected"]))
@@ -130,6 +135,11 @@ def held_out_accuracy(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]
         chunk = order[start : start + batch_size]
         inputs = {name: t.to(model.device) for name, t in pairs.collate([encoded[i] for i in chunk]).items()}
         margin_B[chunk] = margins(model, inputs).double().cpu()
+    return margin_B
+
+
+def accuracy_of(margin_B: Tensor, rows: Sequence[Mapping[str, Any]]) -> Accuracy:
+    """Share of pairs whose chosen answer scores higher: the mean over prompts of each prompt's share."""
     wins_B = (margin_B > 0).double() + 0.5 * (margin_B == 0).double()
     by_prompt: dict[str, list[float]] = {}
     for row, win in zip(rows, wins_B.tolist(), strict=True):
@@ -141,7 +151,8 @@ def held_out_accuracy(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]
 
 
 def preference_trainer(
-    name: str,
+    model: Any,
+    tokenizer: Any,
     train_rows: Sequence[Mapping[str, Any]],
     args: TrainingArguments,
     *,
@@ -155,7 +166,6 @@ def preference_trainer(
         ConfigError: the model cannot be used.
         RewardError: a row is longer than the model takes.
     """
-    model, tokenizer = load_base(name, seed=args.seed)
     pairs = Pairs(model, tokenizer, max_length, prompt_format)
     train = pairs.encode(train_rows)
     if peft_config is not None:

@@ -3,13 +3,14 @@
 Read from files and checked as a whole before any model is loaded; every bad row is named as `path:line`.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bondlm.data.columns import TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.files import rows_of_files
 from bondlm.data.rows import with_text
-from bondlm.errors import DataError, listed
+from bondlm.errors import ConfigError, DataError, listed
 
 Row = dict[str, Any]
 
@@ -93,3 +94,21 @@ def hold_out(rows: Sequence[Row], every: int = 10) -> tuple[list[Row], list[Row]
     for row in rows:
         (held if number[repr(row["prompt"])] % every == every - 1 else kept).append(row)
     return kept, held
+
+
+def flip_labels(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], int]:
+    """The rows with `chosen` and `rejected` exchanged in this share of them, drawn by the seed, and how many these are.
+
+    Raises:
+        ConfigError: a share outside [0, 0.5), or one that flips none of so few rows.
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 0.5:
+        raise ConfigError(f"flip_labels={share!r}: must be at least 0 and below 0.5, a share of the training pairs")
+    count = round(share * len(rows))
+    if share and not count:
+        raise ConfigError(f"flip_labels={share} flips none of {len(rows)} training pairs: raise it, or leave it out")
+    flipped = set(random.Random(seed).sample(range(len(rows)), count))  # noqa: S311 (no secret)
+    return [
+        dict(row) | ({"chosen": row["rejected"], "rejected": row["chosen"]} if i in flipped else {})
+        for i, row in enumerate(rows)
+    ], count
