@@ -1,4 +1,4 @@
-"""The command line: `bondlm train | sample | score | check | eval | sft | reward-model | merge | report`.
+"""The command line: `bondlm train | sample | score | check | eval | sft | prefer | reward-model | merge | report`.
 
 Nothing heavy is imported until a command runs, so that `--help` answers at once. This is the one place that turns an
 error into an exit code.

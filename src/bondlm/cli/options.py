@@ -162,6 +162,16 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", TRAIN),
     "sft": ("Fine-tune on answers, the stage before BOND.", SFT),
     "reward-model": ("Train a reward model from preference pairs (Bradley-Terry).", REWARD_MODEL),
+    "prefer": (
+        "Pick the better of two answers on a local page: bondlm prefer RUN, or a file that `score` has written.",
+        {
+            "runs": "A run folder (its samples.jsonl) or a file of samples, as a plain word behind `prefer`.",
+            "output": "The file that choices are added to. Default: preferences.jsonl beside the samples.",
+            "pairs_per_prompt": "Most pairs of a prompt. Default: 1.",
+            "seed": "Which answers meet, on which side, and the order of prompts. Default: 42.",
+            "port": "Of the page, on this machine alone. Default: any free one.",
+        },
+    ),
     "merge": ("Merge runs from one model into one: bondlm merge RUN RUN [RUN ...] --output_dir OUT.", MERGE),
     "report": (
         "Write one HTML page about run folders: bondlm report RUN [RUN ...].",
@@ -177,6 +187,7 @@ _EXAMPLES = """examples:
   bondlm sample --model runs/everyday --prompt "How do I boil an egg?"
   bondlm score  --model Qwen/Qwen3-0.6B --reward_funcs org/reward-model --dataset prompts.jsonl --output scored.jsonl
   bondlm eval   --model runs/everyday --judge similarity:models/all-minilm-l6-v2
+  bondlm prefer scored.jsonl
   bondlm merge  runs/one runs/two --toward_reference 0.3 --output_dir runs/merged
   bondlm report runs/everyday"""
 
@@ -203,7 +214,7 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     words = list(arguments)
     while words:
         word = words.pop(0)
-        if not word.startswith("--") and command in ("merge", "report"):
+        if not word.startswith("--") and command in ("prefer", "merge", "report"):
             given.setdefault("runs", []).append(word)
             continue
         if not word.startswith("--"):

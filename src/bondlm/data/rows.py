@@ -1,5 +1,6 @@
 """Rows of prompts, looked at one by one: what is wrong with each, and where it stands."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,21 @@ def with_text(prompt: Sequence[Row]) -> list[dict[str, Any]]:
         {**message, "content": text_of(message)} if isinstance(message.get("content"), list | tuple) else dict(message)
         for message in prompt
     ]
+
+
+def conversation_text(prompt: str | Sequence[Row]) -> str:
+    """A prompt for a reader: the text, or the turns that led to the answer."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0].get("role") == "user":
+        return text_of(prompt[0])
+    return "\n\n".join(f"[{message.get('role')}]\n{_said(message)}" for message in prompt)
+
+
+def _said(message: Row) -> str:
+    """Its text, and the calls of tools that it makes."""
+    calls = message.get("tool_calls")
+    return text_of(message) + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
 def column_kind(value: Any) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bondlm.data.rows import conversation_text
+
 CRITERION = "The better answer is the one that helps more with what was asked: correct, complete and to the point."
 _TASK = """You compare answers to the same prompt. {criterion}
 
@@ -69,7 +71,7 @@ def ask_about(
     draw = random.Random(hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest())  # noqa: S311 (no secret)
     ids = [f"{number:08x}" for number in draw.sample(range(1 << 32), len(answers))]
     order = draw.sample(range(len(answers)), len(answers)) if shuffle else list(range(len(answers)))
-    parts = [f"<prompt>\n{_unclosed(_as_text(prompt))}\n</prompt>"]
+    parts = [f"<prompt>\n{_unclosed(conversation_text(prompt))}\n</prompt>"]
     if reference is not None:
         parts.append(f"<reference>\n{_unclosed(reference)}\n</reference>")
     parts += [f'<answer id="{ids[i]}">\n{_unclosed(answers[i])}\n</answer>' for i in order]
@@ -108,17 +110,3 @@ def read_ranking(said: str, ids: Sequence[str]) -> list[int]:
 
 def _unclosed(text: str) -> str:
     return _CLOSING.sub(r"< \1", text)
-
-
-def _as_text(prompt: Any) -> str:
-    """A conversation as the turns that led to the answers."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and prompt[0].get("role") == "user":
-        return _content(prompt[0])
-    return "\n\n".join(f"[{message.get('role')}]\n{_content(message)}" for message in prompt)
-
-
-def _content(message: Any) -> str:
-    content = message.get("content")
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)

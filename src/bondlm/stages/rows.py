@@ -28,10 +28,12 @@ def read_answers(source: Any, column: str = "completion") -> list[Row]:
 def read_preferences(source: Any) -> list[Row]:
     """Rows `{"prompt", "chosen", "rejected"}`: two answers, of which a person preferred the first.
 
+    Rows of `bondlm prefer` in which nothing was preferred (ties, skipped pairs) are left out.
+
     Raises:
         DataError: the file cannot be read, or has rows without prompt, with an empty answer, or with two equal ones.
     """
-    rows = _checked(source, _preference_problem)
+    rows = [row for row in _checked(source, _preference_problem) if not _is_undecided(row)]
     return [_prompt_of(row) | {name: text_of(row[name]) for name in ("chosen", "rejected")} for row in rows]
 
 
@@ -67,7 +69,13 @@ def _text_problem(row: Mapping[str, Any], name: str) -> str | None:
     return None if answer.strip() else f"`{name}` is empty: remove the row"
 
 
+def _is_undecided(row: Mapping[str, Any]) -> bool:
+    return row.get("verdict") in ("tie", "skip")
+
+
 def _preference_problem(row: Mapping[str, Any]) -> str | None:
+    if _is_undecided(row):
+        return None
     for name in ("chosen", "rejected"):
         if (problem := _text_problem(row, name)) is not None:
             return problem

@@ -1,0 +1,107 @@
+"""The file of a person's choices: a row for each, on the disk before the next pair is shown."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from filelock import FileLock, Timeout
+
+from bondlm.data.files import json_lines
+from bondlm.errors import CheckpointError, ConfigError, DataError
+from bondlm.stages.prefer.pairs import Pair, key_of, prompt_of
+
+Verdict = Literal["left", "right", "tie", "skip"]
+VERDICTS = get_args(Verdict)
+
+
+class Choices:
+    """The choices that a file holds; new ones are appended."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there; what is left of a line that was cut off in the middle is removed.
+
+        Raises:
+            DataError: a row is no choice.
+        """
+        self.path = path
+        _mend(path)
+        lines = list(json_lines(str(path))) if path.exists() else []
+        self._keys = {_key(line.row, line.place, line.problem) for line in lines}
+
+    def left_of(self, pairs: Iterable[Pair]) -> list[Pair]:
+        """The pairs that nobody has decided on yet."""
+        return [pair for pair in pairs if pair.key not in self._keys]
+
+    def add(self, pair: Pair, verdict: Verdict) -> None:
+        """Keep a choice; it is on the disk when this returns.
+
+        A row is `{"prompt", "chosen", "rejected", "verdict"}`, with `left` and `right` in the place of the middle two
+        if nothing was chosen; `verdict` says on which side the chosen one stood.
+
+        Raises:
+            OSError: it could not be written, and nothing of it is in the file.
+        """
+        names = {"left": ("chosen", "rejected"), "right": ("rejected", "chosen")}.get(verdict, ("left", "right"))
+        row = prompt_of(pair.row) | dict(zip(names, (pair.left, pair.right), strict=True)) | {"verdict": verdict}
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        with self.path.open("ab") as file:
+            begin = file.tell()
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(self.path, begin)
+                raise
+        self._keys.add(pair.key)
+
+
+def _key(row: Any, place: str, problem: str | None) -> str:
+    names = ("left", "right") if isinstance(row, Mapping) and "left" in row else ("chosen", "rejected")
+    if problem or not isinstance(row, Mapping) or not {"prompt", *names} <= set(row):
+        raise DataError(f"{place}: this is no choice ({problem or 'it needs prompt, chosen and rejected'}): mend it")
+    return key_of(row, row[names[0]], row[names[1]])
+
+
+def _mend(path: Path) -> None:
+    """Remove half a line at the end, which nobody was told was kept; end a whole one that an editor left open."""
+    content = path.read_bytes() if path.exists() else b""
+    tail = content.rpartition(b"\n")[2]
+    if not tail.strip():
+        return
+    try:
+        json.loads(tail)
+    except ValueError:
+        os.truncate(path, len(content) - len(tail))
+        return
+    with path.open("ab") as file:
+        file.write(b"\n")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the file of choices: two pages that write into one would ask everything twice.
+
+    Raises:
+        ConfigError: its folder is not there, or cannot be written.
+        CheckpointError: another process holds it.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"output={str(path)!r} is not a file in a folder that exists: name the file to write")
+    lock = FileLock(path.with_name(f"{path.name}.lock"), blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"{path} is in use by another bondlm prefer: end it first") from error
+    except OSError as error:
+        raise ConfigError(f"output={str(path)!r} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
