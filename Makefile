@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vllm test-qlora test-deepspeed soak lint setup clean
+.PHONY: demo test test-slow test-vllm test-qlora test-deepspeed soak docs lint setup clean
 
 setup: .venv/.installed
 
@@ -70,10 +70,23 @@ test-deepspeed: .venv-deepspeed/.installed
 soak: .venv/.installed
 	BONDLM_KILLS=100 $(BIN)/python -m pytest tests/faults/test_killed.py -m slow
 
+# MkDocs in an environment that sees .venv: the reference pages import bondlm.
+.venv-docs/.installed: .venv/.installed
+	$(BIN)/python -m venv .venv-docs
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	  > "$$(.venv-docs/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	.venv-docs/bin/python -m pip install --quiet mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11
+	touch $@
+
+# The site, strictly and without a network, into build/site; to read it: python -m http.server --directory build/site
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_site.py tests/test_examples.py
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-deepspeed .bitsandbytes models runs
+	rm -rf .venv .venv-vllm .venv-deepspeed .venv-docs build .bitsandbytes models runs

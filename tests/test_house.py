@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "bondlm"
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-BESIDE = ("tests", "benchmarks", "examples")
+BESIDE = ("tests", "benchmarks", "examples", "tools")
 ALL_FILES = FILES + sorted(path for folder in BESIDE for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 80
 

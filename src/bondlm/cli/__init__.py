@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from bondlm import __version__
-from bondlm.cli.options import COMMANDS, command_help, main_help, parse
+from bondlm.cli.help import command_help, greeting, main_help
+from bondlm.cli.options import COMMANDS, parse
 from bondlm.errors import BondError, RewardError
 from bondlm.runs.redact import redact, visible
 
@@ -45,7 +46,9 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in ("--version", "-V"):
         return _say(f"bondlm {__version__}")
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
+    if not arguments:
+        return _say(greeting())
+    if arguments[0] in ("--help", "-h", "help"):
         return _say(main_help())
     command, rest = arguments[0], arguments[1:]
     if command in COMMANDS and any(word in ("--help", "-h") for word in rest):

@@ -1,9 +1,5 @@
-"""Options of each command: a YAML file, then `--name value` on top of it; an unknown name is refused with the nearest.
+"""Options of each command: a YAML file, then `--name value` on top; an unknown name is refused with the nearest."""
 
-The names and texts of `BONDConfig`'s fields are read from its source, so that help needs no heavy import.
-"""
-
-import ast
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -181,15 +177,6 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
-_EXAMPLES = """examples:
-  bondlm check  --config examples/everyday/jbond.yaml
-  bondlm train  --config examples/everyday/jbond.yaml --eta 0.1
-  bondlm sample --model runs/everyday --prompt "How do I boil an egg?"
-  bondlm score  --model Qwen/Qwen3-0.6B --reward_funcs org/reward-model --dataset prompts.jsonl --output scored.jsonl
-  bondlm eval   --model runs/everyday --judge similarity:models/all-minilm-l6-v2
-  bondlm prefer scored.jsonl
-  bondlm merge  runs/one runs/two --toward_reference 0.3 --output_dir runs/merged
-  bondlm report runs/everyday"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -273,17 +260,6 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def bond_fields() -> dict[str, str]:
-    """Name and help text of every field of `BONDConfig`, read from its source."""
-    tree = ast.parse((Path(__file__).parents[1] / "config" / "bond_config.py").read_text(encoding="utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "BONDConfig")
-    return {
-        node.target.id: ast.literal_eval(node.value.args[1])
-        for node in body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call)
-    }
-
-
 def _training_names() -> set[str]:
     """All fields of `BONDConfig`, those of `transformers.TrainingArguments` included."""
     from bondlm.config import SETTINGS
@@ -298,27 +274,3 @@ def _plain_training_names() -> set[str]:
     from transformers import TrainingArguments
 
     return {field.name for field in dataclasses.fields(TrainingArguments)}
-
-
-def main_help() -> str:
-    """What `bondlm --help` prints."""
-    rows = [f"  {name:13}{text}" for name, (text, _) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: bondlm COMMAND [--config FILE.yaml] [--name value ...]", "", "commands:", *rows, "", _EXAMPLES, ""]
-    )
-
-
-def command_help(command: str) -> str:
-    """What `bondlm COMMAND --help` prints."""
-    text, names = COMMANDS[command]
-    sections = [f"usage: bondlm {command} [--config FILE.yaml] [--name value ...]", "", text, ""]
-    sections += [f"  --{name:28}{about}" for name, about in names.items()]
-    if command in ("train", "check"):
-        sections += ["", "settings of BONDConfig (and every field of transformers.TrainingArguments):"]
-        sections += [f"  --{name:28}{about}" for name, about in bond_fields().items()]
-    if command in ("sft", "reward-model"):
-        sections += [
-            "",
-            "and every field of transformers.TrainingArguments, such as learning_rate, max_steps, bf16, seed.",
-        ]
-    return "\n".join(sections)

@@ -39,7 +39,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
-    # -- the algorithm
+    # -- objective
     objective: str = setting(
         "jbond",
         "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, grpo, vbon, bonbon, "
@@ -118,7 +118,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     alpha: float = setting(0.005, "bonbon: weight in [0, 1] of its fine-tuning part. Paper: 0.005.")
 
-    # -- prompts, completions, rewards
+    # -- data
     max_prompt_length: int | None = setting(
         None, "Longest prompt in tokens; a longer one is an error, see truncate_prompt.", at_least(1)
     )
@@ -146,6 +146,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "rank it 'worst' among its prompt's samples, or 'drop' the prompt from the step.",
         one_of("keep", "worst", "drop"),
     )
+    # -- rewards
     reward_weights: list[float] | None = setting(None, "Weight of each reward function. Default: 1 each.")
     reward_aggregation: str = setting(
         "sum",
@@ -182,6 +183,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         between(0, 1),
         may_change="always",
     )
+    # -- data
     on_bad_row: str = setting(
         "fail",
         "Bad rows of train_dataset: 'fail', or 'skip' (left out and counted, see max_skipped_frac).",
@@ -194,7 +196,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         False, "Held-out prompts that are training prompts too are an error, not a warning.", may_change="always"
     )
 
-    # -- model and engine
+    # -- engine
     model_init_kwargs: Keywords = setting(None, "Keyword arguments of from_pretrained for a model name.")
     dtype: NoOption = setting(
         "auto",
@@ -268,7 +270,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         4, "Prompts per logged step whose completions go to samples.jsonl.", at_least(0), may_change="always"
     )
 
-    # -- other defaults than TrainingArguments
+    # -- basics
     learning_rate: float | None = setting(  # type: ignore[assignment]
         None,
         "Default: 3e-6 for full fine-tuning (paper), 1e-4 with LoRA, whose few weights need larger steps.",
@@ -276,6 +278,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     lr_scheduler_type: str = setting("constant_with_warmup", "The paper warms up for 100 steps, then stays constant.")
     warmup_steps: float = setting(100, "Paper: 100. Short runs want fewer.")
+    # -- saving and logging
     logging_steps: float = setting(10, "Log every so many steps.", may_change="always")
     dataloader_pin_memory: bool = setting(False, "A batch is rows of text; there is nothing to pin.")
     remove_unused_columns: bool = setting(
