@@ -1,5 +1,7 @@
 """`bondlm check` on a tiny model."""
 
+import json
+
 import torch
 
 from bondlm.cli import main
@@ -30,8 +32,15 @@ def test_check_sees_what_a_dry_step_does_not(tmp_path, capsys):
 
 def test_check_says_what_n_buys_and_what_the_run_costs(tmp_path, capsys):
     config = write_job(tmp_path, max_steps=7, eval_num_samples=2, eval_num_reference_samples=3)
-    assert main(["check", "--config", str(config)]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+    assert main(["check", "--config", str(config), "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert (found["passed"], found["num_prompts"], found["num_steps"]) == (True, 16, 7)
+    assert [row["n"] for row in found["best_of_n"]] == [1, 2, 4, 8]
+    assert found["best_of_n"][0]["win_rate"]["value"] == 0.5
+    assert found["metrics"]["reward"] > 0
+    assert found["disk"]["free_bytes"] > found["disk"]["needed_bytes"] > 0
+    out = " ".join(printed.err.split())
     assert "6 prompts, 9 answers each" in out
     assert "7 steps about" in out
     assert "6 x 2 answers, the first one 6 x 3" in out

@@ -94,7 +94,9 @@ def test_a_model_beside_itself_is_worth_one_sample_at_no_kl(tmp_path):
 
 def test_another_policy_may_be_met_later_and_nothing_else_is_drawn_again(tmp_path, capsys):
     arguments = job(tmp_path)
-    assert main([*arguments, "--orders", "[1, 3]"]) == 0
+    assert main([*arguments, "--orders", "[1, 3]", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((tmp_path / "out" / "eval.json").read_text())
     out = tmp_path / "out"
     before = {name: (out / f"{name}.jsonl").read_bytes() for name in FILES}
     assert [p["n"] for p in json.loads((out / "eval.json").read_text())["against_best_of"]] == [1, 3]

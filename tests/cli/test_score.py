@@ -16,10 +16,14 @@ def test_score_writes_rows_and_sample_takes_the_best_of_them(tmp_path, capsys):
     reward = ["--reward_funcs", f"{tmp_path}/reward.py:letters"]
     common = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "heldout.jsonl")]
     common += ["--max_completion_length", "8", "--seed", "3", *reward]
-    assert main(["score", *common, "--num_samples", "4", "--output", str(tmp_path / "scored.jsonl")]) == 0
+    assert main(["score", *common, "--num_samples", "4", "--output", str(tmp_path / "scored.jsonl"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
     assert main(["sample", *common, "--best_of", "4", "--output", str(tmp_path / "best.jsonl")]) == 0
     scored, best = rows(tmp_path / "scored.jsonl"), rows(tmp_path / "best.jsonl")
     assert [set(row) for row in scored] == [{"prompt", "completion", "reward", "finished", "token_ids"}] * 24
+    assert (told["num_prompts"], told["num_samples"]) == (6, 4)
+    assert told["reward"] == pytest.approx(sum(row["reward"] for row in scored) / 24)
+    assert told["finished"] == pytest.approx(sum(row["finished"] for row in scored) / 24)
     for i, row in enumerate(best):  # the same seed draws the same samples
         group = scored[4 * i : 4 * i + 4]
         assert row["reward"] == max(r["reward"] for r in group)

@@ -14,16 +14,17 @@ from bondlm.evaluation.forecast import frontier, num_steps, tie_rate
 def test_without_ties_best_of_n_wins_n_of_n_plus_1() -> None:
     rewards = torch.rand(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = list(frontier(rewards))
-    assert [row[0] for row in rows] == ["1", "2", "4", "8"]
-    assert [row[1].split()[0] for row in rows] == ["0.5", "0.667", "0.8", "0.889"]
-    assert [row[3] for row in rows] == ["0.00", "0.19", "0.64", "1.20"]
+    assert [row.n for row in rows] == [1, 2, 4, 8]
+    assert [row.win_rate.value for row in rows] == pytest.approx([1 / 2, 2 / 3, 4 / 5, 8 / 9])
+    assert [row.kl_at_most for row in rows] == pytest.approx([0.0, 0.193, 0.636, 1.204], abs=5e-4)
     best_of_8 = torch.stack([rewards[:, list(c)].amax(1) for c in combinations(range(9), 8)]).mean()
-    assert rows[-1][2].split()[0] == f"{float(best_of_8):.3g}"
+    assert rows[-1].reward.value == pytest.approx(float(best_of_8))
 
 
 def test_a_reward_of_one_value_buys_nothing() -> None:
     rewards = torch.zeros(3, 9, dtype=torch.float64)
-    assert {row[1] for row in frontier(rewards)} == {"0.5 [0.5, 0.5]"}
+    for row in frontier(rewards):
+        assert tuple(row.win_rate) == pytest.approx((0.5, 0.5, 0.5))
     assert tie_rate(rewards) == 1.0
 
 

@@ -6,7 +6,7 @@ import math
 from rich.console import Console
 
 from bondlm.evaluation.statistics import summarize
-from bondlm.evaluation.table import print_evaluation, print_table
+from bondlm.evaluation.table import print_evaluation, print_phases, print_table
 from evaluation.helpers import case, scored
 
 
@@ -36,7 +36,7 @@ def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():
     text = console.file.getvalue()
     for word in (
         "log-quantile",
-        "correlation of reward and length",
+        "reward-length",
         "forward",
         "backward",
         "k3 a token",
@@ -45,4 +45,23 @@ def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():
         assert word in text
     assert "Win rate against the opponent: 0.5" in text
     assert "nan" not in text
-    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_the_tables_fit_80_columns() -> None:
+    """Nothing is wrapped there: on a wider terminal they are the same."""
+    policy, reference, others = case()
+    others["policy, greedy"] = scored(policy.rewards_PM[:, :1])
+    result = summarize(policy, reference, others)
+    narrow, wide = (Console(file=io.StringIO(), width=width) for width in (80, 200))
+    for console in (narrow, wide):
+        print_table(console, result, headline=False)
+        metrics = {f"eval_effective_n{end}": 4.5 for end in ("", "_low", "_high")}
+        for name in ("win_rate", "reward", "reference_reward", "kl"):
+            metrics |= {f"eval_{name}": 1.75, f"eval_{name}_low": 0.5, f"eval_{name}_high": 3.0}
+        print_evaluation(console, 7, metrics | {"eval_completions/mean_length": 112.5}, 16)
+        print_phases(console, {"generate": 2.0, "reference": 1.0}, {"num_tokens": 100.0}, 3.0)
+    cells = [" ".join(console.file.getvalue().split()) for console in (narrow, wide)]
+    assert cells[0] == cells[1]
+    sentences = ("KL to the", "One answer")  # a terminal wraps these
+    tables = [line for line in narrow.file.getvalue().splitlines() if not line.startswith(sentences)]
+    assert max(map(len, tables)) <= 80

@@ -10,61 +10,83 @@ from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.console import make_console
+from bondlm.cli.console import make_console, say_json
 from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import ConfigError, RewardError
 
 TIES_WARNED, CUT_WARNED = 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3
+PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
 AGREEMENT_PROMPTS, AGREEMENT_SAMPLES, AGREEMENT_WARNED = 4, 4, 0.7
 
 
 def run(options: dict[str, Any]) -> int:
     """Build the trainer, take one dry step in a scratch folder, and say what was seen."""
-    from bondlm.cli.train import build_trainer, load_judges, require, training_arguments
+    from bondlm.cli.train import require
 
+    options = dict(options)
+    as_json = bool(options.pop("json", False))
     require(options)
-    from bondlm.data.held_out import main_set
-    from bondlm.evaluation.forecast import num_steps, print_cost, print_frontier
-
-    console = make_console()
-    wanted = Path(str(options.get("output_dir") or "runs/bond"))
+    console = make_console(stderr=as_json)
     with tempfile.TemporaryDirectory() as scratch:
-        dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
-        dry |= {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False, "target_n": None, "kl_budget": None}
-        dry |= {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
-        dry |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
-        dry |= {"push_to_hub": False, "report_to": "none"}  # nothing of a dry run goes anywhere
-        with console.status("loading PyTorch, the model, data and rewards"):
-            args = training_arguments(options | {"output_dir": scratch})  # as they are, not those of a dry step
-            main_set(args, options.get("eval_dataset"))
-            _check_evaluations(args, options)
-            trainer = build_trainer(options | dry | {"output_dir": scratch})
-            load_judges(options, trainer)
-        packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
-        console.print(", ".join(f"{name} {version(name)}" for name in packages), highlight=False, soft_wrap=True)
-        number = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
-        console.print(f"model, tokenizer and rewards loaded; {number} training prompts")
-        with console.status("one dry step"):
-            trainer.train()
-        logs = next(row for row in trainer.state.log_history if "loss" in row)
-        if trainer.rewards:
-            _check_neighbours(trainer)
-            with console.status("answers of the untouched model"):
-                print_frontier(console, trainer)
-            _say_agreement(trainer, console)
-        trainer.save_model()
-        size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
+        found = _dry_run(options, scratch, console)
+    console.print("check passed")
+    if as_json:
+        say_json({"passed": True, **found})
+    return 0
+
+
+def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[str, Any]:
+    """Everything once, said as it comes; returns it for a program."""
+    from bondlm.evaluation.forecast import forecast, num_steps, print_cost, print_frontier
+
+    with console.status("loading PyTorch, the model, data and rewards"):
+        args, trainer = _prepared(options, scratch)
+    versions = {name: version(name) for name in PACKAGES}
+    console.print(", ".join(map(" ".join, versions.items())), highlight=False, soft_wrap=True)
+    number = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
+    console.print(f"model, tokenizer and rewards loaded; {number} training prompts")
+    with console.status("one dry step"):
+        trainer.train()
+    logs = next(row for row in trainer.state.log_history if "loss" in row)
+    found: dict[str, Any] = {"versions": versions, "num_prompts": number, "metrics": logs}
+    if trainer.rewards:
+        _check_neighbours(trainer)
+        with console.status("answers of the untouched model"):
+            found |= forecast(print_frontier(console, trainer))
+        found["agreement"] = _say_agreement(trainer, console)
+    trainer.save_model()
+    size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
     for name in sorted(logs):
         if name.split("/")[0] in ("reward", "rewards", "completions", "time", "step_time", "bond"):
             console.print(f"  {name:32} {logs[name]:.4g}", highlight=False, soft_wrap=True)
     print_cost(console, trainer, args, logs["step_time"])
-    _check_disk(wanted, size, console)
-    for text in _warnings(args, logs, num_steps(args, trainer.train_dataset)):
+    steps = num_steps(args, trainer.train_dataset)
+    found |= {"num_steps": steps, "seconds": steps * logs["step_time"]}
+    found["disk"] = _check_disk(Path(str(options.get("output_dir") or "runs/bond")), size, console)
+    found["warnings"] = list(_warnings(args, logs, steps))
+    for text in found["warnings"]:
         console.print(f"warning: {text}", highlight=False, soft_wrap=True)
     say_costs(console, trainer.rewards)
-    console.print("check passed")
-    return 0
+    return found
+
+
+def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
+    """The settings as they are, and a trainer of one dry step with what they name."""
+    from bondlm.cli.train import build_trainer, load_judges, training_arguments
+    from bondlm.data.held_out import main_set
+
+    dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
+    dry |= {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False, "target_n": None, "kl_budget": None}
+    dry |= {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
+    dry |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
+    dry |= {"push_to_hub": False, "report_to": "none"}  # nothing of a dry run goes anywhere
+    args = training_arguments(options | {"output_dir": scratch})
+    main_set(args, options.get("eval_dataset"))
+    _check_evaluations(args, options)
+    trainer = build_trainer(options | dry | {"output_dir": scratch})
+    load_judges(options, trainer)
+    return args, trainer
 
 
 def _warnings(args: Any, logs: Mapping[str, float], steps: int) -> Iterator[str]:
@@ -111,8 +133,9 @@ def _check_neighbours(trainer: Any) -> None:
                 )
 
 
-def _say_agreement(trainer: Any, console: Console) -> None:
-    for name, share in _agreement(trainer).items():
+def _say_agreement(trainer: Any, console: Console) -> dict[str, float]:
+    found = _agreement(trainer)
+    for name, share in found.items():
         console.print(
             f"{name} ranks {share:.0%} of the pairs of answers alike when it gets them in the opposite order",
             highlight=False,
@@ -120,6 +143,7 @@ def _say_agreement(trainer: Any, console: Console) -> None:
         )
         if share < AGREEMENT_WARNED:
             console.print(f"warning: {name} hardly agrees with itself: a coin does with 50%", soft_wrap=True)
+    return found
 
 
 def _agreement(trainer: Any) -> dict[str, float]:
@@ -140,7 +164,7 @@ def _agreement(trainer: Any) -> dict[str, float]:
     return found
 
 
-def _check_disk(folder: Path, size: int, console: Console) -> None:
+def _check_disk(folder: Path, size: int, console: Console) -> dict[str, int]:
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     needed = 5 * size  # the model twice or thrice over: optimizer state, anchor, and two checkpoints
@@ -149,3 +173,4 @@ def _check_disk(folder: Path, size: int, console: Console) -> None:
     )
     if free < needed:
         raise ConfigError(f"{existing} has {free} bytes free, a run needs about {needed}")
+    return {"free_bytes": free, "needed_bytes": needed}

@@ -1,12 +1,15 @@
 """Where the commands print, and how they show that work goes on."""
 
+import json
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bondlm.runs.folder import is_main_process
+from bondlm.runs.folder import is_main_process, plain
 
 PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which breaks tables and lines in log files
 
@@ -19,6 +22,12 @@ def make_console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     quiet = not stderr and not is_main_process()
     return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, quiet=quiet)
+
+
+def say_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, where a program reads it; what is not finite is null."""
+    if is_main_process():
+        sys.stdout.write(json.dumps(plain(value), allow_nan=False) + "\n")
 
 
 LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal to draw a bar on

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.console import Counter, make_console, make_progress
+from bondlm.cli.console import Counter, make_console, make_progress, say_json
 from bondlm.cli.report import write_page
 from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
@@ -45,13 +45,15 @@ def run(options: dict[str, Any]) -> int:
         from bondlm.evaluation.table import print_samples, print_table
 
         write_results(folder, result, policy, reference)
-        console = make_console()
+        console = make_console(stderr=bool(settings.get("json")))
         if config and folder.resolve() == Path(settings["model"]).resolve():
             write_card(folder, result)
             write_page(folder, console)
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
         console.print(f"written to {folder}", soft_wrap=True)
+    if settings.get("json"):
+        say_json(result)
     return 0
 
 

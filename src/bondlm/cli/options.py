@@ -34,6 +34,7 @@ _REWARDS = {
     "reward_aggregation": "How several become one: sum (default), quantile, worst or lexicographic.",
     "reward_tolerances": "lexicographic: how far below the best counts as equal, one number per reward.",
 }
+_JSON = {"json": "Print the result as one JSON object on stdout, and all else on stderr."}
 LORA = {
     "use_peft": "Train a LoRA adapter instead of all weights.",
     "lora_r": "Rank. Default: 16.",
@@ -135,7 +136,8 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
             "output": "The file to write. Required.",
         }
         | _PROMPTS
-        | _SAMPLING,
+        | _SAMPLING
+        | _JSON,
     ),
     "eval": (
         "Measure which Best-of-N one sample of a policy is worth, and at what KL.",
@@ -153,9 +155,10 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         }
         | _REWARDS
         | _PROMPTS
-        | {name: text for name, text in _SAMPLING.items() if name != "temperature"},
+        | {name: text for name, text in _SAMPLING.items() if name != "temperature"}
+        | _JSON,
     ),
-    "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", TRAIN),
+    "check": ("Check config, data, tokenizer, reward and disk with one dry step; nothing is trained.", TRAIN | _JSON),
     "sft": ("Fine-tune on answers, the stage before BOND.", SFT),
     "reward-model": ("Train a reward model from preference pairs (Bradley-Terry).", REWARD_MODEL),
     "prefer": (

@@ -29,12 +29,13 @@ class ProgressReporter(TrainerCallback):
         self._trainer = trainer
         self._progress = make_progress(console)
         self._training: Any = None
-        self._began, self._first_step = time.monotonic(), 0
+        self._began, self.first_step = time.monotonic(), 0
         self._evaluation: Counter | None = None
         self.reference_drawn = False
         self.phases: dict[str, float] = {}
         self.tokens: dict[str, float] = {}
         self.evaluation_seconds = 0.0
+        self.training_seconds = 0.0
         self._logged_steps = 0
         trainer.add_callback(self)
 
@@ -50,7 +51,7 @@ class ProgressReporter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the bar, at the step that a resumed run starts from."""
         self._training = self._progress.add_task("train", total=state.max_steps, completed=state.global_step)
-        self._began, self._first_step = time.monotonic(), state.global_step
+        self._began, self.first_step = time.monotonic(), state.global_step
         if control.should_training_stop:  # the run is finished, as `StopCallback` says
             return
         world = f", {args.world_size} processes" if args.world_size > 1 else ""
@@ -86,7 +87,7 @@ class ProgressReporter(TrainerCallback):
         if "loss" in logs:
             parts = [f"{label} {shape.format(logs[name])}" for label, name, shape in LINE if name in logs]
             if not self.console.is_terminal:  # there the bar says it
-                steps, all_steps = state.global_step - self._first_step, state.max_steps - self._first_step
+                steps, all_steps = state.global_step - self.first_step, state.max_steps - self.first_step
                 parts.append(elapsed_and_eta(time.monotonic() - self._began, steps, all_steps))
             self.console.print(
                 f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), highlight=False, soft_wrap=True
@@ -112,6 +113,7 @@ class ProgressReporter(TrainerCallback):
 
     def close_training(self) -> None:
         """Remove the training bar."""
+        self.training_seconds = time.monotonic() - self._began
         self._progress.remove_task(self._training)
 
     def counting(self, description: str, total: int) -> Counter:

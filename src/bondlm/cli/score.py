@@ -6,7 +6,7 @@ Beside the file stands `FILE.meta.json`: which model drew them behind which prom
 import json
 from typing import Any
 
-from bondlm.cli.console import make_console
+from bondlm.cli.console import make_console, say_json
 from bondlm.cli.sample import fresh_file, generate
 from bondlm.errors import ConfigError
 
@@ -42,6 +42,15 @@ def run(options: dict[str, Any]) -> int:
         write_whole(origin_file(path), json.dumps(origin, indent=2) + "\n")
 
     console = make_console(stderr=True)
+    prompts, rewards, finished = 0, 0.0, 0
     for groups in generate(options, options["dataset"], num_samples, console, note_origin, token_ids=True):
-        append_jsonl(path, [row for group in groups for row in group])
+        rows = [row for group in groups for row in group]
+        append_jsonl(path, rows)
+        prompts += len(groups)
+        rewards += sum(row["reward"] for row in rows)
+        finished += sum(row["finished"] for row in rows)
+    if options.get("json"):
+        drawn = prompts * num_samples
+        means = {"reward": rewards / drawn, "finished": finished / drawn}
+        say_json({"output": str(path), "num_prompts": prompts, "num_samples": num_samples, **means})
     return 0

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from bondlm.cli.console import make_console
+from bondlm.cli.ending import ending
 from bondlm.cli.judge_costs import judge_costs
 from bondlm.cli.options import LORA, TRAIN
 from bondlm.cli.report import write_page
@@ -81,14 +82,16 @@ def run(options: dict[str, Any]) -> int:
             if trainer.stop.agree(args)[0]:  # it came during the save
                 return _say_stopped(console, folder, trainer.stop.signal)
             reporter.close_training()
-            _evaluate(trainer, folder, console, reporter, judges)
+            result = _evaluate(trainer, folder, console, reporter, judges)
             if args.push_to_hub:
                 trainer.push_to_hub()
-        console.print(f"run folder: {folder}", soft_wrap=True)
+        for line in ending(folder, trainer.state.global_step, reporter, result):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     return 0
 
 
-def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judges: list[Any]) -> None:
+def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judges: list[Any]) -> dict[str, Any] | None:
+    """Where the time went and what was dropped; then the last evaluation, if there is something to evaluate on."""
     from bondlm.evaluation import evaluate_run
     from bondlm.evaluation.table import print_phases
 
@@ -97,10 +100,12 @@ def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judge
         print_phases(console, seconds, tokens, reporter.evaluation_seconds)
         for line in trainer.drops.summary():
             console.print(line, highlight=False, soft_wrap=True)
-    if trainer.eval_dataset is not None:
-        evaluate_run(trainer, folder, console, reporter, judges)
-    if trainer.eval_dataset is not None and is_main_process():
+    if trainer.eval_dataset is None:
+        return None
+    result = evaluate_run(trainer, folder, console, reporter, judges)
+    if is_main_process():
         write_page(folder, console)
+    return result
 
 
 def require(options: Mapping[str, Any]) -> None:

@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bondlm.bestofn import best_of_n_win_rates, bootstrap_mean, expected_best_of_n, kl_bound
+from bondlm.bestofn import Estimate, best_of_n_win_rates, bootstrap_mean, expected_best_of_n, kl_bound
+from bondlm.evaluation.table import narrow_table
 
 PROMPTS, SAMPLES = 16, 9  # one sample more than the largest N: it is the opponent
 
@@ -31,11 +31,10 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
     began = time.perf_counter()
     samples = trainer.sample(rows, "reference", SAMPLES)
     seconds = (time.perf_counter() - began) / samples.rewards_PM.numel()
-    table = Table(title=f"Best-of-N of the untouched model: {len(rows)} prompts, {SAMPLES} answers each")
-    for name in ("N", "win rate", "reward", "KL at most"):
-        table.add_column(name, justify="right")
+    title = f"Best-of-N of the untouched model: {len(rows)} prompts, {SAMPLES} answers each"
+    table = narrow_table(title, "N", "win rate", "reward", "KL at most", left=0)
     for row in frontier(samples.rewards_PM):
-        table.add_row(*row)
+        table.add_row(str(row.n), _spread(row.win_rate), _spread(row.reward), f"{row.kl_at_most:.2f}")
     console.print(table)
     console.print(
         f"{tie_rate(samples.rewards_PM):.0%} of the pairs of a prompt's answers have equal rewards; "
@@ -47,14 +46,32 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
     return samples.rewards_PM
 
 
-def frontier(rewards_PM: Tensor) -> Iterator[tuple[str, str, str, str]]:
-    """N, win rate, reward and KL of Best-of-N of the model that drew the samples, N a power of two below M."""
+def forecast(rewards_PM: Tensor) -> dict[str, Any]:
+    """What the table of `print_frontier` says, for a program."""
+    rows = [
+        {"n": row.n, "win_rate": row.win_rate._asdict(), "reward": row.reward._asdict(), "kl_at_most": row.kl_at_most}
+        for row in frontier(rewards_PM)
+    ]
+    return {"best_of_n": rows, "tied": tie_rate(rewards_PM)}
+
+
+class Worth(NamedTuple):
+    """What Best-of-n of a model is worth, and the KL that it needs at most, in nats."""
+
+    n: int
+    win_rate: Estimate
+    reward: Estimate
+    kl_at_most: float
+
+
+def frontier(rewards_PM: Tensor) -> Iterator[Worth]:
+    """Win rate, reward and KL of Best-of-n of the model that drew the samples, n a power of two below M."""
     win_rates_PN = torch.as_tensor(best_of_n_win_rates(rewards_PM))
     n = 1
     while n < rewards_PM.shape[1]:
         of_win = bootstrap_mean(win_rates_PN[:, n - 1])
         of_reward = bootstrap_mean(expected_best_of_n(rewards_PM, n))
-        yield str(n), _spread(of_win), _spread(of_reward), f"{kl_bound(n):.2f}"
+        yield Worth(n, of_win, of_reward, kl_bound(n))
         n *= 2
 
 

@@ -38,8 +38,8 @@ def evaluate_run(
     """Evaluate the trainer's policy on its held-out prompts and write the run folder's `eval.json`.
 
     Of several data sets that is the one of `main_eval`; the others have folders of their own, `eval-NAME`. `reporter`
-    shows how far the work is. `judges` are rewards that were not optimised; they score the samples of policy and
-    reference, or compare them.
+    shows how far the work is; a caller with one says what was reached. `judges` are rewards that were not optimised;
+    they score the samples of policy and reference, or compare them.
     """
     sets = trainer.eval_dataset
     if not isinstance(sets, dict):
@@ -91,7 +91,7 @@ def _evaluate_set(
         if name:
             console.print(f"held-out prompts of {name}:", highlight=False)
         print_samples(console, list(side_by_side(policy, reference)))
-        print_table(console, result)
+        print_table(console, result, headline=reporter is None or name != trainer.main_eval)
     return result
 
 

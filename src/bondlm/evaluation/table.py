@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,11 +26,21 @@ def wide_console() -> Console:
     return console if console.is_terminal or console.is_jupyter else Console(width=PIPE_WIDTH)
 
 
-def print_table(console: Console, result: Mapping[str, Any]) -> None:
-    """The policy and its baselines, each against the same reference samples; then what lies behind the headline."""
-    table = Table(title=f"Held-out prompts: {result['num_prompts']}. 95% intervals, bootstrap over prompts.")
-    for name in ("", "reward", "win rate", "effective N", "KL", "tokens", "cut off", "distinct-2"):
-        table.add_column(name, justify="left" if not name else "right")
+def narrow_table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table for 80 columns; the first `left` columns are words, the others numbers."""
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right")
+    return table
+
+
+def print_table(console: Console, result: Mapping[str, Any], *, headline: bool = True) -> None:
+    """The policy and its baselines, each against the same reference samples; then what lies behind the headline.
+
+    Without `headline` the caller says what was reached.
+    """
+    title = f"Held-out prompts: {result['num_prompts']}. 95% intervals, bootstrap over prompts."
+    table = narrow_table(title, "", "reward", "win rate", "effective N", "KL")
     _add_distributions(table, result, _row)
     console.print(table)
     _print_details(console, result)
@@ -42,40 +53,47 @@ def print_table(console: Console, result: Mapping[str, Any]) -> None:
         meeting = f"Win rate against {result.get('opponent_model', 'the opponent')}: "
         console.print(visible(meeting + _spread(result["opponent"]["win_rate"], 3)), soft_wrap=True)
     _print_cost(console, result.get("cost"))
-    console.print(
-        f"One sample of the trained model = Best-of-{result['effective_n']['text']} of the untouched one, at KL "
-        f"{result['kl']['value']:.2f} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f}).",
-        highlight=False,
-    )
+    if headline:
+        console.print(
+            f"One sample of the trained model = Best-of-{result['effective_n']['text']} of the untouched one, at KL "
+            f"{result['kl']['value']:.2f} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f}).",
+            highlight=False,
+        )
 
 
 def _add_distributions(
     table: Table, result: Mapping[str, Any], row: Callable[[str, Mapping[str, Any]], list[str]]
 ) -> None:
     baselines = result["baselines"]
-    table.add_row(*row("untouched model, T=1", baselines["reference"]))
+    table.add_row(*row("untouched, T=1", baselines["reference"]))
     for name, numbers in baselines.items():
         if name.startswith("reference, "):
-            table.add_row(*row("untouched" + name.removeprefix("reference"), numbers))
+            cells = row(_untouched(name), numbers)
+            if any(cells[1:]):
+                table.add_row(*cells)
     table.add_section()
-    table.add_row(*row("trained model, T=1", result), style="bold")
+    table.add_row(*row("trained, T=1", result), style="bold")
     table.add_row(*row("trained, greedy", baselines["policy, greedy"]))
+
+
+def _untouched(name: str) -> str:
+    """What a baseline of the reference is called; the longest of these names sets the width of two tables."""
+    how = name.removeprefix("reference, ")
+    return f"{how} untouched" if how.startswith("best of") else f"untouched, {how}"
 
 
 def _print_details(console: Console, result: Mapping[str, Any]) -> None:
     """What the distributions say of order and verbosity, and the policy before Best-of-n at each n."""
-    table = Table(title="Order and length (mean log-quantile of Best-of-N: -1/N)")
-    for name in ("", "log-quantile", "correlation of reward and length"):
-        table.add_column(name, justify="left" if not name else "right")
+    columns = ("", "log-quantile", "tokens", "cut off", "distinct-2", "reward-length\ncorrelation")
+    table = narrow_table("Order and length (mean log-quantile of Best-of-N: -1/N)", *columns)
     _add_distributions(table, result, _detail_row)
     console.print(table)
     kls = [f"{name} {_spread(result[key], 3)}" for key, name in KL_ESTIMATES if key in result]
     console.print(f"KL to the untouched model, nats: {', '.join(kls)}", highlight=False, soft_wrap=True)
     if not result.get("against_best_of"):
         return
-    table = Table(title="The trained model against Best-of-n of the untouched one")
-    for name in ("n", "win rate", "KL from Best-of-n (forward)", "KL to Best-of-n (backward)"):
-        table.add_column(name, justify="right")
+    against = ("n", "win rate", "KL from Best-of-n\n(forward)", "KL to Best-of-n\n(backward)")
+    table = narrow_table("The trained model against Best-of-n of the untouched one", *against, left=0)
     for point in result["against_best_of"]:
         cells = (_spread(point[name], digits) for name, digits in AGAINST)
         table.add_row(str(point["n"]), *cells)
@@ -95,7 +113,14 @@ def _detail_row(name: str, numbers: Mapping[str, Any]) -> list[str]:
     correlation = numbers.get("reward_length_correlation")
     known = correlation is not None and math.isfinite(correlation)
     log_quantile = _spread(numbers["log_quantile"], 3) if "log_quantile" in numbers else ""
-    return [name, log_quantile, f"{correlation:.2f}" if known else ""]
+    return [
+        name,
+        log_quantile,
+        _number(numbers, "completions/mean_length", "{:.1f}"),
+        _number(numbers, "completions/clipped_ratio", "{:.0%}"),
+        _number(numbers, "distinct_2", "{:.2f}"),
+        f"{correlation:.2f}" if known else "",
+    ]
 
 
 def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
@@ -115,9 +140,8 @@ def print_evaluation(
     if prefix is None:
         prefix = next(name for name in metrics if name.endswith("_effective_n")).removesuffix("_effective_n")
     which = prefix.removeprefix("eval").replace("_", " of ", 1)
-    table = Table(title=f"step {step}: held-out prompts{which}, {metrics.get(f'{prefix}_runtime', 0.0):.1f} s")
-    for name in ("effective N", "win rate", "reward", "untouched", "KL", "tokens"):
-        table.add_column(name, justify="right")
+    title = f"step {step}: held-out prompts{which}, {metrics.get(f'{prefix}_runtime', 0.0):.1f} s"
+    table = narrow_table(title, "effective N", "win rate", "reward", "untouched", "KL", "tokens", left=0)
     value, low, high = (metrics[f"{prefix}_effective_n{tail}"] for tail in ENDS.values())
     cells = [
         _spread({end: metrics[f"{prefix}_{name}{tail}"] for end, tail in ENDS.items()}, digits)
@@ -133,9 +157,9 @@ ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 def print_curve(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """One row for each point between a merge of runs and their reference."""
-    table = Table(title="From the merge (0) towards the reference (1). 95% intervals, bootstrap over prompts.")
-    for name in ("toward reference", "win rate", "effective N", "KL", "KL of Best-of-N", "reward"):
-        table.add_column(name, justify="right")
+    columns = ("toward\nreference", "win rate", "effective N", "KL", "KL of\nBest-of-N", "reward")
+    title = "From the merge (0) to the reference (1). 95% intervals over prompts."
+    table = narrow_table(title, *columns, left=0)
     for row in rows:
         worth, needed = str(row["effective_n"]["text"]), row["kl_of_best_of_n"]
         cells = (_spread(row["win_rate"], 3), worth, _spread(row["kl"], 2), f"{needed:.2f}")
@@ -149,28 +173,20 @@ def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
             return ""
         return _spread(numbers[key], digits)
 
-    def number(key: str, shape: str) -> str:
-        return shape.format(numbers[key]) if key in numbers else ""
+    worth = str(numbers["effective_n"]["text"]) if "effective_n" in numbers else ""
+    return [name, spread("reward", 3), spread("win_rate", 3), worth, spread("kl", 2)]
 
-    return [
-        name,
-        spread("reward", 3),
-        spread("win_rate", 3),
-        str(numbers["effective_n"]["text"]) if "effective_n" in numbers else "",
-        spread("kl", 2),
-        number("completions/mean_length", "{:.1f}"),
-        number("completions/clipped_ratio", "{:.0%}"),
-        number("distinct_2", "{:.2f}"),
-    ]
+
+def _number(numbers: Mapping[str, Any], key: str, shape: str) -> str:
+    return shape.format(numbers[key]) if key in numbers else ""
 
 
 def _print_goals(console: Console, goals: Mapping[str, Any]) -> None:
     """Each of several rewards: what did the gain cost the others?"""
     if not goals:
         return
-    table = Table(title="Each reward by itself")
-    for name in ("reward", "untouched", "trained", "win rate", "effective N", "prompts"):
-        table.add_column(name, justify="left" if name == "reward" else "right")
+    columns = ("reward", "untouched", "trained", "win rate", "effective N", "prompts")
+    table = narrow_table("Each reward by itself", *columns)
     for name, numbers in goals.items():
         cells = (_spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
         table.add_row(visible(name), *cells, numbers["effective_n"]["text"], str(numbers["num_prompts"]))
@@ -181,9 +197,7 @@ def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:
     """Rewards that were not optimised: does the gain hold before others?"""
     if not judges:
         return
-    table = Table(title="Judges that were not optimised")
-    for name in ("judge", "untouched", "trained", "win rate"):
-        table.add_column(name, justify="left" if name == "judge" else "right")
+    table = narrow_table("Judges that were not optimised", "judge", "untouched", "trained", "win rate")
     for name, numbers in judges.items():
         cells = (_spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
         table.add_row(visible(name), *cells)
@@ -193,9 +207,8 @@ def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:
 def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
     """Judges that compare two answers: one sample of the trained model against one of the untouched."""
     for name, numbers in judges.items():
-        table = Table(title=f"Before the judge {visible(name)}: one answer against another, in both orders")
-        for column in ("against", "win rate", "prompts"):
-            table.add_column(column, justify="left" if column == "against" else "right")
+        title = f"Before the judge {visible(name)}: one answer against another, in both orders"
+        table = narrow_table(title, "against", "win rate", "prompts")
         for opponent, wins in numbers["win_rate"].items():
             table.add_row("untouched" + opponent.removeprefix("reference"), _spread(wins, 3), str(wins["num_prompts"]))
         console.print(table)
@@ -246,9 +259,7 @@ def print_phases(
     if total == 0:
         return
     sampled = f", {tokens['num_tokens']:.0f} tokens sampled" if "num_tokens" in tokens else ""
-    table = Table(title=f"A mean step: {total:.1f} s{sampled}")
-    for name in ("phase", "seconds", "share", "tokens/s"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+    table = narrow_table(f"A mean step: {total:.1f} s{sampled}", "phase", "seconds", "share", "tokens/s")
     for phase, value in sorted(seconds.items(), key=lambda item: -item[1]):
         count = tokens.get(PHASE_TOKENS.get(phase, ""), 0.0)
         rate = f"{count / value:.0f}" if count and value else ""

@@ -1,0 +1,37 @@
+"""The last three lines of `bondlm train`: what was reached, at what cost, what next."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bondlm.cli.console import clock_text
+from bondlm.runs.ending import read_ending
+
+
+def ending(folder: Path, step: int, reporter: Any, result: Mapping[str, Any] | None) -> Iterator[str]:
+    """Three lines; `result` is the last evaluation's, None where there was nothing to evaluate on."""
+    known = read_ending(folder)
+    goal = f"; stopped there: {known.reason}" if known is not None and known.reason else ""
+    if result is None:
+        yield f"reached: step {step}{goal}; without an eval_dataset nothing was measured"
+    else:
+        worth, wins = result["effective_n"]["text"], result["win_rate"]["value"]
+        yield f"reached: one sample = Best-of-{worth} of the untouched model, win rate {wins:.2f}{goal}"
+    yield f"cost: {_cost(step, reporter, result)}"
+    name = shlex.quote(str(folder))
+    if result is None:
+        yield f"next: bondlm eval --model {name} --dataset HELDOUT, or bondlm sample --model {name} --prompt TEXT"
+        return
+    page = folder / "report.html"
+    look = f"open {page}, or " if page.is_file() else ""
+    yield f"next: {look}bondlm sample --model {name} --prompt TEXT"
+
+
+def _cost(step: int, reporter: Any, result: Mapping[str, Any] | None) -> str:
+    taken = step - reporter.first_step
+    steps = f"{step} steps" if taken == step else f"{step} steps, {taken} of them now"
+    spent = f"{steps} in {clock_text(reporter.training_seconds)}"
+    if result is None:
+        return spent
+    return f"KL {result['kl']['value']:.2f} nats, where Best-of-N itself needs {result['kl_of_best_of_n']:.2f}; {spent}"
