@@ -40,7 +40,7 @@ test-slow: models/smollm2-135m-instruct/config.json
 
 # `engine: vllm` against a real server.
 test-vllm: .venv/.installed .venv-vllm/.installed
-	BONDLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest tests/engines/vllm/test_real.py
+	BONDLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm tests/engines/vllm
 
 # A folder of its own, since every process that imports PEFT would load it, which takes seconds.
 .bitsandbytes/.installed: .venv/.installed

@@ -56,6 +56,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     from bondlm.models.adapters import wrap_adapter
     from bondlm.models.load import load_model
     from bondlm.models.roles import Roles
+    from bondlm.training.processes import World
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -74,7 +75,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     settings |= {"vllm_server_args": args.server_args, "max_completion_length": args.tokens}
     config = BONDConfig(output_dir=str(folder), use_cpu=not torch.cuda.is_available(), **settings)
     begin = time.perf_counter()
-    server = make_engine(config, roles.model, roles, encoder)
+    server = make_engine(config, roles.model, roles, encoder, World.of(config))
     start_seconds = time.perf_counter() - begin
     here = TransformersEngine(roles.use, **ends)
 

@@ -13,6 +13,9 @@ class BondError(Exception):
     """Root of all errors that bondlm raises on purpose."""
 
     exit_code = 2
+    known_to_all = (
+        False  # every process of the run raises the same at the same place, and can still save with the others
+    )
 
 
 class ConfigError(BondError, ValueError):

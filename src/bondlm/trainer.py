@@ -178,13 +178,9 @@ class BONDTrainer(SamplingTrainer):
         self.clock, self._means, self._smaller = Clock(), StepMeans(), SmallerBatches()
         self.noise = NoiseScale(args, self.accelerator, self._means)
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
-        self.engine = make_engine(
-            args,
-            model,
-            self.roles,
-            self.encoder,
-            longest_prompt=longest_prompt(self.train_dataset, self.eval_dataset),
-        )
+        longest = longest_prompt(self.train_dataset, self.eval_dataset)
+        with waiting_for_others(self.world, wait_s=args.ddp_timeout):
+            self.engine = make_engine(args, model, self.roles, self.encoder, self.world, longest_prompt=longest)
         self._make_anchor_and_callbacks()
         self._make_step()
 

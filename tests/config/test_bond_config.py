@@ -248,6 +248,14 @@ def test_a_setting_of_the_wrong_type_is_refused_like_any_other_value(tmp_path: P
             config(tmp_path, **{name: ["x"]})
 
 
+def test_several_servers_are_different_addresses(tmp_path: Path) -> None:
+    several = ["http://a:8000", "https://b"]
+    assert config(tmp_path, engine="vllm", vllm_base_url=several).vllm_base_url == several
+    for refused in ([], ["http://a", "http://a"], ["http://a", "b"], {"http://a": 1}):
+        with pytest.raises(ConfigError, match=r"^vllm_base_url="):
+            config(tmp_path, engine="vllm", vllm_base_url=refused)
+
+
 def test_a_single_sample_cannot_be_ranked_last(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing_eos='worst': objective='reinforce'"):
         config(tmp_path, objective="reinforce", missing_eos="worst")
@@ -276,10 +284,14 @@ def test_what_a_setting_needs_is_a_setting_and_one_of_its_values(tmp_path: Path)
         ("quantile", "learned"),
         ("quantile", "monte_carlo"),
         ("reward_aggregation", "lexicographic"),
+        ("engine", "vllm"),
+        ("vllm_server", "auto"),
+        ("vllm_server", "external"),
     }
     for other, value in needed:
         assert other in DEFAULTS
-        config(tmp_path, objective="bond", **{other: value})
+        more = {"engine": "vllm"} if other == "vllm_server" else {}
+        config(tmp_path, objective="bond", **more | {other: value})
 
 
 def test_what_may_change_when_a_run_goes_on() -> None:
@@ -302,7 +314,7 @@ def test_what_may_change_when_a_run_goes_on() -> None:
                 "max_skipped_frac",
                 "strict",
             ),
-            *("ddp_timeout", "per_device_train_batch_size", "gradient_accumulation_steps"),
+            *("vllm_base_url", "ddp_timeout", "per_device_train_batch_size", "gradient_accumulation_steps"),
             *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_samples"),
         },
         "if endless": {"max_steps", "num_train_epochs"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import DistributedType, PartialState
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -60,7 +60,9 @@ class Disturb(TrainerCallback):
 def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a fault
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer()
-    model = ends_often(tiny_t5(tokenizer) if job.pop("kind") == "t5" else tiny_causal(tokenizer))
+    folder, kind = job.pop("model", None), job.pop("kind", "causal")
+    made = AutoModelForCausalLM.from_pretrained(folder) if folder else None
+    model = ends_often(made or (tiny_t5(tokenizer) if kind == "t5" else tiny_causal(tokenizer)))
     resume = job.pop("resume", False)
     desync, desync_after = job.pop("desync", None), job.pop("desync_after", 0)
     nan_rank, nan_step, kill_rank = job.pop("nan_rank", None), job.pop("nan_step", None), job.pop("kill_rank", None)

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from engines.vllm.stub import Stub, serving
 from faults.test_security import Hostile
 from safetensors.torch import load_file
+from tiny import tiny_causal, tiny_tokenizer
+from trainer.helpers import lora as lora_config
 from transformers import AutoModelForCausalLM
 
+from bondlm.models.adapters import wrap_adapter
 from bondlm.runs.manifest import MANIFEST_FILE, fault, seal
 from distributed.launch import check, outcome, run_tiny
 from distributed.test_fsdp import moved, residuals
@@ -50,6 +54,22 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return done[name]
 
     return run
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(2, True), (2, False), (3, True), (3, False)])
+def test_vllm_is_given_the_weights_of_all_processes(stage: int, lora: bool, tmp_path: Path) -> None:
+    """A stub server draws for both: the same samples as for one process, so the same weights."""
+    job: dict[str, Any] = {"kind": "causal", "lora": lora, "engine": "vllm", "max_steps": 2}
+    model = tiny_causal(tiny_tokenizer())
+    with serving(Stub(wrap_adapter(model, lora_config()) if lora else model, list(range(2, 300, 7)))) as stub:
+        check(run_tiny(tmp_path / "one", 1, **job, vllm_base_url=stub.url, per_device_train_batch_size=4))
+        asked = len(stub.drawn())
+        check(run_zero(tmp_path / "two", stage, **job, vllm_base_url=stub.url, per_device_train_batch_size=2))
+    assert len(stub.drawn()) == 2 * asked > 0
+    for file in ("policy.safetensors", "anchor.safetensors"):
+        gap = residuals(tmp_path / "one", tmp_path / "two", file)
+        assert float(gap.abs().max()) < 2e-6
+        assert float(gap.abs().mean()) < 1e-4 * moved(tmp_path / "one")
 
 
 @pytest.mark.parametrize("stage", STAGES)

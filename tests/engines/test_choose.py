@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig
 from tiny import prompt_rows, tiny_causal, tiny_t5
 
 from bondlm import BONDTrainer
-from bondlm.engines.choose import engine_choice, server_options
+from bondlm.engines.choose import engine_choice, server_options, share_of
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import wrap_adapter
 from engines.vllm.helpers import TOKENIZER, config, length, trainer
@@ -27,10 +27,14 @@ from engines.vllm.stub import Stub, serving
         ({"engine": "transformers", "device": torch.device("cpu")}, "engine: transformers$"),
         ({"engine": "vllm", "vllm_server": "auto"}, "engine: vllm, a server of this run$"),
         ({"engine": "vllm", "vllm_server": "external"}, "engine: vllm, the server at vllm_base_url$"),
+        (
+            {"engine": "vllm", "vllm_server": "external", "vllm_base_url": ["http://a", "http://b"]},
+            "engine: vllm, 2 servers at vllm_base_url$",
+        ),
     ],
 )
 def test_the_choice_is_said_with_its_reason_for_this_device(settings: dict[str, Any], said: str) -> None:
-    args: Any = SimpleNamespace(**settings)
+    args: Any = SimpleNamespace(**{"vllm_base_url": "http://a"} | settings)
     assert re.search(said, engine_choice(args))
 
 
@@ -65,8 +69,16 @@ def test_a_context_too_short_is_refused_before_training(tmp_path: Path) -> None:
             trainer(tmp_path, small)
 
 
+def test_processes_share_the_servers_out() -> None:
+    assert [share_of("a", rank, 3) for rank in range(3)] == [["a"]] * 3
+    assert [share_of(["a", "b"], rank, 3) for rank in range(3)] == [["a"], ["b"], ["a"]]
+    assert [share_of(list("abcde"), rank, 2) for rank in range(2)] == [["a", "c", "e"], ["b", "d"]]
+
+
 def test_options_of_our_server(tmp_path: Path) -> None:
-    options = server_options(torch.bfloat16, 24, 2, config(tmp_path, vllm_server_args=["--max-model-len", "512"]))
+    options = server_options(
+        torch.bfloat16, 24, 2, config(tmp_path, vllm_server="auto", vllm_server_args=["--max-model-len", "512"])
+    )
     assert " ".join(options) == (
         "--dtype bfloat16 --enable-lora --max-loras 2 --max-lora-rank 32 --generation-config vllm "
         "--logprobs-mode processed_logprobs --enforce-eager --max-model-len 512"

@@ -240,8 +240,7 @@ def test_r8_an_outage_on_one_rank_saves_the_run_on_all(tmp_path: Path) -> None:
     processes = ranks(config)
     ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
     assert [process.returncode for process in processes] == [4, 4], ends
-    assert "the rewards of rank 1 failed" in ends[0][1]
-    assert "the server is down" in ends[1][1]
+    assert all("process 1: " in error and "the server is down" in error for _, error in ends)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-1"
     assert fault(checkpoint) is None

@@ -18,7 +18,7 @@ from bondlm.config.checks import problems as problems_of
 from bondlm.config.checks import require_loggers, settle_best_model
 from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
 from bondlm.errors import ConfigError
-from bondlm.migration import UNSAFE_CODE, Keywords, Loggers, NoOption, OwnNames
+from bondlm.migration import UNSAFE_CODE, Keywords, NoOption, OwnNames, Texts
 from bondlm.objectives import Objective
 from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
 from bondlm.objectives.rules import above, at_least, beginning_with, between, finite, off, one_of
@@ -212,17 +212,34 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "external",
         "vllm: 'external' (it runs at vllm_base_url) or 'auto' (started, and stopped).",
         one_of("external", "auto"),
+        needs=("engine", "vllm"),
     )
-    vllm_base_url: str = setting(
-        "http://127.0.0.1:8000", "vllm: address of an external server.", beginning_with("http://", "https://")
+    vllm_base_url: Texts = setting(
+        "http://127.0.0.1:8000",
+        "vllm: address of an external server, or a list of several, which the processes of a run share out.",
+        beginning_with("http://", "https://"),
+        needs=("vllm_server", "external"),
+        may_change="always",
     )
     vllm_python: str | None = setting(
-        None, "vllm: with vllm_server='auto', the Python interpreter that has vLLM installed. Default: this one."
+        None,
+        "vllm: with vllm_server='auto', the Python interpreter that has vLLM installed. Default: this one.",
+        needs=("vllm_server", "auto"),
     )
-    vllm_server_args: list[str] | None = setting(None, "vllm: more options for a server that is started ('auto').")
-    vllm_timeout: float = setting(600.0, "vllm: seconds until an answer is given up for lost.", above(0, "seconds"))
+    vllm_server_args: list[str] | None = setting(
+        None, "vllm: more options for a server that is started ('auto').", needs=("vllm_server", "auto")
+    )
+    vllm_timeout: float = setting(
+        600.0,
+        "vllm: seconds until an answer is given up for lost.",
+        above(0, "seconds"),
+        needs=("engine", "vllm"),
+    )
     vllm_start_timeout: float = setting(
-        600.0, "vllm: seconds until a server that is started must answer.", above(0, "seconds")
+        600.0,
+        "vllm: seconds until a server that is started must answer.",
+        above(0, "seconds"),
+        needs=("vllm_server", "auto"),
     )
     max_rows: int | None = setting(
         None,
@@ -289,11 +306,11 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     ddp_timeout: int | None = setting(  # type: ignore[assignment]
         None,
         "Seconds that a process waits for another one. Default: 600, or longer than a reward server may take "
-        "(reward_outage_s + 2 * reward_timeout_s + 60): 780.",
+        "(reward_outage_s + 2 * reward_timeout_s + 60): 780. With engine='vllm': 2 * vllm_timeout + 60, too.",
         above(0, "seconds"),
         may_change="always",
     )
-    report_to: Loggers = setting(
+    report_to: Texts = setting(
         "none", "Loggers of transformers to report to. metrics.jsonl is always written.", may_change="always"
     )
     hub_strategy: str = setting(
@@ -374,11 +391,13 @@ def _longest_wait(c: BONDConfig) -> int:
     """Seconds after which another process must be lost.
 
     Between two collectives of a step a process draws and scores its own samples, and the wait for a server that is down
-    is the longest of it: one request until it is noticed, the outage, and one request more. The minute is for samples
-    that end later than the others'.
+    is the longest of it: one request until it is noticed, the outage, and one request more; of vLLM two requests, or
+    its start. The minute is for samples that end later than the others'.
     """
-    of_rewards = c.reward_outage_s + 2 * c.reward_timeout_s + 60
-    return max(DEFAULT_WAIT_S, math.ceil(min(of_rewards, YEAR_S)))  # who waits for a server without end says infinity
+    of_rewards = c.reward_outage_s + 2 * c.reward_timeout_s
+    of_vllm = max(2 * c.vllm_timeout, c.vllm_start_timeout if c.vllm_server == "auto" else 0)
+    longest = max(of_rewards, of_vllm if c.engine == "vllm" else 0) + 60
+    return max(DEFAULT_WAIT_S, math.ceil(min(longest, YEAR_S)))  # who waits for a server without end says infinity
 
 
 _FIELDS: dict[str, Field[Any]] = vars(BONDConfig)["__dataclass_fields__"]

@@ -12,6 +12,7 @@ from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines.base import Engine
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
+from bondlm.engines.together import Processes, together
 from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.server import LocalServer
@@ -29,8 +30,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank take
 def engine_choice(args: BONDConfig) -> str:
     """Who samples, and why, in one line."""
     if args.engine == "vllm":
+        where = args.vllm_base_url if isinstance(args.vllm_base_url, list) else []
+        several = f"{len(where)} servers" if len(where) > 1 else "the server"
         return (
-            f"engine: vllm, {'a server of this run' if args.vllm_server == 'auto' else 'the server at vllm_base_url'}"
+            f"engine: vllm, {'a server of this run' if args.vllm_server == 'auto' else several + ' at vllm_base_url'}"
         )
     if args.engine == "transformers":
         return "engine: transformers"
@@ -45,12 +48,13 @@ def make_engine(
     model: Any,
     roles: Roles,
     encoder: PromptEncoder,
+    processes: Processes,
     *,
     longest_prompt: int = 0,
 ) -> Engine:
     """The engine that `args` names; `roles` lend their models, `model` is the policy with its adapters.
 
-    A server must have room for the `longest_prompt` (tokens) and a completion.
+    A server must have room for the `longest_prompt` (tokens) and a completion. Every process must call.
 
     Raises:
         ConfigError: vLLM cannot serve this run, or not from that server.
@@ -69,29 +73,18 @@ def make_engine(
         )
     check_vllm_can(args, model)
     folder, is_lora = Path(str(args.output_dir)) / "vllm", roles.is_peft
-    server, url = None, args.vllm_base_url
-    if args.vllm_server == "auto":
-        options = (
-            server_options(model.dtype, max_rank(model), len(roles.adapter_roles), args)
-            if is_lora
-            else whole_model_options(model, args)
-        )
-        server = LocalServer(
-            args.vllm_python or sys.executable,
-            model.config._name_or_path,
-            options,
-            log=folder / "server.log",
-            start_timeout=args.vllm_start_timeout,
-            on_cpu=args.device.type == "cpu",
-        )
-        url = server.url
-    client = VLLMClient(url, timeout=args.vllm_timeout, start_options=LORA_OPTIONS if is_lora else WHOLE_OPTIONS)
-    probe_ids = encoder.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64]
+    server = None
     try:
+        with together(processes):
+            server = start_server(args, model, roles, folder)
+        urls = addresses(args, processes, server)
+        how: dict[str, Any] = {"timeout": args.vllm_timeout}
+        how["start_options"] = LORA_OPTIONS if is_lora else WHOLE_OPTIONS
         engine = (VLLMEngine if is_lora else WholeModelEngine)(
-            *(client, model, roles.adapter_roles, roles.use),
+            *([VLLMClient(url, **how) for url in urls], model, roles.adapter_roles, roles.use),
+            processes=processes,
             eos_ids=encoder.eos_ids,
-            probe_ids=probe_ids,
+            probe_ids=encoder.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64],
             folder=folder,
             server=server,
         )
@@ -108,6 +101,46 @@ def make_engine(
         raise
 
 
+def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path) -> LocalServer | None:
+    """The server that this process starts, if it does: one on each GPU that learns, or one for a machine's CPU.
+
+    Raises:
+        ConfigError: it does not start.
+    """
+    on_cpu, is_alone = args.device.type == "cpu", args.world_size == 1
+    if args.vllm_server != "auto" or (on_cpu and args.local_process_index > 0):
+        return None
+    options = (
+        server_options(model.dtype, max_rank(model), len(roles.adapter_roles), args)
+        if roles.is_peft
+        else whole_model_options(model, args)
+    )
+    return LocalServer(
+        args.vllm_python or sys.executable,
+        model.config._name_or_path,
+        options,
+        log=folder / ("server.log" if args.process_index == 0 else f"server-{args.process_index}.log"),
+        start_timeout=args.vllm_start_timeout,
+        on_cpu=on_cpu,
+        gpu=None if on_cpu or is_alone else args.device.index,
+    )
+
+
+def addresses(args: BONDConfig, processes: Processes, server: LocalServer | None) -> list[str]:
+    """The servers that this process draws from; every process must call."""
+    if args.vllm_server != "auto":
+        return share_of(args.vllm_base_url, processes.rank, processes.size)
+    started = processes.gather_objects([None if server is None else server.url])
+    # Ranks of a machine follow each other, and the first of them has started one.
+    return [url for url in started[: processes.rank + 1] if url is not None][-1:]
+
+
+def share_of(urls: str | list[str] | None, rank: int, size: int) -> list[str]:
+    """The servers of process `rank` among `size`: several if there are more servers than processes, else one."""
+    urls = urls if isinstance(urls, list) else [str(urls)]
+    return urls[rank::size] or [urls[rank % len(urls)]]
+
+
 def check_vllm_can(args: BONDConfig, model: Any) -> None:
     """Refuse what vLLM cannot sample from, before anything is started.
 
@@ -117,11 +150,6 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
     instead = "use engine='transformers'"
     if model.config.is_encoder_decoder:
         raise ConfigError(f"engine=vllm: vLLM serves no encoder-decoder models such as this one, {instead}")
-    if args.world_size > 1:
-        raise ConfigError(
-            f"engine=vllm with {args.world_size} training processes: each would replace the weights that the others "
-            f"draw from. Start one, or {instead}"
-        )
     if hasattr(model, "peft_config"):
         kind = str(model.peft_config[model.active_adapter].peft_type).rsplit(".", 1)[-1]
         if kind != "LORA":

@@ -1,6 +1,6 @@
 """Names that users bring from TRL and older transformers: what each is called here, or why there is no such thing."""
 
-from bondlm.migration.names import Keywords, Loggers, NoOption, OwnNames, own_arguments, own_names
+from bondlm.migration.names import Keywords, NoOption, OwnNames, Texts, own_arguments, own_names
 from bondlm.migration.tables import ARGUMENTS, COMMAND_LINE, SETTINGS, UNSAFE_CODE, Foreign
 
 __all__ = [
@@ -10,9 +10,9 @@ __all__ = [
     "UNSAFE_CODE",
     "Foreign",
     "Keywords",
-    "Loggers",
     "NoOption",
     "OwnNames",
+    "Texts",
     "own_arguments",
     "own_names",
 ]

@@ -11,11 +11,11 @@ from bondlm.migration.tables import ARGUMENTS, COMMAND_LINE, SETTINGS, Foreign
 # Types of fields as `HfArgumentParser` must see them.
 if TYPE_CHECKING:
     Keywords: TypeAlias = dict[str, Any] | None
-    Loggers: TypeAlias = str | list[str] | None
+    Texts: TypeAlias = str | list[str] | None
     NoOption: TypeAlias = str
 else:
     Keywords = dict[str, Any] | str | None  # JSON on a command line, which TrainingArguments reads
-    Loggers = None | str | list[str]  # it takes the second for the type of the option
+    Texts = None | str | list[str]  # it takes the second for the type of the option
     NoOption = InitVar[str]  # TRL's ModelConfig has an option of that name: one parser cannot have two
 
 

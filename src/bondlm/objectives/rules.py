@@ -57,8 +57,13 @@ def one_of(*values: str, why: str = "") -> Rule:
 
 
 def beginning_with(*starts: str) -> Rule:
-    """Text that begins with one of these."""
-    return Rule(lambda v: isinstance(v, str) and v.startswith(starts), f"must begin with {' or '.join(starts)}")
+    """Text that begins with one of these, or a list of such texts, all different."""
+
+    def holds(value: Any) -> bool:
+        texts = value if isinstance(value, list) and value else [value]
+        return all(isinstance(t, str) and t.startswith(starts) for t in texts) and len(set(texts)) == len(texts)
+
+    return Rule(holds, f"must begin with {' or '.join(starts)}, each of a list, and none be there twice")
 
 
 def off(why: str) -> Rule:

@@ -22,8 +22,6 @@ from bondlm.errors import (
     BondError,
     DataDesyncError,
     LostRankError,
-    RewardError,
-    RewardOutageError,
     WeightDesyncError,
 )
 from bondlm.models.sharding import is_sharded
@@ -141,24 +139,6 @@ def decided_by_main(decide: Callable[[], _T], world: World, *, wait_s: float | N
     if isinstance(outcome[0], BondError):
         raise outcome[0]
     return outcome[0]  # type: ignore[no-any-return]
-
-
-@contextmanager
-def failing_together(world: World) -> Iterator[None]:
-    """A reward that fails on one rank fails on all, so that they can save together; every rank must call this."""
-    failure: RewardError | None = None
-    try:
-        yield
-    except RewardError as error:
-        failure = error
-    kind = 0 if failure is None else 2 if isinstance(failure, RewardOutageError) else 1
-    kinds = world.gather(torch.tensor([kind])).tolist()
-    if failure is None and any(kinds):
-        error_class = RewardOutageError if max(kinds) == 2 else RewardError
-        failed = [rank for rank, kind in enumerate(kinds) if kind]
-        failure = error_class(f"the rewards of rank {failed[0]} failed: its own message says why")
-    if failure is not None:
-        raise failure
 
 
 @contextmanager

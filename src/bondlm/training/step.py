@@ -14,6 +14,7 @@ from torch import Tensor
 from bondlm.data.columns import LOGGED_IDS, PROMPT_IDS, PROMPT_ROW
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines import Completion, Engine, Role
+from bondlm.engines.together import together
 from bondlm.models.learned_quantile import QuantileModel, completion_features
 from bondlm.models.logprobs import Group, by_length, group_logprobs
 from bondlm.models.roles import Roles
@@ -25,7 +26,7 @@ from bondlm.rollout.truncated import treat_truncated
 from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.dropped import DropBudget
 from bondlm.training.micro_batches import MicroBatch, micro_batch
-from bondlm.training.processes import World, failing_together
+from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
 
 
@@ -133,7 +134,7 @@ class Step:
 
         Ranks are counted among the samples of `reference`, if given.
         """
-        with self.clock("reward"), failing_together(self.world):
+        with self.clock("reward"), together(self.world):
             how: dict[str, Any] = {"encoder": self.encoder, "trainer_state": self.trainer_state()}
             how |= {"aggregation": self.aggregation, "reference": reference}
             return score_samples(self.rewards, rows, completions, drop=drop, **how)

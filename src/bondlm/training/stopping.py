@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from bondlm.errors import ConfigError, EngineError, ResourceError, RewardError, RewardOutageError
+from bondlm.errors import ConfigError, EngineError, ResourceError, RewardOutageError
 from bondlm.runs.ending import ENDING_FILE, Ending, read_ending, write_ending
 from bondlm.training.processes import World, decided_by_main
 
@@ -100,11 +100,11 @@ class StopCallback(TrainerCallback):
     def pause(self, error: Exception, args: Any, state: Any, control: Any) -> None:
         """Save and stop without a further step; `error` is for `raise_failure`, when all is saved.
 
-        Several processes agree on what a reward raises. Of other errors the others could not know: there such a one
-        ends the run, at its last checkpoint.
+        Several processes must raise it alike. Of another error the others could not know: there such a one ends the
+        run, at its last checkpoint.
         """
         world = World.of(args)
-        if not world.is_alone and not isinstance(error, RewardError):
+        if not (world.is_alone or getattr(error, "known_to_all", False)):
             raise error
         self._failure = error
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

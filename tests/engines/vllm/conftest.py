@@ -8,10 +8,12 @@ import torch
 from peft import LoraConfig
 from tiny import tiny_causal
 
+from bondlm.engines.choose import server_options, whole_model_options
 from bondlm.engines.vllm.lora import VLLMEngine
+from bondlm.engines.vllm.server import LocalServer
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
-from engines.vllm.helpers import EOS, TOKENIZER, change, connect
+from engines.vllm.helpers import EOS, PYTHON, TOKENIZER, change, config, connect
 from engines.vllm.stub import Stub, serving
 
 
@@ -41,3 +43,44 @@ def plain_stub() -> Iterator[Stub]:
         Stub(wrap_adapter(tiny_causal(TOKENIZER), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])), [2])
     ) as s:
         yield s
+
+
+# -- real servers, for `make test-vllm`
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_causal(TOKENIZER, hidden=128).save_pretrained(folder)  # vLLM's attention on CPU wants heads of 32
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("server")
+    options = server_options(torch.float32, 8, 2, config(folder))
+    made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=180, on_cpu=True)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="session")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose head is its embedding: vLLM on a CPU does not reload such a head, unless it is given it too."""
+    folder = tmp_path_factory.mktemp("tied")
+    model = tiny_causal(TOKENIZER, hidden=128)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def whole_server(tied: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("whole_server")
+    options = whole_model_options(tiny_causal(TOKENIZER, hidden=128), config(folder))
+    made = LocalServer(PYTHON, tied, options, log=folder / "server.log", start_timeout=180, on_cpu=True)
+    yield made
+    made.stop()

@@ -1,5 +1,6 @@
 """What the tests of vLLM's clients share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from bondlm import BONDConfig, BONDTrainer
 from bondlm.engines.vllm.http import VLLMClient
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.models.roles import Roles
+from bondlm.training.processes import World
 from engines.vllm.stub import Answer, Stub, first
 
+PYTHON = os.environ.get("BONDLM_VLLM_PYTHON", "")
+ALONE = World(size=1, rank=0, device=torch.device("cpu"))
 TOKENIZER = tiny_tokenizer()
 EOS = list(range(0, 300, 9))
 IDS = [TOKENIZER.encode(prompt) for prompt in PROMPTS[:4]]
@@ -31,7 +35,13 @@ def change(roles: Roles, size: float) -> None:
 
 def connect(stub: Stub, roles: Roles, folder: Path, timeout: float = 20.0) -> VLLMEngine:
     client = VLLMClient(stub.url, timeout=timeout, max_wait=0.02)
-    return VLLMEngine(client, roles.model, roles.adapter_roles, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+    return VLLMEngine(
+        *([client], roles.model, roles.adapter_roles, roles.use),
+        processes=ALONE,
+        eos_ids=EOS,
+        probe_ids=PROBE,
+        folder=folder,
+    )
 
 
 def draw_both(engine: VLLMEngine) -> Any:

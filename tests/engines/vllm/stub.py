@@ -79,7 +79,7 @@ class Stub:
         ids = torch.tensor([body["prompt"]])
         logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
         rows = [{str(t): {"logprob": x}} for t, x in zip(body["prompt"][1:], logprobs[:, 0].tolist(), strict=True)]
-        return [{"index": 0, "prompt_logprobs": [None, *rows]}]
+        return [{"index": 0, "prompt_logprobs": [None, *rows], "prompt_token_ids": body["prompt"]}]
 
     def _draw(self, model: Any, body: Any) -> list[Any]:
         @contextmanager

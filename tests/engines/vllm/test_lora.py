@@ -103,7 +103,7 @@ def test_a_reload_is_tried_twice(engine: VLLMEngine, stub: Stub, roles: Roles) -
 
 def test_small_stale_moves_add_up(engine: VLLMEngine, stub: Stub, roles: Roles) -> None:
     """Each move is below what a server in 16 bits must follow; all together are not."""
-    engine._noise = 1e-2
+    engine._kept[0].noise = 1e-2
     stub.fault = ignore_reloads(10**9)
     change(roles, 3e-4)
     engine.sync()  # not seen yet

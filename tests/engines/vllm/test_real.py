@@ -1,9 +1,7 @@
 """`engine: vllm` against a real vLLM server on the CPU (`make test-vllm`), a tiny Llama with random weights."""
 
-import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from bondlm import BONDConfig, BONDTrainer
 from bondlm.engines.agreement import GAP_METRIC
-from bondlm.engines.choose import server_options, whole_model_options
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.vllm.http import VLLMClient
 from bondlm.engines.vllm.lora import VLLMEngine
@@ -25,8 +22,8 @@ from bondlm.errors import ConfigError, EngineError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.logprobs import row_logprobs
 from bondlm.models.roles import Roles
+from engines.vllm.helpers import ALONE, PYTHON
 
-PYTHON = os.environ.get("BONDLM_VLLM_PYTHON", "")
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(240),
@@ -59,23 +56,6 @@ def config(folder: Path, **changes: Any) -> BONDConfig:
     return BONDConfig(**settings | changes)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_causal(TOKENIZER, hidden=128).save_pretrained(folder)  # vLLM's attention on CPU wants heads of 32
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("server")
-    options = server_options(torch.float32, 8, 2, config(folder))
-    made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=180, on_cpu=True)
-    yield made
-    made.stop()
-
-
 def lora(rank: int = 8) -> LoraConfig:
     return LoraConfig(r=rank, target_modules="all-linear")
 
@@ -101,7 +81,13 @@ def roles(base: str) -> Roles:
 
 def connect(server: LocalServer, roles: Roles, folder: Path) -> VLLMEngine:
     client = VLLMClient(server.url, timeout=60)
-    return VLLMEngine(client, roles.model, roles.adapter_roles, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+    return VLLMEngine(
+        *([client], roles.model, roles.adapter_roles, roles.use),
+        processes=ALONE,
+        eos_ids=EOS,
+        probe_ids=PROBE,
+        folder=folder,
+    )
 
 
 @pytest.fixture
@@ -172,11 +158,11 @@ def test_samples_have_the_models_frequencies(engine: VLLMEngine, roles: Roles) -
 
 def test_a_hot_reload_changes_probe_and_samples(engine: VLLMEngine, roles: Roles) -> None:
     """The same prompts before and after: cached prefixes of the old weights are not used again."""
-    before = engine._client.prompt_logprobs("bondlm-policy", PROBE, "x")
+    before = engine._servers[0].client.prompt_logprobs("bondlm-policy", PROBE, "x")
     draw_all(engine)
     change(roles, 0.1)
     engine.sync()
-    after = engine._client.prompt_logprobs("bondlm-policy", PROBE, "x")
+    after = engine._servers[0].client.prompt_logprobs("bondlm-policy", PROBE, "x")
     assert max(abs(a - b) for a, b in zip(after, before, strict=True)) > 0.05
     assert engine.probe_gap["policy"] < GAP
     drawn = draw_all(engine)
@@ -186,7 +172,7 @@ def test_a_hot_reload_changes_probe_and_samples(engine: VLLMEngine, roles: Roles
 
 def test_a_stale_reload_is_caught(engine: VLLMEngine, roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     change(roles, 1e-3)
-    monkeypatch.setattr(engine._client, "load_adapter", lambda name, folder: None)
+    monkeypatch.setattr(engine._servers[0].client, "load_adapter", lambda name, folder: None)
     with pytest.raises(EngineError, match="reload"):
         engine.sync()
 
@@ -239,18 +225,6 @@ def test_a_server_of_our_own(base: str, tmp_path: Path) -> None:
 # -- full fine-tuning: one server, given policy's and anchor's weights in turn
 
 
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose head is its embedding: vLLM on a CPU does not reload such a head, unless it is given it too."""
-    folder = tmp_path_factory.mktemp("tied")
-    model = tiny_causal(TOKENIZER, hidden=128)
-    model.config.tie_word_embeddings = True
-    model.tie_weights()
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
-
-
 def load_whole(folder: str) -> Roles:
     return Roles(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
@@ -261,18 +235,11 @@ def move(roles: Roles, size: float) -> None:
             parameter.add_(torch.randn_like(parameter) * size)
 
 
-@pytest.fixture(scope="module")
-def whole_server(tied: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    folder = tmp_path_factory.mktemp("whole_server")
-    options = whole_model_options(load_whole(tied).model, config(folder))
-    made = LocalServer(PYTHON, tied, options, log=folder / "server.log", start_timeout=180, on_cpu=True)
-    yield made
-    made.stop()
-
-
 def connect_whole(server: LocalServer, roles: Roles, folder: Path) -> WholeModelEngine:
     client = VLLMClient(server.url, timeout=60)
-    return WholeModelEngine(client, roles.model, {}, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+    return WholeModelEngine(
+        *([client], roles.model, {}, roles.use), processes=ALONE, eos_ids=EOS, probe_ids=PROBE, folder=folder
+    )
 
 
 def test_one_server_is_given_each_roles_weights_in_turn(whole_server: LocalServer, tied: str, tmp_path: Path) -> None:
@@ -298,7 +265,7 @@ def test_a_reload_of_whole_weights_that_did_nothing_is_caught(
     roles = load_whole(tied)
     engine = connect_whole(whole_server, roles, tmp_path)
     move(roles, 1e-6)  # about 1e-4 nats a token
-    monkeypatch.setattr(engine._client, "rpc", lambda method, **arguments: None)
+    monkeypatch.setattr(engine._servers[0].client, "rpc", lambda method, **arguments: None)
     with pytest.raises(EngineError, match="reload"):
         engine.generate(IDS, 1, role="policy", max_new_tokens=4, seeds=SEEDS)
 
@@ -313,7 +280,9 @@ def test_full_fine_tuning(whole_server: LocalServer, tied: str, tmp_path: Path) 
 
     def send(role: str, path: Path) -> None:
         sent(role, path)
-        probes.append(sum(engine._client.prompt_logprobs(engine._base, engine._probe_ids, str(len(probes)))))
+        probes.append(
+            sum(engine._servers[0].client.prompt_logprobs(engine._servers[0].base, engine._probe_ids, str(len(probes))))
+        )
 
     engine._send = send
     made.train()

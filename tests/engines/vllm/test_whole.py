@@ -18,7 +18,7 @@ from bondlm.engines.vllm.http import WHOLE_OPTIONS, VLLMClient
 from bondlm.engines.vllm.whole import WholeModelEngine, weights_digest, write_weights
 from bondlm.errors import ConfigError, EngineError, ResourceError
 from bondlm.models.roles import Roles
-from engines.vllm.helpers import EOS, IDS, PROBE, SEEDS, TOKENIZER, config, draw_both, length
+from engines.vllm.helpers import ALONE, EOS, IDS, PROBE, SEEDS, TOKENIZER, config, draw_both, length
 from engines.vllm.stub import Answer, Stub, first, serving
 
 
@@ -52,7 +52,9 @@ def plain_stub() -> Iterator[Stub]:
 
 def connect(stub: Stub, roles: Roles, folder: Path) -> WholeModelEngine:
     client = VLLMClient(stub.url, timeout=20.0, max_wait=0.02, start_options=WHOLE_OPTIONS)
-    return WholeModelEngine(client, roles.model, {}, roles.use, eos_ids=EOS, probe_ids=PROBE, folder=folder)
+    return WholeModelEngine(
+        *([client], roles.model, {}, roles.use), processes=ALONE, eos_ids=EOS, probe_ids=PROBE, folder=folder
+    )
 
 
 @pytest.fixture
@@ -250,7 +252,7 @@ def test_a_tied_head_is_written_too(tmp_path: Path, autocast: torch.dtype | None
 
 
 def test_options_of_our_server(tmp_path: Path) -> None:
-    args = config(tmp_path, vllm_server_args=["--max-model-len", "512"])
+    args = config(tmp_path, vllm_server="auto", vllm_server_args=["--max-model-len", "512"])
     plain = " ".join(whole_model_options(tiny_causal(TOKENIZER), args))
     assert plain == (
         "--dtype float32 --load-format dummy --generation-config vllm --logprobs-mode processed_logprobs "

@@ -111,7 +111,7 @@ class VLLMClient:
         """Log-probability of each of `ids` but the first.
 
         Raises:
-            EngineError: the answer has not one number for each.
+            EngineError: the answer has not one number for each, or is an older vLLM's.
             NonFiniteError: one of them is not finite.
         """
         body = {
@@ -120,9 +120,11 @@ class VLLMClient:
             "max_tokens": 1,
             "temperature": 0,
             "prompt_logprobs": 0,
+            "return_token_ids": True,
             "cache_salt": salt,
         }
         (choice,) = self.complete(body)[:1]
+        of_answer(choice, "prompt_token_ids")  # all samples are checked by theirs: said before any is drawn
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(ids):
             raise EngineError(f"{self.url} sent no log-probabilities of a probe text of {len(ids)} tokens")
@@ -203,6 +205,17 @@ def _message(response: Any) -> str:
     except ValueError:
         text = str(response.text)
     return " ".join(text.split())[:500]
+
+
+def of_answer(answer: Any, key: str) -> Any:
+    """What vLLM's answer has under `key`.
+
+    Raises:
+        EngineError: nothing.
+    """
+    if not isinstance(answer, dict) or answer.get(key) is None:
+        raise EngineError(f"the vLLM server's answer has no {key!r}: bondlm needs vLLM 0.22 or newer")
+    return answer[key]
 
 
 def how_to_start(url: str, model: str, options: Sequence[str]) -> str:

@@ -1,14 +1,16 @@
-"""Generation by a vLLM server over HTTP: policy and anchor are two LoRA adapters of one server, drawn in one batch.
+"""Generation by vLLM servers over HTTP: policy and anchor are two LoRA adapters of a server, drawn in one batch.
 
 (Whole models: `bondlm.engines.vllm.whole`.)
 
-After every optimizer step `sync` writes both adapters to new folders and reloads them under their names. A reload that
-silently did nothing would train on stale samples, so each is checked: the server scores a probe text, and must agree
-with the trainer's own weights and have moved as they have.
+After every optimizer step `sync` writes both adapters to new folders, and each server reloads them under their names; a
+probe text says whether it has (`bondlm.engines.vllm.served`).
 
 A new folder and a cache salt for each version: vLLM does not drop prefix-cache blocks that an adapter's old weights
 computed when it reloads the adapter in place. The salt is also each run's own, since versions are counted from 1 again
 by a run that goes on with the same server.
+
+Of several processes the main one writes; each server is given the weights, and is probed, by the first process that
+draws from it; what it finds is known to all before anybody goes on (`bondlm.engines.together`).
 
 Shapes: P prompts, T tokens.
 """
@@ -26,165 +28,190 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bondlm.engines.base import Completion, Role
-from bondlm.engines.vllm.http import VLLMClient
+from bondlm.engines.together import Processes, together
+from bondlm.engines.vllm.http import VLLMClient, of_answer
+from bondlm.engines.vllm.served import Served
 from bondlm.engines.vllm.server import LocalServer
-from bondlm.errors import ConfigError, DataError, EngineError, NonFiniteError
+from bondlm.errors import DataError, EngineError, NonFiniteError, ResourceError
 from bondlm.models.facts import vocabulary_size
 
 ADAPTERS: dict[Role, str] = {role: f"bondlm-{role}" for role in ("policy", "anchor", "reference")}
 MOVING: tuple[Role, ...] = ("policy", "anchor")
-GAP_LIMIT = 0.5  # nats a token (fault N7): beyond rounding, the server holds other weights
-STALE_RATIO = 0.25  # a fresh reload moves the probe about as far as the trainer's weights do (1), a stale one not (0)
 MAX_REQUESTS = 256  # at a time; the server queues what it cannot run yet
 
 
 class VLLMEngine:
-    """Samples from a vLLM server that serves `use`'s base model and takes adapters at run time."""
+    """Samples from vLLM servers that serve `use`'s base model and take adapters at run time.
+
+    Every process of a run must make the same calls in the same order.
+    """
 
     exact = False  # another program's kernels, often in another precision
     sends = "adapter"
 
     def __init__(
         self,
-        client: VLLMClient,
+        clients: Sequence[VLLMClient],
         model: Any,
         adapters: Collection[str],
         use: Callable[[Role], AbstractContextManager[Any]],
         *,
+        processes: Processes,
         eos_ids: Sequence[int],
         probe_ids: Sequence[int],
         folder: Path,
         server: LocalServer | None = None,
     ) -> None:
-        """Check that the server serves this model, and give it the adapters.
+        """Check that the servers serve this model, and give them the adapters.
 
         Args:
-            client: the connection.
+            clients: connections to the servers that this process draws from; another process may draw from them, too.
             model: the PEFT model.
             adapters: the roles that are adapters; another one is the base model.
             use: lends the model of a role in eval mode.
+            processes: of the run.
             eos_ids: end a completion.
             probe_ids: a short text whose log-probabilities server and trainer are compared by.
-            folder: where adapters are written; the server must see it under the same path.
+            folder: where adapters are written; every server must see it under the same path.
             server: the process to end with `close`, if it is ours.
 
         Raises:
-            ConfigError: the server cannot be reached, serves another model or cannot take the adapters.
+            ConfigError: a server cannot be reached, serves another model or cannot take the adapters.
         """
-        self._client, self._model, self._adapters, self._use = client, model, adapters, use
+        self._model, self._adapters, self._use, self._processes = model, adapters, use, processes
         self._eos_ids, self._probe_ids, self._folder, self._server = list(eos_ids), list(probe_ids), folder, server
         self._vocab_size = vocabulary_size(model.config)
-        # Weights in 16 bits round a small step away: only a larger move of the probe says that the server must move.
-        self._noise = 1e-5 if model.dtype == torch.float32 else 1e-2
-        self._gap_limit = GAP_LIMIT
-        self._version, self._run = 0, secrets.token_hex(4)
-        self._moved: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when last it moved
-        self.probe_gap: dict[Role, float] = {}  # mean absolute gap of the last probe, nats a token
+        self._version, self._run = 0, processes.gather_objects([secrets.token_hex(4)])[0]
+        self.probe_gap: dict[Role, float] = {}  # largest mean gap of the servers probed here, nats a token
         self.on_prompts_done: Callable[[int], object] | None = None  # told how many more prompts are finished
-        self._base, self.max_model_len = client.base_model()
+        # Weights in 16 bits round a small step away: only a larger move of the probe says that the server must move.
+        noise = 1e-5 if model.dtype == torch.float32 else 1e-2
+        with together(processes):
+            self._servers = [Served(client, self._probe_ids, noise) for client in clients]
+        drawing = processes.gather_objects([(s.client.url, processes.rank) for s in self._servers])
+        first = {url: rank for url, rank in reversed(drawing)}
+        self._kept = [s for s in self._servers if first[s.client.url] == processes.rank]  # those we give weights to
+        self.max_model_len = min(processes.gather_objects([s.max_model_len for s in self._servers]))
         self._start()
 
     def _start(self) -> None:
         """The first probe of each role: a mismatch now is a wrong server, not a stale one."""
         if "reference" not in self._adapters:
-            try:
-                gap = self._probe("reference")[0]
-            except EngineError as error:
-                raise ConfigError(f"the vLLM server at {self._client.url} does not fit: {error}") from error
-            if not gap <= GAP_LIMIT:
-                raise ConfigError(
-                    f"the vLLM server at {self._client.url} serves {self._base!r}, another model than the trainer's: "
-                    f"their log-probabilities of a probe text differ by {gap:.3f} nats a token (limit {GAP_LIMIT}). "
-                    f"Start it with --model {self._model.config._name_or_path!r}"
-                )
+            with self._use("reference") as model:
+                ours = self._own_logprobs(model)
+            with together(self._processes):
+                for server in self._kept:
+                    server.require_model(ours, self._salt("reference"), self._model.config._name_or_path)
         else:
             self._reload("reference")
         self.sync()
 
     def sync(self) -> None:
-        """Give the server the weights of policy and anchor as they are now.
+        """Give the servers the weights of policy and anchor as they are now.
 
         Raises:
-            EngineError: after two tries the server still scores the probe text otherwise than the trainer.
-            ResourceError: the server does not answer any more.
+            EngineError: after two tries a server still scores the probe text otherwise than the trainer.
+            ResourceError: a server does not answer any more, or the disk is full.
         """
         self._version += 1
         for role in MOVING:
             self._reload(role)
 
     def _reload(self, role: Role) -> None:
-        ours = self._own_logprobs(role)
-        problem = ""
+        with self._use(role) as model:
+            ours = self._own_logprobs(model)
+            path = self._written(role, model)
+        self._give(role, path, ours)
+
+    def _written(self, role: Role, model: Any) -> Path:
+        """The folder with the role's weights as `model` has them; the main process has written it."""
+        path = self._folder / f"{role}-{self._version:06d}-1"
+        with together(self._processes):
+            if self._processes.rank == 0:
+                try:
+                    self._write(model, path)
+                except (OSError, SafetensorError) as error:
+                    raise ResourceError(
+                        f"cannot write the {role}'s {self.sends} for the vLLM server into {str(path)!r}: {error}"
+                    ) from error
+        return path
+
+    def _give(self, role: Role, path: Path, ours: np.ndarray) -> None:
+        """Have every server load the folder, and see that it scores the probe text as the trainer does (`ours`)."""
+        left = self._kept
         for attempt in (1, 2):
-            path = self._folder / f"{role}-{self._version:06d}-{attempt}"
-            self._send(role, path)
-            gap, theirs = self._probe(role, ours)
-            problem = self._mismatch(self._name(role), gap, ours, theirs)
-            if not problem:
-                self._keep_only(role, path)
+            if attempt == 2:  # under a new name: nothing that is known of the old one can be taken for it
+                path = self._renamed(path)
+            with together(self._processes):
+                found = self._reloaded(left, role, path, ours)
+            self.probe_gap[role] = max([server.gap for server in self._kept], default=0.0)
+            left = [server for server, _ in found]
+            problems = self._processes.gather_objects([f"{server.client.url}: {why}" for server, why in found])
+            if not problems:
+                if self._processes.rank == 0:
+                    self._keep_only(role, path)
                 return
-        raise EngineError(
-            f"{role} {self.sends}, reload {self._version}: {problem}. It was reloaded twice from {str(path)!r}. "
+        failure = EngineError(
+            f"{role} {self.sends}, reload {self._version}: {problems[0]}. It was reloaded twice from {str(path)!r}. "
             "Restart the server and resume from the last checkpoint; does another run use the same server?"
         )
+        failure.known_to_all = True
+        raise failure
 
-    def _mismatch(self, name: str, gap: float, ours: np.ndarray, theirs: np.ndarray) -> str:
-        """Why the server cannot hold our weights under `name`; empty if it may."""
-        if not gap <= self._gap_limit:
-            limit = f"{self._gap_limit:.2g}"
-            return f"server and trainer differ by {gap:.2g} nats a token on a probe text (limit {limit})"
-        if name in self._moved:
-            our_move, their_move = (
-                float(np.abs(now - before).mean())
-                for now, before in zip((ours, theirs), self._moved[name], strict=True)
-            )
-            if our_move <= self._noise:
-                return ""  # compared with the same point next time, so that small moves add up
-            if their_move < STALE_RATIO * our_move:
-                return (
-                    f"the reload did nothing: the probe text's log-probabilities moved by {our_move:.2e} nats a token "
-                    f"in the trainer, by {their_move:.2e} on the server"
-                )
-        self._moved[name] = (ours, theirs)
-        return ""
+    def _reloaded(
+        self, servers: Sequence[Served], role: Role, path: Path, ours: np.ndarray
+    ) -> list[tuple[Served, str]]:
+        """Those that do not hold the role's weights although they have loaded the folder, and why."""
+
+        def reload(server: Served) -> tuple[Served, str]:
+            self._load(role, server, path)
+            return server, server.mismatch(*self._names(role, server), ours)
+
+        return [(server, why) for server, why in _at_once(reload, servers) if why]
+
+    def _renamed(self, path: Path) -> Path:
+        again = path.with_name(f"{path.name[:-1]}2")
+        with together(self._processes):
+            if self._processes.rank == 0:
+                try:
+                    path.rename(again)
+                except OSError as error:
+                    raise ResourceError(f"{str(path)!r} is gone while a vLLM server reads it: {error}") from error
+        return again
 
     @torch.no_grad()
-    def _own_logprobs(self, role: Role) -> np.ndarray:
-        """Log-probabilities (T - 1) of the probe text under the trainer's weights."""
-        with self._use(role) as model:
-            ids = torch.tensor([self._probe_ids], device=model.device)
-            logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
-            return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).double().cpu().numpy()
+    def _own_logprobs(self, model: Any) -> np.ndarray:
+        """Log-probabilities (T - 1) of the probe text under the model of a role."""
+        ids = torch.tensor([self._probe_ids], device=model.device)
+        logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
+        return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).double().cpu().numpy()
 
-    def _probe(self, role: Role, ours: np.ndarray | None = None) -> tuple[float, np.ndarray]:
-        """Mean absolute gap between server and trainer on the probe text, and the server's log-probabilities."""
-        ours = self._own_logprobs(role) if ours is None else ours
-        theirs = np.asarray(self._client.prompt_logprobs(self._name(role), self._probe_ids, self._salt(role)))
-        self.probe_gap[role] = float(np.abs(ours - theirs).mean())
-        return self.probe_gap[role], theirs
-
-    def _send(self, role: Role, path: Path) -> None:
-        """Write the role's weights into the folder `path` and have the server load them."""
+    def _write(self, model: Any, path: Path) -> None:
+        """Write the adapter as `model` has it, with a role's values in the policy's place, as PEFT loads it."""
         path.mkdir(parents=True, exist_ok=True)
         name = self._model.active_adapter
         config: PeftConfig = copy.deepcopy(self._model.peft_config[name])
         config.inference_mode = True
         config.save_pretrained(str(path))
-        with self._use(role):  # it has the role's values in the policy's place
-            state = get_peft_model_state_dict(self._model, adapter_name=name)
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
-        self._client.load_adapter(ADAPTERS[role], path)
+        weights = {f"base_model.model.{n}": p.detach() for n, p in model.named_parameters()}
+        state = get_peft_model_state_dict(self._model, weights, name, save_embedding_layers=False)
+        save_file({k: v.cpu().contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
+
+    def _load(self, role: Role, server: Served, path: Path) -> None:
+        server.client.load_adapter(ADAPTERS[role], path)
 
     def _keep_only(self, role: Role, path: Path) -> None:
         for old in self._folder.glob(f"{role}-*"):
             if old != path:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _name(self, role: Role) -> str:
-        return ADAPTERS[role] if role in self._adapters else self._base
+    def _names(self, role: Role, server: Served) -> tuple[str, str]:
+        """Of the role's model on the server, and its cache salt."""
+        return ADAPTERS[role] if role in self._adapters else server.base, self._salt(role)
 
     def _salt(self, role: Role) -> str:
         return f"{self._run}-{role}-{self._version if role in MOVING else 0}"
@@ -226,6 +253,24 @@ class VLLMEngine:
             EngineError: an answer that is not one to the request.
             NonFiniteError: a log-probability that is not finite.
         """
+        drawn: dict[Role, list[list[Completion]]] = {role: [[] for _ in prompts] for role in wanted}
+
+        def run(job: tuple[Role, int]) -> None:
+            role, i = job
+            count, seeds = wanted[role]
+            server = self._servers[i % len(self._servers)]
+            body = self._request(*self._names(role, server), prompts[i], count, seeds[i], max_new_tokens, temperature)
+            choices = server.client.complete(body)
+            drawn[role][i] = self._completions(server.client.url, choices, prompts[i], count, max_new_tokens)
+            if self.on_prompts_done is not None:
+                self.on_prompts_done(1)
+
+        with together(self._processes):
+            self._check_lengths(prompts, max_new_tokens)
+            _at_once(run, [(role, i) for role, (count, _) in wanted.items() if count for i in range(len(prompts))])
+        return drawn
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         for i, prompt in enumerate(prompts):
             if len(prompt) + max_new_tokens > self.max_model_len:
                 raise DataError(
@@ -233,34 +278,20 @@ class VLLMEngine:
                     f"than the vLLM server's context of {self.max_model_len} tokens: shorten it, or start the server "
                     "with a larger --max-model-len"
                 )
-        jobs = [(role, i) for role, (count, _) in wanted.items() if count for i in range(len(prompts))]
-
-        def run(job: tuple[Role, int]) -> None:
-            role, i = job
-            count, seeds = wanted[role]
-            body = self._request(role, prompts[i], count, seeds[i], max_new_tokens, temperature)
-            completions = self._completions(self._client.complete(body), prompts[i], count, max_new_tokens)
-            drawn[role][i] = completions
-            if self.on_prompts_done is not None:
-                self.on_prompts_done(1)
-
-        drawn: dict[Role, list[list[Completion]]] = {role: [[] for _ in prompts] for role in wanted}
-        # Daemon threads: after an error nobody waits for the other answers, not even the interpreter at its exit (it
-        # would for an executor's threads, up to `vllm_timeout`).
-        pool = ThreadPool(max(1, min(MAX_REQUESTS, len(jobs))))
-        try:
-            for _ in pool.imap_unordered(run, jobs):  # whichever comes first, so that the first error ends it
-                pass
-        finally:
-            pool.terminate()
-        return drawn
 
     def _request(
-        self, role: Role, prompt: Sequence[int], count: int, seed: int, max_new_tokens: int, temperature: float
+        self,
+        name: str,
+        salt: str,
+        prompt: Sequence[int],
+        count: int,
+        seed: int,
+        max_new_tokens: int,
+        temperature: float,
     ) -> dict[str, Any]:
         """The model's own distribution: what a server may take from generation_config.json is set off, one by one."""
         return {
-            "model": self._name(role),
+            "model": name,
             "prompt": list(prompt),
             "n": count,
             "seed": int(seed) >> 2,  # the server adds a sample's number to it, in 63 bits
@@ -278,20 +309,20 @@ class VLLMEngine:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "skip_special_tokens": False,
-            "cache_salt": self._salt(role),
+            "cache_salt": salt,
         }
 
     def _completions(
-        self, choices: list[Any], prompt: Sequence[int], count: int, max_new_tokens: int
+        self, url: str, choices: list[Any], prompt: Sequence[int], count: int, max_new_tokens: int
     ) -> list[Completion]:
         """The answer's samples in their order, each checked: a wrong one must not be learned from."""
-        where = f"the vLLM server at {self._client.url}"
-        if sorted(_get(c, "index") for c in choices) != list(range(count)):
+        where = f"the vLLM server at {url}"
+        if sorted(of_answer(c, "index") for c in choices) != list(range(count)):
             raise EngineError(f"{where} sent {len(choices)} samples, {count} were asked for")
         completions = []
         for choice in sorted(choices, key=lambda c: int(c["index"])):
-            ids, logprobs = _get(choice, "token_ids"), _get(choice.get("logprobs"), "token_logprobs")
-            if _get(choice, "prompt_token_ids") != list(prompt):
+            ids, logprobs = of_answer(choice, "token_ids"), of_answer(choice.get("logprobs"), "token_logprobs")
+            if of_answer(choice, "prompt_token_ids") != list(prompt):
                 raise EngineError(f"{where} answered another prompt than it was sent (it re-tokenised or cut it)")
             if not ids or len(ids) != len(logprobs) or len(ids) > max_new_tokens:
                 raise EngineError(f"{where} sent {len(ids)} tokens with {len(logprobs)} log-probabilities")
@@ -311,13 +342,21 @@ class VLLMEngine:
         return completions
 
     def close(self) -> None:
-        """End the connection, and the server if it is ours."""
-        self._client.close()
+        """End the connections, and the server if it is ours."""
+        for server in self._servers:
+            server.client.close()
         if self._server is not None:
             self._server.stop()
 
 
-def _get(answer: Any, key: str) -> Any:
-    if not isinstance(answer, dict) or answer.get(key) is None:
-        raise EngineError(f"the vLLM server's answer has no {key!r}: bondlm needs vLLM 0.22 or newer")
-    return answer[key]
+def _at_once(work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+    """What `work` returns for each job, in any order, all under way together.
+
+    Daemon threads: after an error nobody waits for the other answers, not even the interpreter at its exit (it would
+    for an executor's threads, up to `vllm_timeout`).
+    """
+    pool = ThreadPool(max(1, min(MAX_REQUESTS, len(jobs))))
+    try:
+        return list(pool.imap_unordered(work, jobs))  # whichever comes first, so that the first error ends it
+    finally:
+        pool.terminate()

@@ -26,6 +26,9 @@ kill -0 $server 2>/dev/null && wait $server  # a signal has interrupted the firs
 kill -KILL $guard 2>/dev/null
 exit $code
 """
+# Of another Python, and of a launcher: the server would take itself for one of the run's processes.
+LAUNCHERS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS_START = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 STOP_GRACE = 10.0  # seconds between asking a server to end and killing it
 
 
@@ -33,7 +36,15 @@ class LocalServer:
     """A running vLLM server on this machine's loopback interface; `stop` ends it, and so does the end of Python."""
 
     def __init__(
-        self, python: str, model: str, options: Sequence[str], *, log: Path, start_timeout: float, on_cpu: bool
+        self,
+        python: str,
+        model: str,
+        options: Sequence[str],
+        *,
+        log: Path,
+        start_timeout: float,
+        on_cpu: bool,
+        gpu: int | None = None,
     ) -> None:
         """Start it and wait until it is healthy.
 
@@ -44,6 +55,7 @@ class LocalServer:
             log: file for what the server prints.
             start_timeout: seconds until it must answer.
             on_cpu: it computes on the CPU.
+            gpu: number of the GPU that it has to itself, or shares with the trainer; None: all that this process sees.
 
         Raises:
             ConfigError: it ended or did not answer in time.
@@ -65,7 +77,7 @@ class LocalServer:
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=_environment(on_cpu, for_lora="--enable-lora" in options),
+                env=_environment(on_cpu, gpu, for_lora="--enable-lora" in options),
                 start_new_session=True,
             )
         atexit.register(self.stop)
@@ -120,14 +132,17 @@ class LocalServer:
         self._process.poll()
 
 
-def _environment(on_cpu: bool, *, for_lora: bool) -> dict[str, str]:
-    """Ours, and what a server for us needs; no usage statistics leave the machine.
+def _environment(on_cpu: bool, gpu: int | None = None, *, for_lora: bool) -> dict[str, str]:
+    """Ours without what a launcher of several processes tells them, and what a server for us needs.
 
-    Routes for whole models' weights exist in development mode alone. It also lets whoever reaches the server run its
-    workers' methods: the server listens on the loopback interface.
+    No usage statistics leave the machine. Routes for whole models' weights exist in development mode alone. It also
+    lets whoever reaches the server run its workers' methods: the server listens on the loopback interface.
     """
-    ours = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    ours = {k: v for k, v in os.environ.items() if k not in LAUNCHERS and not k.startswith(LAUNCHERS_START)}
     needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if for_lora else {"VLLM_SERVER_DEV_MODE": "1"}
     needed |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if gpu is not None:
+        visible = [name for name in ours.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        needed["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)
     space = {"VLLM_CPU_KVCACHE_SPACE": "1"} if on_cpu else {}  # GiB
     return space | ours | needed

@@ -1,4 +1,4 @@
-"""Full fine-tuning over a vLLM server: one server, whose weights are replaced before each role draws.
+"""Full fine-tuning over vLLM servers, whose weights are replaced before each role draws.
 
 Policy's weights, its samples; anchor's weights, its samples. Two servers would need twice the memory and draw no faster
 on the device that they share. The weights go through a folder: `reload_weights(weights_path=...)`, by vLLM's route
@@ -12,15 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
 from bondlm.engines.base import Completion, Role
-from bondlm.engines.vllm.lora import GAP_LIMIT, VLLMEngine
-from bondlm.errors import ConfigError, ResourceError
+from bondlm.engines.together import together
+from bondlm.engines.vllm.lora import VLLMEngine
+from bondlm.engines.vllm.served import GAP_LIMIT, Served
+from bondlm.errors import ConfigError
 
 GAP_GROWTH = 4.0  # times the first reload's gap, which is that of two programs' rounding
 LEAST_GAP_LIMIT = 1e-3  # nats a token: below, fp32 rounds
@@ -28,45 +30,60 @@ ONE_FILE = "100TB"  # with an index of several vLLM would read none beside them
 
 
 class WholeModelEngine(VLLMEngine):
-    """Samples from a server whose weights are, in turn, those of the role that draws."""
+    """Samples from servers whose weights are, in turn, those of the role that draws.
+
+    No process goes on to the next role while another one still draws.
+    """
 
     sends = "weights"
 
     def _start(self) -> None:
-        """The first reload, of a server that holds random weights if it was started as told: it must work."""
-        self._held: tuple[int, ...] | None = None  # digest of the weights on the server
-        # A server that was started without weights would look for none.
-        self._client.rpc("update_config", args=[{"load_config": {"load_format": "auto"}}])
+        """The first reload, of servers that hold random weights if they were started as told: it must work."""
+        self._held: tuple[int, ...] | None = None  # digest of the weights on the servers
+        with together(self._processes):
+            for server in self._kept:  # one that was started without weights would look for none
+                server.client.rpc("update_config", args=[{"load_config": {"load_format": "auto"}}])
         self._hold("policy")
-        gap = self.probe_gap["policy"]
-        self._noise = 1e-5 if gap < LEAST_GAP_LIMIT else 1e-2  # by the server's precision, not by ours
-        self._gap_limit = min(GAP_LIMIT, max(LEAST_GAP_LIMIT, GAP_GROWTH * gap))
+        for server in self._kept:
+            server.noise = 1e-5 if server.gap < LEAST_GAP_LIMIT else 1e-2  # by the server's precision, not by ours
+            server.gap_limit = min(GAP_LIMIT, max(LEAST_GAP_LIMIT, GAP_GROWTH * server.gap))
 
     def sync(self) -> None:
-        """Nothing yet: one role's weights are on the server at a time, and go there when it draws."""
+        """Nothing yet: one role's weights are on a server at a time, and go there when it draws."""
 
     def _hold(self, role: Role) -> None:
-        """Have the server hold the role's weights; nothing is sent if it holds them already.
+        """Have the servers hold the role's weights; nothing is sent if all of them hold these already.
 
         Raises:
-            EngineError: after two tries the server still scores the probe text otherwise than the trainer.
-            ConfigError: it cannot take them.
-            ResourceError: it does not answer any more, or the disk is full.
+            EngineError: after two tries a server still scores the probe text otherwise than the trainer.
+            ConfigError: one cannot take them.
+            ResourceError: one does not answer any more, or the disk is full.
         """
-        with self._use(role) as model:
-            digest = weights_digest(model)
-        if digest == self._held and self._probe(role)[0] <= self._gap_limit:  # nobody else has changed them
-            return
-        self._held = None
-        self._version += 1
-        self._reload(role)
+        with self._use(role) as model:  # once: the weights of a sharded model are gathered for it
+            ours, digest = self._own_logprobs(model), weights_digest(model)
+            if not self._must_send(role, digest, ours):
+                return
+            self._held = None
+            self._version += 1
+            path = self._written(role, model)
+        self._give(role, path, ours)
         self._held = digest
 
-    def _send(self, role: Role, path: Path) -> None:
-        with self._use(role) as model:
-            write_weights(model, path)
+    def _must_send(self, role: Role, digest: tuple[int, ...], ours: np.ndarray) -> bool:
+        """Whether a server holds other weights than these, by what it was given and by what it scores."""
+        must = digest != self._held
+        with together(self._processes):
+            for server in () if must else self._kept:  # has anybody else changed them?
+                server.probe(*self._names(role, server), ours)
+                must = must or not server.gap <= server.gap_limit
+        return any(self._processes.gather_objects([must]))
+
+    def _write(self, model: Any, path: Path) -> None:
+        write_weights(model, path)
+
+    def _load(self, role: Role, server: Served, path: Path) -> None:
         try:
-            self._client.rpc("reload_weights", kwargs={"weights_path": str(path.resolve())})
+            server.client.rpc("reload_weights", kwargs={"weights_path": str(path.resolve())})
         except ConfigError as error:
             raise ConfigError(
                 f"{error}. The server did not take the {role}'s weights from {str(path.resolve())!r}: it must see that "
@@ -76,15 +93,12 @@ class WholeModelEngine(VLLMEngine):
             ) from error
 
     def _keep_only(self, role: Role, path: Path) -> None:
-        """None: the server has read them, and they are large."""
+        """None: the servers have read them, and they are large."""
         for old in self._folder.glob("*-*-*"):
             shutil.rmtree(old, ignore_errors=True)
 
-    def _name(self, role: Role) -> str:
-        return self._base
-
-    def _salt(self, role: Role) -> str:
-        return f"{self._run}-{self._version}"
+    def _names(self, role: Role, server: Served) -> tuple[str, str]:
+        return server.base, f"{self._run}-{self._version}"
 
     def generate_roles(
         self,
@@ -118,9 +132,6 @@ def write_weights(model: Any, path: Path) -> None:
     """Write the weights as a checkpoint, and a tied head by its own name too.
 
     On a CPU vLLM computes with a packed copy of the head, and packs it again only if it has read a head.
-
-    Raises:
-        ResourceError: the disk is full, or the folder is gone.
     """
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -130,8 +141,6 @@ def write_weights(model: Any, path: Path) -> None:
             head = model.get_output_embeddings()
             name = next(name for name, module in model.named_modules() if module is head)
             save_file({f"{name}.weight": head.weight.detach().cpu().clone()}, path / "head.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(f"cannot write the weights for the vLLM server into {str(path)!r}: {error}") from error
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -1,0 +1,160 @@
+"""Two training processes over vLLM, against stub servers: who draws what, and a fault of one is a fault of both."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults.children import job, said, train
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import tiny_causal
+
+from bondlm.models.adapters import wrap_adapter
+from engines.vllm.helpers import TOKENIZER
+from engines.vllm.ranks import train_as_two
+from engines.vllm.stub import Answer, Stub, serving
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+LORA_NAMES = ("use_peft:", "lora_r:")
+PLAIN = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1}  # AdamW makes much of rounding
+Start = Callable[..., Stub]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a server of the base model that `job` writes."""
+    with ExitStack() as running:
+        yield lambda *, lora=True, seed=0: running.enter_context(
+            serving(Stub(wrap_adapter(tiny_causal(TOKENIZER, seed=seed), LORA) if lora else _base(seed), [2]))
+        )
+
+
+def _base(seed: int) -> Any:
+    return tiny_causal(TOKENIZER, seed=seed)
+
+
+def settings(*stubs: Stub, **more: object) -> dict[str, Any]:
+    urls = [stub.url for stub in stubs]
+    own = {"engine": "vllm", "vllm_base_url": urls if len(urls) > 1 else urls[0], "dtype": "float32"}
+    return own | {"learning_rate": 1e-2, "save_steps": 100, "ddp_timeout": 60} | more
+
+
+def asked(*stubs: Stub) -> Counter[str]:
+    """What samples were asked for, by everything that they depend on."""
+    fields = ("model", "prompt", "n", "seed", "max_tokens", "temperature")
+    return Counter(str([body[name] for name in fields]) for stub in stubs for body in stub.drawn())
+
+
+def weights(config: Path, file: str) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in load_file(config.parent / "run" / file).values()])
+
+
+def same_result(one: Path, two: Path, *files: str) -> None:
+    """Residuals far below what was learned: the distance between the two files, the policy and its anchor."""
+    policy, anchor = (weights(one, file) for file in files)
+    for file in files:
+        gap = (weights(two, file) - weights(one, file)).abs()
+        assert float(gap.max()) < 2e-6, file
+        assert float(gap.mean()) < 1e-4 * float((policy - anchor).abs().mean()), file
+
+
+def test_two_processes_draw_what_one_draws(start: Start, tmp_path: Path) -> None:
+    """The same prompts from the same seeds, once each, in steps and in the last evaluation; the same weights."""
+    more = {"eval_dataset": str(tmp_path / "one" / "heldout.jsonl"), "eval_num_reference_samples": 2, **PLAIN}
+    alone = start()
+    one = job(tmp_path / "one", **settings(alone, per_device_train_batch_size=4, **more))
+    assert train(one) == 0, said(one)
+    for servers in (1, 2):
+        several = [start() for _ in range(servers)]
+        two = job(tmp_path / f"two-{servers}", **settings(*several, per_device_train_batch_size=2, **more))
+        assert train_as_two(two) == [0, 0], said(two)
+        assert asked(*several) == asked(alone)
+        assert all(len(stub.drawn()) == len(alone.drawn()) / servers for stub in several)
+        loaded = [len(stub.bodies("/v1/load_lora_adapter")) for stub in (alone, *several)]
+        assert len(set(loaded)) == 1  # each server as often as a single one, not once for each process
+        same_result(one, two, "adapter_model.safetensors", "checkpoint-2/anchor.safetensors")
+
+
+def full(config: Path) -> Path:
+    """Without its adapter."""
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if not line.startswith(LORA_NAMES)))
+    return config
+
+
+def events(stub: Stub) -> list[str]:
+    """Whose weights were loaded, and "." for each prompt that was drawn."""
+    seen = []
+    for path, body in stub.requests:
+        if path == "/collective_rpc" and body["method"] == "reload_weights":
+            seen.append(Path(body["kwargs"]["weights_path"]).name.split("-")[0])
+        elif path == "/v1/completions" and "prompt_logprobs" not in body:
+            seen.append(".")
+    return seen
+
+
+def test_whole_weights_are_sent_once_and_not_while_a_process_draws(start: Start, tmp_path: Path) -> None:
+    alone, shared = start(lora=False, seed=7), start(lora=False, seed=7)
+    one = full(job(tmp_path / "one", **settings(alone, per_device_train_batch_size=4, **PLAIN)))
+    two = full(job(tmp_path / "two", **settings(shared, per_device_train_batch_size=2, **PLAIN)))
+    assert train(one) == 0, said(one)
+    assert train_as_two(two) == [0, 0], said(two)
+    first, then = ["policy", *"........"], ["policy", *"....", "anchor", *"...."]
+    assert events(alone) == events(shared) == first + then
+    assert asked(shared) == asked(alone)
+    same_result(one, two, "model.safetensors", "checkpoint-2/anchor.safetensors")
+
+
+def in_its_third_step(stub: Stub, answer: Answer) -> Callable[[str, Any], Answer | None]:
+    def fault(path: str, body: Any) -> Answer | None:
+        return answer if path == "/v1/completions" and len(stub.drawn()) > 2 * 2 * 2 else None
+
+    return fault
+
+
+def test_a_server_that_is_gone_for_one_process_pauses_both(start: Start, tmp_path: Path) -> None:
+    """In the middle of a step: the steps done are saved, and the same command goes on with another server."""
+    good, bad = start(), start()
+    two = job(tmp_path / "two", **settings(good, bad, per_device_train_batch_size=2))
+    bad.fault = in_its_third_step(bad, (503, "reset"))
+    assert train_as_two(two) == [7, 7], said(two)
+    assert (tmp_path / "two" / "run" / "checkpoint-2" / "manifest.json").is_file()
+    assert said(two).count("process 1: ") >= 2
+    assert bad.url in said(two)
+    two.write_text(two.read_text().replace(bad.url, start().url))
+    assert train_as_two(two) == [0, 0], said(two)
+    assert "training from step 2 to 3" in said(two)
+
+
+def stale(path: str, body: Any) -> Answer | None:
+    return (200, "ok") if path == "/v1/load_lora_adapter" else None
+
+
+def test_a_stale_reload_of_one_server_pauses_both(start: Start, tmp_path: Path) -> None:
+    good, bad = start(), start()
+    two = job(tmp_path / "two", **settings(good, bad, per_device_train_batch_size=2))
+    bad.fault = lambda path, body: stale(path, body) if len(bad.drawn()) >= 2 * 2 * 2 else None
+    assert train_as_two(two) == [5, 5], said(two)
+    assert (tmp_path / "two" / "run" / "checkpoint-2" / "manifest.json").is_file()
+
+
+def older(answer: dict[str, Any]) -> None:
+    for choice in answer["choices"]:
+        choice.pop("prompt_token_ids", None)
+
+
+@pytest.mark.parametrize("fault", ["another model", "older", "none"])
+def test_one_unfit_server_of_two_ends_both_before_training(start: Start, fault: str, tmp_path: Path) -> None:
+    good, bad = start(), start(seed=7 if fault == "another model" else 0)
+    two = job(tmp_path / "two", **settings(good, bad, per_device_train_batch_size=2))
+    if fault == "older":
+        bad.spoil = older
+    elif fault == "none":
+        bad.fault = lambda path, body: (404, "Not Found")
+    assert train_as_two(two) == [2, 2], said(two)
+    assert bad.url in said(two)
+    assert good.drawn() == []
