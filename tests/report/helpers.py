@@ -141,10 +141,12 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_run(folder: Path, *, n: float = N, prompts: int = 30, steps: int = 40, seed: int = 0) -> Path:
-    """Write a run folder; returns it."""
+def write_run(
+    folder: Path, *, n: float = N, prompts: int = 30, steps: int = 40, seed: int = 0, change: Any = None
+) -> Path:
+    """Write a run folder, its eval.json with what `change` says; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps(eval_json(n), indent=2), encoding="utf-8")
+    (folder / "eval.json").write_text(json.dumps(eval_json(n) | (change or {}), indent=2), encoding="utf-8")
     (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
     write_jsonl(folder / "eval_samples.jsonl", sample_rows(prompts, seed))
     write_jsonl(folder / "metrics.jsonl", metrics(steps, n, seed))

@@ -129,3 +129,17 @@ def test_the_samples_of_each_run_can_be_chosen(browser, tmp_path):
     page.locator("#run").select_option("b")
     assert page.locator("#range").text_content() == "1–4 of 4"
     page.close()
+
+
+def test_answers_of_all_runs_to_one_prompt_stand_side_by_side(browser, tmp_path):
+    runs = [write_run(tmp_path / name, seed=0, prompts=3) for name in "ab"]
+    rows = [json.loads(line) for line in (runs[1] / "eval_samples.jsonl").read_bytes().splitlines()]
+    rows[0]["policy"]["text"] = "The other run's answer."
+    rows[1]["prompt"] = "A prompt that the first run does not have"
+    write_jsonl(runs[1] / "eval_samples.jsonl", rows)
+    page = browser.new_page()
+    page.goto(write_report(runs).as_uri())
+    first, second = page.locator(".sample").nth(0), page.locator(".sample").nth(1)
+    assert first.locator(".answer.other .text").text_content() == "The other run's answer."
+    assert second.locator(".answer.other").count() == 0
+    page.close()

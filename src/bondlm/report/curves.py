@@ -3,10 +3,12 @@
 Each function returns a matplotlib figure, or None where the runs hold nothing to draw.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -16,37 +18,45 @@ from bondlm.report.figures import run_style
 from bondlm.report.read import Run
 
 MAX_POINTS = 300  # a longer curve is drawn as the means of this many groups of steps
+FEW_POINTS = 12  # a curve of no more gets a mark at each: a line of one point cannot be seen
 PHASE_PREFIX = "time/"
 
 
 def curve_figure(runs: Sequence[Run], name: str, label: str, *, evaluated: str | None = None) -> Figure | None:
     """A metric by step, one line a run; with `evaluated`, also the points that evaluations measured, with intervals."""
     figure, axes = new_axes(0.8 * HEIGHT)
-    empty = True
+    drawn: list[float] = []
     for i, run in enumerate(runs):
         colour, marker = run_style(i)
         steps, values = series(run.steps, name)
         points = _evaluated(run.evaluations, evaluated) if evaluated else np.empty(0)
         if steps.size:
             alpha = 0.5 if points.size else 1.0  # behind the points
-            axes.plot(steps, values, color=colour, alpha=alpha, linewidth=1.1, label=run.name)
-            empty = False
+            mark = "." if steps.size <= FEW_POINTS else ""
+            axes.plot(steps, values, color=colour, alpha=alpha, linewidth=1.1, marker=mark, label=run.name)
         if points.size:
-            x, value, low, high = points
-            arms = np.maximum(0.0, [value - low, high - value])  # a percentile interval need not hold the estimate
-            shown = None if steps.size else run.name
-            axes.errorbar(
-                x, value, yerr=arms, color=colour, marker=marker, markersize=5, linestyle="", label=shown, zorder=3
-            )
-            empty = False
-    if empty:
+            _plot_points(axes, points, colour, marker, None if steps.size else run.name)
+        drawn += [*steps, *(points[0] if points.size else ())]
+    if not drawn:
         return None
     axes.set_xlabel("step")
     axes.set_ylabel(label)
+    if min(drawn) == max(drawn):
+        axes.set_xlim(min(drawn) - 1, max(drawn) + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
         axes.legend()
     return figure
+
+
+def _plot_points(axes: Axes, points: NDArray[np.float64], colour: str, marker: str, label: str | None) -> None:
+    """Evaluations with their intervals; where only a bound from below is known, an arrow up from there."""
+    x, value, low, high = points
+    known = ~np.isnan(value)
+    arms = np.maximum(0.0, [value - low, high - value])[:, known]  # an interval need not hold the estimate
+    style: Any = {"color": colour, "markersize": 5, "linestyle": "", "zorder": 3}
+    axes.errorbar(x[known], value[known], yerr=arms, marker=marker, label=label, **style)
+    axes.plot(x[~known], low[~known], marker=r"$\uparrow$", **style | {"markersize": 10})
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -60,13 +70,15 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[np.flo
 
 
 def _evaluated(rows: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-    """(4, points): step, value, low, high of an evaluation's measure."""
+    """(4, points): step, value, low, high of an evaluation's measure; the value is NaN where only `low` is known."""
     keys = ("step", name, f"{name}_low", f"{name}_high")
     found = []
     for row in rows:
         step, value, low, high = (row.get(key) for key in keys)
-        if step is not None and value is not None:
-            found.append((step, value, value if low is None else low, value if high is None else high))
+        if step is None or value is low is None:
+            continue
+        known = math.nan if value is None else value
+        found.append((step, known, known if low is None else low, known if high is None else high))
     return np.array(found, dtype=float).T
 
 

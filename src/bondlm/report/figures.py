@@ -16,6 +16,9 @@ from bondlm.report.numbers import baseline_rows, best_of_n_kl, best_of_n_win_rat
 from bondlm.report.read import Run
 
 MARKERS = "osD^vPX"
+# What RLOO paid when beta_RL was swept (.3, .45, .6; the rate falls to 0): its end points' win rates, and their KL in
+# units of exact Best-of-N's. T5 on Debian descriptions, benchmarks/paper/results/frontier.jsonl.
+RLOO_WIN_RATES, RLOO_KL_RATIOS = (0.750, 0.876), (1.74, 1.86)
 
 
 def run_style(index: int) -> tuple[str, str]:
@@ -83,6 +86,10 @@ def plane_figure(runs: Sequence[Run]) -> Figure:
             at = (float(best_of_n_kl(np.array(order))), float(best_of_n_win_rate(np.array(order))))
             axes.plot(*at, marker=".", color=INK, markersize=6, zorder=1)
             axes.annotate(f"{order}", at, xytext=(-2, 5), textcoords="offset points", ha="right", fontsize=8)
+    win_rate = np.linspace(*RLOO_WIN_RATES)
+    kl = best_of_n_kl(win_rate / (1 - win_rate))
+    low, high = RLOO_KL_RATIOS
+    axes.fill_betweenx(win_rate, low * kl, high * kl, color=INK, alpha=0.3, linewidth=0, label="RLOO, swept (T5)")
     _plot_runs(axes, runs, "win_rate")
     axes.set_ylabel("win rate against the reference")
     axes.legend(loc="lower right")

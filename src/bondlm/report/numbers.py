@@ -37,23 +37,33 @@ def percent(value: Any) -> str:
     return NONE if value is None else f"{value:.0%}"
 
 
-def estimate(value: Mapping[str, Any] | None) -> str:
-    """Write `{value, low, high}` as "0.86 [0.84, 0.88]"; an effective N brings its own text."""
+def estimate(value: Mapping[str, Any] | None, decimals: int | None = None) -> str:
+    """Write `{value, low, high}` as "0.86 [0.84, 0.88]"; an effective N brings its own text.
+
+    Args:
+        value: the estimate.
+        decimals: of all three numbers; None is `interval_decimals`.
+    """
     if not value:
         return NONE
     if value.get("text"):
         return str(value["text"])
     ends = [value[name] for name in ("value", "low", "high")]
-    known = [end for end in ends if end is not None]
-    if not known:
+    if all(end is None for end in ends):
         return NONE
-    spread = max(known) - min(known) if len(known) > 1 else 0.0
-    if spread == 0.0:
+    decimals = interval_decimals(value) if decimals is None else decimals
+    if decimals is None:
         shown = [number(end) for end in ends]
-    else:  # two digits of the interval's half width, the same number of decimals for all three
-        decimals = min(max(1 - math.floor(math.log10(spread / 2)), 0), 6)
+    else:
         shown = [NONE if end is None else f"{end:,.{decimals}f}" for end in ends]
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def interval_decimals(value: Mapping[str, Any]) -> int | None:
+    """Decimals that show two digits of the interval's half width; None where it has no width."""
+    known = [value[name] for name in ("value", "low", "high") if value[name] is not None]
+    spread = max(known) - min(known) if len(known) > 1 else 0.0
+    return None if spread == 0.0 else min(max(1 - math.floor(math.log10(spread / 2)), 0), 6)
 
 
 def kl_ratio(result: Mapping[str, Any]) -> float | None:
@@ -93,6 +103,12 @@ def curve(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         if order.isdecimal() and "reward" in row:
             points.append({"n": int(order), "reward": row["reward"]})
     return sorted(points, key=lambda point: point["n"])
+
+
+def untouched_reward(result: Mapping[str, Any]) -> float | None:
+    """Return the mean reward of the reference's samples, where the evaluation holds it."""
+    first = next(iter(curve(result)), None)
+    return _number_or_none(first["reward"]["value"]) if first and first["n"] == 1 else None
 
 
 def baseline_rows(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import ConfigError
-from bondlm.report import numbers
+from bondlm.report import numbers, tables
 from bondlm.report.read import Run, read_runs
 from bondlm.report.safe import visible
 from bondlm.report.samples import samples_block
@@ -99,9 +99,10 @@ def render(runs: Sequence[Run], drawn: Sequence[Any], bondlm_version: str) -> st
     return environment.get_template("report.html").render(
         runs=runs,
         headlines=[numbers.headline(run.result) for run in runs],
-        differences=numbers.differences(runs),
+        warnings=tables.warnings(runs),
         ratios=[numbers.kl_ratio(run.result) for run in runs],
-        baselines=numbers.baseline_rows(runs[0].result),
+        untouched_reward=numbers.untouched_reward(runs[0].result),
+        tables=tables.tables(runs),
         figures=[figure for figure in drawn if not figure.training],
         training=[figure for figure in drawn if figure.training],
         svg={figure.name: Markup(figure.svg) for figure in drawn},  # noqa: S704 (matplotlib escapes what it writes)

@@ -9,6 +9,7 @@
   const previous = document.getElementById("previous");
   const next = document.getElementById("next");
   const orders = Array.from(document.querySelectorAll("button[data-order]"));
+  const byPrompt = runs.map((run) => new Map(run.rows.map((row) => [row[0], row])));
   const state = { run: 0, order: "file", page: 0, found: [] };
 
   // A row is [prompt, reference, reward, best of n, reward, policy, reward].
@@ -42,7 +43,11 @@
     const answers = element("div", "answers", "");
     answers.append(answer("reference", row[1], row[2], "reference"));
     if (runs[state.run].best) answers.append(answer("reference, " + runs[state.run].best, row[3], row[4], "best"));
-    answers.append(answer("policy", row[5], row[6], "policy"));
+    answers.append(answer(runs.length > 1 ? runs[state.run].name : "policy", row[5], row[6], "policy"));
+    runs.forEach((other, index) => {
+      const same = index === state.run ? undefined : byPrompt[index].get(row[0]);
+      if (same) answers.append(answer(other.name, same[5], same[6], "other"));
+    });
     made.append(prompt, element("div", "gain" + sign, words), answers);
     return made;
   }
