@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from bondlm.config import BONDConfig
+from bondlm.evaluation.usage import usage
 from bondlm.runs.folder import run_config, write_whole
 
 MAX_COMPLETION_LENGTH = BONDConfig.max_completion_length
@@ -62,6 +63,12 @@ on {result["num_prompts"]} held-out prompts at temperature 1, judged by {rewards
 - data: {_list(config.get("train_dataset")) or "not recorded"}; held out: {held_out or "given"}
 - weights: {_held(config, objective)}
 - training: {_steps(result)}{_budget(config)}
+
+## How to use
+
+{usage(folder, config)}
+It answers as measured: at temperature 1, to the same end, without top-k or top-p, at most as long
+(`generation_config.json`).
 
 A reward is not a person: a higher reward says nothing about facts or safety that the reward does not measure.
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from bondlm.data.fingerprints import model_fingerprint, same_model, weights_digest
 from bondlm.data.paths import refuse_absent_folder
@@ -56,6 +58,8 @@ class Merge:
         tensors = {name: self._at(name, 1 - toward_reference) for name in self.vectors}
         error = self._write_model(folder, tensors) if self.adapter is None else self._write_adapter(folder, tensors)
         AutoTokenizer.from_pretrained(self.folders[0], trust_remote_code=False).save_pretrained(folder)
+        if (answering := self.folders[0] / GENERATION_CONFIG_NAME).is_file():
+            shutil.copyfile(answering, folder / GENERATION_CONFIG_NAME)
         return error
 
     def _at(self, name: str, share: float) -> Vector:

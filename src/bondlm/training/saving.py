@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import Trainer
+from transformers import GenerationConfig, Trainer
 
 from bondlm.errors import ConfigError
 from bondlm.runs.folder import ENVIRONMENT_FILE, LOCK_FILE, METRICS_FILE, OWNER_FILE
@@ -34,6 +34,8 @@ class SavingTrainer(Trainer):
         """
         with nullcontext() if _internal_call else self.average.in_place():
             self._save_policy(output_dir, _internal_call)
+        if self.args.should_save:
+            answering(self.encoder).save_pretrained(str(output_dir if output_dir is not None else self.args.output_dir))
 
     def _save_policy(self, output_dir: str | None, _internal_call: bool) -> None:
         if not (self.roles.is_peft or self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -94,6 +96,21 @@ class SavingTrainer(Trainer):
                 run_as_future=not blocking,
                 ignore_patterns=kept_back(folder, samples=args.hub_samples),
             )
+
+
+def answering(encoder: Any) -> GenerationConfig:
+    """How whoever loads the folder answers as the evaluated policy did: from its own distribution, to the same ends."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=encoder.max_completion_length,
+        eos_token_id=list(encoder.eos_ids),
+        pad_token_id=encoder.pad_id,
+        bos_token_id=encoder.tokenizer.bos_token_id,
+        decoder_start_token_id=encoder.start_id,
+    )
 
 
 def kept_back(folder: Path, *, samples: bool) -> list[str]:
