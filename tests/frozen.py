@@ -54,6 +54,7 @@ CONFIG_FIELDS = {
     "vllm_python",
     "vllm_server",
     "vllm_server_args",
+    "vllm_sleep",
     "vllm_start_timeout",
     "vllm_timeout",
 }

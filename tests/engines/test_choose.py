@@ -25,7 +25,11 @@ from engines.vllm.stub import Stub, serving
         ({"engine": "auto", "device": torch.device("cuda")}, "9 to 11 times slower on an H200"),
         ({"engine": "auto", "device": torch.device("mps")}, "compared on CPUs and CUDA alone, not on mps"),
         ({"engine": "transformers", "device": torch.device("cpu")}, "engine: transformers$"),
-        ({"engine": "vllm", "vllm_server": "auto"}, "engine: vllm, a server of this run$"),
+        ({"engine": "vllm", "vllm_server": "auto"}, "a server of this run, which never sleeps$"),
+        (
+            {"engine": "vllm", "vllm_server": "auto", "device": torch.device("cuda")},
+            "a server of this run, which sleeps while it learns$",
+        ),
         ({"engine": "vllm", "vllm_server": "external"}, "engine: vllm, the server at vllm_base_url$"),
         (
             {"engine": "vllm", "vllm_server": "external", "vllm_base_url": ["http://a", "http://b"]},
@@ -34,7 +38,9 @@ from engines.vllm.stub import Stub, serving
     ],
 )
 def test_the_choice_is_said_with_its_reason_for_this_device(settings: dict[str, Any], said: str) -> None:
-    args: Any = SimpleNamespace(**{"vllm_base_url": "http://a"} | settings)
+    args: Any = SimpleNamespace(
+        **{"vllm_base_url": "http://a", "vllm_sleep": "auto", "device": torch.device("cpu")} | settings
+    )
     assert re.search(said, engine_choice(args))
 
 

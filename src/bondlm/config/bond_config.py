@@ -229,6 +229,14 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     vllm_server_args: list[str] | None = setting(
         None, "vllm: more options for a server that is started ('auto').", needs=("vllm_server", "auto")
     )
+    vllm_sleep: str = setting(
+        "auto",
+        "vllm: 'auto' (a server that is started on the trainer's GPU gives its memory back while the trainer learns) "
+        "or 'never'.",
+        one_of("auto", "never"),
+        needs=("vllm_server", "auto"),
+        may_change="always",
+    )
     vllm_timeout: float = setting(
         600.0,
         "vllm: seconds until an answer is given up for lost.",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bondlm.config import BONDConfig
+from bondlm.config import BONDConfig, objective_of
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines.base import Engine
 from bondlm.engines.local.engine import TransformersEngine
@@ -15,15 +15,27 @@ from bondlm.engines.local.probe import find_decoding
 from bondlm.engines.together import Processes, together
 from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
 from bondlm.engines.vllm.lora import VLLMEngine
+from bondlm.engines.vllm.memory import (
+    Growth,
+    activation_bytes,
+    growth,
+    optimizer_bytes,
+    server_needs,
+    share_card,
+)
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.engines.vllm.whole import WholeModelEngine
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import edits_base
+from bondlm.models.deepspeed import zero_stage
+from bondlm.models.facts import decoder_config
 from bondlm.models.roles import Roles
 from bondlm.models.row_adapters import can_join
+from bondlm.models.sharding import shards_weights
 
 _LOGGER = logging.getLogger(__name__)
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain to a child why the sky is blue?"
+OWN_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # whoever gives one has done the sum
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
@@ -32,9 +44,8 @@ def engine_choice(args: BONDConfig) -> str:
     if args.engine == "vllm":
         where = args.vllm_base_url if isinstance(args.vllm_base_url, list) else []
         several = f"{len(where)} servers" if len(where) > 1 else "the server"
-        return (
-            f"engine: vllm, {'a server of this run' if args.vllm_server == 'auto' else several + ' at vllm_base_url'}"
-        )
+        own = f"a server of this run, which {'sleeps while it learns' if sleeps(args) else 'never sleeps'}"
+        return f"engine: vllm, {own if args.vllm_server == 'auto' else several + ' at vllm_base_url'}"
     if args.engine == "transformers":
         return "engine: transformers"
     times = {"cpu": "3 to 16 times slower on CPUs", "cuda": "9 to 11 times slower on an H200"}
@@ -76,7 +87,7 @@ def make_engine(
     server = None
     try:
         with together(processes):
-            server = start_server(args, model, roles, folder)
+            server = start_server(args, model, roles, folder, longest_prompt + args.max_completion_length)
         urls = addresses(args, processes, server)
         how: dict[str, Any] = {"timeout": args.vllm_timeout}
         how["start_options"] = LORA_OPTIONS if is_lora else WHOLE_OPTIONS
@@ -87,6 +98,7 @@ def make_engine(
             probe_ids=encoder.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64],
             folder=folder,
             server=server,
+            sleeps=sleeps(args),
         )
         if longest_prompt + args.max_completion_length > engine.max_model_len:
             raise ConfigError(
@@ -101,11 +113,18 @@ def make_engine(
         raise
 
 
-def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path) -> LocalServer | None:
+def sleeps(args: BONDConfig) -> bool:
+    """Whether the run's servers give their memory back while it learns: vLLM on a CPU cannot."""
+    return args.vllm_server == "auto" and args.vllm_sleep == "auto" and args.device.type == "cuda"
+
+
+def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longest: int) -> LocalServer | None:
     """The server that this process starts, if it does: one on each GPU that learns, or one for a machine's CPU.
 
+    `longest` is the most tokens of a prompt with its completion.
+
     Raises:
-        ConfigError: it does not start.
+        ConfigError: it does not start, or does not fit beside the trainer.
     """
     on_cpu, is_alone = args.device.type == "cpu", args.world_size == 1
     if args.vllm_server != "auto" or (on_cpu and args.local_process_index > 0):
@@ -115,6 +134,8 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path) -> Lo
         if roles.is_peft
         else whole_model_options(model, args)
     )
+    if not on_cpu:
+        options = card_options(args, model, roles, longest) + options  # of an option that is there twice the last holds
     return LocalServer(
         args.vllm_python or sys.executable,
         model.config._name_or_path,
@@ -123,6 +144,52 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path) -> Lo
         start_timeout=args.vllm_start_timeout,
         on_cpu=on_cpu,
         gpu=None if on_cpu or is_alone else args.device.index,
+    )
+
+
+def card_options(args: BONDConfig, model: Any, roles: Roles, longest: int) -> list[str]:
+    """Options of a server that shares a GPU with this process: its part of the memory, and that it sleeps.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+    asleep = ["--enable-sleep-mode"] if sleeps(args) else []
+    if any(word.startswith(OWN_SIZES) for word in args.vllm_server_args or []):
+        return asleep
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(args.device)
+    size = served_dtype(model, args).itemsize
+    share = share_card(
+        total=total,
+        free=free,
+        growth=trainer_growth(args, model, roles, longest),
+        least=server_needs(decoder_config(model), roles.core.num_parameters(), size, longest),
+        sleeps=bool(asleep),
+    )
+    if args.process_index == 0:
+        _LOGGER.warning("%s", share)
+    return [*asleep, f"--gpu-memory-utilization={share.utilization:.3f}", "--max-model-len=-1"]  # as long as it fits
+
+
+def trainer_growth(args: BONDConfig, model: Any, roles: Roles, longest: int) -> Growth:
+    """What this process will need of its GPU when it trains, beyond what it has before its first step."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = roles.core.num_parameters() * model.dtype.itemsize
+    per_trained = optimizer_bytes(str(getattr(args.optim, "value", args.optim))) + (4 if args.average_weights else 0)
+    per_trained += 4 if zero_stage(args) else 0  # DeepSpeed's own fp32 copy
+    shards, visiting, placed = 1, 0, 0
+    if shards_weights(args):  # anchor and reference are made when the policy is sharded
+        shards, visiting, placed = args.world_size, whole, whole // args.world_size
+        per_trained += 4 * (len(roles.adapter_roles) - 1 if roles.is_peft else 2)
+    elif not roles.is_peft and args.anchor != "fixed":
+        visiting = whole  # the reference rests on the CPU
+    tokens = args.per_device_train_batch_size * objective_of(args).plan.learn * longest
+    size = 2 if args.bf16 or args.fp16 else model.dtype.itemsize
+    return growth(
+        staying=placed + trained * per_trained // shards,
+        gradients=(4 if args.world_size == 1 else 8) * trained // shards,  # of several processes in buckets, too
+        activations=activation_bytes(model.config, tokens, size, checkpointing=bool(args.gradient_checkpointing)),
+        visiting=visiting,
     )
 
 
@@ -186,9 +253,15 @@ def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDC
 
 def whole_model_options(model: Any, args: BONDConfig) -> list[str]:
     """Options of a server that is given whole models, at the precision that the trainer computes in."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-    options = ["--dtype", _dtype_name(dtype), "--load-format", "dummy"]  # it is given the weights
+    options = ["--dtype", _dtype_name(served_dtype(model, args)), "--load-format", "dummy"]  # it is given the weights
     return options + _law_options(args)
+
+
+def served_dtype(model: Any, args: BONDConfig) -> torch.dtype:
+    """What a server computes in: as the trainer does; the base of an adapter is loaded in its own dtype."""
+    if hasattr(model, "peft_config"):
+        return model.dtype  # type: ignore[no-any-return]
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -105,11 +105,14 @@ _OF_VLLM = {
     "vllm_server_port": Foreign(_ADDRESS, (8000,)),
     "vllm_server_timeout": Foreign("use vllm_start_timeout"),
     "vllm_group_port": Foreign("weights reach the server through files, no group is opened; remove it", (51216,)),
-    "vllm_gpu_memory_utilization": Foreign(f"{_SERVER_OPTION}: --gpu-memory-utilization"),
+    "vllm_gpu_memory_utilization": Foreign(
+        "with vllm_server: auto it is computed (docs/vllm.md); another value goes into vllm_server_args, "
+        "--gpu-memory-utilization"
+    ),
     "vllm_tensor_parallel_size": Foreign(f"{_SERVER_OPTION}: --tensor-parallel-size", (1,)),
     "vllm_max_model_length": Foreign(f"{_SERVER_OPTION}: --max-model-len"),
     "vllm_model_impl": Foreign(f"{_SERVER_OPTION}: --model-impl", ("vllm",)),
-    "vllm_enable_sleep_mode": Foreign(f"{_SERVER_OPTION}: --enable-sleep-mode", (False,)),
+    "vllm_enable_sleep_mode": Foreign("use vllm_sleep: 'auto', the default, or 'never'", (False,)),
     "vllm_structured_outputs_regex": Foreign(_OWN_DISTRIBUTION),
     "vllm_importance_sampling_correction": Foreign(_RECOMPUTED, (True,)),
     "vllm_importance_sampling_mode": Foreign(_RECOMPUTED, ("sequence_mask",)),

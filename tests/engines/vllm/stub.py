@@ -32,6 +32,7 @@ class Stub:
         self.fault: Callable[[str, Any], Answer | None] = lambda path, body: None
         self.spoil: Callable[[dict[str, Any]], None] = lambda answer: None
         self.url = ""
+        self.is_asleep = False
 
     def bodies(self, path: str) -> list[Any]:
         return [body for seen, body in self.requests if seen == path]
@@ -56,6 +57,15 @@ class Stub:
                 state = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
                 self._model.load_state_dict(state)
             return 200, {"results": [None]}
+        if path in ("/sleep?level=1", "/wake_up"):
+            self.is_asleep = path != "/wake_up"
+            return 200, {}
+        if path == "/is_sleeping":
+            return 200, {"is_sleeping": self.is_asleep}
+        if path != "/v1/completions":
+            return 404, {"detail": "Not Found"}
+        if self.is_asleep:
+            return 503, {"error": {"message": "asleep"}}
         with self._lock, self._serving(body["model"]) as model:
             choices = self._score(model, body) if "prompt_logprobs" in body else self._draw(model, body)
         answer = {"choices": choices}

@@ -107,6 +107,27 @@ class VLLMClient:
                 f"{error}: it takes new weights only in vLLM's development mode, VLLM_SERVER_DEV_MODE=1. {self.by_hand}"
             ) from error
 
+    def is_asleep(self) -> bool:
+        """Whether the server has given its memory back; one without that route cannot."""
+        try:
+            return self._answer("GET", "/is_sleeping").get("is_sleeping") is True
+        except ConfigError:
+            return False
+
+    def sleep(self) -> None:
+        """Have the server give its memory back: its cache is dropped, its weights wait in main memory."""
+        self._send("POST", "/sleep?level=1")
+
+    def wake_up(self) -> None:
+        """Have it take its memory again.
+
+        Raises:
+            ResourceError: it cannot: something else has that memory.
+        """
+        self._send("POST", "/wake_up")
+        if self.is_asleep():
+            raise ResourceError(f"the vLLM server at {self.url} does not wake up: its log says why")
+
     def prompt_logprobs(self, model: str, ids: Sequence[int], salt: str) -> list[float]:
         """Log-probability of each of `ids` but the first.
 
@@ -168,7 +189,7 @@ class VLLMClient:
         except httpx.TimeoutException as error:
             raise ResourceError(
                 f"the vLLM server at {self.url} did not answer {path} within {self._timeout:g} s "
-                f"({type(error).__name__}): it is overloaded, out of KV cache or hangs; see its log, or raise "
+                f"({type(error).__name__}): it is overloaded, out of KV cache, asleep or hangs; see its log, or raise "
                 "vllm_timeout"
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:  # RuntimeError: the client was closed

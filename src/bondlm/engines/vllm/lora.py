@@ -65,6 +65,7 @@ class VLLMEngine:
         probe_ids: Sequence[int],
         folder: Path,
         server: LocalServer | None = None,
+        sleeps: bool = False,
     ) -> None:
         """Check that the servers serve this model, and give them the adapters.
 
@@ -78,6 +79,7 @@ class VLLMEngine:
             probe_ids: a short text whose log-probabilities server and trainer are compared by.
             folder: where adapters are written; every server must see it under the same path.
             server: the process to end with `close`, if it is ours.
+            sleeps: the servers share a GPU with the trainer, and give their memory back while nothing is drawn.
 
         Raises:
             ConfigError: a server cannot be reached, serves another model or cannot take the adapters.
@@ -85,6 +87,7 @@ class VLLMEngine:
         self._model, self._adapters, self._use, self._processes = model, adapters, use, processes
         self._eos_ids, self._probe_ids, self._folder, self._server = list(eos_ids), list(probe_ids), folder, server
         self._vocab_size = vocabulary_size(model.config)
+        self._sleeps, self._is_asleep = sleeps, False
         self._version, self._run = 0, processes.gather_objects([secrets.token_hex(4)])[0]
         self.probe_gap: dict[Role, float] = {}  # largest mean gap of the servers probed here, nats a token
         self.on_prompts_done: Callable[[int], object] | None = None  # told how many more prompts are finished
@@ -97,6 +100,7 @@ class VLLMEngine:
         self._kept = [s for s in self._servers if first[s.client.url] == processes.rank]  # those we give weights to
         self.max_model_len = min(processes.gather_objects([s.max_model_len for s in self._servers]))
         self._start()
+        self._sleep()
 
     def _start(self) -> None:
         """The first probe of each role: a mismatch now is a wrong server, not a stale one."""
@@ -117,9 +121,28 @@ class VLLMEngine:
             EngineError: after two tries a server still scores the probe text otherwise than the trainer.
             ResourceError: a server does not answer any more, or the disk is full.
         """
+        self._wake()
         self._version += 1
         for role in MOVING:
             self._reload(role)
+
+    def _wake(self) -> None:
+        """Have the servers take their memory again, if they sleep: first the trainer gives back what it only keeps."""
+        if not self._is_asleep:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        with together(self._processes):
+            _at_once(lambda server: server.client.wake_up(), self._kept)
+        self._is_asleep = False
+
+    def _sleep(self) -> None:
+        """Have the servers give their memory back, until they are woken."""
+        if not self._sleeps:
+            return
+        self._is_asleep = True
+        with together(self._processes):
+            _at_once(lambda server: server.client.sleep(), self._kept)
 
     def _reload(self, role: Role) -> None:
         with self._use(role) as model:
@@ -242,7 +265,7 @@ class VLLMEngine:
         max_new_tokens: int,
         temperature: float = 1.0,
     ) -> dict[Role, list[list[Completion]]]:
-        """Draw for several roles at once: role -> (samples of a prompt, a seed for each prompt).
+        """Draw for several roles at once: role -> (samples of a prompt, a seed for each prompt); afterwards sleep.
 
         All requests are under way together, so that the server decodes both adapters' rows in one batch. A sample's
         numbers are repeatable up to the rounding of such a batch.
@@ -253,6 +276,18 @@ class VLLMEngine:
             EngineError: an answer that is not one to the request.
             NonFiniteError: a log-probability that is not finite.
         """
+        self._wake()
+        drawn = self._drawn(prompts, wanted, max_new_tokens, temperature)
+        self._sleep()
+        return drawn
+
+    def _drawn(
+        self,
+        prompts: Sequence[Sequence[int]],
+        wanted: Mapping[Role, tuple[int, Sequence[int]]],
+        max_new_tokens: int,
+        temperature: float,
+    ) -> dict[Role, list[list[Completion]]]:
         drawn: dict[Role, list[list[Completion]]] = {role: [[] for _ in prompts] for role in wanted}
 
         def run(job: tuple[Role, int]) -> None:

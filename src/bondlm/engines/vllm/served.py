@@ -29,10 +29,12 @@ class Served:
             noise: how far the trainer's log-probabilities may move, nats a token, before the server's must follow.
 
         Raises:
-            ConfigError: no vLLM server is there.
+            ConfigError: no vLLM server is there, or it sleeps.
         """
         self.client, self._probe_ids = client, probe_ids
         self.base, self.max_model_len = client.base_model()
+        if client.is_asleep():
+            raise ConfigError(f"the vLLM server at {client.url} is asleep: wake it with POST {client.url}/wake_up")
         self.noise, self.gap_limit = noise, GAP_LIMIT
         self.gap = 0.0  # mean absolute difference to the trainer at the last probe, nats a token
         self._moved: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when last it moved

@@ -77,7 +77,7 @@ class LocalServer:
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=_environment(on_cpu, gpu, for_lora="--enable-lora" in options),
+                env=_environment(on_cpu, gpu, options),
                 start_new_session=True,
             )
         atexit.register(self.stop)
@@ -132,15 +132,20 @@ class LocalServer:
         self._process.poll()
 
 
-def _environment(on_cpu: bool, gpu: int | None = None, *, for_lora: bool) -> dict[str, str]:
-    """Ours without what a launcher of several processes tells them, and what a server for us needs.
+def _environment(on_cpu: bool, gpu: int | None, options: Sequence[str]) -> dict[str, str]:
+    """Ours without what a launcher of several processes tells them, and what a server with these options needs.
 
-    No usage statistics leave the machine. Routes for whole models' weights exist in development mode alone. It also
-    lets whoever reaches the server run its workers' methods: the server listens on the loopback interface.
+    No usage statistics leave the machine. Routes for whole models' weights and for sleep exist in development mode
+    alone. It also lets whoever reaches the server run its workers' methods: the server listens on the loopback
+    interface.
     """
     ours = {k: v for k, v in os.environ.items() if k not in LAUNCHERS and not k.startswith(LAUNCHERS_START)}
-    needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if for_lora else {"VLLM_SERVER_DEV_MODE": "1"}
-    needed |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    needed = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    for_lora, sleeps = "--enable-lora" in options, "--enable-sleep-mode" in options
+    needed |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if for_lora else {}
+    needed |= {"VLLM_SERVER_DEV_MODE": "1"} if sleeps or not for_lora else {}
+    if sleeps:  # its allocator cannot sleep with segments that grow
+        ours = {k: v for k, v in ours.items() if "expandable_segments" not in v}
     if gpu is not None:
         visible = [name for name in ours.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         needed["CUDA_VISIBLE_DEVICES"] = visible[gpu] if visible else str(gpu)

@@ -100,20 +100,18 @@ class WholeModelEngine(VLLMEngine):
     def _names(self, role: Role, server: Served) -> tuple[str, str]:
         return server.base, f"{self._run}-{self._version}"
 
-    def generate_roles(
+    def _drawn(
         self,
         prompts: Sequence[Sequence[int]],
         wanted: Mapping[Role, tuple[int, Sequence[int]]],
-        *,
         max_new_tokens: int,
-        temperature: float = 1.0,
+        temperature: float,
     ) -> dict[Role, list[list[Completion]]]:
-        """See `VLLMEngine.generate_roles`; here role after role."""
+        """Role after role."""
         drawn: dict[Role, list[list[Completion]]] = {}
         for role, ask in wanted.items():
             self._hold(role)
-            how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-            drawn |= super().generate_roles(prompts, {role: ask}, **how)
+            drawn |= super()._drawn(prompts, {role: ask}, max_new_tokens, temperature)
         return drawn
 
 

@@ -1,0 +1,123 @@
+"""One card for a trainer and its vLLM server: what the trainer will need comes first, the server gets the rest.
+
+Arithmetic alone; sizes are bytes. What is only roughly known is counted high: a server with a smaller cache is slower,
+a trainer without memory ends.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from bondlm.engines.local.batch_size import cache_bytes
+from bondlm.errors import ConfigError
+from bondlm.models.facts import hidden_size, layer_kinds, text_config
+from bondlm.models.head import LOGITS_BUDGET
+
+GIB = 2**30
+MARGIN = 0.03  # of the card: fragments, and what its driver takes
+OVERHEAD = 3 * GIB  # of a server: its context, CUDA graphs, and the activations and logits of its largest batch
+ASLEEP = 2 * GIB  # what it keeps while it sleeps: context and CUDA graphs
+LOGITS = 3 * LOGITS_BUDGET  # of a piece of the head: logits, their softmax and its gradient
+# Optimizer states by the beginning of an optimizer's name, as bytes of a trained number; two fp32 moments otherwise.
+STATES = {"sgd": 0, "adafactor": 1, "lion": 4, "adagrad": 4, "rmsprop": 4}
+TWO_MOMENTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """What a trainer takes beyond what it has when the server starts."""
+
+    resting: int  # while the server draws, or is given weights
+    learning: int  # at most, that included: gradients and activations, or a whole copy that scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What of a card a server gets, and why."""
+
+    total: int
+    server: int
+    growth: Growth
+    sleeps: bool
+
+    @property
+    def utilization(self) -> float:
+        """As --gpu-memory-utilization takes it, rounded down."""
+        return math.floor(1000 * self.server / self.total) / 1000
+
+    def __str__(self) -> str:
+        how = "while the server sleeps" if self.sleeps else "beside it"
+        return (
+            f"vLLM gets {self.server / GIB:.1f} of {self.total / GIB:.1f} GiB (--gpu-memory-utilization "
+            f"{self.utilization:.3f}); the trainer will need up to {self.growth.learning / GIB:.1f} GiB more than it "
+            f"has now, {how}"
+        )
+
+
+def optimizer_bytes(name: str) -> int:
+    """Bytes of an optimizer's states for each number that trains, from its name in `optim`."""
+    found = next((size for start, size in STATES.items() if name.startswith(start)), TWO_MOMENTS)
+    return math.ceil(found / 4) if "8bit" in name else found
+
+
+def activation_bytes(config: Any, tokens: int, element_size: int, *, checkpointing: bool) -> int:
+    """What a forward pass over so many tokens keeps for the backward pass.
+
+    Of each layer and token 10 vectors of the hidden size and 4 of the inner one, of attention that makes no matrix of
+    scores; with checkpointing one vector, and one layer as a whole.
+    """
+    text = text_config(config)
+    width, layers = hidden_size(config), int(getattr(text, "num_hidden_layers", len(layer_kinds(config))))
+    inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width)
+    layer = tokens * element_size * (10 * width + 4 * inner)
+    return layer + layers * tokens * element_size * width if checkpointing else layers * layer
+
+
+def growth(*, staying: int, gradients: int, activations: int, visiting: int) -> Growth:
+    """What the trainer will take.
+
+    Args:
+        staying: what comes with the first step and stays: the optimizer's states, averaged weights; of a sharded model
+            also this process's part of the roles.
+        gradients: of this process.
+        activations: of one micro-batch.
+        visiting: a whole copy of the weights that comes to be sent or to score, and leaves: a full reference that rests
+            on the CPU, or sharded weights that are gathered.
+    """
+    learning = staying + max(gradients + activations, visiting) + LOGITS
+    return Growth(resting=staying + visiting, learning=learning)
+
+
+def server_needs(config: Any, num_weights: int, element_size: int, longest: int) -> int:
+    """The least that a server can work with: weights, the cache of one sequence of `longest` tokens, overhead."""
+    return num_weights * element_size + longest * cache_bytes(config, element_size) + OVERHEAD
+
+
+def share_card(*, total: int, free: int, growth: Growth, least: int, sleeps: bool) -> Share:
+    """What of a card's `free` bytes the server gets, now that the trainer's weights lie there.
+
+    Args:
+        total: of the card.
+        free: of it, at the server's start.
+        growth: what the trainer will take beyond that.
+        least: what the server cannot do without.
+        sleeps: whether the server gives its memory back while the trainer learns.
+
+    Raises:
+        ConfigError: they do not fit together; it says by how much.
+    """
+    usable = free - int(MARGIN * total)
+    server = usable - (growth.resting if sleeps else growth.learning)
+    missing = least - server
+    if sleeps:
+        missing = max(missing, growth.learning + ASLEEP - usable)
+    if missing > 0:
+        advice = "" if sleeps else "vllm_sleep='auto', "
+        raise ConfigError(
+            f"vllm_server=auto: {missing / GIB:.1f} GiB are missing for trainer and server on one card. Of "
+            f"{total / GIB:.1f} GiB {free / GIB:.1f} are free; the server needs {least / GIB:.1f}, the trainer up to "
+            f"{growth.learning / GIB:.1f} more than it has now (computed, docs/vllm.md). Use {advice}LoRA, a smaller "
+            "per_device_train_batch_size with more gradient_accumulation_steps, gradient_checkpointing, or a server "
+            "on another card (vllm_base_url)"
+        )
+    return Share(total=total, server=server, growth=growth, sleeps=sleeps)
