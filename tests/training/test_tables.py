@@ -1,6 +1,10 @@
 """What loggers are given of a step's samples, and the mean and spread of one reward."""
 
 import math
+import sys
+from contextvars import ContextVar
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ import torch
 from bondlm.training.clock import StepMeans
 from bondlm.training.metrics import record_reward
 from bondlm.training.processes import World
-from bondlm.training.tables import as_markdown, table_of
+from bondlm.training.tables import TablesCallback, as_markdown, table_of
 
 ALONE = World(size=1, rank=0, device=torch.device("cpu"))
 SAMPLES = [
@@ -49,3 +53,24 @@ def test_a_reward_that_applies_to_no_prompt_of_a_step_changes_no_mean() -> None:
     record_reward("r", torch.tensor([[1.0, 3.0]]), means)
     record_reward("r", torch.full((2, 2), math.nan), means)
     assert means.drain(world)["rewards/r/mean"] == 2.0
+
+
+def test_trackio_gets_a_table_per_logged_step_while_a_run_of_its_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+    current: ContextVar[Any] = ContextVar("current_run", default="run")
+    trackio = SimpleNamespace(
+        context_vars=SimpleNamespace(current_run=current),
+        Table=lambda dataframe: dataframe.to_dict(orient="records"),
+        log=sent.append,
+    )
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    folder, handler = SimpleNamespace(samples=lambda: SAMPLES), SimpleNamespace(callbacks=[])
+    tables = TablesCallback(cast(Any, folder), handler)
+    args, state = SimpleNamespace(report_to=["trackio"]), SimpleNamespace(is_world_process_zero=True, global_step=7)
+    tables.on_log(args, state, None, {"loss": 1.0})
+    current.set(None)
+    tables.on_log(args, state, None, {"loss": 1.0})
+    columns, rows = table_of(SAMPLES, 7)
+    assert sent == [
+        {"completions": [dict(zip(columns, row, strict=True)) for row in rows], "train/global_step": 7},
+    ]

@@ -30,8 +30,8 @@ class TablesCallback(TrainerCallback):
         if "wandb" in args.report_to and (wandb := import_module("wandb")).run is not None:
             table = wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
             wandb.log({NAME: table, "train/global_step": state.global_step})
-        if "trackio" in args.report_to:
-            import_module("trackio").log({NAME: _trackio_table(columns, rows)})
+        if "trackio" in args.report_to and (trackio := import_module("trackio")).context_vars.current_run.get():
+            trackio.log({NAME: _trackio_table(columns, rows), "train/global_step": state.global_step})
         for callback in self._handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text(NAME, as_markdown(columns, rows), state.global_step)
@@ -68,5 +68,5 @@ def _text(prompt: Any) -> str:
 
 
 def _trackio_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    frame = import_module("pandas").DataFrame(rows, columns=list(columns))
+    frame = import_module("pandas").DataFrame(rows, columns=list(columns), dtype=object)  # None and 2 stay so
     return import_module("trackio").Table(dataframe=frame)
