@@ -52,8 +52,8 @@ from bondlm.models.sharding import (
     uses_fsdp,
 )
 from bondlm.objectives import Objective, with_reference_kl
-from bondlm.rewards import rewards_of_run
-from bondlm.rollout.samples import longest_prompt
+from bondlm.rewards import check_room, rewards_of_run
+from bondlm.rollout.samples import longest_prompt, longest_rows
 from bondlm.runs.checkpoint import writing_to
 from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
@@ -178,6 +178,7 @@ class BONDTrainer(SamplingTrainer):
         self.clock, self._means, self._smaller = Clock(), StepMeans(), SmallerBatches()
         self.noise = NoiseScale(args, self.accelerator, self._means)
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
+        check_room(self.rewards, longest_rows(self.train_dataset, self.eval_dataset), args.max_completion_length)
         longest = longest_prompt(self.train_dataset, self.eval_dataset)
         with waiting_for_others(self.world, wait_s=args.ddp_timeout):
             self.engine = make_engine(args, model, self.roles, self.encoder, self.world, longest_prompt=longest)

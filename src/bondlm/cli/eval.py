@@ -154,7 +154,7 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
     from bondlm.evaluation.pair import Pair, sample_sets
     from bondlm.evaluation.rouge import rouge_judge
     from bondlm.models.load import fast_dtype
-    from bondlm.rewards import aggregation_of, load_rewards
+    from bondlm.rewards import aggregation_of, check_room, load_rewards
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
@@ -182,6 +182,7 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
         device=sampler.device,
         dtype=fast_dtype(sampler.device),
     )
+    check_room(rewards, rows, settings["max_completion_length"])
     judges, rewards = rewards[len(specs) :], rewards[: len(specs)]
     column = settings.get("reference_column")
     absolute = [judge for judge in judges if not judge.ranks]

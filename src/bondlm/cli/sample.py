@@ -88,7 +88,7 @@ def generate(
 
         from bondlm.cli.prompting import rendering_of
         from bondlm.models.load import fast_dtype
-        from bondlm.rewards import SUM, aggregation_of, load_rewards
+        from bondlm.rewards import SUM, aggregation_of, check_room, load_rewards
         from bondlm.rollout.sampler import Sampler
 
         transformers_logging.set_verbosity_error()
@@ -112,6 +112,7 @@ def generate(
             if options.get("reward_funcs")
             else []
         )
+        check_room(rewards, rows, lengths["max_completion_length"])
         aggregation = aggregation_of(options, [r.weight for r in rewards], len(rewards)) if rewards else SUM
     if on_loaded is not None:
         on_loaded(sampler)

@@ -10,6 +10,7 @@ from bondlm.rewards.judge import JudgeReward
 from bondlm.rewards.load import load_rewards, rewards_of_run
 from bondlm.rewards.nli import NLIReward
 from bondlm.rewards.ranking import RankReward, by_pairs, is_ranking
+from bondlm.rewards.room import check_room
 from bondlm.rewards.scoring import NamedReward, Scores, applies_everywhere, score
 from bondlm.rewards.similarity import SimilarityReward
 
@@ -28,6 +29,7 @@ __all__ = [
     "aggregation_of",
     "applies_everywhere",
     "by_pairs",
+    "check_room",
     "is_ranking",
     "load_function",
     "load_rewards",

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens (padded).
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -134,6 +134,17 @@ class SequenceClassifierReward:
             max_tokens=self.batch_tokens,
         )
         return [float(value) for value in scores_B]
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of a row; None if there is no limit, or longer rows are cut."""
+        return self._limit if self.truncate is None else None
+
+    def num_tokens(self, row: Mapping[str, Any], completion_tokens: int) -> int:
+        """Tokens that a row of the data set comes to with a completion of so many."""
+        prompt = row["prompt"]
+        empty = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
+        return len(self.encode(prompt, empty)) + completion_tokens
 
     def encode(self, prompt: Any, completion: Any) -> list[int]:
         """Token ids of a row as the model sees it."""

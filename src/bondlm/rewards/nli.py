@@ -4,7 +4,7 @@ Shapes: B rows, V vocabulary, K labels.
 """
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -154,6 +154,18 @@ class NLIReward:
         )
         rewards_B = margins_B if self.output == "margin" else logsigmoid(margins_B)
         return [float(value) for value in rewards_B]
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of a row; None if there is no limit, or longer rows are cut."""
+        return self._limit if self.truncate is None else None
+
+    def num_tokens(self, row: Mapping[str, Any], completion_tokens: int) -> int:
+        """Tokens that a row of the data set comes to with a completion of so many."""
+        (premise,) = self._premises([row["prompt"]], {name: [value] for name, value in row.items()})
+        mark = "."  # without a hypothesis there would be no separator behind it
+        other = len(self.tokenizer(mark, add_special_tokens=False, verbose=False)["input_ids"])
+        return len(self._tokenize(premise, mark)["input_ids"]) - other + completion_tokens
 
     def _premises(self, prompts: Sequence[Any], columns: dict[str, Sequence[Any]]) -> list[str]:
         if self.premise_column is None:

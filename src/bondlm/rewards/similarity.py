@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens (padded), D embedding dimensions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -99,6 +99,15 @@ class SimilarityReward:
         prompts_BD = embeddings[[place[text] for text in prompt_texts]]
         completions_BD = embeddings[[place[text] for text in completion_texts]]
         return [float(value) for value in cosine_similarity(prompts_BD, completions_BD, dim=-1)]
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of a text; None if there is no limit, or longer texts are cut."""
+        return self._limit if self.truncate is None else None
+
+    def num_tokens(self, row: Mapping[str, Any], completion_tokens: int) -> int:
+        """Tokens of the longer text, of a row's prompt and a completion of so many: each is embedded alone."""
+        return max(len(self._encode(prompt_text(row["prompt"]))), completion_tokens)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Mean of the last hidden states over each text's tokens: (B, D), float64 on the CPU.

@@ -51,10 +51,18 @@ def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | Non
             raise ConfigError(f"max_length is {max_length}: give at least 1 token.")
         return max_length
     config_limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (tokenizer.model_max_length, config_limit) if limit is not None]
+    limits = [limit for limit in (tokenizer.model_max_length, config_limit, _table_rows(model)) if limit is not None]
     limit = min(limits, default=None)
     # Tokenizers that know no limit state 10**30.
     return None if limit is None or limit > 10**9 else int(limit)
+
+
+def _table_rows(model: Any) -> int | None:
+    """Rows of a table of positions that are for tokens: RoBERTa and its kin count from behind the padding's row."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings - module.padding_idx - 1)
+    return None
 
 
 def refuse_bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice: str) -> None:

@@ -133,6 +133,18 @@ def longest_prompt(*datasets: Any) -> int:
     return longest
 
 
+def longest_rows(*datasets: Any, count: int = 32) -> list[dict[str, Any]]:
+    """The rows with the longest encoded prompts, `count` of each data set (dictionaries of them, and None, too)."""
+    rows: list[dict[str, Any]] = []
+    for dataset in datasets:
+        if isinstance(dataset, dict):
+            rows += longest_rows(*dataset.values(), count=count)
+        elif isinstance(dataset, Dataset):
+            lengths = [len(ids) for ids in dataset[PROMPT_IDS]]
+            rows += dataset.select(sorted(range(len(lengths)), key=lambda row: -lengths[row])[:count])
+    return rows
+
+
 def score_samples(
     rewards: Sequence[NamedReward],
     rows: Sequence[Mapping[str, Any]],

@@ -1,0 +1,42 @@
+"""Whether reward models take rows as long as a run's: looked up when prompts and models are there."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bondlm.data.columns import PROMPT_IDS
+from bondlm.errors import ConfigError
+from bondlm.rewards.scoring import NamedReward
+
+LOOKED_AT = 32  # of the longest prompts: the reward model's own tokens may order them otherwise
+
+_log = logging.getLogger(__name__)
+
+
+def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]], max_completion_length: int) -> None:
+    """See that reward models that refuse long rows take the longest of these encoded prompts.
+
+    A warning says where a long completion would be too much.
+
+    Raises:
+        ConfigError: a prompt is too long without any completion.
+    """
+    longest = sorted(rows, key=lambda row: -len(row[PROMPT_IDS]))[:LOOKED_AT]
+    for reward in rewards if longest else ():
+        limit = getattr(reward.function, "limit", None)
+        if limit is None:
+            continue
+        alone = max(reward.function.num_tokens(row, 0) for row in longest)  # type: ignore[attr-defined]
+        most = max(reward.function.num_tokens(row, max_completion_length) for row in longest)  # type: ignore[attr-defined]
+        cut = "let it cut what is too long with its option truncate (docs/rewards.md)"
+        if alone > limit:
+            raise ConfigError(
+                f"reward {reward.name!r} takes {limit} tokens, and a prompt has {alone} without any completion: leave "
+                f"out such prompts, or {cut}"
+            )
+        if most > limit:
+            _log.warning(
+                "reward %r takes %d tokens, and a prompt with a completion of max_completion_length=%d may have %d, "
+                "which would end the run: lower max_completion_length, or %s",
+                *(reward.name, limit, max_completion_length, most, cut),
+            )
