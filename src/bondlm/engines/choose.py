@@ -31,7 +31,7 @@ from bondlm.models.deepspeed import zero_stage
 from bondlm.models.facts import decoder_config
 from bondlm.models.roles import Roles
 from bondlm.models.row_adapters import can_join
-from bondlm.models.sharding import shards_weights
+from bondlm.models.sharding import shards_weights, uses_fsdp
 
 _LOGGER = logging.getLogger(__name__)
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain to a child why the sky is blue?"
@@ -132,7 +132,7 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longe
     options = (
         server_options(model.dtype, max_rank(model), len(roles.adapter_roles), args)
         if roles.is_peft
-        else whole_model_options(model, args)
+        else whole_model_options(roles, args)
     )
     if not on_cpu:
         options = card_options(args, model, roles, longest) + options  # of an option that is there twice the last holds
@@ -158,7 +158,7 @@ def card_options(args: BONDConfig, model: Any, roles: Roles, longest: int) -> li
         return asleep
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(args.device)
-    size = served_dtype(model, args).itemsize
+    size = served_dtype(roles).itemsize
     share = share_card(
         total=total,
         free=free,
@@ -174,21 +174,25 @@ def card_options(args: BONDConfig, model: Any, roles: Roles, longest: int) -> li
 def trainer_growth(args: BONDConfig, model: Any, roles: Roles, longest: int) -> Growth:
     """What this process will need of its GPU when it trains, beyond what it has before its first step."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = roles.core.num_parameters() * model.dtype.itemsize
+    num_weights, size = roles.core.num_parameters(), (roles.autocast or model.dtype).itemsize
     per_trained = optimizer_bytes(str(getattr(args.optim, "value", args.optim))) + (4 if args.average_weights else 0)
     per_trained += 4 if zero_stage(args) else 0  # DeepSpeed's own fp32 copy
     shards, visiting, placed = 1, 0, 0
     if shards_weights(args):  # anchor and reference are made when the policy is sharded
-        shards, visiting, placed = args.world_size, whole, whole // args.world_size
+        shards, placed = args.world_size, num_weights * model.dtype.itemsize // args.world_size
         per_trained += 4 * (len(roles.adapter_roles) - 1 if roles.is_peft else 2)
+        visiting = num_weights * (size if uses_fsdp(args) else model.dtype.itemsize)
     elif not roles.is_peft and args.anchor != "fixed":
-        visiting = whole  # the reference rests on the CPU
-    tokens = args.per_device_train_batch_size * objective_of(args).plan.learn * longest
-    size = 2 if args.bf16 or args.fp16 else model.dtype.itemsize
+        visiting = num_weights * model.dtype.itemsize  # the reference rests on the CPU
+    per_prompt = objective_of(args).plan.learn * longest
+    cuts = args.world_size == 1 and not zero_stage(args)  # micro-batches, when the memory is too small for them
+    prompts = args.per_device_train_batch_size
+    how: dict[str, Any] = {"checkpointing": bool(args.gradient_checkpointing)}
     return growth(
         staying=placed + trained * per_trained // shards,
         gradients=(4 if args.world_size == 1 else 8) * trained // shards,  # of several processes in buckets, too
-        activations=activation_bytes(model.config, tokens, size, checkpointing=bool(args.gradient_checkpointing)),
+        activations=activation_bytes(model.config, prompts * per_prompt, size, **how),
+        least_activations=activation_bytes(model.config, (1 if cuts else prompts) * per_prompt, size, **how),
         visiting=visiting,
     )
 
@@ -251,17 +255,17 @@ def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDC
     return options + _law_options(args)
 
 
-def whole_model_options(model: Any, args: BONDConfig) -> list[str]:
+def whole_model_options(roles: Roles, args: BONDConfig) -> list[str]:
     """Options of a server that is given whole models, at the precision that the trainer computes in."""
-    options = ["--dtype", _dtype_name(served_dtype(model, args)), "--load-format", "dummy"]  # it is given the weights
+    options = ["--dtype", _dtype_name(served_dtype(roles)), "--load-format", "dummy"]  # it is given the weights
     return options + _law_options(args)
 
 
-def served_dtype(model: Any, args: BONDConfig) -> torch.dtype:
+def served_dtype(roles: Roles) -> torch.dtype:
     """What a server computes in: as the trainer does; the base of an adapter is loaded in its own dtype."""
-    if hasattr(model, "peft_config"):
-        return model.dtype  # type: ignore[no-any-return]
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+    if roles.is_peft or roles.autocast is None:
+        return roles.model.dtype  # type: ignore[no-any-return]
+    return roles.autocast
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

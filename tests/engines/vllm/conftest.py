@@ -60,7 +60,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("server")
     options = server_options(torch.float32, 8, 2, config(folder))
-    made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=180, on_cpu=True)
+    made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=400, on_cpu=True)
     yield made
     made.stop()
 
@@ -80,7 +80,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def whole_server(tied: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("whole_server")
-    options = whole_model_options(tiny_causal(TOKENIZER, hidden=128), config(folder))
-    made = LocalServer(PYTHON, tied, options, log=folder / "server.log", start_timeout=180, on_cpu=True)
+    options = whole_model_options(Roles(tiny_causal(TOKENIZER, hidden=128)), config(folder))
+    made = LocalServer(PYTHON, tied, options, log=folder / "server.log", start_timeout=400, on_cpu=True)
     yield made
     made.stop()

@@ -33,7 +33,7 @@ from engines.vllm.stub import Stub
 CONFIG = LlamaConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
 )
-GROWTH = Growth(resting=2 * GIB, learning=20 * GIB)
+GROWTH = Growth(resting=2 * GIB, learning=20 * GIB, at_least=10 * GIB)
 
 
 def share(**changes: Any) -> Any:
@@ -53,9 +53,13 @@ def test_a_server_that_sleeps_gets_what_the_trainer_leaves_while_it_draws() -> N
 @pytest.mark.parametrize(
     ("sleeps", "changes", "missing"),
     [
-        (False, {"least": 50 * GIB}, 50 - (70 - 2.4 - 20)),  # the server's weights
+        (False, {"least": 60 * GIB}, 60 - (70 - 2.4 - 10)),  # the server's weights
         (True, {"least": 70 * GIB}, 70 - (70 - 2.4 - 2)),
-        (True, {"growth": Growth(resting=0, learning=68 * GIB)}, 68 + ASLEEP / GIB - (70 - 2.4)),  # the trainer itself
+        (
+            True,
+            {"growth": Growth(resting=0, learning=69 * GIB, at_least=68 * GIB)},
+            68 + ASLEEP / GIB - (70 - 2.4),
+        ),  # the trainer itself
     ],
 )
 def test_what_does_not_fit_says_by_how_much(sleeps: bool, changes: dict[str, Any], missing: float) -> None:
@@ -65,17 +69,26 @@ def test_what_does_not_fit_says_by_how_much(sleeps: bool, changes: dict[str, Any
 
 
 def test_a_run_that_fits_only_while_the_server_sleeps_is_told_so() -> None:
-    tight = {"growth": Growth(resting=0, learning=60 * GIB)}
+    tight = {"growth": Growth(resting=0, learning=60 * GIB, at_least=60 * GIB)}
     share(sleeps=True, **tight)
     with pytest.raises(ConfigError, match="vllm_sleep"):
         share(sleeps=False, **tight)
 
 
 def test_what_a_trainer_takes() -> None:
-    learns = growth(staying=100, gradients=40, activations=1000, visiting=300)
-    assert learns == Growth(resting=400, learning=100 + 1040 + LOGITS)
-    scores = growth(staying=100, gradients=40, activations=0, visiting=300)  # a copy that visits is the larger thing
-    assert scores == Growth(resting=400, learning=400 + LOGITS)
+    made = growth(staying=100, gradients=40, activations=1000, least_activations=10, visiting=300)
+    # In small micro-batches a copy that visits is the larger thing.
+    assert made == Growth(resting=400, learning=100 + 1040 + LOGITS, at_least=400 + LOGITS)
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_micro_batches_that_can_be_cut_refuse_no_run(sleeps: bool) -> None:
+    large = Growth(resting=0, learning=100 * GIB, at_least=20 * GIB)
+    tight = share(sleeps=sleeps, growth=large)
+    assert tight.cuts
+    assert tight.server == (70 * GIB - int(0.03 * 80 * GIB) if sleeps else 10 * GIB)
+    assert "cut" in str(tight)
+    assert not share(sleeps=sleeps).cuts
 
 
 @pytest.mark.parametrize(
@@ -143,6 +156,8 @@ def test_who_says_a_size_is_left_alone(card: None, roles: Roles, tmp_path: Path)
 
 def test_a_model_too_large_for_the_card_is_refused(card: None, roles: Roles, tmp_path: Path) -> None:
     args = on_a_gpu(tmp_path, per_device_train_batch_size=2_000_000)
+    choose.card_options(args, roles.model, roles, 64)  # alone it cuts its micro-batches
+    args.world_size = 2
     with pytest.raises(ConfigError, match="GiB are missing"):
         choose.card_options(args, roles.model, roles, 64)
 

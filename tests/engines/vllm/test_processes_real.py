@@ -18,7 +18,7 @@ from engines.vllm.helpers import PYTHON
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not PYTHON, reason="BONDLM_VLLM_PYTHON names no interpreter with vLLM: make test-vllm"),
 ]
 

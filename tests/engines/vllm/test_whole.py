@@ -253,11 +253,18 @@ def test_a_tied_head_is_written_too(tmp_path: Path, autocast: torch.dtype | None
 
 def test_options_of_our_server(tmp_path: Path) -> None:
     args = config(tmp_path, vllm_server="auto", vllm_server_args=["--max-model-len", "512"])
-    plain = " ".join(whole_model_options(tiny_causal(TOKENIZER), args))
+    plain = " ".join(whole_model_options(Roles(tiny_causal(TOKENIZER)), args))
     assert plain == (
         "--dtype float32 --load-format dummy --generation-config vllm --logprobs-mode processed_logprobs "
         "--enforce-eager --max-model-len 512"
     )
+
+
+def test_a_server_computes_in_what_the_trainer_does(tmp_path: Path) -> None:
+    """Also where the launcher asked for it, and no setting."""
+    roles = Roles(tiny_causal(TOKENIZER))
+    roles.autocast = torch.bfloat16
+    assert whole_model_options(roles, config(tmp_path))[:2] == ["--dtype", "bfloat16"]
 
 
 def test_a_digest_sees_every_bit() -> None:

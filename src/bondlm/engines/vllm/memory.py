@@ -29,6 +29,7 @@ class Growth:
 
     resting: int  # while the server draws, or is given weights
     learning: int  # at most, that included: gradients and activations, or a whole copy that scores
+    at_least: int  # the same with the smallest micro-batches that it can cut its own into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Share:
     server: int
     growth: Growth
     sleeps: bool
+    cuts: bool  # whether micro-batches do not fit as they are
 
     @property
     def utilization(self) -> float:
@@ -50,7 +52,7 @@ class Share:
         return (
             f"vLLM gets {self.server / GIB:.1f} of {self.total / GIB:.1f} GiB (--gpu-memory-utilization "
             f"{self.utilization:.3f}); the trainer will need up to {self.growth.learning / GIB:.1f} GiB more than it "
-            f"has now, {how}"
+            f"has now, {how}" + (", and will cut its micro-batches to what fits" if self.cuts else "")
         )
 
 
@@ -73,7 +75,7 @@ def activation_bytes(config: Any, tokens: int, element_size: int, *, checkpointi
     return layer + layers * tokens * element_size * width if checkpointing else layers * layer
 
 
-def growth(*, staying: int, gradients: int, activations: int, visiting: int) -> Growth:
+def growth(*, staying: int, gradients: int, activations: int, least_activations: int, visiting: int) -> Growth:
     """What the trainer will take.
 
     Args:
@@ -81,11 +83,14 @@ def growth(*, staying: int, gradients: int, activations: int, visiting: int) -> 
             also this process's part of the roles.
         gradients: of this process.
         activations: of one micro-batch.
+        least_activations: of the smallest that the trainer can cut it into.
         visiting: a whole copy of the weights that comes to be sent or to score, and leaves: a full reference that rests
             on the CPU, or sharded weights that are gathered.
     """
-    learning = staying + max(gradients + activations, visiting) + LOGITS
-    return Growth(resting=staying + visiting, learning=learning)
+    learning, at_least = (
+        staying + max(gradients + size, visiting) + LOGITS for size in (activations, least_activations)
+    )
+    return Growth(resting=staying + visiting, learning=learning, at_least=at_least)
 
 
 def server_needs(config: Any, num_weights: int, element_size: int, longest: int) -> int:
@@ -107,17 +112,18 @@ def share_card(*, total: int, free: int, growth: Growth, least: int, sleeps: boo
         ConfigError: they do not fit together; it says by how much.
     """
     usable = free - int(MARGIN * total)
-    server = usable - (growth.resting if sleeps else growth.learning)
-    missing = least - server
+    missing = least - (usable - (growth.resting if sleeps else growth.at_least))
     if sleeps:
-        missing = max(missing, growth.learning + ASLEEP - usable)
+        missing = max(missing, growth.at_least + ASLEEP - usable)
     if missing > 0:
         advice = "" if sleeps else "vllm_sleep='auto', "
         raise ConfigError(
             f"vllm_server=auto: {missing / GIB:.1f} GiB are missing for trainer and server on one card. Of "
-            f"{total / GIB:.1f} GiB {free / GIB:.1f} are free; the server needs {least / GIB:.1f}, the trainer up to "
-            f"{growth.learning / GIB:.1f} more than it has now (computed, docs/vllm.md). Use {advice}LoRA, a smaller "
+            f"{total / GIB:.1f} GiB {free / GIB:.1f} are free; the server needs {least / GIB:.1f}, the trainer "
+            f"{growth.at_least / GIB:.1f} more than it has now (computed, docs/vllm.md). Use {advice}LoRA, a smaller "
             "per_device_train_batch_size with more gradient_accumulation_steps, gradient_checkpointing, or a server "
             "on another card (vllm_base_url)"
         )
-    return Share(total=total, server=server, growth=growth, sleeps=sleeps)
+    server = max(least, usable - (growth.resting if sleeps else growth.learning))
+    cuts = growth.learning + (ASLEEP if sleeps else server) > usable
+    return Share(total=total, server=server, growth=growth, sleeps=sleeps, cuts=cuts)
