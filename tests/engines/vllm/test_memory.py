@@ -86,7 +86,8 @@ def test_micro_batches_that_can_be_cut_refuse_no_run(sleeps: bool) -> None:
     large = Growth(resting=0, learning=100 * GIB, at_least=20 * GIB)
     tight = share(sleeps=sleeps, growth=large)
     assert tight.cuts
-    assert tight.server == (70 * GIB - int(0.03 * 80 * GIB) if sleeps else 10 * GIB)
+    usable = 70 * GIB - int(0.03 * 80 * GIB)
+    assert tight.server == (usable if sleeps else 10 * GIB + (usable - 30 * GIB) // 2)
     assert "cut" in str(tight)
     assert not share(sleeps=sleeps).cuts
 

@@ -124,6 +124,8 @@ def share_card(*, total: int, free: int, growth: Growth, least: int, sleeps: boo
             "per_device_train_batch_size with more gradient_accumulation_steps, gradient_checkpointing, or a server "
             "on another card (vllm_base_url)"
         )
-    server = max(least, usable - (growth.resting if sleeps else growth.learning))
+    server = usable - (growth.resting if sleeps else growth.learning)
+    if not sleeps:  # where micro-batches must be cut anyway each has half of what neither cannot do without
+        server = max(server, least + (usable - growth.at_least - least) // 2)
     cuts = growth.learning + (ASLEEP if sleeps else server) > usable
     return Share(total=total, server=server, growth=growth, sleeps=sleeps, cuts=cuts)
