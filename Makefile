@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vllm test-qlora test-deepspeed soak docs lint setup clean
+.PHONY: demo test test-slow test-vllm test-qlora test-deepspeed soak docs test-package test-oldest lint setup clean
 
 setup: .venv/.installed
 
@@ -83,10 +83,36 @@ docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_site.py tests/test_examples.py
 
+# The sdist, and the wheel that is made of it, checked; then the wheel in a fresh environment, away from the checkout.
+# What bondlm depends on is seen there by the path of .venv alone (its editable bondlm is not), so torch comes once.
+test-package: .venv/.installed
+	rm -rf build/dist build/package
+	$(BIN)/python -m venv build/package
+	build/package/bin/python -m pip install --quiet build==1.6.1 twine==7.0.0
+	build/package/bin/python -m build --outdir build/dist . > build/package/log || (cat build/package/log; exit 1)
+	build/package/bin/python -m twine check --strict build/dist/*
+	$(BIN)/python -m venv --clear build/package
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$(build/package/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	build/package/bin/python -m pip install --quiet --no-deps build/dist/*.whl
+	build/package/bin/python tools/try_package.py
+
+# The oldest versions that the package takes, over .venv (whose torch stays: the index has its oldest with CUDA alone).
+.venv-oldest/.installed: .venv/.installed constraints-oldest.txt
+	$(BIN)/python -m venv .venv-oldest
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$(.venv-oldest/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	grep -v '^torch==' constraints-oldest.txt > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --requirement .venv-oldest/requirements.txt
+	touch $@
+
+test-oldest: .venv-oldest/.installed
+	PYTHONPATH=src .venv-oldest/bin/python -m pytest -m "not slow" -n 2 tests/config tests/objectives tests/trainer tests/cli
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-vllm .venv-deepspeed .venv-docs build .bitsandbytes models runs
+	rm -rf .venv .venv-vllm .venv-deepspeed .venv-docs .venv-oldest build .bitsandbytes models runs

@@ -50,7 +50,8 @@ def test_the_served_adapter_answers_as_the_run_does(tmp_path: Path, monkeypatch:
             body = {"model": model, "messages": question}
             url = f"{server.url}/v1/chat/completions"
             answer = httpx.post(url, json=body | {"temperature": 0}, timeout=60).json()["choices"][0]
-            assert answer["message"]["content"] == expected[name]
+            # vLLM leaves out a character that the length cuts in two.
+            assert answer["message"]["content"].rstrip("\ufffd") == expected[name].rstrip("\ufffd")
             sampled = httpx.post(url, json=body, timeout=60).json()  # with nothing said: as the run was evaluated
             assert sampled["usage"]["completion_tokens"] <= 8
     finally:
