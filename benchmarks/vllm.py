@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--server-args", type=str.split, default=["--max-model-len=1024"], help="as --name=value")
     parser.add_argument("--pause", type=Path, help="a file that lies there while rates are measured")
+    parser.add_argument("--sleep", choices=("auto", "never"), default="never", help="of the server, on a GPU")
     parser.add_argument("--whole", action="store_true", help="full fine-tuning instead of LoRA")
     add_out(parser, "vllm")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for result in measure(args, Path(folder)):
             report(result)
-            names = ("model", "tokens", "threads", "dtype", "rounds", "whole", "server_args")
+            names = ("model", "tokens", "threads", "dtype", "rounds", "whole", "sleep", "server_args")
             append(args.out, {name: getattr(args, name) for name in names} | result)
 
 
@@ -73,6 +74,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     ends = {"eos_ids": encoder.eos_ids, "pad_id": encoder.pad_id}
     settings = {"engine": "vllm", "vllm_server": "auto", "vllm_python": args.vllm_python}
     settings |= {"vllm_server_args": args.server_args, "max_completion_length": args.tokens}
+    settings["vllm_sleep"] = args.sleep
     config = BONDConfig(output_dir=str(folder), use_cpu=not torch.cuda.is_available(), **settings)
     begin = time.perf_counter()
     server = make_engine(config, roles.model, roles, encoder, World.of(config))
@@ -103,6 +105,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
                 parameter.mul_(1 + 1e-3 * torch.randn(1, device=parameter.device))
         for role in ROLES if args.whole else (None,):
             begin = time.perf_counter()
+            server._wake()
             server._hold(role) if args.whole else server.sync()
             seconds.append(time.perf_counter() - begin)
         return statistics.mean(seconds)
