@@ -52,3 +52,11 @@ def test_a_number_that_is_not_finite_is_in_the_text_alone(tmp_path: Path) -> Non
     assert measured["kl"].metric_args == {"low": 1.0}
     assert measured["kl"].dataset_name == "held-out prompts"
     assert "> 16" in card.text
+
+
+def test_judges_that_compare_are_measured_numbers_too(tmp_path: Path) -> None:
+    wins = {"reference": NUMBERS, "reference, best of 4": NUMBERS | {"high": 1.75}}
+    write_card(tmp_path, result(pairwise={"small": {"win_rate": wins, "num_pairs": 9}}))
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "| win rate against reference, pairs judged by small | 1.500 [1.000, 2.000] |" in text
+    assert "| win rate against reference, best of 4, pairs judged by small | 1.500 [1.000, 1.750] |" in text

@@ -84,6 +84,14 @@ def eval_json(n: float = N) -> dict[str, Any]:
             "nli:small": {"reward": interval(0.62, 0.03), "reference_reward": interval(0.66, 0.02)}
             | {"win_rate": interval(0.47, 0.03)}
         },
+        "pairwise": {
+            "judge": {
+                "win_rate": {"reference": interval(0.62, 0.05), "reference, best of 4": interval(0.51, 0.05)},
+                "num_pairs": 380,
+                "num_failed": 3,
+                "agreement": 0.83,
+            }
+        },
         "warnings": ["the optimised reward rose while judge 'nli:small' fell: likely over-optimisation <b>"],
         "cost": {"tokens": 41.3, "best_of_n_tokens": 281.4, "n": 7},
         "objective": {"name": "jbond", "beta": 0.5, "gamma": 0.0, "eta": 0.05},

@@ -103,6 +103,11 @@ def test_numbers_of_the_page_are_those_of_eval_json(run, page):
         "0.660 [0.640, 0.680]",
         "0.470 [0.440, 0.500]",
     ]
+    assert page.tables["pairwise-1"][1:] == [
+        ["reference", "0.620 [0.570, 0.670]"],
+        ["reference, best of 4", "0.510 [0.460, 0.560]"],
+    ]
+    assert "decided 83% of 380 pairs alike in both orders; 3 were not ranked" in page.texts["soft"]
     assert [row[0] for row in page.tables["against"][1:]] == [f"Best-of-{n}" for n in (1, 2, 4, 8, 16)]
     assert "likely over-optimisation <b>" in page.texts["warning"]  # the parser undid the escapes
     assert dict(page.tables["versions"])["torch"] == "2.13.0"
@@ -164,6 +169,7 @@ def test_hostile_text_stays_text(tmp_path):
     write_jsonl(run / "eval_samples.jsonl", rows)
     result = eval_json()
     result["judges"] = {"<script>x</script>": result["judges"]["nli:small"]}
+    result["pairwise"] = {"<script>x</script>": result["pairwise"]["judge"]}
     result["warnings"] = ["\x1b[31m</p><script>y</script>"]
     result["versions"] = {"{{ 7 * 7 }}": "<iframe>"}
     (run / "eval.json").write_text(json.dumps(result))

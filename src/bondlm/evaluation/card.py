@@ -109,6 +109,11 @@ def _shown(numbers: Mapping[str, Any]) -> str:
 def _judges(result: Mapping[str, Any]) -> str:
     judges = result.get("judges", {})
     rows = [f"| gain before the judge {name} | {_shown(numbers['gain'])} |" for name, numbers in judges.items()]
+    rows += [
+        f"| win rate against {opponent}, pairs judged by {name} | {_shown(wins)} |"
+        for name, numbers in result.get("pairwise", {}).items()
+        for opponent, wins in numbers["win_rate"].items()
+    ]
     return "".join(f"{row}\n" for row in rows)
 
 

@@ -34,6 +34,9 @@ EVAL_SHAPE: dict[str, Any] = {
     "reference": "text",
     "stopped": "text",
     "judges": {"*": {"reward": "estimate", "reference_reward": "estimate", "win_rate": "estimate"}},
+    "pairwise": {
+        "*": {"win_rate": {"*": "estimate"}, **dict.fromkeys(("num_pairs", "num_failed", "agreement"), "number")}
+    },
     "warnings": ["text"],
     "cost": {"*": "number"},
     "rewards": ["text"],
