@@ -1,4 +1,5 @@
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from tiny import tiny_t5, tiny_tokenizer
 from torch import nn
 
 from bondlm.errors import ConfigError
-from bondlm.rewards import NLIReward, SequenceClassifierReward, SimilarityReward, load_rewards, score
+from bondlm.rewards import NLIReward, SequenceClassifierReward, SimilarityReward, is_ranking, load_rewards, score
 
 from .small_models import bert_classifier, bert_encoder, bert_tokenizer, saved
 
@@ -61,6 +62,7 @@ def test_model_specs(models, spec, kind, name):
         (partial(length, x=1), "length"),
         (lambda completions: [], "lambda"),
         (Judge(), "Judge"),
+        (Mock(return_value=[]), "Mock"),
         ("rewards.py:brevity", "brevity"),
         ("math:sqrt", "sqrt"),
     ],
@@ -69,6 +71,8 @@ def test_function_specs(models, spec, name):
     (reward,) = load_rewards(spec)
     assert reward.name == name
     assert callable(reward.function)
+    assert not reward.ranks
+    assert not is_ranking(spec)
 
 
 def test_a_list_keeps_order_weights_and_names_apart(models):

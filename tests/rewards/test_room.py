@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -57,7 +58,9 @@ def test_prompts_that_cannot_be_scored_are_refused_and_completions_warned_of(
 
 
 def test_what_is_cut_and_what_is_no_model_has_room(caplog: pytest.LogCaptureFixture) -> None:
-    check_room([NamedReward("rm", classifier(5, truncate="left")), NamedReward("f", len)], ROWS, 100)
+    check_room(
+        [NamedReward("rm", classifier(5, truncate="left")), NamedReward("f", len), NamedReward("m", Mock())], ROWS, 100
+    )
     check_room([NamedReward("rm", classifier(5))], [], 100)
     assert not caplog.records
 

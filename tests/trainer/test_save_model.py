@@ -29,6 +29,7 @@ def test_a_saved_folder_is_a_plain_model(kind: str, auto: Any, tmp_path: Path) -
     loaded = auto.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(made.roles.model))
     assert not torch.allclose(logits(loaded), logits(MODELS[kind](TOKENIZER)), atol=1e-2)  # it was trained
+    assert loaded.config.use_cache is made.model.config.use_cache is MODELS[kind](TOKENIZER).config.use_cache is True
     assert AutoTokenizer.from_pretrained(tmp_path).encode("hello") == TOKENIZER.encode("hello")
 
 

@@ -62,7 +62,7 @@ class RankReward:
 
 def is_ranking(spec: Any) -> bool:
     """Whether what a user writes for a reward compares a prompt's samples."""
-    return spec.startswith(("rank:", "judge:")) if isinstance(spec, str) else bool(getattr(spec, "ranks", False))
+    return spec.startswith(("rank:", "judge:")) if isinstance(spec, str) else getattr(spec, "ranks", False) is True
 
 
 def by_pairs(compare: Callable[..., Any]) -> RankReward:

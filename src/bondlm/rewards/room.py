@@ -6,7 +6,10 @@ from typing import Any
 
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.errors import ConfigError
+from bondlm.rewards.classifier import SequenceClassifierReward
+from bondlm.rewards.nli import NLIReward
 from bondlm.rewards.scoring import NamedReward
+from bondlm.rewards.similarity import SimilarityReward
 
 LOOKED_AT = 32  # of the longest prompts: the reward model's own tokens may order them otherwise
 
@@ -23,11 +26,12 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
     """
     longest = sorted(rows, key=lambda row: -len(row[PROMPT_IDS]))[:LOOKED_AT]
     for reward in rewards if longest else ():
-        limit = getattr(reward.function, "limit", None)
-        if limit is None:
+        model = reward.function
+        if not isinstance(model, SequenceClassifierReward | NLIReward | SimilarityReward) or model.limit is None:
             continue
-        alone = max(reward.function.num_tokens(row, 0) for row in longest)  # type: ignore[attr-defined]
-        most = max(reward.function.num_tokens(row, max_completion_length) for row in longest)  # type: ignore[attr-defined]
+        limit = model.limit
+        alone = max(model.num_tokens(row, 0) for row in longest)
+        most = max(model.num_tokens(row, max_completion_length) for row in longest)
         cut = "let it cut what is too long with its option truncate (docs/rewards.md)"
         if alone > limit:
             raise ConfigError(

@@ -43,7 +43,7 @@ class NamedReward:
     @property
     def ranks(self) -> bool:
         """Whether it compares a prompt's samples (`RankReward`): its values mean nothing beside another prompt's."""
-        return bool(getattr(self.function, "ranks", False))
+        return getattr(self.function, "ranks", False) is True  # an object of the user may have something of that name
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,14 @@ class SavingTrainer(Trainer):
     average: Any
     encoder: Any
 
+    def __init__(self, model: Any, **arguments: Any) -> None:
+        """As `Trainer`, which turns the model's `use_cache` off: each pass here says what it wants."""
+        config = model.config
+        is_cached = getattr(config, "use_cache", None)
+        super().__init__(model=model, **arguments)
+        if is_cached is not None:  # or what is saved would not generate as what was given
+            config.use_cache = is_cached
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: a rollout's work is not that of one forward pass."""
         return 0
