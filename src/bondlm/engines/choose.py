@@ -1,6 +1,7 @@
 """Which engine a run's settings ask for."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from bondlm.config import BONDConfig, objective_of
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines.base import Engine
+from bondlm.engines.local.batch_size import host_memory
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
 from bondlm.engines.together import Processes, together
+from bondlm.engines.vllm.handover import shared_folder
 from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.memory import (
@@ -36,6 +39,8 @@ from bondlm.models.sharding import shards_weights, uses_fsdp
 _LOGGER = logging.getLogger(__name__)
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain to a child why the sky is blue?"
 OWN_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # whoever gives one has done the sum
+HOST_SHARE = 0.25  # of main memory, which a container's limit may hold below what /dev/shm says
+HANDED_OVER = 1.5  # of the weights' size: a head that is an embedding, too, is written twice
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
@@ -96,7 +101,7 @@ def make_engine(
             processes=processes,
             eos_ids=encoder.eos_ids,
             probe_ids=encoder.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64],
-            folder=folder,
+            folder=weights_folder(args, roles, processes) or folder,
             server=server,
             sleeps=sleeps(args),
         )
@@ -145,6 +150,20 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longe
         on_cpu=on_cpu,
         gpu=None if on_cpu or is_alone else args.device.index,
     )
+
+
+def weights_folder(args: BONDConfig, roles: Roles, processes: Processes) -> Path | None:
+    """Shared memory for whole weights, where the servers are ours and on this machine; every process must call.
+
+    None: the run folder. An adapter is small, and another server may not see this machine's memory.
+    """
+    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) == args.world_size
+    if roles.is_peft or args.vllm_server != "auto" or not one_machine:
+        return None
+    size = int(HANDED_OVER * roles.core.num_parameters() * served_dtype(roles).itemsize)
+    has_room = processes.rank == 0 and size <= HOST_SHARE * host_memory()
+    mine = shared_folder(size) if has_room else None
+    return processes.gather_objects([mine])[0]
 
 
 def card_options(args: BONDConfig, model: Any, roles: Roles, longest: int) -> list[str]:
