@@ -1,8 +1,9 @@
 """Which engine a run's settings ask for."""
 
 import logging
-import os
+import platform
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def weights_folder(args: BONDConfig, roles: Roles, processes: Processes) -> Path
 
     None: the run folder. An adapter is small, and another server may not see this machine's memory.
     """
-    one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) == args.world_size
-    if roles.is_peft or args.vllm_server != "auto" or not one_machine:
+    machines = set(processes.gather_objects([(platform.node(), uuid.getnode())]))
+    if roles.is_peft or args.vllm_server != "auto" or len(machines) > 1:
         return None
     size = int(HANDED_OVER * roles.core.num_parameters() * served_dtype(roles).itemsize)
     has_room = processes.rank == 0 and size <= HOST_SHARE * host_memory()

@@ -158,6 +158,21 @@ def handler_of(stub: Stub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+def main(model: Any, arguments: list[str]) -> None:
+    """As vLLM's api_server, with one model that is given whole weights; says what it loads."""
+    stub = Stub(model, [2])
+    plain = stub.answer
+
+    def answer(path: str, body: Any) -> Answer:
+        if path == "/collective_rpc" and "kwargs" in body:
+            print("loads", body["kwargs"]["weights_path"], flush=True)
+        return (200, {}) if path == "/health" else plain(path, body)
+
+    stub.answer = answer  # type: ignore[method-assign]
+    port = int(arguments[arguments.index("--port") + 1])
+    ThreadingHTTPServer(("127.0.0.1", port), handler_of(stub)).serve_forever()
+
+
 @contextmanager
 def serving(stub: Stub) -> Iterator[Stub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(stub))

@@ -16,7 +16,7 @@ from tiny import tiny_causal
 from bondlm.engines import choose
 from bondlm.engines.vllm.handover import SHARED, START, shared_folder
 from bondlm.models.roles import Roles
-from engines.vllm.helpers import ALONE, TOKENIZER
+from engines.vllm.helpers import TOKENIZER
 
 HOLD = """
 import sys, time
@@ -66,27 +66,41 @@ def test_without_room_or_such_memory_there_is_none(tmp_path: Path) -> None:
     assert shared_folder(1, tmp_path / "missing") is None
 
 
+class Machines:
+    """Two processes, and what the other one gathers."""
+
+    size, rank = 2, 0
+
+    def __init__(self, others: list[Any]) -> None:
+        self.others = others
+
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        return items + (self.others or items)
+
+
+HERE: list[Any] = []
+
+
 @pytest.mark.parametrize(
-    ("changes", "shared"),
-    [({}, True), ({"vllm_server": "external"}, False), ({"world_size": 16}, False)],
+    ("server", "others", "shared"),
+    [("auto", HERE, True), ("external", HERE, False), ("auto", [("elsewhere", 7)], False)],
     ids=["ours", "another's", "two machines"],
 )
 def test_only_servers_of_ours_on_this_machine_are_given_weights_there(
-    changes: dict[str, Any], shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, roles: Roles
+    server: str, others: list[Any], shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, roles: Roles
 ) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     asked: list[int] = []
     monkeypatch.setattr(choose, "shared_folder", lambda needed: asked.append(needed) or tmp_path)
-    args: Any = SimpleNamespace(**{"vllm_server": "auto", "world_size": 1} | changes)
-    whole = Roles(tiny_causal(TOKENIZER))
-    assert choose.weights_folder(args, whole, ALONE) == (tmp_path if shared else None)
+    args: Any = SimpleNamespace(vllm_server=server)
+    whole, both = Roles(tiny_causal(TOKENIZER)), Machines(others)
+    assert choose.weights_folder(args, whole, both) == (tmp_path if shared else None)
     size = sum(p.numel() * p.element_size() for p in whole.model.parameters())
     assert asked == ([int(1.5 * size)] if shared else [])
-    assert choose.weights_folder(args, roles, ALONE) is None  # an adapter
+    assert choose.weights_folder(args, roles, both) is None  # an adapter
     monkeypatch.setattr(choose, "host_memory", lambda: 4 * size)
-    assert choose.weights_folder(args, whole, ALONE) is None  # a container with little memory
+    assert choose.weights_folder(args, whole, both) is None  # a container with little memory
     whole.autocast = torch.bfloat16
-    choose.weights_folder(args, whole, ALONE)
+    choose.weights_folder(args, whole, both)
     assert asked == ([int(1.5 * size), int(0.75 * size)] if shared else [])
 
 

@@ -1,5 +1,6 @@
 """Two training processes over vLLM, against stub servers: who draws what, and a fault of one is a fault of both."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from distributed.launch import ROOT
 from faults.children import job, said, train
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_causal
 
+from bondlm.engines.vllm.handover import SHARED
 from bondlm.models.adapters import wrap_adapter
 from engines.vllm.helpers import TOKENIZER
 from engines.vllm.ranks import train_as_two
@@ -107,6 +110,30 @@ def test_whole_weights_are_sent_once_and_not_while_a_process_draws(start: Start,
     assert events(alone) == events(shared) == first + then
     assert asked(shared) == asked(alone)
     same_result(one, two, "model.safetensors", "checkpoint-2/anchor.safetensors")
+
+
+PROGRAM = """#!/bin/sh
+PYTHONPATH={tests}:{src} exec {python} -c '
+import sys
+from engines.vllm.stub import main
+from tiny import tiny_causal, tiny_tokenizer
+main(tiny_causal(tiny_tokenizer(), seed=7), sys.argv)' "$@"
+"""
+
+
+def test_one_server_of_the_run_serves_both(tmp_path: Path) -> None:
+    """`vllm_server: auto` on a CPU: the first process of the machine starts it; weights go through shared memory."""
+    program = tmp_path / "python"
+    program.write_text(PROGRAM.format(tests=ROOT / "tests", src=ROOT / "src", python=sys.executable))
+    program.chmod(0o755)
+    server = {"engine": "vllm", "vllm_server": "auto", "vllm_python": str(program), "save_steps": 100}
+    two = full(job(tmp_path / "two", **server, dtype="float32", per_device_train_batch_size=2, **PLAIN))
+    assert train_as_two(two) == [0, 0], said(two)
+    (log,) = (tmp_path / "two" / "run" / "vllm").glob("*.log")
+    loaded = [Path(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("loads ")]
+    assert [path.name.split("-")[0] for path in loaded] == ["policy", "policy", "anchor"]
+    assert SHARED in loaded[0].parents or not SHARED.is_dir()
+    assert not any(path.exists() for path in loaded)
 
 
 def in_its_third_step(stub: Stub, answer: Answer) -> Callable[[str, Any], Answer | None]:
