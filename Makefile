@@ -103,7 +103,7 @@ test-package: .venv/.installed
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	  > "$$(.venv-oldest/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
 	grep -v '^torch==' constraints-oldest.txt > .venv-oldest/requirements.txt
-	.venv-oldest/bin/python -m pip install --quiet --no-deps --requirement .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet --requirement .venv-oldest/requirements.txt
 	touch $@
 
 test-oldest: .venv-oldest/.installed

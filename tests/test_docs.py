@@ -94,3 +94,13 @@ def test_what_the_page_says_of_ties_is_what_the_oracle_finds() -> None:
     assert best[1] / best[0] == pytest.approx((1 - (1 - p) ** n) / (1 - p) ** n)
     assert (fixed[1], best[1]) == pytest.approx((0.070, 0.337), abs=5e-4)
     assert float(kl_divergence(fixed, best)) == pytest.approx(0.20, abs=5e-3)
+
+
+def test_the_page_of_results_has_the_numbers_of_the_study() -> None:
+    """Each decimal number of docs/results.md stands as it is in the generated verdicts or the findings there."""
+    study = (ROOT / "benchmarks" / "paper" / "verdicts.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"(?<![\d.])\d+\.\d+", study))
+    page = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"), flags=re.S)
+    numbers = set(re.findall(r"\d+\.\d+", page))
+    assert len(numbers) > 25
+    assert numbers - known == set()

@@ -3,7 +3,7 @@
     python benchmarks/paper/run.py x9 --seeds 0 1 2 --threads 2     # x1 x2 x3 x4 x5 x6 x7 x9 fast over
     python benchmarks/paper/run.py x1 --only n4-beta0.5 --steps 4   # a look
     python benchmarks/paper/run.py --list
-    python benchmarks/paper/write_up.py                               # tables, figures, claims.md, docs/results.md
+    python benchmarks/paper/write_up.py                               # tables, figures, claims.md, verdicts.md
 
 A run's folder is runs/paper/EXPERIMENT/NAME-sSEED: config.json, curve.jsonl (a row each measurement), metrics.jsonl,
 done.json. A run that was cut starts anew. Runs of benchmarks/paper/results count as done: a study may go on elsewhere.

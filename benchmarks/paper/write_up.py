@@ -3,7 +3,7 @@
     python benchmarks/paper/write_up.py [--runs runs/paper] [--results benchmarks/paper/results]
 
 Writes results/runs.jsonl (every measurement of every finished run), results/summary.csv (the last one of each), a
-figure of each experiment, claims.md and docs/results.md. A verdict needs three seeds: the paired difference between two
+figure of each experiment, claims.md and verdicts.md. A verdict needs three seeds: the paired difference between two
 runs, seed by seed, with a t interval.
 """
 
@@ -219,11 +219,11 @@ def claims_text(rows: list[dict[str, Any]]) -> str:
 
 
 def results_text(rows: list[dict[str, Any]]) -> str:
-    """docs/results.md."""
+    """verdicts.md."""
     parts = [
-        "# Results of the study\n\nWritten by `python benchmarks/paper/write_up.py` from the finished runs of "
+        "# Verdicts of the study\n\nWritten by `python benchmarks/paper/write_up.py` from the finished runs of "
         "`benchmarks/paper/run.py` and `findings.md` beside it; do not edit. How it was done, and what the words mean: "
-        "[benchmarks/paper/README.md](../benchmarks/paper/README.md).\n",
+        "[README.md](README.md).\n",
         claims_text(rows).replace("# Claims", "## Claims", 1),
     ]
     parts.append(FINDINGS.read_text(encoding="utf-8"))
@@ -235,7 +235,7 @@ def results_text(rows: list[dict[str, Any]]) -> str:
             continue
         parts.append(f"Task: {experiment.task}. Last measurement, mean over seeds (lowest to highest).\n")
         parts.append(table_text(table) + "\n")
-        parts.append(f"![{name}](../benchmarks/paper/results/{name}.png)\n")
+        parts.append(f"![{name}](results/{name}.png)\n")
         made = {facts_text(row): None for seeds in table.values() for row in seeds.values()}
         parts.append("\n".join(made) + "\n")
     return "\n".join(parts)
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/paper"))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/paper/results")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "benchmarks/paper/verdicts.md")
     args = parser.parse_args(argv)
     rows = with_earlier(read(args.runs), args.results / "runs.jsonl")
     args.results.mkdir(parents=True, exist_ok=True)
