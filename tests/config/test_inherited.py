@@ -79,7 +79,9 @@ def test_text_is_not_dispatched_as_tensors(tmp_path: Path) -> None:
 def test_every_inherited_setting_is_known_to_work_or_refused() -> None:
     """A new transformers may bring settings: look at each before it is listed here."""
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert inherited == set(WORKS) | set(WITHOUT_EFFECT) | HARMLESS | {"parallelism_config"}
+    known = set(WORKS) | set(WITHOUT_EFFECT) | HARMLESS | {"parallelism_config"}
+    assert inherited - known == set()
+    assert known - inherited <= {"activation_checkpointing", "activation_checkpointing_kwargs"}  # not in 5.19
     assert inherited <= set(SETTINGS)
 
 
