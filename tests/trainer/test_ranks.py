@@ -50,24 +50,27 @@ def test_the_order_of_a_scalar_trains_as_the_scalar(tmp_path: Path) -> None:
         assert metrics[0][name] == metrics[1][name], name
 
 
-def test_rescaling_a_reward_changes_no_bit(tmp_path: Path) -> None:
-    def scaled(completions: list[str]) -> list[float]:
-        return [1e9 * value**3 - 7 for value in length(completions)]
+def rescaled(reward: Any) -> Any:
+    def other(completions: list[str]) -> list[float]:
+        return [1e9 * value**3 - 7 for value in reward(completions)]
 
-    scaled.__name__ = "length"
-    made = [
-        run(tmp_path / name, [scalar, second], reward_aggregation="quantile")
-        for name, second in (("one", length), ("two", scaled))
-    ]
-    assert same(*[weights(one.roles.model) for one in made])
-    rows = [without_times(logged(tmp_path / name)) for name in ("one", "two")]
-    kept = [[{k: v for k, v in row.items() if "rewards/length" not in k} for row in each] for each in rows]
-    assert kept[0] == kept[1]
+    other.__name__ = reward.__name__
+    return other
+
+
+def test_rescaling_any_reward_changes_no_bit(tmp_path: Path) -> None:
+    sets = {"plain": [scalar, length], "length": [scalar, rescaled(length)], "scalar": [rescaled(scalar), length]}
+    made = {name: run(tmp_path / name, rewards, reward_aggregation="quantile") for name, rewards in sets.items()}
     held_out = prompt_rows(20)[12:]
-    metrics = [one.evaluate(held_out) for one in made]
-    for name in ("eval_reward", "eval_win_rate", "eval_effective_n", "eval_rewards/length/win_rate"):
-        assert metrics[0][name] == metrics[1][name]
-    assert {f"eval_rewards/{name}/effective_n" for name in ("scalar", "length")} <= metrics[0].keys()
+    metrics = {name: one.evaluate(held_out) for name, one in made.items()}
+    for name in ("length", "scalar"):
+        assert same(*[weights(made[each].roles.model) for each in ("plain", name)])
+        rows = [without_times(logged(tmp_path / each)) for each in ("plain", name)]
+        kept = [[{k: v for k, v in row.items() if f"rewards/{name}" not in k} for row in each] for each in rows]
+        assert kept[0] == kept[1]
+        for metric in ("eval_reward", "eval_win_rate", "eval_effective_n", f"eval_rewards/{name}/win_rate"):
+            assert metrics["plain"][metric] == metrics[name][metric]
+    assert {f"eval_rewards/{name}/effective_n" for name in ("scalar", "length")} <= metrics["plain"].keys()
 
 
 def test_the_first_of_lexicographic_rewards_decides(tmp_path: Path) -> None:
