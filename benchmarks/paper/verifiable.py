@@ -1,0 +1,203 @@
+"""Rewards that are 0 or 1: sums of two numbers, a model that gets a third of them right; pass@1, pass@k and KL.
+
+    python benchmarks/paper/verifiable.py --seeds 0 1 2 3 4      # finished runs are skipped; minutes a run on one core
+    python benchmarks/paper/verifiable.py --table
+
+Every method draws 192 completions a step of the same training prompts; held-out sums are in no training set. The start
+is a Llama of 0.4 M parameters that learned sums until it gets about a third of them right at temperature 1.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from facts import append
+
+from bondlm import BONDConfig, BONDTrainer
+
+OUT = Path(__file__).parent / "results" / "verifiable.jsonl"
+SYMBOLS = ["<pad>", "<end>", *"0123456789+="]
+PAD, END = 0, 1
+COMPLETIONS, STEPS, HELD_OUT, SAMPLES = 192, 100, 256, 16
+METHODS: dict[str, dict[str, Any]] = {
+    "self_bond n=4": {"objective": "self_bond", "n": 4, "num_samples": 8, "log_quantile": "best_of_n"},
+    "self_bond n=16": {"objective": "self_bond", "n": 16, "num_samples": 8, "log_quantile": "best_of_n"},
+    "grpo beta_rl=0.04": {"objective": "grpo", "beta_rl": 0.04, "num_samples": 8},
+    "rloo beta_rl=0.1": {"objective": "rloo", "beta_rl": 0.1, "num_samples": 8, "anchor": "fixed"},
+    "jbond eta=0.1": {"objective": "jbond", "eta": 0.1, "beta": 0.5, "gamma": 0.0},
+    "bond n=4, corrected": {
+        **{"objective": "bond", "n": 4, "num_anchor_samples": 7, "anchor": "fixed"},
+        **{"correction": True, "log_quantile": "harmonic"},
+    },
+}
+DRAWN = {"jbond": 3}  # completions of a prompt; 8 of all others
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    inner = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
+
+
+def sums() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Training and held-out pairs of numbers below 100."""
+    pairs = [(a, b) for a in range(100) for b in range(100)]
+    random.Random(0).shuffle(pairs)
+    return pairs[HELD_OUT:], pairs[:HELD_OUT]
+
+
+def rows(pairs: Iterable[tuple[int, int]]) -> list[dict[str, str]]:
+    """As a data set has them."""
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
+
+
+def correct(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 for the right sum, else 0."""
+    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+
+def start_model(steps: int = 20000, wanted: float = 0.33) -> LlamaForCausalLM:
+    """Learn sums by likelihood until a third of the held-out ones come out right."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"vocab_size": len(SYMBOLS), "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "max_position_embeddings": 64},
+        **{"pad_token_id": PAD, "eos_token_id": END, "bos_token_id": None},
+    )
+    model, encode = LlamaForCausalLM(config), {symbol: i for i, symbol in enumerate(SYMBOLS)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train, held_out = sums()
+    for step in range(1, steps + 1):
+        texts = [(f"{a}+{b}=", str(a + b)) for a, b in random.Random(step).sample(train, 128)]
+        width = max(len(q) + len(r) for q, r in texts) + 1
+        ids = torch.full((len(texts), width), PAD)
+        labels = torch.full_like(ids, -100)
+        for i, (question, right) in enumerate(texts):
+            whole = [encode[c] for c in question + right] + [END]
+            ids[i, : len(whole)] = torch.tensor(whole)
+            labels[i, len(question) : len(whole)] = ids[i, len(question) : len(whole)]
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 and chance_of_right(model, held_out) >= wanted:
+            print(f"start: {step} steps, {chance_of_right(model, held_out):.3f} right", flush=True)
+            return model
+    raise SystemExit(f"the start gets {chance_of_right(model, held_out):.3f} right after {steps} steps")
+
+
+@torch.no_grad()
+def chance_of_right(model: LlamaForCausalLM, pairs: Sequence[tuple[int, int]]) -> float:
+    """The exact probability of the right answer at temperature 1, mean over the sums."""
+    encode, chances = {symbol: i for i, symbol in enumerate(SYMBOLS)}, []
+    for a, b in pairs:
+        question, right = f"{a}+{b}=", str(a + b)
+        ids = torch.tensor([[encode[c] for c in question + right] + [END]])
+        logp = model(input_ids=ids).logits[0, len(question) - 1 : -1].log_softmax(-1)
+        chances.append(float(logp.gather(1, ids[0, len(question) :, None]).sum().exp()))
+    return mean(chances)
+
+
+def pass_at(rewards_PM: Tensor, k: int) -> float:
+    """Unbiased pass@k (Chen et al. 2021, arXiv 2107.03374): 1 - C(m - c, k) / C(m, k), mean over prompts."""
+    m = rewards_PM.shape[1]
+    wrong = m - rewards_PM.sum(dim=1)
+    i = torch.arange(k, dtype=torch.float64)
+    return float(1 - ((wrong[:, None] - i).clamp(min=0) / (m - i)).prod(dim=1).mean())
+
+
+def run(method: str, seed: int, start: Path, folder: str) -> dict[str, Any]:
+    """Train, and measure at the end."""
+    settings = METHODS[method]
+    train, held_out = sums()
+    args = BONDConfig(
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=COMPLETIONS // DRAWN.get(settings["objective"], 8),
+        max_completion_length=5,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=5,
+        logging_steps=STEPS,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=seed,
+        report_to="none",
+        eval_num_samples=SAMPLES,
+        eval_num_reference_samples=SAMPLES,
+        average_weights=0.0,
+        **settings,
+    )
+    data = {"train_dataset": rows(train), "eval_dataset": rows(held_out)}
+    trainer = BONDTrainer(str(start), correct, args, processing_class=tokenizer(), **data)
+    trainer.train()
+    return measure(trainer) | {"method": method, "seed": seed, "step": STEPS}
+
+
+def measure(trainer: BONDTrainer) -> dict[str, Any]:
+    """pass@1, @4, @16 of the policy on held-out sums, and its KL to the start."""
+    found = trainer.sample(list(trainer.eval_dataset), "policy", SAMPLES)
+    scores = {f"pass@{k}": pass_at(found.rewards_PM, k) for k in (1, 4, 16)}
+    evaluated = trainer.evaluate()
+    return scores | {"kl": evaluated["eval_kl"], "win_rate": evaluated["eval_win_rate"]}
+
+
+def table() -> None:
+    """Mean over seeds, with the spread between them."""
+    found = [json.loads(line) for line in OUT.read_text().splitlines()]
+    print("| method | seeds | pass@1 | pass@4 | pass@16 | KL |\n|---|---|---|---|---|---|")
+    for method in ["start", *METHODS]:
+        own = [row for row in found if row["method"] == method]
+        if own:
+            cells = [spread([row[key] for row in own]) for key in ("pass@1", "pass@4", "pass@16", "kl")]
+            print(f"| {method} | {len(own)} | " + " | ".join(cells) + " |")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and the range of the seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--only", nargs="*", default=list(METHODS))
+    parser.add_argument("--start", type=Path, default=Path("runs/verifiable/start"))
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.table:
+        table()
+        return
+    torch.set_num_threads(1)
+    if not (options.start / "config.json").exists():
+        start_model().save_pretrained(options.start)
+    lines = OUT.read_text().splitlines() if OUT.exists() else []
+    done = {(row["method"], row["seed"]) for row in map(json.loads, lines)}
+    for seed in options.seeds:
+        for method in options.only:
+            if (method, seed) not in done:
+                with tempfile.TemporaryDirectory() as folder:
+                    row = run(method, seed, options.start, folder)
+                append(str(OUT), row)
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
