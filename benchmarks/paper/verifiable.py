@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -120,8 +120,8 @@ def pass_at(rewards_PM: Tensor, k: int) -> float:
     return float(1 - ((wrong[:, None] - i).clamp(min=0) / (m - i)).prod(dim=1).mean())
 
 
-def run(method: str, seed: int, start: Path, folder: str) -> dict[str, Any]:
-    """Train, and measure at the end."""
+def trainer_of(method: str, seed: int, start: Path, folder: str) -> BONDTrainer:
+    """The trainer of a method."""
     settings = METHODS[method]
     train, held_out = sums()
     args = BONDConfig(
@@ -144,17 +144,27 @@ def run(method: str, seed: int, start: Path, folder: str) -> dict[str, Any]:
         **settings,
     )
     data = {"train_dataset": rows(train), "eval_dataset": rows(held_out)}
-    trainer = BONDTrainer(str(start), correct, args, processing_class=tokenizer(), **data)
+    return BONDTrainer(str(start), correct, args, processing_class=tokenizer(), **data)
+
+
+def run(method: str, seed: int, start: Path, folder: str) -> dict[str, Any]:
+    """Train, and measure at the end; "start" is the model before."""
+    facts = {"method": method, "seed": seed}
+    if method == "start":
+        return (
+            pass_at_each(trainer_of("jbond eta=0.1", seed, start, folder), "reference") | {"kl": 0.0, "step": 0} | facts
+        )
+    trainer = trainer_of(method, seed, start, folder)
     trainer.train()
-    return measure(trainer) | {"method": method, "seed": seed, "step": STEPS}
-
-
-def measure(trainer: BONDTrainer) -> dict[str, Any]:
-    """pass@1, @4, @16 of the policy on held-out sums, and its KL to the start."""
-    found = trainer.sample(list(trainer.eval_dataset), "policy", SAMPLES)
-    scores = {f"pass@{k}": pass_at(found.rewards_PM, k) for k in (1, 4, 16)}
     evaluated = trainer.evaluate()
-    return scores | {"kl": evaluated["eval_kl"], "win_rate": evaluated["eval_win_rate"]}
+    measured = {"kl": evaluated["eval_kl"], "win_rate": evaluated["eval_win_rate"], "step": STEPS}
+    return pass_at_each(trainer, "policy") | measured | facts
+
+
+def pass_at_each(trainer: BONDTrainer, role: Literal["policy", "reference"]) -> dict[str, float]:
+    """pass@1, @4 and @16 on held-out sums."""
+    found = trainer.sample(list(trainer.eval_dataset), role, SAMPLES)
+    return {f"pass@{k}": pass_at(found.rewards_PM, k) for k in (1, 4, 16)}
 
 
 def table() -> None:
@@ -191,7 +201,7 @@ def main() -> None:
     lines = OUT.read_text().splitlines() if OUT.exists() else []
     done = {(row["method"], row["seed"]) for row in map(json.loads, lines)}
     for seed in options.seeds:
-        for method in options.only:
+        for method in ["start", *options.only] if seed == 0 else options.only:
             if (method, seed) not in done:
                 with tempfile.TemporaryDirectory() as folder:
                     row = run(method, seed, options.start, folder)
