@@ -4,8 +4,9 @@ A step of one token a row is some hundred small kernels, and launching them one 
 they run. A graph needs every tensor at a fixed place with a fixed shape: the cache is as long as it will get, a mask
 says which of it counts, and where the next token goes is a number on the device.
 
-Only a model that says that it can be compiled whole, and whose every layer sees every earlier token, is recorded. The
-first rollout compares it with the ordinary way, and falls back to that, with a warning, where the two differ.
+Only a model that says that it can be compiled whole, and whose every layer sees every earlier token, is recorded; of
+encoder-decoder models T5 and its kin. The first rollout compares it with the ordinary way, and falls back to that, with
+a warning, where the two differ.
 
 Shapes: B rows, S columns of the cache, V vocabulary.
 """
@@ -18,14 +19,17 @@ from typing import Any, cast
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
+from bondlm.engines.local.cache import select_rows
 from bondlm.models.facts import has_full_attention
 from bondlm.models.row_adapters import RowAdapters
 
 ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this long
 FEW_ROWS = 256  # dropping some of 192 rows cost more, for a new recording, than it saved (H200)
+# Encoder-decoder models whose decoders see every earlier token, and count positions by a number on the device.
+COUNT_ON_DEVICE = ("t5", "mt5", "umt5")
 PROBED_STEPS = 3  # one unrecorded, one recorded, one replayed
 MOST_DIFFERENCE = (
     0.1  # total variation between two ways to compute a distribution; bf16 stays below it, a wrong mask does not
@@ -50,7 +54,7 @@ class CudaGraphs:
             self.wanted
             and model.device.type == "cuda"
             and getattr(model, "hf_device_map", None) is None  # layers on several devices
-            and has_full_attention(model.config)
+            and (has_full_attention(model.config) or model.config.model_type in COUNT_ON_DEVICE)
             and model.config._attn_implementation == "sdpa"
             and bool(getattr(model, "_can_compile_fullgraph", False))
         )
@@ -159,8 +163,18 @@ def _longer(held: Tensor, length: int) -> Tensor:
     return longer
 
 
+class CountedLayer(FixedLayer):
+    """One that says on the device how many tokens it holds: of a model that computes positions from that."""
+
+    def get_seq_length(self) -> Any:
+        """The number of tokens (1,), not those that there is room for."""
+        return self._column
+
+
 class GraphedState:
     """Rows that are being decoded; see `engines.decoding.DecodingState`."""
+
+    layer = FixedLayer
 
     def __init__(
         self,
@@ -178,7 +192,7 @@ class GraphedState:
         length = -(-(width + room) // ROUND_TO) * ROUND_TO
         self._model, self._cache, self._adapters, self._graphs = model, cache, adapters, graphs
         self._column = torch.tensor([width], device=mask_BS.device)
-        cache.layers = [FixedLayer(layer, length, self._column) for layer in cache.layers]
+        cache.layers = [self.layer(layer, length, self._column) for layer in cache.layers]
         self._mask_BS = torch.nn.functional.pad(mask_BS.bool(), (0, length - width))
         self._position_B1 = position_B1.clone()
         self._forget()
@@ -224,6 +238,50 @@ class GraphedState:
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+        )
+        self._column.add_(1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+class GraphedSeq2SeqState(GraphedState):
+    """The same of an encoder-decoder model: what it reads of the prompts stays where it is."""
+
+    layer = CountedLayer
+
+    def __init__(
+        self,
+        model: Any,
+        cache: EncoderDecoderCache,
+        encoded: Any,
+        prompt_mask_BS: Tensor,
+        adapters: RowAdapters | None,
+        *,
+        room: int,
+        graphs: CudaGraphs,
+    ) -> None:
+        """Go on from a cache of a few tokens a row; `encoded` is what the encoder says of the prompts."""
+        rows, seen = len(prompt_mask_BS), cache.get_seq_length()
+        mask_BS, position_B1 = prompt_mask_BS.new_ones(rows, seen), prompt_mask_BS.new_zeros(rows, 1)
+        super().__init__(model, cache.self_attention_cache, mask_BS, position_B1, adapters, room=room, graphs=graphs)
+        self._both, self._hidden_BSD, self._output_class = cache, encoded.last_hidden_state, type(encoded)
+        self._prompt_mask_BS = prompt_mask_BS.bool()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep or repeat rows (long indices): other shapes, another recording."""
+        super().select(rows)
+        select_rows(self._both.cross_attention_cache, rows)
+        self._hidden_BSD, self._prompt_mask_BS = self._hidden_BSD[rows], self._prompt_mask_BS[rows]
+
+    def _forward(self) -> Tensor:
+        self._mask_BS.index_fill_(1, self._column, True)
+        out = self._model(
+            encoder_outputs=self._output_class(last_hidden_state=self._hidden_BSD),
+            attention_mask=self._prompt_mask_BS[:, None, None],
+            decoder_input_ids=self._token_B1,
+            decoder_attention_mask=self._mask_BS[:, None, None],
+            past_key_values=self._both,
+            use_cache=True,
         )
         self._column.add_(1)
         logits: Tensor = out.logits[:, -1]

@@ -16,7 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from bondlm.data.context import start_id
 from bondlm.engines.local.cache import growing_cache, grows, moves_rows_in_place, prompt_cache, select_rows, stacked
-from bondlm.engines.local.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedState, Step
+from bondlm.engines.local.cuda_graph import PROBED_STEPS, CudaGraphs, GraphedSeq2SeqState, GraphedState, Step
 from bondlm.engines.local.plain_loop import PlainState
 from bondlm.models.facts import decoder_config, has_full_attention, takes_argument
 from bondlm.models.prefix import prefill_prefix, shared_prefix
@@ -65,17 +65,25 @@ def start_decoding(
         return PlainState.start(model, prompts, adapters)
     if not model.config.is_encoder_decoder:
         state, logits = _CausalState.start(model, prompts, pad_id, adapters, adapter_P, room=max_new_tokens)
-
-        def copies() -> tuple[Step, Step]:
-            return state.copied().step, state.copied().graphed(max_new_tokens, graphs).step
-
-        if graphs.usable(model) and grows(state.cache) and graphs.agrees(copies, logits.argmax(-1)):
-            return state.graphed(max_new_tokens, graphs), logits
-        return state, logits
+        return _fastest(state, logits, model, max_new_tokens, graphs), logits
     if adapters is not None:
         adapters.set(adapter_P)
     # Padded right: an encoder with absolute positions (Bart) counts from the first column, padding or not.
-    return _Seq2SeqState.start(model, *padded(prompts, pad_id, model.device, left=False), adapters, room=max_new_tokens)
+    inputs = padded(prompts, pad_id, model.device, left=False)
+    both, logits = _Seq2SeqState.start(model, *inputs, adapters, room=max_new_tokens)
+    return _fastest(both, logits, model, max_new_tokens, graphs), logits
+
+
+def _fastest(
+    state: "_CausalState | _Seq2SeqState", logits_PV: Tensor, model: Any, room: int, graphs: CudaGraphs
+) -> DecodingState:
+    """The state, or one that goes on from it by CUDA graphs, where these are usable and give the same distributions."""
+
+    def copies() -> tuple[Step, Step]:
+        return state.copied().step, state.copied().graphed(room, graphs).step
+
+    can = graphs.usable(model) and grows(state.growing)
+    return state.graphed(room, graphs) if can and graphs.agrees(copies, logits_PV.argmax(-1)) else state
 
 
 def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -181,6 +189,11 @@ class _CausalState:
         cache = stacked([part.cache for part in parts])
         return cls(first._model, cache, torch.cat(masks), positions, first._adapters)
 
+    @property
+    def growing(self) -> DynamicCache:
+        """What gets a token longer with each step."""
+        return self.cache
+
     def copied(self) -> "_CausalState":
         """The same rows, to be stepped without a trace in this state; the adapters are shared."""
         return _CausalState(self._model, copy.deepcopy(self.cache), self._mask_BS, self._position_B1, self._adapters)
@@ -251,6 +264,26 @@ class _Seq2SeqState:
         start_P = torch.full((len(ids_PS),), cast(int, start_id(model)), device=ids_PS.device)
         return state, state.step(start_P)
 
+    @property
+    def growing(self) -> DynamicCache:
+        """What gets a token longer with each step."""
+        return self._cache.self_attention_cache
+
+    def copied(self) -> "_Seq2SeqState":
+        """The same rows, to be stepped without a trace in this state; the adapters are shared."""
+        return _Seq2SeqState(self._model, copy.deepcopy(self._cache), self._encoded(), self._mask_BS, self._adapters)
+
+    def graphed(self, room: int, graphs: CudaGraphs) -> GraphedSeq2SeqState:
+        """This state, to be stepped by CUDA graphs from now on."""
+        return GraphedSeq2SeqState(
+            *(self._model, self._cache, self._encoded(), self._mask_BS, self._adapters),
+            room=max(room, PROBED_STEPS),
+            graphs=graphs,
+        )
+
+    def _encoded(self) -> Any:
+        return self._output_class(last_hidden_state=self._hidden_BSD)
+
     def compact_below(self, num_rows: int) -> float:
         return COMPACT_BELOW
 
@@ -262,7 +295,7 @@ class _Seq2SeqState:
 
     def step(self, token_B: Tensor) -> Tensor:
         out = self._model(
-            encoder_outputs=self._output_class(last_hidden_state=self._hidden_BSD),
+            encoder_outputs=self._encoded(),
             attention_mask=self._mask_BS,
             decoder_input_ids=token_B.unsqueeze(1),
             past_key_values=self._cache,
