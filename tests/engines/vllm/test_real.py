@@ -26,7 +26,7 @@ from engines.vllm.helpers import ALONE, PYTHON
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(500),
     pytest.mark.skipif(not PYTHON, reason="BONDLM_VLLM_PYTHON names no interpreter with vLLM: make test-vllm"),
 ]
 TOKENIZER = tiny_tokenizer()
@@ -209,7 +209,7 @@ def alive_in_group(group: int) -> list[str]:
 
 def test_a_server_of_our_own(base: str, tmp_path: Path) -> None:
     """`vllm_server: auto` starts it, trains and leaves nothing running."""
-    settings = {"vllm_server": "auto", "vllm_python": PYTHON, "vllm_start_timeout": 180.0, "max_steps": 1}
+    settings = {"vllm_server": "auto", "vllm_python": PYTHON, "vllm_start_timeout": 400.0, "max_steps": 1}
     made = BONDTrainer(*(base, short, config(tmp_path, **settings), prompt_rows(6)), peft_config=lora())
     made.train()
     server = made.engine._server  # type: ignore[attr-defined]
@@ -276,15 +276,15 @@ def test_full_fine_tuning(whole_server: LocalServer, tied: str, tmp_path: Path) 
     made = BONDTrainer(tied, short, args, prompt_rows(6), prompt_rows(4))
     engine: Any = made.engine
     probes: list[float] = []
-    sent = engine._send
+    loaded = engine._load
 
-    def send(role: str, path: Path) -> None:
-        sent(role, path)
+    def load(role: str, server: Any, path: Path) -> None:
+        loaded(role, server, path)
         probes.append(
             sum(engine._servers[0].client.prompt_logprobs(engine._servers[0].base, engine._probe_ids, str(len(probes))))
         )
 
-    engine._send = send
+    engine._load = load
     made.train()
     gaps = [row[GAP_METRIC] for row in made.state.log_history if GAP_METRIC in row]
     assert len(gaps) == 2

@@ -76,6 +76,9 @@ def test_each_role_draws_from_its_own_weights(engine: WholeModelEngine, roles: R
         assert [[c.ids for c in row] for row in drawn[role]] == [[c.ids for c in row] for row in expected]
     assert drawn["policy"][0][0] != drawn["anchor"][0][0]
     assert reloads(stub) == ["policy", "anchor"]
+    engine.generate(IDS, 1, role="reference", max_new_tokens=2, seeds=SEEDS)  # the same weights as the anchor's
+    assert reloads(stub) == ["policy", "anchor"]
+    assert all(engine.probe_gap[role] < 1e-4 for role in ("policy", "anchor", "reference"))  # type: ignore[index]
 
 
 def test_nothing_is_sent_to_a_server_that_holds_the_weights(

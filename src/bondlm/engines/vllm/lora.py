@@ -171,7 +171,7 @@ class VLLMEngine:
                 path = self._renamed(path)
             with together(self._processes):
                 found = self._reloaded(left, role, path, ours)
-            self.probe_gap[role] = max([server.gap for server in self._kept], default=0.0)
+            self._note_gap(role)
             left = [server for server, _ in found]
             problems = self._processes.gather_objects([f"{server.client.url}: {why}" for server, why in found])
             if not problems:
@@ -184,6 +184,9 @@ class VLLMEngine:
         )
         failure.known_to_all = True
         raise failure
+
+    def _note_gap(self, role: Role) -> None:
+        self.probe_gap[role] = max([server.gap for server in self._kept], default=0.0)
 
     def _reloaded(
         self, servers: Sequence[Served], role: Role, path: Path, ours: np.ndarray

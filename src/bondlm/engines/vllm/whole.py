@@ -76,6 +76,7 @@ class WholeModelEngine(VLLMEngine):
             for server in () if must else self._kept:  # has anybody else changed them?
                 server.probe(*self._names(role, server), ours)
                 must = must or not server.gap <= server.gap_limit
+                self._note_gap(role)
         return any(self._processes.gather_objects([must]))
 
     def _write(self, model: Any, path: Path) -> None:
