@@ -42,6 +42,16 @@ def test_the_cost_is_said_before_the_run_and_right_after_it(
     assert not any(KEY.encode() in path.read_bytes() for path in files)
 
 
+def test_a_prompt_that_the_judge_does_not_rank_is_left_to_the_run(tmp_path: Path, capsys: Any) -> None:
+    def ranks_few(answers: dict[str, str]) -> str:
+        return by_scalar(answers) if min(answers) < "8" else "Hm."
+
+    with judging(ranks_few) as server:
+        config = write_job(tmp_path, reward_funcs=server.spec(), max_steps=1, max_skipped_frac=1.0, eval_dataset=None)
+        assert main(["train", "--config", str(config)]) == 0
+    assert "this run needs about" in capsys.readouterr().out
+
+
 def test_a_judge_that_cannot_be_asked_ends_the_run_before_its_first_step(tmp_path: Path, capsys: Any) -> None:
     with judging(by_scalar, model="large") as server:
         spec = server.spec().replace("model=large", "model=small")

@@ -60,7 +60,8 @@ def expected_costs(trainer: Any, first_step: int, last_step: int) -> dict[str, t
     if not judges_of(trainer.rewards):
         return {}
     count, total = min(PROBED, len(trainer.train_dataset)), trainer.objective.plan.total
-    samples = trainer.sample(trainer.train_dataset.select(range(count)).to_list(), "policy", total)
+    rows = trainer.train_dataset.select(range(count)).to_list()
+    samples = trainer.sample(rows, "policy", total, drop=True)  # a prompt without a ranking is the run's to count
     length = sum(len(text) for texts in samples.texts for text in texts) / (count * total)
     prompts = _prompts(trainer, last_step) - _prompts(trainer, first_step)
     found = {}
@@ -71,7 +72,7 @@ def expected_costs(trainer: Any, first_step: int, last_step: int) -> dict[str, t
             continue
         each, share = used.characters / asked, asked / count  # share: rounds, and prompts with one answer alone
         evaluations = _evaluations(trainer, first_step, last_step, is_kept=judge.keeps_answers)
-        sizes = [(prompts * share, used.answers / asked), *((rows * judge.rounds, size) for rows, size in evaluations)]
+        sizes = [(prompts * share, used.answers / asked), *((n * judge.rounds, size) for n, size in evaluations)]
         characters = sum(calls * (each + (size - sizes[0][1]) * (length + TAGS)) for calls, size in sizes)
         tokens = used.expected_tokens(characters, sum(calls * size for calls, size in sizes))
         found[name] = (used.calls + round(sum(calls for calls, _ in sizes)), used.tokens + tokens)

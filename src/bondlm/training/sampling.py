@@ -31,11 +31,13 @@ class SamplingTrainer(SavingTrainer):
         *,
         temperature: float = 1.0,
         reference: Samples | None = None,
+        drop: bool = False,
     ) -> Samples:
         """Draw and score completions of encoded rows outside training; the prompts are shared among the processes.
 
         Each process draws for `per_device_eval_batch_size` prompts together.
-        Rewards that rank do so among the samples of `reference`, if given.
+        Rewards that rank do so among the samples of `reference`, if given; `drop` marks prompts whose reward fails
+        instead of raising.
         """
         mine = self.world.mine(len(rows))
         seeds = Seeds.of_evaluation(self.args.seed, temperature)
@@ -45,7 +47,7 @@ class SamplingTrainer(SavingTrainer):
         for start in range(0, most, together):
             part = mine[start : start + together]
             drawn += self.step.draw([rows[i] for i in part], {role: num_samples}, seeds, part, temperature)
-        return self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference)
+        return self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference, drop=drop)
 
     def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:
         """Decode and score completions of encoded rows."""
