@@ -182,3 +182,23 @@ def test_completion_metrics_by_hand() -> None:
         "completions/frac_empty": pytest.approx(1 / 3),
         "entropy": pytest.approx(6 / 7),
     }
+
+
+def test_parts_of_a_draw_are_drawn_after_one_sync_as_the_whole_would_be() -> None:
+    class Remote(StubEngine):
+        syncs, exact, on_prompts_done = 0, False, None
+
+        def close(self) -> None: ...
+
+        def sync(self) -> None:
+            self.syncs += 1
+
+    rows, params = [{PROMPT_IDS: [i]} for i in range(5)], SamplingParams(max_new_tokens=4, seeds=Seeds(0, 0))
+    whole, parts = Remote(), Remote()
+    wanted: dict[Role, int] = {"policy": 2, "anchor": 1}
+    expected = draw(whole, rows, wanted, params, range(10, 15))
+    assert draw(parts, rows, wanted, params, range(10, 15), num_parts=4) == expected
+    assert [len(seeds) for role, _, seeds, _ in parts.calls if role == "policy"] == [2, 2, 1, 0]
+    seeds = [seed for role, _, part, _ in parts.calls if role == "policy" for seed in part]
+    assert seeds == whole.calls[0][2]
+    assert (whole.syncs, parts.syncs) == (1, 1)

@@ -159,8 +159,9 @@ def test_prompts_drawn_together_do_not_change_an_evaluation(tmp_path: Path, monk
     metrics, sizes = [], []
     for together in (None, 2):
         made = trainer(tmp_path / str(together), per_device_eval_batch_size=together)
-        drawn = made.step.draw
-        monkeypatch.setattr(made.step, "draw", lambda rows, *more, d=drawn: sizes.append(len(rows)) or d(rows, *more))
+        drawn = made.engine.generate_roles
+        note = lambda prompts, *more, d=drawn, **how: sizes.append(len(prompts)) or d(prompts, *more, **how)  # noqa: E731
+        monkeypatch.setattr(made.engine, "generate_roles", note)
         metrics += without_times([made.evaluate(prompt_rows(5))])
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
     assert sizes == [5, 5, 2, 2, 1, 2, 2, 1]  # of the reference, then of the policy

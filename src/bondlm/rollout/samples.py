@@ -3,6 +3,7 @@
 Shapes: P prompts, M completions of each.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,21 +106,30 @@ def draw(
     num_samples: Mapping[Role, int],
     params: SamplingParams,
     positions: Sequence[int],
+    num_parts: int = 1,
 ) -> list[list[Completion]]:
     """P lists of completions of encoded rows, role by role in the order of `num_samples`.
 
-    `positions` are the rows' places in their data set, which their samples' seeds depend on.
+    `positions` are the rows' places in their data set, which their samples' seeds depend on. The engine is asked
+    `num_parts` times, for as many rows each time, up to one; perhaps for none at last.
     """
-    prompts = [row[PROMPT_IDS] for row in rows]
-    wanted = {
-        role: (count, [params.seeds.of_prompt(position, role) for position in positions])
-        for role, count in num_samples.items()
-        if count
-    }
     if isinstance(engine, RemoteEngine):
         engine.sync()
-    drawn = engine.generate_roles(prompts, wanted, max_new_tokens=params.max_new_tokens, temperature=params.temperature)
-    return [[c for role in wanted for c in drawn[role][i]] for i in range(len(rows))]
+    size = max(1, math.ceil(len(rows) / num_parts))
+    drawn: list[list[Completion]] = []
+    for start in range(0, num_parts * size, size):
+        part = slice(start, start + size)
+        wanted = {
+            role: (count, [params.seeds.of_prompt(position, role) for position in positions[part]])
+            for role, count in num_samples.items()
+            if count
+        }
+        prompts = [row[PROMPT_IDS] for row in rows[part]]
+        found = engine.generate_roles(
+            prompts, wanted, max_new_tokens=params.max_new_tokens, temperature=params.temperature
+        )
+        drawn += [[c for role in wanted for c in found[role][i]] for i in range(len(prompts))]
+    return drawn
 
 
 def longest_prompt(*datasets: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor
 
-from bondlm.engines import Completion, Role
+from bondlm.engines import Role
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.training.processes import World, gather_in_order
@@ -41,12 +41,9 @@ class SamplingTrainer(SavingTrainer):
         """
         mine = self.world.mine(len(rows))
         seeds = Seeds.of_evaluation(self.args.seed, temperature)
-        most = math.ceil(len(rows) / self.world.size)  # of a process: all make the same number of calls
-        together = self.args.per_device_eval_batch_size or max(1, most)
-        drawn: list[list[Completion]] = []
-        for start in range(0, most, together):
-            part = mine[start : start + together]
-            drawn += self.step.draw([rows[i] for i in part], {role: num_samples}, seeds, part, temperature)
+        most = max(1, math.ceil(len(rows) / self.world.size))  # of a process: all make the same number of calls
+        num_parts = math.ceil(most / (self.args.per_device_eval_batch_size or most))
+        drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature, num_parts)
         return self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference, drop=drop)
 
     def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:

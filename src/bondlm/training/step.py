@@ -116,11 +116,12 @@ class Step:
         seeds: Seeds,
         positions: Sequence[int],
         temperature: float = 1.0,
+        num_parts: int = 1,
     ) -> list[list[Completion]]:
-        """Completions of each encoded row, so many of each role."""
+        """Completions of each encoded row, so many of each role, in so many calls of the engine."""
         params = SamplingParams(max_new_tokens=self.encoder.max_completion_length, seeds=seeds, temperature=temperature)
         with self.clock("generate"):
-            return draw(self.engine, rows, counts, params, positions)
+            return draw(self.engine, rows, counts, params, positions, num_parts)
 
     def score(
         self,
