@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vllm test-qlora test-deepspeed soak docs test-package test-oldest lint setup clean
+.PHONY: demo test test-slow test-vllm test-qlora test-deepspeed soak site docs test-package test-oldest lint setup clean
 
 setup: .venv/.installed
 
@@ -79,9 +79,13 @@ soak: .venv/.installed
 	touch $@
 
 # The site, strictly and without a network, into build/site; to read it: python -m http.server --directory build/site
-docs: .venv-docs/.installed
+site: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_site.py tests/test_examples.py
+
+# The site, and what the tests hold of the pages: settings, metrics, errors, numbers, examples (`make test` has them, too).
+docs: site
+	$(BIN)/python -m pytest -m "not slow" tests/test_site.py tests/test_docs.py tests/test_pages.py \
+	  tests/test_troubleshooting.py tests/test_contract.py tests/examples
 
 # The sdist, and the wheel that is made of it, checked; then the wheel in a fresh environment, away from the checkout.
 # What bondlm depends on is seen there by the path of .venv alone (its editable bondlm is not), so torch comes once.
