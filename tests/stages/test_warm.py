@@ -161,6 +161,18 @@ def test_settings_that_cannot_be_are_refused_before_a_model_is_loaded(
     assert name in capsys.readouterr().err
 
 
+def test_one_held_out_prompt_has_no_interval_and_the_facts_are_json(tmp_path: Path) -> None:
+    data, one = write(tmp_path / "p.jsonl", preferences(10)), tmp_path / "rm"
+    command = ["reward-model", "--model", save(tmp_path / "model", "causal"), "--train_dataset", data]
+    assert main([*command, "--output_dir", str(one), "--max_steps", "1", *CHEAP]) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    facts = json.loads((one / "reward.json").read_text(), parse_constant=refuse)
+    assert facts["accuracy"]["low"] is None
+
+
 def test_an_adapter_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="adapter"):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
-from bondlm.runs.folder import write_whole
+from bondlm.runs.folder import plain, write_whole
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -104,4 +104,5 @@ def fit(trainer: Any, console: Console) -> float:
 def write_facts(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
     """Write a JSON file of what was measured, with versions; it appears whole or not at all."""
     versions = {package: importlib.metadata.version(package) for package in ("bondlm", "torch", "transformers")}
-    write_whole(folder / name, json.dumps(dict(facts) | {"versions": versions}, indent=2) + "\n")
+    content = plain(dict(facts) | {"versions": versions})  # an interval of one prompt is infinite, which JSON is not
+    write_whole(folder / name, json.dumps(content, indent=2, allow_nan=False) + "\n")

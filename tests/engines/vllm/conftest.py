@@ -51,7 +51,9 @@ def plain_stub() -> Iterator[Stub]:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base")
-    tiny_causal(TOKENIZER, hidden=128).save_pretrained(folder)  # vLLM's attention on CPU wants heads of 32
+    model = tiny_causal(TOKENIZER, hidden=128)  # vLLM's attention on CPU wants heads of 32
+    model.config.max_position_embeddings = 4096  # a judge's question is long in these tokens
+    model.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return str(folder)
 

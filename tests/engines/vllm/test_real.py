@@ -18,10 +18,11 @@ from bondlm.engines.vllm.http import VLLMClient
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.engines.vllm.whole import WholeModelEngine
-from bondlm.errors import ConfigError, EngineError
+from bondlm.errors import ConfigError, EngineError, RewardError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.logprobs import row_logprobs
 from bondlm.models.roles import Roles
+from bondlm.rewards import load_rewards, score
 from engines.vllm.helpers import ALONE, PYTHON
 
 pytestmark = [
@@ -198,6 +199,26 @@ def test_training(server: LocalServer, base: str, tmp_path: Path) -> None:
     assert all(float((anchor - policy).detach().abs().max()) > 0 for _, anchor, policy in made.roles.anchor_pairs)
     assert "eval_effective_n" in made.evaluate()  # in step with the weights as they are now
     assert made.engine.probe_gap["policy"] < GAP  # type: ignore[attr-defined]
+
+
+def test_a_judge_is_held_to_a_ranking_and_its_tokens_are_counted(server: LocalServer, base: str) -> None:
+    """Of a model that was never trained: the schema alone makes rankings of its noise."""
+    (judge,) = load_rewards(f"judge:{server.url}/v1?model={base}&cache=off", timeout=60)
+    prompts = [prompt for prompt in PROMPTS[:6] for _ in range(2)]
+    owner = [i // 2 for i in range(12)]
+    found, again = [
+        score([judge], prompts, ["Yes.", "No, never."] * 6, groups=owner, allow_bad_rows=True) for _ in "12"
+    ]
+    ranked = [i for i in range(0, 12, 2) if i not in found.bad]
+    assert len(ranked) >= 3  # an id can be said twice under a schema; three times in a row is rare
+    assert all(sorted(found.total[i : i + 2].tolist()) == [0.25, 0.75] for i in ranked)
+    assert (found.total[ranked].tolist(), found.bad.keys()) == (again.total[ranked].tolist(), again.bad.keys())
+    used = judge.function.usage  # type: ignore[attr-defined]
+    assert used.is_counted
+    assert used.tokens == used.prompt_tokens + used.completion_tokens > 300 * used.calls
+    (other,) = load_rewards(f"judge:{server.url}/v1?model=another&cache=off", timeout=60)
+    with pytest.raises(RewardError, match=r"HTTP 404.*another"):
+        score([other], prompts[:2], ["a", "b"], groups=[0, 0])
 
 
 def alive_in_group(group: int) -> list[str]:
