@@ -73,8 +73,8 @@ def _setting(name: str, setting: Setting) -> str:
         "used by": _users(name, setting),
         "may change when a run is continued": CHANGES[setting.may_change],
     }
-    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value)
-    return f"\n### {name}\n\n{_linked(bond_fields()[name].text)}\n\n| | |\n|---|---|\n{table}"
+    head, *rest = [f"| {key} | {value} |\n" for key, value in rows.items() if value]
+    return f"\n### {name}\n\n{_linked(bond_fields()[name].text)}\n\n{head}|---|---|\n{''.join(rest)}"
 
 
 def _range_of_objective(name: str) -> str:
