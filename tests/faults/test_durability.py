@@ -80,6 +80,7 @@ def test_d1_killed_during_save(share: float, num_writes: int, straight: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # some thirty runs, one after another
 def test_d1_killed_before_every_write(num_writes: int, straight: Path, tmp_path: Path) -> None:
     for at in range(1, num_writes + 1):
         killed_at_write(tmp_path, straight, at)
