@@ -1,6 +1,7 @@
 """The study's harness on tiny models: it resumes, measures all runs against the same samples, and judges by rule."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -20,6 +21,7 @@ import run as study  # noqa: E402
 import sharpened  # noqa: E402
 import tasks  # noqa: E402
 import verdicts  # noqa: E402
+import verifiable  # noqa: E402
 import write_up  # noqa: E402
 
 REWARD = """
@@ -193,3 +195,10 @@ def test_the_cost_of_a_win_rate_is_read_between_measurements() -> None:
     assert write_up.at_win_rate(points, 0.8, "kl") == pytest.approx(2.0)
     assert write_up.at_win_rate(points, 0.6, "kl") == pytest.approx(0.5)
     assert write_up.at_win_rate(points, 0.95, "kl") is None
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(k: int) -> None:
+    rewards_PM = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
+    drawn = [max(some) for row in rewards_PM.tolist() for some in itertools.combinations(row, k)]
+    assert verifiable.pass_at(rewards_PM, k) == pytest.approx(sum(drawn) / len(drawn))

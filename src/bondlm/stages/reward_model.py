@@ -5,7 +5,7 @@
 Shapes: B pairs, T tokens (padded).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,14 +128,21 @@ class Accuracy:
 def margins_of(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> Tensor:
     """r(chosen) - r(rejected) of every row (B,), without dropout; float64 on the CPU."""
     model.eval()
-    encoded = pairs.encode(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["chosen"]) + len(encoded[i]["rejected"]))
     margin_B = torch.zeros(len(rows), dtype=torch.float64)
-    for start in range(0, len(rows), batch_size):
-        chunk = order[start : start + batch_size]
-        inputs = {name: t.to(model.device) for name, t in pairs.collate([encoded[i] for i in chunk]).items()}
+    for chunk, inputs in in_batches(pairs, rows, batch_size, model.device):
         margin_B[chunk] = margins(model, inputs).double().cpu()
     return margin_B
+
+
+def in_batches(
+    pairs: Pairs, rows: Sequence[Mapping[str, Any]], batch_size: int, device: Any
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """The places of rows of similar length in `rows`, and the model's inputs for these."""
+    encoded = pairs.encode(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["chosen"]) + len(encoded[i]["rejected"]))
+    for start in range(0, len(rows), batch_size):
+        chunk = order[start : start + batch_size]
+        yield chunk, {name: t.to(device) for name, t in pairs.collate([encoded[i] for i in chunk]).items()}
 
 
 def accuracy_of(margin_B: Tensor, rows: Sequence[Mapping[str, Any]]) -> Accuracy:

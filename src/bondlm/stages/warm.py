@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bondlm.errors import ConfigError
-from bondlm.stages.reward_model import Pairs, load_base
+from bondlm.stages.reward_model import Pairs, in_batches, load_base
 
 RATES = (1.0, 0.5)  # of the learning rate, in turn
 DROPOUTS = (0.05, 0.1, 0.0)  # in turn: six members are six different pairs of both
@@ -100,16 +100,13 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
 @torch.no_grad()
 def _feature_gaps(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], batch_size: int) -> Tensor:
     """What the head reads of the chosen answer less what it reads of the rejected one (B, D), float64."""
-    encoded = pairs.encode(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["chosen"]) + len(encoded[i]["rejected"]))
     name, _ = last_linear(model)
     parent, head = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-    kept, gaps = getattr(parent, head), []
+    kept, order, gaps = getattr(parent, head), [], []
     setattr(parent, head, nn.Identity())  # the model then returns, as its logits, what the head would have read
     try:
-        for begin in range(0, len(rows), batch_size):
-            chunk = order[begin : begin + batch_size]
-            inputs = {name: t.to(model.device) for name, t in pairs.collate([encoded[i] for i in chunk]).items()}
+        for chunk, inputs in in_batches(pairs, rows, batch_size, model.device):
+            order += chunk
             read = model(**inputs).logits.double().cpu()
             gaps.append(read[: len(chunk)] - read[len(chunk) :])
     finally:
