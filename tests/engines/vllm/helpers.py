@@ -16,7 +16,8 @@ from bondlm.models.roles import Roles
 from bondlm.training.processes import World
 from engines.vllm.stub import Answer, Stub, first
 
-PYTHON = os.environ.get("BONDLM_VLLM_PYTHON", "")
+# Absolute, since tests change their folder; not resolved: a virtual environment's interpreter is a link.
+PYTHON = os.path.abspath(named) if (named := os.environ.get("BONDLM_VLLM_PYTHON", "")) else ""
 ALONE = World(size=1, rank=0, device=torch.device("cpu"))
 TOKENIZER = tiny_tokenizer()
 EOS = list(range(0, 300, 9))
