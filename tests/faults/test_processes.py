@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cli.helpers import write_job
-from distributed.launch import ROOT, check, free_port, outcome, run_tiny, taken_port
+from distributed.launch import ROOT, check, free_port, launch_tiny, outcome, run_tiny, taken_port
 from safetensors.torch import load_file
 
 from bondlm.errors import DataDesyncError, WeightDesyncError
@@ -80,7 +80,7 @@ def test_m1_a_rank_that_is_gone_does_not_hang_the_other(tmp_path: Path, how: sig
 
 
 def test_m1_the_launcher_ends_the_others(tmp_path: Path) -> None:
-    done = run_tiny(tmp_path / "run", 2, kind="causal", per_device_train_batch_size=2, kill_rank=1, max_steps=50)
+    done = launch_tiny(tmp_path / "run", 2, kind="causal", per_device_train_batch_size=2, kill_rank=1, max_steps=50)
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr
 
