@@ -67,9 +67,9 @@ test-qlora: .bitsandbytes/.installed
 test-deepspeed: .venv-deepspeed/.installed
 	PATH="$(CURDIR)/.venv-deepspeed/bin:$$PATH" python -m pytest tests/distributed/test_deepspeed.py -m slow
 
-# A tiny run is killed a hundred times at random instants, and must end as if it never was.
+# A tiny run is killed a hundred times at random instants and before every write, and must end as if it never was.
 soak: .venv/.installed
-	BONDLM_KILLS=100 $(BIN)/python -m pytest tests/faults/test_killed.py -m slow
+	BONDLM_KILLS=100 $(BIN)/python -m pytest tests/faults/test_killed.py tests/faults/test_durability.py -m slow
 
 # MkDocs in an environment that sees .venv: the reference pages import bondlm.
 .venv-docs/.installed: .venv/.installed

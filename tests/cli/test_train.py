@@ -10,6 +10,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+from faults.children import said, train
 from peft import PeftModel
 from tiny import tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -167,14 +168,10 @@ def test_sigterm_saves_exits_75_and_the_same_command_continues_exactly(tmp_path)
     assert main(["train", "--config", str(write_job(straight, **options))]) == 0
     config = write_job(stopped, **options)
     bomb = ["--reward_funcs", f"{stopped / 'reward.py'}:bomb"]
-    child = [sys.executable, "-m", "bondlm", "train", "--config", str(config)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the order of a sum depends on the threads
-    first = subprocess.run([*child, *bomb], capture_output=True, text=True, check=False, env=env)
-    assert first.returncode == 75, first.stdout + first.stderr
-    assert "The same command continues" in first.stdout
-    second = subprocess.run([*child, *bomb], capture_output=True, text=True, check=False, env=env)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "from step 5 to 6" in second.stdout
+    assert train(config, lambda: None, *bomb) == 75, said(config)
+    assert "The same command continues" in said(config)
+    assert train(config, lambda: None, *bomb) == 0, said(config)
+    assert "from step 5 to 6" in said(config)
     weights = [safetensors.torch.load_file(f / "run" / "adapter_model.safetensors") for f in (straight, stopped)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     steps = [row["step"] for row in rows(stopped / "run" / "metrics.jsonl") if "loss" in row]

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distributed.run_tiny import main
 from faults.children import as_rank, fork, wait
+
+from distributed.run_tiny import main
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("run_tiny.py")
