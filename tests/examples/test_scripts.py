@@ -119,7 +119,9 @@ def test_the_own_reward_counts_words() -> None:
 @pytest.mark.slow
 def test_the_own_reward_runs_with_real_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = load(
-        "own_reward", ('HELD_OUT_TOPICS = ["snow", "a lighthouse", "honey", "a train"]', 'HELD_OUT_TOPICS = ["snow"]')
+        "own_reward",
+        ('HELD_OUT_TOPICS = ["snow", "a lighthouse", "honey", "a train"]', 'HELD_OUT_TOPICS = ["snow"]'),
+        ("max_completion_length=32", "max_completion_length=12"),
     )
     own.main(["--output_dir", str(tmp_path), "--max_steps", "1"])
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
@@ -134,7 +136,7 @@ def test_the_dialogue_runs_with_real_weights(tmp_path: Path, capsys: pytest.Capt
     tokenizer = tiny_tokenizer()
     options = [*data(tmp_path / "data", CHATS[:9]), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
     options += ["--reward_model", saved(tmp_path / "reward", llama_classifier(tokenizer, pad_token_id=0), tokenizer)]
-    load("dialogue/train").main(options)
+    load("dialogue/train", ("max_completion_length=32", "max_completion_length=8")).main(options)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["kl"] == pytest.approx(0, abs=1e-3)
     assert "effective N: " in capsys.readouterr().out
