@@ -163,13 +163,13 @@ def group_logprobs(
     *,
     start_id: int | None,
     device: torch.device,
-    batch_rows: int = 16,
+    batch_rows: int | None = None,
 ) -> Tensor:
     """`sequence_logprobs` of any number of prompts with L completions each, without gradient, (P, L) fp32 on CPU.
 
-    What all prompts begin with is computed once. At most `batch_rows` completions go through the model together; fewer
-    after an out-of-memory error, or where a model that alters its logits would make too many of them. With L > 1
-    completions share their prompt's row: see `bondlm.models.probe`.
+    What all prompts begin with is computed once. At most `batch_rows` completions go through the model together (None:
+    16, or more where they are short); fewer after an out-of-memory error, or where a model that alters its logits would
+    make too many of them. With L > 1 completions share their prompt's row: see `bondlm.models.probe`.
 
     Raises:
         ResourceError: not even the completions of one prompt fit into the memory.
@@ -182,7 +182,7 @@ def group_logprobs(
     num_completions = len(groups[0][1])
     result = torch.empty(len(groups), num_completions, dtype=torch.float32)
     pending = by_length(groups)[::-1]  # longest first: out of memory? At once.
-    size = max(1, batch_rows // num_completions)
+    size = max(1, (batch_rows or _rows_together(n, groups[pending[0]])) // num_completions)
     while pending:
         chunk = pending[:size]
         if head is None:
@@ -201,6 +201,12 @@ def group_logprobs(
             continue
         result[chunk], pending = scores, pending[len(chunk) :]
     return result
+
+
+def _rows_together(num_before: int, longest: Group) -> int:
+    """Rows of a few tokens each take a pass no longer than its overhead: then up to 256, of 2,048 tokens in all."""
+    prompt, completions = longest
+    return min(256, max(16, 2048 // (num_before + len(prompt) + max(map(len, completions)))))
 
 
 def _chunk_logprobs(
