@@ -83,10 +83,12 @@ soak: .venv/.installed
 site: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 
-# The site, and what the tests hold of the pages: settings, metrics, errors, numbers, examples (`make test` has them, too).
+# The site, and what the tests hold of the pages: settings, metrics, errors, numbers (`make test` has them, too), and their
+# examples, run as they are written, on tiny models (three minutes; `make test-slow` has them, too).
 docs: site
 	$(BIN)/python -m pytest -m "not slow" tests/test_site.py tests/test_docs.py tests/test_pages.py \
 	  tests/test_troubleshooting.py tests/test_contract.py tests/examples
+	$(BIN)/python -m pytest -m slow tests/test_pages.py
 
 # The sdist, and the wheel that is made of it, checked; then the wheel in a fresh environment, away from the checkout.
 # What bondlm depends on is seen there by the path of .venv alone (its editable bondlm is not), so torch comes once.

@@ -16,13 +16,19 @@ import yaml
 from rewards.small_models import llama_classifier, saved
 from tiny import CHATS, prompt_rows, tiny_causal, tiny_tokenizer
 
+import bondlm
 from bondlm import BONDConfig
 from bondlm.cli import main
 from bondlm.cli.options import COMMANDS, TRAIN, known_options, parse
 from bondlm.config import SETTINGS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(ROOT.glob("docs/**/*.md")) + sorted(ROOT.glob("examples/*/README.md")) + [ROOT / "recipes/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+    ROOT / "recipes/README.md",
+]
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>[^>]*) -->\n\s*)?^(?P<indent> *)```(?P<kind>\w*)\n(?P<text>.*?)^ *```$", re.M | re.S
 )
@@ -64,7 +70,7 @@ LINES = [
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_of_code_says_which_test_runs_it(page: Path) -> None:
     for block in blocks(page):
-        if block.kind in ("yaml", "json", "text"):
+        if block.kind in ("yaml", "json", "text", "bibtex"):
             continue
         match = MARK.fullmatch(block.mark)
         assert match is not None, f"no `<!-- run by tests/... -->` or `<!-- not run: why -->` before: {block.text}"
@@ -160,7 +166,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_PAGES, ids=name_of)
-def test_a_page_runs_as_it_is_written(page: Path, desk: Path) -> None:
+def test_a_page_runs_as_it_is_written(page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bondlm, "BONDConfig", lambda **settings: BONDConfig(**settings | FEW))
     for name in RUNS_OF.get(page.name, ()):
         shutil.copytree("runs/everyday", name)
         if name == "my-adapter":  # of another program
@@ -169,7 +176,7 @@ def test_a_page_runs_as_it_is_written(page: Path, desk: Path) -> None:
         if block.mark != HERE:
             continue
         if block.kind == "python":
-            exec(block.text.replace("max_steps=1000", "max_steps=1, max_completion_length=8, use_cpu=True"), {})
+            exec(block.text, {"policy_rewards": [[3.0, 6.0]] * 4, "reference_rewards": [[*range(8)]] * 4})
             continue
         for words in commands(block.text):
             assert words[0] == "bondlm", words
