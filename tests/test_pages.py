@@ -34,8 +34,14 @@ BLOCK = re.compile(
 )
 MARK = re.compile(r"run by (tests/\S+\.py)|not run: .{10,}")
 HERE = "run by tests/test_pages.py"
-# Names of settings that are not bondlm's: of accelerate, DeepSpeed and chat templates.
-FOREIGN = {"deepspeed", "enable_thinking", "fsdp_state_dict_type", "mixed_precision", "zero3_init_flag"}
+# Names that are not bondlm's: of accelerate, DeepSpeed, vLLM and others, of eval sets and functions on the pages.
+FOREIGN = {
+    *("config_file", "fsdp_state_dict_type", "machine_rank", "main_process_ip", "mixed_precision", "num_machines"),
+    *("enable_thinking", "nccl_m2n", "sharded_rdt", "sparse_nccl", "zero3_init_flag"),
+    *("eval_chat_effective_n", "eval_math_kl", "eval_math_win_rate"),
+    *("buffer_size", "num_decay_steps", "warmup_stable_decay", "my_rewards", "not_repetitive", "prefer_short"),
+}
+WORDS = {word for path in (ROOT / "src").rglob("*.py") for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
 OPTIONS = {name for _, names in COMMANDS.values() for name in names} | set(SETTINGS) | {"config", "judge"}
 
 
@@ -96,18 +102,39 @@ def test_a_file_on_a_page_is_a_valid_config(block: Block, tmp_path: Path) -> Non
     BONDConfig(**settings | {"output_dir": str(tmp_path)})
 
 
+def sentences(page: Path) -> str:
+    """A page without its blocks of code, TRL's names and the names of model families."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"<!-- names -->.*<!-- end of names -->", "", text, flags=re.S)
+    return text.split("## The table")[0] if page.name == "models.md" else text
+
+
+def settings_in(text: str) -> set[str]:
+    """What is written `name: value`."""
+    return set(re.findall(r"(?<!`)`([a-z]\w*): [^`]+`(?!`)", text))
+
+
+def unknown_names(text: str) -> set[str]:
+    """What is written in code like a setting, with an underscore, and is no word of the source (without `eval_`)."""
+    code = " ".join(re.findall(r"`([^`\n]+)`", text))
+    found = re.findall(r"(?<![\w/.|<-])(?:--)?([a-z][a-z0-9]*(?:_[a-z0-9]+)+)(?![\w/(.-])", code)
+    names = {name for name in found if not name.startswith("test_")} - OPTIONS - FOREIGN - WORDS
+    return {name for name in names if name.removeprefix("eval_") not in WORDS}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_settings_in_a_sentence_are_known(page: Path) -> None:
-    """What is written `name: value` or `name=value` is a setting, or of another program that is named here."""
-    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    for name in re.findall(r"(?<!`)`([a-z][a-z0-9]*(?:_[a-z0-9]+)+): [^`]+`(?!`)", text):
-        assert name in OPTIONS | FOREIGN, name
+    text = sentences(page)
+    assert settings_in(text) - OPTIONS - FOREIGN == set()
+    assert unknown_names(text) == set()
 
 
 def test_the_check_of_settings_sees_them() -> None:
     with pytest.raises(Exception, match="'etta'"):
         known_options("train", {"etta": 1})
-    assert not {"etta", "beta_rll"} & OPTIONS
+    text = "Set `etta: 0.1`, or `beta_rll` and `--missing_eoss drop`; see `eval_kl_budgett`, `eval_kl`."
+    assert settings_in(text) - OPTIONS == {"etta"}
+    assert unknown_names(text) == {"beta_rll", "missing_eoss", "eval_kl_budgett"}
 
 
 # -- pages that are run as they are written
