@@ -25,6 +25,37 @@ def test_the_check_of_placeholders_sees_them() -> None:
     assert not any(PLACEHOLDER.search(line) for line in ("set HF_TOKEN in the environment", "J-BOND", "| X9 |"))
 
 
+def slug(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def dead_links(path: Path, text: str) -> list[str]:
+    """Relative links of a page whose file, or whose heading in a page, does not exist."""
+    dead = []
+    for link in re.findall(r"(?<!\\)\]\((?!\w+:|/)([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)):
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if name and not target.exists():
+            dead.append(link)
+        elif anchor and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", text if not name else target.read_text(encoding="utf-8"), re.M)
+            if anchor not in map(slug, headings):
+                dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(path: Path) -> None:
+    assert dead_links(path, path.read_text(encoding="utf-8")) == []
+
+
+def test_the_check_of_links_sees_them() -> None:
+    text = "# A (b), `c`\n[x](nowhere.md) [y](data.md#rows) [z](data.md#columns) [v](#a-b-c) [w](#a) [u](https://x.y)"
+    assert dead_links(ROOT / "docs" / "new.md", text) == ["nowhere.md", "data.md#columns", "#a"]
+
+
 def test_the_fixed_points_are_those_of_the_oracle() -> None:
     text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
     table = text[text.index("<!-- fixed points -->") : text.index("<!-- end of fixed points -->")]
