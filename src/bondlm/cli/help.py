@@ -19,18 +19,18 @@ SECTION = "# -- "  # a comment in the source of `BONDConfig` that begins a secti
 # What most runs need of `transformers.TrainingArguments`; all its other fields are options, too.
 OF_TRANSFORMERS = {
     "output_dir": "The run folder. Default: runs/bond.",
-    "max_steps": "Optimizer steps; -1: as num_train_epochs says. Default: -1.",
+    "max_steps": "Optimizer steps; -1 goes by num_train_epochs. Default: -1.",
     "num_train_epochs": "Passes over train_dataset. Default: 3.",
-    "per_device_train_batch_size": "Prompts of a process that are learned from together. Default: 8.",
-    "gradient_accumulation_steps": "So many of these batches make an optimizer step. Default: 1.",
-    "seed": "Of samples, order and a fresh adapter. Default: 42.",
+    "per_device_train_batch_size": "Prompts per process in a batch. Default: 8.",
+    "gradient_accumulation_steps": "Batches per optimizer step. Default: 1.",
+    "seed": "For samples, order and a new adapter. Default: 42.",
     "bf16": "Compute in bf16 (autocast). Default: false.",
-    "gradient_checkpointing": "Less memory for more time. Default: off.",
-    "use_cpu": "Stay on the CPU where there is a GPU, too. Default: false.",
-    "eval_strategy": "'steps' evaluates every eval_steps, 'epoch' after each pass. Default: 'no', at the end alone.",
+    "gradient_checkpointing": "Trade time for memory. Default: off.",
+    "use_cpu": "Use the CPU even if there is a GPU. Default: false.",
+    "eval_strategy": "'steps' evaluates every eval_steps, 'epoch' after each pass. Default: 'no', only at the end.",
     "eval_steps": "Steps between two evaluations. Default: logging_steps.",
     "save_steps": "Steps between two checkpoints. Default: 500.",
-    "save_total_limit": "Checkpoints that are kept, at least 2. Default: 2.",
+    "save_total_limit": "Checkpoints to keep, at least 2. Default: 2.",
     "push_to_hub": "Upload the run folder at the end. Default: false.",
 }
 # What stands in a group before the fields of the section of that name.
@@ -103,7 +103,9 @@ def command_help(command: str) -> str:
         return "\n".join(sections)
     sections += ["", *(_entry(name, about) for name, about in names.items())]
     if command in ("sft", "reward-model"):
-        more = "And every field of transformers.TrainingArguments, such as learning_rate, max_steps, bf16, seed."
+        more = (
+            "Every field of transformers.TrainingArguments is an option, such as learning_rate, max_steps, bf16, seed."
+        )
         sections += ["", textwrap.fill(more, WIDTH)]
     return "\n".join(sections)
 

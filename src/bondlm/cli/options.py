@@ -15,17 +15,17 @@ from bondlm.migration.names import nearest
 
 _MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
 _PROMPTS = {
-    "prompt_format": "What plain text is to the model: 'auto' (a chat model gets it as a message of the user), 'chat', "
-    "'plain' or 'rendered'. Default: as the run was trained, else auto.",
-    "chat_template_kwargs": "Variables that the chat template looks at. Default: those of the run.",
+    "prompt_format": "How plain text is given to the model: 'auto' (a chat model gets it as one user message), 'chat', "
+    "'plain' or 'rendered'. Default: as in the run's training, else auto.",
+    "chat_template_kwargs": "Variables of the chat template. Default: those of the run.",
 }
 _SAMPLING = {
-    "max_completion_length": "Most tokens of a completion. Default: 256.",
+    "max_completion_length": "Maximum length of a completion in tokens. Default: 256.",
     "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
     "temperature": "1 samples the model's own distribution, 0 is greedy. Default: 1.",
     "seed": "Default: 42.",
     "dtype": "'auto' (bf16 where the hardware has it), 'float32' or 'bfloat16'.",
-    "max_rows": "Most completions that are decoded together. Default: what fits into memory (on a CPU 96).",
+    "max_rows": "Maximum number of completions decoded together. Default: as many as fit into memory (on a CPU 96).",
 }
 _REWARDS = {
     "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, "
@@ -34,7 +34,7 @@ _REWARDS = {
     "reward_aggregation": "How several become one: sum (default), quantile, worst or lexicographic.",
     "reward_tolerances": "lexicographic: how far below the best counts as equal, one number per reward.",
 }
-_JSON = {"json": "Print the result as one JSON object on stdout, and all else on stderr."}
+_JSON = {"json": "Print the result as one JSON object on stdout, everything else on stderr."}
 LORA = {
     "use_peft": "Train a LoRA adapter instead of all weights.",
     "lora_r": "Rank. Default: 16.",
@@ -50,10 +50,10 @@ TRAIN = (
         "train_dataset": "Prompts: .jsonl, .json, .csv or .parquet files, a saved data set, or NAME:CONFIG:SPLIT of "
         "the hub. Required.",
         "eval_dataset": "Held-out prompts of the same kinds, evaluated at the end (and every eval_steps).",
-        "judges": "Rewards that are not optimised, as reward_funcs, asked by the last evaluation. --judge adds one.",
-        "resume": "'auto' (default) continues the run in output_dir, 'never' refuses one, or a checkpoint folder.",
-        "allow_config_change": "Continue a run with other settings; env.json keeps the list of differences.",
-        "preset": "What you leave out is filled in: paper (the defaults) or fast (for tens of steps).",
+        "judges": "Rewards that are not optimised, as in reward_funcs, for the final evaluation. --judge adds one.",
+        "resume": "'auto' (default) continues a run in output_dir, 'never' refuses to; or a checkpoint folder.",
+        "allow_config_change": "Continue a run with changed settings; env.json keeps the list of changes.",
+        "preset": "Values for what you leave out: paper (the defaults) or fast (for tens of steps).",
     }
     | LORA
 )
@@ -64,11 +64,11 @@ SFT = (
         "eval_dataset": "Held-out rows of the same kind: their loss is measured before and after.",
         "completion_column": "The column with the answers. Default: completion.",
         "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
-        "max_completion_length": "Longest answer in tokens, end-of-sequence included. Default: 256.",
+        "max_completion_length": "Maximum length of an answer in tokens, end-of-sequence included. Default: 256.",
         "output_dir": "Folder for the model. Default: runs/sft.",
-        "prompt_format": "What plain text is to the model: 'auto' (a chat model gets it as a message of the user), "
+        "prompt_format": "How plain text is given to the model: 'auto' (a chat model gets it as one user message), "
         "'chat', 'plain' or 'rendered'.",
-        "chat_template_kwargs": "Variables that the chat template looks at.",
+        "chat_template_kwargs": "Variables of the chat template.",
     }
     | LORA
 )
@@ -77,23 +77,23 @@ REWARD_MODEL = (
     | {
         "train_dataset": "Files with rows {prompt, chosen, rejected}. Required.",
         "eval_dataset": "Pairs of other prompts, for the accuracy. Default: every tenth prompt is held out.",
-        "max_length": "Most tokens of prompt and answer. Default: what the model takes.",
+        "max_length": "Maximum length of prompt and answer in tokens. Default: the model's.",
         "output_dir": "Folder for the reward model. Default: runs/reward-model.",
         "members": "Train this many from one start and average their weights (WARM). Default: 1.",
-        "member_learning_rates": "In turn. Default: learning_rate and half of it.",
-        "member_dropouts": "In turn. Default: 0.05, 0.1 and 0.",
-        "member_starts": "Checkpoints of a fine-tuning run, in turn. Default: the model.",
-        "flip_labels": "Exchange chosen and rejected in this share of the training pairs, to see what wrong labels "
-        "do. Default: 0.",
-        "prompt_format": "What plain text is to the model: 'auto' (messages, if it has a chat template), 'chat' or "
-        "'plain' (prompt and answer joined).",
+        "member_learning_rates": "Used in turn. Default: learning_rate and half of it.",
+        "member_dropouts": "Used in turn. Default: 0.05, 0.1 and 0.",
+        "member_starts": "Checkpoints of a fine-tuning run, used in turn. Default: the model.",
+        "flip_labels": "Swap chosen and rejected in this share of the training pairs, to see what wrong labels do. "
+        "Default: 0.",
+        "prompt_format": "How plain text is given to the model: 'auto' (messages, if it has a chat template), 'chat' "
+        "or 'plain' (prompt and answer joined).",
     }
     | LORA
 )
 MERGE_CURVE = (
     {
-        "curve": "Also evaluate the way to the reference: true (0, 0.2, .. 0.8), or a list of values of "
-        "toward_reference. The options below are for this, and as in `eval`; its samples are kept in curve/.",
+        "curve": "Also evaluate the path to the reference: true (0, 0.2, .. 0.8), or a list of values of "
+        "toward_reference. The options below are for this, and as in `eval`; samples are kept in curve/.",
         "dataset": "Prompts, at least 2. Default: the runs' eval_dataset.",
         "judges": "Rewards that were not optimised. --judge adds one.",
         "num_samples": "Policy samples per prompt and point. Default: 8.",
@@ -104,11 +104,11 @@ MERGE_CURVE = (
     | {name: text for name, text in _SAMPLING.items() if name != "temperature"}
 )
 MERGE = {
-    "runs": "Run folders of one model, at least 2, as plain words behind `merge`.",
-    "method": "Of the task vectors, tensor by tensor: 'slerp' (default; keeps their length) or 'mean'.",
-    "toward_reference": "How far back to the reference the result lies, from 0 (default: the merge) to below 1.",
-    "rank": "Of a merged LoRA adapter. Default: the rank that holds the merge exactly, that of the runs together.",
-    "reference": "What the runs were trained from. Default: what they say.",
+    "runs": "At least 2 run folders of one model, written after `merge`.",
+    "method": "How task vectors are merged, tensor by tensor: 'slerp' (default; keeps their length) or 'mean'.",
+    "toward_reference": "How far to go back to the reference, from 0 (default: the merge itself) to below 1.",
+    "rank": "Rank of a merged LoRA adapter. Default: the sum of the runs' ranks, which is exact.",
+    "reference": "The model that the runs were trained from. Default: as they say.",
     "output_dir": "Folder for the merged run. Required.",
 } | MERGE_CURVE
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -119,7 +119,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         | _REWARDS
         | {
             "prompt": "One prompt as text.",
-            "dataset": "Prompts from files or a data set instead.",
+            "dataset": "Or prompts from files or a data set.",
             "best_of": "Draw this many and keep the one with the highest reward. Default: 1.",
             "output": "Write JSONL rows {prompt, completion} here instead of printing.",
         }
@@ -145,12 +145,12 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
             "model": "The policy: a run folder, an adapter folder or a model. Required.",
             "reference": "What to compare with. Default: the model that the run or adapter was trained from.",
             "dataset": "Prompts, at least 2. Default: the run's eval_dataset.",
-            "judges": "Rewards that were not optimised, as reward_funcs; reported beside them. --judge adds one.",
-            "opponent": "Another policy: the win rate against one sample of it is reported too.",
-            "orders": "The n of Best-of-n that the policy meets one by one, a list. Default: 1, 2, 4, ..",
-            "reference_column": "A text column of the data: ROUGE-L against it is one more judge.",
+            "judges": "Rewards that were not optimised, as in reward_funcs, to report beside them. --judge adds one.",
+            "opponent": "Another policy; the win rate against one sample of it is reported as well.",
+            "orders": "A list of n: the policy is compared with Best-of-n of each. Default: 1, 2, 4, ..",
+            "reference_column": "A text column of the data; ROUGE-L against it becomes one more judge.",
             "num_samples": "Policy samples per prompt. Default: 8.",
-            "num_reference_samples": "Reference samples per prompt: they show N up to this. Default: 32.",
+            "num_reference_samples": "Reference samples per prompt; N can be measured up to this. Default: 32.",
             "output": "Folder for samples, eval.json and eval_samples.jsonl. Default: the run folder.",
         }
         | _REWARDS
@@ -162,20 +162,20 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
     "sft": ("Fine-tune on answers, the stage before BOND.", SFT),
     "reward-model": ("Train a reward model from preference pairs (Bradley-Terry).", REWARD_MODEL),
     "prefer": (
-        "Pick the better of two answers on a local page: bondlm prefer RUN, or a file that `score` has written.",
+        "Pick the better of two answers on a local page: bondlm prefer RUN, or a file written by `score`.",
         {
-            "runs": "A run folder (its samples.jsonl) or a file of samples, as a plain word behind `prefer`.",
+            "runs": "A run folder (its samples.jsonl) or a file of samples, written after `prefer`.",
             "output": "The file that choices are added to. Default: preferences.jsonl beside the samples.",
-            "pairs_per_prompt": "Most pairs of a prompt. Default: 1.",
-            "seed": "Which answers meet, on which side, and the order of prompts. Default: 42.",
-            "port": "Of the page, on this machine alone. Default: any free one.",
+            "pairs_per_prompt": "Maximum number of pairs per prompt. Default: 1.",
+            "seed": "Seed for pairs, sides and the order of prompts. Default: 42.",
+            "port": "Port of the page, on this machine only. Default: any free one.",
         },
     ),
-    "merge": ("Merge runs from one model into one: bondlm merge RUN RUN [RUN ...] --output_dir OUT.", MERGE),
+    "merge": ("Merge several runs of one model into one: bondlm merge RUN RUN [RUN ...] --output_dir OUT.", MERGE),
     "report": (
         "Write one HTML page about run folders: bondlm report RUN [RUN ...].",
         {
-            "runs": "Run folders with an eval.json, as plain words behind `report`. Details are about the first.",
+            "runs": "Run folders with an eval.json, written after `report`. Details are about the first.",
             "output": "The page to write. Default: report.html in the first folder.",
         },
     ),
@@ -183,7 +183,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number, as everyone expects (YAML 1.1 wants 1.0e-4)."""
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires 1.0e-4)."""
 
 
 _Loader.add_implicit_resolver(

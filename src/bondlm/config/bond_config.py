@@ -51,7 +51,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     gamma: float = setting(0.0, "Strength >= 0 of the extra KL to the anchor. Paper: 0 to 2 (Fig. 6).")
     gamma_ref: float = setting(
         0.0,
-        "Strength >= 0 of the KL to the fixed reference, with a moving anchor: it sets the N that is kept "
+        "Strength >= 0 of the KL to the fixed reference, with a moving anchor: it sets the N at which the run rests "
         "(docs/theory.md).",
         finite(0, "a negative value pushes away from the reference"),
     )
@@ -75,14 +75,15 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     average_weights: float | None = setting(
         None,
-        "What is evaluated and saved: 0 the weights of the last step, else the running average of them, as old as that "
-        "over this last fraction of the steps so far. Default: 1/3 for self_bond and with gamma_ref, unless the "
-        "learning rate falls; else 0.",
+        "Evaluate and save a running average of the weights, over about this last fraction of the steps so far; 0: "
+        "the weights of the last step. Default: 1/3 for self_bond and with gamma_ref, unless the learning rate falls; "
+        "else 0.",
         between(0, 1, "a fraction of the run"),
         may_change="never",
     )
     offload_anchor: bool = setting(
-        False, "Full fine-tuning: the anchor rests on the CPU and visits the device while it is used (docs/scaling.md)."
+        False,
+        "Full fine-tuning: keep the anchor on the CPU, and on the device only while it is used (docs/scaling.md).",
     )
     num_anchor_samples: int | None = setting(
         None,
@@ -124,22 +125,23 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     truncate_prompt: str = setting(
         "never",
-        "Prompts that do not fit: 'never' refuses them, 'left' leaves out their beginning. Text alone: of a "
-        "conversation that would cut the template. Reward functions see the prompt whole.",
+        "Prompts that do not fit: 'never' refuses them, 'left' cuts off their beginning (text only, since in a "
+        "conversation that would cut the template). Reward functions see the whole prompt.",
         one_of("never", "left"),
     )
     prompt_format: str = setting(
         "auto",
-        "What plain text is to the model: 'auto' (a chat model gets it as one message of the user), 'chat', 'plain' "
-        "(as it is) or 'rendered' (a chat template has written it, or prompts are token ids).",
+        "How plain text is given to the model: 'auto' (a chat model gets it as one user message), 'chat', 'plain' (as "
+        "it is) or 'rendered' (already rendered by a chat template, or token ids).",
         one_of("auto", "chat", "plain", "rendered"),
     )
     chat_template_kwargs: dict[str, Any] | None = setting(
         None,
-        "Variables that the chat template looks at, such as {enable_thinking: false}. A column of this name has those "
-        "of a row.",
+        "Variables of the chat template, such as {enable_thinking: false}. A column of this name sets them for a row.",
     )
-    max_completion_length: int = setting(256, "Most tokens of a completion, end-of-sequence included.", at_least(1))
+    max_completion_length: int = setting(
+        256, "Maximum length of a completion in tokens, end-of-sequence included.", at_least(1)
+    )
     missing_eos: str = setting(
         "keep",
         "A completion that does not end within max_completion_length: 'keep' it with its reward (as the paper does), "
@@ -172,14 +174,14 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     reward_outage_s: float = setting(
         600.0,
-        "Seconds that the run waits for a reward server that is down; then it saves and ends.",
+        "Seconds that the run waits for a reward server that is down, before it saves and ends.",
         at_least(0, "seconds"),
         may_change="always",
     )
     max_skipped_frac: float = setting(
         0.01,
-        "Fraction in [0, 1] of prompts whose reward may fail: they are dropped whole and counted. One may fail in any "
-        "case, unless this is 0. The same for bad rows with on_bad_row='skip'.",
+        "Fraction in [0, 1] of prompts whose reward may fail; these prompts are dropped and counted. One may always "
+        "fail, unless this is 0. The same limit holds for bad rows with on_bad_row='skip'.",
         between(0, 1),
         may_change="always",
     )
@@ -190,10 +192,10 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         one_of("fail", "skip"),
     )
     streaming: bool = setting(
-        False, "Read train_dataset as the run goes instead of whole; it needs max_steps and one process (docs/data.md)."
+        False, "Read train_dataset while the run trains; needs max_steps and a single process (docs/data.md)."
     )
     strict: bool = setting(
-        False, "Held-out prompts that are training prompts too are an error, not a warning.", may_change="always"
+        False, "Held-out prompts that are also training prompts are an error, not a warning.", may_change="always"
     )
 
     # -- engine
@@ -205,18 +207,18 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     engine: str = setting(
         "auto",
-        "Who generates: 'auto', 'transformers' or 'vllm' (docs/vllm.md).",
+        "What generates samples: 'auto', 'transformers' or 'vllm' (docs/vllm.md).",
         one_of("auto", "transformers", "vllm"),
     )
     vllm_server: str = setting(
         "external",
-        "vllm: 'external' (it runs at vllm_base_url) or 'auto' (started, and stopped).",
+        "vllm: 'external' (runs at vllm_base_url) or 'auto' (started and stopped by the run).",
         one_of("external", "auto"),
         needs=("engine", "vllm"),
     )
     vllm_base_url: Texts = setting(
         "http://127.0.0.1:8000",
-        "vllm: address of an external server, or a list of several, which the processes of a run share out.",
+        "vllm: address of an external server, or a list of several, which the run's processes share.",
         beginning_with("http://", "https://"),
         needs=("vllm_server", "external"),
         may_change="always",
@@ -227,41 +229,41 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         needs=("vllm_server", "auto"),
     )
     vllm_server_args: list[str] | None = setting(
-        None, "vllm: more options for a server that is started ('auto').", needs=("vllm_server", "auto")
+        None, "vllm: more options for a server that the run starts ('auto').", needs=("vllm_server", "auto")
     )
     vllm_sleep: str = setting(
         "auto",
-        "vllm: 'auto' (a server that is started on the trainer's GPU gives its memory back while the trainer learns) "
-        "or 'never'.",
+        "vllm: 'auto' (a server that the run starts on the trainer's GPU frees its memory while the trainer learns) or "
+        "'never'.",
         one_of("auto", "never"),
         needs=("vllm_server", "auto"),
         may_change="always",
     )
     vllm_timeout: float = setting(
         600.0,
-        "vllm: seconds until an answer is given up for lost.",
+        "vllm: seconds to wait for an answer.",
         above(0, "seconds"),
         needs=("engine", "vllm"),
     )
     vllm_start_timeout: float = setting(
         600.0,
-        "vllm: seconds until a server that is started must answer.",
+        "vllm: seconds to wait for a server that the run starts.",
         above(0, "seconds"),
         needs=("vllm_server", "auto"),
     )
     max_rows: int | None = setting(
         None,
-        "Most completions that are decoded together. Default: as many as fit into memory (on a CPU 96 at most).",
+        "Maximum number of completions decoded together. Default: as many as fit into memory (on a CPU at most 96).",
         at_least(1),
         may_change="always",
     )
     cuda_graphs: bool = setting(
         True,
-        "Transformers engine on CUDA: decode by replaying a recorded step. False if it gets in the way of something.",
+        "Transformers engine on CUDA: decode by replaying a recorded step. Set to false if this causes problems.",
     )
     max_skipped_steps: int = setting(
         2,
-        "Steps in a row whose gradient may be non-finite: they are skipped and counted. One more ends the run.",
+        "How many steps in a row may have a non-finite gradient; they are skipped and counted. One more ends the run.",
         at_least(0),
     )
     disable_dropout: bool = setting(True, "Set all dropout to 0, so that log-probabilities are reproducible.")
@@ -271,11 +273,11 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         4, "Policy completions per held-out prompt in an evaluation.", at_least(1), may_change="always"
     )
     eval_num_reference_samples: int = setting(
-        16, "Reference completions per held-out prompt: they show N up to this.", at_least(2), may_change="always"
+        16, "Reference completions per held-out prompt; N can be measured up to this.", at_least(2), may_change="always"
     )
     per_device_eval_batch_size: int | None = setting(  # type: ignore[assignment]
         None,
-        "Held-out prompts whose completions are drawn together on each process. Default: as many as fit into memory.",
+        "Held-out prompts sampled together on each process. Default: as many as fit into memory.",
         at_least(1),
         may_change="always",
     )
@@ -287,48 +289,48 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     main_eval: str | None = setting(
         None,
-        "Of several eval sets (eval_dataset as a dictionary) the one that target_n, kl_budget, the report and the card "
-        "look at. Default: the first.",
+        "With several eval sets (eval_dataset as a dictionary), the one that target_n, kl_budget, report and card use. "
+        "Default: the first.",
         may_change="always",
     )
     num_logged_samples: int = setting(
-        4, "Prompts per logged step whose completions go to samples.jsonl.", at_least(0), may_change="always"
+        4, "Prompts per logged step whose completions are written to samples.jsonl.", at_least(0), may_change="always"
     )
 
     # -- basics
     learning_rate: float | None = setting(  # type: ignore[assignment]
         None,
-        "Default: 3e-6 for full fine-tuning (paper), 1e-4 with LoRA, whose few weights need larger steps.",
+        "Default: 3e-6 for full fine-tuning (paper), 1e-4 with LoRA.",
         may_change="never",
     )
     lr_scheduler_type: str = setting("constant_with_warmup", "The paper warms up for 100 steps, then stays constant.")
-    warmup_steps: float = setting(100, "Paper: 100. Short runs want fewer.")
+    warmup_steps: float = setting(100, "Paper: 100. Short runs need fewer.")
     # -- saving and logging
-    logging_steps: float = setting(10, "Log every so many steps.", may_change="always")
-    dataloader_pin_memory: bool = setting(False, "A batch is rows of text; there is nothing to pin.")
+    logging_steps: float = setting(10, "Steps between two logs.", may_change="always")
+    dataloader_pin_memory: bool = setting(False, "Batches are rows of text, so there is nothing to pin.")
     remove_unused_columns: bool = setting(
         False,
-        "Must stay False: other columns reach the reward functions.",
+        "Must stay false: reward functions get the other columns.",
         off("it would hide the data's columns from the rewards"),
     )
     ddp_timeout: int | None = setting(  # type: ignore[assignment]
         None,
-        "Seconds that a process waits for another one. Default: 600, or longer than a reward server may take "
-        "(reward_outage_s + 2 * reward_timeout_s + 60): 780. With engine='vllm': 2 * vllm_timeout + 60, too.",
+        "Seconds that a process waits for another one. Default: the largest of 600, of what a reward server may take "
+        "(reward_outage_s + 2 * reward_timeout_s + 60: 780), and with engine='vllm' of 2 * vllm_timeout + 60.",
         above(0, "seconds"),
         may_change="always",
     )
     report_to: Texts = setting(
-        "none", "Loggers of transformers to report to. metrics.jsonl is always written.", may_change="always"
+        "none", "Loggers to report to, as in transformers. metrics.jsonl is always written.", may_change="always"
     )
     hub_strategy: str = setting(
         "end",
-        "push_to_hub: the run folder is uploaded once, 'end', when its model card is there.",
+        "push_to_hub: the run folder is uploaded once, at the 'end', with its model card.",
         one_of("end", why="a run is uploaded once, when its model card is there"),
     )
     hub_samples: bool = setting(
         False,
-        "push_to_hub: upload files with prompts and completions, too (samples.jsonl, report.html and others).",
+        "push_to_hub: also upload files with prompts and completions (samples.jsonl, report.html and others).",
         may_change="always",
     )
 
