@@ -39,7 +39,7 @@ def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():
         "reward-length",
         "forward",
         "backward",
-        "k3 a token",
+        "k3 per token",
         "One answer: 10",
     ):
         assert word in text

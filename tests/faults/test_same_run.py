@@ -113,7 +113,7 @@ def test_d11_another_number_of_prompts_a_step_is_refused(copy: Path, straight: P
     for allowed in ((), ("--allow_config_change", "true")):
         assert train(copy, lambda: None, *twice, *allowed) == 2
         assert re.search(
-            r"checkpoint-3 .*\b4 prompts a step.*per_device_train_batch_size=4 .*\b8\b", said(copy).replace("\n", " ")
+            r"checkpoint-3 .*\b4 prompts per step.*per_device_train_batch_size=4 .*\b8\b", said(copy).replace("\n", " ")
         )
     cut = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2")
     assert train(copy, lambda: None, "--max_steps", "4", *cut) == 0, said(copy)

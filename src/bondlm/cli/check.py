@@ -129,7 +129,7 @@ def _check_neighbours(trainer: Any) -> None:
             if abs(value - beside) > NEIGHBOUR_TOLERANCE * max(1.0, abs(value)):  # never for NaN: it does not apply
                 raise RewardError(
                     f"row {i}: the reward {name!r} is {value} when scored alone and {beside} in a batch: it depends on "
-                    "its neighbours (often a padding bug), so its order means nothing"
+                    "the rest of the batch (often a padding bug), so its order is meaningless"
                 )
 
 
@@ -137,12 +137,12 @@ def _say_agreement(trainer: Any, console: Console) -> dict[str, float]:
     found = _agreement(trainer)
     for name, share in found.items():
         console.print(
-            f"{name} ranks {share:.0%} of the pairs of answers alike when it gets them in the opposite order",
+            f"{name} ranks {share:.0%} of the pairs of answers alike when they are in the opposite order",
             highlight=False,
             soft_wrap=True,
         )
         if share < AGREEMENT_WARNED:
-            console.print(f"warning: {name} hardly agrees with itself: a coin does with 50%", soft_wrap=True)
+            console.print(f"warning: {name} hardly agrees with itself: chance is 50%", soft_wrap=True)
     return found
 
 

@@ -70,7 +70,7 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     config = run_config(model)
     known = _known_of_run(model, config)
     if isinstance(options.get("dataset"), Mapping):
-        raise ConfigError("dataset is a dictionary: name one data set, and ask for each in turn")
+        raise ConfigError("dataset is a dictionary: name one data set, and evaluate each in turn")
     for name in ("reward_funcs", "judges"):
         if name not in options:
             _refuse_code_of(model, name, _list(known.get(name)))
@@ -107,7 +107,7 @@ def _orders(value: Any, most: int) -> list[int] | None:
     orders = _list(value)
     for n in orders:
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
-            raise ConfigError(f"orders={value!r}: whole numbers from 1 to num_reference_samples={most} are needed")
+            raise ConfigError(f"orders={value!r}: give whole numbers from 1 to num_reference_samples={most}")
     return sorted(set(orders)) or None
 
 
@@ -172,7 +172,7 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
     rows = pair.rows(settings["dataset"], **lengths)
     opponent_rows = pair.rows(settings["dataset"], **lengths, for_opponent=True) if pair.opponent is not None else []
     if len(rows) < 2:
-        raise DataError(f"{settings['dataset']}: {len(rows)} prompt, and an interval over prompts needs at least 2")
+        raise DataError(f"{settings['dataset']}: {len(rows)} prompt, but an interval over prompts needs at least 2")
     specs, judge_specs = _list(settings["reward_funcs"]), _list(settings.get("judges"))
     weights = _list(settings.get("reward_weights")) or [1.0] * len(specs)
     aggregation = aggregation_of(settings, weights, len(specs))

@@ -71,7 +71,7 @@ def _points(options: Mapping[str, Any]) -> list[float]:
     if curve is False:
         unused = [name for name in MERGE_CURVE if name in options and name != "curve"]
         if unused:
-            raise ConfigError(f"{unused[0]} is set, and only --curve looks at it: add --curve, or remove it")
+            raise ConfigError(f"{unused[0]} is set, but only --curve uses it: add --curve, or remove it")
         return []
     if curve is True:
         return sorted({*POINTS, _toward(options.get("toward_reference", 0.0))})
@@ -111,7 +111,7 @@ def _refuse_other_prompting(folders: Sequence[Path]) -> None:
     for name in ("prompt_format", "chat_template_kwargs"):
         if len(values := {json.dumps(each.get(name), sort_keys=True) for each in found}) > 1:
             raise ConfigError(
-                f"the runs were trained with different {name} ({', '.join(sorted(values))}): merge like ones"
+                f"the runs were trained with different {name} ({', '.join(sorted(values))}): merge runs that agree"
             )
 
 

@@ -44,7 +44,7 @@ def run(options: dict[str, Any]) -> int:
                     pass  # every choice is on the disk
             left, kept = server.num_left, server.kept
     console.print(
-        f"{kept} choices more, {left} of {len(pairs)} pairs left: {path}", highlight=False, soft_wrap=True, markup=False
+        f"{kept} more choices, {left} of {len(pairs)} pairs left: {path}", highlight=False, soft_wrap=True, markup=False
     )
     return 0
 

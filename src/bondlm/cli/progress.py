@@ -57,7 +57,7 @@ class ProgressReporter(TrainerCallback):
         world = f", {args.world_size} processes" if args.world_size > 1 else ""
         prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.console.print(
-            f"training from step {state.global_step} to {state.max_steps}: {prompts} prompts a step{world}"
+            f"training from step {state.global_step} to {state.max_steps}: {prompts} prompts per step{world}"
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

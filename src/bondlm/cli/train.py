@@ -137,8 +137,8 @@ def training_arguments(options: Mapping[str, Any]) -> Any:
     except RuntimeError as error:  # PyTorch's, when the processes do not find each other
         place = ", ".join(f"{name}={os.environ.get(name)}" for name in RENDEZVOUS)
         raise ConfigError(
-            f"the processes of this run could not meet ({place}): {str(error).splitlines()[0]}. The port may be taken: "
-            "choose another MASTER_PORT (accelerate launch --main_process_port), and see that every process runs"
+            f"the processes of this run could not connect ({place}): {str(error).splitlines()[0]}. The port may be "
+            "taken: choose another MASTER_PORT (accelerate launch --main_process_port), and see that every process runs"
         ) from error
 
 
@@ -180,7 +180,7 @@ def load_judges(options: Mapping[str, Any], trainer: Any) -> list[Any]:
     if not specs:
         return []
     if trainer.eval_dataset is None:
-        raise ConfigError(f"judges={specs!r}: the last evaluation asks them, and it needs an eval_dataset")
+        raise ConfigError(f"judges={specs!r}: the final evaluation needs an eval_dataset for them")
     from bondlm.models.load import fast_dtype
     from bondlm.rewards import load_rewards
 

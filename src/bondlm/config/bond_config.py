@@ -326,7 +326,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     hub_strategy: str = setting(
         "end",
         "push_to_hub: the run folder is uploaded once, at the 'end', with its model card.",
-        one_of("end", why="a run is uploaded once, when its model card is there"),
+        one_of("end", why="a run is uploaded once, with its model card"),
     )
     hub_samples: bool = setting(
         False,

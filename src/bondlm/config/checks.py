@@ -52,7 +52,7 @@ def require_metric_of(names: Iterable[str] | None, metric: str | None) -> None:
     starts = ["", *(f"{name}_" for name in names or ())]  # the set that leads is logged without its name, too
     if not any(text.startswith(start + measure) for start in starts):
         choices = ", ".join(f"eval_{start}{measure}" for start in starts)
-        raise ConfigError(f"metric_for_best_model={metric!r}: an evaluation logs no such number, but {choices}")
+        raise ConfigError(f"metric_for_best_model={metric!r}: an evaluation logs no such metric, choose one {choices}")
 
 
 def require_loggers(names: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def require_loggers(names: Sequence[str]) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             hint = nearest(name, INTEGRATION_TO_CALLBACK)
             raise ConfigError(
-                f"report_to={name!r}: no such logger{hint}, choose of {', '.join(INTEGRATION_TO_CALLBACK)}"
+                f"report_to={name!r}: no such logger{hint}, choose one of {', '.join(INTEGRATION_TO_CALLBACK)}"
             )
         if name != "flyte" and name not in get_available_reporting_integrations():  # type: ignore[no-untyped-call]
             raise ConfigError(
@@ -167,12 +167,12 @@ def _contradictions(c: Any) -> Iterator[str]:
     for name in ("target_n", "kl_budget"):
         if getattr(c, name) is not None and c.eval_strategy == "no":
             yield (
-                f"{name}={getattr(c, name)}: only an evaluation looks at it, and eval_strategy='no' makes none in "
+                f"{name}={getattr(c, name)}: only an evaluation uses it, and eval_strategy='no' makes none in "
                 "training: set eval_strategy='steps' with eval_steps, and an eval_dataset"
             )
     yield from _of_best_model(c)
     if c.eval_steps is not None and c.eval_strategy == "no":
-        yield f"eval_steps={c.eval_steps}: eval_strategy='no' makes no evaluation; set eval_strategy='steps'"
+        yield f"eval_steps={c.eval_steps}: with eval_strategy='no' there is no evaluation; set eval_strategy='steps'"
     warmup = c.warmup_steps
     if c.lr_scheduler_type == "constant" and warmup not in (0, 100):  # 100 is the default
         yield f"warmup_steps={warmup}: lr_scheduler_type='constant' has no warm-up, use 'constant_with_warmup'"
@@ -190,8 +190,8 @@ def _of_best_model(c: Any) -> Iterator[str]:
     if metric is None and asker is not None:
         yield f"{asker} needs metric_for_best_model: set it to what an evaluation measures, {choices}"
     elif metric is not None and _measure(metric) is None:
-        yield f"metric_for_best_model={metric!r}: an evaluation has no such number, choose one {choices}"
+        yield f"metric_for_best_model={metric!r}: an evaluation has no such metric, choose one {choices}"
     elif metric is not None and c.greater_is_better is None:
-        yield f"metric_for_best_model={metric!r}: set greater_is_better, which end of it is better"
+        yield f"metric_for_best_model={metric!r}: set greater_is_better, to say which end is better"
     if asker is not None and c.eval_strategy == "no":
         yield f"{asker} needs evaluations: set eval_strategy='steps' with eval_steps, and an eval_dataset"

@@ -37,9 +37,9 @@ def _unless(why: str, *neutral: Any) -> Setting:
 
 
 _NO_LABELS = "completions have rewards and no labels; remove it"
-_NO_LOOP = "evaluate() draws and scores completions: per_device_eval_batch_size and max_rows are its dials"
+_NO_LOOP = "evaluate() draws and scores completions: use per_device_eval_batch_size and max_rows"
 _NO_LOSS = "evaluate() measures reward, win rate, effective N and KL, and has no other metrics; remove it"
-_PRECISION = "an evaluation computes in what the run computes in: use bf16 or fp16, or dtype"
+_PRECISION = "an evaluation uses the run's precision: set bf16 or fp16, or dtype"
 _BY_LENGTH = "prompts of similar length learn together anyway; remove it"
 
 # What Trainer reads in methods that `BONDTrainer` has its own of, or does not call.
@@ -68,18 +68,18 @@ _WITHOUT_EFFECT: dict[str, Setting] = {
         "num_tokens, num_tokens/learned and num_tokens/compared are always logged; remove it", False, "no"
     ),
     "logging_nan_inf_filter": _unless(
-        "a loss that is not finite is no part of the logged mean, and its step is skipped and counted; remove it", True
+        "a loss that is not finite is not part of the logged mean, and its step is skipped and counted; remove it", True
     ),
     "use_cache": _unless("sampling has a cache, and learning needs none; remove it", False),
-    "liger_kernel_config": _unless("use_liger_kernel is not there for it; remove it", None),
+    "liger_kernel_config": _unless("use_liger_kernel is not supported; remove it", None),
     "enable_jit_checkpoint": _unless(
         "its checkpoints lack the anchor; SIGTERM makes `bondlm train` save and end, without it", False
     ),
     "resume_from_checkpoint": _unless(
         "use trainer.train(resume_from_checkpoint=...); `bondlm train` has resume: auto, never, or a folder", None
     ),
-    "hub_always_push": _unless("a run is uploaded once, when its model card is there; remove it", False),
-    "parallelism_config": _unless("bondlm knows DDP, FSDP2 and DeepSpeed (docs/scaling.md); remove it", None),
+    "hub_always_push": _unless("a run is uploaded once, with its model card; remove it", False),
+    "parallelism_config": _unless("bondlm supports DDP, FSDP2 and DeepSpeed (docs/scaling.md); remove it", None),
     "debug": Setting(
         rule=Rule(lambda value: "tpu_metrics_debug" not in (value or ()), "tpu_metrics_debug is for TPUs; remove it")
     ),

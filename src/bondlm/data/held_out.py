@@ -28,13 +28,13 @@ def main_set(args: BONDConfig, source: Any) -> str | None:
         raise ConfigError("eval_dataset={}: the dictionary is empty, name a data set or remove it")
     for name in sets:
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"eval_dataset: the name {name!r} is for metrics and files: use letters and digits")
+            raise ConfigError(f"eval_dataset: {name!r} becomes part of metrics and file names: use letters and digits")
     if args.main_eval is not None and args.main_eval not in sets:
         raise ConfigError(f"main_eval={args.main_eval!r}: the eval sets are {', '.join(sets)}")
     for goal in ("target_n", "kl_budget"):
         if getattr(args, goal) is not None and args.main_eval is None and len(sets) > 1:
             raise ConfigError(
-                f"{goal}={getattr(args, goal)}: with several eval sets, main_eval must name the one that it looks at "
+                f"{goal}={getattr(args, goal)}: with several eval sets, main_eval must name the one that it uses "
                 f"({', '.join(sets)})"
             )
     return args.main_eval or next(iter(sets))

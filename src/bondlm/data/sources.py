@@ -53,7 +53,7 @@ def read_whole(source: Any) -> Any:
     if len(rows) > MOST_STREAMED:
         raise DataError(
             f"the held-out prompts are a stream (IterableDataset) of more than {MOST_STREAMED} rows, and an evaluation "
-            "answers each of them several times: give it some, such as dataset.take(500)"
+            "answers each of them several times: pass a part of it, such as dataset.take(500)"
         )
     return rows
 
@@ -69,7 +69,7 @@ def open_source(source: Any, *, held_out: bool) -> Dataset:
     if isinstance(source, DatasetDict):
         source = source[choose_split(source, "the data set", held_out=held_out)]
     if isinstance(source, IterableDataset | IterableDatasetDict):
-        raise DataError("a streaming data set (IterableDataset) has no number of rows: give one that is read whole")
+        raise DataError("a streaming data set (IterableDataset) has no number of rows: give one that is in memory")
     if not isinstance(source, Dataset):
         raise DataError(
             f"cannot read prompts from a {type(source).__name__}. Give a path, the name of a hub data set, a "

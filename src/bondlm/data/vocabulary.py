@@ -46,14 +46,14 @@ def check_vocabulary(model: Any, tokenizer: Any, eos_ids: Sequence[int]) -> Size
         )
     if said is not None and not model.config.is_encoder_decoder and said != sizes.head:
         raise ConfigError(
-            f"the config says vocab_size={said} and the model's head writes {sizes.head} tokens: what a run saves "
+            f"the config says vocab_size={said} and the model's head has {sizes.head} tokens: what a run saves "
             "could not be loaded. Resize with `model.resize_token_embeddings`, which sets both"
         )
     for token_id in eos_ids:
         if token_id >= sizes.head:
             raise ConfigError(
-                f"the end-of-sequence token {_name(token_id, tokenizer)} is none of the {sizes.head} tokens that the "
-                f"model writes: {_advice(tokenizer)}"
+                f"the end-of-sequence token {_name(token_id, tokenizer)} is not among the {sizes.head} tokens that "
+                f"the model has: {_advice(tokenizer)}"
             )
     return sizes
 
@@ -71,7 +71,7 @@ def check_ids(rows: Sequence[Sequence[int]], size: int | None, tokenizer: Any, w
             problems.append(f"row {i}: {_name(beyond, tokenizer)}")
     if problems:
         raise DataError(
-            f"{what} hold tokens that are none of the {size} that the model knows: {_advice(tokenizer)}\n"
+            f"{what} hold tokens that are not among the {size} that the model knows: {_advice(tokenizer)}\n"
             + listed(problems, "rows")
         )
 

@@ -13,7 +13,7 @@ from bondlm.engines.base import Completion
 from bondlm.errors import EngineError
 
 GAP_METRIC = "sampling/sampling_logp_difference/mean"  # TRL's name
-GAP_WARNS, GAP_RAISES = 0.1, 0.5  # nats a token
+GAP_WARNS, GAP_RAISES = 0.1, 0.5  # nats per token
 
 
 def padded_logprobs(completions: Sequence[Sequence[Completion]], length: int) -> Tensor:
@@ -35,13 +35,13 @@ def logprob_gap(logp_PLT: Tensor, sampled_PCT: Tensor, step: int, *, strict: boo
     gap = float((logp_PLT[:, : sampled_PCT.shape[1]].detach() - sampled_PCT)[real].abs().mean())
     if gap > GAP_RAISES and strict:
         raise EngineError(
-            f"step {step}: the sampler's log-probabilities differ by {gap:.2f} nats a token from the learner's (limit "
-            f"{GAP_RAISES}): the samples are stale or come from another model. Check that the server, its dtype and "
-            "its adapters are this run's, then resume from the last checkpoint"
+            f"step {step}: the sampler's log-probabilities differ by {gap:.2f} nats per token from the learner's "
+            f"(limit {GAP_RAISES}): the samples are stale or come from another model. Check that the server, its dtype "
+            "and its adapters are this run's, then resume from the last checkpoint"
         )
     if gap > GAP_WARNS and strict:
         warnings.warn(
-            f"bondlm: the sampler's log-probabilities differ by about {gap:.1f} nats a token from the learner's "
+            f"bondlm: the sampler's log-probabilities differ by about {gap:.1f} nats per token from the learner's "
             f"({GAP_METRIC}; {GAP_RAISES} ends the run): a lower precision on one side, or a stale sampler",
             stacklevel=2,
         )

@@ -31,7 +31,7 @@ def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], ma
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{str(folder)!r} holds {present[0]} but no readable {manifest}, so nobody knows what it was drawn "
+            f"{str(folder)!r} holds {present[0]} but no readable {manifest}, so it is unknown what it was drawn "
             f"from: {advice}"
         ) from error
     if not isinstance(before, dict):

@@ -38,7 +38,7 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
     console.print(table)
     console.print(
         f"{tie_rate(samples.rewards_PM):.0%} of the pairs of a prompt's answers have equal rewards; "
-        f"{float((1 - samples.finished_PM).mean()):.0%} of the answers were cut.",
+        f"{float((1 - samples.finished_PM).mean()):.0%} of the answers were cut off.",
         highlight=False,
         soft_wrap=True,
     )

@@ -103,8 +103,8 @@ def _print_details(console: Console, result: Mapping[str, Any]) -> None:
 KL_ESTIMATES = (
     ("kl", "k1"),
     ("kl_k3", "k3"),
-    ("kl_per_token", "k1 a token"),
-    ("kl_k3_per_token", "k3 a token"),
+    ("kl_per_token", "k1 per token"),
+    ("kl_k3_per_token", "k3 per token"),
 )
 AGAINST = (("win_rate", 3), ("forward_kl", 2), ("backward_kl", 2))
 

@@ -36,9 +36,9 @@ def check_config(config: PeftConfig, *, to_train: bool = True) -> None:
     """
     kind, start = _kind(config), _initialisation(config)
     if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ConfigError(f"{kind} puts learned tokens before the prompt, which bondlm cannot: use LoraConfig")
+        raise ConfigError(f"{kind} puts learned tokens before the prompt; bondlm does not support that, use LoraConfig")
     if kind in ("XLORA", "POLY", "SHADOW"):
-        raise ConfigError(f"{kind} computes with more than a text and its weights, which bondlm cannot: use LoraConfig")
+        raise ConfigError(f"{kind} computes with more than a text and its weights; bondlm does not, use LoraConfig")
     if getattr(config, "alora_invocation_tokens", None) is not None:
         raise ConfigError("alora_invocation_tokens: an adapter that begins in the middle of a text cannot be used")
     if start.startswith(LOST):
@@ -74,7 +74,7 @@ def check_adapter(model: Any) -> None:
             )
         return
     if len(model.active_adapters) != 1:
-        raise ConfigError(f"active adapters {model.active_adapters}: one trains, activate it alone (set_adapter)")
+        raise ConfigError(f"active adapters {model.active_adapters}: activate only the one to train (set_adapter)")
     check_config(model.peft_config[model.active_adapter])
     if any(layer.merged or layer.disable_adapters for layer in layers):
         raise ConfigError("the adapter is merged or disabled: call unmerge_adapter() or enable_adapter_layers() before")
@@ -126,7 +126,7 @@ def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> Peft
         ConfigError: it is another one, or this kind of adapter cannot be trained.
     """
     if isinstance(model, PeftModel):
-        raise ConfigError("peft_config was given, but the model has an adapter already: drop one of them")
+        raise ConfigError("peft_config was given, but the model has an adapter already: remove one of them")
     check_config(peft_config)
     remove_adapters(model)
     change = change_of_base(peft_config)

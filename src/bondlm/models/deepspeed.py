@@ -95,8 +95,8 @@ def step_was_skipped(optimizer: Any) -> bool:
     skipped, norm = bool(optimizer.step_was_skipped), optimizer.optimizer._global_grad_norm
     if not skipped and (norm is None or not math.isfinite(norm)):
         raise NonFiniteError(
-            f"DeepSpeed has stepped with a gradient norm of {norm}: these weights may be spoilt. Resume from the last "
-            "checkpoint, with deepspeed 0.19 or later and its compute_grad_norm left on"
+            f"DeepSpeed took a step with a gradient norm of {norm}: these weights may be corrupted. Resume from the "
+            "last checkpoint, with deepspeed 0.19 or later and its compute_grad_norm left on"
         )
     return skipped
 

@@ -189,7 +189,7 @@ def _load_policy(
     init_kwargs = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         if "quantization_config" in init_kwargs:
-            raise ConfigError("quantization_config is given twice, in model_init_kwargs too: drop one of them")
+            raise ConfigError("quantization_config is given twice, in model_init_kwargs too: remove one of them")
         init_kwargs["quantization_config"] = quantization_config
     dtype = take_dtype(init_kwargs, setting=args.dtype)
     if dtype is None:

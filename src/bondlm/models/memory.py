@@ -38,7 +38,7 @@ def try_or_halve(
     happened = f"out of memory while {doing} {size} {things if size > 1 else things.removesuffix('s')}"
     if size == 1 or not may_halve:
         raise ResourceError(f"{happened} ({reason}): {advice}")
-    warnings.warn(f"bondlm: {happened}, going on with {size // 2} ({reason})", stacklevel=3)
+    warnings.warn(f"bondlm: {happened}, continuing with {size // 2} ({reason})", stacklevel=3)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None, size // 2

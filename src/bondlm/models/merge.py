@@ -271,7 +271,7 @@ def _read_adapter(folder: Path) -> _Adapter:
     if kind != "LORA" or odd or change_of_base(config):
         said = odd[0] if odd else change_of_base(config) or kind
         raise ConfigError(
-            f"{str(folder)!r}: {said} is no plain LoRA, and only LoRA adapters and whole models can be merged"
+            f"{str(folder)!r}: {said} is not plain LoRA, and only LoRA adapters and whole models can be merged"
         )
     if not path.is_file():
         raise ConfigError(f"{str(folder)!r}: no adapter_model.safetensors; save it as safetensors")
@@ -285,7 +285,7 @@ def _read_adapter(folder: Path) -> _Adapter:
     strange = [name for name in rest if ".lora_" in name]
     if strange or any(p.up.ndim != 2 or p.down.ndim != 2 for p in products.values()):
         raise ConfigError(
-            f"{str(folder)!r}: the adapter has layers that are no product of two matrices ({strange[:1]})"
+            f"{str(folder)!r}: the adapter has layers that are not a product of two matrices ({strange[:1]})"
         )
     return _Adapter(config=config, products=products, whole={name: tensor.float() for name, tensor in rest.items()})
 

@@ -39,10 +39,10 @@ def take_dtype(init_kwargs: dict[str, Any], *, setting: str) -> torch.dtype | st
     asked = [init_kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in init_kwargs]
     found = {value if isinstance(value, torch.dtype) else _by_name(value) for value in asked if value is not None}
     if len(found) > 1:
-        raise ConfigError("model_init_kwargs: dtype and torch_dtype are two names of one thing, and they differ")
+        raise ConfigError("model_init_kwargs: dtype and torch_dtype are two names for one setting, and they differ")
     dtype = next(iter(found), None)
     if dtype is not None and setting != "auto" and dtype != getattr(torch, setting):
-        raise ConfigError(f"dtype={setting} and model_init_kwargs.dtype={dtype} differ: drop one of them")
+        raise ConfigError(f"dtype={setting} and model_init_kwargs.dtype={dtype} differ: remove one of them")
     return dtype
 
 

@@ -268,8 +268,8 @@ def check_causal(model: Any, groups: Sequence[Group], plain: Logits, device: tor
     apart = nats_apart(plain[-len(completions)][:1], alone, is_low=is_low)
     if apart > refused_beyond(is_low=is_low):
         raise ConfigError(
-            f"{name} attends to later tokens: what follows changes a token's distribution by {apart:.2g} nats. It is "
-            "no causal language model as it is configured (is_decoder=True makes one of some encoders)"
+            f"{name} attends to later tokens: what follows changes a token's distribution by {apart:.2g} nats. As "
+            "configured it is not a causal language model (is_decoder=True turns some encoders into one)"
         )
 
 
@@ -330,5 +330,5 @@ def _check_batches(model: Any, groups: Sequence[Group], plain: Logits, device: t
         raise ConfigError(
             f"{name}: in a batch, padded on the right, a text gets other distributions than alone: {apart:.2g} nats "
             f"per token, of {refused_beyond(is_low=is_low)} allowed. The model mixes rows, counts padding, or numbers "
-            "positions in a way of its own; bondlm cannot train it"
+            "positions differently; bondlm cannot train it"
         )

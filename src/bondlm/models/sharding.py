@@ -68,7 +68,7 @@ def check_parallelism(args: Any) -> None:
         untried += check_zero(args)
     if untried:
         warnings.warn(
-            f"bondlm: {', '.join(untried)}: no run of bondlm has been made with this. Compare the loss, `kl` and "
+            f"bondlm: {', '.join(untried)}: this is untested with bondlm. Compare the loss, `kl` and "
             "`anchor/kl` of the first steps with those of a run without (docs/scaling.md)",
             stacklevel=2,
         )

@@ -70,7 +70,7 @@ def _from_tensor(source: str, tensor: Tensor, count: int) -> Tensor:
     if tensor.ndim != 1:
         raise RewardError(
             f"{source} returned a tensor of shape {tuple(tensor.shape)} for {count} completions: "
-            f"return shape ({count},), one number a completion."
+            f"return shape ({count},), one number per completion."
         )
     _refuse_wrong_count(source, len(tensor), count)
     return tensor.detach().cpu().to(torch.float64)  # CPU first: some devices have no float64
@@ -79,7 +79,7 @@ def _from_tensor(source: str, tensor: Tensor, count: int) -> Tensor:
 def _refuse_wrong_count(source: str, seen: int, wanted: int) -> None:
     if seen != wanted:
         raise RewardError(
-            f"{source} returned {seen} values for {wanted} completions: return one number a completion, in order."
+            f"{source} returned {seen} values for {wanted} completions: return one number per completion, in order."
         )
 
 

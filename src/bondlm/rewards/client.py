@@ -147,7 +147,7 @@ class Client:
             async with asyncio.timeout(self._timeout):
                 return await self._exchange(client, body, limit)
         except TimeoutError as error:
-            raise _TransientError(f"no whole answer within {self._timeout:g} s (reward_timeout_s)") from error
+            raise _TransientError(f"no complete answer within {self._timeout:g} s (reward_timeout_s)") from error
         except httpx.TransportError as error:
             raise _TransientError(f"{type(error).__name__}: {error}") from error
 
@@ -187,8 +187,8 @@ def checked_name(url: str, variable: str) -> str:
         )
     if parts.scheme == "http" and not _is_loopback(parts.hostname) and os.environ.get(PLAIN_VARIABLE) != "1":
         raise ConfigError(
-            f"http://{parts.hostname} would carry prompts, completions and the token over the network in clear: use "
-            f"https, or set the environment variable {PLAIN_VARIABLE}=1 if that network is yours"
+            f"http://{parts.hostname} would send prompts, completions and the token unencrypted over the network: use "
+            f"https, or set the environment variable {PLAIN_VARIABLE}=1 if you trust that network"
         )
     return f"{parts.hostname}{parts.path}".rstrip("/")
 

@@ -114,7 +114,7 @@ class JudgeReward:
         self._key = key or (OPENAI_VARIABLE if urlsplit(url).hostname == OPENAI_HOST else KEY_VARIABLE)
         if self._key not in os.environ and (key is not None or self._key == OPENAI_VARIABLE):
             raise ConfigError(
-                f"judge {model!r}: its key is to be in the environment variable {self._key}, which is empty"
+                f"judge {model!r}: its key belongs in the environment variable {self._key}, which is empty"
             )
         self._url = url.rstrip("/") + "/chat/completions"
         self._client = Client(
@@ -228,8 +228,8 @@ class JudgeReward:
             answer = _parsed(await self._post(self._request(question), question))
             if answer is None:
                 raise RewardError(
-                    f"the judge {self.model!r} at {self._client.name} answers what is no chat completion: give the "
-                    "address that ends before /chat/completions, often in /v1"
+                    f"the judge {self.model!r} at {self._client.name} sends no chat completion: give the address up "
+                    "to and without /chat/completions, which often ends in /v1"
                 )
             said, refusal, usage = answer
             tokens = self._note_cost(usage, question, said)
@@ -281,7 +281,7 @@ class JudgeReward:
         """One more call, if the budget allows it."""
         used = self.usage
         if self._max_calls is not None and used.calls >= self._max_calls:
-            raise RewardOutageError(f"judge {self.model!r} has had its {self._max_calls} calls (max_calls); {_AGAIN}")
+            raise RewardOutageError(f"judge {self.model!r} has used its {self._max_calls} calls (max_calls); {_AGAIN}")
         if self._max_tokens is not None and used.tokens >= self._max_tokens:
             raise RewardOutageError(
                 f"judge {self.model!r} has used {used.tokens} of its {self._max_tokens} tokens (max_tokens); {_AGAIN}"

@@ -177,7 +177,7 @@ def _one_each(name: str, values: Any, count: int, default: Any) -> list[Any]:
         return [default] * count
     items = list(values) if isinstance(values, (list, tuple)) else [values]
     if len(items) != count:
-        raise ConfigError(f"{name} has {len(items)} entries for {count} rewards: give one a reward.")
+        raise ConfigError(f"{name} has {len(items)} entries for {count} rewards: give one per reward.")
     return items
 
 

@@ -102,7 +102,7 @@ def score(
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"rewards are called {names}: give at least one, each with a name of its own.")
     if groups is None and (ranking := [reward.name for reward in rewards if reward.ranks]):
-        raise ConfigError(f"reward {ranking[0]!r} ranks the samples of a prompt: say in groups which belong together.")
+        raise ConfigError(f"reward {ranking[0]!r} ranks a prompt's samples: say in groups which belong together.")
     if not prompts:
         empty = torch.zeros(0, dtype=torch.float64)
         return Scores(empty, {name: empty.clone() for name in names})
@@ -216,5 +216,5 @@ def _offered_arguments(
     offered |= {name: list(values) for name, values in columns.items()}
     for name, values in offered.items():
         if len(values) != len(prompts):
-            raise DataError(f"{name!r} has {len(values)} rows and there are {len(prompts)} prompts: give one a prompt.")
+            raise DataError(f"{name!r} has {len(values)} rows for {len(prompts)} prompts: give one per prompt.")
     return offered

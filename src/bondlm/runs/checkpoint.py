@@ -114,9 +114,9 @@ def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
         )
     if before.get("prompts_per_step", now["prompts_per_step"]) != now["prompts_per_step"]:
         raise ConfigError(
-            f"{path.parent.name} was trained with {before['prompts_per_step']} prompts a step ({before['made_of']}), "
-            f"and now it would be {now['prompts_per_step']} ({now['made_of']}): prompts would be left out or trained "
-            "twice. Keep the product"
+            f"{path.parent.name} was trained with {before['prompts_per_step']} prompts per step ({before['made_of']}), "
+            f"now it would be {now['prompts_per_step']} ({now['made_of']}): prompts would be left out or trained "
+            "twice. Keep the product the same"
         )
     if tokens != now["tokens"]:
         raise ConfigError(

@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     if folder.is_symlink():
-        raise ConfigError(f"output_dir={str(folder)!r} is a link: name the folder that it leads to")
+        raise ConfigError(f"output_dir={str(folder)!r} is a link: name the folder that it points to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / LOCK_FILE, blocking=False, is_singleton=True)
@@ -80,8 +80,8 @@ def _take(lock: FileLock, folder: Path) -> None:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         warnings.warn(
-            f"bondlm: {folder} lies on a disk without locks ({error.strerror}): see to it yourself that no two runs "
-            "write into it",
+            f"bondlm: {folder} lies on a disk without locks ({error.strerror}): make sure that no two runs write "
+            "into it",
             stacklevel=4,
         )
 
@@ -166,7 +166,7 @@ def run_config(folder: Path) -> dict[str, Any]:
         config, reason = None, " ".join(str(error).split())
     if not isinstance(config, dict) or not config:
         raise CheckpointError(
-            f"{path} cannot be read ({reason}), so nobody can tell which settings the run has: restore it, or remove "
+            f"{path} cannot be read ({reason}), so the run's settings are unknown: restore it, or remove "
             "it to continue with the settings that you give now"
         )
     return config

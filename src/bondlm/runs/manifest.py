@@ -98,7 +98,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         )
     if (folder / SEALED_FILE).exists():
         raise CheckpointError(
-            f"{folder} holds no checkpoint any more, though one was finished there ({SEALED_FILE}): bring it back. To "
+            f"{folder} holds no checkpoint any more, though one was finished there ({SEALED_FILE}): restore it. To "
             f"start afresh choose another output_dir, or remove {folder / SEALED_FILE}"
         )
     return None, rejected
@@ -135,7 +135,7 @@ def remove_older(folder: Path, *, keep: int, best: str | None = None, step: int 
         try:
             shutil.rmtree(path)
         except OSError as error:
-            warnings.warn(f"bondlm: {path} could not be removed ({error}): training goes on", stacklevel=2)
+            warnings.warn(f"bondlm: {path} could not be removed ({error}): training continues", stacklevel=2)
 
 
 def checkpoint_to_resume(folder: Path, wish: str | bool | None) -> str | None:

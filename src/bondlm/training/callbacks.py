@@ -287,7 +287,7 @@ class RunFolderCallback(TrainerCallback):
             control.should_log = True
         if state.is_world_process_zero and not self._folder.is_dir():
             raise CheckpointError(
-                f"output_dir={str(self._folder)!r} is gone since step {state.global_step - 1}: bring it back, then the "
+                f"output_dir={str(self._folder)!r} is gone since step {state.global_step - 1}: restore it, then the "
                 "same command continues from its last checkpoint"
             )
 

@@ -71,8 +71,8 @@ class RunData:
         if {"completion", "reward"} <= set(stream.columns):
             raise ConfigError("streaming: scored samples of a prompt may stand anywhere, so they are read whole")
         _log.warning(
-            "train_dataset is streamed: rows that cannot be used are seen when their turn comes, and nothing tells "
-            "whether held-out prompts are among them, or whether a resumed run has the same ones still to come"
+            "train_dataset is streamed: unusable rows are found only when their turn comes, and it cannot be "
+            "checked whether held-out prompts are among the rows, or whether later rows have changed since a checkpoint"
         )
         return stream
 

@@ -35,7 +35,7 @@ def record(rollout: Rollout, means: StepMeans) -> None:
     for name in samples.by_name if plan.policy else ():
         record_reward(name, samples.by_name[name][counted_P, : plan.policy], means)
     if taken := sorted(samples.metrics.keys() & (own | work | dict.fromkeys(TAKEN)).keys()):
-        raise RewardError(f"log_metric({taken[0]!r}): a metric of bondlm's own has this name, choose another one")
+        raise RewardError(f"log_metric({taken[0]!r}): bondlm has a metric of this name, choose another one")
     means.record(samples.metrics)
 
 

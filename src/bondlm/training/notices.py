@@ -34,8 +34,8 @@ class FirstStepCallback(TrainerCallback):
         if prompts == 1 and needs_other_prompts(self._objective):
             _log.warning(
                 "per_device_train_batch_size=1 with gradient_accumulation_steps=%d on %d process: a step has one "
-                "prompt, and the baseline is the mean return of the step's other prompts: there is none, and gradients "
-                "are noisy. Raise one of them",
+                "prompt, and so no baseline, which is the mean return of the step's other prompts: gradients are "
+                "noisy. Raise one of them",
                 *(args.gradient_accumulation_steps, args.world_size),
             )
 

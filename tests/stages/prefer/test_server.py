@@ -56,7 +56,7 @@ def test_a_person_decides_and_comes_back(tmp_path: Path) -> None:
         decide(url, shorter)
         output = process.communicate(timeout=20)[0]
         assert process.returncode == 0
-    assert f"3 choices more, 0 of 5 pairs left: {out}" in output
+    assert f"3 more choices, 0 of 5 pairs left: {out}" in output
     kept = rows(out)
     assert len({row["prompt"] for row in kept}) == 5
     assert [row["verdict"] for row in kept].count("tie") == 1

@@ -126,7 +126,7 @@ class VLLMClient:
         """
         self._send("POST", "/wake_up")
         if self.is_asleep():
-            raise ResourceError(f"the vLLM server at {self.url} does not wake up: its log says why")
+            raise ResourceError(f"the vLLM server at {self.url} does not wake up; see its log")
 
     def prompt_logprobs(self, model: str, ids: Sequence[int], salt: str) -> list[float]:
         """Log-probability of each of `ids` but the first.
@@ -195,13 +195,13 @@ class VLLMClient:
         except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:  # RuntimeError: the client was closed
             raise ResourceError(f"no answer from the vLLM server at {self.url}{path}: {error!r}") from error
         if response.status_code in (401, 403):
-            raise ConfigError(f"{self.url} refuses us (HTTP {response.status_code}): set VLLM_API_KEY to its key")
+            raise ConfigError(f"{self.url} refuses access (HTTP {response.status_code}): set VLLM_API_KEY to its key")
         if response.status_code >= 500 and response.status_code not in retried:  # it will not, and says why
             raise ConfigError(f"{self.url}{path}: {_message(response)}")
         if response.status_code in RETRIED:
             raise ResourceError(
                 f"the vLLM server at {self.url} failed at {path} with HTTP {response.status_code}, {ATTEMPTS} times: "
-                f"{_message(response)}. Its log says why"
+                f"{_message(response)}. See its log"
             )
         if response.status_code >= 300:
             raise ConfigError(f"{self.url}{path} says HTTP {response.status_code}: {_message(response)}")

@@ -89,7 +89,7 @@ class VLLMEngine:
         self._vocab_size = vocabulary_size(model.config)
         self._sleeps, self._is_asleep = sleeps, False
         self._version, self._run = 0, processes.gather_objects([secrets.token_hex(4)])[0]
-        self.probe_gap: dict[Role, float] = {}  # largest mean gap of the servers probed here, nats a token
+        self.probe_gap: dict[Role, float] = {}  # largest mean gap of the servers probed here, nats per token
         self.on_prompts_done: Callable[[int], object] | None = None  # told how many more prompts are finished
         # Weights in 16 bits round a small step away: only a larger move of the probe says that the server must move.
         noise = 1e-5 if model.dtype == torch.float32 else 1e-2

@@ -13,7 +13,7 @@ import numpy as np
 from bondlm.engines.vllm.http import VLLMClient
 from bondlm.errors import ConfigError, EngineError
 
-GAP_LIMIT = 0.5  # nats a token (fault N7): beyond rounding, the server holds other weights
+GAP_LIMIT = 0.5  # nats per token (fault N7): beyond rounding, the server holds other weights
 STALE_RATIO = 0.25  # a fresh reload moves the probe about as far as the trainer's weights do (1), a stale one not (0)
 
 
@@ -26,7 +26,7 @@ class Served:
         Args:
             client: the connection.
             probe_ids: the probe text (T).
-            noise: how far the trainer's log-probabilities may move, nats a token, before the server's must follow.
+            noise: how far the trainer's log-probabilities may move, nats per token, before the server's must follow.
 
         Raises:
             ConfigError: no vLLM server is there, or it sleeps.
@@ -36,7 +36,7 @@ class Served:
         if client.is_asleep():
             raise ConfigError(f"the vLLM server at {client.url} is asleep: wake it with POST {client.url}/wake_up")
         self.noise, self.gap_limit = noise, GAP_LIMIT
-        self.gap = 0.0  # mean absolute difference to the trainer at the last probe, nats a token
+        self.gap = 0.0  # mean absolute difference to the trainer at the last probe, nats per token
         self._moved: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when last it moved
 
     def probe(self, name: str, salt: str, ours: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ class Served:
         theirs = self.probe(name, salt, ours)
         if not self.gap <= self.gap_limit:
             limit = f"{self.gap_limit:.2g}"
-            return f"server and trainer differ by {self.gap:.2g} nats a token on a probe text (limit {limit})"
+            return f"server and trainer differ by {self.gap:.2g} nats per token on a probe text (limit {limit})"
         if name in self._moved:
             our_move, their_move = (
                 float(np.abs(now - before).mean())
@@ -60,8 +60,8 @@ class Served:
                 return ""  # compared with the same point next time, so that small moves add up
             if their_move < STALE_RATIO * our_move:
                 return (
-                    f"the reload did nothing: the probe text's log-probabilities moved by {our_move:.2e} nats a token "
-                    f"in the trainer, by {their_move:.2e} on the server"
+                    f"the reload did nothing: the probe text's log-probabilities moved by {our_move:.2e} nats per "
+                    f"token in the trainer, by {their_move:.2e} on the server"
                 )
         self._moved[name] = (ours, theirs)
         return ""
@@ -80,6 +80,6 @@ class Served:
         if not self.gap <= GAP_LIMIT:
             raise ConfigError(
                 f"the vLLM server at {url} serves {self.base!r}, another model than the trainer's: their "
-                f"log-probabilities of a probe text differ by {self.gap:.3f} nats a token (limit {GAP_LIMIT}). Start "
+                f"log-probabilities of a probe text differ by {self.gap:.3f} nats per token (limit {GAP_LIMIT}). Start "
                 f"it with --model {trained!r}"
             )

@@ -25,7 +25,7 @@ from bondlm.engines.vllm.served import GAP_LIMIT, Served
 from bondlm.errors import ConfigError
 
 GAP_GROWTH = 4.0  # times the first reload's gap, which is that of two programs' rounding
-LEAST_GAP_LIMIT = 1e-3  # nats a token: below, fp32 rounds
+LEAST_GAP_LIMIT = 1e-3  # nats per token: below, fp32 rounds
 ONE_FILE = "100TB"  # with an index of several vLLM would read none beside them
 
 
