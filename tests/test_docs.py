@@ -10,7 +10,8 @@ from bondlm.bestofn import best_of_n_probs, bond_fixed_point, kl_bound, kl_diver
 from bondlm.bestofn.own_quantiles import kl_over_best_of_n, reached_by
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
+PAGES = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "recipes/README.md"]
+PAGES.sort()
 PLACEHOLDER = re.compile(r"^\s*[A-Z][A-Z0-9]*(_[A-Z0-9]+)+\s*$|\b(TODO|TBD|FIXME|XXX)\b")
 
 
@@ -54,6 +55,23 @@ def test_links_within_the_repository_lead_somewhere(path: Path) -> None:
 def test_the_check_of_links_sees_them() -> None:
     text = "# A (b), `c`\n[x](nowhere.md) [y](data.md#rows) [z](data.md#columns) [v](#a-b-c) [w](#a) [u](https://x.y)"
     assert dead_links(ROOT / "docs" / "new.md", text) == ["nowhere.md", "data.md#columns", "#a"]
+
+
+def long_lines(text: str) -> list[str]:
+    """Lines of prose over 120 characters: no code, table, image or comment."""
+    prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S).splitlines()
+    return [line for line in prose if len(line) > 120 and not line.lstrip().startswith(("|", "<!--", "!["))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_prose_has_lines_of_120_characters_at_most(path: Path) -> None:
+    assert long_lines(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_check_of_lines_sees_them() -> None:
+    long = "word " * 30
+    text = f"short\n{long}\n- {long}\n| {long} |\n```bash\n{long}\n```\n![{long}](x.png)\n<!-- {long} -->"
+    assert long_lines(text) == [long, f"- {long}"]
 
 
 def test_the_fixed_points_are_those_of_the_oracle() -> None:
