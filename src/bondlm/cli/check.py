@@ -98,7 +98,7 @@ def _warnings(args: Any, logs: Mapping[str, float], steps: int) -> Iterator[str]
         yield f"{tied:.0%} of the prompts have tied rewards; BOND learns from order"
     if (cut := logs["completions/clipped_ratio"]) > CUT_WARNED:
         yield (
-            f"{cut:.0%} of the answers were cut: raise max_completion_length, use a reward that wants them to end, or "
+            f"{cut:.0%} of the answers were cut off: raise max_completion_length, use a reward that favours an end, or "
             f"rank them last (missing_eos: worst; it is {args.missing_eos})"
         )
 

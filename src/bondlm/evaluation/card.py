@@ -67,10 +67,10 @@ on {result["num_prompts"]} held-out prompts at temperature 1, judged by {rewards
 ## How to use
 
 {usage(folder, config)}
-It answers as measured: at temperature 1, to the same end, without top-k or top-p, at most as long
-(`generation_config.json`).
+`generation_config.json` makes it answer as it was measured: at temperature 1, without top-k or top-p, with the same end
+tokens and the same maximum length.
 
-A reward is not a person: a higher reward says nothing about facts or safety that the reward does not measure.
+A higher reward says nothing about facts or safety that the reward does not measure.
 
 {CITATION}
 """
@@ -139,7 +139,7 @@ def _held(config: Mapping[str, Any], objective: Mapping[str, Any]) -> str:
     if "merge" in config:
         return "merged, as `merge.json` says"
     if fraction := objective.get("average_weights"):
-        return f"the running average of the run's steps, as old as that of the last {fraction:.0%} of them"
+        return f"the running average of the run's weights, over about the last {fraction:.0%} of its steps"
     return "those of the last step"
 
 
