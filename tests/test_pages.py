@@ -8,7 +8,9 @@ import json
 import re
 import shlex
 import shutil
+from inspect import signature
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import pytest
@@ -173,6 +175,13 @@ def run_line(words: list[str]) -> None:
     assert main(arguments) == 0, arguments
 
 
+def ask_rewards(names: dict[str, Any]) -> None:
+    """Call the reward functions that a page has defined, with one conversation."""
+    for made in list(names.values()):
+        if isinstance(made, FunctionType) and [*signature(made).parameters][1:2] == ["completions"]:
+            assert len(made([CHATS[0]], [[{"role": "assistant", "content": "yes, please"}]])) == 1
+
+
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with tiny things under the names that the pages use, and a run."""
@@ -203,7 +212,9 @@ def test_a_page_runs_as_it_is_written(page: Path, desk: Path, monkeypatch: pytes
         if block.mark != HERE:
             continue
         if block.kind == "python":
-            exec(block.text, {"policy_rewards": [[3.0, 6.0]] * 4, "reference_rewards": [[*range(8)]] * 4})
+            names = {"policy_rewards": [[3.0, 6.0]] * 4, "reference_rewards": [[*range(8)]] * 4}
+            exec(block.text, names)
+            ask_rewards(names)
             continue
         for words in commands(block.text):
             assert words[0] == "bondlm", words
