@@ -354,7 +354,7 @@ def test_r11_a_reward_that_depends_on_its_neighbours_is_found_by_check(
             "    return [r + 0.01 * len(good) for r in good]\n"
         )
     assert main(["check", "--config", str(config), "--reward_funcs", f"{tmp_path}/reward.py:padded"]) == 4
-    assert "it depends on its neighbours" in " ".join(capsys.readouterr().err.split())
+    assert "it depends on the rest of the batch" in " ".join(capsys.readouterr().err.split())
     assert main(["check", "--config", str(config)]) == 0
 
 
