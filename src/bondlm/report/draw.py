@@ -54,9 +54,9 @@ def _plan(runs: Sequence[Run]) -> list[tuple[str, str, str, Callable[[], Figure 
         (
             "kl-plane",
             "Win rate against KL",
-            "Exact Best-of-N of continuous rewards (the line; its numbers are N) buys nearly the highest win rate that "
-            "a KL can buy: how far a run is to the right of it is KL that was wasted. Grey: what RLOO paid on another "
-            "task, T5 summaries, with beta_rl swept. Small marks: evaluations during training.",
+            "The line is exact Best-of-N with continuous rewards, labelled with N. It has nearly the highest win rate "
+            "for each KL, so the distance of a run to its right is wasted KL. Grey: RLOO on another task (T5 "
+            "summaries), with beta_rl swept. Small marks: evaluations during training.",
             lambda: plane_figure(runs),
             False,
         ),
