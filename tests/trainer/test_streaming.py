@@ -35,6 +35,20 @@ def test_a_stream_trains_as_the_same_rows_in_their_order(tmp_path: Path) -> None
         assert same(weights(made.roles.model), weights(whole.roles.model))
 
 
+def test_workers_are_not_used_for_a_stream_and_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    of_workers = {"dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2}
+    sources = [write(tmp_path, prompt_rows(8)), Dataset.from_list(prompt_rows(8)).to_iterable_dataset()]
+    made = [
+        streamed(tmp_path / "given", sources[1], max_steps=1, dataloader_num_workers=2, **of_workers),
+        streamed(tmp_path / "none", sources[0], max_steps=1),
+    ]
+    assert [record.args for record in caplog.records if "dataloader_num_workers" in record.msg] == [(2,)]
+    for each in made:
+        each.train()
+    assert made[0].get_train_dataloader().num_workers == 0
+    assert same(*(weights(each.roles.model) for each in made))
+
+
 def test_a_resumed_run_goes_on_where_the_stream_was(tmp_path: Path) -> None:
     """Over more than one pass: 4 steps of 4 prompts take 6 rows nearly three times, shuffled anew each time."""
 
@@ -93,7 +107,6 @@ def test_bad_rows_are_met_in_their_turn(tmp_path: Path) -> None:
     ("source", "settings", "message"),
     [
         ("prompts.jsonl", {"max_steps": -1}, "max_steps"),
-        ("prompts.jsonl", {"dataloader_num_workers": 2}, "dataloader_num_workers=2"),
         (prompt_rows(4), {}, "streaming=True.*list"),
         (Dataset.from_list(prompt_rows(4)), {}, "streaming=True.*Dataset"),
         ("prompts.csv", {}, r"prompts\.csv"),

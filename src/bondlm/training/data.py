@@ -93,15 +93,18 @@ def _check_streaming(args: Any) -> None:
     """One process reads the stream, for a number of steps that is known."""
     if args.max_steps <= 0:
         raise ConfigError(f"max_steps={args.max_steps}: a streamed train_dataset has no number of rows, set it above 0")
-    for name, value, most in (
-        ("world_size", args.world_size, 1),
-        ("dataloader_num_workers", args.dataloader_num_workers, 0),
-    ):
-        if value > most:
-            raise ConfigError(
-                f"{name}={value}: a streamed train_dataset is read by one process, or its prompts would be trained "
-                f"several times. Use {most}, or read it whole"
-            )
+    if args.world_size > 1:
+        raise ConfigError(
+            f"world_size={args.world_size}: a streamed train_dataset is read by one process, or its prompts would be "
+            "trained several times. Use 1, or read it whole"
+        )
+    if args.dataloader_num_workers > 0:
+        _log.warning(
+            "dataloader_num_workers=%d: a streamed train_dataset is read by the run itself, in its order; 0 is used",
+            args.dataloader_num_workers,
+        )
+        args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
+        args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None  # of workers alone
     args.accelerator_config.dispatch_batches = False  # rows of text cannot be dispatched as tensors
 
 
