@@ -7,6 +7,7 @@ CONFIG_FIELDS = {
     "average_weights",
     "beta",
     "beta_rl",
+    "cast_lm_head_to_fp32",
     "chat_template_kwargs",
     "correction",
     "disable_dropout",

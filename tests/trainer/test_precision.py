@@ -103,6 +103,43 @@ def test_quantisation_is_for_a_model_by_name(tmp_path: Path) -> None:
         trainer(tmp_path, quantization_config={"load_in_4bit": True})
 
 
+@pytest.mark.parametrize("kind", ["whole", "tied", "adapter"])
+def test_the_head_of_every_role_computes_in_fp32_if_asked(kind: str, tmp_path: Path) -> None:
+    """A product in bf16 would have logits of 8 bits; each role's are those of its own head."""
+    for asked in (False, True):
+        model = ends_often(tiny_causal(TOKENIZER, dtype=torch.bfloat16 if kind == "adapter" else torch.float32))
+        if kind == "tied":
+            model.lm_head.weight = model.model.embed_tokens.weight
+        adapter = {"peft_config": lora()} if kind == "adapter" else {"bf16": True}
+        made = trainer(tmp_path, model, cast_lm_head_to_fp32=asked, max_steps=1, eta=0.5, **adapter)
+        made.train()
+        heads = []
+        for role in ("policy", "anchor", "reference"):
+            with made.roles.use(role) as lent, torch.no_grad():
+                head, seen = lent.get_output_embeddings(), list[Any]()
+                hook = head.register_forward_hook(lambda module, args, out, seen=seen: seen.extend((args[0], out)))
+                lent(input_ids=torch.arange(9)[None])
+                hook.remove()
+                heads.append(head.weight.float().clone())
+            hidden, logits = seen
+            expected = torch.nn.functional.linear(hidden.float(), heads[-1])  # no autocast here
+            assert torch.equal(logits.float(), expected) == asked
+            assert (logits.dtype == torch.float32) == asked
+        if kind != "adapter":
+            assert not torch.equal(heads[0], heads[1])
+            assert not torch.equal(heads[1], heads[2])
+        else:
+            assert made.roles.core.model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
+
+
+def test_a_head_that_cannot_be_fp32_is_refused(tmp_path: Path) -> None:
+    tied = tiny_causal(TOKENIZER, dtype=torch.bfloat16)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    for model, adapter in ((tied, lora()), (tiny_causal(TOKENIZER), lora(target_modules=["q_proj", "lm_head"]))):
+        with pytest.raises(ConfigError, match="cast_lm_head_to_fp32"):
+            trainer(tmp_path, model, cast_lm_head_to_fp32=True, peft_config=adapter)
+
+
 def with_loss_scale(folder: Path, scale: float, reward: Any = None, **settings: Any) -> Any:
     """A run in fp16 on the CPU, which accelerate gives a loss scale on GPUs only."""
     made = trainer(folder, **({} if reward is None else {"reward": reward}), **settings)

@@ -205,6 +205,11 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "Dtype of frozen weights with LoRA: 'float32', 'bfloat16' or 'auto' (bf16 where the hardware has it).",
         one_of("auto", "float32", "bfloat16"),
     )
+    cast_lm_head_to_fp32: bool = setting(
+        False,
+        "Compute logits in fp32 where the other layers compute in bf16 (bf16, or a bf16 base under an adapter): all "
+        "roles, in sampling and learning. A vLLM server has a head of its own.",
+    )
     engine: str = setting(
         "auto",
         "What generates samples: 'auto', 'transformers' or 'vllm' (docs/vllm.md).",

@@ -73,7 +73,6 @@ _OF_GRPO = {
     "entropy_target": Foreign(_NO_ENTROPY, (0.2,)),
     "use_bias_correction_kl": Foreign("the KL of bondlm has the unbiased gradient; remove it", (True,)),
     "router_aux_loss_coef": Foreign("no auxiliary loss of a router is added; remove it", (0.0,)),
-    "cast_lm_head_to_fp32": Foreign("log-probabilities are summed in fp32 already; remove it", (False,)),
 }
 _OF_SAMPLING = {
     "num_generations": Foreign(

@@ -29,7 +29,7 @@ from bondlm.models.adapters import (
     fresh_adapter,
     silence_adapter,
 )
-from bondlm.models.precision import check_precision, take_dtype, train_in_fp32
+from bondlm.models.precision import check_precision, settle_head, take_dtype, train_in_fp32
 from bondlm.models.sharding import check_parallelism, shards_weights, uses_fsdp
 
 
@@ -174,6 +174,7 @@ def prepare_policy(
     for adapter in getattr(model, "peft_config", {}).values():  # it is saved with the adapter
         adapter.base_model_name_or_path = located(str(adapter.base_model_name_or_path or "")) or None
     train_in_fp32(model, autocast=args.bf16 or args.fp16)
+    settle_head(model, args)
     check_adapter(model)
     if args.disable_dropout:
         disable_dropout(model)

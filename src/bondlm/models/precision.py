@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import cast_adapter_dtype
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bondlm.errors import ConfigError
-from bondlm.models.sharding import uses_fsdp
+from bondlm.models.sharding import shards_weights, uses_fsdp
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +88,41 @@ def train_in_fp32(model: PreTrainedModel | PeftModel, *, autocast: bool) -> None
         "(bf16=True computes in bfloat16 all the same)",
         *(str(was).removeprefix("torch."), _num_bytes(model) / 2**30, before / 2**30),
     )
+
+
+class Fp32Head(nn.Linear):
+    """A head whose logits are computed in fp32, under autocast too: a bf16 logit near 20 is a multiple of 1/8."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) fp32 of hidden states (..., D) of any dtype."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight, self.bias)
+
+
+def settle_head(model: PreTrainedModel | PeftModel, args: Any) -> None:
+    """With `cast_lm_head_to_fp32`, a head that computes in fp32; copies of the model have it, too.
+
+    Raises:
+        ConfigError: the head is no plain linear layer, is the embedding in half precision, or would be gathered in it.
+    """
+    if not args.cast_lm_head_to_fp32:
+        return
+    core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head, refused = core.get_output_embeddings(), "cast_lm_head_to_fp32=True: "
+    if type(head) not in (nn.Linear, Fp32Head):  # the second of a model that was given before
+        raise ConfigError(
+            f"{refused}the head is a {type(head).__name__} and no plain linear layer; remove the setting, or leave the "
+            "head out of the adapter and of the quantisation"
+        )
+    if shards_weights(args):
+        raise ConfigError(f"{refused}sharded weights may be gathered in half precision, the head's too; remove it")
+    if head.weight.dtype != torch.float32 and head.weight is core.get_input_embeddings().weight:
+        raise ConfigError(
+            f"{refused}the head is the embedding, which is {head.weight.dtype} here; set dtype='float32', with "
+            "bf16=True to compute the other layers in bfloat16"
+        )
+    head.float()
+    head.__class__ = Fp32Head  # not a forward function of its own: a copy of the model would call the first one's
 
 
 def _num_bytes(model: nn.Module) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import adds_nothing, save_adapter
+from bondlm.models.precision import Fp32Head
 from bondlm.models.row_adapters import RowAdapters, can_join, joined
 from bondlm.models.sharding import Replica, copied, gather_to_main, named_weights
 
@@ -213,7 +214,8 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     if dtype is None:
         yield
         return
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dtype == torch.float32]
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and not isinstance(m, Fp32Head)]
+    layers = [layer for layer in linear if layer.weight.dtype == torch.float32]
     weights = [layer.weight for layer in layers]
     try:
         for layer in layers:
