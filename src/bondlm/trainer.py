@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of, require_metric_of
 from bondlm.data.columns import PROMPT_IDS
@@ -40,7 +40,7 @@ from bondlm.models.deepspeed import load_without_code, require_same_sharding, se
 from bondlm.models.facts import hidden_size
 from bondlm.models.head import exact_head
 from bondlm.models.learned_quantile import quantile_model
-from bondlm.models.load import prepare_policy
+from bondlm.models.load import load_tokenizer, prepare_policy
 from bondlm.models.logprobs import token_logprobs
 from bondlm.models.probe import check_model
 from bondlm.models.roles import Roles
@@ -143,7 +143,7 @@ class BONDTrainer(SamplingTrainer):
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            processing_class = load_tokenizer(name)
         self.roles = Roles(
             model,
             sharded=shards_weights(args),

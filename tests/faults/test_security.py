@@ -101,7 +101,10 @@ def test_x2_code_that_comes_with_a_model_is_not_run(
     ):
         own = [] if command[0] in ("train", "sample") else ["--output_dir", str(tmp_path / command[0])]
         assert main(command + own) == 2
-        assert "trust_remote_code" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "trust_remote_code" in said
+        assert "hf.co" not in said  # nor does it advise to run the code
+        assert "trust_remote_code=True" not in said
         assert not marker.exists()
     with pytest.raises(ConfigError, match="trust_remote_code"):
         load_model(model, dtype=torch.float32, trust_remote_code=True)
@@ -130,7 +133,7 @@ def test_x2_no_source_trusts_remote_code() -> None:
             if isinstance(node, ast.Dict):
                 keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
                 assert "trust_remote_code" not in keys, path
-    assert loads >= 9
+    assert loads >= 8
 
 
 @pytest.mark.parametrize("code", ["!!python/object/apply:os.system ['touch {marker}']", "!!python/name:os.system"])

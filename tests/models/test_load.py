@@ -10,7 +10,7 @@ from tiny import tiny_causal
 
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import wrap_adapter
-from bondlm.models.load import disable_dropout, fast_dtype, load_model
+from bondlm.models.load import disable_dropout, fast_dtype, load_model, load_tokenizer
 from models.test_roles import MODELS, TOKENIZER, logits, lora, shake, trainable
 
 
@@ -83,6 +83,20 @@ def test_what_cannot_be_loaded_is_a_config_error(prepare: Callable[[Path], None]
     with pytest.raises(ConfigError, match=message) as caught:
         load_model(tmp_path, dtype=torch.float32)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_there_is_missed_by_its_own_name(tmp_path: Path) -> None:
+    """transformers speaks of repo ids, and of packages that a slow tokenizer would need."""
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path)
+    for name, what in (("", "processing_class"), (str(tmp_path), "tokenizer of the model")):
+        with pytest.raises(ConfigError, match=what) as caught:
+            load_tokenizer(name)
+        assert not any(word in str(caught.value) for word in ("epo id", "sentencepiece", "hub"))
+    TOKENIZER.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).get_vocab() == TOKENIZER.get_vocab()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="tokenizer of the model"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_fast_dtype_is_bf16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:

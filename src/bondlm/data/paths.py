@@ -58,3 +58,13 @@ def refuse_absent_folder(name: str, what: str) -> None:
     is_folder_name = name.startswith((".", "/")) or name.count("/") > 1 or in_a_folder
     if is_folder_name and not path.is_dir():
         raise ConfigError(f"{what} {name!r}: there is no folder {path.resolve()}")
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What transformers says of a folder or name that it cannot load; of code in there it advises to run it."""
+    if "trust_remote_code" not in str(error):
+        return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+    return (
+        "it comes with custom code, which trust_remote_code would run, and bondlm does not. Convert it to an "
+        "architecture of transformers, or load it yourself and pass it to BONDTrainer"
+    )

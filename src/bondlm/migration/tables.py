@@ -17,8 +17,8 @@ class Foreign:
 
 UNSAFE_NAME = "trust_remote_code"
 UNSAFE_CODE = (
-    "would run code that comes with a model or data set, and bondlm does not; convert the model to an architecture of "
-    "transformers, or load it yourself and pass it to BONDTrainer"
+    "would run code that comes with a model or data set, and bondlm does not; remove it: a model of transformers' own "
+    "needs none. Convert another one, or load it yourself and pass it to BONDTrainer"
 )
 _OWN_DISTRIBUTION = (
     "completions are drawn from the model's own distribution, or their log-probabilities would not be those that are "

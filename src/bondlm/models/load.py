@@ -14,13 +14,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bondlm.config import BONDConfig
-from bondlm.data.paths import located, refuse_absent_folder
+from bondlm.data.paths import located, refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import (
     check_adapter,
@@ -65,7 +66,27 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any
     except (OSError, ValueError, TypeError, ImportError) as error:  # the last two: of model_init_kwargs
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"cannot load the model {str(path)!r}: {error}") from error
+        raise ConfigError(f"cannot load the model {str(path)!r}: {why_not_loaded(error)}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """A model's own tokenizer, by the folder or hub name of the model; code that comes with it is never run.
+
+    Raises:
+        ConfigError: there is none, or the model has no name.
+    """
+    if not name:
+        raise ConfigError("processing_class is missing: the model was not loaded by name, so give its tokenizer too")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a damaged file is a KeyError, or of a class of tokenizers'
+        files = [path.name for path in Path(name).iterdir()] if Path(name).is_dir() else []
+        has_none = bool(files) and not any(re.match("tok|vocab|merges|sp|sentencep", file) for file in files)
+        why = "the folder has none" if has_none else why_not_loaded(error)
+        raise ConfigError(
+            f"cannot load the tokenizer of the model {name!r}: {why}. Save one beside the model, or pass it as "
+            "processing_class"
+        ) from error
 
 
 def _resize_as(adapter: Path, model: Any) -> None:

@@ -13,14 +13,13 @@ import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from bondlm.data.fingerprints import model_fingerprint, same_model, weights_digest
 from bondlm.data.paths import refuse_absent_folder
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import change_of_base
-from bondlm.models.load import load_model
+from bondlm.models.load import load_model, load_tokenizer
 from bondlm.models.task_vectors import LowRank, Merging, Method, Vector, dot, plus, scaled
 
 _FACTORS = ((".lora_B.weight", ".lora_A.weight"), (".lora_embedding_B", ".lora_embedding_A"))
@@ -57,7 +56,7 @@ class Merge:
         """
         tensors = {name: self._at(name, 1 - toward_reference) for name in self.vectors}
         error = self._write_model(folder, tensors) if self.adapter is None else self._write_adapter(folder, tensors)
-        AutoTokenizer.from_pretrained(self.folders[0], trust_remote_code=False).save_pretrained(folder)
+        load_tokenizer(str(self.folders[0])).save_pretrained(folder)
         if (answering := self.folders[0] / GENERATION_CONFIG_NAME).is_file():
             shutil.copyfile(answering, folder / GENERATION_CONFIG_NAME)
         return error
@@ -162,7 +161,7 @@ def _refuse_other_bases(folders: Sequence[Path], references: Sequence[str]) -> N
 
 
 def _refuse_other_tokens(folders: Sequence[Path]) -> None:
-    first, *others = [AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in folders]
+    first, *others = [load_tokenizer(str(folder)) for folder in folders]
     for folder, other in zip(folders[1:], others, strict=True):
         for what, mine, theirs in (
             ("tokenizers", first.get_vocab(), other.get_vocab()),

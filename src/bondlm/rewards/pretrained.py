@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bondlm.data.paths import refuse_absent_folder
+from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError
 
 
@@ -109,8 +109,8 @@ def load_model(
 
 def _load_error(path: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"reward model {path!r} cannot be loaded: {error} (a reward model is a folder or hub id with safetensors "
-        "weights and a tokenizer; code from the hub is never run)."
+        f"reward model {path!r} cannot be loaded: {why_not_loaded(error)} (a reward model is a folder or hub id with "
+        "safetensors weights and a tokenizer; code from the hub is never run)."
     )
 
 

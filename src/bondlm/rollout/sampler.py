@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
 
 from bondlm.data.columns import PROMPT_ROW
 from bondlm.data.prompt_encoder import PromptEncoder
@@ -14,7 +13,7 @@ from bondlm.data.rendering import Rendering
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
 from bondlm.models.adapters import without_wrapper
-from bondlm.models.load import fast_dtype, load_model
+from bondlm.models.load import fast_dtype, load_model, load_tokenizer
 from bondlm.models.probe import check_model
 from bondlm.rewards import SUM, Aggregation, NamedReward
 from bondlm.rollout.samples import Samples, SamplingParams, draw, score_samples
@@ -41,7 +40,7 @@ class Sampler:
         loaded: Any = load_model(model, dtype=fast_dtype(self.device) if dtype == "auto" else getattr(torch, dtype))
         core = without_wrapper(loaded) if isinstance(loaded, PeftModel) else loaded
         self.model: Any = core.to(self.device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(model)
         self.encoder = PromptEncoder.of_model(core, self.tokenizer, rendering=rendering)
         find_decoding(self.model)
         check_model(self.model, self.device, is_noise_allowed=True)  # nobody trains it here

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from bondlm.bestofn import Estimate, bootstrap_mean
-from bondlm.data.paths import refuse_absent_folder
+from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
@@ -43,7 +43,7 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
             name, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load {name!r} as the base of a reward model: {error}") from error
+        raise ConfigError(f"cannot load {name!r} as the base of a reward model: {why_not_loaded(error)}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = FALLBACK_TEMPLATES["decoder" if tokenizer.sep_token is None else "encoder"]
     if model.config.pad_token_id is None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
 
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.rendering import Rendering
 from bondlm.errors import ConfigError, DataError
 from bondlm.models.adapters import wrap_adapter
-from bondlm.models.load import load_model
+from bondlm.models.load import load_model, load_tokenizer
 
 IGNORED = -100  # a label that counts for nothing, in every transformers model
 
@@ -99,7 +99,7 @@ def sft_trainer(
     """
     model: Any = prepare_model(name, peft_config)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer = load_tokenizer(name)
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
     examples = Examples(core, tokenizer, rendering=rendering, **limits)  # type: ignore[arg-type]
     return Trainer(
