@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import tiny_causal
 
-from bondlm.errors import ConfigError
+from bondlm.data.prompts import load_prompts
+from bondlm.errors import BondError, ConfigError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import disable_dropout, fast_dtype, load_model, load_tokenizer
+from bondlm.rewards import load_rewards
+from bondlm.stages.reward_model import load_base
 from models.test_roles import MODELS, TOKENIZER, logits, lora, shake, trainable
 
 
@@ -97,6 +101,20 @@ def test_a_tokenizer_that_is_not_there_is_missed_by_its_own_name(tmp_path: Path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="tokenizer of the model"):
         load_tokenizer(str(tmp_path))
+
+
+def test_what_may_be_a_folder_or_a_name_of_the_hub_is_looked_for_here_first() -> None:
+    """Whose folder is missing is told so, and not to check an internet connection."""
+    loads: list[Callable[[str], Any]] = [
+        lambda name: load_model(name, dtype=torch.float32),
+        load_prompts,
+        lambda name: load_rewards([name], device=torch.device("cpu")),
+        load_base,
+    ]
+    for load in loads:
+        with pytest.raises(BondError, match=r"no-such-name.*no file or folder of that name here") as caught:
+            load("no-such-name")
+        assert "internet" not in str(caught.value)
 
 
 def test_fast_dtype_is_bf16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:

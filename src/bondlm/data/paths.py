@@ -60,8 +60,11 @@ def refuse_absent_folder(name: str, what: str) -> None:
         raise ConfigError(f"{what} {name!r}: there is no folder {path.resolve()}")
 
 
-def why_not_loaded(error: Exception) -> str:
-    """What transformers says of a folder or name that it cannot load; of code in there it advises to run it."""
+def why_not_loaded(name: str, error: Exception) -> str:
+    """Why a folder or a name of the hub is not loaded; libraries speak of the internet, or advise to run its code."""
+    if isinstance(error, OSError) and not Path(name).exists():
+        first = str(error).partition("\n")[0]
+        return f"there is no file or folder of that name here, and the hub gives none: {first}"
     if "trust_remote_code" not in str(error):
         return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
     return (

@@ -14,6 +14,7 @@ import datasets
 import pyarrow
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from bondlm.data.paths import why_not_loaded
 from bondlm.data.table import unformatted
 from bondlm.errors import DataError
 
@@ -122,7 +123,7 @@ def open_name(source: str, *, held_out: bool, streaming: bool = False) -> Any:
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{source}: cannot be read: {error}") from error
+        raise DataError(f"{source}: cannot be read: {why_not_loaded(name, error)}") from error
     raise DataError(f"{source}: no such file, and not the name of a hub data set.")
 
 

@@ -66,7 +66,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any
     except (OSError, ValueError, TypeError, ImportError) as error:  # the last two: of model_init_kwargs
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"cannot load the model {str(path)!r}: {why_not_loaded(error)}") from error
+        raise ConfigError(f"cannot load the model {str(path)!r}: {why_not_loaded(str(path), error)}") from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -82,7 +82,7 @@ def load_tokenizer(name: str) -> Any:
     except Exception as error:  # a damaged file is a KeyError, or of a class of tokenizers'
         files = [path.name for path in Path(name).iterdir()] if Path(name).is_dir() else []
         has_none = bool(files) and not any(re.match("tok|vocab|merges|sp|sentencep", file) for file in files)
-        why = "the folder has none" if has_none else why_not_loaded(error)
+        why = "the folder has none" if has_none else why_not_loaded(name, error)
         raise ConfigError(
             f"cannot load the tokenizer of the model {name!r}: {why}. Save one beside the model, or pass it as "
             "processing_class"

@@ -109,8 +109,8 @@ def load_model(
 
 def _load_error(path: str, error: Exception) -> ConfigError:
     return ConfigError(
-        f"reward model {path!r} cannot be loaded: {why_not_loaded(error)} (a reward model is a folder or hub id with "
-        "safetensors weights and a tokenizer; code from the hub is never run)."
+        f"reward model {path!r} cannot be loaded: {why_not_loaded(path, error)} (a reward model is a folder or hub id "
+        "with safetensors weights and a tokenizer; code from the hub is never run)."
     )
 
 

@@ -43,7 +43,9 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
             name, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load {name!r} as the base of a reward model: {why_not_loaded(error)}") from error
+        raise ConfigError(
+            f"cannot load {name!r} as the base of a reward model: {why_not_loaded(name, error)}"
+        ) from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = FALLBACK_TEMPLATES["decoder" if tokenizer.sep_token is None else "encoder"]
     if model.config.pad_token_id is None:
