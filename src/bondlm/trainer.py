@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of, require_metric_of
 from bondlm.data.columns import PROMPT_IDS
-from bondlm.data.paths import expanded, located
+from bondlm.data.paths import expanded, located, refuse_own_folder
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
 from bondlm.data.sources import named_sets
@@ -131,6 +131,7 @@ class BONDTrainer(SamplingTrainer):
         args = args if args is not None else BONDConfig(output_dir="bondlm_output")
         model = located(expanded(model)) if isinstance(model, str) else model
         name = model if isinstance(model, str) else model.config._name_or_path
+        refuse_own_folder(name, args.output_dir)
         require_metric_of(named_sets(eval_dataset), args.metric_for_best_model)
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         data = RunData(args, train_dataset, eval_dataset, model=name, reward_funcs=reward_funcs)

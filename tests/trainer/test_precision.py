@@ -67,16 +67,16 @@ def test_a_trained_copy_beside_the_adapter_is_fp32(bf16: bool, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("value", ["bfloat16", torch.bfloat16])
 def test_the_dtype_of_init_kwargs_is_that_of_the_frozen_weights(name: str, value: Any, tmp_path: Path) -> None:
-    tiny_causal(TOKENIZER).save_pretrained(tmp_path)
-    made = trainer(tmp_path, str(tmp_path), model_init_kwargs={name: value}, peft_config=lora())
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path / "model")
+    made = trainer(tmp_path, str(tmp_path / "model"), model_init_kwargs={name: value}, peft_config=lora())
     assert made.roles.core.lm_head.weight.dtype == torch.bfloat16
-    full = trainer(tmp_path, str(tmp_path), model_init_kwargs={name: value})
+    full = trainer(tmp_path, str(tmp_path / "model"), model_init_kwargs={name: value})
     assert trained_dtypes(full) == {torch.float32}
 
 
 def test_auto_is_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
-    tiny_causal(TOKENIZER, dtype=torch.float16).save_pretrained(tmp_path)
-    made = trainer(tmp_path, str(tmp_path), model_init_kwargs={"dtype": "auto"}, peft_config=lora())
+    tiny_causal(TOKENIZER, dtype=torch.float16).save_pretrained(tmp_path / "model")
+    made = trainer(tmp_path, str(tmp_path / "model"), model_init_kwargs={"dtype": "auto"}, peft_config=lora())
     assert made.roles.core.lm_head.weight.dtype == torch.float16
 
 
@@ -93,9 +93,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_dtype_that_cannot_be_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    tiny_causal(TOKENIZER).save_pretrained(tmp_path)
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=message):
-        trainer(tmp_path, str(tmp_path), peft_config=lora(), **settings)
+        trainer(tmp_path, str(tmp_path / "model"), peft_config=lora(), **settings)
 
 
 def test_quantisation_is_for_a_model_by_name(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from tiny import prompt_rows, tiny_causal
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from bondlm.errors import ConfigError, DataError
 from trainer.helpers import TOKENIZER, logged, lora, same, trainer, weights
@@ -52,14 +53,28 @@ def test_models_that_cannot_be_trained_are_refused(
 
 
 def test_bf16_weights_are_refused_where_they_would_train(tmp_path: Path) -> None:
-    tiny_causal(TOKENIZER).save_pretrained(tmp_path)
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="bfloat16"):
-        trainer(tmp_path, str(tmp_path), dtype="bfloat16")
-    frozen = trainer(tmp_path, str(tmp_path), dtype="bfloat16", peft_config=lora())
+        trainer(tmp_path, str(tmp_path / "model"), dtype="bfloat16")
+    frozen = trainer(tmp_path, str(tmp_path / "model"), dtype="bfloat16", peft_config=lora())
     assert {p.dtype for p in frozen.roles.model.parameters() if p.requires_grad} == {torch.float32}
     assert frozen.roles.core.lm_head.weight.dtype == torch.bfloat16
     frozen.train()
     assert logged(tmp_path)[0]["anchor/gap_closed"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_run_does_not_write_over_the_model_that_it_starts_from(tmp_path: Path) -> None:
+    """By name, as an object that was loaded there, through a link, and as the base of an adapter."""
+    base, other = tmp_path / "base", tmp_path / "adapter"
+    tiny_causal(TOKENIZER).save_pretrained(base)
+    loaded = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora()).save_pretrained(other)
+    (tmp_path / "link").symlink_to(base)
+    before = sorted(path.name for path in base.iterdir())
+    for model in (str(base), loaded, str(tmp_path / "link"), str(other)):
+        with pytest.raises(ConfigError, match=r"output_dir=.*base"):
+            trainer(base, model)
+    assert sorted(path.name for path in base.iterdir()) == before
 
 
 def test_an_evaluation_without_held_out_prompts_is_refused(tmp_path: Path) -> None:

@@ -60,6 +60,19 @@ def refuse_absent_folder(name: str, what: str) -> None:
         raise ConfigError(f"{what} {name!r}: there is no folder {path.resolve()}")
 
 
+def refuse_own_folder(model: str, output_dir: Any) -> None:
+    """See that a run does not write its weights over those that it starts from: they are the reference, too.
+
+    Raises:
+        ConfigError: the model lies in the output folder.
+    """
+    if model and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(str(output_dir)):
+        raise ConfigError(
+            f"output_dir={str(output_dir)!r} is the folder of the model: the trained weights would replace it, and the "
+            "reference with it. Choose another output_dir"
+        )
+
+
 def why_not_loaded(name: str, error: Exception) -> str:
     """Why a folder or a name of the hub is not loaded; libraries speak of the internet, or advise to run its code."""
     if isinstance(error, OSError) and not Path(name).exists():

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bondlm.config import BONDConfig
-from bondlm.data.paths import located, refuse_absent_folder, why_not_loaded
+from bondlm.data.paths import located, refuse_absent_folder, refuse_own_folder, why_not_loaded
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import (
     check_adapter,
@@ -194,6 +194,7 @@ def prepare_policy(
         )
     for adapter in getattr(model, "peft_config", {}).values():  # it is saved with the adapter
         adapter.base_model_name_or_path = located(str(adapter.base_model_name_or_path or "")) or None
+        refuse_own_folder(str(adapter.base_model_name_or_path or ""), args.output_dir)
     train_in_fp32(model, autocast=args.bf16 or args.fp16)
     settle_head(model, args)
     check_adapter(model)

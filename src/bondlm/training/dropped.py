@@ -123,10 +123,10 @@ class DropBudget:
                 *(step, REASON),
             )
         if self._is_too_many(self.dropped, self.seen):
-            first = next(iter(samples.dropped.values()), "None of them on this process.")
+            first = next(iter(samples.dropped.values()), "None of them on this process").rstrip(".")
             raise RewardError(
                 f"step {step}: the rewards of {num_dropped} of {num_rows} prompts failed, {self.dropped} of "
-                f"{self.seen} so far (max_skipped_frac={self._fraction}). {first} All are in {self._path.name}."
+                f"{self.seen} so far (max_skipped_frac={self._fraction}). {first}. All are in {self._path.name}."
             )
         return {"bond/frac_dropped": len(lost) / len(rows)}
 
