@@ -81,7 +81,7 @@ def test_a_run_folder_works_from_anywhere(
     assert main(["eval", "--model", "moved", "--reward_funcs", f"{project}/reward.py:letters", *counts]) == 0
     assert json.loads((run / "eval.json").read_text())["planned_steps"] == 1
     assert "Best-of-" in (run / "report.html").read_text()
-    assert main(["sample", "--model", "moved", "--prompt", "hello", "--max_completion_length", "4"]) == 0
+    assert main(["sample", "--model", "moved", "--prompt", "hello"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -143,3 +143,14 @@ def test_sample_and_score_say_when_rewards_choose_nothing(here: Path, capfd: pyt
     assert "the same for all 3 completions of 2 of 2 prompts (-1 for the first)" in capfd.readouterr().err
     assert main(["score", "--dataset", "chat.jsonl", "--output", "s.jsonl", "--num_samples", "2", *common]) == 0
     assert 'completion[0]["content"]' in capfd.readouterr().err
+
+
+def test_answers_of_a_run_are_as_long_as_it_was_trained(here: Path) -> None:
+    """8 tokens; of 256, the default, there would be no room for a prompt in this model."""
+    common = ["--model", "run", "--reward_funcs", "reward.py:letters", "--dataset", "heldout.jsonl"]
+    for more, longest in (([], 8), (["--max_completion_length", "3"], 3)):
+        name = f"{longest}.jsonl"
+        assert main(["score", *common, "--output", name, "--num_samples", "4", *more]) == 0
+        lengths = [len(json.loads(line)["token_ids"]) for line in Path(name).read_bytes().splitlines()]
+        assert max(lengths) == longest
+        assert json.loads(Path(f"{name}.meta.json").read_text())["max_completion_length"] == longest

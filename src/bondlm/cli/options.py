@@ -20,7 +20,7 @@ _PROMPTS = {
     "chat_template_kwargs": "Variables of the chat template. Default: those of the run.",
 }
 _SAMPLING = {
-    "max_completion_length": "Maximum length of a completion in tokens. Default: 256.",
+    "max_completion_length": "Maximum length of a completion in tokens. Default: as in the run's training, else 256.",
     "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
     "temperature": "1 samples the model's own distribution, 0 is greedy. Default: 1.",
     "seed": "Default: 42.",

@@ -1,6 +1,6 @@
 """`bondlm sample`: one answer a prompt, or the best of N by any reward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -12,6 +12,7 @@ from rich.console import Console
 from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import ConfigError
+from bondlm.runs.folder import run_config
 
 CHUNK = 16  # prompts between two writes
 
@@ -54,6 +55,12 @@ def run(options: dict[str, Any]) -> int:
 def best(group: list[dict[str, Any]]) -> dict[str, Any]:
     """The answer with the highest reward; the first one when nothing was scored."""
     return max(group, key=lambda row: row.get("reward", 0.0))
+
+
+def answer_length(options: Mapping[str, Any]) -> int:
+    """Most tokens of an answer: as asked for, else as the run folder was trained and measured, else 256."""
+    of_run = run_config(Path(str(options["model"]))).get("max_completion_length", 256)
+    return int(options.get("max_completion_length", of_run))
 
 
 def fresh_file(name: str) -> Path:
@@ -100,7 +107,7 @@ def generate(
             max_rows=options.get("max_rows"),
             rendering=replace(rendering, now=rendering.now or datetime.today()),  # one day, however long it takes
         )
-        lengths: dict[str, Any] = {"max_completion_length": int(options.get("max_completion_length", 256))}
+        lengths: dict[str, Any] = {"max_completion_length": answer_length(options)}
         rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)
         rewards = (
             load_rewards(

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from bondlm.cli.console import make_console, say_json
-from bondlm.cli.sample import fresh_file, generate
+from bondlm.cli.sample import answer_length, fresh_file, generate
 from bondlm.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def run(options: dict[str, Any]) -> int:
             "reward_weights": options.get("reward_weights"),
             **{name: options[name] for name in ("reward_aggregation", "reward_tolerances") if options.get(name)},
             "num_samples": num_samples,
-            "max_completion_length": int(options.get("max_completion_length", 256)),
+            "max_completion_length": answer_length(options),
             "seed": int(options.get("seed", 42)),
         }
         write_whole(origin_file(path), json.dumps(origin, indent=2) + "\n")
