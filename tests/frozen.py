@@ -39,6 +39,7 @@ CONFIG_FIELDS = {
     "num_samples",
     "objective",
     "offload_anchor",
+    "pad_to_multiple_of",
     "on_bad_row",
     "prompt_format",
     "quantile",

@@ -240,6 +240,7 @@ class BONDTrainer(SamplingTrainer):
             missing_eos=args.missing_eos,
             trainer_state=lambda: self.state,
             gamma_ref=args.gamma_ref,
+            multiple=args.pad_to_multiple_of or 1,
         )
 
     # -- a training step

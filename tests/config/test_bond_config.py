@@ -49,6 +49,10 @@ REFUSED: list[tuple[str, Any]] = [
     ("max_completion_length", 0),
     ("max_prompt_length", 0),
     ("max_rows", 0),
+    ("pad_to_multiple_of", 0),
+    ("max_completion_length", 2.5),  # what is counted is whole
+    ("max_rows", 8.0),
+    ("max_steps", 1e3),
     ("eval_num_samples", 0),
     ("eval_num_reference_samples", 1),
     ("target_n", 1.0),
@@ -304,6 +308,7 @@ def test_what_may_change_when_a_run_goes_on() -> None:
         "always": {
             *("logging_steps", "save_steps", "eval_steps", "eval_strategy", "save_total_limit", "output_dir"),
             *("num_logged_samples", "max_rows", "per_device_eval_batch_size", "report_to"),
+            *("pad_to_multiple_of",),
             *("eval_num_samples", "eval_num_reference_samples"),
             *(
                 "target_n",
@@ -341,7 +346,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"beta": 1.0, "eta": 1.0, "gamma": 2.0},
     {"anchor": "periodic", "anchor_update_every": 1},
     {"anchor": "fixed", "engine": "transformers", "dtype": "bfloat16"},
-    {"max_prompt_length": 1, "max_completion_length": 1, "max_rows": 1},
+    {"max_prompt_length": 1, "max_completion_length": 1, "max_rows": 1, "pad_to_multiple_of": 1},
     {"eval_num_samples": 1, "eval_num_reference_samples": 2, "num_logged_samples": 0}
     | {"target_n": 2.0, "kl_budget": 0.1, "eval_strategy": "steps", "eval_steps": 5},
     {"objective": "bond", "anchor": "fixed", "quantile": "learned", "quantile_learning_rate": 0.1},

@@ -118,6 +118,12 @@ def test_trls_default_is_accepted_where_bondlm_does_the_same(name: str, tmp_path
     assert str(caught.value).startswith(f"{name}={value!r}: ")
 
 
+def test_trls_automatic_padding_is_to_the_longest_row(tmp_path: Path) -> None:
+    made = config(tmp_path, pad_to_multiple_of=TRL_FIELDS["pad_to_multiple_of"])
+    assert made.pad_to_multiple_of is None
+    assert "pad_to_multiple_of" not in made.given
+
+
 # What stands in the sentence for a name: bondlm's own word.
 WORDS: list[tuple[str, Any, str]] = [
     ("num_generations", 8, "num_samples"),

@@ -111,6 +111,26 @@ def test_collate_by_hand() -> None:
     }
 
 
+def test_rows_are_padded_to_a_multiple_and_no_position_lies_beyond_the_last_real_one() -> None:
+    groups: list[Group] = [([5, 6], [[7]]), ([8], [[9, 2, 2]])]
+    plain, wide = (as_lists(collate(groups, 2, multiple=multiple)) for multiple in (1, 3))
+    assert wide["input_ids"] == [[5, 6, 7, 2, 2, 2], [8, 9, 2, 2, 2, 2]]
+    assert wide["attention_mask"] == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
+    assert wide["position_ids"] == [[0, 1, 2, 3, 3, 3]] * 2
+    assert [wide[name] for name in ("completion_ids", "predictor")] == [plain["completion_ids"], plain["predictor"]]
+
+
+@pytest.mark.parametrize("multiple", [1, 7])
+@torch.no_grad()
+def test_padding_stays_in_a_table_of_positions(multiple: int) -> None:
+    """Beside a row of many long completions a short one's padding would count on from its last completion."""
+    model = tiny_gpt2(TOKENIZER)
+    longest = model.config.n_positions
+    groups: list[Group] = [([5] * (longest - 20), [[6] * 20, [7] * 9, [8] * 20]), ([9, 4], [[6, 3], [7], [8, 5]])]
+    logprobs = group_logprobs(model, groups, 0, start_id=None, device=CPU, multiple=multiple)
+    torch.testing.assert_close(logprobs, plain_logprobs(model, groups), atol=1e-4, rtol=1e-6)
+
+
 def test_collate_of_shared_prompts_by_hand() -> None:
     batch = as_lists(collate([([5, 6], [[7, 8], [9]]), ([3], [[4], [1]])], 0))
     assert batch["input_ids"] == [[5, 6, 7, 8, 9], [3, 4, 1, 0, 0]]

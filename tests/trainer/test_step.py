@@ -9,6 +9,7 @@ from tiny import tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import Tensor
 from transformers import TrainerCallback
 
+from bondlm.errors import ConfigError
 from trainer.helpers import MODELS, TOKENIZER, Gradients, ends_often, logged, lora, same, trainer, weights
 
 
@@ -46,6 +47,31 @@ def test_accumulation_changes_neither_gradient_nor_weights(kind: str, tmp_path: 
         assert row["grad_norm"] == pytest.approx(one_row["grad_norm"], rel=1e-4)
         for name in ("reward", "anchor/kl", "kl", "completions/mean_length"):
             assert row[name] == pytest.approx(one_row[name], abs=1e-5)
+
+
+def test_padding_to_a_multiple_changes_widths_alone(tmp_path: Path) -> None:
+    """Of what learns and of what scores; what samples has its own rows."""
+    results: list[dict[str, Tensor]] = []
+    for multiple in (None, 16):
+        model, gradients, widths = ends_often(tiny_causal(TOKENIZER)), Gradients(), set[int]()
+        settings = {"max_steps": 1, "optim": "sgd", "pad_to_multiple_of": multiple}
+        made = trainer(tmp_path / str(multiple), model, gamma=0.5, callbacks=[gradients], **settings)
+        plain = made.model.forward
+
+        def seen(*args: Any, plain: Any = plain, widths: set[int] = widths, **inputs: Any) -> Any:
+            widths |= set() if inputs["use_cache"] else {inputs["input_ids"].shape[1]}
+            return plain(*args, **inputs)
+
+        made.model.forward = seen
+        made.train()
+        assert widths
+        assert all(width % 16 == 0 for width in widths) == (multiple == 16)
+        results.append(gradients.first)
+    scale = max(float(g.abs().max()) for g in results[0].values())
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, atol=2e-5 * scale, rtol=1e-4)
+    with pytest.raises(ConfigError, match="pad_to_multiple_of=16"):
+        trainer(tmp_path / "t5", tiny_t5(TOKENIZER), pad_to_multiple_of=16)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "t5-lora"])

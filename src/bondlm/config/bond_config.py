@@ -271,6 +271,13 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "How many steps in a row may have a non-finite gradient; they are skipped and counted. One more ends the run.",
         at_least(0),
     )
+    pad_to_multiple_of: int | None = setting(
+        None,
+        "Rows that are learned from and scored are padded to a multiple of this many tokens, where a kernel or "
+        "torch_compile wants few widths; no number changes but by rounding. Default: to the longest row.",
+        at_least(1),
+        may_change="always",
+    )
     disable_dropout: bool = setting(True, "Set all dropout to 0, so that log-probabilities are reproducible.")
 
     # -- evaluation
@@ -342,6 +349,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     def __post_init__(self, dtype: str) -> None:  # type: ignore[override]
         """Check what can be checked without a model."""
         self.dtype = dtype
+        if str(self.pad_to_multiple_of) == "auto":  # TRL's default: to the longest row, but on Neuron devices
+            self.pad_to_multiple_of = None
         # What config.yaml keeps of a run made in Python.
         self.given: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS if getattr(self, n) != DEFAULTS.get(n, [])}
         _settle_scale_rewards(self)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from transformers.integrations import get_available_reporting_integrations
@@ -122,6 +122,8 @@ def _other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
         return None
     if kinds <= {int, float} and (is_switch or not isinstance(value, Real)):
         return f"{name}={value!r}: must be a number"
+    if kinds == {int} and not isinstance(value, Integral):
+        return f"{name}={value!r}: must be a whole number"
     if kinds == {bool} and not (is_switch or value in (0, 1)):
         return f"{name}={value!r}: must be true or false"
     return None

@@ -90,7 +90,6 @@ _OF_SAMPLING = {
     "use_transformers_continuous_batching": Foreign(_BATCHED, (False,)),
     "transformers_continuous_batching_config": Foreign(_BATCHED),
     "use_transformers_paged": Foreign(_BATCHED, (False,)),
-    "pad_to_multiple_of": Foreign("a batch is padded to its longest row; remove it", ("auto", 1)),
     "mask_truncated_completions": Foreign("use missing_eos: drop (whole prompts) or missing_eos: worst", (False,)),
     "max_tool_calling_iterations": Foreign("a completion is one answer, and no tool is called; remove it"),
     "shuffle_dataset": Foreign("use train_sampling_strategy: sequential", (True,)),

@@ -183,11 +183,8 @@ def prepare_policy(
         raise ConfigError("quantised weights do not train: pass peft_config, so that an adapter does (QLoRA)")
     if peft_config is not None:
         model = fresh_adapter(model, peft_config, sharded=shards_weights(args))
-    if uses_fsdp(args) and model.config.is_encoder_decoder:
-        raise ConfigError(
-            f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
-            "accelerate cannot shard in two groups; use DDP (examples/accelerate/ddp.yaml)"
-        )
+    if model.config.is_encoder_decoder:
+        _check_encoder_decoder(model, args)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
@@ -203,6 +200,20 @@ def prepare_policy(
         if isinstance(model, PeftModel):
             silence_adapter(model)
     return model
+
+
+def _check_encoder_decoder(model: Any, args: BONDConfig) -> None:
+    """Refuse what such a model cannot have."""
+    if uses_fsdp(args):
+        raise ConfigError(
+            f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
+            "accelerate cannot shard in two groups; use DDP (examples/accelerate/ddp.yaml)"
+        )
+    if args.pad_to_multiple_of is not None:
+        raise ConfigError(
+            f"pad_to_multiple_of={args.pad_to_multiple_of}: the rows of an encoder-decoder model are padded to the "
+            "longest; remove it"
+        )
 
 
 def _load_policy(

@@ -3,7 +3,8 @@
 Shapes: P prompts, L completions of each, S columns of a row, T tokens of a completion, F completion tokens in all.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,14 @@ from bondlm.models.ways import ways_of
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, the ids of its completions)
 
 
-def collate(groups: Sequence[Group], pad_id: int, *, start_id: int | None = None) -> dict[str, Tensor]:
+def collate(
+    groups: Sequence[Group], pad_id: int, *, start_id: int | None = None, multiple: int = 1
+) -> dict[str, Tensor]:
     """Tensors of one forward pass; every mask comes from lengths, since `pad_id` may be an end-of-sequence id.
 
     A causal row is [prompt | completion 1 | ... | completion L], padded right. Each completion sees the prompt and
     itself alone, so that the prompt is computed once for all of them. `start_id` is given for encoder-decoder models:
-    the prompts' rows (P) and the completions' (P * L) part ways.
+    the prompts' rows (P) and the completions' (P * L) part ways. A causal row has a `multiple` of so many columns.
 
     Returns:
         The model's inputs, `completion_ids` and `completion_mask` (P, L, T), and for causal models `predictor`
@@ -43,7 +46,7 @@ def collate(groups: Sequence[Group], pad_id: int, *, start_id: int | None = None
         prompt_ids, prompt_mask = _padded([list(prompt) for prompt, _ in groups], pad_id)
         return batch | {"input_ids": prompt_ids, "attention_mask": prompt_mask, "decoder_input_ids": decoder_ids}
     rows = [[*prompt, *(token for c in completions for token in c)] for prompt, completions in groups]
-    input_ids, mask_PS = _padded(rows, pad_id)
+    input_ids, mask_PS = _padded(rows, pad_id, multiple)
     prompt_P1 = torch.tensor([[len(prompt)] for prompt, _ in groups])
     # A completion begins after the prompt and the completions before it, and counts its positions from the prompt on.
     lengths_PL = mask_PLT.sum(dim=2).long()
@@ -53,10 +56,11 @@ def collate(groups: Sequence[Group], pad_id: int, *, start_id: int | None = None
     column_S = torch.arange(input_ids.shape[1])
     block_PS = (column_S >= begins_PL.unsqueeze(2)).sum(dim=1)  # 0 in the prompt, l in completion l
     shift_PS = (begins_PL - prompt_P1).gather(1, (block_PS - 1).clamp(min=0)) * (block_PS > 0)
+    last = int((prompt_P1 + lengths_PL).max()) - 1  # padding stays in the model's table of positions
     num_completions = ids_PLT.shape[1]
     return batch | {
         "input_ids": input_ids,
-        "position_ids": column_S - shift_PS,
+        "position_ids": (column_S - shift_PS).clamp(max=last),
         "attention_mask": mask_PS if num_completions == 1 else _shared_prompt_mask(block_PS),
         "predictor": predictor,
         "logits_to_keep": column_S[int(prompt_P1.min()) - 1 :],
@@ -68,9 +72,9 @@ def by_length(groups: Sequence[Group]) -> list[int]:
     return sorted(range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1])))
 
 
-def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def _padded(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Ids and mask (P, S), padded right."""
-    width = max(map(len, rows))
+    width = multiple * math.ceil(max(map(len, rows)) / multiple)
     ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
 
@@ -164,12 +168,14 @@ def group_logprobs(
     start_id: int | None,
     device: torch.device,
     batch_rows: int | None = None,
+    multiple: int = 1,
 ) -> Tensor:
     """`sequence_logprobs` of any number of prompts with L completions each, without gradient, (P, L) fp32 on CPU.
 
     What all prompts begin with is computed once. At most `batch_rows` completions go through the model together (None:
     16, or more where they are short); fewer after an out-of-memory error, or where a model that alters its logits would
-    make too many of them. With L > 1 completions share their prompt's row: see `bondlm.models.probe`.
+    make too many of them. With L > 1 completions share their prompt's row: see `bondlm.models.probe`. Rows are padded to
+    a `multiple` (`collate`).
 
     Raises:
         ResourceError: not even the completions of one prompt fit into the memory.
@@ -181,6 +187,7 @@ def group_logprobs(
     groups = [(prompt[n:], completions) for prompt, completions in groups]
     num_completions = len(groups[0][1])
     result = torch.empty(len(groups), num_completions, dtype=torch.float32)
+    collated = partial(collate, pad_id=pad_id, start_id=start_id, multiple=multiple)
     pending = by_length(groups)[::-1]  # longest first: out of memory? At once.
     size = max(1, (batch_rows or _rows_together(n, groups[pending[0]])) // num_completions)
     while pending:
@@ -189,7 +196,7 @@ def group_logprobs(
             chunk = chunk[: _within_budget(model, [groups[i] for i in chunk])]
         scored = [groups[i] for i in chunk]
         scores, fitting = try_or_halve(
-            partial(_chunk_logprobs, model, scored, pad_id, start_id, device, n, before, head),
+            partial(_chunk_logprobs, model, scored, collated, device, n, before, head),
             len(chunk),
             "prompts",
             doing="scoring",
@@ -212,15 +219,14 @@ def _rows_together(num_before: int, longest: Group) -> int:
 def _chunk_logprobs(
     model: Any,
     groups: Sequence[Group],
-    pad_id: int,
-    start_id: int | None,
+    collated: Callable[[Sequence[Group]], dict[str, Tensor]],
     device: torch.device,
     num_before: int,
     before: DynamicCache | None,
     head: nn.Module | None,
 ) -> Tensor:
     """One forward pass."""
-    batch, cache = collate(groups, pad_id, start_id=start_id), None
+    batch, cache = collated(groups), None
     if before is not None:
         cache = repeated(before, len(groups))
         batch = batch_behind_prefix(batch, num_before)

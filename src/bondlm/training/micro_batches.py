@@ -79,14 +79,20 @@ class SmallerBatches:
 
 
 def micro_batch(
-    rollout: Rollout, chosen: Sequence[int], pad_id: int, *, start_id: int | None, share_prompts: bool
+    rollout: Rollout,
+    chosen: Sequence[int],
+    pad_id: int,
+    *,
+    start_id: int | None,
+    share_prompts: bool,
+    multiple: int = 1,
 ) -> MicroBatch:
-    """The `chosen` prompts of a rollout as tensors."""
+    """The `chosen` prompts of a rollout as tensors; their rows have a `multiple` of so many columns."""
     groups = [rollout.groups[i] for i in chosen]
     if not share_prompts:
         groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
     tensors = {name: tensor[chosen] for name, tensor in rollout.tensors.items()}
-    batch = collate(groups, pad_id, start_id=start_id) | tensors
+    batch = collate(groups, pad_id, start_id=start_id, multiple=multiple) | tensors
     length = batch["completion_ids"].shape[-1]
     batch["row_P"] = torch.tensor(chosen)
     return batch | {"sampled_PCT": padded_logprobs([rollout.compared[i] for i in chosen], length)}

@@ -50,6 +50,7 @@ class Step:
     missing_eos: str
     trainer_state: Callable[[], Any]  # Trainer makes a new one when it trains
     gamma_ref: float = 0.0
+    multiple: int = 1  # of tokens, that rows are padded to
 
     def roll_out(
         self, rows: Sequence[Mapping[str, Any]], step: int, is_real_P: Tensor, *, with_reference: bool
@@ -105,7 +106,8 @@ class Step:
         """
         first = sizes[0] if mixed_first else 0
         order = iter([*range(first), *(place for place in by_length(rollout.groups) if place >= first)])
-        how: dict[str, Any] = {"start_id": self.encoder.start_id, "share_prompts": self.share_prompts}
+        how: dict[str, Any] = {"start_id": self.encoder.start_id, "multiple": self.multiple}
+        how |= {"share_prompts": self.share_prompts}
         chosen = [list(islice(order, size)) for size in sizes]
         return [micro_batch(rollout, places, self.encoder.pad_id, **how) for places in chosen]
 
@@ -146,6 +148,7 @@ class Step:
             return torch.zeros(len(groups), 0)
         asked = groups if self.share_prompts else [(p, [completion]) for p, cs in groups for completion in cs]
         how: dict[str, Any] = {"start_id": self.encoder.start_id, "device": self.world.device}
+        how |= {"multiple": self.multiple}
         with self.clock("reference"), self.roles.use(role) as model:
             return group_logprobs(model, asked, self.encoder.pad_id, **how).view(len(groups), -1)
 
