@@ -174,8 +174,8 @@ def group_logprobs(
 
     What all prompts begin with is computed once. At most `batch_rows` completions go through the model together (None:
     16, or more where they are short); fewer after an out-of-memory error, or where a model that alters its logits would
-    make too many of them. With L > 1 completions share their prompt's row: see `bondlm.models.probe`. Rows are padded to
-    a `multiple` (`collate`).
+    make too many of them. With L > 1 completions share their prompt's row: see `bondlm.models.probe`. Rows are padded
+    to a `multiple` (`collate`).
 
     Raises:
         ResourceError: not even the completions of one prompt fit into the memory.
