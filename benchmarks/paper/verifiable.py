@@ -1,6 +1,7 @@
 """Rewards that are 0 or 1: sums of two numbers, a model that gets a third of them right; pass@1, pass@k and KL.
 
     python benchmarks/paper/verifiable.py --seeds 0 1 2 3 4      # finished runs are skipped; minutes a run on one core
+    python benchmarks/paper/verifiable.py --steps 400            # where it comes to rest
     python benchmarks/paper/verifiable.py --table
 
 Every method draws 192 completions a step of the same training prompts; held-out sums are in no training set. The start
@@ -31,7 +32,7 @@ from bondlm import BONDConfig, BONDTrainer
 OUT = Path(__file__).parent / "results" / "verifiable.jsonl"
 SYMBOLS = ["<pad>", "<end>", *"0123456789+="]
 PAD, END = 0, 1
-COMPLETIONS, STEPS, HELD_OUT, SAMPLES = 192, 100, 256, 16
+COMPLETIONS, HELD_OUT, SAMPLES = 192, 256, 16
 METHODS: dict[str, dict[str, Any]] = {
     "self_bond n=4": {"objective": "self_bond", "n": 4, "num_samples": 8, "log_quantile": "best_of_n"},
     "self_bond n=16": {"objective": "self_bond", "n": 16, "num_samples": 8, "log_quantile": "best_of_n"},
@@ -120,19 +121,19 @@ def pass_at(rewards_PM: Tensor, k: int) -> float:
     return float(1 - ((wrong[:, None] - i).clamp(min=0) / (m - i)).prod(dim=1).mean())
 
 
-def trainer_of(method: str, seed: int, start: Path, folder: str) -> BONDTrainer:
+def trainer_of(method: str, seed: int, start: Path, folder: str, steps: int = 100) -> BONDTrainer:
     """The trainer of a method."""
     settings = METHODS[method]
     train, held_out = sums()
     args = BONDConfig(
         output_dir=folder,
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=COMPLETIONS // DRAWN.get(settings["objective"], 8),
         max_completion_length=5,
         learning_rate=2e-4,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
-        logging_steps=STEPS,
+        logging_steps=steps,
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
@@ -147,17 +148,17 @@ def trainer_of(method: str, seed: int, start: Path, folder: str) -> BONDTrainer:
     return BONDTrainer(str(start), correct, args, processing_class=tokenizer(), **data)
 
 
-def run(method: str, seed: int, start: Path, folder: str) -> dict[str, Any]:
+def run(method: str, seed: int, start: Path, folder: str, steps: int) -> dict[str, Any]:
     """Train, and measure at the end; "start" is the model before."""
     facts = {"method": method, "seed": seed}
     if method == "start":
         return (
             pass_at_each(trainer_of("jbond eta=0.1", seed, start, folder), "reference") | {"kl": 0.0, "step": 0} | facts
         )
-    trainer = trainer_of(method, seed, start, folder)
+    trainer = trainer_of(method, seed, start, folder, steps)
     trainer.train()
     evaluated = trainer.evaluate()
-    measured = {"kl": evaluated["eval_kl"], "win_rate": evaluated["eval_win_rate"], "step": STEPS}
+    measured = {"kl": evaluated["eval_kl"], "win_rate": evaluated["eval_win_rate"], "step": steps}
     return pass_at_each(trainer, "policy") | measured | facts
 
 
@@ -170,12 +171,13 @@ def pass_at_each(trainer: BONDTrainer, role: Literal["policy", "reference"]) -> 
 def table() -> None:
     """Mean over seeds, with the spread between them."""
     found = [json.loads(line) for line in OUT.read_text().splitlines()]
-    print("| method | seeds | pass@1 | pass@4 | pass@16 | KL |\n|---|---|---|---|---|---|")
-    for method in ["start", *METHODS]:
-        own = [row for row in found if row["method"] == method]
-        if own:
-            cells = [spread([row[key] for row in own]) for key in ("pass@1", "pass@4", "pass@16", "kl")]
-            print(f"| {method} | {len(own)} | " + " | ".join(cells) + " |")
+    print("| method | steps | seeds | pass@1 | pass@4 | pass@16 | KL |\n|---|---|---|---|---|---|---|")
+    for step in sorted({row["step"] for row in found}):
+        for method in ["start", *METHODS]:
+            own = [row for row in found if (row["method"], row["step"]) == (method, step)]
+            if own:
+                cells = [spread([row[key] for row in own]) for key in ("pass@1", "pass@4", "pass@16", "kl")]
+                print(f"| {method} | {step} | {len(own)} | " + " | ".join(cells) + " |")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--only", nargs="*", default=list(METHODS))
     parser.add_argument("--start", type=Path, default=Path("runs/verifiable/start"))
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table:
@@ -199,12 +202,12 @@ def main() -> None:
     if not (options.start / "config.json").exists():
         start_model().save_pretrained(options.start)
     lines = OUT.read_text().splitlines() if OUT.exists() else []
-    done = {(row["method"], row["seed"]) for row in map(json.loads, lines)}
+    done = {(row["method"], row["seed"], row["step"]) for row in map(json.loads, lines)}
     for seed in options.seeds:
         for method in ["start", *options.only] if seed == 0 else options.only:
-            if (method, seed) not in done:
+            if (method, seed, 0 if method == "start" else options.steps) not in done:
                 with tempfile.TemporaryDirectory() as folder:
-                    row = run(method, seed, options.start, folder)
+                    row = run(method, seed, options.start, folder, options.steps)
                 append(str(OUT), row)
                 print(row, flush=True)
 
