@@ -27,7 +27,7 @@ def test_what_fits_is_done() -> None:
 
 
 def test_what_does_not_is_to_be_tried_again_with_half() -> None:
-    with pytest.warns(UserWarning, match=r"bondlm: out of memory while drawing 5 rows, going on with 2 \(CUDA"):
+    with pytest.warns(UserWarning, match=r"bondlm: out of memory while drawing 5 rows, continuing with 2 \(CUDA"):
         assert attempt(full, 5) == (None, 2)
 
 
