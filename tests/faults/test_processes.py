@@ -136,7 +136,7 @@ def test_d11_another_number_of_processes(tmp_path: Path) -> None:
     check(run_tiny(tmp_path / "two", 1, **job, per_device_train_batch_size=4, max_steps=2))
     refused = run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=4, max_steps=4, resume=True)
     assert refused.returncode != 0
-    assert "and now it would be 8 (2 processes x per_device_train_batch_size=4" in refused.stderr
+    assert "now it would be 8 (2 processes x per_device_train_batch_size=4" in refused.stderr
     check(run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=2, max_steps=4, resume=True))
     one, two = (load_file(tmp_path / name / "policy.safetensors") for name in ("one", "two"))
     assert max(float((two[name] - one[name]).abs().max()) for name in one) < 2e-6
