@@ -37,16 +37,15 @@ def start(config: Path, prepare: Callable[[], object] = lambda: None, *arguments
     return fork(train, config.parent / "out.txt")
 
 
-def fork(work: Callable[[], int | None], output: Path) -> int:
+def fork(work: Callable[[], int | None], output: Path, errors: Path | None = None) -> int:
     """Fork after the imports, so that a kill falls into the work, and seconds of each process are saved."""
     pid = os.fork()
     if pid:
         return pid
     gc.freeze()  # the parent's objects need no collection here
     torch.set_num_threads(1)
-    out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    for number, path in ((1, output), (2, errors or output)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     code = 1
     try:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from cli.helpers import write_job
 from distributed.launch import ROOT, check, free_port, launch_tiny, outcome, run_tiny, taken_port
 from safetensors.torch import load_file
 
+from bondlm.cli import main as bondlm
 from bondlm.errors import DataDesyncError, WeightDesyncError
 from bondlm.runs.manifest import fault
+from faults.children import as_rank, fork, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 TIMEOUT_S = 8  # what the runs are told
@@ -32,25 +35,66 @@ last = Last()
 """
 
 
-def ranks(config: Path, *options: str, late: float = 0) -> list[subprocess.Popen[str]]:
+class Rank:
+    """One process of `bondlm train`, forked, with what the tests use of `subprocess.Popen`."""
+
+    def __init__(self, config: Path, rank: int, port: int, options: Sequence[str]) -> None:
+        self._files = [config.parent / f"rank-{rank}.{name}" for name in ("out", "err")]
+        self.returncode: int | None = None
+
+        def work() -> int:
+            as_rank(rank, 2, port)
+            return bondlm(["train", "--config", str(config), *options])
+
+        self.pid = fork(work, *self._files)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = wait(self.pid, 0.01)
+        return self.returncode
+
+    def communicate(self, timeout: float) -> list[str]:
+        """Standard output and error of the ended process."""
+        end = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < end:
+            pass
+        assert self.returncode is not None, f"still running after {timeout} s"
+        return [path.read_text() for path in self._files]
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            self.send_signal(signal.SIGKILL)
+            self.communicate(timeout=10)
+
+
+def ranks(config: Path, *options: str, late: float = 0) -> list[Rank]:
     """`bondlm train`, once a rank and without a launcher that would end the others when one ends.
 
     The main one comes `late` (seconds).
     """
-    port, world, processes = str(free_port()), 2, list[subprocess.Popen[str]]()
-    for rank in reversed(range(world)):
-        time.sleep(late if rank == 0 else 0)
-        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        environment = os.environ | places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(ROOT / "src")
-        command = [sys.executable, "-m", "bondlm", "train", "--config", str(config), *options]
+    port = free_port()
+    second = Rank(config, 1, port, options)
+    time.sleep(late)
+    return [Rank(config, 0, port, options), second]
+
+
+def interpreters(config: Path) -> list[subprocess.Popen[str]]:
+    """The same as interpreters of their own."""
+    port, processes = str(free_port()), []
+    for rank in ("0", "1"):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | places | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+        command = [sys.executable, "-m", "bondlm", "train", "--config", str(config)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    return processes[::-1]
+    return processes
 
 
-def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for_step(folder: Path, step: int, processes: list[Rank]) -> None:
     log = folder / "run" / "metrics.jsonl"
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end and all(process.poll() is None for process in processes):
@@ -76,7 +120,6 @@ def test_m1_a_rank_that_is_gone_does_not_hang_the_other(tmp_path: Path, how: sig
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
 
 
 def test_m1_the_launcher_ends_the_others(tmp_path: Path) -> None:
@@ -179,7 +222,7 @@ def test_s5_ranks_end_before_the_interpreter_does(tmp_path: Path) -> None:
     config = write_job(tmp_path, max_steps=1, save_strategy="no", eval_dataset=None)
     with (tmp_path / "reward.py").open("a") as reward:
         reward.write(LAST_WORDS)
-    processes = ranks(config)
+    processes = interpreters(config)
     ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     for _, error in ends:
