@@ -28,9 +28,9 @@ demo: models/smollm2-135m-instruct/config.json
 test: .venv/.installed
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
-# With real weights, from packages, and with processes that are killed. A file stays in one process.
+# With real weights, from packages, and with processes that are killed.
 test-slow: models/smollm2-135m-instruct/config.json
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 # A vLLM server on the CPU, in an environment of its own (2 to 3 minutes to install, 1.5 GB); --no-deps: see the file.
 .venv-vllm/.installed: constraints-vllm.txt
