@@ -206,3 +206,19 @@ def test_bf16_logits_are_summed_up_in_fp32(kind: str) -> None:
         logits = logits.gather(1, columns.unsqueeze(2).expand(-1, -1, logits.shape[2]))
     exact = logits.double().log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
     torch.testing.assert_close(logprobs.double(), (exact * mask).sum(1), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "num_passes"), [(9, 1), (60, 2), (200, 3)])
+def test_short_rows_are_scored_together_and_long_ones_sixteen_at_a_time(length: int, num_passes: int) -> None:
+    """48 rows without a common beginning: at most 2,048 tokens a pass, or 16 rows; no number depends on it."""
+    model = tiny_causal(TOKENIZER)
+    groups: list[Group] = [([10 + i] * (length - 3), [[6, 7, 8]]) for i in range(48)]
+    expected = group_logprobs(model, groups, 0, start_id=None, device=CPU, batch_rows=1)
+    passes = list[int]()
+    hook = model.model.register_forward_hook(lambda module, args, out: passes.append(len(out.last_hidden_state)))
+    logprobs = group_logprobs(model, groups, 0, start_id=None, device=CPU)
+    hook.remove()
+    assert passes[0] == 1  # `exact_head` asks the model
+    assert len(passes[1:]) == num_passes
+    assert sum(passes[1:]) == 48
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-6)

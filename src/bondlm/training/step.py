@@ -106,8 +106,11 @@ class Step:
         """
         first = sizes[0] if mixed_first else 0
         order = iter([*range(first), *(place for place in by_length(rollout.groups) if place >= first)])
-        how: dict[str, Any] = {"start_id": self.encoder.start_id, "multiple": self.multiple}
-        how |= {"share_prompts": self.share_prompts}
+        how: dict[str, Any] = {
+            "start_id": self.encoder.start_id,
+            "share_prompts": self.share_prompts,
+            "multiple": self.multiple,
+        }
         chosen = [list(islice(order, size)) for size in sizes]
         return [micro_batch(rollout, places, self.encoder.pad_id, **how) for places in chosen]
 
@@ -147,8 +150,11 @@ class Step:
         if not groups or not groups[0][1]:
             return torch.zeros(len(groups), 0)
         asked = groups if self.share_prompts else [(p, [completion]) for p, cs in groups for completion in cs]
-        how: dict[str, Any] = {"start_id": self.encoder.start_id, "device": self.world.device}
-        how |= {"multiple": self.multiple}
+        how: dict[str, Any] = {
+            "start_id": self.encoder.start_id,
+            "device": self.world.device,
+            "multiple": self.multiple,
+        }
         with self.clock("reference"), self.roles.use(role) as model:
             return group_logprobs(model, asked, self.encoder.pad_id, **how).view(len(groups), -1)
 
