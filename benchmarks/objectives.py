@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bondlm import bestofn
-from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
+from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Listwise, Reinforce
 
 OBJECTIVES: dict[str, Any] = {
     "jbond": JBOND(),
@@ -34,6 +34,7 @@ OBJECTIVES: dict[str, Any] = {
     "vbon (n=8, M=16)": VBON(n=8, num_anchor_samples=16),
     "bonbon (n=8)": BoNBoN(n=8),
     "regression (M=16)": BestOfNRegression(n=8, num_samples=16),
+    "listwise (K=8)": Listwise(n=8, num_samples=8),
 }
 NUM_PROMPTS, NUM_SAMPLES = 10_000, 256
 

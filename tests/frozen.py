@@ -161,6 +161,7 @@ TRAIN_METRICS = {
 NOISE_METRICS = {"noise/gradient_sq", "noise/scale", "noise/trace"}  # every tenth step, with gradient accumulation
 OTHER_OBJECTIVES_METRICS = {
     "bond/frac_no_signal",
+    "bond/listwise_kl",
     "bond/margin_error",
     "bond/quantile_loss",
     "bond/quantile_mean",

@@ -101,6 +101,8 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "vbon", "n": 4, "num_anchor_samples": 1}, "num_anchor_samples=1"),
     ({"objective": "bonbon", "n": 4, "alpha": 1.5}, "alpha=1.5"),
     ({"objective": "best_of_n_regression", "n": 4, "num_samples": 3}, "num_samples=3"),
+    ({"objective": "listwise", "n": 4, "num_samples": 3}, "num_samples=3"),
+    ({"objective": "listwise", "gamma_ref": 0.1}, "gamma_ref=0.1"),
     ({"objective": "self_bond", "num_samples": 2}, "num_samples=2"),
     ({"objective": "self_bond", "n": 100}, "n=100"),
     ({"objective": "self_bond", "log_quantile": "clamped"}, "log_quantile='clamped'"),
@@ -135,6 +137,7 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
         "bonbon": (0, 2, 2, 2),
         "best_of_n_regression": (0, 2, 2, 2),
         "self_bond": (8, 0, 8, 8),
+        "listwise": (0, 8, 8, 8),
     }
     assert set(plans) == set(OBJECTIVES)
     for name, expected in plans.items():
@@ -200,6 +203,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "bonbon": ("n", "alpha"),
     "best_of_n_regression": ("n", "num_samples"),
     "self_bond": ("n", "num_samples", "log_quantile"),
+    "listwise": ("n", "num_samples"),
 }
 
 
@@ -267,10 +271,11 @@ def test_a_single_sample_cannot_be_ranked_last(tmp_path: Path) -> None:
 
 
 def test_objectives_that_draw_nothing_from_the_policy_can_learn_from_a_file(tmp_path: Path) -> None:
-    assert set(OFF_POLICY) == {"best_of_n_sft", "bonbon", "best_of_n_regression"}
+    assert set(OFF_POLICY) == {"best_of_n_sft", "bonbon", "best_of_n_regression", "listwise"}
     regression = config(tmp_path, objective="best_of_n_regression", n=3)
     assert objective_of(regression).plan.total == 3
     assert objective_of(regression, num_logged=8).plan.total == 8  # all that are on file
+    assert objective_of(config(tmp_path, objective="listwise"), num_logged=6).plan.total == 6
     regression = config(tmp_path, objective="best_of_n_regression", n=3, num_samples=4)
     assert objective_of(regression, num_logged=8).plan.total == 4
 

@@ -14,7 +14,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce, SelfBOND
+from bondlm.objectives import (
+    BOND,
+    GRPO,
+    JBOND,
+    RLOO,
+    VBON,
+    BestOfNRegression,
+    BestOfNSFT,
+    BoNBoN,
+    Listwise,
+    Reinforce,
+    SelfBOND,
+)
 
 from .tables import ANCHOR, LOGITS, REWARDS, draw, enumerated_gradient, exact_gradient, loss_on
 
@@ -148,6 +160,18 @@ MUTATIONS = [
             ("(self.n - 1) * log_u", "-(self.n - 1) * log_u", "log-quantile"),
             ("+ log_coll", "- log_coll", "collision term (log n)"),
             ("rewards_PM, None, method", "rewards_PM, rewards_PM, method", "quantile that counts the sample itself"),
+        ]
+    ),
+    *(
+        Mutation(Listwise(n=3, num_samples=3), "objectives.listwise", *m)
+        for m in [
+            ("loss_P = -(", "loss_P = (", "loss"),
+            ("logp_PL - anchor_logp_PC", "logp_PL + anchor_logp_PC", "anchor's log p"),
+            (").log_softmax(", ").softmax(", "no logarithm"),
+            ("- (worse / num_samples)", "+ (worse / num_samples)", "share of the worse ones"),
+            ("(at_most + 1) /", "at_most /", "the sample itself not counted"),
+            ("** self.n -", "** (self.n - 1) -", "order of Best-of-n"),
+            ("at_most - worse + 1", "at_most * 0 + 1", "ties not seen"),
         ]
     ),
     *(

@@ -19,12 +19,26 @@ from bondlm.bestofn import (
     grpo_gradient,
     kl_reward_gradient,
     kl_reward_optimum,
+    listwise_fixed_point,
+    listwise_gradient,
     regression_fixed_point,
     regression_gradient,
     self_bond_fixed_point,
     self_bond_gradient,
 )
-from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce, SelfBOND
+from bondlm.objectives import (
+    BOND,
+    GRPO,
+    JBOND,
+    RLOO,
+    VBON,
+    BestOfNRegression,
+    BestOfNSFT,
+    BoNBoN,
+    Listwise,
+    Reinforce,
+    SelfBOND,
+)
 
 ANCHOR = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.45, 0.15, 0.25, 0.15], [0.25, 0.25, 0.4, 0.1]], dtype=torch.float64)
 REWARDS = torch.tensor([[0.3, -1.0, 2.0, 0.7], [0.0, 1.0, 1.0, 2.0], [0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
@@ -50,6 +64,8 @@ OBJECTIVES: dict[str, Any] = {
     "vbon": VBON(n=4, num_anchor_samples=4),
     "bonbon": BoNBoN(n=4, alpha=0.3),
     "regression": BestOfNRegression(n=3, num_samples=4),
+    "listwise": Listwise(n=3, num_samples=4),
+    "listwise n = 2 samples": Listwise(n=2, num_samples=2),
     "self_bond": SelfBOND(n=3, num_samples=4),
     "self_bond harmonic": SelfBOND(n=2, num_samples=3, log_quantile="harmonic"),
     "self_bond best_of_n": SelfBOND(n=4, num_samples=4, log_quantile="best_of_n"),
@@ -77,6 +93,8 @@ def exact_gradient(objective: Any, logits: Tensor, anchor: Tensor, rewards: Tens
             return bonbon_gradient(logits, anchor, rewards, objective.n, objective.alpha)
         case "BestOfNRegression":
             return regression_gradient(logits, anchor, rewards, objective.n, objective.num_samples)
+        case "Listwise":
+            return listwise_gradient(logits, anchor, rewards, objective.n, objective.num_samples)
         case "GRPO":
             settings = objective.beta_rl, objective.num_samples, objective.scale_rewards
             return grpo_gradient(logits, anchor, rewards, *settings)
@@ -96,6 +114,8 @@ def exact_fixed_point(objective: Any, anchor: Tensor, rewards: Tensor) -> Tensor
             return bonbon_fixed_point(anchor, rewards, objective.n, objective.alpha)
         case "BestOfNRegression":
             return regression_fixed_point(anchor, rewards, objective.n, objective.num_samples)
+        case "Listwise":
+            return listwise_fixed_point(anchor, rewards, objective.n, objective.num_samples)
         case "GRPO":
             return grpo_fixed_point(anchor, rewards, objective.beta_rl, objective.num_samples, objective.scale_rewards)
         case "SelfBOND":

@@ -7,7 +7,7 @@ import torch
 
 from bondlm.bestofn import kl_divergence, log_quantile
 from bondlm.errors import ConfigError
-from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Reinforce
+from bondlm.objectives import BOND, GRPO, JBOND, RLOO, VBON, BestOfNRegression, BestOfNSFT, BoNBoN, Listwise, Reinforce
 from bondlm.objectives.terms import argmax_random_ties, leave_one_out_mean
 
 from .tables import ANCHOR, LOGITS, OBJECTIVES, REWARDS, draw, exact_fixed_point, loss_on
@@ -294,7 +294,9 @@ def test_a_learned_quantile_is_labelled_by_comparisons_and_replaces_the_estimate
     )
 
 
-@pytest.mark.parametrize("objective", [BestOfNSFT(n=3), BoNBoN(n=3), BestOfNRegression(n=3, num_samples=3)])
+@pytest.mark.parametrize(
+    "objective", [BestOfNSFT(n=3), BoNBoN(n=3), BestOfNRegression(n=3, num_samples=3), Listwise(n=3, num_samples=3)]
+)
 def test_offline_objectives_draw_nothing_and_have_no_baseline(objective):
     assert objective.plan.policy == 0
     signal = objective.select(torch.rand(5, 3), torch.rand(5, 3)).signal_PC
@@ -361,6 +363,8 @@ def test_bonbon_takes_two_different_samples_where_all_tie():
         (lambda: BoNBoN(n=4, alpha=2.0), "alpha=2.0"),
         (lambda: BestOfNRegression(n=1, num_samples=4), "n=1"),
         (lambda: BestOfNRegression(n=8, num_samples=4), "num_samples=4: .*>= 8"),
+        (lambda: Listwise(n=1), "n=1"),
+        (lambda: Listwise(n=8, num_samples=4), "num_samples=4: .*>= 8"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_sentence(build, message):

@@ -41,6 +41,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "vbon": {"objective": "vbon", "n": 4},
     "bonbon": {"objective": "bonbon", "n": 4, "alpha": 0.5},
     "regression": {"objective": "best_of_n_regression", "n": 4, "num_samples": 8},
+    "listwise": {"objective": "listwise", "n": 4, "num_samples": 8},
     "self_bond": {"objective": "self_bond", "n": 8, "num_samples": 4, "per_device_train_batch_size": 96},
     "self_bond, best_of_n": {"objective": "self_bond", "n": 4, "num_samples": 4, "log_quantile": "best_of_n"}
     | {"per_device_train_batch_size": 96},
@@ -144,7 +145,7 @@ def test_a_checkpoint_without_its_quantile_model_is_refused(tmp_path: Path) -> N
         six_steps(tmp_path, settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
-@pytest.mark.parametrize("objective", ["best_of_n_sft", "bonbon", "best_of_n_regression"])
+@pytest.mark.parametrize("objective", ["best_of_n_sft", "bonbon", "best_of_n_regression", "listwise"])
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_logged_samples_are_enough(objective: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_t5(TOKENIZER) if kind == "t5" else ends_often(tiny_causal(TOKENIZER))
@@ -172,7 +173,7 @@ def test_logged_samples_are_enough(objective: str, kind: str, tmp_path: Path, mo
 
     monkeypatch.setattr(made.engine, "generate_roles", no_generation)
     groups = made.train_dataset.to_list()
-    width = 6 if objective == "best_of_n_regression" else 4
+    width = 6 if objective in ("best_of_n_regression", "listwise") else 4
     assert [len(g["logged_ids"]) for g in groups] == [width] * 12
 
     def log_ratios() -> tuple[float, float]:
@@ -188,6 +189,9 @@ def test_logged_samples_are_enough(objective: str, kind: str, tmp_path: Path, mo
     made.train()
     best, worst = log_ratios()
     assert best > worst + 0.3
+    if objective == "listwise":
+        distances = [row["bond/listwise_kl"] for row in logged(tmp_path / "run")[:-1]]
+        assert distances[-1] < 0.5 * distances[0]
     if objective == "best_of_n_regression":
         losses = [row["bond/regression_loss"] for row in logged(tmp_path / "run")[:-1]]
         assert losses[-1] < 0.5 * losses[0]

@@ -20,6 +20,7 @@ from bondlm.bestofn.oracle.exact_objectives import (
 )
 from bondlm.bestofn.oracle.exact_signal import mean_signal
 from bondlm.bestofn.oracle.grpo import grpo_fixed_point, grpo_gradient
+from bondlm.bestofn.oracle.listwise import listwise_fixed_point, listwise_gradient
 from bondlm.bestofn.oracle.reference_kl import bond_resting_point
 from bondlm.bestofn.oracle.self_bond import self_bond_fixed_point, self_bond_gradient, self_bond_signal
 from bondlm.bestofn.oracle.tabular import (
@@ -77,6 +78,8 @@ __all__ = [
     "kl_k3",
     "kl_reward_gradient",
     "kl_reward_optimum",
+    "listwise_fixed_point",
+    "listwise_gradient",
     "log_collision_correction",
     "log_quantile",
     "mean_signal",

@@ -43,7 +43,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     objective: str = setting(
         "jbond",
         "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, grpo, vbon, bonbon, "
-        "best_of_n_regression or self_bond.",
+        "best_of_n_regression, self_bond or listwise.",
         one_of(*OBJECTIVES),
     )
     n: int = setting(2, "Order of Best-of-n in the target, at least 2. J-BOND is defined for 2.")
@@ -111,8 +111,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     num_samples: int | None = setting(
         None,
-        "Samples per prompt. rloo: default 2; grpo: default 8; self_bond: default 8, at least 3; best_of_n_regression: "
-        "default n, or all logged ones.",
+        "Samples per prompt. rloo: default 2; grpo: default 8; self_bond: default 8, at least 3; listwise: default "
+        "8, or all logged ones; best_of_n_regression: default n, or all logged ones.",
     )
     scale_rewards: str = setting(
         "group", "grpo: 'group' divides a prompt's rewards by their standard deviation, 'none' does not."

@@ -195,7 +195,8 @@ ARGUMENTS: dict[str, Foreign] = {
     ),
     "rollout_func": Foreign(
         "bondlm draws the completions itself, from the policy and its anchor; train from samples that you drew with "
-        "objective='best_of_n_sft', 'bonbon' or 'best_of_n_regression' and a train_dataset of scored samples"
+        "objective='best_of_n_sft', 'bonbon', 'listwise' or 'best_of_n_regression' and a train_dataset of scored "
+        "samples"
     ),
     "environment_factory": Foreign(
         "a completion is one answer, without an environment's turns; score it in a reward function"

@@ -7,6 +7,7 @@ from bondlm.objectives.bonbon import BoNBoN
 from bondlm.objectives.bond import BOND
 from bondlm.objectives.grpo import GRPO
 from bondlm.objectives.jbond import JBOND
+from bondlm.objectives.listwise import Listwise
 from bondlm.objectives.reference_kl import reference_pull, with_reference_kl
 from bondlm.objectives.reinforce import Reinforce
 from bondlm.objectives.rloo import RLOO
@@ -23,6 +24,7 @@ __all__ = [
     "BestOfNSFT",
     "BoNBoN",
     "LearnedQuantile",
+    "Listwise",
     "Loss",
     "Objective",
     "Reinforce",

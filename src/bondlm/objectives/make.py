@@ -15,6 +15,7 @@ from bondlm.objectives.bonbon import BoNBoN
 from bondlm.objectives.bond import BOND
 from bondlm.objectives.grpo import GRPO
 from bondlm.objectives.jbond import JBOND
+from bondlm.objectives.listwise import Listwise
 from bondlm.objectives.reinforce import Reinforce
 from bondlm.objectives.rloo import RLOO
 from bondlm.objectives.rules import one_of
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, type[Any]] = {
     "bonbon": BoNBoN,
     "best_of_n_regression": BestOfNRegression,
     "self_bond": SelfBOND,
+    "listwise": Listwise,
 }
 
 
@@ -60,6 +62,8 @@ def _dependent_defaults(name: str, settings: Mapping[str, Any], num_logged: int 
         return {"num_anchor_samples": 1}
     if name == "best_of_n_regression":
         return {"num_samples": num_logged or settings.get("n")}
+    if name == "listwise" and num_logged:
+        return {"num_samples": num_logged}
     return {}
 
 

@@ -7,14 +7,19 @@ matters, a multinomial distribution over C(K + m - 2, m - 1) cases.
 Shape suffixes: K outcomes, J cases of the other samples.
 """
 
-import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from bondlm.bestofn._arrays import Array, back, check_finite, check_same_shape, to_float64
-from bondlm.bestofn.oracle.tables import check_weight, policy_and, positive_probs, resting_point, score_gradient
+from bondlm.bestofn.oracle.tables import (
+    cases_of_draws,
+    check_weight,
+    policy_and,
+    positive_probs,
+    resting_point,
+    score_gradient,
+)
 
 Scale = Literal["group", "none"]
 _STD_FLOOR = 1e-4
@@ -88,11 +93,7 @@ def _mean_advantage(probs_K: Tensor, rewards_K: Tensor, num_samples: int, scale:
     """E[A | y] (..., K) of each outcome y, by a sum over how often the others are each outcome."""
     if num_samples < 2 or scale not in ("group", "none"):
         raise ValueError(f"num_samples must be >= 2 and scale 'group' or 'none'; got {num_samples!r}, {scale!r}")
-    num_outcomes, others = probs_K.shape[-1], num_samples - 1
-    cases = torch.combinations(torch.arange(num_outcomes), others, with_replacement=True)
-    counts_JK = torch.nn.functional.one_hot(cases, num_outcomes).sum(1).double()
-    ways_J = math.factorial(others) / torch.lgamma(counts_JK + 1.0).sum(-1).exp()
-    weight_J = ways_J * (probs_K.unsqueeze(-2) ** counts_JK).prod(-1)
+    counts_JK, weight_J = cases_of_draws(probs_K, num_samples - 1)
     mean_JK = ((counts_JK @ rewards_K.unsqueeze(-1)) + rewards_K.unsqueeze(-2)) / num_samples
     advantage_JK = rewards_K.unsqueeze(-2) - mean_JK
     if scale == "group":

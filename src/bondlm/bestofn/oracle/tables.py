@@ -5,6 +5,7 @@ Shape suffixes: K outcomes. Everything is float64 and checked before it comes he
 
 import math
 from collections.abc import Callable
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -94,6 +95,16 @@ def dense_newton_step(hessian_KK: Tensor, gradient_K: Tensor) -> Tensor:
     num_outcomes = gradient_K.shape[-1]
     step_K: Tensor = -torch.linalg.solve(hessian_KK + 1.0 / num_outcomes, gradient_K)
     return step_K / step_K.abs().amax(-1, keepdim=True).clamp(min=1.0)
+
+
+def cases_of_draws(probs_K: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
+    """All ways in which so many draws can fall on K outcomes: counts (J, K), and the probability (..., J) of each."""
+    num_outcomes = probs_K.shape[-1]
+    # itertools': torch.combinations makes all K^m tuples first.
+    cases = torch.tensor(list(combinations_with_replacement(range(num_outcomes), num_draws)))
+    counts_JK = torch.nn.functional.one_hot(cases, num_outcomes).sum(1).double()
+    ways_J = math.factorial(num_draws) / torch.lgamma(counts_JK + 1.0).sum(-1).exp()
+    return counts_JK, ways_J * (probs_K.unsqueeze(-2) ** counts_JK).prod(-1)
 
 
 def policy_and(logits: object, probs: object, name: str, *, positive: bool = False) -> tuple[Tensor, Tensor]:
