@@ -23,9 +23,9 @@ ROWS, PROMPT, NEW, VOCABULARY = 16, 64, 64, 32_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[4, 16, 64])
-    parser.add_argument("--lengths", nargs="+", default=["512+128", "4096+1024"], help="prompt+completion")
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[128_000, 256_000])
+    parser.add_argument("--rows", type=int, nargs="*", default=[4, 16, 64])
+    parser.add_argument("--lengths", nargs="*", default=["512+128", "4096+1024"], help="prompt+completion")
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=[128_000, 256_000])
     parser.add_argument("--long-rows", type=int, default=4, help="rows of the points that vary the length")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
