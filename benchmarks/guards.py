@@ -81,9 +81,9 @@ def learn_alone(self, model, batch, step, args):
     """`SmallerBatches.learn` timed without the forward and backward that it calls."""
     inside = []
 
-    def watched(part):
+    def watched(part, is_last):
         began = time.perf_counter()
-        loss = step(part)
+        loss = step(part, is_last)
         inside.append(time.perf_counter() - began)
         return loss
 

@@ -28,6 +28,7 @@ CONFIG_FIELDS = {
     "max_rows",
     "max_skipped_frac",
     "max_skipped_steps",
+    "max_tokens_per_micro_batch",
     "missing_eos",
     "reward_outage_s",
     "reward_timeout_s",

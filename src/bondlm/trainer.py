@@ -41,7 +41,6 @@ from bondlm.models.facts import hidden_size
 from bondlm.models.head import exact_head
 from bondlm.models.learned_quantile import quantile_model
 from bondlm.models.load import load_tokenizer, prepare_policy
-from bondlm.models.logprobs import token_logprobs
 from bondlm.models.probe import check_model
 from bondlm.models.roles import Roles
 from bondlm.models.sharding import (
@@ -61,7 +60,7 @@ from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
 from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.data import RunData
 from bondlm.training.held_out import compare
-from bondlm.training.micro_batches import MicroBatch, SmallerBatches
+from bondlm.training.micro_batches import MicroBatch, Part, SmallerBatches, learned_logprobs
 from bondlm.training.noise import NoiseScale, with_noise_scale
 from bondlm.training.notices import FirstStepCallback, TiesCallback
 from bondlm.training.occupied import held, named
@@ -176,7 +175,7 @@ class BONDTrainer(SamplingTrainer):
         check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)
         self.world = World.of(args)
         self._place_roles()
-        self.clock, self._means, self._smaller = Clock(), StepMeans(), SmallerBatches()
+        self.clock, self._means, self._smaller = Clock(), StepMeans(), SmallerBatches(args.max_tokens_per_micro_batch)
         self.noise = NoiseScale(args, self.accelerator, self._means)
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
         check_room(self.rewards, longest_rows(self.train_dataset, self.eval_dataset), args.max_completion_length)
@@ -206,7 +205,7 @@ class BONDTrainer(SamplingTrainer):
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering)
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self._anchor_callback = AnchorCallback(
-            self.anchor, self.quantile_model, self.clock, self._means, self.run_folder, self.average
+            self.anchor, self.quantile_model, self.clock, self._means, self.run_folder, self.average, self._smaller
         )
         tables = TablesCallback(self.run_folder, self.callback_handler)
         first = FirstStepCallback(self.objective, self.run_folder)
@@ -222,7 +221,7 @@ class BONDTrainer(SamplingTrainer):
             share_prompts = check_model(policy, args.device, is_noise_allowed=noisy, distributed=apart)
             self._head = core.get_output_embeddings() if exact_head(policy, args.device) is not None else None
         if self._head is None:
-            self._smaller.within_budget(core.config, self.objective.plan.learn * args.max_completion_length)
+            self._smaller.within_budget(core)
         self.step = Step(
             objective=self.objective,
             engine=self.engine,
@@ -280,31 +279,31 @@ class BONDTrainer(SamplingTrainer):
         self.run_folder.note_step(rollout, self.args.num_logged_samples)
         num_prompts = world.gather(rollout.is_counted_P.float().sum().view(1)).sum()
         mixed_first = self.noise.starts(step, len(sizes))
-        return self.step.pack(rollout, sizes, mixed_first=mixed_first), num_prompts
+        packed = self.step.pack(rollout, sizes, mixed_first=mixed_first)
+        return self._smaller.agreed(packed, world), num_prompts
 
-    def training_step(self, model: nn.Module, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch, timed; in smaller parts if the memory does not hold it."""
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one `MicroBatch`, timed; in smaller parts if the memory does not hold it."""
         learn = super().training_step
         step = stepping(self.accelerator, lambda part: learn(model, part, num_items_in_batch))
         with self.clock("learn"):
             loss = self._smaller.learn(model, inputs, step, self.args)
             if self.noise.is_measured:
-                counted, total = float(inputs["weight_P"].sum()), float(num_items_in_batch)
-                self.noise.note(model, counted, total, is_last=self.accelerator.sync_gradients)
+                total = float(num_items_in_batch)
+                self.noise.note(model, inputs.num_counted, total, is_last=self.accelerator.sync_gradients)
         return loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: MicroBatch,
+        inputs: Part,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective's mean over the window's prompts: a pure function of the tensors of one micro-batch."""
         plan = self.objective.plan
         with self.accelerator.autocast():  # an encoder that is called by itself is not in the model's own
-            logp = token_logprobs(model, inputs, head=self._head)
-        logp_PLT = logp.flatten(0, 1).unflatten(0, (-1, plan.learn))
+            logp_PLT = learned_logprobs(model, inputs, plan.learn, self._head)
         logp_PL = logp_PLT.sum(dim=2)
         loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
         loss = with_reference_kl(loss, logp_PL, inputs.get("pull_PC"))

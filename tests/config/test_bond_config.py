@@ -50,6 +50,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("max_prompt_length", 0),
     ("max_rows", 0),
     ("pad_to_multiple_of", 0),
+    ("max_tokens_per_micro_batch", 0),
     ("max_completion_length", 2.5),  # what is counted is whole
     ("max_rows", 8.0),
     ("max_steps", 1e3),
@@ -313,7 +314,7 @@ def test_what_may_change_when_a_run_goes_on() -> None:
         "always": {
             *("logging_steps", "save_steps", "eval_steps", "eval_strategy", "save_total_limit", "output_dir"),
             *("num_logged_samples", "max_rows", "per_device_eval_batch_size", "report_to"),
-            *("pad_to_multiple_of",),
+            *("pad_to_multiple_of", "max_tokens_per_micro_batch"),
             *("eval_num_samples", "eval_num_reference_samples"),
             *(
                 "target_n",

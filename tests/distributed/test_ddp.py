@@ -23,7 +23,8 @@ JOBS: dict[
     "full": ({"kind": "causal"}, 4, 2, 1),
     "t5, accumulated": ({"kind": "t5"}, 4, 1, 2),
     "rloo": (
-        {"kind": "causal", "lora": True, "objective": "rloo", "anchor": "periodic", "anchor_update_every": 2},
+        {"kind": "causal", "lora": True, "objective": "rloo", "anchor": "periodic", "anchor_update_every": 2}
+        | {"max_tokens_per_micro_batch": 77},
         4,
         2,
         1,

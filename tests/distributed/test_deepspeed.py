@@ -78,7 +78,8 @@ def test_two_processes_are_one(lora: bool, stage: int, baseline: Any, tmp_path: 
     job: dict[str, Any] = {"lora": lora} | ({} if lora else {"average_weights": 0.5})
     one = baseline(f"one-{lora}", 1, **job, per_device_train_batch_size=4)
     two = tmp_path / "two"
-    check(run_zero(two, stage, kind="causal", **job, per_device_train_batch_size=2))
+    limit = {} if lora else {"max_tokens_per_micro_batch": 77}  # now and then one process alone has more
+    check(run_zero(two, stage, kind="causal", **job, **limit, per_device_train_batch_size=2))
     for file in ("policy.safetensors", "anchor.safetensors"):
         gap = residuals(one, two, file)
         assert float(gap.abs().max()) < 2e-6

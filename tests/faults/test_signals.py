@@ -23,7 +23,7 @@ from bondlm.models.anchor import Anchor
 from bondlm.runs.manifest import fault
 from bondlm.trainer import BONDTrainer
 from bondlm.training import callbacks
-from bondlm.training.micro_batches import SmallerBatches
+from bondlm.training.micro_batches import num_tokens
 from faults.children import job, outcome, said, train, wrap
 
 MOMENTS: dict[str, tuple[Any, str]] = {
@@ -145,16 +145,16 @@ def test_s4_sigterm_during_save(moment: str, straight: Path, tmp_path: Path) -> 
 
 
 class Small:
-    """The model's forward pass, which takes no more than so many rows when it learns."""
+    """The model's forward pass, which takes no more than so many tokens when it learns."""
 
-    def __init__(self, made: BONDTrainer, rows: int, error: Exception) -> None:
+    def __init__(self, made: BONDTrainer, most: int, error: Exception) -> None:
         self.sizes: list[int] = []
         plain = made.compute_loss
 
         def compute_loss(model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-            self.sizes.append(len(inputs["weight_P"]))
+            self.sizes.append(num_tokens(inputs))
             loss = plain(model, inputs, *args, **kwargs)
-            if len(inputs["weight_P"]) > rows:
+            if num_tokens(inputs) > most:
                 parameter = next(p for p in made.roles.model.parameters() if p.requires_grad)
                 parameter.grad = torch.full_like(parameter, 7.0)  # what a backward pass cut short may leave
                 raise error
@@ -168,48 +168,52 @@ def out_of_memory() -> Exception:
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "lora"])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_s6_out_of_memory_in_forward(kind: str, rows: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [34, 60])
+def test_s6_out_of_memory_in_forward(kind: str, most: int, tmp_path: Path) -> None:
     """Batches of 4 and an accumulation of 2; the memory fails at the second batch of the window, too."""
     from trainer.helpers import MODELS, TOKENIZER, ends_often
 
-    def run(name: str, size: int, accumulate: int, limit: int | None) -> tuple[BONDTrainer, Gradients]:
+    def run(name: str, limit: int | None) -> tuple[BONDTrainer, Gradients]:
         gradients = Gradients()
         torch.manual_seed(0)
         made = trainer(
             tmp_path / name,
             ends_often(MODELS.get(kind, MODELS["llama"])(TOKENIZER)),
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulate,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
             callbacks=[gradients],
             peft_config=lora() if kind == "lora" else None,
         )
         if limit is not None:
             small = Small(made, limit, out_of_memory())
-            with pytest.warns(UserWarning, match=r"out of memory.*learning from 4 prompts.*\b2\b"):
+            with pytest.warns(
+                UserWarning, match=r"out of memory.*learning from 8 .* (\d+) tokens.*continuing with \d+"
+            ):
                 made.train()
-            assert small.sizes.count(4) == 1  # the size is remembered
-            assert set(small.sizes) == {4, 2, 1} if limit == 1 else {4, 2}
+            failed = [size for size in small.sizes if size > limit]
+            assert failed == sorted(failed, reverse=True)
+            assert len(failed) <= 3  # the size is remembered
+            assert made._smaller.max_tokens == failed[-1] // 2
         else:
             made.train()
         return made, gradients
 
-    cut, gradient = run("cut", 4, 2, rows)
-    small, expected = run("small", rows, 8 // rows, None)
+    cut, gradient = run("cut", most)
+    whole, expected = run("whole", None)
     for name, value in expected.first.items():
         scale = float(value.abs().max()) + 1e-6
         torch.testing.assert_close(gradient.first[name], value, atol=2e-5 * scale, rtol=1e-4)
-    for name, weight in weights(small.roles.model).items():
+    for name, weight in weights(whole.roles.model).items():
         torch.testing.assert_close(weights(cut.roles.model)[name], weight, atol=1e-5, rtol=1e-4)
     assert cut.state.global_step == 2
 
 
-def test_s6_at_one_prompt_it_ends_with_7_and_advice(tmp_path: Path) -> None:
+def test_s6_at_one_completion_it_ends_with_7_and_advice(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     Small(made, 0, out_of_memory())
     before = weights(made.roles.model)
     warnings.simplefilter("ignore")  # pytest restores it
-    with pytest.raises(ResourceError, match=r"learning from 1 prompt.*gradient_checkpointing") as caught:
+    with pytest.raises(ResourceError, match=r"learning from 1 completion.*gradient_checkpointing") as caught:
         made.train()
     assert caught.value.exit_code == 7
     assert same(weights(made.roles.model), before)
@@ -242,7 +246,7 @@ def test_s8_an_error_that_only_mentions_memory_is_not_retried(tmp_path: Path) ->
         with pytest.raises(type(error), match="memory"):
             made.train()
         assert len(small.sizes) == 1
-        assert SmallerBatches().max_prompts is None
+        assert made._smaller.max_tokens is None
 
 
 def test_s9_no_interval_is_measured_by_the_wall_clock() -> None:

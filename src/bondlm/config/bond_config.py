@@ -278,6 +278,12 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         at_least(1),
         may_change="always",
     )
+    max_tokens_per_micro_batch: int | None = setting(
+        None,
+        "Tokens, with padding, that learn at a time; a larger micro-batch is cut, for the same gradient. Default: all.",
+        at_least(1),
+        may_change="always",
+    )
     disable_dropout: bool = setting(True, "Set all dropout to 0, so that log-probabilities are reproducible.")
 
     # -- evaluation

@@ -204,15 +204,17 @@ def trainer_growth(args: BONDConfig, model: Any, roles: Roles, longest: int) -> 
         visiting = num_weights * (size if uses_fsdp(args) else model.dtype.itemsize)
     elif not roles.is_peft and args.anchor != "fixed":
         visiting = num_weights * model.dtype.itemsize  # the reference rests on the CPU
-    per_prompt = objective_of(args).plan.learn * longest
     cuts = args.world_size == 1 and not zero_stage(args)  # micro-batches, when the memory is too small for them
-    prompts = args.per_device_train_batch_size
+    per_prompt = objective_of(args).plan.learn * longest
+    tokens = args.per_device_train_batch_size * per_prompt
+    if args.max_tokens_per_micro_batch is not None:
+        tokens = min(tokens, max(args.max_tokens_per_micro_batch, longest if cuts else per_prompt))
     how: dict[str, Any] = {"checkpointing": bool(args.gradient_checkpointing)}
     return growth(
         staying=placed + trained * per_trained // shards,
         gradients=(4 if args.world_size == 1 else 8) * trained // shards,  # of several processes in buckets, too
-        activations=activation_bytes(model.config, prompts * per_prompt, size, **how),
-        least_activations=activation_bytes(model.config, (1 if cuts else prompts) * per_prompt, size, **how),
+        activations=activation_bytes(model.config, tokens, size, **how),
+        least_activations=activation_bytes(model.config, longest if cuts else tokens, size, **how),
         visiting=visiting,
     )
 

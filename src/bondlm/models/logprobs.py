@@ -193,7 +193,7 @@ def group_logprobs(
     while pending:
         chunk = pending[:size]
         if head is None:
-            chunk = chunk[: _within_budget(model, [groups[i] for i in chunk])]
+            chunk = chunk[: _within_budget(model, [groups[i] for i in chunk], multiple)]
         scored = [groups[i] for i in chunk]
         scores, fitting = try_or_halve(
             partial(_chunk_logprobs, model, scored, collated, device, n, before, head),
@@ -233,18 +233,33 @@ def _chunk_logprobs(
     return sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache, head).cpu()
 
 
-def _within_budget(model: Any, groups: Sequence[Group]) -> int:
+def _within_budget(model: Any, groups: Sequence[Group], multiple: int) -> int:
     """How many of these groups, at least one, a model that makes all of their logits can score within the budget."""
     num_positions = positions_in_budget(vocabulary_size(model.config))
-    for count in range(len(groups), 1, -1):
-        prompts, lengths = [len(p) for p, _ in groups[:count]], [list(map(len, cs)) for _, cs in groups[:count]]
-        if model.config.is_encoder_decoder:
-            columns = len(lengths[0]) * max(map(max, lengths))
-        else:  # from the last token of the shortest prompt on
-            columns = max(p + sum(c) for p, c in zip(prompts, lengths, strict=True)) - min(prompts) + 1
-        if count * columns <= num_positions:
-            return count
-    return 1
+    fitting = (n for n in range(len(groups), 1, -1) if logit_positions(model, groups[:n], multiple) <= num_positions)
+    return next(fitting, 1)
+
+
+def padded_tokens(groups: Sequence[Group], *, is_encoder_decoder: bool, multiple: int = 1) -> int:
+    """Tokens of a forward pass over these rows (`collate`), padding included."""
+    if is_encoder_decoder:
+        longest = max(len(c) for _, completions in groups for c in completions)
+        return len(groups) * (max(len(prompt) for prompt, _ in groups) + len(groups[0][1]) * longest)
+    return len(groups) * _width(groups, multiple)
+
+
+def logit_positions(model: Any, groups: Sequence[Group], multiple: int = 1) -> int:
+    """Positions that a forward pass over these rows makes logits of, without a head for the chosen tokens alone."""
+    if model.config.is_encoder_decoder:
+        return sum(len(cs) for _, cs in groups) * max(len(c) for _, cs in groups for c in cs)
+    columns = _width(groups, multiple)
+    if takes_argument(model, "logits_to_keep"):  # from the last token of the shortest prompt on
+        columns -= min(len(prompt) for prompt, _ in groups) - 1
+    return len(groups) * columns
+
+
+def _width(groups: Sequence[Group], multiple: int) -> int:
+    return multiple * math.ceil(max(len(prompt) + sum(map(len, cs)) for prompt, cs in groups) / multiple)
 
 
 def batch_behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ANCHOR_FILE = "anchor.safetensors"
 AVERAGE_FILE = "average.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
+CUTS_FILE = "cuts.json"  # how many tokens are learned from at a time
 MEANS_FILE = "means.json"  # metrics of the steps since the last log, of each process
 
 

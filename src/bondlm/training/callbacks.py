@@ -28,6 +28,7 @@ from bondlm.models.sharding import local
 from bondlm.runs.checkpoint import (
     ANCHOR_FILE,
     AVERAGE_FILE,
+    CUTS_FILE,
     DATA_FILE,
     MEANS_FILE,
     QUANTILE_FILE,
@@ -41,6 +42,7 @@ from bondlm.runs.checkpoint import (
 from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.runs.manifest import remove_older, seal
 from bondlm.training.clock import Clock, StepMeans
+from bondlm.training.micro_batches import SmallerBatches
 from bondlm.training.processes import World, require_same_weights
 from bondlm.training.prompting import note_rendering
 from bondlm.training.rollout import Rollout
@@ -57,8 +59,10 @@ class AnchorCallback(TrainerCallback):
         means: StepMeans,
         run_folder: "RunFolderCallback",
         average: WeightAverage,
+        smaller: SmallerBatches,
     ) -> None:
         """`means` takes the metrics of a step, `run_folder` the prompts of one that is skipped."""
+        self._smaller = smaller
         self._anchor, self._quantile_model, self._clock, self._average = anchor, quantile_model, clock, average
         self._means, self._record, self._run_folder = means, means.record, run_folder
         self._restore: Path | None = None
@@ -97,6 +101,8 @@ class AnchorCallback(TrainerCallback):
             if (path := self._restore / MEANS_FILE).is_file():
                 state = json.loads(path.read_text(encoding="utf-8"))
                 self._means.load_state(state, World.of(args))
+            if (path := self._restore / CUTS_FILE).is_file():
+                self._smaller.load_state(json.loads(path.read_text(encoding="utf-8")))
             self._restore = None  # a second `train` goes on from where the first one ended
 
     def _compare_data(self, path: Path) -> None:
@@ -184,6 +190,7 @@ class AnchorCallback(TrainerCallback):
                 data = data | self._stream.digest_at(state.global_step * data["prompts_per_step"])
             (folder / DATA_FILE).write_text(json.dumps(data), encoding="utf-8")
             (folder / MEANS_FILE).write_text(json.dumps(means), encoding="utf-8")
+            (folder / CUTS_FILE).write_text(json.dumps(self._smaller.state()), encoding="utf-8")
             seal(folder)
             if self._keep is not None:
                 remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint, step=state.global_step)

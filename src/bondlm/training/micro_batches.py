@@ -1,119 +1,208 @@
-"""Micro-batches of a step; after an out-of-memory error smaller ones, from the same samples, with the same gradient."""
+"""Micro-batches of a step, learned from in parts where they are too large: from the same samples, the same gradient."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from bondlm.engines.agreement import padded_logprobs
 from bondlm.models.deepspeed import zero_stage
 from bondlm.models.facts import vocabulary_size
 from bondlm.models.head import positions_in_budget
-from bondlm.models.logprobs import collate
+from bondlm.models.logprobs import Group, by_length, collate, logit_positions, padded_tokens, token_logprobs
 from bondlm.models.memory import try_or_halve
+from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
 
-MicroBatch = dict[str, Any]
+_T = TypeVar("_T")
+Part = dict[str, Any]  # the tensors of one forward and backward pass
+ADVICE_ALONE = "use a smaller max_completion_length, LoRA, or gradient_checkpointing"
+ADVICE_TOGETHER = (
+    "neither several processes nor DeepSpeed can try again with less. Set max_tokens_per_micro_batch below that, "
+    "or use LoRA, gradient_checkpointing or a smaller max_completion_length"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Some prompts of a rollout, and how any of them become tensors."""
+
+    rollout: Rollout
+    groups: Sequence[Group]  # the rollout's
+    chosen: Sequence[int]  # places in it
+    pad_id: int
+    start_id: int | None = None
+    share_prompts: bool = True
+    multiple: int = 1  # of columns of a row
+    num_parts: int = 1  # into which it is cut at least: as many as another process needs
+
+    @property
+    def num_counted(self) -> int:
+        """Prompts that have a weight in the loss."""
+        return int(self.rollout.is_counted_P[list(self.chosen)].sum())
+
+    def rows(self, chosen: Sequence[int]) -> list[Group]:
+        """What goes through the model together: a prompt with all of its completions, or with one of them."""
+        groups = [self.groups[i] for i in chosen]
+        if self.share_prompts:
+            return groups
+        return [(prompt, [completion]) for prompt, completions in groups for completion in completions]
+
+    def num_tokens(self, rows: Sequence[Group]) -> int:
+        """Tokens of these rows, padding included."""
+        return padded_tokens(rows, is_encoder_decoder=self.start_id is not None, multiple=self.multiple)
+
+    def part(self, chosen: Sequence[int], max_tokens: int | None = None) -> Part:
+        """These prompts as tensors; a single one with more than `max_tokens` comes in `pieces`, by its completions."""
+        rows, picked = self.rows(chosen), list(chosen)
+        tensors = {name: tensor[picked] for name, tensor in self.rollout.tensors.items()}
+        length = max(len(c) for _, completions in rows for c in completions)
+        sampled = padded_logprobs([self.rollout.compared[i] for i in chosen], length)
+        part = tensors | {"row_P": torch.tensor(picked), "sampled_PCT": sampled}
+        if max_tokens is None or len(chosen) > 1 or self.num_tokens(rows) <= max_tokens:
+            return self._collated(rows) | part
+        prompt, completions = self.groups[chosen[0]]
+
+        def as_rows(some: Sequence[Sequence[int]]) -> list[Group]:
+            return [(prompt, some)] if self.share_prompts else [(prompt, [completion]) for completion in some]
+
+        pieces = cut(completions, lambda some: self.num_tokens(as_rows(some)) <= max_tokens)
+        return part | {"pieces": [self._collated(as_rows(some)) for some in pieces]}
+
+    def _collated(self, rows: Sequence[Group]) -> dict[str, Tensor]:
+        return collate(rows, self.pad_id, start_id=self.start_id, multiple=self.multiple)
 
 
 class SmallerBatches:
     """Cuts the micro-batches of a step to what the memory holds, and remembers the size for the rest of the run.
 
-    An error in the backward pass leaves gradients of some parameters added and others not. So the gradients of the
-    step are thrown away, and all of its micro-batches up to here are learned from again.
+    The size is a number of tokens, since it is these that fill the memory: many short prompts learn together, and a
+    longer batch than the one that failed is cut before it fails. An error in the backward pass leaves gradients of some
+    parameters added and others not. So the gradients of the step are thrown away, and all of its micro-batches up to
+    here are learned from again.
     """
 
-    def __init__(self) -> None:
-        """Whole micro-batches until an error, or whoever knows better, says otherwise."""
-        self.max_prompts: int | None = None
+    def __init__(self, max_tokens: int | None = None) -> None:
+        """At most so many tokens a pass, padding included; None: whole micro-batches until an error."""
+        self.asked, self.max_tokens = max_tokens, max_tokens
+        self._all_logits: nn.Module | None = None
         self._window: list[MicroBatch] = []
 
-    def within_budget(self, config: Any, num_positions: int) -> None:
-        """Only as many prompts at a time as make logits of a fixed size, for a model that makes those of all columns.
+    def within_budget(self, model: nn.Module) -> None:
+        """Only as many prompts at a time as make logits of a fixed size: `model` makes those of all columns."""
+        self._all_logits = model
 
-        `num_positions` is the most that one prompt's completions have. It comes from settings alone, so that every rank
-        cuts alike.
+    def state(self) -> dict[str, int | None]:
+        """The size that was found, for a checkpoint."""
+        return {"asked": self.asked, "max_tokens": self.max_tokens}
+
+    def load_state(self, state: dict[str, int | None]) -> None:
+        """Go on with the size that was found, unless another one is asked for now."""
+        if state["asked"] == self.asked:
+            self.max_tokens = state["max_tokens"]
+
+    def agreed(self, batches: list[MicroBatch], world: World) -> list[MicroBatch]:
+        """Every process makes as many passes as the one that needs most: they exchange weights and gradients in each.
+
+        Every process must call.
         """
-        self.max_prompts = max(1, positions_in_budget(vocabulary_size(config)) // num_positions)
+        if world.is_alone or (self.max_tokens is None and self._all_logits is None):
+            return batches
+        needed = world.max(torch.tensor([len(self._cut(batch)) for batch in batches])).tolist()
+        return [replace(batch, num_parts=parts) for batch, parts in zip(batches, needed, strict=True)]
 
-    def learn(
-        self, model: nn.Module, batch: MicroBatch, step: Callable[[MicroBatch, bool], Tensor], args: Any
-    ) -> Tensor:
+    def learn(self, model: nn.Module, batch: MicroBatch, step: Callable[[Part, bool], Tensor], args: Any) -> Tensor:
         """Forward and backward of one micro-batch by `step(part, whether it is the last one)`; returns its loss.
 
         Raises:
-            ResourceError: not even one prompt fits, or other processes wait for this one's gradients, or DeepSpeed
+            ResourceError: not even one completion fits, or other processes wait for this one's gradients, or DeepSpeed
                 keeps them.
         """
         if len(self._window) == args.gradient_accumulation_steps or all(p.grad is None for p in model.parameters()):
             self._window = []  # a new step
         self._window.append(batch)
-        todo = [batch]
-        while True:
-            loss, size = try_or_halve(
-                partial(self._learn, todo, step),
-                self._size(),
-                "prompts",
-                doing="learning from",
-                advice="use a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller "
-                "max_completion_length, LoRA, or gradient_checkpointing",
-                may_halve=args.world_size == 1 and zero_stage(args) == 0,
-            )
-            if loss is not None:
-                return loss
-            self.max_prompts, todo = size, self._window
+        loss = self._learn([batch], step, args)
+        while loss is None:
             model.zero_grad(set_to_none=True)
+            loss = self._learn(self._window, step, args)
+        return loss
 
-    def _learn(self, todo: Sequence[MicroBatch], step: Callable[[MicroBatch, bool], Tensor]) -> Tensor:
-        """Learn from the micro-batches, part by part; returns the loss of the last of them."""
-        pieces = [part for each in todo for part in parts(each, self.max_prompts)]
-        losses = [step(part, i == len(pieces)) for i, part in enumerate(pieces, start=1)]
-        return torch.stack(losses[-len(parts(todo[-1], self.max_prompts)) :]).sum()
+    def _learn(self, todo: Sequence[MicroBatch], step: Callable[[Part, bool], Tensor], args: Any) -> Tensor | None:
+        """Learn from the micro-batches, part by part; the loss of the last of them, or None if one does not fit."""
+        is_alone = args.world_size == 1 and zero_stage(args) == 0
+        parts = [(batch, chosen) for batch in todo for chosen in self._cut(batch)]
+        losses: list[Tensor] = []
+        for batch, chosen in parts:
+            part = batch.part(chosen, self.max_tokens if is_alone else None)
+            loss, size = try_or_halve(
+                partial(step, part, len(losses) + 1 == len(parts)),
+                num_tokens(part),
+                "tokens",
+                doing=f"learning from {num_completions(part)} completion(s),",
+                advice=ADVICE_ALONE if is_alone else ADVICE_TOGETHER,
+                may_halve=is_alone and num_completions(part) > 1,
+            )
+            if loss is None:
+                self.max_tokens = size
+                return None
+            losses.append(loss)
+        return torch.stack([loss for loss, (batch, _) in zip(losses, parts, strict=True) if batch is todo[-1]]).sum()
 
-    def _size(self) -> int:
-        """Most prompts that are learned from at a time."""
-        most = max(num_prompts(each) for each in self._window)
-        return most if self.max_prompts is None else min(self.max_prompts, most)
+    def _cut(self, batch: MicroBatch) -> list[Sequence[int]]:
+        """The prompts of each part."""
 
+        def fits(chosen: Sequence[int]) -> bool:
+            rows, model = batch.rows(chosen), self._all_logits
+            if self.max_tokens is not None and batch.num_tokens(rows) > self.max_tokens:
+                return False
+            if model is None:
+                return True
+            return logit_positions(model, rows, batch.multiple) <= positions_in_budget(vocabulary_size(model.config))
 
-def micro_batch(
-    rollout: Rollout,
-    chosen: Sequence[int],
-    pad_id: int,
-    *,
-    start_id: int | None,
-    share_prompts: bool,
-    multiple: int = 1,
-) -> MicroBatch:
-    """The `chosen` prompts of a rollout as tensors; their rows have a `multiple` of so many columns."""
-    groups = [rollout.groups[i] for i in chosen]
-    if not share_prompts:
-        groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
-    tensors = {name: tensor[chosen] for name, tensor in rollout.tensors.items()}
-    batch = collate(groups, pad_id, start_id=start_id, multiple=multiple) | tensors
-    length = batch["completion_ids"].shape[-1]
-    batch["row_P"] = torch.tensor(chosen)
-    return batch | {"sampled_PCT": padded_logprobs([rollout.compared[i] for i in chosen], length)}
-
-
-def num_prompts(batch: MicroBatch) -> int:
-    """Prompts of a collated micro-batch."""
-    return len(batch["weight_P"])
-
-
-def parts(batch: MicroBatch, max_prompts: int | None) -> list[MicroBatch]:
-    """The micro-batch in parts of at most so many prompts; a tensor has one or several rows a prompt."""
-    prompts = num_prompts(batch)
-    if max_prompts is None or prompts <= max_prompts:
-        return [batch]
-    cuts = [(begin, min(begin + max_prompts, prompts)) for begin in range(0, prompts, max_prompts)]
-    return [{name: _rows(name, tensor, begin, end, prompts) for name, tensor in batch.items()} for begin, end in cuts]
+        if batch.num_parts == 1 and fits(batch.chosen):
+            return [batch.chosen]
+        order = by_length([batch.groups[i] for i in batch.chosen])
+        parts = cut([batch.chosen[i] for i in order], fits)
+        while len(parts) < batch.num_parts:  # no more than there are prompts: all processes have as many
+            longest = parts.pop(max(range(len(parts)), key=lambda i: len(parts[i])))
+            parts += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+        return parts
 
 
-def _rows(name: str, tensor: Tensor, begin: int, end: int, prompts: int) -> Tensor:
-    if name == "logits_to_keep":  # columns, the same for all rows
-        return tensor
-    each = len(tensor) // prompts
-    return tensor[begin * each : end * each]
+def cut(items: Sequence[_T], fits: Callable[[Sequence[_T]], bool]) -> list[Sequence[_T]]:
+    """Neighbours together as long as they fit, one by one where not even two do."""
+    parts, begin = [], 0
+    for end in range(2, len(items) + 1):
+        if not fits(items[begin:end]):
+            parts.append(items[begin : end - 1])
+            begin = end - 1
+    return [*parts, items[begin:]]
+
+
+def num_tokens(part: Part) -> int:
+    """Tokens of a part, or of its largest piece, padding included."""
+    names = ("input_ids", "decoder_input_ids")
+    return max(sum(piece[name].numel() for name in names if name in piece) for piece in part.get("pieces", [part]))
+
+
+def num_completions(part: Part) -> int:
+    """Completions of a part, or of the piece that has most."""
+    return max(piece["completion_ids"].shape[:2].numel() for piece in part.get("pieces", [part]))
+
+
+def learned_logprobs(model: Any, part: Part, num_learned: int, head: nn.Module | None) -> Tensor:
+    """`token_logprobs` of a part (P, L, T), with gradient.
+
+    Of `pieces` each is computed once more in the backward pass, so that the memory holds the activations of one alone,
+    whatever the loss makes of all of them together.
+    """
+    if "pieces" not in part:
+        return token_logprobs(model, part, head=head).flatten(0, 1).unflatten(0, (-1, num_learned))
+    made = [checkpoint(token_logprobs, model, piece, None, head, use_reentrant=False) for piece in part["pieces"]]
+    length = part["sampled_PCT"].shape[2]
+    return torch.cat([pad(logp.flatten(0, 1), (0, length - logp.shape[2])) for logp in made]).unsqueeze(0)

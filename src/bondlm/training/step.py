@@ -25,7 +25,7 @@ from bondlm.rollout.seeds import Seeds
 from bondlm.rollout.truncated import treat_truncated
 from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.dropped import DropBudget
-from bondlm.training.micro_batches import MicroBatch, micro_batch
+from bondlm.training.micro_batches import MicroBatch
 from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
 
@@ -104,15 +104,16 @@ class Step:
         Prompts of similar length learn together: their sum does not depend on which of them share a batch. With
         `mixed_first` the first batch has the first prompts instead, a random part of them.
         """
-        first = sizes[0] if mixed_first else 0
-        order = iter([*range(first), *(place for place in by_length(rollout.groups) if place >= first)])
+        first, groups = sizes[0] if mixed_first else 0, rollout.groups
+        order = iter([*range(first), *(place for place in by_length(groups) if place >= first)])
         how: dict[str, Any] = {
+            "pad_id": self.encoder.pad_id,
             "start_id": self.encoder.start_id,
             "share_prompts": self.share_prompts,
             "multiple": self.multiple,
         }
         chosen = [list(islice(order, size)) for size in sizes]
-        return [micro_batch(rollout, places, self.encoder.pad_id, **how) for places in chosen]
+        return [MicroBatch(rollout=rollout, groups=groups, chosen=places, **how) for places in chosen]
 
     def draw(
         self,

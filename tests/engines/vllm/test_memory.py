@@ -130,7 +130,14 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_a_gpu(folder: Path, **changes: Any) -> Any:
     args = config(folder, vllm_server="auto", **changes)
     names = ("vllm_server", "vllm_sleep", "vllm_server_args", "bf16", "fp16", "optim", "average_weights", "anchor")
-    names += ("per_device_train_batch_size", "gradient_checkpointing", "fsdp", "process_index", "world_size")
+    names += (
+        "max_tokens_per_micro_batch",
+        "per_device_train_batch_size",
+        "gradient_checkpointing",
+        "fsdp",
+        "process_index",
+        "world_size",
+    )
     more = {"objective": "jbond", "device": torch.device("cuda:0")}
     return SimpleNamespace(**{**vars(args), **{name: getattr(args, name) for name in names}, **more})
 
@@ -161,6 +168,32 @@ def test_a_model_too_large_for_the_card_is_refused(card: None, roles: Roles, tmp
     args.world_size = 2
     with pytest.raises(ConfigError, match="GiB are missing"):
         choose.card_options(args, roles.model, roles, 64)
+    args.max_tokens_per_micro_batch = 4096  # several cut them when they are told to
+    choose.card_options(args, roles.model, roles, 64)
+
+
+def test_a_trainer_needs_room_for_the_tokens_that_learn_at_a_time(
+    roles: Roles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most, and at least: alone for one completion, of several processes each for one prompt."""
+    args, longest, seen = on_a_gpu(tmp_path, per_device_train_batch_size=4), 64, list[int]()
+    monkeypatch.setattr(
+        choose, "activation_bytes", lambda config, tokens, size, checkpointing: seen.append(tokens) or 0
+    )
+
+    def tokens(limit: int | None, processes: int) -> list[int]:
+        seen.clear()
+        args.max_tokens_per_micro_batch, args.world_size = limit, processes
+        choose.trainer_growth(args, roles.model, roles, longest)
+        return list(seen)
+
+    per_prompt = 2 * longest  # J-BOND learns from two
+    assert tokens(None, 1) == [4 * per_prompt, longest]
+    assert tokens(200, 1) == [200, longest]
+    assert tokens(1, 1) == [longest, longest]
+    assert tokens(None, 2) == [4 * per_prompt, 4 * per_prompt]
+    assert tokens(200, 2) == [200, 200]
+    assert tokens(1, 2) == [per_prompt, per_prompt]
 
 
 def test_the_environment_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
