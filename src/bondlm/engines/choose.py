@@ -108,9 +108,10 @@ def make_engine(
         )
         if longest_prompt + args.max_completion_length > engine.max_model_len:
             raise ConfigError(
-                f"the vLLM server's context of {engine.max_model_len} tokens is too short for the longest prompt "
-                f"({longest_prompt} tokens) and max_completion_length={args.max_completion_length}: start it with a "
-                "larger --max-model-len, or set max_prompt_length to find the prompt"
+                f"the context of the vLLM server at {engine.shortest}, {engine.max_model_len} tokens, is too short "
+                f"for the longest prompt ({longest_prompt} tokens) and max_completion_length="
+                f"{args.max_completion_length}: start it with a larger --max-model-len, or set max_prompt_length to "
+                "find the prompt"
             )
         return engine
     except BaseException:

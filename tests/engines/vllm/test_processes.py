@@ -18,7 +18,7 @@ from tiny import tiny_causal
 from bondlm.engines.vllm.handover import SHARED
 from bondlm.models.adapters import wrap_adapter
 from engines.vllm.helpers import TOKENIZER
-from engines.vllm.ranks import train_as_two
+from engines.vllm.ranks import train_as, train_as_two
 from engines.vllm.stub import Answer, Stub, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -136,25 +136,46 @@ def test_one_server_of_the_run_serves_both(tmp_path: Path) -> None:
     assert not any(path.exists() for path in loaded)
 
 
-def in_its_third_step(stub: Stub, answer: Answer) -> Callable[[str, Any], Answer | None]:
-    def fault(path: str, body: Any) -> Answer | None:
-        return answer if path == "/v1/completions" and len(stub.drawn()) > 2 * 2 * 2 else None
-
-    return fault
+OUT_OF_CACHE = (500, {"error": {"message": "EngineCore: no free KV cache blocks"}})
 
 
-def test_a_server_that_is_gone_for_one_process_pauses_both(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", [(503, "reset"), OUT_OF_CACHE], ids=["gone", "out of cache"])
+def test_a_server_that_fails_one_process_of_four_pauses_all(answer: Answer, start: Start, tmp_path: Path) -> None:
     """In the middle of a step: the steps done are saved, and the same command goes on with another server."""
-    good, bad = start(), start()
-    two = job(tmp_path / "two", **settings(good, bad, per_device_train_batch_size=2))
-    bad.fault = in_its_third_step(bad, (503, "reset"))
-    assert train_as_two(two) == [7, 7], said(two)
-    assert (tmp_path / "two" / "run" / "checkpoint-2" / "manifest.json").is_file()
-    assert said(two).count("process 1: ") >= 2
-    assert bad.url in said(two)
-    two.write_text(two.read_text().replace(bad.url, start().url))
-    assert train_as_two(two) == [0, 0], said(two)
-    assert "training from step 2 to 3" in said(two)
+    bad, good = start(), [start() for _ in range(3)]
+    four = job(tmp_path / "four", **settings(*good, bad, per_device_train_batch_size=1))
+    drawn_in_two_steps = 2 * 2  # two roles, one prompt
+    bad.fault = lambda path, body: (
+        answer if path == "/v1/completions" and len(bad.drawn()) > drawn_in_two_steps else None
+    )
+    assert train_as(4, four) == [7] * 4, said(four)
+    assert (tmp_path / "four" / "run" / "checkpoint-2" / "manifest.json").is_file()
+    assert said(four).count("process 3: ") >= 4
+    assert bad.url in said(four)
+    if answer == OUT_OF_CACHE:
+        assert "KV cache" in said(four)
+        return
+    four.write_text(four.read_text().replace(bad.url, start().url))
+    assert train_as(4, four) == [0] * 4, said(four)
+    assert "training from step 2 to 3" in said(four)
+
+
+def test_more_processes_than_prompts_do_what_one_does(start: Start, tmp_path: Path) -> None:
+    """A process without a prompt of its own draws one that counts nowhere; in an evaluation it draws none."""
+    more = {"eval_num_samples": 2, "eval_num_reference_samples": 2, **PLAIN}
+    alone, shared = start(), start()
+    runs = []
+    for processes, stub in ((1, alone), (3, shared)):
+        folder = tmp_path / str(processes)
+        each = {"per_device_train_batch_size": 1, "eval_dataset": str(folder / "heldout.jsonl")}
+        config = job(folder, **settings(stub, **more, **each))
+        for name in ("train", "heldout"):
+            rows = (folder / f"{name}.jsonl").read_text().splitlines(True)
+            (folder / f"{name}.jsonl").write_text(rows[0 if name == "train" else 3])
+        assert train_as(processes, config) == [0] * processes, said(config)
+        runs.append(config)
+    assert set(asked(alone)) == set(asked(shared))
+    same_result(*runs, "adapter_model.safetensors", "checkpoint-2/anchor.safetensors")
 
 
 def stale(path: str, body: Any) -> Answer | None:
@@ -174,7 +195,10 @@ def older(answer: dict[str, Any]) -> None:
         choice.pop("prompt_token_ids", None)
 
 
-@pytest.mark.parametrize("fault", ["another model", "older", "none"])
+CONTEXT = {"data": [{"id": "base", "parent": None, "max_model_len": 16}]}  # too short for a prompt
+
+
+@pytest.mark.parametrize("fault", ["another model", "older", "none", "asleep", "short"])
 def test_one_unfit_server_of_two_ends_both_before_training(start: Start, fault: str, tmp_path: Path) -> None:
     good, bad = start(), start(seed=7 if fault == "another model" else 0)
     two = job(tmp_path / "two", **settings(good, bad, per_device_train_batch_size=2))
@@ -182,6 +206,10 @@ def test_one_unfit_server_of_two_ends_both_before_training(start: Start, fault: 
         bad.spoil = older
     elif fault == "none":
         bad.fault = lambda path, body: (404, "Not Found")
+    elif fault == "asleep":
+        bad.is_asleep = True
+    elif fault == "short":
+        bad.fault = lambda path, body: (200, CONTEXT) if path == "/v1/models" else None
     assert train_as_two(two) == [2, 2], said(two)
     assert bad.url in said(two)
     assert good.drawn() == []

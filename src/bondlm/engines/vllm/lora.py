@@ -98,7 +98,8 @@ class VLLMEngine:
         drawing = processes.gather_objects([(s.client.url, processes.rank) for s in self._servers])
         first = {url: rank for url, rank in reversed(drawing)}
         self._kept = [s for s in self._servers if first[s.client.url] == processes.rank]  # those we give weights to
-        self.max_model_len = min(processes.gather_objects([s.max_model_len for s in self._servers]))
+        contexts = processes.gather_objects([(s.max_model_len, s.client.url) for s in self._servers])
+        self.max_model_len, self.shortest = min(contexts)
         self._start()
         self._sleep()
 
@@ -313,8 +314,8 @@ class VLLMEngine:
             if len(prompt) + max_new_tokens > self.max_model_len:
                 raise DataError(
                     f"prompt {i} has {len(prompt)} tokens; with max_completion_length={max_new_tokens} it is longer "
-                    f"than the vLLM server's context of {self.max_model_len} tokens: shorten it, or start the server "
-                    "with a larger --max-model-len"
+                    f"than the context of {self.max_model_len} tokens of the vLLM server at {self.shortest}: shorten "
+                    "it, or start the server with a larger --max-model-len"
                 )
 
     def _request(
