@@ -32,7 +32,7 @@ class Stub:
         self.fault: Callable[[str, Any], Answer | None] = lambda path, body: None
         self.spoil: Callable[[dict[str, Any]], None] = lambda answer: None
         self.url = ""
-        self.is_asleep = False
+        self.is_asleep = self.is_closed = False
 
     def bodies(self, path: str) -> list[Any]:
         return [body for seen, body in self.requests if seen == path]
@@ -64,9 +64,10 @@ class Stub:
             return 200, {"is_sleeping": self.is_asleep}
         if path != "/v1/completions":
             return 404, {"detail": "Not Found"}
-        if self.is_asleep:
-            return 503, {"error": {"message": "asleep"}}
         with self._lock, self._serving(body["model"]) as model:
+            # Closed: a late answer would be in the middle of PyTorch when the interpreter exits, and abort it.
+            if self.is_asleep or self.is_closed:
+                return 503, {"error": {"message": "asleep"}}
             choices = self._score(model, body) if "prompt_logprobs" in body else self._draw(model, body)
         answer = {"choices": choices}
         self.spoil(answer)
@@ -185,6 +186,8 @@ def serving(stub: Stub) -> Iterator[Stub]:
     finally:
         server.shutdown()
         server.server_close()
+        with stub._lock:
+            stub.is_closed = True
 
 
 def first(times: int, answer: Answer, path: str = "/v1/completions") -> Callable[[str, Any], Answer | None]:
