@@ -344,6 +344,27 @@ def test_a_group_of_similar_lengths_ends_before_its_padding_is_worth_a_pass() ->
     assert groups == [[0, 1, 2], [3, 4, 5], [6]]
     assert [list(g) for g in similar_lengths(lengths, worth_a_pass=math.inf)] == [list(range(7))]
     assert [len(g) for g in similar_lengths(lengths, worth_a_pass=0)] == [1, 2, 2, 1, 1]
+    parts = similar_lengths(lengths, worth_a_pass=math.inf, most_tokens=85)
+    assert [list(g) for g in parts] == [[0], [1], [2], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_many_long_prompts_are_prefilled_a_part_at_a_time_and_change_no_sample(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, where padding ends no group."""
+    model = MODELS[kind](TOKENIZER)
+    monkeypatch.setattr("bondlm.engines.local.decoding.PADDING_WORTH_A_PASS", math.inf)
+    together = ids_of(generate(engine_of(model)))
+    shapes: list[torch.Size] = []
+    model.register_forward_pre_hook(lambda m, a, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    most = 2 * max(map(len, IDS))
+    monkeypatch.setattr("bondlm.engines.local.decoding.PREFILL_TOKENS", most)
+    assert ids_of(generate(engine_of(model))) == together
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    assert 1 < len(prefills) < len(IDS)
+    assert all(shape.numel() <= most for shape in prefills)
+    assert sum(shape[0] for shape in prefills) == len(IDS)
 
 
 def greedy_for_memory(model: Any, most_rows: int, message: str = "DefaultCPUAllocator: can't allocate memory") -> None:

@@ -2,7 +2,8 @@
 
 Both kinds have the same life: prefill P prompts once, `select` rows (to share a prompt among its samples, later to drop
 the rows that ended), and `step` by one token a row. What all prompts begin with (a system prompt, a chat template) is
-prefilled once for all of them, and on a CPU prompts of similar length are prefilled together.
+prefilled once for all of them, and on a CPU prompts of similar length are prefilled together. Many long prompts are
+prefilled a part at a time.
 """
 
 import copy
@@ -28,6 +29,8 @@ from bondlm.models.ways import ways_of
 COMPACT_BELOW_IN_PLACE, COMPACT_BELOW = 1.0, 0.75
 # A forward pass of its own costs about as much as this many tokens of padding: the weights are read once more.
 PADDING_WORTH_A_PASS = 64
+# Tokens of a forward pass over prompts: more keep no device busier, and only take memory, some ten vectors of a token.
+PREFILL_TOKENS = 16_384
 STATES_ALONE = "cache_params"  # the cache's name in models that have no attention (Mamba)
 
 
@@ -96,15 +99,15 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, 
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def similar_lengths(lengths: Sequence[int], *, worth_a_pass: float) -> Iterator[range]:
+def similar_lengths(lengths: Sequence[int], *, worth_a_pass: float, most_tokens: float = math.inf) -> Iterator[range]:
     """Cut rows, which come longest first, into those that are prefilled together.
 
-    A group ends before its padding has more tokens than are worth a forward pass.
+    A group ends before its padding has more tokens than are worth a forward pass, or all of it more than `most_tokens`.
     """
     begin, padding = 0, 0
     for i, length in enumerate(lengths):
         padding += lengths[begin] - length
-        if padding > worth_a_pass:
+        if padding > worth_a_pass or (i > begin and (i - begin + 1) * lengths[begin] > most_tokens):
             yield range(begin, i)
             begin, padding = i, 0
     yield range(begin, len(lengths))
@@ -134,11 +137,12 @@ class _CausalState:
         if adapters is not None:
             adapters.set(kinds)
         cache_of_prefix = prefill_prefix(model, prefix, growing_cache(model.config, room), rows=len(kinds))
-        # On an accelerator a pass costs what launching it costs; layers that see a part of the tokens cannot be joined.
-        joins = model.device.type == "cpu" and has_full_attention(model.config) and grows(cache_of_prefix)
-        worth_a_pass = PADDING_WORTH_A_PASS if joins else math.inf
+        # Layers that see a part of the tokens cannot be joined. On an accelerator a pass costs what launching it costs.
+        joins = has_full_attention(model.config) and grows(cache_of_prefix)
+        limits = {"most_tokens": PREFILL_TOKENS if joins else math.inf}
+        limits["worth_a_pass"] = PADDING_WORTH_A_PASS if joins and model.device.type == "cpu" else math.inf
         rests, prefills, logits = [p[len(prefix) :] for p in prompts], [], []
-        for group in similar_lengths([len(rest) for rest in rests], worth_a_pass=worth_a_pass):
+        for group in similar_lengths([len(rest) for rest in rests], **limits):
             kind_of_row = [adapter_P[i] for i in group]
             if adapters is not None:
                 adapters.set(kind_of_row)
