@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from trainer.helpers import TOKENIZER, Gradients, ends_often, logged, lora, same, trainer, weights
 
 from bondlm import BONDTrainer
+from bondlm.errors import ResourceError
 from bondlm.models.head import exact_head
 from bondlm.training.micro_batches import SmallerBatches, cut
 
@@ -169,6 +171,16 @@ def test_every_process_makes_as_many_passes(tmp_path: Path) -> None:
     made.args.max_steps = 1
     made.train()
     assert len(passes.tokens) == 6
+
+
+def test_where_others_wait_the_error_names_the_setting(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=1)
+    passes, plain = Passes(made, most=0), made._smaller.learn
+    two = SimpleNamespace(world_size=2, deepspeed_plugin=None, gradient_accumulation_steps=1)
+    made._smaller.learn = lambda model, batch, step, args: plain(model, batch, step, two)  # type: ignore[method-assign]
+    with pytest.raises(ResourceError, match=r"8 completion.* \d+ tokens.*max_tokens_per_micro_batch"):
+        made.train()
+    assert passes.num_failed == 1
 
 
 def test_cut_takes_neighbours_together_and_one_at_least() -> None:

@@ -26,10 +26,20 @@ def start(python: str, folder: Path, limit: float = 30) -> LocalServer:
     return LocalServer(python, "m", ["--enable-lora"], log=folder / "server.log", start_timeout=limit, on_cpu=True)
 
 
-def test_a_server_that_ends_at_its_start_says_why(tmp_path: Path) -> None:
-    python = script(tmp_path, "raise RuntimeError('no KV cache')")
-    with pytest.raises(ConfigError, match=r"code 1.*no KV cache.*--enable-lora"):
-        start(python, tmp_path)
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise RuntimeError('no KV cache')", "no KV cache"),
+        (  # another program has taken the port meanwhile
+            "import socket,sys; a=socket.socket(); a.bind(('127.0.0.1',0)); socket.socket().bind(a.getsockname())",
+            "OSError.*Address already in use",
+        ),
+    ],
+    ids=["cache", "port"],
+)
+def test_a_server_that_ends_at_its_start_says_why(code: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"code 1.*{why}.*--enable-lora"):
+        start(script(tmp_path, code), tmp_path)
 
 
 def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
