@@ -34,7 +34,7 @@ def rows_seen(model: Any, most: int = 10**9) -> list[int]:
 def test_out_of_memory_while_scoring_halves_the_rows_and_changes_no_logprob(kind: str) -> None:
     model = MODELS[kind](TOKENIZER)
     seen = rows_seen(model, most=3)
-    with pytest.warns(UserWarning, match=r"out of memory.*\b8 prompts.*\b4\b"):
+    with pytest.warns(UserWarning, match=r"out of memory.*\b8 completions.*\b4\b"):
         logprobs = group_logprobs(model, SINGLE, 0, start_id=start_id(model), device=CPU)
     assert logprobs == pytest.approx(plain_logprobs(model, SINGLE).detach(), abs=1e-4)
     assert max(seen) == 2
@@ -49,6 +49,23 @@ def test_out_of_memory_while_one_prompt_is_scored_says_what_to_do() -> None:
     rows_seen(model, most=0)
     with pytest.raises(ResourceError, match=r"out of memory.* tokens.*max_completion_length"):
         group_logprobs(model, SINGLE[:3], 0, start_id=None, device=CPU)
+
+
+@pytest.mark.filterwarnings("ignore:bondlm. out of memory")
+def test_completions_of_a_prompt_that_does_not_fit_are_scored_in_rows_of_their_own() -> None:
+    model = tiny_causal(TOKENIZER)
+    expected, seen = plain_logprobs(model, SHARED).detach(), list[torch.Size]()
+    most = max(len(prompt) + len(c) for prompt, cs in SHARED for c in cs)  # less than a row of two
+
+    def check(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["input_ids"].shape)
+        if seen[-1].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    logprobs = group_logprobs(model, SHARED, 0, start_id=None, device=CPU)
+    assert logprobs == pytest.approx(expected, abs=1e-4)
+    assert any(shape.numel() > most and shape[0] == 1 for shape in seen)
 
 
 def logits_seen(model: Any) -> list[int]:

@@ -174,17 +174,17 @@ def group_logprobs(
 
     What all prompts begin with is computed once. At most `batch_rows` completions go through the model together (None:
     16, or more where they are short); fewer after an out-of-memory error, or where a model that alters its logits would
-    make too many of them. With L > 1 completions share their prompt's row: see `bondlm.models.probe`. Rows are padded
-    to a `multiple` (`collate`).
+    make too many of them. With L > 1 completions share their prompt's row (see `bondlm.models.probe`), as long as the
+    memory holds it. Rows are padded to a `multiple` (`collate`).
 
     Raises:
-        ResourceError: not even the completions of one prompt fit into the memory.
+        ResourceError: not even one completion fits into the memory.
     """
     prefix = shared_prefix(model.config, [prompt for prompt, _ in groups]) if ways_of(model).prefix else []
     n = len(prefix)
     before = prefill_prefix(model, prefix, DynamicCache(config=model.config)) if prefix else None
     head = exact_head(model, device)
-    groups = [(prompt[n:], completions) for prompt, completions in groups]
+    whole, groups = groups, [(prompt[n:], completions) for prompt, completions in groups]
     num_completions = len(groups[0][1])
     result = torch.empty(len(groups), num_completions, dtype=torch.float32)
     collated = partial(collate, pad_id=pad_id, start_id=start_id, multiple=multiple)
@@ -197,16 +197,21 @@ def group_logprobs(
         scored = [groups[i] for i in chunk]
         scores, fitting = try_or_halve(
             partial(_chunk_logprobs, model, scored, collated, device, n, before, head),
-            len(chunk),
-            "prompts",
+            len(chunk) * num_completions,
+            "completions",
             doing="scoring",
-            advice=f"it has {len(scored[0][0])} tokens, and {num_completions} completion(s) of up to "
-            f"{max(map(len, scored[0][1]))}: use a smaller model or dtype, or a smaller max_completion_length",
+            advice=f"its prompt has {len(scored[0][0])} tokens and it has up to {max(map(len, scored[0][1]))}: use a "
+            "smaller model or dtype, or a smaller max_completion_length",
         )
-        if scores is None:
-            size = fitting
+        if scores is not None:
+            result[chunk], pending = scores, pending[len(chunk) :]
             continue
-        result[chunk], pending = scores, pending[len(chunk) :]
+        size = fitting // num_completions
+        if size == 0:  # not even those of one prompt: each in a row of its own
+            apart: list[Group] = [(whole[i][0], [completion]) for i in pending for completion in whole[i][1]]
+            how: dict[str, Any] = {"start_id": start_id, "device": device, "multiple": multiple}
+            logp = group_logprobs(model, apart, pad_id, batch_rows=fitting, **how)
+            result[pending], pending = logp.view(-1, num_completions), []
     return result
 
 
