@@ -23,7 +23,7 @@ from bondlm.models.anchor import Anchor
 from bondlm.runs.manifest import fault
 from bondlm.trainer import BONDTrainer
 from bondlm.training import callbacks
-from bondlm.training.micro_batches import num_tokens
+from bondlm.training.micro_batches import size_of
 from faults.children import job, outcome, said, train, wrap
 
 MOMENTS: dict[str, tuple[Any, str]] = {
@@ -152,9 +152,9 @@ class Small:
         plain = made.compute_loss
 
         def compute_loss(model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-            self.sizes.append(num_tokens(inputs))
+            self.sizes.append(size_of(inputs)[1])
             loss = plain(model, inputs, *args, **kwargs)
-            if num_tokens(inputs) > most:
+            if size_of(inputs)[1] > most:
                 parameter = next(p for p in made.roles.model.parameters() if p.requires_grad)
                 parameter.grad = torch.full_like(parameter, 7.0)  # what a backward pass cut short may leave
                 raise error

@@ -16,7 +16,7 @@ from trainer.helpers import TOKENIZER, Gradients, ends_often, logged, lora, same
 from bondlm import BONDTrainer
 from bondlm.errors import ResourceError
 from bondlm.models.head import exact_head
-from bondlm.training.micro_batches import SmallerBatches, cut
+from bondlm.training.micro_batches import cut, size_of
 
 LENGTHS = (1, 2, 2, 3, 5, 8, 13, 40)  # words of the prompts
 
@@ -186,7 +186,17 @@ def test_where_others_wait_the_error_names_the_setting(tmp_path: Path) -> None:
 def test_cut_takes_neighbours_together_and_one_at_least() -> None:
     parts = cut([1, 2, 3, 9, 1, 4, 7], lambda some: sum(some) <= 6)
     assert parts == [[1, 2, 3], [9], [1, 4], [7]]
-    assert SmallerBatches().max_tokens is None
+
+
+def test_of_several_pieces_the_largest_that_can_be_cut_counts() -> None:
+    """Else a single completion that is too long would be tried for ever."""
+
+    def piece(completions: int, tokens: int) -> dict[str, Tensor]:
+        return {"completion_ids": torch.zeros(1, completions, 3), "input_ids": torch.zeros(1, tokens)}
+
+    assert size_of({"pieces": [piece(1, 90), piece(2, 20), piece(3, 15)]}) == (2, 20)
+    assert size_of({"pieces": [piece(1, 40), piece(1, 90)]}) == (1, 90)
+    assert size_of(piece(4, 50)) == (4, 50)
 
 
 @pytest.mark.parametrize("build", [capped, scaled])

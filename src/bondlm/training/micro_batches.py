@@ -139,13 +139,14 @@ class SmallerBatches:
         losses: list[Tensor] = []
         for batch, chosen in parts:
             part = batch.part(chosen, self.max_tokens if is_alone else None)
+            completions, tokens = size_of(part)
             loss, size = try_or_halve(
                 partial(step, part, len(losses) + 1 == len(parts)),
-                num_tokens(part),
+                tokens,
                 "tokens",
-                doing=f"learning from {num_completions(part)} completion(s),",
+                doing=f"learning from {completions} completion(s),",
                 advice=ADVICE_ALONE if is_alone else ADVICE_TOGETHER,
-                may_halve=is_alone and num_completions(part) > 1,
+                may_halve=is_alone and completions > 1,
             )
             if loss is None:
                 self.max_tokens = size
@@ -184,15 +185,14 @@ def cut(items: Sequence[_T], fits: Callable[[Sequence[_T]], bool]) -> list[Seque
     return [*parts, items[begin:]]
 
 
-def num_tokens(part: Part) -> int:
-    """Tokens of a part, or of its largest piece, padding included."""
-    names = ("input_ids", "decoder_input_ids")
-    return max(sum(piece[name].numel() for name in names if name in piece) for piece in part.get("pieces", [part]))
-
-
-def num_completions(part: Part) -> int:
-    """Completions of a part, or of the piece that has most."""
-    return max(piece["completion_ids"].shape[:2].numel() for piece in part.get("pieces", [part]))
+def size_of(part: Part) -> tuple[int, int]:
+    """Completions and tokens, padding included, of a part, or of its largest piece: the largest that can be cut."""
+    names, pieces = ("input_ids", "decoder_input_ids"), part.get("pieces", [part])
+    sizes = [
+        (piece["completion_ids"].shape[:2].numel(), sum(piece[name].numel() for name in names if name in piece))
+        for piece in pieces
+    ]
+    return max(sizes, key=lambda size: (size[0] > 1, size[1]))
 
 
 def learned_logprobs(model: Any, part: Part, num_learned: int, head: nn.Module | None) -> Tensor:
