@@ -25,6 +25,8 @@ case ${1:-check} in
     peers --size 1.3b --lora --lengths full --against rloo
     run 60 python3 benchmarks/roofline.py --model runs/peers/500m --dtype bfloat16 --batch 64 256 --profile --out "$results/roofline.jsonl"
     run 120 python3 benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16 --prompts 64 --repeats 2 --out "$results/tricks.jsonl"
+    run 240 python3 benchmarks/growth.py --hidden 2048 --layers 16 --dtype bfloat16 --rows 64 256 --out "$results/growth.jsonl"
+    run 240 python3 benchmarks/cut.py --hidden 2048 --layers 16 --limits 0 20000 5200 --out "$results/cut.jsonl"
     ;;
   vllm) # probe gaps and tokens per second of both engines at 63 and 255 rows; then a run on one card, and its resume
     python=${VLLM_PYTHON:?an interpreter with vLLM}
