@@ -36,6 +36,11 @@ def own(n: int, samples: int = 8, **more: Any) -> Settings:
     return {"objective": "self_bond", "n": n, "num_samples": samples} | more
 
 
+def listwise(n: int, samples: int, **more: Any) -> Settings:
+    """The samples' log-ratios, fitted to Best-of-n's weights of their ranks."""
+    return {"objective": "listwise", "n": n, "num_samples": samples} | more
+
+
 RUNS = {
     "rloo-0.3": FrontierRun(settings=rloo(0.3)),
     "jbond-eta0.3": FrontierRun(settings=jbond(0.3)),
@@ -55,6 +60,11 @@ RUNS = {
     "own-n4-lr2": FrontierRun(settings=own(4), learning_rate=2e-4),
     "rloo-0.3-lr4": FrontierRun(settings=rloo(0.3), learning_rate=4e-4),
     "own-n4-lr4": FrontierRun(settings=own(4), learning_rate=4e-4),
+    # A softmax over samples, of the reference or of a moving anchor; and slower learning, which on sums cost less KL.
+    "listwise-n8-fall": FrontierRun(settings=listwise(8, 8, anchor="fixed"), falls=True),
+    "listwise-n2-eta0.3": FrontierRun(settings=listwise(2, 3, eta=0.3)),
+    "rloo-0.3-slow": FrontierRun(settings=rloo(0.3), learning_rate=3e-5),
+    "own-n8-slow": FrontierRun(settings=own(8), learning_rate=3e-5),
     # As many samples of a prompt as the best of ours; and what else may lead.
     "rloo-0.3-k8-fall": FrontierRun(settings=rloo(0.3, 8), falls=True),
     "own-n8": FrontierRun(settings=own(8)),
