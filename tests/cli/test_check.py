@@ -3,6 +3,7 @@
 import json
 
 import torch
+from rewards.judge_stub import as_presented, by_scalar, judging
 
 from bondlm.cli import main
 from cli.helpers import write_job
@@ -60,5 +61,16 @@ def test_it_says_how_often_a_ranking_agrees_with_itself(tmp_path, capsys):
         codes[name] = main(["check", "--config", str(config), "--reward_funcs", f"rank:{tmp_path}/ranks.py:{name}"])
         shown = " ".join(capsys.readouterr().out.split())
         assert (f"{name} ranks 100% of the pairs" in shown) == (name == "steady")
-        assert ("first hardly agrees with itself" in shown) == (name == "first")  # it prefers what comes first
+        assert ("first goes by the order in which answers are shown" in shown) == (name == "first")
     assert codes == {"steady": 0, "first": 0, "half": 4}
+
+
+def test_a_judge_that_goes_by_place_is_found_out_whatever_its_rounds(tmp_path, capsys):
+    """It shuffles what it shows in a run, so the two orders must be made without."""
+    config = write_job(tmp_path)
+    for says, share in ((by_scalar, "100%"), (as_presented, "0%")):
+        with judging(says) as server:
+            assert main(["check", "--config", str(config), "--reward_funcs", server.spec(rounds=2)]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"small ranks {share} of the pairs of answers alike" in shown
+        assert ("warning: small goes by the order in which answers are shown" in shown) == (says is as_presented)

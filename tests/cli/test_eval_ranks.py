@@ -83,6 +83,7 @@ def test_a_judge_compares_answers_pair_by_pair_and_the_samples_do_not_depend_on_
         assert result["pairwise"]["small"]["num_failed"] == 0
         assert result["pairwise"]["small"]["num_pairs"] == calls / 2
         assert result["pairwise"]["small"]["agreement"] == (says is by_scalar)
+        assert any("'small' decides only 0% of" in w for w in result["warnings"]) == (says is as_presented)
         assert f"small: {calls // 2} pairs in both orders" in shown
         assert f"judge small: {calls} calls" in shown
         assert "Before the judge small" in shown

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bondlm.errors import RewardError
-from bondlm.evaluation.pairwise import compared, judge_pairs, pairs_of
+from bondlm.evaluation.pairwise import compared, judge_pairs, pairs_of, why_unsteady
 from bondlm.rewards import NamedReward, RankReward
 from bondlm.rollout.samples import Samples
 
@@ -107,3 +107,9 @@ def test_a_judge_that_contradicts_the_optimised_reward_is_warned_of() -> None:
     agreeing = compared([NamedReward("j", RankReward(longer))], rows, policy, reference, result)
     assert agreeing["warnings"] == ["old"]
     assert compared([], rows, policy, reference, result) == {}
+
+
+@pytest.mark.parametrize(("agreement", "said"), [(0.0, "order"), (0.5, "itself"), (0.7, None), (float("nan"), None)])
+def test_a_judge_that_disagrees_with_itself_is_warned_of(agreement: float, said: str | None) -> None:
+    why = why_unsteady(agreement)
+    assert why is None if said is None else said in str(why)

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sized
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from bondlm.errors import ConfigError, RewardError
 TIES_WARNED, CUT_WARNED = 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3
 PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
-AGREEMENT_PROMPTS, AGREEMENT_SAMPLES, AGREEMENT_WARNED = 4, 4, 0.7
+AGREEMENT_PROMPTS, AGREEMENT_SAMPLES = 4, 4
 
 
 def run(options: dict[str, Any]) -> int:
@@ -134,6 +135,8 @@ def _check_neighbours(trainer: Any) -> None:
 
 
 def _say_agreement(trainer: Any, console: Console) -> dict[str, float]:
+    from bondlm.evaluation.pairwise import why_unsteady
+
     found = _agreement(trainer)
     for name, share in found.items():
         console.print(
@@ -141,19 +144,28 @@ def _say_agreement(trainer: Any, console: Console) -> dict[str, float]:
             highlight=False,
             soft_wrap=True,
         )
-        if share < AGREEMENT_WARNED:
-            console.print(f"warning: {name} hardly agrees with itself: chance is 50%", soft_wrap=True)
+        if (why := why_unsteady(share)) is not None:
+            console.print(f"warning: {name} {why}", highlight=False, soft_wrap=True)
     return found
 
 
 def _agreement(trainer: Any) -> dict[str, float]:
-    """Share of the pairs of different answers that a reward that ranks puts in the same order, asked twice."""
+    """Share of the pairs of different answers that a reward that ranks puts in the same order, asked twice.
+
+    A judge, which shuffles the answers, is asked about them in the order given, and once: its liking for what comes
+    first would otherwise come out by chance.
+    """
+    from bondlm.evaluation.pairwise import in_given_order
+    from bondlm.rollout.seeds import Seeds
+
     names = [reward.name for reward in trainer.rewards if reward.ranks]
     if not names:
         return {}
     rows = list(islice(trainer.train_dataset, AGREEMENT_PROMPTS))
-    first = trainer.sample(rows, "policy", AGREEMENT_SAMPLES)
-    second = trainer.score_completions(rows, [completions[::-1] for completions in first.completions])
+    seeds = Seeds.of_evaluation(trainer.args.seed, 1.0)
+    drawn = trainer.step.draw(rows, {"policy": AGREEMENT_SAMPLES}, seeds, range(len(rows)))
+    step = replace(trainer.step, rewards=[in_given_order(reward) for reward in trainer.rewards])
+    first, second = (step.score(rows, answers) for answers in (drawn, [given[::-1] for given in drawn]))
     found = {}
     for name in names:
         one_PM, other_PM = first.by_name[name], second.by_name[name].flip(1)

@@ -22,6 +22,19 @@ from bondlm.rewards import NamedReward, score
 from bondlm.rollout.samples import Samples
 
 REFERENCE = "reference"
+LEAST_AGREEMENT, BY_PLACE = 0.7, 0.3  # with itself, in the opposite order: chance is 0.5, and place alone gives 0
+
+
+def in_given_order(reward: NamedReward) -> NamedReward:
+    """The same reward; one that shuffles what it is shown (`JudgeReward`) then keeps the order, and asks once."""
+    return replace(reward, function=getattr(reward.function, "in_given_order", lambda: reward.function)())
+
+
+def why_unsteady(agreement: float) -> str | None:
+    """What is wrong with a ranking that so often stays the same in the opposite order; None where nothing is."""
+    if agreement < BY_PLACE:
+        return "goes by the order in which answers are shown more than by the answers: chance is 50%"
+    return "hardly agrees with itself: chance is 50%" if agreement < LEAST_AGREEMENT else None
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,13 @@ def compared(
         if REFERENCE in numbers["win_rate"]
         and numbers["win_rate"][REFERENCE]["high"] < 1 / 2 < result["win_rate"]["low"]
     ]
-    return {"pairwise": found, "warnings": [*result["warnings"], *lost]}
+    unsteady = [
+        f"the judge {name!r} decides only {numbers['agreement']:.0%} of {numbers['num_pairs']} pairs alike in both "
+        f"orders: it {why}. Its win rates say little"
+        for name, numbers in found.items()
+        if (why := why_unsteady(numbers["agreement"])) is not None
+    ]
+    return {"pairwise": found, "warnings": [*result["warnings"], *lost, *unsteady]}
 
 
 def judge_pairs(
@@ -136,8 +155,7 @@ def _wins(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs) -
     columns = {
         name: [rows[i][name] for i in owner] for name in rows[0] if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)
     }
-    if hasattr(judge.function, "in_given_order"):
-        judge = replace(judge, function=judge.function.in_given_order())
+    judge = in_given_order(judge)
     groups = [k // 2 for k in range(len(texts))]
     completions = as_messages(texts) if conversational else texts
     scores = score([judge], prompts, completions, columns, groups=groups, allow_bad_rows=True)
