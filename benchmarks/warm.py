@@ -69,6 +69,7 @@ def add_training(parser: argparse.ArgumentParser, *, pairs: int, epochs: float, 
     parser.add_argument("--pairs", type=int, default=pairs, help="to learn from")
     parser.add_argument("--epochs", type=float, default=epochs)
     parser.add_argument("--rates", type=float, nargs="+", default=[rate], help="learning rates of the members, in turn")
+    parser.add_argument("--dropouts", type=float, nargs="+", help="of the members, in turn; default: the command's")
     parser.add_argument("--flip_labels", type=float, default=0.25, help="share of wrong labels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 
@@ -80,6 +81,7 @@ def trained(folder: Path, args: argparse.Namespace, seed: int, train: Rows, held
     command += ["--eval_dataset", write(folder / "heldout.jsonl", held_out)]
     command += ["--members", str(args.members), "--flip_labels", str(args.flip_labels), "--seed", str(seed)]
     command += ["--member_learning_rates", json.dumps(args.rates), "--num_train_epochs", str(args.epochs)]
+    command += ["--member_dropouts", json.dumps(args.dropouts)] if args.dropouts else []
     command += ["--per_device_train_batch_size", "16", "--warmup_steps", "10", "--logging_steps", "50"]
     command += ["--save_strategy", "epoch", "--save_total_limit", "1", "--save_only_model", "true"]
     if code := bondlm(command):
@@ -161,7 +163,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found.append(measure(Path(folder), args, seed, train[: args.pairs], held_out))
         print(json.dumps(compared(found[-1:])), flush=True)
-    settings = {name: vars(args)[name] for name in ("epochs", "rates", "flip_labels", "seeds")}
+    settings = {name: vars(args)[name] for name in ("epochs", "rates", "dropouts", "flip_labels", "seeds")}
     row = settings | {"pairs": [len(train[: args.pairs]), len(held_out)]} | compared(found)
     print(json.dumps(row))
     append(args.out, row)
