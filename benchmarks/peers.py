@@ -5,15 +5,21 @@
     python benchmarks/peers.py --size 6m --threads 1 --settings default
     python benchmarks/peers.py --size 100m --lora --threads 2
     python benchmarks/peers.py --size 500m --lora --dtype bfloat16 --tokens 128      # with a GPU
+    python benchmarks/peers.py --size 500m --lora --completions 192 --lengths full --against rloo --vllm-python PYTHON
 
 The models are random (made from a config into runs/peers), so what they say does not matter, only what it costs. All
-draw 48 completions of at most 64 tokens a step, of prompts of 16 to 96 tokens, and score them with the same reward
-model. `--lengths vary` gives completions of 48 lengths that are drawn once (mean about 24 of 64 tokens), `full` lets
-none end: the same lengths in every trainer and step, whatever its sampler draws, since the end-of-sequence token is
-forced. `--settings default` leaves TRL's own defaults (bf16 autocast, gradient checkpointing) in place. `--dtype
-bfloat16` is for all of them: bf16 base weights under an adapter, else autocast over fp32 weights. `sft` is one plain
-forward, backward and update on as many prompts and completions as J-BOND learns on: it draws and scores nothing, and
-its memory is the measure of ours. Needs `pip install trl==1.16.0`.
+draw 48 completions (`--completions`, three of each prompt) of at most 64 tokens a step, of prompts of 16 to 96 tokens,
+and score them with the same reward model. `--lengths vary` gives completions of 48 lengths that are drawn once (mean
+about 24 of 64 tokens), `full` lets none end: the same lengths in every trainer and step, whatever its sampler draws,
+since the end-of-sequence token is forced. `--settings default` leaves TRL's own defaults (bf16 autocast, gradient
+checkpointing) in place. `--dtype bfloat16` is for all of them: bf16 base weights under an adapter, else autocast over
+fp32 weights. `sft` is one plain forward, backward and update on as many prompts and completions as J-BOND learns on: it
+draws and scores nothing, and its memory is the measure of ours.
+
+`--vllm-python` lets both sides draw with vLLM: bondlm from a server of its own (`vllm_server: auto`), RLOO and GRPO
+within their own process, as TRL does by default (`vllm_mode="colocate"`), which therefore runs with that interpreter:
+it needs TRL, too. With `--sleep auto` both put vLLM to sleep while they learn. Lengths cannot be forced there: random
+models end about once in as many tokens as their vocabulary has. Needs `pip install trl==1.16.0`.
 """
 
 import argparse
@@ -21,20 +27,23 @@ import itertools
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 from facts import add_out, append
 from step import forget_this_folder, in_a_process, measure
 
-COMPLETIONS = 48
+SAMPLES = 3  # of a prompt: the policy's one and the anchor's two
 MEAN_LENGTH = 3 / 8  # of the budget, before it cuts
 EOS = 0  # the first token, so that the uniform number 0 draws it
+EARLY_ENDS = 0.02  # of all tokens may be missing where the lengths are not forced
 FOLDER = Path("runs/peers")
 SIZES = {  # vocabulary, hidden size, layers, heads
     "6m": (4096, 256, 6, 4),
     "100m": (16384, 640, 16, 10),
     "500m": (32768, 1280, 24, 20),
     "1.3b": (32768, 2048, 24, 16),
+    "7b": (32768, 4096, 32, 32),
 }
 
 
@@ -44,22 +53,33 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="an adapter instead of all weights")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tokens", type=int, default=64, help="most tokens of a completion")
+    parser.add_argument("--completions", type=int, default=48, help="of a step, a multiple of 3")
     parser.add_argument("--lengths", choices=["vary", "full"], default="vary")
     parser.add_argument("--settings", choices=["sensible", "default"], default="sensible", help="TRL's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--against", nargs="*", default=["rloo", "grpo", "online_dpo", "sft"])
+    parser.add_argument("--vllm-python", help="interpreter with vLLM: draw with it")
+    parser.add_argument("--sleep", choices=["auto", "never"], default="never", help="of vLLM, while a trainer learns")
+    parser.add_argument("--server-args", type=str.split, default=["--max-model-len=1024"], help="of bondlm's server")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     add_out(parser, "peers")
     args = parser.parse_args()
+    if args.completions % SAMPLES:
+        parser.error(f"--completions {args.completions}: not a multiple of {SAMPLES}")
+    if args.vllm_python and (args.lengths != "full" or "online_dpo" in args.against):
+        parser.error("--vllm-python: only with --lengths full, and not against online_dpo")
     if args.one:
         import torch
 
         torch.set_num_threads(args.threads)
-        print("RESULT " + json.dumps(measure(build(args), args.threads)))
+        print("RESULT " + json.dumps(measure(build(args), args.threads, args.completions)), flush=True)
         return
     prepare(args)
-    results = {name: in_a_process(name) for name in ["bondlm", *args.against]}
+    with_vllm = {name: args.vllm_python for name in ("rloo", "grpo") if args.vllm_python}
+    results = {
+        name: in_a_process(name, python=with_vllm.get(name, sys.executable)) for name in ["bondlm", *args.against]
+    }
     ours = results["bondlm"]
     for name in args.against:
         ratios = {key: ours[key] / results[name][key] for key in ("wall", "cpu", "peak_gib")}
@@ -69,21 +89,22 @@ def main() -> None:
     tokens = sum(min(args.tokens, length) for length in lengths(args))
     for name, result in results.items():
         if name != "sft":
-            seen = result["length"] * COMPLETIONS  # OnlineDPO does not say it
-            assert math.isnan(seen) or abs(seen - tokens) < 1, f"{name} drew {seen} tokens, not {tokens}"
+            seen = result["length"] * args.completions  # OnlineDPO does not say it
+            allowed = EARLY_ENDS * tokens if args.vllm_python else 1
+            assert math.isnan(seen) or abs(seen - tokens) < allowed, f"{name} drew {seen} tokens, not {tokens}"
             result["cpu_ms_per_token"] = 1000 * result["cpu"] / tokens
             print(f"{name:10} {result['cpu_ms_per_token']:.2f} CPU ms a completion token", flush=True)
-    names = ("size", "lora", "dtype", "lengths", "settings", "threads", "steps")
-    setting = {name: getattr(args, name) for name in names}
+    names = ("size", "lora", "dtype", "completions", "lengths", "settings", "threads", "steps")
+    setting = {name: getattr(args, name) for name in names} | {"vllm": bool(args.vllm_python), "sleep": args.sleep}
     append(args.out, {**setting, "most_tokens": args.tokens, "tokens": tokens, "results": results})
 
 
 def lengths(args: argparse.Namespace) -> list[int]:
     """Of the completions of one step; longer than the budget: it does not end."""
     if args.lengths == "full":
-        return [args.tokens + 1] * COMPLETIONS
+        return [args.tokens + 1] * args.completions
     numbers, mean = random.Random(0), MEAN_LENGTH * args.tokens
-    return [max(1, round(numbers.expovariate(1 / mean))) for _ in range(COMPLETIONS)]
+    return [max(1, round(numbers.expovariate(1 / mean))) for _ in range(args.completions)]
 
 
 def force_lengths(args: argparse.Namespace) -> None:
@@ -92,9 +113,9 @@ def force_lengths(args: argparse.Namespace) -> None:
     import torch
     from transformers import GenerationMixin, LogitsProcessorList
 
-    from bondlm.engines import hf
+    from bondlm.engines.local import engine
 
-    uniforms, mine = hf.row_uniforms, itertools.cycle(lengths(args))
+    uniforms, mine = engine.row_uniforms, itertools.cycle(lengths(args))
 
     def forced_uniforms(seed: int, sample: int, count: int) -> np.ndarray:
         numbers = 0.5 + uniforms(seed, sample, count) / 2  # never the first token
@@ -119,7 +140,7 @@ def force_lengths(args: argparse.Namespace) -> None:
 
         return generate(self, *a, logits_processor=LogitsProcessorList([force]), **kwargs)
 
-    hf.row_uniforms, GenerationMixin.generate = forced_uniforms, forced_generate
+    engine.row_uniforms, GenerationMixin.generate = forced_uniforms, forced_generate
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -140,7 +161,7 @@ def prepare(args: argparse.Namespace) -> None:
         return LlamaConfig(
             vocab_size=vocab,
             hidden_size=hidden,
-            intermediate_size=int(hidden * 2.7),
+            intermediate_size=int(hidden * 2.7) // 8 * 8,  # products of bf16 want a multiple of 8
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=1024,
@@ -154,11 +175,12 @@ def prepare(args: argparse.Namespace) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers take a while
         policy = LlamaForCausalLM(config(hidden, layers, heads))
     policy.generation_config.bos_token_id = None
-    for model, name in (
-        (policy, args.size),
-        (LlamaForSequenceClassification(config(128, 2, 2, num_labels=1)), f"reward-{args.size}"),
+    base = torch.bfloat16 if args.lora and args.dtype == "bfloat16" else torch.float32  # TRL's vLLM takes the file's
+    for model, name, dtype in (
+        (policy, args.size, base),
+        (LlamaForSequenceClassification(config(128, 2, 2, num_labels=1)), f"reward-{args.size}", torch.float32),
     ):
-        model.cpu().save_pretrained(FOLDER / name)
+        model.to("cpu", dtype).save_pretrained(FOLDER / name)
         tokenizer.save_pretrained(FOLDER / name)
 
 
@@ -177,7 +199,8 @@ def build(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     forget_this_folder()
-    force_lengths(args)
+    if not args.vllm_python:
+        force_lengths(args)
     mixed = args.dtype == "bfloat16"
     policy, reward = str(FOLDER / args.size), str(FOLDER / f"reward-{args.size}")
     rows = Dataset.from_list(prompts(SIZES[args.size][0]))
@@ -197,8 +220,16 @@ def build(args: argparse.Namespace):
 
         # An adapter on bf16 weights needs no autocast; weights that train stay fp32.
         precision = {"dtype": args.dtype} if args.lora else {"dtype": "float32", "bf16": mixed}
+        engine = {}
+        if args.vllm_python:
+            engine = {"engine": "vllm", "vllm_server": "auto", "vllm_python": args.vllm_python}
+            engine |= {"vllm_sleep": args.sleep, "vllm_server_args": args.server_args}
         config = BONDConfig(
-            per_device_train_batch_size=COMPLETIONS // 3, max_completion_length=args.tokens, **precision, **common
+            per_device_train_batch_size=args.completions // SAMPLES,
+            max_completion_length=args.tokens,
+            **precision,
+            **engine,
+            **common,
         )
         return BONDTrainer(policy, reward, config, train_dataset=rows, peft_config=lora)
     if args.settings == "sensible":
@@ -210,7 +241,7 @@ def build(args: argparse.Namespace):
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
         config = OnlineDPOConfig(
-            per_device_train_batch_size=COMPLETIONS // 2,
+            per_device_train_batch_size=args.completions // 2,
             max_new_tokens=args.tokens,
             max_length=args.tokens + 128,
             beta=0.05,
@@ -228,9 +259,12 @@ def build(args: argparse.Namespace):
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     make_config, make_trainer = (RLOOConfig, RLOOTrainer) if args.one == "rloo" else (GRPOConfig, GRPOTrainer)
+    if args.vllm_python:
+        common |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": args.sleep == "auto"}
+        common |= {"vllm_max_model_length": 1024}
     config = make_config(
-        per_device_train_batch_size=COMPLETIONS,
-        num_generations=3,
+        per_device_train_batch_size=args.completions,
+        num_generations=SAMPLES,
         max_completion_length=args.tokens,
         beta=0.05,
         **common,
@@ -239,14 +273,14 @@ def build(args: argparse.Namespace):
 
 
 def sft(model, rows, common, lora, tokenizer, args):
-    """Plain supervised steps on 32 rows: J-BOND learns on two completions of each of 16 prompts."""
+    """Plain supervised steps on two of three rows: J-BOND learns on two completions of each prompt."""
     from peft import get_peft_model
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     random.seed(1)
     vocab = model.config.vocab_size
 
-    ends = itertools.cycle(lengths(args)[: 2 * COMPLETIONS // 3])
+    ends = itertools.cycle(lengths(args)[: 2 * args.completions // 3])
 
     def encode(row):
         length = min(args.tokens, next(ends))
@@ -254,7 +288,7 @@ def sft(model, rows, common, lora, tokenizer, args):
         return {"input_ids": tokenizer(row["prompt"])["input_ids"] + completion}
 
     data = rows.map(encode, remove_columns=["prompt"])
-    config = TrainingArguments(per_device_train_batch_size=2 * COMPLETIONS // 3, **common)
+    config = TrainingArguments(per_device_train_batch_size=2 * args.completions // 3, **common)
     model = model if lora is None else get_peft_model(model, lora)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     return Trainer(model, config, data_collator=collator, train_dataset=data)

@@ -13,7 +13,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -52,28 +55,27 @@ def forget_this_folder() -> None:
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
 
 
-def in_a_process(name: str, *options: str) -> dict:
+def in_a_process(name: str, *options: str, python: str = sys.executable) -> dict:
     """Measure one trainer in a fresh process, and print it."""
-    command = [sys.executable, *sys.argv, "--one", name, *options]
+    command = [python, *sys.argv, "--one", name, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         sys.exit(done.stdout + done.stderr)
     r = json.loads(lines[0][7:])
+    card = f", of the whole card {r['card_gib']:.2f}" if r["card_gib"] else ""
     print(
         f"{name:8} wall {r['wall']:6.2f} s  cpu {r['cpu']:6.2f} s  of it generation {r['generate']:6.2f} s  "
-        f"peak {r['peak_gib']:.2f} GiB  mean completion {r['length']:.1f} tokens  {r['phases']}",
+        f"peak {r['peak_gib']:.2f} GiB{card}  mean completion {r['length']:.1f} tokens  {r['phases']}",
         flush=True,
     )
     return r
 
 
-def measure(trainer, threads: int) -> dict:
+def measure(trainer, threads: int, completions: int = PROMPTS * COMPLETIONS) -> dict:
     """Median wall clock and CPU seconds of its steps after the first, of them generation's, and its own phases."""
     import torch
     from transformers import GenerationMixin, TrainerCallback
-
-    from bondlm.engines.local.engine import TransformersEngine
 
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()
@@ -111,10 +113,11 @@ def measure(trainer, threads: int) -> dict:
         return timed_work
 
     trainer.add_callback(Timer())
-    with (
-        patch.object(GenerationMixin, "generate", timed(GenerationMixin.generate)),  # what TRL samples with
-        patch.object(TransformersEngine, "_draw", timed(TransformersEngine._draw)),
-    ):
+    card = [0]  # most bytes of it in use, by whichever process: a vLLM server's, too
+    with ExitStack() as stack:
+        for owner, name in samplers(trainer, GenerationMixin):
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
+        stack.enter_context(watching(card))
         trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row][1:]
     names = [name for name in logs[0] if name.startswith("time/")]
@@ -126,15 +129,50 @@ def measure(trainer, threads: int) -> dict:
         "cpu": cpu,
         "generate": generation,
         "peak_gib": (torch.cuda.max_memory_allocated() if on_gpu else main_memory) / 2**30,  # a GPU's own
-        "length": statistics.mean(mean_length(row) for row in logs),
+        "card_gib": card[0] / 2**30,
+        "length": statistics.mean(mean_length(row, completions) for row in logs),
         "phases": phases,
     }
 
 
-def mean_length(row: dict) -> float:
+def samplers(trainer, mixin) -> list[tuple[type, str]]:
+    """Class and method of what this trainer draws with: ours, and TRL's with transformers or with vLLM."""
+    engine = getattr(trainer, "engine", None)
+    theirs = getattr(trainer, "vllm_generation", None)
+    if engine is not None:
+        names = ("_draw",) if hasattr(engine, "_draw") else ("sync", "generate_roles")
+        return [(type(engine), name) for name in names]
+    return [(mixin, "generate")] if theirs is None else [(type(theirs), "generate"), (type(theirs), "sync_weights")]
+
+
+@contextmanager
+def watching(most: list[int]) -> Iterator[None]:
+    """Keep in `most[0]` the largest number of bytes of the card that are in use, looked at every 20 ms; 0 without."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.02):
+            free, total = torch.cuda.mem_get_info()
+            most[0] = max(most[0], total - free)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def mean_length(row: dict, completions: int) -> float:
     """Of all completions of a step; ours logs the policy's alone as completions/mean_length, but all tokens drawn."""
     if "num_tokens/learned" in row:
-        return row["num_tokens"] / (PROMPTS * COMPLETIONS)
+        return row["num_tokens"] / completions
     return row.get("completions/mean_length", float("nan"))
 
 
