@@ -13,7 +13,7 @@ from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
-from engines.vllm.helpers import EOS, PYTHON, TOKENIZER, change, config, connect
+from engines.vllm.helpers import EOS, ON_GPU, PYTHON, TOKENIZER, change, config, connect
 from engines.vllm.stub import Stub, serving
 
 
@@ -48,6 +48,11 @@ def plain_stub() -> Iterator[Stub]:
 # -- real servers, for `make test-vllm`
 
 
+def share_of_card() -> list[str]:
+    """What each of the servers takes of a GPU."""
+    return ["--gpu-memory-utilization=0.1"] if ON_GPU else []
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base")
@@ -61,8 +66,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("server")
-    options = server_options(torch.float32, 8, 2, config(folder))
-    made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=400, on_cpu=True)
+    options = server_options(torch.float32, 8, 2, config(folder)) + share_of_card()
+    made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=400, on_cpu=not ON_GPU)
     yield made
     made.stop()
 
@@ -82,7 +87,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def whole_server(tied: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("whole_server")
-    options = whole_model_options(Roles(tiny_causal(TOKENIZER, hidden=128)), config(folder))
-    made = LocalServer(PYTHON, tied, options, log=folder / "server.log", start_timeout=400, on_cpu=True)
+    options = whole_model_options(Roles(tiny_causal(TOKENIZER, hidden=128)), config(folder)) + share_of_card()
+    made = LocalServer(PYTHON, tied, options, log=folder / "server.log", start_timeout=400, on_cpu=not ON_GPU)
     yield made
     made.stop()

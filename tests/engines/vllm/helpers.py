@@ -18,6 +18,7 @@ from engines.vllm.stub import Answer, Stub, first
 
 # Absolute, since tests change their folder; not resolved: a virtual environment's interpreter is a link.
 PYTHON = os.path.abspath(named) if (named := os.environ.get("BONDLM_VLLM_PYTHON", "")) else ""
+ON_GPU = os.environ.get("BONDLM_VLLM_ON") == "cuda"  # where the servers compute; benchmarks/on_gpu.sh
 ALONE = World(size=1, rank=0, device=torch.device("cpu"))
 TOKENIZER = tiny_tokenizer()
 EOS = list(range(0, 300, 9))

@@ -1,4 +1,7 @@
-"""`engine: vllm` against a real vLLM server on the CPU (`make test-vllm`), a tiny Llama with random weights."""
+"""`engine: vllm` against a real vLLM server, a tiny Llama with random weights.
+
+On the CPU (`make test-vllm`), or on a GPU (`benchmarks/on_gpu.sh vllm`).
+"""
 
 import subprocess
 import time
@@ -23,7 +26,7 @@ from bondlm.models.adapters import wrap_adapter
 from bondlm.models.logprobs import row_logprobs
 from bondlm.models.roles import Roles
 from bondlm.rewards import load_rewards, score
-from engines.vllm.helpers import ALONE, PYTHON
+from engines.vllm.helpers import ALONE, ON_GPU, PYTHON
 
 pytestmark = [
     pytest.mark.vllm,
@@ -50,7 +53,7 @@ def config(folder: Path, **changes: Any) -> BONDConfig:
         "eta": 0.3,
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": not ON_GPU,
         "dtype": "float32",
         "engine": "vllm",
     }
@@ -325,4 +328,4 @@ def test_weights_of_another_shape_are_refused(whole_server: LocalServer, base: s
 def test_what_vllm_says_at_its_start_reaches_the_user(base: str, tmp_path: Path) -> None:
     options = ["--max-model-len", "256", "--dtype", "no-such-type"]
     with pytest.raises(ConfigError, match=r"no-such-type.*--dtype no-such-type"):
-        LocalServer(PYTHON, base, options, log=tmp_path / "log", start_timeout=120, on_cpu=True)
+        LocalServer(PYTHON, base, options, log=tmp_path / "log", start_timeout=120, on_cpu=not ON_GPU)
