@@ -24,6 +24,7 @@ case ${1:-check} in
     peers --size 500m --against rloo grpo sft
     peers --size 1.3b --lora --lengths full --against rloo
     run 60 python3 benchmarks/roofline.py --model runs/peers/500m --dtype bfloat16 --batch 64 256 --profile --out "$results/roofline.jsonl"
+    run 90 python3 benchmarks/t5_step.py --out "$results/t5_step.jsonl" # not run on a GPU yet
     run 120 python3 benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16 --prompts 64 --repeats 2 --out "$results/tricks.jsonl"
     run 240 python3 benchmarks/growth.py --hidden 2048 --layers 16 --dtype bfloat16 --rows 64 256 --out "$results/growth.jsonl"
     run 240 python3 benchmarks/cut.py --hidden 2048 --layers 16 --limits 0 20000 5200 --out "$results/cut.jsonl"

@@ -146,16 +146,10 @@ def force_lengths(args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace) -> None:
     """Policy and reward model as ordinary folders."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     vocab, hidden, layers, heads = SIZES[args.size]
-    words = {"[EOS]": EOS, "[PAD]": 1, "[UNK]": 2} | {f"w{i}": i for i in range(3, vocab)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", padding_side="left"
-    )
+    tokenizer = word_tokenizer(vocab)
 
     def config(hidden: int, layers: int, heads: int, **extra) -> LlamaConfig:
         return LlamaConfig(
@@ -182,6 +176,19 @@ def prepare(args: argparse.Namespace) -> None:
     ):
         model.to("cpu", dtype).save_pretrained(FOLDER / name)
         tokenizer.save_pretrained(FOLDER / name)
+
+
+def word_tokenizer(vocab: int):
+    """Of the words w3, w4 and so on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[EOS]": EOS, "[PAD]": 1, "[UNK]": 2} | {f"w{i}": i for i in range(3, vocab)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", padding_side="left"
+    )
 
 
 def prompts(vocab: int) -> list[dict[str, str]]:

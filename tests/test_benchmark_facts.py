@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("peers", "roofline", "tricks", "vllm", "step", "warm", "overoptimised")
+SCRIPTS = ("peers", "roofline", "tricks", "vllm", "step", "t5_step", "warm", "overoptimised")
 
 
 @pytest.fixture
