@@ -19,7 +19,8 @@ draws and scores nothing, and its memory is the measure of ours.
 `--vllm-python` lets both sides draw with vLLM: bondlm from a server of its own (`vllm_server: auto`), RLOO and GRPO
 within their own process, as TRL does by default (`vllm_mode="colocate"`), which therefore runs with that interpreter:
 it needs TRL, too. With `--sleep auto` both put vLLM to sleep while they learn. Lengths cannot be forced there: random
-models end about once in as many tokens as their vocabulary has. Needs `pip install trl==1.16.0`.
+models end about once in as many tokens as their vocabulary has. CPU seconds are a trainer's own, without a server's.
+Needs `pip install trl==1.16.0`.
 """
 
 import argparse

@@ -124,12 +124,11 @@ def draw(engine, prompts, new: int):
     return engine.generate(prompts, 1, role="policy", max_new_tokens=new, seeds=list(range(len(prompts))))
 
 
-def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, float, float, float]]:
-    """Seconds, tokens, floating-point operations and bytes of each phase; the best of three."""
-    from bondlm.models.head import exact_head
-    from bondlm.models.logprobs import collate, row_logprobs, sequence_logprobs
+def costs(model, rows: float, prompt: float, new: float) -> dict[str, tuple[float, float]]:
+    """Floating-point operations and bytes of each phase, of so many rows with `prompt` and `new` tokens.
 
-    batch = len(prompts)
+    `learn` is one pass over all of them, `decode` the tokens after the prompt.
+    """
     head = model.get_output_embeddings().weight.numel()
     inputs = model.get_input_embeddings().weight
     tied = inputs is model.get_output_embeddings().weight
@@ -137,18 +136,37 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
     config = model.config
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
-    def attention(queries: int, keys: float) -> float:  # operations of one row
+    def attention(queries: float, keys: float) -> float:  # operations of one row
         return 4 * config.num_hidden_layers * heads * size * queries * keys
 
     width = model.dtype.itemsize
     cached = 2 * width * config.num_hidden_layers * config.num_key_value_heads * size  # bytes a token
+    weights, length = float(width * (body + head)), prompt + new
+    forward = rows * (2 * body * length + 2 * head * new + attention(length, length / 2))
+    return {
+        "prefill": (rows * (2 * body * prompt + 2 * head + attention(prompt, prompt / 2)), weights),
+        "decode": (
+            rows * new * (2 * (body + head) + attention(1, prompt + new / 2)),
+            new * (weights + rows * cached * (prompt + new / 2)),
+        ),
+        "score": (forward, weights),
+        "learn": (forward, weights),
+    }
+
+
+def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, float, float, float]]:
+    """Seconds, tokens, floating-point operations and bytes of each phase; the best of three."""
+    from bondlm.models.head import exact_head
+    from bondlm.models.logprobs import collate, row_logprobs, sequence_logprobs
+
+    batch = len(prompts)
+    cost = costs(model, batch, PROMPT, NEW)
     rows = [(p, c.ids) for p, (c,) in zip(prompts, draw(engine, prompts, NEW), strict=True)]
     prefill = min(timed(lambda: draw(engine, prompts, 1)) for _ in range(3))
     whole = min(timed(lambda: draw(engine, prompts, NEW + 1)) for _ in range(3))
     score = min(timed(lambda: row_logprobs(model, rows, 0, start_id=None, device=DEVICE)) for _ in range(3))
     micro = {name: tensor.to(DEVICE) for name, tensor in collate([(p, [c]) for p, c in rows[:16]], 0).items()}
     exact = exact_head(model, DEVICE)
-    weights = float(width * (body + head))
 
     def learn() -> None:
         sequence_logprobs(model, micro, head=exact).sum().backward()
@@ -162,22 +180,12 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
     model.eval()
     passes = 2 if lora else 3  # forward; backward through activations; and through weights
     length = PROMPT + NEW
-    forward = batch * (2 * body * length + 2 * head * NEW + attention(length, length / 2))
+    flops, weights = cost["learn"]
     return {
-        "prefill": (
-            prefill,
-            batch * PROMPT,
-            batch * (2 * body * PROMPT + 2 * head + attention(PROMPT, PROMPT / 2)),
-            weights,
-        ),
-        "decode": (
-            whole - prefill,
-            batch * NEW,
-            batch * NEW * (2 * (body + head) + attention(1, PROMPT + NEW / 2)),
-            NEW * (weights + batch * cached * (PROMPT + NEW / 2)),
-        ),
-        "score": (score, batch * length, forward, weights),
-        "learn": (learning, 16 * length, passes * forward * 16 / batch, weights),
+        "prefill": (prefill, batch * PROMPT, *cost["prefill"]),
+        "decode": (whole - prefill, batch * NEW, *cost["decode"]),
+        "score": (score, batch * length, *cost["score"]),
+        "learn": (learning, 16 * length, passes * flops * 16 / batch, weights),
     }
 
 
