@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What a GPU shows, in one go: `check` (minutes), then `speed` (minutes more; needs trl==1.16.0), then `vllm` (not run yet;
-# needs VLLM_PYTHON, an interpreter with vLLM, and models/smollm2-135m-instruct).
+# What a GPU shows, in one go: `check` (minutes), then `speed` (minutes more; needs trl==1.16.0), then `vllm` and
+# `vllm-more` (not run on a GPU yet; at most ten minutes each). These need VLLM_PYTHON, an interpreter with vLLM and
+# trl==1.16.0; `vllm-more` needs models/smollm2-135m-instruct. Lines that decide most come first.
 #     bash benchmarks/on_gpu.sh check
 #     bash benchmarks/on_gpu.sh speed [folder for the results, default benchmarks/results]
-#     VLLM_PYTHON=/opt/vllm/bin/python bash benchmarks/on_gpu.sh vllm [the same]
+#     VLLM_PYTHON=/opt/vllm/bin/python bash benchmarks/on_gpu.sh vllm [the same]    # then vllm-more
 # Each line has a time limit of its own, so that one that hangs does not take the others with it.
 set -uo pipefail
 failed=0
@@ -14,6 +15,19 @@ run() {
   echo "--- $*"
   timeout "$limit" "$@" 2>&1 | grep -v -E "Loading weights|Writing model|Warning|warnings.warn" || failed=1
 }
+vllm_peers() {
+  run 215 python3 benchmarks/peers.py --lora --dtype bfloat16 --lengths full --vllm-python "$VLLM_PYTHON" \
+    --out "$results/peers.jsonl" "$@"
+}
+engines() {
+  run 140 python3 benchmarks/vllm.py --vllm-python "$VLLM_PYTHON" --dtype bfloat16 --tokens 128 --out "$results/vllm.jsonl" "$@"
+}
+train() {
+  run 80 python3 -m bondlm train --engine vllm --vllm_server auto --vllm_python "$VLLM_PYTHON" \
+    --vllm_server_args '["--enforce-eager"]' --reward_funcs examples/everyday/reward.py:not_repetitive \
+    --reward_weights "[1.0]" --lr_scheduler_type constant --warmup_steps 0 --bf16 true --save_steps 2 "$@"
+}
+case ${1:-check} in vllm*) : "${VLLM_PYTHON:?an interpreter with vLLM}" ;; esac
 case ${1:-check} in
   check)
     run 150 python3 -m pytest -q --show-capture=no -p no:cacheprovider -n 4 tests/trainer/test_cuda.py tests/engines/local/test_cuda_graph.py
@@ -29,26 +43,30 @@ case ${1:-check} in
     run 240 python3 benchmarks/growth.py --hidden 2048 --layers 16 --dtype bfloat16 --rows 64 256 --out "$results/growth.jsonl"
     run 240 python3 benchmarks/cut.py --hidden 2048 --layers 16 --limits 0 20000 5200 --out "$results/cut.jsonl"
     ;;
-  vllm) # probe gaps and tokens per second of both engines at 63 and 255 rows; then a run on one card, and its resume
-    python=${VLLM_PYTHON:?an interpreter with vLLM}
-    engines() {
-      run 240 python3 benchmarks/vllm.py --model models/smollm2-135m-instruct --vllm-python "$python" --dtype bfloat16 --tokens 128 \
-        --num-prompts 21 85 --out "$results/vllm.jsonl" "$@"
-    }
-    engines
-    engines --sleep auto
-    engines --whole
-    train() {
-      run 240 python3 -m bondlm train --engine vllm --vllm_server auto --vllm_python "$python" \
-        --reward_funcs examples/everyday/reward.py:not_repetitive --reward_weights "[1.0]" --lr_scheduler_type constant --warmup_steps 0 \
-        --bf16 true --save_steps 2 "$@"
-    }
+  vllm) # not run on a GPU yet
+    # A whole step beside TRL with its own vLLM, 192 completions of 128 tokens: at most 0.8 of it is the bar. Memory of the
+    # trainer, and the most of the whole card. It also makes the model that the next line draws from.
+    vllm_peers --size 500m --completions 192 --tokens 128 --steps 4 --against rloo
+    # Tokens per second at 63, 192 and 255 rows: at least 3 times the transformers engine's and 40% of the roofline are the
+    # bars. Memory of trainer and server (awake and asleep), seconds of an update, gap of the probe.
+    engines --model runs/peers/500m --num-prompts 21 64 85 --rounds 2 --sleep auto
+    # Correctness: first tokens against the policy's probabilities, log-probabilities of each role, reloads of adapters and
+    # of whole weights, a run of each. In fp32, so products must not be rounded to TF32.
+    run 190 env BONDLM_VLLM_ON=cuda BONDLM_VLLM_PYTHON="$VLLM_PYTHON" TRITON_F32_DEFAULT=ieee \
+      python3 -m pytest -q -p no:cacheprovider -m vllm tests/engines/vllm/test_real.py \
+      -k "frequencies or own_distribution or reload or in_turn or training or fine_tuning"
+    ;;
+  vllm-more) # not run on a GPU yet
+    # Whole weights handed over, real ones (full fine-tuning): gap of the probe, seconds of an update, memory.
+    engines --model models/smollm2-135m-instruct --num-prompts 64 --rounds 2 --whole --sleep auto
+    # `vllm_server: auto` on one card, real weights; the second command goes on from the first one's checkpoint.
+    train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 2
+    train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 4
     mkdir -p runs
     grep -v -E "^(use_peft|lora_r|learning_rate):" examples/everyday/jbond.yaml > runs/on-gpu-full.yaml
-    for steps in 2 4; do # the second goes on from the first one's checkpoint
-      train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps $steps
-      train --config runs/on-gpu-full.yaml --output_dir runs/on-gpu-vllm-full --max_steps $steps
-    done
+    train --config runs/on-gpu-full.yaml --output_dir runs/on-gpu-vllm-full --max_steps 2
+    # Size: a random 7B with LoRA and its server on one card: does it fit, how long is a step, how large is each role.
+    vllm_peers --size 7b --completions 48 --tokens 128 --steps 3 --sleep auto --against
     ;;
 esac
 exit $failed

@@ -83,7 +83,8 @@ def main() -> None:
     }
     ours = results["bondlm"]
     for name in args.against:
-        ratios = {key: ours[key] / results[name][key] for key in ("wall", "cpu", "peak_gib")}
+        sizes = () if args.vllm_python else ("peak_gib",)  # vLLM takes what it is given, with TRL in its own process
+        ratios = {key: ours[key] / results[name][key] for key in ("wall", "cpu", *sizes)}
         if results[name]["generate"]:
             ratios["generate"] = ours["generate"] / results[name]["generate"]
         print(f"bondlm / {name}: " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()), flush=True)
@@ -177,6 +178,8 @@ def prepare(args: argparse.Namespace) -> None:
     ):
         model.to("cpu", dtype).save_pretrained(FOLDER / name)
         tokenizer.save_pretrained(FOLDER / name)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the card belongs to the trainers now
 
 
 def word_tokenizer(vocab: int):

@@ -1,10 +1,15 @@
 """The vLLM engine beside the transformers engine on a J-BOND rollout, with and without one batch for both adapters.
 
     python benchmarks/vllm.py --model models/smollm2-135m-instruct --vllm-python .venv-vllm/bin/python
+    python benchmarks/vllm.py --model runs/peers/500m --dtype bfloat16 --num-prompts 64 --vllm-python PYTHON  # on a GPU
 
 The server runs on this machine and has the same cores. Engines take turns; ratios of medians within the run. With
 --whole policy and anchor are whole models: the time of an update is that of one role's weights, and drawing from both
-roles includes two updates.
+roles includes two updates. A model without a chat template (those of peers.py) gets random prompts of 64 tokens.
+
+The share of the roofline is what roofline.py computes for prefill and decoding with the model's own weights, divided by
+the time it took; both are measured on an idle card, before the server starts. On a GPU the memory of each role is
+noted: what the trainer had at most, and what the server takes of the card while it is awake and while it sleeps.
 """
 
 import argparse
@@ -17,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from facts import add_out, append
+from roofline import costs, matrix_rate, prompts_of, read_bandwidth
 
 ROLES = ("policy", "anchor")
 COUNTS = {"policy": 1, "anchor": 2}  # completions of a prompt
@@ -65,20 +71,20 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, dtype=getattr(torch, args.dtype)).to(device)
     roles = Roles(model if args.whole else wrap_adapter(model, LoraConfig(r=16, target_modules="all-linear")))
-    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[: max(args.num_prompts)]
-    everything = [
-        tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)
-        for line in lines
-    ]
+    everything = encoded(args, tokenizer, model)
+    roof = (matrix_rate(model.dtype), read_bandwidth())
     encoder = PromptEncoder.of_model(roles.core, tokenizer)
     ends = {"eos_ids": encoder.eos_ids, "pad_id": encoder.pad_id}
     settings = {"engine": "vllm", "vllm_server": "auto", "vllm_python": args.vllm_python}
     settings |= {"vllm_server_args": args.server_args, "max_completion_length": args.tokens}
     settings["vllm_sleep"] = args.sleep
     config = BONDConfig(output_dir=str(folder), use_cpu=not torch.cuda.is_available(), **settings)
-    begin = time.perf_counter()
+    others, begin = card_of_others(), time.perf_counter()
     server = make_engine(config, roles.model, roles, encoder, World.of(config))
     start_seconds = time.perf_counter() - begin
+    memory = {"asleep": card_of_others() - others} if args.sleep == "auto" else {}
+    server._wake()
+    memory["awake"] = card_of_others() - others
     here = TransformersEngine(roles.use, **ends)
 
     def one_by_one(engine, prompts, seeds):
@@ -89,11 +95,15 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
         wanted = {role: (COUNTS[role], seeds) for role in ROLES}
         return server.generate_roles(prompts, wanted, max_new_tokens=args.tokens)
 
-    ways = {
-        "transformers": lambda *what: one_by_one(here, *what),
-        "vllm, one role after the other": lambda *what: one_by_one(server, *what),
-        "vllm, both adapters in one batch": together,
+    ways = {  # how, and which roles make a batch
+        "transformers": (lambda *what: one_by_one(here, *what), [("policy",), ("anchor",)]),
+        "vllm, one role after the other": (lambda *what: one_by_one(server, *what), [("policy",), ("anchor",)]),
+        "vllm, both adapters in one batch": (together, [ROLES]),
     }
+
+    def least(prompts, drawn, batches):
+        return sum(roof_seconds(roles.model, prompts, [drawn[r] for r in batch], *roof) for batch in batches)
+
     if args.whole:
         ways.popitem()
 
@@ -113,13 +123,45 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     try:
         with measuring_alone(args.pause):
             for size in args.num_prompts:
-                yield {
-                    **compare(everything[:size], args.rounds, ways, update),
-                    "start_seconds": start_seconds,
-                    "probe_gap": server.probe_gap,
-                }
+                result = compare(everything[:size], args.rounds, ways, update, least)
+                result |= {"start_seconds": start_seconds, "probe_gap": server.probe_gap}
+                if torch.cuda.is_available():
+                    most = {"trainer": torch.cuda.max_memory_allocated()}
+                    result["memory_gib"] = {name: size / 2**30 for name, size in (most | memory).items()}
+                yield result
     finally:
         server.close()
+
+
+def encoded(args: argparse.Namespace, tokenizer, model) -> list[list[int]]:
+    """The most prompts that are asked for, as token ids."""
+    count = max(args.num_prompts)
+    if tokenizer.chat_template is None:
+        return prompts_of(model, count)
+    lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()[:count]
+    return [
+        tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)
+        for line in lines
+    ]
+
+
+def card_of_others() -> int:
+    """Bytes of the card that this process's tensors do not hold; 0 without a card."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def roof_seconds(model, prompts: list, drawn: list, rate: float, bandwidth: float) -> float:
+    """The least that one batch of these roles' completions takes: each role's prompts, then one token a row a step."""
+    lengths = [len(c.ids) for completions in drawn for row in completions for c in row]
+    prompt, steps = statistics.mean(map(len, prompts)), max(lengths)
+    prefill = costs(model, len(prompts) * len(drawn), prompt, 0)["prefill"]
+    decode = costs(model, sum(lengths) / steps, prompt, steps)["decode"]
+    return sum(max(flops / rate, data / bandwidth) for flops, data in (prefill, decode))
 
 
 @contextmanager
@@ -135,20 +177,23 @@ def measuring_alone(pause: Path | None) -> Iterator[None]:
             pause.unlink(missing_ok=True)
 
 
-def compare(prompts: list, rounds: int, ways: dict, update: Callable[[], float]) -> dict:
-    """Tokens per second of every way to draw; they take turns."""
+def compare(prompts: list, rounds: int, ways: dict, update: Callable[[], float], least: Callable[..., float]) -> dict:
+    """Tokens per second of every way to draw, and its share of the roofline; they take turns."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    shares: dict[str, list[float]] = {name: [] for name in ways}
     syncs = []
     for number in range(rounds + 1):  # the first warms up
         syncs.append(update())
-        for name, draw in ways.items():
+        for name, (draw, batches) in ways.items():
             begin = time.perf_counter()
             drawn = draw(prompts, [1000 * number + i for i in range(len(prompts))])
             seconds = time.perf_counter() - begin
             rates[name].append(sum(len(c.ids) for role in ROLES for row in drawn[role] for c in row) / seconds)
+            shares[name].append(least(prompts, drawn, batches) / seconds)
     return {
         "num_prompts": len(prompts),
         "tokens_per_second": {name: statistics.median(values[1:]) for name, values in rates.items()},
+        "share_of_roofline": {name: statistics.median(values[1:]) for name, values in shares.items()},
         "all_rounds": {name: values[1:] for name, values in rates.items()},
         "sync_seconds": statistics.median(syncs[1:]),
     }
@@ -158,12 +203,16 @@ def report(result: dict) -> None:
     rates = result["tokens_per_second"]
     print(f"{result['num_prompts']} prompts, {sum(COUNTS.values())} completions of each")
     for name, rate in rates.items():
-        print(f"{name:34} {rate:7.1f} completion tokens/s  {rate / rates['transformers']:.2f}x")
+        ratio, share = rate / rates["transformers"], result["share_of_roofline"][name]
+        print(f"{name:34} {rate:7.1f} completion tokens/s  {ratio:.2f}x  {share:.0%} of the roofline")
     print(
         f"update of the server, checked      {result['sync_seconds']:7.2f} s"
         f"   server start {result['start_seconds']:.0f} s"
     )
     print(f"probe gap (nats a token)           {result['probe_gap']}")
+    if "memory_gib" in result:
+        sizes = "  ".join(f"{name} {size:.2f}" for name, size in result["memory_gib"].items())
+        print(f"GiB of the card                    {sizes}")
 
 
 if __name__ == "__main__":
