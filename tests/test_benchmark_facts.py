@@ -1,8 +1,11 @@
 """Rows of benchmark results say who measured what, and name no folder of one machine."""
 
+import ast
 import json
 import re
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +44,14 @@ def test_every_script_writes_its_rows_with_the_facts(name: str) -> None:
     code = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
     assert f'add_out(parser, "{name}")' in code
     assert "append(args.out, " in code
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_what_a_script_imports_from_the_package_is_there(path: Path) -> None:
+    """Scripts run by hand, and import within functions: a module that moves is not missed elsewhere."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bondlm":
+            module = import_module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                found = hasattr(module, name) or find_spec(f"{node.module}.{name}") is not None
+                assert found, f"line {node.lineno}: {node.module} has no {name}"
