@@ -129,7 +129,7 @@ def main() -> None:
     memory.SmallerBatches.learn = learn_alone
     timed(callbacks, "_finite_on_all_ranks", "finite gradients (N1, N2)")
     timed(trainer_module, "logprob_gap", "sampler against learner (N7)")
-    timed(callbacks.StopCallback, "on_step_end", "flags of signals (S1)")
+    timed(trainer_module.StopCallback, "on_step_end", "flags of signals (S1)")
     timed(callbacks.RunFolderCallback, "on_step_end", "the folder is there (D4)")
     timed(callbacks.RunFolderCallback, "on_log", "metrics and samples written (D2)")
     timed(trainer_module, "count_prompts", "ranks agree (M2)")
