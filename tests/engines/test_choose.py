@@ -87,5 +87,5 @@ def test_options_of_our_server(tmp_path: Path) -> None:
     )
     assert " ".join(options) == (
         "--dtype bfloat16 --enable-lora --max-loras 2 --max-lora-rank 32 --generation-config vllm "
-        "--logprobs-mode processed_logprobs --enforce-eager --max-model-len 512"
+        "--logprobs-mode processed_logprobs --enforce-eager --no-enable-chunked-prefill --max-model-len 512"
     )

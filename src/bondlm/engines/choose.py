@@ -299,4 +299,5 @@ def _law_options(args: BONDConfig) -> list[str]:
     options = ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
     if args.device.type == "cpu":
         options.append("--enforce-eager")  # compiling takes minutes and gains little there
+        options.append("--no-enable-chunked-prefill")  # vLLM 0.32 ends when a prompt with a seed is cut in two there
     return options + list(args.vllm_server_args or [])

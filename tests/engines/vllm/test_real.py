@@ -160,6 +160,13 @@ def test_samples_have_the_models_frequencies(engine: VLLMEngine, roles: Roles) -
     assert counts[~common].sum() > 0  # the tail is drawn from, too
 
 
+def test_prompts_that_do_not_fit_into_one_pass(engine: VLLMEngine) -> None:
+    """Of an evaluation, all at once: vLLM on a CPU ends when it cuts one that has a seed."""
+    prompts = [[3 + (7 * i + j) % 290 for j in range(96)] for i in range(60)]  # 5,760 tokens; a pass takes 4,096
+    drawn = engine.generate(prompts, 1, role="policy", max_new_tokens=2, seeds=list(range(60)))
+    assert all(len(row) == 1 for row in drawn)
+
+
 def test_a_hot_reload_changes_probe_and_samples(engine: VLLMEngine, roles: Roles) -> None:
     """The same prompts before and after: cached prefixes of the old weights are not used again."""
     before = engine._servers[0].client.prompt_logprobs("bondlm-policy", PROBE, "x")

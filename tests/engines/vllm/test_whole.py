@@ -259,7 +259,7 @@ def test_options_of_our_server(tmp_path: Path) -> None:
     plain = " ".join(whole_model_options(Roles(tiny_causal(TOKENIZER)), args))
     assert plain == (
         "--dtype float32 --load-format dummy --generation-config vllm --logprobs-mode processed_logprobs "
-        "--enforce-eager --max-model-len 512"
+        "--enforce-eager --no-enable-chunked-prefill --max-model-len 512"
     )
 
 
