@@ -25,7 +25,8 @@ engines() {
 train() {
   run 80 python3 -m bondlm train --engine vllm --vllm_server auto --vllm_python "$VLLM_PYTHON" \
     --vllm_server_args '["--enforce-eager"]' --reward_funcs examples/everyday/reward.py:not_repetitive \
-    --reward_weights "[1.0]" --lr_scheduler_type constant --warmup_steps 0 --bf16 true --save_steps 2 "$@"
+    --reward_weights "[1.0]" --lr_scheduler_type constant --warmup_steps 0 --bf16 true --save_steps 2 \
+    --eval_num_samples 1 --eval_num_reference_samples 2 "$@"
 }
 case ${1:-check} in vllm*) : "${VLLM_PYTHON:?an interpreter with vLLM}" ;; esac
 case ${1:-check} in
@@ -45,7 +46,8 @@ case ${1:-check} in
     ;;
   vllm) # not run on a GPU yet
     # A whole step beside TRL with its own vLLM, 192 completions of 128 tokens: at most 0.8 of it is the bar. Memory of the
-    # trainer, and the most of the whole card. It also makes the model that the next line draws from.
+    # trainer, and the most of the whole card. It also makes the model that the next line draws from. (TRL's activations
+    # and its vLLM need about 85 GB, computed: on a card of 80 take 96 completions.)
     vllm_peers --size 500m --completions 192 --tokens 128 --steps 4 --against rloo
     # Tokens per second at 63, 192 and 255 rows: at least 3 times the transformers engine's and 40% of the roofline are the
     # bars. Memory of trainer and server (awake and asleep), seconds of an update, gap of the probe.

@@ -69,7 +69,7 @@ def main() -> None:
     if args.completions % SAMPLES:
         parser.error(f"--completions {args.completions}: not a multiple of {SAMPLES}")
     if args.vllm_python and (args.lengths != "full" or "online_dpo" in args.against):
-        parser.error("--vllm-python: only with --lengths full, and not against online_dpo")
+        parser.error("--vllm-python: only with --lengths full, and --against rloo, grpo or sft")
     if args.one:
         import torch
 
@@ -204,12 +204,12 @@ def prompts(vocab: int) -> list[dict[str, str]]:
 
 def build(args: argparse.Namespace):
     """The trainer named `args.one`."""
+    forget_this_folder()
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    forget_this_folder()
     if not args.vllm_python:
         force_lengths(args)
     mixed = args.dtype == "bfloat16"
