@@ -2,6 +2,7 @@
 
     python benchmarks/paper/verifiable.py --seeds 0 1 2 3 4      # finished runs are skipped; minutes a run on one core
     python benchmarks/paper/verifiable.py --steps 400            # where it comes to rest
+    python benchmarks/paper/verifiable.py --learning_rate 2e-4   # four times as large
     python benchmarks/paper/verifiable.py --table
 
 Every method draws 192 completions a step of the same training prompts; held-out sums are in no training set. The start
@@ -38,13 +39,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "self_bond n=16": {"objective": "self_bond", "n": 16, "num_samples": 8, "log_quantile": "best_of_n"},
     "grpo beta_rl=0.04": {"objective": "grpo", "beta_rl": 0.04, "num_samples": 8},
     "rloo beta_rl=0.1": {"objective": "rloo", "beta_rl": 0.1, "num_samples": 8, "anchor": "fixed"},
+    "rloo beta_rl=0.3": {"objective": "rloo", "beta_rl": 0.3, "num_samples": 8, "anchor": "fixed"},
     "jbond eta=0.1": {"objective": "jbond", "eta": 0.1, "beta": 0.5, "gamma": 0.0},
+    "listwise n=4": {"objective": "listwise", "n": 4, "num_samples": 8, "anchor": "fixed"},
+    "listwise n=2, eta=0.1": {"objective": "listwise", "n": 2, "num_samples": 4, "eta": 0.1},
     "bond n=4, corrected": {
         **{"objective": "bond", "n": 4, "num_anchor_samples": 7, "anchor": "fixed"},
         **{"correction": True, "log_quantile": "harmonic"},
     },
 }
-DRAWN = {"jbond": 3}  # completions of a prompt; 8 of all others
+DRAWN = {"jbond eta=0.1": 3, "listwise n=2, eta=0.1": 4}  # completions of a prompt; 8 of all others
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -121,16 +125,16 @@ def pass_at(rewards_PM: Tensor, k: int) -> float:
     return float(1 - ((wrong[:, None] - i).clamp(min=0) / (m - i)).prod(dim=1).mean())
 
 
-def trainer_of(method: str, seed: int, start: Path, folder: str, steps: int = 100) -> BONDTrainer:
+def trainer_of(method: str, seed: int, start: Path, folder: str, steps: int = 100, rate: float = 5e-5) -> BONDTrainer:
     """The trainer of a method."""
     settings = METHODS[method]
     train, held_out = sums()
     args = BONDConfig(
         output_dir=folder,
         max_steps=steps,
-        per_device_train_batch_size=COMPLETIONS // DRAWN.get(settings["objective"], 8),
+        per_device_train_batch_size=COMPLETIONS // DRAWN.get(method, 8),
         max_completion_length=5,
-        learning_rate=2e-4,
+        learning_rate=rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
         logging_steps=steps,
@@ -148,14 +152,14 @@ def trainer_of(method: str, seed: int, start: Path, folder: str, steps: int = 10
     return BONDTrainer(str(start), correct, args, processing_class=tokenizer(), **data)
 
 
-def run(method: str, seed: int, start: Path, folder: str, steps: int) -> dict[str, Any]:
+def run(method: str, seed: int, start: Path, folder: str, steps: int, rate: float) -> dict[str, Any]:
     """Train, and measure at the end; "start" is the model before."""
-    facts = {"method": method, "seed": seed}
+    facts = {"method": method, "seed": seed, "learning_rate": rate}
     if method == "start":
         return (
             pass_at_each(trainer_of("jbond eta=0.1", seed, start, folder), "reference") | {"kl": 0.0, "step": 0} | facts
         )
-    trainer = trainer_of(method, seed, start, folder, steps)
+    trainer = trainer_of(method, seed, start, folder, steps, rate)
     trainer.train()
     evaluated = trainer.evaluate()
     measured = {"kl": evaluated["eval_kl"], "win_rate": evaluated["eval_win_rate"], "step": steps}
@@ -171,13 +175,20 @@ def pass_at_each(trainer: BONDTrainer, role: Literal["policy", "reference"]) -> 
 def table() -> None:
     """Mean over seeds, with the spread between them."""
     found = [json.loads(line) for line in OUT.read_text().splitlines()]
-    print("| method | steps | seeds | pass@1 | pass@4 | pass@16 | KL |\n|---|---|---|---|---|---|---|")
-    for step in sorted({row["step"] for row in found}):
+    print(
+        "| method | steps | learning rate | seeds | pass@1 | pass@4 | pass@16 | KL |\n|---|---|---|---|---|---|---|---|"
+    )
+    for step, rate in sorted({(row["step"], rate_of(row)) for row in found}):
         for method in ["start", *METHODS]:
-            own = [row for row in found if (row["method"], row["step"]) == (method, step)]
+            own = [row for row in found if (row["method"], row["step"], rate_of(row)) == (method, step, rate)]
             if own:
                 cells = [spread([row[key] for row in own]) for key in ("pass@1", "pass@4", "pass@16", "kl")]
-                print(f"| {method} | {step} | {len(own)} | " + " | ".join(cells) + " |")
+                print(f"| {method} | {step} | {rate:g} | {len(own)} | " + " | ".join(cells) + " |")
+
+
+def rate_of(row: dict[str, Any]) -> float:
+    """The learning rate of a row; the first ones do not say it."""
+    return float(row.get("learning_rate", 2e-4))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -190,9 +201,10 @@ def spread(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--only", nargs="*", default=list(METHODS))
+    parser.add_argument("--only", nargs="*", default=list(METHODS), help='methods, or "start": the model before')
     parser.add_argument("--start", type=Path, default=Path("runs/verifiable/start"))
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table:
@@ -202,12 +214,13 @@ def main() -> None:
     if not (options.start / "config.json").exists():
         start_model().save_pretrained(options.start)
     lines = OUT.read_text().splitlines() if OUT.exists() else []
-    done = {(row["method"], row["seed"], row["step"]) for row in map(json.loads, lines)}
+    done = {(row["method"], row["seed"], row["step"], rate_of(row)) for row in map(json.loads, lines)}
+    rate = options.learning_rate
     for seed in options.seeds:
-        for method in ["start", *options.only] if seed == 0 else options.only:
-            if (method, seed, 0 if method == "start" else options.steps) not in done:
+        for method in options.only:
+            if (method, seed, options.steps, rate) not in done:
                 with tempfile.TemporaryDirectory() as folder:
-                    row = run(method, seed, options.start, folder, options.steps)
+                    row = run(method, seed, options.start, folder, options.steps, rate)
                 append(str(OUT), row)
                 print(row, flush=True)
 
