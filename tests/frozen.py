@@ -95,6 +95,8 @@ BESTOFN = {
     "kl_k3",
     "kl_reward_gradient",
     "kl_reward_optimum",
+    "listwise_fixed_point",
+    "listwise_gradient",
     "log_collision_correction",
     "log_quantile",
     "mean_signal",
