@@ -11,13 +11,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from bondlm.bestofn._arrays import Array, back, check_finite, check_same_shape, to_float64
+from bondlm.bestofn._arrays import Array, back
 from bondlm.bestofn.oracle.tables import (
     cases_of_draws,
     check_weight,
     policy_and,
     positive_probs,
     resting_point,
+    rewards_beside,
     score_gradient,
 )
 
@@ -46,7 +47,7 @@ def grpo_gradient(
     """
     check_weight("beta_rl", beta_rl, float("inf"))
     logp_K, anchor_K = policy_and(logits, anchor_probs, "anchor_probs", positive=True)
-    advantage_K = _mean_advantage(logp_K.exp(), _checked(rewards, anchor_K), num_samples, scale)
+    advantage_K = _mean_advantage(logp_K.exp(), rewards_beside(anchor_K, rewards), num_samples, scale)
     return_K = advantage_K - beta_rl * (logp_K - anchor_K.log())
     return back(-score_gradient(logp_K, return_K), logits, anchor_probs, rewards)
 
@@ -74,19 +75,12 @@ def grpo_fixed_point(
     if beta_rl == 0:
         raise ValueError("beta_rl must be > 0: without a KL the policy never rests")
     anchor_K = positive_probs(anchor_probs, "anchor_probs")
-    rewards_K = _checked(rewards, anchor_K)
+    rewards_K = rewards_beside(anchor_K, rewards)
 
     def wanted(logp_K: Tensor) -> Tensor:
         return anchor_K.log() + _mean_advantage(logp_K.exp(), rewards_K, num_samples, scale) / beta_rl
 
     return back(resting_point(anchor_K.log(), wanted), anchor_probs, rewards)
-
-
-def _checked(rewards: object, anchor_K: Tensor) -> Tensor:
-    rewards_K = to_float64(rewards, "rewards")
-    check_same_shape(anchor_K, "anchor_probs", rewards_K, "rewards")
-    check_finite(rewards_K, "rewards")
-    return rewards_K
 
 
 def _mean_advantage(probs_K: Tensor, rewards_K: Tensor, num_samples: int, scale: Scale) -> Tensor:

@@ -9,9 +9,16 @@ Shape suffixes: K outcomes, J cases.
 import torch
 from torch import Tensor
 
-from bondlm.bestofn._arrays import Array, back, check_finite, check_order, check_same_shape, to_float64
+from bondlm.bestofn._arrays import Array, back, check_order
 from bondlm.bestofn.distribution import best_of_n_probs
-from bondlm.bestofn.oracle.tables import cases_of_draws, dense_newton_step, newton, policy_and, positive_probs
+from bondlm.bestofn.oracle.tables import (
+    cases_of_draws,
+    dense_newton_step,
+    newton,
+    policy_and,
+    positive_probs,
+    rewards_beside,
+)
 
 
 def listwise_gradient(logits: Array, anchor_probs: Array, rewards: Array, n: float, num_samples: int) -> Array:
@@ -32,7 +39,7 @@ def listwise_gradient(logits: Array, anchor_probs: Array, rewards: Array, n: flo
     """
     logp_K, anchor_K = policy_and(logits, anchor_probs, "anchor_probs", positive=True)
     counts_JK, weight_J = cases_of_draws(anchor_K, num_samples)
-    wanted_K = _best_share(counts_JK, weight_J, _checked(rewards, anchor_K), n)
+    wanted_K = _best_share(counts_JK, weight_J, rewards_beside(anchor_K, rewards), n)
     share_JK = _policy_share(logp_K - anchor_K.log(), counts_JK)
     return back(_mean(weight_J, share_JK) - wanted_K, logits, anchor_probs, rewards)
 
@@ -55,7 +62,7 @@ def listwise_fixed_point(anchor_probs: Array, rewards: Array, n: float, num_samp
     if num_samples < 2:
         raise ValueError(f"num_samples must be >= 2: one sample compares with nothing; got {num_samples!r}")
     anchor_K = positive_probs(anchor_probs, "anchor_probs")
-    rewards_K = _checked(rewards, anchor_K)
+    rewards_K = rewards_beside(anchor_K, rewards)
     counts_JK, weight_J = cases_of_draws(anchor_K, num_samples)
     wanted_K = _best_share(counts_JK, weight_J, rewards_K, n)
 
@@ -73,13 +80,6 @@ def listwise_fixed_point(anchor_probs: Array, rewards: Array, n: float, num_samp
 
     start_K = (0.5 * best_of_n_probs(anchor_K, rewards_K, n) + 0.5 * anchor_K).log()
     return back(newton(start_K, gradient, step), anchor_probs, rewards)
-
-
-def _checked(rewards: object, anchor_K: Tensor) -> Tensor:
-    rewards_K = to_float64(rewards, "rewards")
-    check_same_shape(anchor_K, "anchor_probs", rewards_K, "rewards")
-    check_finite(rewards_K, "rewards")
-    return rewards_K
 
 
 def _mean(weight_J: Tensor, share_JK: Tensor) -> Tensor:

@@ -126,6 +126,14 @@ def positive_probs(probs: object, name: str) -> Tensor:
     return probs_K
 
 
+def rewards_beside(anchor_K: Tensor, rewards: object) -> Tensor:
+    """Check rewards: finite, one for each outcome of the anchor."""
+    rewards_K = to_float64(rewards, "rewards")
+    check_same_shape(anchor_K, "anchor_probs", rewards_K, "rewards")
+    check_finite(rewards_K, "rewards")
+    return rewards_K
+
+
 def check_weights(beta: float, gamma: float) -> None:
     """Raise ValueError unless beta is in [0, 1] and gamma is >= 0 and finite."""
     check_weight("beta", beta, 1.0)
