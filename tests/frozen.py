@@ -1,6 +1,7 @@
 """Names that users and documents rely on. A change here changes the contract, and needs a line in the CHANGELOG."""
 
 CONFIG_FIELDS = {
+    "adaptive_strength",
     "alpha",
     "anchor",
     "anchor_update_every",
@@ -163,6 +164,7 @@ TRAIN_METRICS = {
 }
 NOISE_METRICS = {"noise/gradient_sq", "noise/scale", "noise/trace"}  # every tenth step, with gradient accumulation
 OTHER_OBJECTIVES_METRICS = {
+    "bond/effective_n",
     "bond/frac_no_signal",
     "bond/listwise_kl",
     "bond/margin_error",
@@ -171,6 +173,7 @@ OTHER_OBJECTIVES_METRICS = {
     "bond/regression_error",
     "bond/regression_loss",
     "bond/signal",
+    "bond/strength",
     "time/quantile",
 }
 SOME_REWARDS_METRICS = {  # where there are several; a judge with several rounds

@@ -65,6 +65,9 @@ RUNS = {
     "listwise-n2-eta0.3": FrontierRun(settings=listwise(2, 3, eta=0.3)),
     "rloo-0.3-slow": FrontierRun(settings=rloo(0.3), learning_rate=3e-5),
     "own-n8-slow": FrontierRun(settings=own(8), learning_rate=3e-5),
+    # The strength of the signal follows the N that is measured.
+    "own-n4-adaptive-fall": FrontierRun(settings=own(4, adaptive_strength=True), falls=True),
+    "own-n8-adaptive-fall": FrontierRun(settings=own(8, adaptive_strength=True), falls=True),
     # As many samples of a prompt as the best of ours; and what else may lead.
     "rloo-0.3-k8-fall": FrontierRun(settings=rloo(0.3, 8), falls=True),
     "own-n8": FrontierRun(settings=own(8)),
@@ -75,7 +78,16 @@ RUNS = {
 }
 # What a claim is made of: more seeds of these, in this order, when every run has one.
 SEEDED = (
-    *("own-n4-fall", "rloo-0.6-fall", "own-n8-fall", "rloo-0.3-fall", "rloo-0.45-fall", "jbond-eta0.3"),
+    *(
+        "own-n4-adaptive-fall",
+        "own-n8-adaptive-fall",
+        "own-n4-fall",
+        "rloo-0.6-fall",
+        "own-n8-fall",
+        "rloo-0.3-fall",
+        "rloo-0.45-fall",
+        "jbond-eta0.3",
+    ),
     *("rloo-0.3-k8-fall", "rloo-0.3", "own-n16", "own-n4", "rloo-0.1-fall", "own-n8-fall-lr2"),
 )
 

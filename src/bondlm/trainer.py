@@ -53,7 +53,7 @@ from bondlm.models.sharding import (
 from bondlm.objectives import Objective, with_reference_kl
 from bondlm.rewards import check_room, rewards_of_run
 from bondlm.rollout.samples import longest_prompt, longest_rows
-from bondlm.runs.checkpoint import writing_to
+from bondlm.runs.checkpoint import CUTS_FILE, STRENGTH_FILE, writing_to
 from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
 from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
@@ -78,6 +78,7 @@ from bondlm.training.sampling import SamplingTrainer
 from bondlm.training.saving import PAGE_FILE
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
+from bondlm.training.strength import SignalStrength
 from bondlm.training.tables import TablesCallback
 
 
@@ -202,10 +203,13 @@ class BONDTrainer(SamplingTrainer):
         self.average = WeightAverage(self.roles.model, args.average_weights or 0.0)
         learned = self.objective.plan.learned_quantile
         self.quantile_model = quantile_model(hidden_size(self.roles.core.config), args) if learned else None
+        steered_to = self.objective.plan.steered_to
+        self._strength = None if steered_to is None else SignalStrength(steered_to)
+        states = {CUTS_FILE: self._smaller} | ({STRENGTH_FILE: self._strength} if self._strength else {})
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering)
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self._anchor_callback = AnchorCallback(
-            self.anchor, self.quantile_model, self.clock, self._means, self.run_folder, self.average, self._smaller
+            self.anchor, self.quantile_model, self.clock, self._means, self.run_folder, self.average, states
         )
         tables = TablesCallback(self.run_folder, self.callback_handler)
         first = FirstStepCallback(self.objective, self.run_folder)
@@ -234,6 +238,7 @@ class BONDTrainer(SamplingTrainer):
             means=self._means,
             drops=self.drops,
             quantile_model=self.quantile_model,
+            strength=self._strength,
             share_prompts=share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,

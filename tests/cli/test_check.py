@@ -6,6 +6,7 @@ import torch
 from rewards.judge_stub import as_presented, by_scalar, judging
 
 from bondlm.cli import main
+from bondlm.cli.check import batch_advice
 from cli.helpers import write_job
 
 
@@ -46,6 +47,28 @@ def test_check_says_what_n_buys_and_what_the_run_costs(tmp_path, capsys):
     assert "7 steps about" in out
     assert "6 x 2 answers, the first one 6 x 3" in out
     assert "GiB" in out
+
+
+def test_it_says_what_the_noise_of_the_gradient_means_for_the_batch(tmp_path, capsys):
+    """Measured in the dry step where that accumulates, and nothing is said where it does not."""
+    config = write_job(tmp_path)
+    assert main(["check", "--config", str(config), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "noise_scale" not in json.loads(printed.out)
+    assert "prompts per step" not in printed.err
+    assert main(["check", "--config", str(config), "--gradient_accumulation_steps", "2", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["metrics"]["noise/trace"] > 0
+    assert found["noise_scale"] == found["metrics"].get("noise/scale")
+    assert "prompts per step" in " ".join(printed.err.split())
+
+
+def test_a_batch_is_judged_by_the_noise_scale():
+    assert "nearly twice the steps" in batch_advice(130.0, 24)
+    assert "fewer would do" in batch_advice(5.0, 24)
+    assert "a good size" in batch_advice(40.0, 24)
+    assert "more prompts per step" in batch_advice(None, 24)
 
 
 def test_it_says_how_often_a_ranking_agrees_with_itself(tmp_path, capsys):

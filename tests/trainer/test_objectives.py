@@ -45,6 +45,8 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "self_bond": {"objective": "self_bond", "n": 8, "num_samples": 4, "per_device_train_batch_size": 96},
     "self_bond, best_of_n": {"objective": "self_bond", "n": 4, "num_samples": 4, "log_quantile": "best_of_n"}
     | {"per_device_train_batch_size": 96},
+    "self_bond, adaptive": {"objective": "self_bond", "n": 4, "num_samples": 4, "adaptive_strength": True}
+    | {"per_device_train_batch_size": 96},
 }
 
 
@@ -84,6 +86,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "gamma_ref": {"objective": "rloo", "beta_rl": 0.1, "num_samples": 3, "gamma_ref": 0.5},
     "logged": {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed"},
     "self_bond": {"objective": "self_bond", "n": 3, "num_samples": 4, "anchor": "fixed"},
+    "adaptive": {"objective": "self_bond", "n": 3, "num_samples": 4, "anchor": "fixed", "adaptive_strength": True},
 }
 
 

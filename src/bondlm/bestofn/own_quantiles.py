@@ -152,6 +152,30 @@ def signal_table(n: float, num_samples: int, form: OwnQuantile) -> _Vector:
 
 
 @lru_cache(maxsize=64)
+def win_table(n: float, num_samples: int) -> _Vector:
+    """Return how often the policy wins (K+1, K+1) against a reference sample that beats a of K own samples and ties b.
+
+    NaN where a + b > K. Without ties it is the share of own samples that are better, 1 - a/K. Tied ones are split as
+    Best-of-n splits a level between the own quantiles a/K and (a+b)/K, whose part below p has the reference share
+    q(p) - q(a/K), q(p) = p^(1/n): the mean of 1 - p over that share,
+
+        w(a, b) = [W((a+b)/K) - W(a/K)] / [q((a+b)/K) - q(a/K)],   W(p) = p^(1/n) - p^(1 + 1/n) / (n + 1).
+
+    So if the policy is Best-of-n its mean over reference samples is n / (n + 1), the win rate of continuous rewards,
+    *whatever ties* (exact as K grows; without ties for every K), where half of the ties would give less.
+    """
+    own = np.arange(num_samples + 1) / num_samples
+    share = np.power(own, 1.0 / n)
+    wins = share * (1.0 - own / (n + 1.0))
+    table = np.full((num_samples + 1, num_samples + 1), np.nan)
+    table[:, 0] = 1.0 - own
+    for tied in range(1, num_samples + 1):
+        table[:-tied, tied] = (wins[tied:] - wins[:-tied]) / (share[tied:] - share[:-tied])
+    table.setflags(write=False)
+    return table
+
+
+@lru_cache(maxsize=64)
 def tilt_of_order(n: float) -> float:
     """Return lambda > 0 at which the exponential tilt exp(lambda u) of the reference quantile wins n / (n + 1)."""
     low, high = 0.0, 4.0 * (n + 1.0)

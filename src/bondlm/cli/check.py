@@ -19,6 +19,7 @@ TIES_WARNED, CUT_WARNED = 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3
 PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
 AGREEMENT_PROMPTS, AGREEMENT_SAMPLES = 4, 4
+FAR = 3.0  # times the prompts per step, or a part of them: one step's estimate is no nearer than that
 
 
 def run(options: dict[str, Any]) -> int:
@@ -40,6 +41,8 @@ def run(options: dict[str, Any]) -> int:
 def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[str, Any]:
     """Everything once, said as it comes; returns it for a program."""
     from bondlm.evaluation.forecast import forecast, num_steps, print_cost, print_frontier
+    from bondlm.runs.checkpoint import prompts_per_step
+    from bondlm.training.noise import SCALE, TRACE
 
     with console.status("loading PyTorch, the model, data and rewards"):
         args, trainer = _prepared(options, scratch)
@@ -64,6 +67,11 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
     print_cost(console, trainer, args, logs["step_time"])
     steps = num_steps(args, trainer.train_dataset)
     found |= {"num_steps": steps, "seconds": steps * logs["step_time"]}
+    if TRACE in logs:
+        found["noise_scale"] = logs.get(SCALE)
+        console.print(
+            batch_advice(logs.get(SCALE), prompts_per_step(args)["prompts_per_step"]), highlight=False, soft_wrap=True
+        )
     found["disk"] = _check_disk(Path(str(options.get("output_dir") or "runs/bond")), size, console)
     found["warnings"] = list(_warnings(args, logs, steps))
     for text in found["warnings"]:
@@ -86,8 +94,26 @@ def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     main_set(args, options.get("eval_dataset"))
     _check_evaluations(args, options)
     trainer = build_trainer(options | dry | {"output_dir": scratch})
+    trainer.noise.every = 1  # the dry step, too
     load_judges(options, trainer)
     return args, trainer
+
+
+def batch_advice(scale: float | None, prompts: int) -> str:
+    """What the gradient's noise scale at the start says about the number of prompts per step."""
+    if scale is None:
+        return (
+            f"prompts per step: in {prompts} of them noise hides the gradient (its noise scale could not be measured); "
+            "more prompts per step, or more samples of each, are worth nearly as many steps"
+        )
+    found = (
+        f"prompts per step: {prompts}; the gradient's noise scale at the start is about {scale:.0f} prompts, roughly"
+    )
+    if scale > FAR * prompts:
+        return f"{found}: twice the prompts are worth nearly twice the steps"
+    if scale < prompts / FAR:
+        return f"{found}: fewer would do at first (it grows as the run goes on)"
+    return f"{found}: a good size"
 
 
 def _warnings(args: Any, logs: Mapping[str, float], steps: int) -> Iterator[str]:

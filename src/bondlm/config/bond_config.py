@@ -114,6 +114,10 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "Samples per prompt. rloo: default 2; grpo: default 8; self_bond: default 8, at least 3; listwise: default "
         "8, or all logged ones; best_of_n_regression: default n, or all logged ones.",
     )
+    adaptive_strength: bool = setting(
+        False,
+        "self_bond: measure N against one reference sample per prompt, and set the signal's strength by it.",
+    )
     scale_rewards: str = setting(
         "group", "grpo: 'group' divides a prompt's rewards by their standard deviation, 'none' does not."
     )
@@ -245,10 +249,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         may_change="always",
     )
     vllm_timeout: float = setting(
-        600.0,
-        "vllm: seconds to wait for an answer.",
-        above(0, "seconds"),
-        needs=("engine", "vllm"),
+        600.0, "vllm: seconds to wait for an answer.", above(0, "seconds"), needs=("engine", "vllm")
     )
     vllm_start_timeout: float = setting(
         600.0,

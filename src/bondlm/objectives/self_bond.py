@@ -15,7 +15,7 @@ signal's strength was solved for it (`bondlm.bestofn.own_quantiles`). Tied rewar
 Best-of-n with ties (for "tilt": the tilt) as K grows. All tied: no signal.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from bondlm.bestofn.own_quantiles import (
     largest_order,
     signal_table,
     solve_strength,
+    win_table,
 )
 from bondlm.bestofn.quantiles import count_below
 from bondlm.errors import ConfigError
@@ -51,6 +52,7 @@ class SelfBOND:
     n: int
     num_samples: int = 8
     log_quantile: OwnQuantile = "tilt"
+    adaptive_strength: bool = False
 
     anchor_moves: ClassVar[bool] = False  # its KL is to the model that it started from
 
@@ -71,8 +73,9 @@ class SelfBOND:
 
     @property
     def plan(self) -> SamplePlan:
-        """Draw K samples of the policy, learn from all."""
-        return own_samples(self.num_samples)
+        """Draw K samples of the policy, learn from all; to measure N, one of the reference, which the anchor is."""
+        plan = own_samples(self.num_samples)
+        return replace(plan, anchor=1, steered_to=self.n) if self.adaptive_strength else plan
 
     @property
     def strength(self) -> float:
@@ -81,9 +84,15 @@ class SelfBOND:
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
         """Learn from all samples; the signal of each is (K-1)/K times its entry in the table."""
-        worse, at_most, others = count_below(rewards_PM, None)
+        own_PK, reference_PM = rewards_PM[:, : self.num_samples], rewards_PM[:, self.num_samples :]
+        worse, at_most, others = count_below(own_PK, None)
         table_KK = torch.tensor(signal_table(self.n, self.num_samples, self.log_quantile), device=worse.device)
-        return learn_from_all(table_KK[worse.long(), (at_most - worse).long()] * others / self.num_samples)
+        selection = learn_from_all(table_KK[worse.long(), (at_most - worse).long()] * others / self.num_samples)
+        if not self.adaptive_strength:
+            return selection
+        worse, at_most, _ = count_below(reference_PM, own_PK)
+        table = torch.tensor(win_table(self.n, self.num_samples), device=worse.device)
+        return selection._replace(wins_P=table[worse.long(), (at_most - worse).long()].squeeze(1))
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
         """R = signal - (log pi - log pi_ref)."""

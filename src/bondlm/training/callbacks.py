@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from bondlm.models.sharding import local
 from bondlm.runs.checkpoint import (
     ANCHOR_FILE,
     AVERAGE_FILE,
-    CUTS_FILE,
     DATA_FILE,
     MEANS_FILE,
     QUANTILE_FILE,
@@ -42,14 +41,23 @@ from bondlm.runs.checkpoint import (
 from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
 from bondlm.runs.manifest import remove_older, seal
 from bondlm.training.clock import Clock, StepMeans
-from bondlm.training.micro_batches import SmallerBatches
 from bondlm.training.processes import World, require_same_weights
 from bondlm.training.prompting import note_rendering
 from bondlm.training.rollout import Rollout
 
 
+class HasState(Protocol):
+    """Some numbers that a checkpoint holds, as JSON."""
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+
+
 class AnchorCallback(TrainerCallback):
-    """Moves anchor and averaged weights after every step; keeps them, and the learned quantile, in every checkpoint."""
+    """Moves anchor and averaged weights after every step; every checkpoint has them, and what else has a state."""
 
     def __init__(
         self,
@@ -59,10 +67,13 @@ class AnchorCallback(TrainerCallback):
         means: StepMeans,
         run_folder: "RunFolderCallback",
         average: WeightAverage,
-        smaller: SmallerBatches,
+        states: Mapping[str, HasState],
     ) -> None:
-        """`means` takes the metrics of a step, `run_folder` the prompts of one that is skipped."""
-        self._smaller = smaller
+        """`means` takes the metrics of a step, `run_folder` the prompts of one that is skipped.
+
+        `states` by the names of their files.
+        """
+        self._states = states
         self._anchor, self._quantile_model, self._clock, self._average = anchor, quantile_model, clock, average
         self._means, self._record, self._run_folder = means, means.record, run_folder
         self._restore: Path | None = None
@@ -101,8 +112,9 @@ class AnchorCallback(TrainerCallback):
             if (path := self._restore / MEANS_FILE).is_file():
                 state = json.loads(path.read_text(encoding="utf-8"))
                 self._means.load_state(state, World.of(args))
-            if (path := self._restore / CUTS_FILE).is_file():
-                self._smaller.load_state(json.loads(path.read_text(encoding="utf-8")))
+            for name, part in self._states.items():
+                if (path := self._restore / name).is_file():
+                    part.load_state(json.loads(path.read_text(encoding="utf-8")))
             self._restore = None  # a second `train` goes on from where the first one ended
 
     def _compare_data(self, path: Path) -> None:
@@ -190,7 +202,8 @@ class AnchorCallback(TrainerCallback):
                 data = data | self._stream.digest_at(state.global_step * data["prompts_per_step"])
             (folder / DATA_FILE).write_text(json.dumps(data), encoding="utf-8")
             (folder / MEANS_FILE).write_text(json.dumps(means), encoding="utf-8")
-            (folder / CUTS_FILE).write_text(json.dumps(self._smaller.state()), encoding="utf-8")
+            for name, part in self._states.items():
+                (folder / name).write_text(json.dumps(part.state()), encoding="utf-8")
             seal(folder)
             if self._keep is not None:
                 remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint, step=state.global_step)

@@ -30,13 +30,14 @@ class NoiseScale:
         together = args.world_size > 1 and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         is_whole = not shards_weights(args) and zero_stage(args) == 0 and not args.fp16
         self._is_free = args.gradient_accumulation_steps > 1 and is_whole and not together
+        self.every = EVERY
         self.is_measured = False  # the step at hand
         self._small: tuple[float, float] | None = None  # |gradient|^2 of the first micro-batch, and its prompts
 
     def starts(self, step: int, num_micro_batches: int) -> bool:
         """Whether step number `step` is measured: its first micro-batch must then be a random part of its prompts."""
         self._small = None
-        self.is_measured = self._is_free and step % EVERY == 0 and num_micro_batches > 1
+        self.is_measured = self._is_free and step % self.every == 0 and num_micro_batches > 1
         return self.is_measured
 
     def note(self, model: nn.Module, prompts: float, total: float, *, is_last: bool) -> None:

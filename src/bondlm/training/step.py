@@ -28,6 +28,7 @@ from bondlm.training.dropped import DropBudget
 from bondlm.training.micro_batches import MicroBatch
 from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
+from bondlm.training.strength import SignalStrength
 
 
 @dataclass(kw_only=True)
@@ -45,6 +46,7 @@ class Step:
     means: StepMeans
     drops: DropBudget
     quantile_model: QuantileModel | None
+    strength: SignalStrength | None
     share_prompts: bool  # whether completions of a prompt may share its row
     seed: int
     missing_eos: str
@@ -76,6 +78,8 @@ class Step:
         signal_PC = selection.signal_PC.float()
         if selection.learned is not None:
             signal_PC = self._learned_signal(selection.learned, rows, compared, is_counted_P)
+        if self.strength is not None:
+            signal_PC = signal_PC * self.strength.factor
         returns_PC = self.objective.returns(signal_PC, sampled_logp_PC, anchor_logp_PC)
         is_measured = plan.policy > 0 and (with_reference or self.gamma_ref > 0)
         reference_logp_PC = self._logprob("reference", rows, compared) if is_measured else None
@@ -83,6 +87,8 @@ class Step:
         if self.gamma_ref > 0 and reference_logp_PC is not None:  # back to the reference, with the same baseline
             log_ratio_PC = sampled_logp_PC - reference_logp_PC
             pull_PC = reference_pull(log_ratio_PC, self._baseline(log_ratio_PC, is_counted_P), self.gamma_ref)
+        if self.strength is not None and selection.wins_P is not None:
+            self._steer(self.strength, selection.wins_P, is_counted_P)
         return Rollout(
             rows=rows,
             plan=plan,
@@ -180,6 +186,13 @@ class Step:
         baseline[counted] = self.objective.baseline(everyone[counted])
         first = self.world.rank * len(returns_PC)
         return baseline[first : first + len(returns_PC)]
+
+    def _steer(self, strength: SignalStrength, wins_P: Tensor, is_counted_P: Tensor) -> None:
+        """Set the strength for the steps to come by this one's wins, the same on every process."""
+        everyone, counted = self.world.gather(wins_P), self.world.gather(is_counted_P)
+        if counted.any():
+            strength.update(float(everyone[counted].mean()))
+        self.means.record({"bond/strength": strength.factor, "bond/effective_n": strength.measured_n})
 
     def _learned_signal(
         self,

@@ -1,0 +1,157 @@
+"""A signal that is made stronger until the measured N is the one that was asked for."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer.helpers import logged, trainer
+
+from bondlm.bestofn import best_of_n_probs, self_bond_gradient
+from bondlm.bestofn.own_quantiles import solve_strength, win_table
+from bondlm.objectives import SelfBOND
+from bondlm.training.strength import LARGEST, MOST, SignalStrength
+
+OUTCOMES = 60
+
+
+def test_wins_without_ties_are_the_share_of_better_samples() -> None:
+    """And ties are split in halves where n = 1 would be: there a level's law is the policy's own."""
+    table = win_table(4, 8)
+    assert table[:, 0].tolist() == pytest.approx([1 - a / 8 for a in range(9)])
+    halves = win_table(1 + 1e-9, 8)
+    assert halves[2, 4] == pytest.approx(1 - 2 / 8 - 4 / 16)
+    assert table[0, 8] == pytest.approx(4 / 5)  # all tied: nothing is known, and nothing is asked for
+    assert math.isnan(table[5, 4])
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_best_of_n_wins_n_in_n_plus_1_whatever_ties(n: int) -> None:
+    """Levels whose own shares are eighths, so that 8 samples may show them as they are; half of ties gives less."""
+    own = torch.tensor([1, 0, 2, 4, 1], dtype=torch.float64) / 8
+    at_most = own.cumsum(0)
+    reference = torch.diff(torch.cat([torch.zeros(1).double(), at_most ** (1 / n)]))
+    assert torch.allclose(best_of_n_probs(reference[own > 0], torch.arange(4).double(), n), own[own > 0])
+    worse, tied = ((at_most - own) * 8).long(), (own * 8).long()
+    wins = torch.tensor(win_table(n, 8))[worse, tied]
+    assert float((reference * wins).sum()) == pytest.approx(n / (n + 1), abs=1e-12)
+    assert float((reference * (1 - at_most + own / 2)).sum()) < n / (n + 1) - 0.015
+
+
+@pytest.mark.parametrize(("pass_rate", "order"), [(0.1, 3.98), (0.36, 3.64), (0.6, 2.91)])
+def test_rewards_of_0_and_1_with_eight_samples(pass_rate: float, order: float) -> None:
+    """The order whose pass rate a run comes to rest at, asked for Best-of-4 (docs/theory.md)."""
+    policy = 1 - (1 - pass_rate) ** order
+    table, mean = torch.tensor(win_table(4, 8)), 0.0
+    for wrong in range(9):
+        chance = math.comb(8, wrong) * (1 - policy) ** wrong * policy ** (8 - wrong)
+        mean += chance * float((1 - pass_rate) * table[0, wrong] + pass_rate * table[wrong, 8 - wrong])
+    assert mean == pytest.approx(4 / 5, abs=2e-3)
+
+
+def test_the_objective_counts_them_against_its_last_sample() -> None:
+    """Permuting own samples changes nothing; what ranks is the policy's samples among themselves."""
+    objective = SelfBOND(n=4, num_samples=4, adaptive_strength=True)
+    rewards = torch.tensor([[0.1, 0.7, 0.3, 0.9, 0.5], [1.0, 0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
+    noise = torch.zeros(3, 5)
+    selection = objective.select(rewards, noise)
+    assert selection.wins_P is not None
+    assert selection.wins_P.tolist() == pytest.approx([0.5, float(win_table(4, 4)[1, 3]), 0.0])
+    plain = SelfBOND(n=4, num_samples=4).select(rewards[:, :4], noise[:, :4])
+    assert torch.equal(selection.signal_PC, plain.signal_PC)
+    assert torch.equal(selection.rows_PL, plain.rows_PL)
+    turned = objective.select(rewards[:, [2, 0, 3, 1, 4]], noise)
+    assert turned.wins_P is not None
+    assert torch.equal(turned.wins_P, selection.wins_P)
+
+
+@pytest.mark.parametrize("price", [0.8, 1.0, 1.8, 3.0])
+@pytest.mark.parametrize("n", [4, 8])
+def test_a_model_that_pays_more_gets_a_stronger_signal(n: int, price: float) -> None:
+    """It comes to rest where the signal over `price` is what the exact policy would need: the factor becomes price."""
+    strength, log_n = SignalStrength(n), 0.0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        log_n += 0.05 * (math.log(n) * strength.factor / price - log_n)  # it follows in tens of steps
+        wins = 1 / (1 + math.exp(-log_n)) + 0.06 * float(torch.randn((), generator=generator))
+        strength.update(wins)
+    assert strength.factor == pytest.approx(price, rel=0.15)
+    assert log_n == pytest.approx(math.log(n), abs=0.15)
+
+
+def test_on_a_table_the_solved_strength_stays() -> None:
+    """Exact descent on equal outcomes, with the exact win rate: nothing is to be changed there, and n is reached."""
+    n, num_samples = 4, 8
+    ref = torch.full((OUTCOMES,), 1 / OUTCOMES, dtype=torch.float64)
+    rewards = torch.arange(OUTCOMES, dtype=torch.float64)
+    logits, strength = ref.log(), SignalStrength(n)
+    for _ in range(700):
+        probs = logits.softmax(-1)
+        solved = self_bond_gradient(logits, ref, rewards, n, num_samples, "tilt")
+        kl = probs * ((probs / ref).log() - (probs * (probs / ref).log()).sum())
+        gradient = strength.factor * (solved - kl) + kl  # the signal's part alone is multiplied
+        logits = logits - 0.05 * gradient / probs
+        strength.update(float((probs * (torch.arange(OUTCOMES) + 0.5) / OUTCOMES).sum()))
+    assert strength.factor == pytest.approx(1.0, abs=0.03)
+    assert strength.measured_n == pytest.approx(n, rel=0.02)
+
+
+def test_it_changes_by_little_and_has_an_end() -> None:
+    strength = SignalStrength(8)
+    before = strength.factor
+    for _ in range(200):
+        strength.update(0.5)
+        assert strength.factor / before <= 1 + MOST + 1e-12
+        before = strength.factor
+    assert strength.factor == LARGEST
+    for _ in range(400):
+        strength.update(1.0)  # beats all there is
+    assert strength.factor == 1 / LARGEST
+    again = SignalStrength(8)
+    again.load_state(strength.state())
+    again.update(0.7)
+    strength.update(0.7)
+    assert again.state() == strength.state()
+
+
+def test_a_run_measures_n_and_multiplies_its_signal(tmp_path: Path) -> None:
+    """What is logged is what its own samples say; the next step's signal is the table's times the factor."""
+    rollouts: list[Any] = []
+    made = trainer(
+        tmp_path,
+        **{
+            "objective": "self_bond",
+            "n": 4,
+            "num_samples": 4,
+            "adaptive_strength": True,
+            "max_steps": 3,
+            "anchor": "fixed",
+        },
+        num_logged_samples=0,
+    )
+    plain = made.step.roll_out
+
+    def kept(*args: Any, **how: Any) -> Any:
+        rollouts.append(plain(*args, **how))
+        return rollouts[-1]
+
+    made.step.roll_out = kept  # type: ignore[method-assign]
+    made.train()
+    strength, solved = SignalStrength(4), SelfBOND(n=4, num_samples=4)
+    assert math.isfinite(solve_strength(4, 4, "tilt"))
+    for row, rollout in zip(logged(tmp_path), rollouts, strict=False):
+        rewards = rollout.samples.rewards_PM
+        signal = solved.select(rewards[:, :4], rewards[:, :4]).signal_PC
+        assert torch.allclose(rollout.signal_PC, (signal * strength.factor).float())
+        own, reference = rewards[:, :4], rewards[:, 4:]
+        if not (own == reference).any():
+            strength.update(float((own > reference).double().mean()))
+        else:
+            table = torch.tensor(win_table(4, 4))
+            wins = table[(own < reference).sum(1), (own == reference).sum(1)]
+            strength.update(float(wins.mean()))
+        assert row["bond/strength"] == pytest.approx(strength.factor)
+        assert row["bond/effective_n"] == pytest.approx(strength.measured_n)
+    assert len(rollouts) == 3
+    assert strength.factor > 1.02
