@@ -62,7 +62,7 @@ from bondlm.training.data import RunData
 from bondlm.training.held_out import compare
 from bondlm.training.micro_batches import MicroBatch, Part, SmallerBatches, learned_logprobs
 from bondlm.training.noise import NoiseScale, with_noise_scale
-from bondlm.training.notices import FirstStepCallback, TiesCallback
+from bondlm.training.notices import FirstStepCallback, OutOfReachCallback, TiesCallback
 from bondlm.training.occupied import held, named
 from bondlm.training.processes import (
     World,
@@ -213,7 +213,8 @@ class BONDTrainer(SamplingTrainer):
         )
         tables = TablesCallback(self.run_folder, self.callback_handler)
         first = FirstStepCallback(self.objective, self.run_folder)
-        for callback in (self._anchor_callback, self.run_folder, self.stop, first, TiesCallback(), tables):
+        notices = (first, TiesCallback(), OutOfReachCallback(self.objective))
+        for callback in (self._anchor_callback, self.run_folder, self.stop, *notices, tables):
             self.add_callback(callback)
 
     def _make_step(self) -> None:

@@ -1,5 +1,6 @@
 """A signal that is made stronger until the measured N is the one that was asked for."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from trainer.helpers import logged, trainer
 from bondlm.bestofn import best_of_n_probs, self_bond_gradient
 from bondlm.bestofn.own_quantiles import solve_strength, win_table
 from bondlm.objectives import SelfBOND
-from bondlm.training.strength import LARGEST, MOST, SignalStrength
+from bondlm.training.strength import MAX_CHANGE, MAX_FACTOR, SignalStrength
 
 OUTCOMES = 60
+SETTINGS: dict[str, Any] = {
+    **{"objective": "self_bond", "anchor": "fixed", "n": 4, "num_samples": 4},
+    **{"adaptive_strength": True, "max_steps": 3},
+}
 
 
 def test_wins_without_ties_are_the_share_of_better_samples() -> None:
@@ -102,12 +107,12 @@ def test_it_changes_by_little_and_has_an_end() -> None:
     before = strength.factor
     for _ in range(200):
         strength.update(0.5)
-        assert strength.factor / before <= 1 + MOST + 1e-12
+        assert strength.factor / before <= 1 + MAX_CHANGE + 1e-12
         before = strength.factor
-    assert strength.factor == LARGEST
+    assert strength.factor == MAX_FACTOR
     for _ in range(400):
         strength.update(1.0)  # beats all there is
-    assert strength.factor == 1 / LARGEST
+    assert strength.factor == 1 / MAX_FACTOR
     again = SignalStrength(8)
     again.load_state(strength.state())
     again.update(0.7)
@@ -120,14 +125,7 @@ def test_a_run_measures_n_and_multiplies_its_signal(tmp_path: Path) -> None:
     rollouts: list[Any] = []
     made = trainer(
         tmp_path,
-        **{
-            "objective": "self_bond",
-            "n": 4,
-            "num_samples": 4,
-            "adaptive_strength": True,
-            "max_steps": 3,
-            "anchor": "fixed",
-        },
+        **SETTINGS,
         num_logged_samples=0,
     )
     plain = made.step.roll_out
@@ -155,3 +153,19 @@ def test_a_run_measures_n_and_multiplies_its_signal(tmp_path: Path) -> None:
         assert row["bond/effective_n"] == pytest.approx(strength.measured_n)
     assert len(rollouts) == 3
     assert strength.factor > 1.02
+
+
+def test_an_n_that_is_out_of_reach_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A reward that nothing can be learned from; the strength begins at its most."""
+    made = trainer(
+        tmp_path,
+        reward=lambda completions: [float(hash(str(c)) % 1009) for c in completions],
+        **SETTINGS | {"learning_rate": 0.0},
+    )
+    made.step.strength.factor = MAX_FACTOR  # type: ignore[union-attr]
+    with caplog.at_level(logging.WARNING):
+        made.train()
+    said = [record.getMessage() for record in caplog.records if "adaptive_strength" in record.getMessage()]
+    assert len(said) == 1
+    assert "4 times as strong as n=4 needs" in said[0]
+    assert f"the measured N is {logged(tmp_path)[0]['bond/effective_n']:.1f}" in said[0]

@@ -304,7 +304,8 @@ def _signal(trainer: Any) -> list[str]:
     if getattr(objective, "strength", None) is None:
         return []
     form, drawn = objective.log_quantile, f"{objective.num_samples} samples per prompt"
-    return [f"signal: {form!r} of strength {objective.strength:.3g}, solved for n={objective.n} with {drawn}"]
+    follows = ", then adapted to the measured N" if objective.adaptive_strength else ""
+    return [f"signal: {form!r} of strength {objective.strength:.3g}, solved for n={objective.n} with {drawn}{follows}"]
 
 
 def _weights_held(fraction: float) -> str:

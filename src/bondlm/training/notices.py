@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from bondlm.objectives import Objective
 from bondlm.rewards.constant import constant_rewards
 from bondlm.training.callbacks import RunFolderCallback
+from bondlm.training.strength import MAX_FACTOR
 
 _log = logging.getLogger(__name__)
 
@@ -104,3 +105,24 @@ class TiesCallback(TrainerCallback):
                 "ties (docs/rewards.md)",
                 *(state.global_step, 100 * tied, steps),
             )
+
+
+class OutOfReachCallback(TrainerCallback):
+    """Warns once where the signal of an adaptive strength is at its most, and the measured N still below n."""
+
+    def __init__(self, objective: Objective) -> None:
+        """`objective` says which N is wanted, if any."""
+        self._wanted = objective.plan.steered_to
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Look at the mean of the steps since the last log: at its most in all of them."""
+        seen = logs or {}
+        if self._wanted is None or not seen.get("bond/strength", 0.0) >= MAX_FACTOR or not state.is_world_process_zero:
+            return
+        _log.warning(
+            "step %d: adaptive_strength has made the signal %g times as strong as n=%d needs where a policy moves "
+            "freely, which is the most, and the measured N is %.1f. Either the run is too short to get there, or this "
+            "policy pays too much KL for its win rate: ask for a smaller n, or learn longer with more prompts per step",
+            *(state.global_step, MAX_FACTOR, self._wanted, seen["bond/effective_n"]),
+        )
+        self._wanted = None

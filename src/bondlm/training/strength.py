@@ -7,9 +7,9 @@ Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) does: by at most 2% a step.
 
 import math
 
-MOST = 0.02  # change of the factor in a step: a policy follows in tens of steps, and faster would swing
+MAX_CHANGE = 0.02  # change of the factor in a step: a policy follows in tens of steps, and faster would swing
 MEMORY = 0.9  # of the win rate, from step to step
-LARGEST = 4.0  # a model that needs more does not get to n at a KL that anyone would pay
+MAX_FACTOR = 4.0  # a model that needs more does not get to n at a KL that anyone would pay
 
 
 class SignalStrength:
@@ -28,8 +28,8 @@ class SignalStrength:
         """Take in a step's win rate against the reference, in [0, 1]."""
         self._win_rate = MEMORY * self._win_rate + (1.0 - MEMORY) * win_rate
         missing = 1.0 - math.log(max(self.measured_n, 1e-9)) / math.log(self._n)  # part of the way to n, in log N
-        change = MOST * max(-1.0, min(1.0, missing))
-        self.factor = max(1.0 / LARGEST, min(LARGEST, self.factor * (1.0 + change)))
+        change = MAX_CHANGE * max(-1.0, min(1.0, missing))
+        self.factor = max(1.0 / MAX_FACTOR, min(MAX_FACTOR, self.factor * (1.0 + change)))
 
     def state(self) -> dict[str, float]:
         """For a checkpoint."""
