@@ -173,7 +173,7 @@ OTHER_OBJECTIVES_METRICS = {
     "bond/regression_error",
     "bond/regression_loss",
     "bond/signal",
-    "bond/strength",
+    "bond/signal_factor",
     "time/quantile",
 }
 SOME_REWARDS_METRICS = {  # where there are several; a judge with several rounds

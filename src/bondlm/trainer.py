@@ -53,7 +53,7 @@ from bondlm.models.sharding import (
 from bondlm.objectives import Objective, with_reference_kl
 from bondlm.rewards import check_room, rewards_of_run
 from bondlm.rollout.samples import longest_prompt, longest_rows
-from bondlm.runs.checkpoint import CUTS_FILE, STRENGTH_FILE, writing_to
+from bondlm.runs.checkpoint import CUTS_FILE, FACTOR_FILE, writing_to
 from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
 from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
@@ -74,11 +74,12 @@ from bondlm.training.processes import (
 )
 from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.ranks import aggregation_of_run
+from bondlm.training.rollout import Rollout
 from bondlm.training.sampling import SamplingTrainer
 from bondlm.training.saving import PAGE_FILE
+from bondlm.training.signal_factor import SignalFactor
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
-from bondlm.training.strength import SignalStrength
 from bondlm.training.tables import TablesCallback
 
 
@@ -204,8 +205,8 @@ class BONDTrainer(SamplingTrainer):
         learned = self.objective.plan.learned_quantile
         self.quantile_model = quantile_model(hidden_size(self.roles.core.config), args) if learned else None
         steered_to = self.objective.plan.steered_to
-        self._strength = None if steered_to is None else SignalStrength(steered_to)
-        states = {CUTS_FILE: self._smaller} | ({STRENGTH_FILE: self._strength} if self._strength else {})
+        self.signal_factor = None if steered_to is None else SignalFactor(steered_to)
+        states = {CUTS_FILE: self._smaller} | ({FACTOR_FILE: self.signal_factor} if self.signal_factor else {})
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering)
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self._anchor_callback = AnchorCallback(
@@ -239,7 +240,7 @@ class BONDTrainer(SamplingTrainer):
             means=self._means,
             drops=self.drops,
             quantile_model=self.quantile_model,
-            strength=self._strength,
+            signal_factor=self.signal_factor,
             share_prompts=share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,
@@ -282,11 +283,23 @@ class BONDTrainer(SamplingTrainer):
             self.stop.pause(error, self.args, self.state, self.control)
             return [], num_prompts
         metrics.record(rollout, self._means)
+        self._steer(rollout)
         self.run_folder.note_step(rollout, self.args.num_logged_samples)
         num_prompts = world.gather(rollout.is_counted_P.float().sum().view(1)).sum()
         mixed_first = self.noise.starts(step, len(sizes))
         packed = self.step.pack(rollout, sizes, mixed_first=mixed_first)
         return self._smaller.agreed(packed, world), num_prompts
+
+    def _steer(self, rollout: Rollout) -> None:
+        """Set the signal's factor for the steps to come by this one's wins, the same on every process."""
+        if self.signal_factor is None or rollout.wins_P is None:
+            return
+        wins, counted = self.world.gather(rollout.wins_P), self.world.gather(rollout.is_counted_P)
+        pace = self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 0.0
+        if counted.any():
+            self.signal_factor.update(float(wins[counted].mean()), pace)
+        factor, measured = self.signal_factor.factor, self.signal_factor.measured_n
+        self._means.record({"bond/signal_factor": factor, "bond/effective_n": measured})
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one `MicroBatch`, timed; in smaller parts if the memory does not hold it."""

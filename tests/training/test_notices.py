@@ -12,8 +12,10 @@ from trainer.helpers import TOKENIZER, config, logged, trainer
 from bondlm.config import DEFAULTS
 from bondlm.errors import ConfigError
 from bondlm.objectives.make import OBJECTIVES, make_objective
+from bondlm.objectives.self_bond import SelfBOND
 from bondlm.training.callbacks import logs_at
-from bondlm.training.notices import needs_other_prompts, warmup_warning
+from bondlm.training.notices import OutOfReachCallback, needs_other_prompts, warmup_warning
+from bondlm.training.signal_factor import MAX_FACTOR
 
 
 def said(caplog: pytest.LogCaptureFixture) -> str:
@@ -105,3 +107,20 @@ def test_steps_without_a_prompt_name_their_cause(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"step 3: no prompt .*3 steps in a row.*missing_eos='drop'"):
         made.train()
     assert not (tmp_path / "skipped.jsonl").exists()  # nothing was not finite
+
+
+def test_an_n_that_is_out_of_reach_is_said_once_and_not_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """After fifty steps in a row at the largest factor."""
+    callback = OutOfReachCallback(SelfBOND(n=8, adaptive_strength=True))
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None)
+    with caplog.at_level(logging.WARNING):
+        for step, factor in ((60, 3.9), (100, MAX_FACTOR), (110, 3.99), (150, MAX_FACTOR)):
+            state.global_step = step
+            callback.on_log(None, state, None, logs={"bond/signal_factor": factor, "bond/effective_n": 2.5})
+        assert said(caplog) == ""
+        for state.global_step in (160, 170):
+            callback.on_log(None, state, None, logs={"bond/signal_factor": MAX_FACTOR, "bond/effective_n": 2.5})
+    assert said(caplog).count("adaptive_strength") == 1
+    assert "n=8" in said(caplog)
+    assert "for 50 steps; the measured N is 2.5" in said(caplog)

@@ -115,8 +115,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "8, or all logged ones; best_of_n_regression: default n, or all logged ones.",
     )
     adaptive_strength: bool = setting(
-        False,
-        "self_bond: measure N against one reference sample per prompt, and set the signal's strength by it.",
+        False, "self_bond: set the signal's strength by the N that is measured during training.", may_change="never"
     )
     scale_rewards: str = setting(
         "group", "grpo: 'group' divides a prompt's rewards by their standard deviation, 'none' does not."

@@ -27,7 +27,7 @@ ANCHOR_FILE = "anchor.safetensors"
 AVERAGE_FILE = "average.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
 CUTS_FILE = "cuts.json"  # how many tokens are learned from at a time
-STRENGTH_FILE = "strength.json"  # of self_bond's signal, where it follows the measured N
+FACTOR_FILE = "signal_factor.json"  # where the signal follows the measured N
 MEANS_FILE = "means.json"  # metrics of the steps since the last log, of each process
 
 

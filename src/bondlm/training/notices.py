@@ -9,11 +9,12 @@ from transformers import TrainerCallback
 from bondlm.objectives import Objective
 from bondlm.rewards.constant import constant_rewards
 from bondlm.training.callbacks import RunFolderCallback
-from bondlm.training.strength import MAX_FACTOR
+from bondlm.training.signal_factor import MAX_FACTOR
 
 _log = logging.getLogger(__name__)
 
 TIED_PROMPTS, TIED_STEPS = 0.5, 10  # `TiesCallback` warns if more than half of the prompts tie for so many steps
+LONG_AT_MOST = 50  # steps at the largest factor before `OutOfReachCallback` warns
 LONG_WARMUP = 0.5  # share of a run
 
 
@@ -108,21 +109,29 @@ class TiesCallback(TrainerCallback):
 
 
 class OutOfReachCallback(TrainerCallback):
-    """Warns once where the signal of an adaptive strength is at its most, and the measured N still below n."""
+    """Warns once where an adaptive signal has long been at its largest, and the measured N is still below n."""
 
     def __init__(self, objective: Objective) -> None:
         """`objective` says which N is wanted, if any."""
-        self._wanted = objective.plan.steered_to
+        self._wanted, self._below = objective.plan.steered_to, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from here."""
+        self._below = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Look at the mean of the steps since the last log: at its most in all of them."""
-        seen = logs or {}
-        if self._wanted is None or not seen.get("bond/strength", 0.0) >= MAX_FACTOR or not state.is_world_process_zero:
+        """Look at the means of the steps since the last log."""
+        factor = (logs or {}).get("bond/signal_factor")
+        if self._wanted is None or factor is None or not state.is_world_process_zero:
             return
-        _log.warning(
-            "step %d: adaptive_strength has made the signal %g times as strong as n=%d needs where a policy moves "
-            "freely, which is the most, and the measured N is %.1f. Either the run is too short to get there, or this "
-            "policy pays too much KL for its win rate: ask for a smaller n, or learn longer with more prompts per step",
-            *(state.global_step, MAX_FACTOR, self._wanted, seen["bond/effective_n"]),
-        )
-        self._wanted = None
+        if factor < MAX_FACTOR:
+            self._below = state.global_step
+        elif state.global_step - self._below >= LONG_AT_MOST:
+            _log.warning(
+                "step %d: adaptive_strength has made the signal %g times as strong as n=%d needs where a policy moves "
+                "freely, which is the most, for %d steps; the measured N is %.1f. This policy pays too much KL for its "
+                "win rate, or learns too slowly: ask for a smaller n, or learn longer with more prompts per step",
+                *(state.global_step, MAX_FACTOR, self._wanted),
+                *(state.global_step - self._below, logs["bond/effective_n"]),
+            )
+            self._wanted = None

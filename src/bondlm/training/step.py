@@ -28,7 +28,7 @@ from bondlm.training.dropped import DropBudget
 from bondlm.training.micro_batches import MicroBatch
 from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
-from bondlm.training.strength import SignalStrength
+from bondlm.training.signal_factor import SignalFactor
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class Step:
     means: StepMeans
     drops: DropBudget
     quantile_model: QuantileModel | None
-    strength: SignalStrength | None
+    signal_factor: SignalFactor | None
     share_prompts: bool  # whether completions of a prompt may share its row
     seed: int
     missing_eos: str
@@ -78,8 +78,8 @@ class Step:
         signal_PC = selection.signal_PC.float()
         if selection.learned is not None:
             signal_PC = self._learned_signal(selection.learned, rows, compared, is_counted_P)
-        if self.strength is not None:
-            signal_PC = signal_PC * self.strength.factor
+        if self.signal_factor is not None:
+            signal_PC = signal_PC * self.signal_factor.factor
         returns_PC = self.objective.returns(signal_PC, sampled_logp_PC, anchor_logp_PC)
         is_measured = plan.policy > 0 and (with_reference or self.gamma_ref > 0)
         reference_logp_PC = self._logprob("reference", rows, compared) if is_measured else None
@@ -87,8 +87,6 @@ class Step:
         if self.gamma_ref > 0 and reference_logp_PC is not None:  # back to the reference, with the same baseline
             log_ratio_PC = sampled_logp_PC - reference_logp_PC
             pull_PC = reference_pull(log_ratio_PC, self._baseline(log_ratio_PC, is_counted_P), self.gamma_ref)
-        if self.strength is not None and selection.wins_P is not None:
-            self._steer(self.strength, selection.wins_P, is_counted_P)
         return Rollout(
             rows=rows,
             plan=plan,
@@ -100,6 +98,7 @@ class Step:
             baseline_PC=self._baseline(returns_PC, is_counted_P),
             reference_logp_PC=reference_logp_PC,
             pull_PC=pull_PC,
+            wins_P=selection.wins_P,
             is_counted_P=is_counted_P,
             num_passes=(1 if self.engine.exact else 2) + is_measured,
         )
@@ -186,13 +185,6 @@ class Step:
         baseline[counted] = self.objective.baseline(everyone[counted])
         first = self.world.rank * len(returns_PC)
         return baseline[first : first + len(returns_PC)]
-
-    def _steer(self, strength: SignalStrength, wins_P: Tensor, is_counted_P: Tensor) -> None:
-        """Set the strength for the steps to come by this one's wins, the same on every process."""
-        everyone, counted = self.world.gather(wins_P), self.world.gather(is_counted_P)
-        if counted.any():
-            strength.update(float(everyone[counted].mean()))
-        self.means.record({"bond/strength": strength.factor, "bond/effective_n": strength.measured_n})
 
     def _learned_signal(
         self,

@@ -1,6 +1,5 @@
 """A signal that is made stronger until the measured N is the one that was asked for."""
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ import torch
 from trainer.helpers import logged, trainer
 
 from bondlm.bestofn import best_of_n_probs, self_bond_gradient
-from bondlm.bestofn.own_quantiles import solve_strength, win_table
+from bondlm.bestofn.own_quantiles import win_table
 from bondlm.objectives import SelfBOND
-from bondlm.training.strength import MAX_CHANGE, MAX_FACTOR, SignalStrength
+from bondlm.training.signal_factor import MAX_CHANGE, MAX_FACTOR, SignalFactor
 
 OUTCOMES = 60
 SETTINGS: dict[str, Any] = {
@@ -71,18 +70,24 @@ def test_the_objective_counts_them_against_its_last_sample() -> None:
     assert torch.equal(turned.wins_P, selection.wins_P)
 
 
-@pytest.mark.parametrize("price", [0.8, 1.0, 1.8, 3.0])
-@pytest.mark.parametrize("n", [4, 8])
-def test_a_model_that_pays_more_gets_a_stronger_signal(n: int, price: float) -> None:
-    """It comes to rest where the signal over `price` is what the exact policy would need: the factor becomes price."""
-    strength, log_n = SignalStrength(n), 0.0
+@pytest.mark.parametrize("warmup", [5, 100])
+@pytest.mark.parametrize("steps_to_follow", [20, 100])
+@pytest.mark.parametrize(("n", "price"), [(4, 0.8), (4, 1.8), (8, 1.0), (8, 3.0)])
+def test_a_policy_that_pays_more_gets_a_stronger_signal(
+    n: int, price: float, steps_to_follow: int, warmup: int
+) -> None:
+    """It rests where the signal over `price` is what a free policy would need, and gets there without overshooting."""
+    factor, log_n, largest = SignalFactor(n), 0.0, 0.0
     generator = torch.Generator().manual_seed(0)
-    for _ in range(600):
-        log_n += 0.05 * (math.log(n) * strength.factor / price - log_n)  # it follows in tens of steps
-        wins = 1 / (1 + math.exp(-log_n)) + 0.06 * float(torch.randn((), generator=generator))
-        strength.update(wins)
-    assert strength.factor == pytest.approx(price, rel=0.15)
+    for step in range(1, 1001):
+        pace = min(1.0, step / warmup)
+        log_n += pace * (math.log(n) * factor.factor / price - log_n) / steps_to_follow
+        largest = max(largest, log_n)
+        wins = 1 / (1 + math.exp(-log_n)) + 0.03 * float(torch.randn((), generator=generator))
+        factor.update(wins, pace)
+    assert factor.factor == pytest.approx(price, rel=0.15)
     assert log_n == pytest.approx(math.log(n), abs=0.15)
+    assert largest < math.log(n) + 0.3
 
 
 def test_on_a_table_the_solved_strength_stays() -> None:
@@ -90,34 +95,37 @@ def test_on_a_table_the_solved_strength_stays() -> None:
     n, num_samples = 4, 8
     ref = torch.full((OUTCOMES,), 1 / OUTCOMES, dtype=torch.float64)
     rewards = torch.arange(OUTCOMES, dtype=torch.float64)
-    logits, strength = ref.log(), SignalStrength(n)
+    logits, factor = ref.log(), SignalFactor(n)
     for _ in range(700):
         probs = logits.softmax(-1)
         solved = self_bond_gradient(logits, ref, rewards, n, num_samples, "tilt")
         kl = probs * ((probs / ref).log() - (probs * (probs / ref).log()).sum())
-        gradient = strength.factor * (solved - kl) + kl  # the signal's part alone is multiplied
+        gradient = factor.factor * (solved - kl) + kl  # the signal's part alone is multiplied
         logits = logits - 0.05 * gradient / probs
-        strength.update(float((probs * (torch.arange(OUTCOMES) + 0.5) / OUTCOMES).sum()))
-    assert strength.factor == pytest.approx(1.0, abs=0.03)
-    assert strength.measured_n == pytest.approx(n, rel=0.02)
+        factor.update(float((probs * (torch.arange(OUTCOMES) + 0.5) / OUTCOMES).sum()), 1.0)
+    assert factor.factor == pytest.approx(1.0, abs=0.03)
+    assert factor.measured_n == pytest.approx(n, rel=0.02)
 
 
-def test_it_changes_by_little_and_has_an_end() -> None:
-    strength = SignalStrength(8)
-    before = strength.factor
+def test_it_changes_by_little_has_an_end_and_waits_for_the_policy() -> None:
+    factor = SignalFactor(8)
+    factor.update(0.9, pace=0.0)  # a learning rate of 0
+    assert factor.factor == 1.0
+    factor = SignalFactor(8)
+    before = factor.factor
     for _ in range(200):
-        strength.update(0.5)
-        assert strength.factor / before <= 1 + MAX_CHANGE + 1e-12
-        before = strength.factor
-    assert strength.factor == MAX_FACTOR
+        factor.update(0.5, pace=1.0)
+        assert factor.factor / before <= 1 + MAX_CHANGE + 1e-12
+        before = factor.factor
+    assert factor.factor == MAX_FACTOR
     for _ in range(400):
-        strength.update(1.0)  # beats all there is
-    assert strength.factor == 1 / MAX_FACTOR
-    again = SignalStrength(8)
-    again.load_state(strength.state())
-    again.update(0.7)
-    strength.update(0.7)
-    assert again.state() == strength.state()
+        factor.update(1.0, pace=1.0)  # beats all there is
+    assert factor.factor == 1 / MAX_FACTOR
+    again = SignalFactor(8)
+    again.load_state(factor.state())
+    for one in (again, factor):
+        one.update(0.7, pace=0.5)
+    assert again.state() == factor.state()
 
 
 def test_a_run_measures_n_and_multiplies_its_signal(tmp_path: Path) -> None:
@@ -136,36 +144,19 @@ def test_a_run_measures_n_and_multiplies_its_signal(tmp_path: Path) -> None:
 
     made.step.roll_out = kept  # type: ignore[method-assign]
     made.train()
-    strength, solved = SignalStrength(4), SelfBOND(n=4, num_samples=4)
-    assert math.isfinite(solve_strength(4, 4, "tilt"))
+    factor, solved = SignalFactor(4), SelfBOND(n=4, num_samples=4)
     for row, rollout in zip(logged(tmp_path), rollouts, strict=False):
         rewards = rollout.samples.rewards_PM
         signal = solved.select(rewards[:, :4], rewards[:, :4]).signal_PC
-        assert torch.allclose(rollout.signal_PC, (signal * strength.factor).float())
+        assert torch.allclose(rollout.signal_PC, (signal * factor.factor).float())
         own, reference = rewards[:, :4], rewards[:, 4:]
         if not (own == reference).any():
-            strength.update(float((own > reference).double().mean()))
+            factor.update(float((own > reference).double().mean()), 1.0)
         else:
             table = torch.tensor(win_table(4, 4))
             wins = table[(own < reference).sum(1), (own == reference).sum(1)]
-            strength.update(float(wins.mean()))
-        assert row["bond/strength"] == pytest.approx(strength.factor)
-        assert row["bond/effective_n"] == pytest.approx(strength.measured_n)
+            factor.update(float(wins.mean()), 1.0)
+        assert row["bond/signal_factor"] == pytest.approx(factor.factor)
+        assert row["bond/effective_n"] == pytest.approx(factor.measured_n)
     assert len(rollouts) == 3
-    assert strength.factor > 1.02
-
-
-def test_an_n_that_is_out_of_reach_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A reward that nothing can be learned from; the strength begins at its most."""
-    made = trainer(
-        tmp_path,
-        reward=lambda completions: [float(hash(str(c)) % 1009) for c in completions],
-        **SETTINGS | {"learning_rate": 0.0},
-    )
-    made.step.strength.factor = MAX_FACTOR  # type: ignore[union-attr]
-    with caplog.at_level(logging.WARNING):
-        made.train()
-    said = [record.getMessage() for record in caplog.records if "adaptive_strength" in record.getMessage()]
-    assert len(said) == 1
-    assert "4 times as strong as n=4 needs" in said[0]
-    assert f"the measured N is {logged(tmp_path)[0]['bond/effective_n']:.1f}" in said[0]
+    assert factor.factor > 1.02
