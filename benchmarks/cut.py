@@ -1,9 +1,9 @@
-"""What a limit on the tokens of a micro-batch does to a J-BOND step of long prompts: time and memory to learn.
+"""What a token limit per micro-batch does to a J-BOND step with long prompts: time and memory of learning.
 
     python benchmarks/cut.py                       # two prompts of 4,096 tokens, one of 1,000 and one of 500; minutes
     python benchmarks/cut.py --hidden 2048 --layers 16 --limits 0 20000 5200          # with a GPU
 
-A Llama with random weights; two completions of each prompt learn. Each limit has a process of its own, 0 is none.
+A Llama with random weights, trained on two completions per prompt. Each limit runs in its own process; 0 is no limit.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from bondlm import BONDConfig, BONDTrainer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[500, 1000, 4096, 4096], help="tokens of each")
-    parser.add_argument("--new", type=int, default=1024, help="tokens of a completion")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[500, 1000, 4096, 4096], help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=1024, help="tokens per completion")
     parser.add_argument("--limits", type=int, nargs="+", default=[0, 5200])
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, limit: int | None) -> dict[str, float]:
-    """One step; the memory is what learning took beyond what drawing and scoring had."""
+    """One step; the memory is what learning took beyond sampling and scoring."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def build(args: argparse.Namespace, folder: str, limit: int | None) -> BONDTrain
 
 
 def peak_gib() -> float:
-    """The most memory that this process, or its part of a GPU, has had."""
+    """Peak memory of this process, or of its part of a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,9 +1,9 @@
-"""What the statistics of an evaluation cost: seconds and the peak of resident memory, bootstrap included.
+"""What the statistics of an evaluation cost: seconds and peak resident memory, bootstrap included.
 
     python benchmarks/eval_statistics.py [--prompts 10000] [--samples 64] [--no-baselines]
 
-The whole `eval.json`: comparison with the reference, curve of Best-of-n, four baselines (two of them as large as the
-policy's samples) and two judges. `--no-baselines` measures the comparison alone.
+Measures the whole `eval.json`: comparison with the reference, Best-of-n curve, four baselines (two of them with as many
+samples as the policy) and two judges. `--no-baselines` measures the comparison alone.
 """
 
 import argparse
@@ -21,7 +21,7 @@ TEXT = "a short answer of eight words or so"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=10_000)
-    parser.add_argument("--samples", type=int, default=64, help="of policy and reference each")
+    parser.add_argument("--samples", type=int, default=64, help="per prompt, for policy and reference each")
     parser.add_argument("--no-baselines", action="store_true")
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What every row of benchmarks/results/*.jsonl says beside its numbers: command, commit, machine, versions."""
+"""What every row of benchmarks/results/*.jsonl records beside its numbers: command, commit, machine, versions."""
 
 import argparse
 import json
@@ -17,12 +17,12 @@ PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "trl", "vll
 
 
 def add_out(parser: argparse.ArgumentParser, name: str) -> None:
-    """The option that says where the row goes."""
+    """Add `--out`, the file that rows are appended to."""
     parser.add_argument("--out", default=str(RESULTS / f"{name}.jsonl"), help="file that the result is appended to")
 
 
 def append(path: str, result: dict[str, Any]) -> None:
-    """Append `result`, with the facts, as one line."""
+    """Append `result` and the facts as one line."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file:
@@ -30,7 +30,7 @@ def append(path: str, result: dict[str, Any]) -> None:
 
 
 def facts() -> dict[str, Any]:
-    """Who measured: the same for every script."""
+    """How a row was measured; the same fields for every script."""
     return {
         "command": command(),
         "commit": commit(),
@@ -41,12 +41,12 @@ def facts() -> dict[str, Any]:
 
 
 def command() -> str:
-    """As it was typed; of an absolute path only its name, since nobody else has that folder."""
+    """The command as typed; absolute paths are cut to their last name, since the folder exists only here."""
     return shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
 
 
 def commit() -> str:
-    """The commit that was measured, with a plus sign if files differed from it."""
+    """The measured commit, with a plus sign if files differed from it."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -60,7 +60,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that we may use, memory, and graphics cards if there are any."""
+    """Processor, usable cores, memory, and GPUs if there are any."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -72,7 +72,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed."""
+    """Versions of Python and of the installed packages."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,10 +1,10 @@
-"""How cost grows with rows, length and vocabulary: tokens a second and memory, beside `generate` of transformers.
+"""How cost grows with rows, length and vocabulary: tokens per second and memory, beside transformers' `generate`.
 
     python benchmarks/growth.py                                   # a Llama of 4 layers with random weights, minutes
     python benchmarks/growth.py --hidden 2048 --layers 16 --dtype bfloat16 --rows 64 256     # with a GPU
 
-Each point runs in processes of its own, one for bondlm (draw, score, learn) and one for `generate`, so that their peaks
-of memory are theirs. All completions have their full length. The memory is what the work took beyond the loaded model.
+Each point runs in two fresh processes, one for bondlm (draw, score, learn) and one for `generate`, so that their memory
+peaks are separate. All completions have full length. The memory is what the work took beyond the loaded model.
 """
 
 import argparse
@@ -24,9 +24,9 @@ ROWS, PROMPT, NEW, VOCABULARY = 16, 64, 64, 32_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[4, 16, 64])
-    parser.add_argument("--lengths", nargs="*", default=["512+128", "4096+1024"], help="prompt+completion")
+    parser.add_argument("--lengths", nargs="*", default=["512+128", "4096+1024"], help="tokens, as prompt+completion")
     parser.add_argument("--vocabularies", type=int, nargs="*", default=[128_000, 256_000])
-    parser.add_argument("--long-rows", type=int, default=4, help="rows of the points that vary the length")
+    parser.add_argument("--long-rows", type=int, default=4, help="number of rows where the length varies")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def points(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, int]]]:
-    """What is varied, and the sizes of a point."""
+    """(what is varied, sizes of the point)."""
     usual = {"rows": ROWS, "prompt": PROMPT, "new": NEW, "vocabulary": VOCABULARY}
     for rows in args.rows:
         yield "rows", usual | {"rows": rows}
@@ -77,7 +77,7 @@ def in_a_process(point: dict[str, int | bool]) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace, *, rows: int, prompt: int, new: int, vocabulary: int, ours: bool) -> dict:
-    """Tokens a second of each phase, and GiB beyond the loaded model."""
+    """Tokens per second of each phase, and GiB beyond the loaded model."""
     from bondlm.models.head import exact_head
     from bondlm.models.logprobs import collate, row_logprobs, sequence_logprobs
 
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, *, rows: int, prompt: int, new: int, vocab
 
 
 def llama(args: argparse.Namespace, vocabulary: int, *, longest: int):
-    """A model that nobody trained."""
+    """A model with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -126,12 +126,12 @@ def llama(args: argparse.Namespace, vocabulary: int, *, longest: int):
 
 
 def best(work: Callable[[], object]) -> float:
-    """Seconds of the faster of two."""
+    """Seconds of the faster of two runs."""
     return min(timed(work) for _ in range(2))
 
 
 def peak_gib() -> float:
-    """The most memory that this process, or its part of a GPU, has had."""
+    """Peak memory of this process, or of its part of a GPU."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,11 +1,11 @@
-"""What the guards cost: checks for finite numbers, flags, hashes of a step; and how long a LoRA checkpoint takes.
+"""What the guards of a step cost (checks for finite numbers, flags, hashes), and how long a LoRA checkpoint takes.
 
     python benchmarks/guards.py
-    python benchmarks/guards.py --sharded     # what two processes hold of the anchor under FSDP2
+    python benchmarks/guards.py --sharded     # how much of the anchor each of two processes holds under FSDP2
 
-A tiny Llama of 10 M parameters on CPU, one thread, trained with J-BOND: 8 prompts, up to 32 tokens. Every guard that a
-step goes through is timed by itself, inside a real run, and compared with the step around it. What is done once a
-run or once a save is listed apart.
+A Llama of 10 M parameters on CPU, one thread, trained with J-BOND: 8 prompts, up to 32 tokens. Every guard of a step is
+timed by itself, inside a real run, and compared with the step around it. What is done once per run or once per save is
+listed separately.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SPENT: dict[str, list[float]] = defaultdict(list)
 
 
 def timed(owner, name: str, label: str | None = None) -> None:
-    """Replace `owner.name` by itself with a stop watch."""
+    """Replace `owner.name` by a timed version of itself."""
     plain = getattr(owner, name)
 
     def wrapped(*args, **kwargs):
@@ -66,7 +66,7 @@ def build(folder: str, *, lora: bool, steps: int, **more):
         use_cpu=True,
         **more,
     )
-    if "fsdp" in more:  # accelerate offers FSDP2 on accelerators alone; PyTorch's own works on CPUs as well
+    if "fsdp" in more:  # accelerate allows FSDP2 on accelerators only; PyTorch's works on CPUs too
         PartialState().distributed_type = DistributedType.MULTI_GPU
 
     def reward(completion_ids):
@@ -78,7 +78,7 @@ def build(folder: str, *, lora: bool, steps: int, **more):
 
 
 def learn_alone(self, model, batch, step, args):
-    """`SmallerBatches.learn` timed without the forward and backward that it calls."""
+    """`SmallerBatches.learn`, timed without the forward and backward passes it calls."""
     inside = []
 
     def watched(part, is_last):
@@ -97,7 +97,7 @@ LEARN = memory.SmallerBatches.learn
 
 
 def sharded(folder: str) -> None:
-    """One of two processes: the memory behind its parts of the anchor; a view of a whole one would show."""
+    """One of two processes: memory behind its shards of the anchor, which a view into a whole tensor would inflate."""
     config = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
     made = build(folder, lora=False, steps=2, fsdp="full_shard", fsdp_config=config)
     made.train()
@@ -118,7 +118,7 @@ def launch() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--sharded", action="store_true", help="memory of two processes under FSDP2, and nothing else")
+    parser.add_argument("--sharded", action="store_true", help="only the memory of two processes under FSDP2")
     parser.add_argument("--in", dest="folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -4,9 +4,9 @@
 
 1. For every objective: select + returns + baseline + loss + backward to the log-probabilities on a batch of prompts,
    as a share of a forward and backward pass of a Llama with about 10 million parameters over the completions that the
-   objective learns from (timed with one completion a prompt, times the completions learned from). Sampling and scoring,
-   which cost more still, are left out, so the shares are upper bounds.
-2. Quantiles and order statistics for 10,000 prompts x 256 samples: seconds, and the peak of new memory.
+   objective learns from (timed with one completion per prompt, times the completions learned from). Sampling and
+   scoring cost more still and are left out, so the shares are upper bounds.
+2. Quantiles and order statistics for 10,000 prompts x 256 samples: seconds and peak additional memory.
 """
 
 import argparse
@@ -40,7 +40,7 @@ NUM_PROMPTS, NUM_SAMPLES = 10_000, 256
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Best time of a call after one warm-up call: what else runs on the machine only adds to it."""
+    """Best time of a call after one warm-up call: other work on the machine only adds to it."""
     function()
     times = []
     for _ in range(repeats):
@@ -68,7 +68,7 @@ def make_model() -> Any:
 
 
 def model_step(model: Any, num_rows: int, prompt_tokens: int, tokens: int) -> None:
-    """Forward and backward of the completions' log-probabilities, the head on the completions alone."""
+    """Forward and backward pass of the completions' log-probabilities; the head runs on the completions only."""
     ids = torch.randint(0, model.config.vocab_size, (num_rows, prompt_tokens + tokens))
     logits = model(input_ids=ids, logits_to_keep=tokens + 1, use_cache=False).logits[:, :-1]
     logits.log_softmax(-1).gather(2, ids[:, -tokens:, None]).sum().backward()
@@ -76,7 +76,7 @@ def model_step(model: Any, num_rows: int, prompt_tokens: int, tokens: int) -> No
 
 
 def objective_step(objective: Any, num_prompts: int) -> Callable[[], object]:
-    """Everything that the objective computes in a step of that many prompts."""
+    """Everything the objective computes in a step of that many prompts."""
     plan, generator = objective.plan, torch.Generator().manual_seed(0)
     rewards, noise = (torch.rand(num_prompts, plan.total, generator=generator).double() for _ in range(2))
     logp = torch.randn(num_prompts, plan.learn, generator=generator, requires_grad=True)
@@ -116,7 +116,7 @@ STATISTICS: dict[str, Callable[[Any], object]] = {
 
 
 def peak_mib(function: Callable[[], object]) -> float:
-    """Peak of resident memory during a call above what was there before, looked at every half millisecond."""
+    """Peak resident memory during a call beyond that before it, sampled every half millisecond."""
     statm, done, seen = Path("/proc/self/statm"), threading.Event(), []
 
     def watch() -> None:
@@ -132,7 +132,7 @@ def peak_mib(function: Callable[[], object]) -> float:
 
 
 def print_statistic(name: str) -> None:
-    """Measure one statistic in a fresh process, whose memory holds nothing else's leftovers."""
+    """Measure one statistic in a fresh process, so that no leftover memory counts."""
     rewards = torch.rand(NUM_PROMPTS, NUM_SAMPLES, dtype=torch.float64)
     STATISTICS[name](rewards[:8])
     peak = peak_mib(lambda: STATISTICS[name](rewards))
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--statistic", choices=list(STATISTICS), help="only this one, in this process")
+    parser.add_argument("--statistic", choices=list(STATISTICS), help="measure only this one, in this process")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.statistic:

