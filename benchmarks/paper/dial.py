@@ -1,11 +1,11 @@
-"""What `n` is worth as a dial: asked for N, got N, for how much KL; the T5 of the summarization example.
+"""Which N a method reaches for its setting, and at what KL; the T5 of the summarization example.
 
     python examples/summarization/prepare.py --out models --data data --sft-steps 60
-    python benchmarks/paper/dial.py --seeds 0            # finished runs are skipped; half an hour a run on one core
+    python benchmarks/paper/dial.py --seeds 0            # finished runs are skipped; half an hour per run on one core
     python benchmarks/paper/dial.py --table
 
-The reward is cheap, so that the runs may be long: how near a synopsis' words are to its description's. Every method
-draws 96 completions a step (90 where 10 of them are the reference's), and its learning rate falls to 0 over the last
+The reward is cheap, so that runs can be long: how similar a synopsis' words are to its description's. Every method
+draws 96 completions per step (90 where 10 of them are the reference's), and its learning rate falls to 0 over the last
 third.
 """
 
@@ -39,12 +39,12 @@ COMPLETIONS, HELD_OUT, SAMPLES, REFERENCE_SAMPLES = 96, 150, 4, 16
 
 
 def own(n: int, *, adaptive: bool) -> dict[str, Any]:
-    """Best-of-n as a fixed point: with the strength that is solved for n, or one that follows the measured N."""
+    """Best-of-n as a fixed point, with the strength solved for n or adapted to the measured N."""
     return {"objective": "self_bond", "n": n, "num_samples": 8, "adaptive_strength": adaptive}
 
 
 def rloo(beta_rl: float) -> dict[str, Any]:
-    """The rival, whose dial is a price."""
+    """The baseline, which sets a price on KL instead of an N."""
     return {"objective": "rloo", "beta_rl": beta_rl, "num_samples": 8, "anchor": "fixed"}
 
 
@@ -60,11 +60,11 @@ METHODS: dict[str, dict[str, Any]] = {
 class Likeness:
     """The reward: cosine between the mean word vectors of a synopsis and of its description.
 
-    Word vectors are MiniLM's input embeddings, without their mean, rare words weighing more; no encoder runs.
+    Word vectors are MiniLM's input embeddings, centred, with more weight on rare words; no encoder runs.
     """
 
     def __init__(self, minilm: Path, texts: list[str]) -> None:
-        """`texts` say how rare a word is."""
+        """Word rarity is counted in `texts`."""
         self._tokenizer = AutoTokenizer.from_pretrained(minilm)
         vectors = AutoModel.from_pretrained(minilm).get_input_embeddings().weight.detach()
         counts = torch.ones(len(vectors))
@@ -73,7 +73,7 @@ class Likeness:
         self._vectors = normalize(vectors - vectors.mean(dim=0)) * (len(texts) / counts).log()[:, None]
 
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        """One number in [-1, 1] each; 0 for an empty completion."""
+        """One number in [-1, 1] per completion; 0 for an empty one."""
         whole = [prompt.removeprefix("summarize: ") for prompt in prompts]
         likeness: list[float] = cosine_similarity(self._mean(completions), self._mean(whole)).tolist()
         return likeness
@@ -113,7 +113,7 @@ def trainer_of(method: str, seed: int, options: argparse.Namespace, folder: str)
 
 
 def run(method: str, seed: int, options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Train, and measure at the end."""
+    """Train, then measure."""
     trainer = trainer_of(method, seed, options, folder)
     trainer.train()
     found = trainer.evaluate()
@@ -139,7 +139,7 @@ def judged(samples: Samples, written: list[str]) -> float:
 
 
 def table() -> None:
-    """Mean over seeds."""
+    """Print means over seeds."""
     found = [json.loads(line) for line in OUT.read_text().splitlines()]
     print(
         "| method | steps | learning rate | seeds | N | win rate | KL | KL / exact |\n|---|---|---|---|---|---|---|---|"

@@ -1,8 +1,8 @@
-"""What a trained policy's change of weights is made of: less of it, its largest entries, its leading singular values.
+"""What a trained policy's weight change is made of: scaled down, its largest entries, its leading singular values.
 
     python benchmarks/paper/directions.py --seed 1 --threads 1       # trains X9's jbond-eta0.3, then measures
 
-If part of the change were noise, leaving that part out would save KL at the same win rate. Prints a line for each.
+If part of the change were noise, leaving that part out would save KL at the same win rate. Prints a line per variant.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from plans import Run, jbond
 from tasks import TASKS
 from torch import Tensor
 
-Change = dict[str, Tensor]  # by parameter
-LARGEST_VOCABULARY = 10_000  # a larger matrix is an embedding, whose singular values take too long
-SAMPLED = 1_000_000  # entries that a threshold is found from
+Change = dict[str, Tensor]  # by parameter name
+LARGEST_VOCABULARY = 10_000  # larger matrices are embeddings, too slow for an SVD
+SAMPLED = 1_000_000  # entries that set a threshold
 
 
 def variants(change: Change) -> Iterator[tuple[str, Change]]:
-    """(what was done, what is left of the change)."""
+    """(what was done, the remaining change)."""
     yield "whole", change
     for factor in (0.8, 0.6):
         yield f"scaled by {factor}", {name: factor * part for name, part in change.items()}
@@ -32,14 +32,14 @@ def variants(change: Change) -> Iterator[tuple[str, Change]]:
 
 
 def largest(change: Change, share: float) -> Change:
-    """The entries of the largest absolute values, over all weights; the others are 0."""
+    """Only the entries of largest absolute value over all weights; the others are 0."""
     entries = torch.cat([part.abs().flatten() for part in change.values()])
     limit = entries[:: max(1, len(entries) // SAMPLED)].quantile(1 - share)
     return {name: part * (part.abs() >= limit) for name, part in change.items()}
 
 
 def leading(part: Tensor, times_median: float = 2.2) -> Tensor:
-    """A matrix from its singular values above so many times their median; anything else as it is."""
+    """A matrix reduced to its singular values above `times_median` times their median; anything else unchanged."""
     if part.ndim != 2 or max(part.shape) > LARGEST_VOCABULARY:
         return part
     left, values, right = torch.linalg.svd(part, full_matrices=False)

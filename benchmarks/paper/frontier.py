@@ -1,20 +1,19 @@
-"""Win rate against KL, at a scale that decides: a queue of runs that goes on from one machine to the next.
+"""Win rate against KL at a larger scale: a queue of runs that can continue on another machine.
 
     python benchmarks/paper/frontier.py --workers 9 --until 600 --seeds 0 1 2     # the whole map (frontier_map.py)
     python benchmarks/paper/frontier.py rloo-0.3 own-n4-fall --workers 2          # some of it
     python benchmarks/paper/frontier.py --list
 
 The T5 task (examples/summarization: package descriptions, entailment reward, MiniLM and ROUGE-L as judges). First the
-reference is made: 500 SFT steps of 32, then its samples of the held-out prompts, once for all runs. Then worker
-processes take runs off the queue, the next one as soon as one has ended; a run that fails leaves its log and a worker
-that dies is replaced. `--until` seconds after the start, or when a file `stop` lies in the run folder, no run goes on.
-Rows are appended to the results file as they are measured; a run whose last row is there is done, on whichever machine,
-and skipped.
+reference is made, once for all runs: 500 SFT steps of 32, then samples for the held-out prompts. Then worker processes
+take runs off the queue one after another. A run that fails leaves its log, and a worker that dies is replaced. All runs
+end `--until` seconds after the start, or when the run folder has a file `stop`. Rows are appended to the results file
+as they are measured; a run whose last row is there counts as done, on any machine, and is skipped.
 
 A row: run, seed, step, win_rate, kl, entropy, effective_n, kl_ratio, judges, length, distinct_2, with `..._low` and
-`..._high` (95%, over prompts), learning seconds, settings, command, commit, device, attempt (rows of a run that was cut
-and made again have another) and is_last. While a file `pause` lies in the run folder, and is no older than 90 s, all
-runs wait between two steps, for what wants the machine for itself.
+`..._high` (95%, over prompts), learning seconds, settings, command, commit, device, attempt (differs if a run was cut
+and repeated) and is_last. All runs wait between two steps while the run folder has a file `pause` no older than 90 s,
+so that another measurement can have the machine to itself.
 """
 
 import argparse
@@ -42,24 +41,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help=f"default: all of {', '.join(RUNS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side")
-    parser.add_argument("--until", type=float, default=float("inf"), help="seconds from the start when all ends")
+    parser.add_argument("--workers", type=int, default=1, help="number of runs side by side")
+    parser.add_argument("--until", type=float, default=float("inf"), help="end after this many seconds")
     parser.add_argument("--out", type=Path, default=Path("runs/frontier"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--data", type=Path, default=Path("data/debian"))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--every", type=int, default=60, help="steps between measurements")
-    parser.add_argument("--completions", type=int, default=COMPLETIONS, help="drawn in a step")
-    parser.add_argument("--length", type=int, default=20, help="most tokens of a completion")
-    parser.add_argument("--held-out", type=int, default=200, help="documents")
-    parser.add_argument("--samples", type=int, default=4, help="of the policy, of each document")
+    parser.add_argument("--completions", type=int, default=COMPLETIONS, help="completions per step")
+    parser.add_argument("--length", type=int, default=20, help="maximum tokens per completion")
+    parser.add_argument("--held-out", type=int, default=200, help="number of held-out documents")
+    parser.add_argument("--samples", type=int, default=4, help="policy samples per document")
     parser.add_argument("--reference-samples", type=int, default=64)
     parser.add_argument("--sft-steps", type=int, default=500)
     parser.add_argument("--sft-batch", type=int, default=32)
-    parser.add_argument("--plain", action="store_true", help="bondlm's own decoding and sizes of batches")
-    parser.add_argument("--list", action="store_true", help="say which runs there are and which are done")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # its name
+    parser.add_argument("--plain", action="store_true", help="use bondlm's own decoding and batch sizes")
+    parser.add_argument("--list", action="store_true", help="list all runs and which are done")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # the worker's name
     parser.add_argument("--ends-at", type=float, help=argparse.SUPPRESS)  # seconds since the epoch
     args = parser.parse_args(argv)
     unknown = [name for name in args.runs if name not in RUNS]
@@ -87,7 +86,7 @@ def claims(args: Any) -> Path:
 
 
 def claim(args: Any) -> tuple[str, int] | None:
-    """Take the next run that nobody has, if there is one."""
+    """Take the next run that no worker has taken, if there is one."""
     done = is_done(args)
     for name, seed in queue(args.runs, args.seeds):
         if (name, seed) in done:
@@ -99,25 +98,25 @@ def claim(args: Any) -> tuple[str, int] | None:
 
 
 def left(args: Any) -> int:
-    """Runs that nobody has taken."""
+    """Number of runs that no worker has taken."""
     done = is_done(args)
     jobs = [job for job in queue(args.runs, args.seeds) if job not in done]
     return sum(not (claims(args) / f"{name}-s{seed}").exists() for name, seed in jobs)
 
 
 def start(args: Any, name: str, ends_at: float) -> subprocess.Popen[bytes]:
-    """A worker of this name, its output in a file of its own."""
+    """Start a worker of this name, with its own log file."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--ends-at", str(ends_at)]
     with (Path(args.out) / f"worker-{name}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=False)
 
 
 def run_queue(args: Any) -> None:
-    """Start workers and replace those that die, until all is done or time is up."""
+    """Start workers and replace those that die, until all runs are done or time is up."""
     began = time.time()
     ends_at = began + args.until
     claims(args).mkdir(parents=True, exist_ok=True)
-    for old in (*claims(args).iterdir(), args.out / STOP):  # of a queue that was cut
+    for old in (*claims(args).iterdir(), args.out / STOP):  # left by a queue that was cut
         old.unlink(missing_ok=True)
     workers = {PREPARE: start(args, PREPARE, ends_at)} if not (args.out / READY).exists() else {}
     workers |= {str(i): start(args, str(i), ends_at) for i in range(args.workers)}
@@ -146,7 +145,7 @@ def run_queue(args: Any) -> None:
 
 
 def work(args: Any) -> int:
-    """Take runs until there are none, or time is up; 1 if this process had better be replaced."""
+    """Take runs until there are none or time is up; returns 1 if this process should be replaced."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -181,7 +180,7 @@ def work(args: Any) -> int:
         except Exception as error:  # noqa: BLE001  the queue goes on
             (folder / "failed.txt").write_text(traceback.format_exc())
             print(f"{folder.name}: failed: {type(error).__name__}: {error}", flush=True)
-            if "CUDA" in str(error):  # no other run has a chance in this process
+            if "CUDA" in str(error):  # no later run can succeed in this process
                 return 1
         gc.collect()
         if torch.cuda.is_available():

@@ -1,6 +1,6 @@
-"""The runs of the study "win rate against KL", in the order in which they are worth having.
+"""The runs of the study "win rate against KL", most informative first.
 
-A seed of the first five, then of the rest, then more seeds of those that lead or are what they must beat.
+One seed of every run, in this order, then more seeds of the leaders and of the baselines they must beat.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 
 from plans import Settings, jbond, rloo
 
-COMPLETIONS = 192  # drawn in a step
+COMPLETIONS = 192  # per step
 STEPS = 480
 
 
@@ -21,7 +21,7 @@ class FrontierRun:
     learning_rate: float = 1e-4
 
     def as_settings(self, steps: int) -> dict[str, Any]:
-        """What `BONDConfig` gets, for a run of so many steps."""
+        """The settings for `BONDConfig`, for a run of so many steps."""
         schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
         if self.falls:
             schedule = {
@@ -37,7 +37,7 @@ def own(n: int, samples: int = 8, **more: Any) -> Settings:
 
 
 def listwise(n: int, samples: int, **more: Any) -> Settings:
-    """The samples' log-ratios, fitted to Best-of-n's weights of their ranks."""
+    """Fit the samples' log-ratios to Best-of-n's weights for their ranks."""
     return {"objective": "listwise", "n": n, "num_samples": samples} | more
 
 
@@ -60,15 +60,15 @@ RUNS = {
     "own-n4-lr2": FrontierRun(settings=own(4), learning_rate=2e-4),
     "rloo-0.3-lr4": FrontierRun(settings=rloo(0.3), learning_rate=4e-4),
     "own-n4-lr4": FrontierRun(settings=own(4), learning_rate=4e-4),
-    # A softmax over samples, of the reference or of a moving anchor; and slower learning, which on sums cost less KL.
+    # A softmax over samples, with the reference or a moving anchor; and slower learning, which cost less KL on sums.
     "listwise-n8-fall": FrontierRun(settings=listwise(8, 8, anchor="fixed"), falls=True),
     "listwise-n2-eta0.3": FrontierRun(settings=listwise(2, 3, eta=0.3)),
     "rloo-0.3-slow": FrontierRun(settings=rloo(0.3), learning_rate=3e-5),
     "own-n8-slow": FrontierRun(settings=own(8), learning_rate=3e-5),
-    # The strength of the signal follows the N that is measured.
+    # The strength of the signal follows the measured N.
     "own-n4-adaptive-fall": FrontierRun(settings=own(4, adaptive_strength=True), falls=True),
     "own-n8-adaptive-fall": FrontierRun(settings=own(8, adaptive_strength=True), falls=True),
-    # As many samples of a prompt as the best of ours; and what else may lead.
+    # As many samples per prompt as the best of ours; and other candidates for the lead.
     "rloo-0.3-k8-fall": FrontierRun(settings=rloo(0.3, 8), falls=True),
     "own-n8": FrontierRun(settings=own(8)),
     "own-n8-fall-lr2": FrontierRun(settings=own(8), falls=True, learning_rate=2e-4),
@@ -76,7 +76,7 @@ RUNS = {
     "jbond-eta0.3-fall": FrontierRun(settings=jbond(0.3), falls=True),
     "rloo-0.1-fall": FrontierRun(settings=rloo(0.1), falls=True),
 }
-# What a claim is made of: more seeds of these, in this order, when every run has one.
+# Once every run has one seed, these get more, in this order: claims rest on them.
 SEEDED = (
     *(
         "own-n4-adaptive-fall",
@@ -93,7 +93,7 @@ SEEDED = (
 
 
 def queue(names: list[str] | None, seeds: list[int]) -> list[tuple[str, int]]:
-    """(run, seed) in order: named ones seed by seed, or the whole map with the first seed and `SEEDED` with others."""
+    """(run, seed) in order: named runs seed by seed, or all runs with the first seed, then `SEEDED` with the others."""
     if names:
         return [(name, seed) for seed in seeds for name in names]
     return [(name, seeds[0]) for name in RUNS] + [(name, seed) for seed in seeds[1:] for name in SEEDED]

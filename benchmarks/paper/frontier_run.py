@@ -1,4 +1,4 @@
-"""One run of the frontier's queue, and the reference that all share: train, measure, write rows."""
+"""One run of the frontier's queue (train, measure, write rows), and the reference that all runs share."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SHARPENED = (0.8, 0.7, 0.6)
 
 
 def make_reference(args: Any) -> None:
-    """The supervised start, unless it is there, and its samples of the held-out prompts."""
+    """Make the SFT model, unless it exists, and its samples for the held-out prompts."""
     folder = policy(args)
     began = time.perf_counter()
     if not folder.exists():
@@ -68,7 +68,7 @@ def trainer_of(args: Any, name: str, seed: int, folder: Path) -> Any:
 
 
 def bench_of(args: Any, trainer: Any) -> Any:
-    """What measures a trainer's policy; it draws the reference's samples if nobody has."""
+    """The bench that measures a trainer's policy; it draws the reference's samples if they do not exist."""
     from measure import Bench, load_judges
 
     specs = [f"similarity:{args.models}/all-minilm-l6-v2?batch_size=512&batch_tokens=65536"]
@@ -78,7 +78,7 @@ def bench_of(args: Any, trainer: Any) -> Any:
 
 
 def settings_of(args: Any, name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """All that `BONDConfig` gets for a run."""
+    """All settings for a run's `BONDConfig`."""
     import torch
     from run import plan_total
 
@@ -107,7 +107,7 @@ def settings_of(args: Any, name: str, seed: int, folder: Path) -> dict[str, Any]
 
 
 def train(args: Any, name: str, seed: int, folder: Path) -> None:
-    """One run: train, and measure every so many steps and at the end."""
+    """One run: train, measuring every `--every` steps and at the end."""
     import torch
 
     trainer = trainer_of(args, name, seed, folder)
@@ -120,12 +120,12 @@ def train(args: Any, name: str, seed: int, folder: Path) -> None:
 
 
 def watch(args: Any, trainer: Any, row: dict[str, Any]) -> Any:
-    """The callback that measures, waits while there is a pause, and ends the run when time is up."""
+    """A callback that measures, waits while paused, and ends the run when time is up."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
         spent = began = 0.0
-        bench = None  # made when it is needed: the reference's samples may still be on their way
+        bench = None  # made on first use: the reference's samples may not be ready yet
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             wait_while_paused(args)
@@ -149,7 +149,7 @@ def watch(args: Any, trainer: Any, row: dict[str, Any]) -> Any:
 
 
 def flat(measured: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a measurement, each with the ends of its interval."""
+    """The numbers of a measurement, each with the bounds of its interval."""
     names = {"completions/mean_length": "length", "completions/clipped_ratio": "clipped"}
     row: dict[str, Any] = {}
     for name, value in ({names.get(k, k): v for k, v in measured.items()}).items():
@@ -170,7 +170,7 @@ def _ends(name: str, interval: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def common(args: Any) -> dict[str, Any]:
-    """What is beside every result: command, commit, device, versions."""
+    """Recorded with every result: command, commit, device, versions."""
     import torch
     from facts import commit, versions
 
@@ -186,7 +186,7 @@ def common(args: Any) -> dict[str, Any]:
 
 
 def append(args: Any, row: dict[str, Any]) -> None:
-    """One line, written at once: several processes append to the file."""
+    """Append one line in a single write, since several processes share the file."""
     from bondlm.runs.folder import plain
 
     args.results.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What lets several runs share a GPU and a few cores: fewer and larger kernels, prompts that are encoded once."""
+"""Lets several runs share a GPU and a few cores: fewer, larger kernels, and prompts encoded once."""
 
 from functools import partial
 from pathlib import Path
@@ -8,7 +8,7 @@ from frontier_signals import write
 
 
 def few_launches() -> None:
-    """Fewer, larger kernels: what decides on a GPU that several runs share. The numbers are the same to rounding."""
+    """Use fewer, larger kernels: the bottleneck of a GPU that several runs share. Results are equal up to rounding."""
     from weakref import WeakKeyDictionary
 
     import t5_decoding
@@ -17,7 +17,7 @@ def few_launches() -> None:
     from bondlm.models import head, logprobs
     from bondlm.training import step
 
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and here all batches differ
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and all batches differ here
     t5_decoding.install()
     head.LOGITS_BUDGET = 2**30
     step.group_logprobs = partial(logprobs.group_logprobs, batch_rows=1024)
@@ -25,7 +25,7 @@ def few_launches() -> None:
     asked = logprobs.exact_head
 
     def exact_head(model: Any, device: Any) -> Any:
-        if model not in known:  # a forward pass each time
+        if model not in known:  # costs a forward pass
             known[model] = asked(model, device)
         return known[model]
 
@@ -33,7 +33,7 @@ def few_launches() -> None:
 
 
 def encode_once(args: Any) -> None:
-    """Read and encode the prompts once for all runs of this process: half as long as a run learns, on a GPU."""
+    """Read and encode the prompts once for all runs of this process; on a GPU that takes half a run's learning time."""
     from transformers import AutoConfig, AutoTokenizer
 
     from bondlm.data.prompt_encoder import PromptEncoder

@@ -1,7 +1,7 @@
 """Measuring a policy while it trains: against reference samples that all runs of a task share.
 
-The reference's samples, their rewards and their judges' scores are drawn once per task and budget and kept in a file;
-a measurement then costs the policy's own samples alone. Its seconds are not counted as training time.
+The reference's samples, rewards and judge scores are made once per task and budget and kept in a file, so a measurement
+costs only the policy's samples. Its seconds do not count as training time.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ KEPT = (
 
 
 def load_judges(specs: Sequence[str], rows: Sequence[Any], column: str | None, device: Any) -> list[NamedReward]:
-    """Rewards that are reported and not optimised."""
+    """Rewards that are reported but not optimised."""
     judges = load_rewards(list(specs), [0.0] * len(specs), device=device, dtype=torch.float32) if specs else []
     return judges + ([rouge_judge(rows, column)] if column is not None else [])
 
@@ -61,10 +61,10 @@ class Bench:
         return scored.by_name
 
     def measure(self, num_samples: int, *, both_kls: bool) -> dict[str, Any]:
-        """The numbers of `eval.json` (docs/evaluation.md) of the policy as it is now."""
+        """The numbers of `eval.json` (docs/evaluation.md) for the current policy."""
         samples = self._trainer.sample(self.rows, "policy", num_samples)
         policy = self._scored(samples, self._judge(samples), self._trainer.log_ratio(samples))
-        # The reference's own log-probabilities of its samples are those that it was sampled with.
+        # The reference's log-probabilities of its samples are those recorded at sampling.
         sampled = torch.tensor([[c.logprob for c in row] for row in self.reference.completions])
         ratio = self._trainer.log_probability(self.reference, "policy") - sampled if both_kls else None
         result = summarize(policy, self._scored(self.reference, self._reference_judges, ratio), {})
@@ -102,7 +102,7 @@ def _from_json(kept: dict[str, Any], rows: Sequence[Any]) -> tuple[Samples, dict
 
 class Curve(TrainerCallback):
     """Measures at chosen steps and appends a row to the run's curve: step, tokens drawn, training seconds (wall
-    clock and CPU), numbers."""
+    clock and CPU) and the measured numbers."""
 
     def __init__(self, bench: Bench, path: Path, at_steps: set[int], num_samples: int, *, both_kls: bool) -> None:
         """Nothing is measured before training starts."""
@@ -117,7 +117,7 @@ class Curve(TrainerCallback):
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-        """Count tokens; a step's numbers are logged after it ended, so this is where it is measured."""
+        """Count tokens, and measure: a step's numbers are logged after it has ended."""
         if not logs or "num_tokens" not in logs:
             return
         self._tokens += float(logs["num_tokens"]) * args.logging_steps
@@ -132,7 +132,7 @@ class Curve(TrainerCallback):
         began, cpu_began = time.perf_counter(), time.process_time()
         seconds = began - self._began - self._measuring
         cpu_seconds = cpu_began - self._cpu_began - self._cpu_measuring
-        # Both KLs take the policy's log-probability of every reference sample: once, at the end.
+        # Both KLs need the policy's log-probability of every reference sample: computed once, at the end.
         result = self._bench.measure(self._num_samples, both_kls=self._both_kls and step >= max(self._at))
         row = {"step": step, "tokens": self._tokens, "seconds": seconds, "cpu_seconds": cpu_seconds} | result
         append_jsonl(self._path, [plain(row)])

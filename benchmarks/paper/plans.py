@@ -1,8 +1,7 @@
 """The experiments: which runs each is made of.
 
-All runs of a task draw the same number of completions in a step and take the same number of steps, so a step of one
-costs what a step of another costs in generated tokens; a method that draws many completions of a prompt sees fewer
-prompts a step.
+All runs of a task draw the same number of completions per step and take the same number of steps, so their steps cost
+the same in generated tokens. A method that draws many completions per prompt sees fewer prompts per step.
 """
 
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ class Run:
 
     name: str
     settings: Settings
-    times_steps: float = 1.0  # as many times the steps of the others
-    own_evaluation: bool = False  # evaluate inside training, where target_n and kl_budget look
-    lora_r: int | None = None  # an adapter of this rank, where the task trains all weights
+    times_steps: float = 1.0  # steps, as a multiple of the other runs'
+    own_evaluation: bool = False  # evaluate during training, for target_n and kl_budget
+    lora_r: int | None = None  # train an adapter of this rank instead of all weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +40,22 @@ def bond(n: int, beta: float = 0.5, **more: Any) -> Settings:
 
 
 def iterated(n: int, every: int = 10) -> Settings:
-    """BOND whose anchor is the policy of some steps ago."""
+    """BOND whose anchor is a copy of the policy, renewed every `every` steps."""
     return bond(n) | {"anchor": "periodic", "anchor_update_every": every}
 
 
 def jbond(eta: float | None = 0.05, **more: Any) -> Settings:
-    """J-BOND; eta is None where the anchor is copied and mixes nothing."""
+    """J-BOND; eta is None where the anchor is copied, not averaged."""
     return {"objective": "jbond"} | ({} if eta is None else {"eta": eta}) | more
 
 
 def rloo(beta_rl: float, samples: int = 3, **more: Any) -> Settings:
-    """RLOO with its KL to the reference, unless another anchor is given."""
+    """RLOO with a KL penalty to the reference, unless another anchor is given."""
     return {"objective": "rloo", "beta_rl": beta_rl, "num_samples": samples, "anchor": "fixed"} | more
 
 
 def regression(n: int, samples: int, **more: Any) -> Settings:
-    """Best-of-n by regression on the log-quantiles of the reference's own samples."""
+    """Best-of-n by regression on the log-quantiles of the reference's samples."""
     return {"objective": "best_of_n_regression", "n": n, "num_samples": samples, "anchor": "fixed"} | more
 
 
@@ -74,13 +73,13 @@ X3 = [
 ]
 X4 = named(ema=jbond(0.1), periodic=jbond(None, anchor="periodic", anchor_update_every=10))
 X5 = [Run(name=f"eta{eta}", settings=jbond(eta)) for eta in (0.02, 0.1, 0.3)]
-X6 = [Run(name="gamma0.0", settings=jbond(0.1))] + [  # the same run as X5's
+X6 = [Run(name="gamma0.0", settings=jbond(0.1))] + [  # same run as in X5
     Run(name=f"gamma{gamma}", settings=jbond(0.1, gamma=gamma)) for gamma in (0.5, 2.0)
 ]
 X7 = (
     named(jbond=jbond(0.1))
     + [Run(name="jbond-eta0.3", settings=jbond(0.3))]
-    + [  # both are X5's
+    + [  # the two above are also in X5
         Run(name=f"rloo-beta{beta}", settings=rloo(beta, samples=2)) for beta in (0.001, 0.01, 0.1, 1.0)
     ]
 )
@@ -97,14 +96,14 @@ X9 = [
     Run(name="best-of-4-sft-ema", settings={"objective": "best_of_n_sft", "n": 4, "anchor": "ema", "eta": 0.3}),
     Run(name="reinforce-beta0.3", settings={"objective": "reinforce", "beta_rl": 0.3, "anchor": "fixed"}),
 ]
-# Item 6: what may reach N sooner, or cheaper in KL, than X9's jbond-eta0.3.
+# Candidates for reaching N sooner, or at less KL, than X9's jbond-eta0.3.
 FAST = [
     Run(name="eta0.3-beta0.8", settings=jbond(0.3, beta=0.8)),
-    # Many samples of a prompt, and a loss whose noise is gone where the policy is Best-of-n.
+    # Many samples per prompt, and a loss whose noise vanishes where the policy is Best-of-n.
     Run(name="regression-n4-m8", settings=regression(4, 8)),
     Run(name="regression-n8-m8", settings=regression(8, 8)),
     Run(name="regression-n8-m8-decay", settings=regression(8, 8, lr_scheduler_type="linear")),
-    # A step's noise costs KL: smaller steps, more of them; or fewer trained directions.
+    # Noise in a step costs KL: more and smaller steps, or fewer trained directions.
     Run(name="eta0.1-slow", settings=jbond(0.1, learning_rate=3e-5), times_steps=3),
     Run(name="rloo-beta0.3-slow", settings=rloo(0.3, learning_rate=3e-5), times_steps=3),
     Run(name="eta0.3-decay", settings=jbond(0.3, lr_scheduler_type="linear"), times_steps=1.5),
@@ -112,14 +111,14 @@ FAST = [
     Run(name="rloo-beta0.3-lora4", settings=rloo(0.3, learning_rate=2e-3), lora_r=4),
     Run(name="eta0.3-lora1", settings=jbond(0.3, learning_rate=4e-3), lora_r=1),
 ]
-# Item 7: a reward that can be hacked, run far past its use, and three ways to stop.
+# A hackable reward, optimised far past its use, and three ways to stop.
 _HACK = jbond(1.0, learning_rate=3e-4)
 OVER = [
     Run(name="free", settings=_HACK, times_steps=1.5),
     Run(name="target-n4", settings=_HACK | {"target_n": 4.0}, times_steps=1.5, own_evaluation=True),
     Run(name="kl-budget1", settings=_HACK | {"kl_budget": 1.0}, times_steps=1.5, own_evaluation=True),
     Run(name="gamma2", settings=_HACK | {"gamma": 2.0}, times_steps=1.5),
-    # With eta 1 the anchor is the policy of a step ago, and a distance to it holds nothing back.
+    # With eta 1 the anchor is the policy of one step ago, so penalizing the distance to it holds nothing back.
     Run(name="eta0.1-gamma2", settings=_HACK | {"eta": 0.1, "gamma": 2.0}, times_steps=1.5),
 ]
 
@@ -167,7 +166,7 @@ EXPERIMENTS = {
 
 
 def runs(names: list[str]) -> Iterator[tuple[str, Experiment, Run]]:
-    """(experiment, its description, run) of the named experiments."""
+    """(name, experiment, run) for each run of the named experiments."""
     for name in names:
         for run in EXPERIMENTS[name].runs:
             yield name, EXPERIMENTS[name], run

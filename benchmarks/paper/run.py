@@ -1,13 +1,13 @@
 """The study of the paper's claims, one experiment at a time. Finished runs are skipped: interrupt and repeat at will.
 
     python benchmarks/paper/run.py x9 --seeds 0 1 2 --threads 2     # x1 x2 x3 x4 x5 x6 x7 x9 fast over
-    python benchmarks/paper/run.py x1 --only n4-beta0.5 --steps 4   # a look
+    python benchmarks/paper/run.py x1 --only n4-beta0.5 --steps 4   # a quick try
     python benchmarks/paper/run.py --list
     python benchmarks/paper/write_up.py                               # tables, figures, claims.md, verdicts.md
 
-A run's folder is runs/paper/EXPERIMENT/NAME-sSEED: config.json, curve.jsonl (a row each measurement), metrics.jsonl,
-done.json. A run that was cut starts anew. Runs of benchmarks/paper/results count as done: a study may go on elsewhere.
-Other budgets go into other folders (--out, --results).
+A run's folder is runs/paper/EXPERIMENT/NAME-sSEED: config.json, curve.jsonl (one row per measurement), metrics.jsonl,
+done.json. An interrupted run starts over. Runs in benchmarks/paper/results count as done, so a study can continue on
+another machine. Use separate folders for other budgets (--out, --results).
 """
 
 import argparse
@@ -35,19 +35,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=" ".join(EXPERIMENTS))
     parser.add_argument("--out", type=Path, default=Path("runs/paper"))
-    parser.add_argument("--only", nargs="*", help="names of runs; default: all of the experiment")
+    parser.add_argument("--only", nargs="*", help="names of runs; default: all runs of the experiment")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="default: the task's (40 or 24)")
-    parser.add_argument("--completions", type=int, help="drawn in a step; default: the task's (96 or 24)")
-    parser.add_argument("--prompts", type=int, default=64, help="held-out prompts")
-    parser.add_argument("--samples", type=int, default=4, help="policy samples of each, in a measurement")
+    parser.add_argument("--completions", type=int, help="per step; default: the task's (96 or 24)")
+    parser.add_argument("--prompts", type=int, default=64, help="number of held-out prompts")
+    parser.add_argument("--samples", type=int, default=4, help="policy samples per prompt and measurement")
     parser.add_argument("--reference-samples", type=int, default=32)
-    parser.add_argument("--points", type=int, default=4, help="measurements along a run, the last one at its end")
+    parser.add_argument("--points", type=int, default=4, help="measurements per run, the last one at its end")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="runs that are in this file are done, wherever they were made"
-    )
-    parser.add_argument("--list", action="store_true", help="say which runs there are and which are done")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="runs in this file count as done")
+    parser.add_argument("--list", action="store_true", help="list all runs and which are done")
     args = parser.parse_args(argv)
     unknown = [name for name in args.experiments if name not in EXPERIMENTS]
     if unknown or not (args.experiments or args.list):
@@ -56,7 +54,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan_total(settings: dict[str, Any]) -> int:
-    """Completions that the settings draw of a prompt."""
+    """Completions drawn per prompt under these settings."""
     from bondlm.config import BONDConfig, objective_of
 
     drawing = {name: value for name, value in settings.items() if name not in ("target_n", "kl_budget")}
@@ -64,7 +62,7 @@ def plan_total(settings: dict[str, Any]) -> int:
 
 
 def config_of(task: Task, run: Run, seed: int, folder: Path, args: Any) -> dict[str, Any]:
-    """Everything that `BONDConfig` gets for a run."""
+    """All settings for a run's `BONDConfig`."""
     import torch
 
     from bondlm.models.load import fast_dtype
@@ -87,9 +85,9 @@ def config_of(task: Task, run: Run, seed: int, folder: Path, args: Any) -> dict[
         "report_to": "none",
     }
     if settings.get("bf16") and fast_dtype(torch.device("cpu")) is torch.float32:
-        settings["bf16"] = False  # this processor would emulate it, several times slower than fp32
+        settings["bf16"] = False  # emulated on this processor, several times slower than fp32
     if run.own_evaluation:
-        # Five times as often as it is measured here: a stop cannot come between two evaluations.
+        # Five times as often as the study measures: a run can stop only at an evaluation.
         settings |= {"eval_strategy": "steps", "eval_steps": every(steps, 5 * args.points)}
     return settings | run.settings
 
@@ -130,12 +128,12 @@ def prepare(task: Task, config: dict[str, Any], lora_r: int | None, args: Any) -
     specs = [reward_fingerprint(spec) for spec in task.reward_funcs + task.judges]
     made_from = [model_fingerprint(task.model, None), specs, task.reward_weights, config["max_completion_length"]]
     key = json.dumps(made_from, default=str)
-    # The reference's samples are the same for all seeds of training; they are drawn by whichever run comes first.
+    # The reference's samples are the same for all training seeds; the first run draws them.
     return trainer, Bench(trainer, judges, Path(args.out) / "reference", key, args.reference_samples)
 
 
 def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path, args: Any) -> dict[str, Any]:
-    """One run: train, measure on the way, keep the curve; returns what `done.json` says."""
+    """One run: train, measure along the way, write the curve; returns facts for `done.json`."""
     from measure import CURVE_FILE, Curve
 
     config = config_of(task, run, seed, folder, args)
@@ -146,12 +144,12 @@ def train(task: Task, experiment: Experiment, run: Run, seed: int, folder: Path,
     trainer.add_callback(curve)
     began = time.perf_counter()
     trainer.train()
-    curve.take(trainer.state.global_step)  # a run that was stopped early, at its last step
+    curve.take(trainer.state.global_step)  # for a run that stopped early: its last step
     return {"seconds_all": time.perf_counter() - began, "steps": trainer.state.global_step}
 
 
 def facts(args: Any) -> dict[str, Any]:
-    """Command, versions and machine, kept beside every result."""
+    """Command, versions and machine, recorded with every result."""
     names = ("bondlm", "torch", "transformers", "peft")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -165,7 +163,7 @@ def facts(args: Any) -> dict[str, Any]:
 
 
 def is_done(name: str, run: Run, seed: int, args: Any) -> bool:
-    """Whether a run has finished, here or, as the results say, elsewhere."""
+    """Whether a run has finished, here or according to the results file."""
     if (Path(args.out) / name / f"{run.name}-s{seed}" / DONE_FILE).exists():
         return True
     rows = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
@@ -219,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     jobs = [
         (name, experiment, run, seed)
-        for seed in args.seeds  # seed by seed, so that a study that is cut has all its runs once
+        for seed in args.seeds  # seed by seed, so that an interrupted study has each run once
         for name, experiment, run in runs(args.experiments or list(EXPERIMENTS))
         if not args.only or run.name in args.only
     ]

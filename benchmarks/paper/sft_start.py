@@ -1,9 +1,9 @@
-"""The supervised start of the T5 task, and what it changed as one small file: the same reference on every machine.
+"""SFT for the T5 task, with its weight changes in one small file: the same reference on every machine.
 
     python benchmarks/paper/sft_start.py models/flan-t5-small-title changes.npz models/t5-debian-sft500x32
 
-Each weight's change is rounded to 63 levels of its row's largest change, before the model is saved: the reference *is*
-the base plus these rounded changes, and loses nothing when it travels.
+Each weight's change is rounded to 63 levels of its row's largest change before the model is saved, so the reference
+*is* the base plus these rounded changes, and the file loses nothing.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LEVELS = 31  # to each side of 0
+LEVELS = 31  # on each side of 0
 WEIGHTS = "model.safetensors"
 
 
 def finetune(source: Path, data: Path, folder: Path, steps: int, batch: int) -> dict[str, float]:
-    """Fine-tune on `sft.jsonl`; the folder appears whole or not at all. Returns the held-out loss, before and after."""
+    """Fine-tune on `sft.jsonl`; `folder` appears only when complete. Returns the held-out loss before and after."""
     from transformers import PrinterCallback, TrainingArguments
 
     from bondlm.stages.rows import read_answers
@@ -61,7 +61,7 @@ def finetune(source: Path, data: Path, folder: Path, steps: int, batch: int) -> 
 
 
 def changes(base: dict[str, Tensor], tuned: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each tensor the levels (int8) and the size of a level, row by row."""
+    """For each tensor, the levels (int8) and the size of a level per row."""
     found = {}
     for name, weight in tuned.items():
         change = (weight.float() - base[name].float()).view(len(weight), -1)
@@ -79,24 +79,24 @@ def changed(base: dict[str, Tensor], rounded: dict[str, tuple[Tensor, Tensor]]) 
 
 
 def of_base(source: Path, names: Any) -> dict[str, Tensor]:
-    """The base's weights, under every name that the tuned model saves them by."""
+    """The base's weights, under the names the tuned model saves them by."""
     base = load_file(source / WEIGHTS)
     shared = [name for name in ("shared.weight", "encoder.embed_tokens.weight") if name in base]
     return {name: base[name] if name in base else base[shared[0]] for name in names}
 
 
 def round_changes(source: Path, folder: Path) -> None:
-    """Replace the saved weights by the base's plus rounded changes, and keep these beside them."""
+    """Replace the saved weights by the base plus rounded changes, and save the changes beside them."""
     tuned = load_file(folder / WEIGHTS)
     base = of_base(source, tuned)
     rounded = changes(base, tuned)
     save_file(changed(base, rounded), folder / WEIGHTS, metadata={"format": "pt"})
     arrays = {f"{name}.{i}": part.numpy() for name, parts in rounded.items() for i, part in enumerate(parts)}
-    np.savez(folder / "changes.npz", **arrays)  # compress it for a journey: xz makes half of it
+    np.savez(folder / "changes.npz", **arrays)  # xz halves it
 
 
 def unpack(source: Path, file: Path, folder: Path) -> None:
-    """The tuned model from the base and the changes."""
+    """Rebuild the tuned model from the base and the changes."""
     arrays = np.load(file)
     names = sorted({name.rpartition(".")[0] for name in arrays.files})
     rounded = {name: (torch.from_numpy(arrays[f"{name}.0"]), torch.from_numpy(arrays[f"{name}.1"])) for name in names}
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("changes", type=Path)
-    parser.add_argument("folder", type=Path, help="where the tuned model goes")
+    parser.add_argument("folder", type=Path, help="folder for the tuned model")
     args = parser.parse_args()
     unpack(args.base, args.changes, args.folder)
 

@@ -1,8 +1,8 @@
-"""The rival that trains nothing: the reference itself at lower temperatures, on the study's win-rate-KL plane.
+"""A baseline without training: the reference at lower temperatures, measured by win rate and KL like the study's runs.
 
     python benchmarks/paper/sharpened.py summarization       # or dialogue; writes results/sharpened.json
 
-`write_up.py` draws it dotted into the figures. A method whose curve lies on it has learned to sharpen, not the reward.
+`write_up.py` draws it as a dotted line. A method whose curve lies on it has learned to sharpen, not the reward.
 """
 
 import argparse
@@ -20,7 +20,7 @@ TEMPERATURES = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def point(trainer: Any, bench: Any, temperature: float, num_samples: int) -> dict[str, float]:
-    """Win rate against the reference at T = 1, and KL to it, of the reference at `temperature`."""
+    """Win rate and KL of the reference at `temperature`, against the reference at T = 1."""
     samples = trainer.sample(bench.rows, "reference", num_samples, temperature=temperature)
     drawn = torch.tensor([[c.logprob for c in row] for row in samples.completions])
     mine, theirs = samples.rewards_PM.unsqueeze(2), bench.reference.rewards_PM.unsqueeze(1)

@@ -1,9 +1,9 @@
-"""A T5 that decodes with few kernels, for runs on a GPU: bondlm's own loop, with another step of one token a row.
+"""A T5 that decodes with few kernels, for runs on a GPU: bondlm's loop with a different step of one token per row.
 
-Launching the kernels of a step takes far longer than they run (1.3 ms a layer of transformers' T5 on an H200's
-machine), and a queue of runs is bound by it. Here a layer of a step is some twenty kernels: projections are joined,
-keys and values of all rows lie in one buffer. The first steps are compared with transformers' own; where the laws of
-the next token differ, or anything fails, transformers' own step is used from then on, and a line says so.
+Launching a step's kernels takes far longer than running them (1.3 ms per layer of transformers' T5 on an H200's
+machine), and that limits a queue of runs. Here a layer of a step takes some twenty kernels: projections are joined, and
+keys and values of all rows share one buffer. The first steps are compared with transformers'; if the next-token
+distributions differ, or anything fails, transformers' step is used from then on, and a line says so.
 
 Shapes: B rows, P prompts, S prompt tokens, T tokens of a completion, H heads, D of a head, E of the model.
 """
@@ -17,13 +17,13 @@ from torch.nn.functional import embedding, gelu, linear, pad, rms_norm, scaled_d
 
 from bondlm.engines.local import decoding, engine
 
-ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this long
+ROUND_TO = 8  # attention kernels need mask rows of a multiple of this length
 PROBED_STEPS = 3
 MOST_DIFFERENCE = 0.1  # total variation; bf16 stays below it, a wrong mask does not
 
 
 class Layer(NamedTuple):
-    """A decoder layer's weights: norms in fp32, products in what the model computes in."""
+    """A decoder layer's weights: norms in fp32, products in the model's compute dtype."""
 
     norm: Tensor
     qkv: Tensor
@@ -37,10 +37,10 @@ class Layer(NamedTuple):
 
 
 class T5State:
-    """`bondlm.engines.local.decoding.DecodingState` of a gated T5."""
+    """`bondlm.engines.local.decoding.DecodingState` for a gated T5."""
 
     def __init__(self, model: Any, hidden_PSE: Tensor, mask_PS: Tensor, max_new_tokens: int) -> None:
-        """Cast the weights once, and project what the encoder says."""
+        """Cast the weights and project the encoder's output once."""
         device = hidden_PSE.device
         autocast = torch.is_autocast_enabled(device.type)
         self._dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
@@ -129,10 +129,10 @@ class T5State:
 
 
 class Starter:
-    """`start_decoding`, with `T5State` where that has been seen to agree."""
+    """`start_decoding`, with `T5State` once the comparison has shown that it agrees."""
 
     def __init__(self) -> None:
-        """Nothing has been compared yet."""
+        """The comparison runs on the first call."""
         self.agrees: bool | None = None
         self._plain = decoding.start_decoding
 
@@ -167,13 +167,13 @@ class Starter:
             worst = max(worst, float((laws[0] - laws[1]).abs().sum(dim=-1).max() / 2))
             token_P = laws[0].argmax(dim=-1)
             their_logits, my_logits = theirs.step(token_P), mine.step(token_P)
-        agrees = worst <= MOST_DIFFERENCE  # NaN does not
+        agrees = worst <= MOST_DIFFERENCE  # False for NaN
         print(f"t5_decoding: {'used' if agrees else 'NOT USED'}, total variation {worst:.2g}", flush=True)
         return agrees
 
 
 def install() -> Starter:
-    """Let bondlm's engine start with `T5State` from now on, in this process."""
+    """Make bondlm's engine use `T5State` in this process from now on."""
     starter = Starter()
     engine.start_decoding = starter
     return starter

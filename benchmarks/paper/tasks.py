@@ -41,7 +41,7 @@ SUMMARIZATION = Task(
     ),
     settings={"max_completion_length": 16, "learning_rate": 1e-4, "warmup_steps": 2, "bf16": True, "use_cpu": True},
 )
-# A reward that can be hacked: likeness to the document, which a heap of its words has, too. Entailment is a judge here.
+# A hackable reward: similarity to the document, which a pile of its words has too. Entailment is a judge here.
 HACKABLE = replace(SUMMARIZATION, reward_funcs=SUMMARIZATION.judges, judges=SUMMARIZATION.reward_funcs, completions=48)
 DIALOGUE = Task(
     model="models/smollm2-135m-instruct",
@@ -71,7 +71,7 @@ TASKS = {"summarization": SUMMARIZATION, "hackable": HACKABLE, "dialogue": DIALO
 
 
 def missing(task: Task, root: Path) -> list[str]:
-    """Files and folders of the task that are not there."""
+    """The task's files and folders that do not exist."""
     names = [task.model, task.train, task.held_out, *task.reward_funcs, *task.judges]
     paths = [name.removeprefix("nli:").removeprefix("similarity:").partition("?")[0] for name in names]
     paths = [path.partition(".py:")[0] + ".py" if ".py:" in path else path for path in paths]

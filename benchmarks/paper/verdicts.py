@@ -1,8 +1,8 @@
 """From numbers to words: `holds`, `does not hold`, `not decided`, `not tested here`.
 
-Each part of a claim is one comparison between two runs. The difference is taken seed by seed (both runs share prompts,
-reference samples and the order of the data). The claim holds if the 95% t interval over seeds lies on the right side of
-0, does not hold if it lies on the wrong side, and is not decided otherwise. Fewer than three seeds decide nothing.
+Each part of a claim compares two runs seed by seed; both share prompts, reference samples and data order. The claim
+holds if the 95% t interval of the difference over seeds lies on the right side of 0, does not hold if it lies on the
+wrong side, and is not decided otherwise. Fewer than three seeds decide nothing.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 Table = dict[str, dict[int, dict[str, Any]]]  # run -> seed -> last measurement
 MIN_SEEDS = 3
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by number of seeds
 
 
 class Verdict(NamedTuple):
@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
 
 def differences(table: Table, first: str, second: str, measure: str) -> list[float]:
-    """first - second of every seed that both runs have."""
+    """first - second for every seed that both runs have."""
     mine, theirs = table.get(first, {}), table.get(second, {})
     pairs = [(mine[s].get(measure), theirs[s].get(measure)) for s in sorted(set(mine) & set(theirs))]
     return [a - b for a, b in pairs if a is not None and b is not None]
@@ -43,7 +43,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 def compare(
     table: Table, first: str, second: str, measure: str, claim: str, *, tolerance: float | None = None
 ) -> Verdict:
-    """`first` has more of `measure` than `second`; with a tolerance: as much, within it."""
+    """Whether `first` has more of `measure` than `second`; with a tolerance, whether they are equal within it."""
     values = differences(table, first, second, measure)
     if not values:
         return Verdict("not tested here", claim, "")
@@ -122,7 +122,7 @@ def x6(table: Table) -> list[Verdict]:
 
 
 def x7(table: Table) -> list[Verdict]:
-    mine = "jbond-eta0.3"  # the one whose N is comparable: any run that has hardly moved has a high ratio
+    mine = "jbond-eta0.3"  # its N is comparable to RLOO's; a run that has hardly moved has a high ratio
     return [
         compare(table, f"rloo-beta{b}", mine, "kl_ratio", f"J-BOND spends less KL for its N than RLOO at beta_RL {b}")
         for b in (0.001, 0.01, 0.1, 1.0)

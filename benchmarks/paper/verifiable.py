@@ -1,12 +1,12 @@
-"""Rewards that are 0 or 1: sums of two numbers, a model that gets a third of them right; pass@1, pass@k and KL.
+"""Rewards that are 0 or 1: sums of two numbers and a model that gets a third of them right; pass@1, pass@k and KL.
 
-    python benchmarks/paper/verifiable.py --seeds 0 1 2 3 4      # finished runs are skipped; minutes a run on one core
-    python benchmarks/paper/verifiable.py --steps 400            # where it comes to rest
-    python benchmarks/paper/verifiable.py --learning_rate 2e-4   # four times as large
+    python benchmarks/paper/verifiable.py --seeds 0 1 2 3 4      # finished runs are skipped; minutes per run on a core
+    python benchmarks/paper/verifiable.py --steps 400            # longer runs
+    python benchmarks/paper/verifiable.py --learning_rate 2e-4   # four times the default
     python benchmarks/paper/verifiable.py --table
 
-Every method draws 192 completions a step of the same training prompts; held-out sums are in no training set. The start
-is a Llama of 0.4 M parameters that learned sums until it gets about a third of them right at temperature 1.
+Every method draws 192 completions per step for the same training prompts; held-out sums are in no training set. The
+start is a Llama of 0.4 M parameters, trained on sums until it gets about a third of them right at temperature 1.
 """
 
 import argparse
@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"correction": True, "log_quantile": "harmonic"},
     },
 }
-DRAWN = {"jbond eta=0.1": 3, "listwise n=2, eta=0.1": 4}  # completions of a prompt; 8 of all others
+DRAWN = {"jbond eta=0.1": 3, "listwise n=2, eta=0.1": 4}  # completions per prompt; 8 for all other methods
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -67,7 +67,7 @@ def sums() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 
 
 def rows(pairs: Iterable[tuple[int, int]]) -> list[dict[str, str]]:
-    """As a data set has them."""
+    """The sums as dataset rows."""
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
@@ -77,7 +77,7 @@ def correct(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list
 
 
 def start_model(steps: int = 20000, wanted: float = 0.33) -> LlamaForCausalLM:
-    """Learn sums by likelihood until a third of the held-out ones come out right."""
+    """Learn sums by maximum likelihood until a third of the held-out ones are right."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **{"vocab_size": len(SYMBOLS), "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3},
@@ -107,7 +107,7 @@ def start_model(steps: int = 20000, wanted: float = 0.33) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def chance_of_right(model: LlamaForCausalLM, pairs: Sequence[tuple[int, int]]) -> float:
-    """The exact probability of the right answer at temperature 1, mean over the sums."""
+    """The exact probability of the right answer at temperature 1, averaged over the sums."""
     encode, chances = {symbol: i for i, symbol in enumerate(SYMBOLS)}, []
     for a, b in pairs:
         question, right = f"{a}+{b}=", str(a + b)
@@ -153,7 +153,7 @@ def trainer_of(method: str, seed: int, start: Path, folder: str, steps: int = 10
 
 
 def run(method: str, seed: int, start: Path, folder: str, steps: int, rate: float) -> dict[str, Any]:
-    """Train, and measure at the end; "start" is the model before."""
+    """Train, then measure; "start" measures the model before training."""
     facts = {"method": method, "seed": seed, "learning_rate": rate}
     if method == "start":
         return (
@@ -173,7 +173,7 @@ def pass_at_each(trainer: BONDTrainer, role: Literal["policy", "reference"]) -> 
 
 
 def table() -> None:
-    """Mean over seeds, with the spread between them."""
+    """Print means over seeds, with the spread between them."""
     found = [json.loads(line) for line in OUT.read_text().splitlines()]
     print(
         "| method | steps | learning rate | seeds | pass@1 | pass@4 | pass@16 | KL |\n|---|---|---|---|---|---|---|---|"
@@ -187,12 +187,12 @@ def table() -> None:
 
 
 def rate_of(row: dict[str, Any]) -> float:
-    """The learning rate of a row; the first ones do not say it."""
+    """The learning rate of a row; rows without one used 2e-4."""
     return float(row.get("learning_rate", 2e-4))
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean, and the range of the seeds."""
+    """Mean, and the range over seeds."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
@@ -201,7 +201,7 @@ def spread(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--only", nargs="*", default=list(METHODS), help='methods, or "start": the model before')
+    parser.add_argument("--only", nargs="*", default=list(METHODS), help='methods, or "start": no training')
     parser.add_argument("--start", type=Path, default=Path("runs/verifiable/start"))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning_rate", type=float, default=5e-5)

@@ -1,9 +1,9 @@
-"""Tables, figures and verdicts of the study, from the runs that are done: nothing here is typed by hand.
+"""Tables, figures and verdicts of the study, generated from the finished runs.
 
     python benchmarks/paper/write_up.py [--runs runs/paper] [--results benchmarks/paper/results]
 
-Writes results/runs.jsonl (every measurement of every finished run), results/summary.csv (the last one of each), a
-figure of each experiment, claims.md and verdicts.md. A verdict needs three seeds: the paired difference between two
+Writes results/runs.jsonl (every measurement of every finished run), results/summary.csv (the last one of each run), a
+figure per experiment, claims.md and verdicts.md. A verdict needs three seeds: it is the paired difference between two
 runs, seed by seed, with a t interval.
 """
 
@@ -21,7 +21,7 @@ from verdicts import VERDICTS, Table, Verdict
 from bondlm.bestofn import kl_bound
 
 ROOT = Path(__file__).parents[2]
-FINDINGS = Path(__file__).parent / "findings.md"  # what the tables do not say by themselves, written by people
+FINDINGS = Path(__file__).parent / "findings.md"  # what the tables do not show, written by hand
 COLUMNS = (
     "experiment",
     "run",
@@ -38,7 +38,7 @@ MEASURES = ("mean_quantile", "log_quantile", "kl", "kl_ratio", "reward", "length
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """One flat row for each measurement of each finished run."""
+    """One flat row per measurement of each finished run."""
     rows = []
     for done in sorted(folder.glob("*/*/done.json")):
         facts = json.loads(done.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def with_earlier(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """The rows, and those of runs that only the committed results know: they were made in another run folder."""
+    """The rows, and those in the committed results of runs that were made in another run folder."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     here = {(row["experiment"], row["run"], row["seed"]) for row in rows}
     earlier = [json.loads(line) for line in lines]
@@ -65,8 +65,8 @@ def with_earlier(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]
 
 
 def wasted(kl: float, win_rate: float) -> float | None:
-    """KL over what Best-of-n of a continuous reward needs for this win rate, n / (n + 1); also beyond the N that the
-    reference's samples can show."""
+    """KL over what Best-of-n of a continuous reward needs for this win rate, n / (n + 1). Also defined beyond the N
+    that the reference's samples can show."""
     n = win_rate / (1 - win_rate) if win_rate < 1 else math.inf
     return kl / kl_bound(n) if 1.05 < n < math.inf else None
 
@@ -106,10 +106,10 @@ def curves(rows: list[dict[str, Any]], experiment: str) -> dict[str, dict[int, l
 
 
 def at_win_rate(points: list[dict[str, Any]], level: float, measure: str) -> float | None:
-    """`measure` where a curve first reaches a win rate: straight lines between measurements, from (1/2, 0) on."""
+    """`measure` where a curve first reaches a win rate, interpolated linearly between measurements from (1/2, 0) on."""
     before_win, before = 0.5, 0.0
     for point in points:
-        if point.get(measure) is None:  # an earlier run that did not count this
+        if point.get(measure) is None:  # not recorded in early runs
             return None
         if point["win_rate"] >= level:
             share = (level - before_win) / (point["win_rate"] - before_win)
@@ -133,7 +133,7 @@ def spread(values: list[float | None]) -> str:
 
 
 def table_text(table: Table) -> str:
-    """The last measurements of an experiment's runs, mean over seeds with the extremes."""
+    """The last measurements of an experiment's runs: mean over seeds with the extremes."""
     judges = sorted({name for seeds in table.values() for row in seeds.values() for name in row if is_judge(name)})
     names = {"effective_n": "effective N", "win_rate": "win rate", "log_quantile": "log-quantile", "kl": "KL"}
     names |= {"kl_ratio": "KL / Best-of-N's", "tokens": "tokens drawn", "cpu_seconds": "training CPU s"}
@@ -151,7 +151,7 @@ def is_judge(name: str) -> bool:
 
 
 def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Path, sharpened: list[Any]) -> None:
-    """Win rate against KL (with the exact one and that of sharpening), tokens and CPU seconds; each judge against KL.
+    """Win rate against KL (with exact Best-of-N and sharpening), tokens and CPU seconds; each judge against KL.
 
     Means over seeds; bars are their extremes.
     """
@@ -172,7 +172,7 @@ def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Pa
         for i, (run, seeds) in enumerate(found.items()):
             points = list(zip(*(seed_rows for seed_rows in equal_length(list(seeds.values()))), strict=True))
             xs = [mean([row.get(x) for row in point]) for point in points]
-            if None in xs:  # an earlier run that did not count this
+            if None in xs:  # not recorded in early runs
                 continue
             ys = [[row[measure] for row in point] for point in points]
             middle = [sum(y) / len(y) for y in ys]
@@ -198,7 +198,7 @@ def draw(found: dict[str, dict[int, list[dict[str, Any]]]], title: str, path: Pa
 
 
 def equal_length(seeds: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
-    """Runs that stopped early have fewer points: compare as many as all have."""
+    """Cut every seed to the number of points that all have: runs that stopped early have fewer."""
     shortest = min(map(len, seeds))
     return [rows[:shortest] for rows in seeds]
 
@@ -219,7 +219,7 @@ def claims_text(rows: list[dict[str, Any]]) -> str:
 
 
 def results_text(rows: list[dict[str, Any]]) -> str:
-    """verdicts.md."""
+    """The text of verdicts.md."""
     parts = [
         "# Verdicts of the study\n\nWritten by `python benchmarks/paper/write_up.py` from the finished runs of "
         "`benchmarks/paper/run.py` and `findings.md` beside it; do not edit. How it was done, and what the words mean: "
@@ -242,7 +242,7 @@ def results_text(rows: list[dict[str, Any]]) -> str:
 
 
 def facts_text(row: dict[str, Any]) -> str:
-    """How a run was made, one line of a list."""
+    """How a run was made, as a list item."""
     versions = ", ".join(f"{package} {version}" for package, version in row["versions"].items())
     return f"- `{row['command']}` at {row['commit']}; {versions}; {row['machine']}."
 
