@@ -78,17 +78,9 @@ RUNS = {
 }
 # Once every run has one seed, these get more, in this order: claims rest on them.
 SEEDED = (
-    *(
-        "own-n4-adaptive-fall",
-        "own-n8-adaptive-fall",
-        "own-n4-fall",
-        "rloo-0.6-fall",
-        "own-n8-fall",
-        "rloo-0.3-fall",
-        "rloo-0.45-fall",
-        "jbond-eta0.3",
-    ),
-    *("rloo-0.3-k8-fall", "rloo-0.3", "own-n16", "own-n4", "rloo-0.1-fall", "own-n8-fall-lr2"),
+    *("own-n4-adaptive-fall", "own-n8-adaptive-fall", "rloo-0.3-fall", "rloo-0.45-fall", "rloo-0.6-fall"),
+    *("own-n4-fall", "own-n8-fall", "jbond-eta0.3", "rloo-0.3-k8-fall", "rloo-0.3", "own-n16", "own-n4"),
+    *("rloo-0.1-fall", "own-n8-fall-lr2"),
 )
 
 

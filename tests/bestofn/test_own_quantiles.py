@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bondlm.bestofn import kl_bound, solve_strength
+from bondlm.bestofn import best_of_n_probs, kl_bound, solve_strength
 from bondlm.bestofn.own_quantiles import (
     FORMS,
     OwnQuantile,
@@ -16,6 +17,7 @@ from bondlm.bestofn.own_quantiles import (
     reached_by,
     signal_table,
     tilt_of_order,
+    win_table,
 )
 
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -177,3 +179,40 @@ def test_a_large_order_neither_overflows_nor_hides() -> None:
 def test_bad_input_is_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         solve_strength(*arguments)
+
+
+# -- wins against the reference
+
+
+def test_wins_without_ties_are_the_share_of_better_samples() -> None:
+    """And ties are split in halves where n = 1 would be: there a level's law is the policy's own."""
+    table = win_table(4, 8)
+    assert table[:, 0].tolist() == pytest.approx([1 - a / 8 for a in range(9)])
+    halves = win_table(1 + 1e-9, 8)
+    assert halves[2, 4] == pytest.approx(1 - 2 / 8 - 4 / 16)
+    assert table[0, 8] == pytest.approx(4 / 5)  # all tied: nothing is known, and nothing is asked for
+    assert math.isnan(table[5, 4])
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_best_of_n_wins_n_in_n_plus_1_whatever_ties(n: int) -> None:
+    """Levels whose own shares are eighths, so that 8 samples may show them as they are; half of ties gives less."""
+    own = torch.tensor([1, 0, 2, 4, 1], dtype=torch.float64) / 8
+    at_most = own.cumsum(0)
+    reference = torch.diff(torch.cat([torch.zeros(1).double(), at_most ** (1 / n)]))
+    assert torch.allclose(best_of_n_probs(reference[own > 0], torch.arange(4).double(), n), own[own > 0])
+    worse, tied = ((at_most - own) * 8).long(), (own * 8).long()
+    wins = torch.tensor(win_table(n, 8))[worse, tied]
+    assert float((reference * wins).sum()) == pytest.approx(n / (n + 1), abs=1e-12)
+    assert float((reference * (1 - at_most + own / 2)).sum()) < n / (n + 1) - 0.015
+
+
+@pytest.mark.parametrize(("pass_rate", "order"), [(0.1, 3.98), (0.36, 3.64), (0.6, 2.91)])
+def test_rewards_of_0_and_1_with_eight_samples(pass_rate: float, order: float) -> None:
+    """The order whose pass rate a run comes to rest at, asked for Best-of-4 (docs/theory.md)."""
+    policy = 1 - (1 - pass_rate) ** order
+    table, mean = torch.tensor(win_table(4, 8)), 0.0
+    for wrong in range(9):
+        chance = math.comb(8, wrong) * (1 - policy) ** wrong * policy ** (8 - wrong)
+        mean += chance * float((1 - pass_rate) * table[0, wrong] + pass_rate * table[wrong, 8 - wrong])
+    assert mean == pytest.approx(4 / 5, abs=2e-3)

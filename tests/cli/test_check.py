@@ -65,10 +65,10 @@ def test_it_says_what_the_noise_of_the_gradient_means_for_the_batch(tmp_path, ca
 
 
 def test_a_batch_is_judged_by_the_noise_scale():
-    assert "nearly twice the steps" in batch_advice(130.0, 24)
+    assert "more than a third of the steps" in batch_advice(130.0, 24)
     assert "fewer would do" in batch_advice(5.0, 24)
     assert "a good size" in batch_advice(40.0, 24)
-    assert "more prompts per step" in batch_advice(None, 24)
+    assert "more would probably help" in batch_advice(None, 24)
 
 
 def test_it_says_how_often_a_ranking_agrees_with_itself(tmp_path, capsys):

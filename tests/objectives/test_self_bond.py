@@ -13,7 +13,7 @@ from bondlm.bestofn import (
     self_bond_gradient,
     self_bond_signal,
 )
-from bondlm.bestofn.own_quantiles import FORMS, kl_over_best_of_n, signal_table, tilt_of_order
+from bondlm.bestofn.own_quantiles import FORMS, kl_over_best_of_n, signal_table, tilt_of_order, win_table
 from bondlm.errors import ConfigError
 from bondlm.objectives import RLOO, SelfBOND
 
@@ -234,3 +234,19 @@ def test_the_strength_is_there_to_be_logged():
     assert SelfBOND(n=8, log_quantile="harmonic").strength == pytest.approx(2.354, abs=5e-4)
     assert SelfBOND(n=8, log_quantile="best_of_n").strength == pytest.approx(1.578, abs=5e-4)
     assert math.isclose(SelfBOND(n=2).strength, SelfBOND(n=2, num_samples=8).strength)
+
+
+def test_the_objective_counts_them_against_its_last_sample() -> None:
+    """Permuting own samples changes nothing; what ranks is the policy's samples among themselves."""
+    objective = SelfBOND(n=4, num_samples=4, adaptive_strength=True)
+    rewards = torch.tensor([[0.1, 0.7, 0.3, 0.9, 0.5], [1.0, 0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
+    noise = torch.zeros(3, 5)
+    selection = objective.select(rewards, noise)
+    assert selection.wins_P is not None
+    assert selection.wins_P.tolist() == pytest.approx([0.5, float(win_table(4, 4)[1, 3]), 0.0])
+    plain = SelfBOND(n=4, num_samples=4).select(rewards[:, :4], noise[:, :4])
+    assert torch.equal(selection.signal_PC, plain.signal_PC)
+    assert torch.equal(selection.rows_PL, plain.rows_PL)
+    turned = objective.select(rewards[:, [2, 0, 3, 1, 4]], noise)
+    assert turned.wins_P is not None
+    assert torch.equal(turned.wins_P, selection.wins_P)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainer.helpers import logged, trainer
 
-from bondlm.bestofn import best_of_n_probs, self_bond_gradient
+from bondlm.bestofn import self_bond_gradient
 from bondlm.bestofn.own_quantiles import win_table
 from bondlm.objectives import SelfBOND
 from bondlm.training.signal_factor import MAX_CHANGE, MAX_FACTOR, SignalFactor
@@ -18,56 +18,6 @@ SETTINGS: dict[str, Any] = {
     **{"objective": "self_bond", "anchor": "fixed", "n": 4, "num_samples": 4},
     **{"adaptive_strength": True, "max_steps": 3},
 }
-
-
-def test_wins_without_ties_are_the_share_of_better_samples() -> None:
-    """And ties are split in halves where n = 1 would be: there a level's law is the policy's own."""
-    table = win_table(4, 8)
-    assert table[:, 0].tolist() == pytest.approx([1 - a / 8 for a in range(9)])
-    halves = win_table(1 + 1e-9, 8)
-    assert halves[2, 4] == pytest.approx(1 - 2 / 8 - 4 / 16)
-    assert table[0, 8] == pytest.approx(4 / 5)  # all tied: nothing is known, and nothing is asked for
-    assert math.isnan(table[5, 4])
-
-
-@pytest.mark.parametrize("n", [2, 4, 8])
-def test_best_of_n_wins_n_in_n_plus_1_whatever_ties(n: int) -> None:
-    """Levels whose own shares are eighths, so that 8 samples may show them as they are; half of ties gives less."""
-    own = torch.tensor([1, 0, 2, 4, 1], dtype=torch.float64) / 8
-    at_most = own.cumsum(0)
-    reference = torch.diff(torch.cat([torch.zeros(1).double(), at_most ** (1 / n)]))
-    assert torch.allclose(best_of_n_probs(reference[own > 0], torch.arange(4).double(), n), own[own > 0])
-    worse, tied = ((at_most - own) * 8).long(), (own * 8).long()
-    wins = torch.tensor(win_table(n, 8))[worse, tied]
-    assert float((reference * wins).sum()) == pytest.approx(n / (n + 1), abs=1e-12)
-    assert float((reference * (1 - at_most + own / 2)).sum()) < n / (n + 1) - 0.015
-
-
-@pytest.mark.parametrize(("pass_rate", "order"), [(0.1, 3.98), (0.36, 3.64), (0.6, 2.91)])
-def test_rewards_of_0_and_1_with_eight_samples(pass_rate: float, order: float) -> None:
-    """The order whose pass rate a run comes to rest at, asked for Best-of-4 (docs/theory.md)."""
-    policy = 1 - (1 - pass_rate) ** order
-    table, mean = torch.tensor(win_table(4, 8)), 0.0
-    for wrong in range(9):
-        chance = math.comb(8, wrong) * (1 - policy) ** wrong * policy ** (8 - wrong)
-        mean += chance * float((1 - pass_rate) * table[0, wrong] + pass_rate * table[wrong, 8 - wrong])
-    assert mean == pytest.approx(4 / 5, abs=2e-3)
-
-
-def test_the_objective_counts_them_against_its_last_sample() -> None:
-    """Permuting own samples changes nothing; what ranks is the policy's samples among themselves."""
-    objective = SelfBOND(n=4, num_samples=4, adaptive_strength=True)
-    rewards = torch.tensor([[0.1, 0.7, 0.3, 0.9, 0.5], [1.0, 0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
-    noise = torch.zeros(3, 5)
-    selection = objective.select(rewards, noise)
-    assert selection.wins_P is not None
-    assert selection.wins_P.tolist() == pytest.approx([0.5, float(win_table(4, 4)[1, 3]), 0.0])
-    plain = SelfBOND(n=4, num_samples=4).select(rewards[:, :4], noise[:, :4])
-    assert torch.equal(selection.signal_PC, plain.signal_PC)
-    assert torch.equal(selection.rows_PL, plain.rows_PL)
-    turned = objective.select(rewards[:, [2, 0, 3, 1, 4]], noise)
-    assert turned.wins_P is not None
-    assert torch.equal(turned.wins_P, selection.wins_P)
 
 
 @pytest.mark.parametrize("warmup", [5, 100])

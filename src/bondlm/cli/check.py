@@ -19,7 +19,7 @@ TIES_WARNED, CUT_WARNED = 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3
 PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
 AGREEMENT_PROMPTS, AGREEMENT_SAMPLES = 4, 4
-FAR = 3.0  # times the prompts per step, or a part of them: one step's estimate is no nearer than that
+FAR = 3.0  # a noise scale of so many times the prompts per step, or of such a part of them
 
 
 def run(options: dict[str, Any]) -> int:
@@ -100,17 +100,15 @@ def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
 
 
 def batch_advice(scale: float | None, prompts: int) -> str:
-    """What the gradient's noise scale at the start says about the number of prompts per step."""
+    """What the gradient's noise scale at the start says about the number of prompts per step.
+
+    The number of steps to a given loss goes as 1 + scale / prompts (McCandlish et al. 2018, arXiv 1812.06162).
+    """
     if scale is None:
-        return (
-            f"prompts per step: in {prompts} of them noise hides the gradient (its noise scale could not be measured); "
-            "more prompts per step, or more samples of each, are worth nearly as many steps"
-        )
-    found = (
-        f"prompts per step: {prompts}; the gradient's noise scale at the start is about {scale:.0f} prompts, roughly"
-    )
+        return f"prompts per step: {prompts}; noise hides the gradient in one step of them, more would probably help"
+    found = f"prompts per step: {prompts}; the gradient's noise scale in one step at the start is {scale:.0f} prompts"
     if scale > FAR * prompts:
-        return f"{found}: twice the prompts are worth nearly twice the steps"
+        return f"{found}: twice the prompts would save more than a third of the steps"
     if scale < prompts / FAR:
         return f"{found}: fewer would do at first (it grows as the run goes on)"
     return f"{found}: a good size"

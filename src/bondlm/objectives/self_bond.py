@@ -52,7 +52,7 @@ class SelfBOND:
     n: int
     num_samples: int = 8
     log_quantile: OwnQuantile = "tilt"
-    adaptive_strength: bool = False
+    adaptive_strength: bool = False  # whether the signal follows the N that is measured (`SignalFactor`)
 
     anchor_moves: ClassVar[bool] = False  # its KL is to the model that it started from
 
@@ -83,16 +83,18 @@ class SelfBOND:
         return solve_strength(self.n, self.num_samples, self.log_quantile)
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
-        """Learn from all samples; the signal of each is (K-1)/K times its entry in the table."""
-        own_PK, reference_PM = rewards_PM[:, : self.num_samples], rewards_PM[:, self.num_samples :]
+        """Learn from all own samples; the signal of each is (K-1)/K times its entry in the table."""
+        own_PK, reference_P1 = rewards_PM[:, : self.num_samples], rewards_PM[:, self.num_samples :]
         worse, at_most, others = count_below(own_PK, None)
         table_KK = torch.tensor(signal_table(self.n, self.num_samples, self.log_quantile), device=worse.device)
         selection = learn_from_all(table_KK[worse.long(), (at_most - worse).long()] * others / self.num_samples)
-        if not self.adaptive_strength:
-            return selection
-        worse, at_most, _ = count_below(reference_PM, own_PK)
-        table = torch.tensor(win_table(self.n, self.num_samples), device=worse.device)
-        return selection._replace(wins_P=table[worse.long(), (at_most - worse).long()].squeeze(1))
+        return selection._replace(wins_P=self._wins(own_PK, reference_P1)) if self.adaptive_strength else selection
+
+    def _wins(self, own_PK: Tensor, reference_P1: Tensor) -> Tensor:
+        """How often (P,) the policy wins against the prompt's reference sample."""
+        below, at_most, _ = count_below(reference_P1, own_PK)
+        table = torch.tensor(win_table(self.n, self.num_samples), device=below.device)
+        return table[below.long(), (at_most - below).long()].squeeze(1)
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:
         """R = signal - (log pi - log pi_ref)."""
