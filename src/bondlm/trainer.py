@@ -295,7 +295,8 @@ class BONDTrainer(SamplingTrainer):
         if self.signal_factor is None or rollout.wins_P is None:
             return
         wins, counted = self.world.gather(rollout.wins_P), self.world.gather(rollout.is_counted_P)
-        pace = self._get_learning_rate() / self.args.learning_rate if self.args.learning_rate else 0.0
+        rate = 0.0 if self.optimizer is None else self.optimizer.param_groups[0]["lr"]
+        pace = min(1.0, rate / self.args.learning_rate) if self.args.learning_rate else 0.0
         if counted.any():
             self.signal_factor.update(float(wins[counted].mean()), pace)
         factor, measured = self.signal_factor.factor, self.signal_factor.measured_n

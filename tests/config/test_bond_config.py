@@ -342,6 +342,7 @@ def test_what_may_change_when_a_run_goes_on() -> None:
             "adam_beta1",
             "adam_beta2",
             "adam_epsilon",
+            "adaptive_strength",
             "average_weights",
         },
     }

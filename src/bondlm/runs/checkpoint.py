@@ -1,4 +1,4 @@
-"""Our part of a checkpoint: the anchor, and where there are such the averaged weights and the learned quantile model.
+"""Our part of a checkpoint: the anchor, and where there are such averaged weights, quantile model and signal factor.
 
 `transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state.
 """
