@@ -99,8 +99,8 @@ def _training_plan(runs: Sequence[Run]) -> list[tuple[str, str, str, Callable[[]
         (
             "training-effective-n",
             "Effective N",
-            "At the evaluations during training, on held-out prompts.",
-            lambda: curve_figure(runs, "", "effective N", evaluated="eval_effective_n"),
+            "Of held-out prompts (points); with adaptive_strength also of the training samples (line).",
+            lambda: curve_figure(runs, "bond/effective_n", "effective N", evaluated="eval_effective_n"),
             True,
         ),
         (
