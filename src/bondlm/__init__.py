@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from bondlm.config import BONDConfig
     from bondlm.trainer import BONDTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["BONDConfig", "BONDTrainer", "__version__"]
 
 _HOMES = {"BONDConfig": "bondlm.config", "BONDTrainer": "bondlm.trainer"}
