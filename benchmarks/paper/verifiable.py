@@ -37,6 +37,10 @@ COMPLETIONS, HELD_OUT, SAMPLES = 192, 256, 16
 METHODS: dict[str, dict[str, Any]] = {
     "self_bond n=4": {"objective": "self_bond", "n": 4, "num_samples": 8, "log_quantile": "best_of_n"},
     "self_bond n=16": {"objective": "self_bond", "n": 16, "num_samples": 8, "log_quantile": "best_of_n"},
+    "self_bond n=4, adaptive": {
+        **{"objective": "self_bond", "n": 4, "num_samples": 8, "log_quantile": "best_of_n"},
+        **{"adaptive_strength": True},
+    },
     "grpo beta_rl=0.04": {"objective": "grpo", "beta_rl": 0.04, "num_samples": 8},
     "rloo beta_rl=0.1": {"objective": "rloo", "beta_rl": 0.1, "num_samples": 8, "anchor": "fixed"},
     "rloo beta_rl=0.3": {"objective": "rloo", "beta_rl": 0.3, "num_samples": 8, "anchor": "fixed"},
@@ -48,7 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"correction": True, "log_quantile": "harmonic"},
     },
 }
-DRAWN = {"jbond eta=0.1": 3, "listwise n=2, eta=0.1": 4}  # completions per prompt; 8 for all other methods
+# Completions per prompt; 8 for all other methods.
+DRAWN = {"jbond eta=0.1": 3, "listwise n=2, eta=0.1": 4, "self_bond n=4, adaptive": 9}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
