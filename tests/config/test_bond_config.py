@@ -157,10 +157,11 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
 
 
 def test_the_anchor_follows_the_objective_unless_it_is_set(tmp_path: Path) -> None:
-    assert config(tmp_path).anchor == config(tmp_path, objective="rloo").anchor == "ema"
-    assert config(tmp_path, objective="self_bond").anchor == config(tmp_path, objective="grpo").anchor == "fixed"
+    assert config(tmp_path).anchor == config(tmp_path, objective="bond").anchor == "ema"
+    for objective in ("self_bond", "grpo", "rloo", "reinforce"):
+        assert config(tmp_path, objective=objective).anchor == "fixed"
     assert config(tmp_path, objective="self_bond", anchor="fixed").anchor == "fixed"
-    assert config(tmp_path, objective="rloo", anchor="fixed").anchor == "fixed"
+    assert config(tmp_path, objective="rloo", anchor="ema").anchor == "ema"
 
 
 def test_weights_are_averaged_where_a_run_has_a_fixed_point(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "vbon": ("n", "gamma_ref", "num_anchor_samples"),
     "bonbon": ("n", "alpha"),
     "best_of_n_regression": ("n", "num_samples"),
-    "self_bond": ("n", "num_samples", "log_quantile"),
+    "self_bond": ("n", "num_samples", "log_quantile", "adaptive_strength"),
     "listwise": ("n", "num_samples"),
 }
 
@@ -224,14 +225,14 @@ def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Pa
     other: dict[str, Any] = {
         **{"n": 3, "beta": 0.25, "gamma": 0.5, "gamma_ref": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
         **{"correction": True, "quantile": "learned", "quantile_learning_rate": 0.5, "beta_rl": 0.5},
-        **{"num_samples": 4, "alpha": 0.5, "scale_rewards": "none"},
+        **{"num_samples": 4, "alpha": 0.5, "scale_rewards": "none", "adaptive_strength": True},
     }
     assert {name for names in KNOBS.values() for name in names} == set(other)
     assert set(KNOBS) == set(OBJECTIVES)
     for objective, names in KNOBS.items():
         for name, value in other.items():
             more = {"quantile": "learned"} if name == "quantile_learning_rate" and objective == "bond" else {}
-            more |= {"anchor": "ema"} if name == "gamma_ref" and objective == "grpo" else {}  # its own is fixed
+            more |= {"anchor": "ema"} if name == "gamma_ref" and "beta_rl" in names else {}  # their own is fixed
             settings = {"objective": objective, name: value} | more
             if name in names:
                 assert getattr(config(tmp_path, **settings), name) == value

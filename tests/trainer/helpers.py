@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bondlm import BONDConfig, BONDTrainer
+from bondlm.config import default_anchor
 
 TOKENIZER = tiny_tokenizer()
 
@@ -35,7 +36,7 @@ def config(folder: Path, **settings: Any) -> BONDConfig:
         "per_device_train_batch_size": 4,
         "max_completion_length": 5,
         "learning_rate": 1e-3,
-        **({"eta": 0.2} if settings.get("anchor", "ema") == "ema" else {}),
+        **({"eta": 0.2} if settings.get("anchor", default_anchor(settings.get("objective", "jbond"))) == "ema" else {}),
         "warmup_steps": 0,
         "logging_steps": 1,
         "save_strategy": "no",

@@ -83,7 +83,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "bond": {"objective": "bond", "n": 4, "num_anchor_samples": 6, "gamma": 0.2},
     "learned": {"objective": "bond", "n": 3, "quantile": "learned", "peft_config": True},
     "rloo": {"objective": "rloo", "beta_rl": 0.1, "anchor": "periodic", "anchor_update_every": 2},
-    "gamma_ref": {"objective": "rloo", "beta_rl": 0.1, "num_samples": 3, "gamma_ref": 0.5},
+    "gamma_ref": {"objective": "rloo", "beta_rl": 0.1, "num_samples": 3, "gamma_ref": 0.5, "anchor": "ema"},
     "logged": {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed"},
     "self_bond": {"objective": "self_bond", "n": 3, "num_samples": 4, "anchor": "fixed"},
     "adaptive": {"objective": "self_bond", "n": 3, "num_samples": 4, "anchor": "fixed", "adaptive_strength": True},

@@ -57,8 +57,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     anchor: AnchorSchedule = setting(
         None,
-        "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed'. grpo: default 'fixed'; "
-        "self_bond: always 'fixed'.",
+        "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed' (default of reinforce, rloo "
+        "and grpo; self_bond has no other).",
         one_of(*get_args(AnchorSchedule)),
     )
     eta: float = setting(

@@ -18,10 +18,11 @@ from bondlm.objectives.terms import learn_from_all, leave_one_out_mean, policy_g
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reinforce:
-    """REINFORCE with KL coefficient `beta_rl`, in units of reward a nat."""
+    """REINFORCE with KL coefficient `beta_rl`, in units of reward per nat."""
 
     beta_rl: float
 
+    default_anchor: ClassVar[str] = "fixed"  # as in the paper's baseline
     plan: ClassVar[SamplePlan] = SamplePlan(policy=1, anchor=0, learn=1, compare=1)
 
     def __post_init__(self) -> None:

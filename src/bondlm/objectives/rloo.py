@@ -7,6 +7,7 @@ prompt's own baseline also removes what differs between prompts, such as their m
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from bondlm.objectives.terms import learn_from_all, mean_of_prompts_others, own_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RLOO:
-    """RLOO with KL coefficient `beta_rl`, in units of reward a nat, and `num_samples` samples a prompt."""
+    """RLOO with KL coefficient `beta_rl`, in units of reward per nat, and `num_samples` samples per prompt."""
 
     beta_rl: float
     num_samples: int = 2
+
+    default_anchor: ClassVar[str] = "fixed"  # RLOO's KL is to the model that it started from
 
     def __post_init__(self) -> None:
         """Check the settings."""
