@@ -11,7 +11,7 @@ The anchor moves in a callback, right after the optimizer's step (`bondlm.traini
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.evaluation import evaluate_run
 from bondlm.evaluation.table import print_evaluation, wide_console
 from bondlm.migration import own_arguments
-from bondlm.models.adapters import check_start
+from bondlm.models.adapters import check_start, require_trainable
 from bondlm.models.anchor import Anchor
 from bondlm.models.average import WeightAverage
 from bondlm.models.deepspeed import load_without_code, require_same_sharding, settle_precision, stepping
@@ -53,7 +53,7 @@ from bondlm.models.sharding import (
 from bondlm.objectives import Objective, with_reference_kl
 from bondlm.rewards import check_room, rewards_of_run
 from bondlm.rollout.samples import longest_prompt, longest_rows
-from bondlm.runs.checkpoint import CUTS_FILE, FACTOR_FILE, writing_to
+from bondlm.runs.checkpoint import CUTS_FILE, DROPS_FILE, FACTOR_FILE, writing_to
 from bondlm.runs.manifest import checkpoint_to_resume
 from bondlm.training import metrics
 from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
@@ -67,6 +67,7 @@ from bondlm.training.occupied import held, named
 from bondlm.training.processes import (
     World,
     count_prompts,
+    decided_by_main,
     ends_epoch,
     real_rows,
     waiting_for_others,
@@ -77,7 +78,7 @@ from bondlm.training.ranks import aggregation_of_run
 from bondlm.training.rollout import Rollout
 from bondlm.training.sampling import SamplingTrainer
 from bondlm.training.saving import PAGE_FILE
-from bondlm.training.signal_factor import SignalFactor
+from bondlm.training.signal_factor import SignalFactor, learning_pace
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
 from bondlm.training.tables import TablesCallback
@@ -162,6 +163,7 @@ class BONDTrainer(SamplingTrainer):
         )
         if args.learning_rate is None:
             args.learning_rate = LORA_LEARNING_RATE if self.roles.is_peft else PAPER_LEARNING_RATE
+        require_trainable(optimizers[0], model)
         super().__init__(
             model=model,
             args=args,
@@ -206,7 +208,8 @@ class BONDTrainer(SamplingTrainer):
         self.quantile_model = quantile_model(hidden_size(self.roles.core.config), args) if learned else None
         steered_to = self.objective.plan.steered_to
         self.signal_factor = None if steered_to is None else SignalFactor(steered_to)
-        states = {CUTS_FILE: self._smaller} | ({FACTOR_FILE: self.signal_factor} if self.signal_factor else {})
+        states: dict[str, Any] = {CUTS_FILE: self._smaller, DROPS_FILE: self.drops}
+        states |= {FACTOR_FILE: self.signal_factor} if self.signal_factor else {}
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering)
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self._anchor_callback = AnchorCallback(
@@ -271,7 +274,9 @@ class BONDTrainer(SamplingTrainer):
     def _learnable(self, batches: list[list[dict[str, Any]]]) -> tuple[list[MicroBatch], Tensor]:
         """The micro-batches of a window of rows, and its number of prompts; none if the run is to end."""
         rows, sizes = [row for batch in batches for row in batch], [len(batch) for batch in batches]
-        is_real = real_rows(self.accelerator, sizes)
+        data = self.train_dataset
+        fills_up = isinstance(data, Sized) and not self.args.dataloader_drop_last
+        is_real = real_rows(self.accelerator, sizes, len(data) if fills_up else 0)  # type: ignore[arg-type]
         step, world = self.state.global_step + 1, self.world
         num_prompts = count_prompts(world, is_real, step=step, digest=self._digest)
         if not rows or self.control.should_training_stop:
@@ -282,7 +287,7 @@ class BONDTrainer(SamplingTrainer):
         except PAUSING as error:
             self.stop.pause(error, self.args, self.state, self.control)
             return [], num_prompts
-        metrics.record(rollout, self._means)
+        metrics.record(rollout, self._means, world.size)
         self._steer(rollout)
         self.run_folder.note_step(rollout, self.args.num_logged_samples)
         num_prompts = world.gather(rollout.is_counted_P.float().sum().view(1)).sum()
@@ -295,10 +300,8 @@ class BONDTrainer(SamplingTrainer):
         if self.signal_factor is None or rollout.wins_P is None:
             return
         wins, counted = self.world.gather(rollout.wins_P), self.world.gather(rollout.is_counted_P)
-        rate = 0.0 if self.optimizer is None else self.optimizer.param_groups[0]["lr"]
-        pace = min(1.0, rate / self.args.learning_rate) if self.args.learning_rate else 0.0
         if counted.any():
-            self.signal_factor.update(float(wins[counted].mean()), pace)
+            self.signal_factor.update(float(wins[counted].mean()), learning_pace(self.optimizer))
         factor, measured = self.signal_factor.factor, self.signal_factor.measured_n
         self._means.record({"bond/signal_factor": factor, "bond/effective_n": measured})
 
@@ -369,6 +372,8 @@ class BONDTrainer(SamplingTrainer):
         logs = compare(policy, reference, log_ratio).metrics(metric_key_prefix, others)
         if metric_key_prefix == f"eval_{self.main_eval}":
             logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs
+        # A judge may have told each process something else, and all must stop, save and learn alike.
+        logs = decided_by_main(lambda: logs, self.world, wait_s=self.args.ddp_timeout)
         self.log(logs)
         if not self.is_in_train and self.is_world_process_zero():  # there a command or a callback shows it
             print_evaluation(wide_console(), self.state.global_step, logs, self.args.eval_num_reference_samples)
@@ -418,6 +423,7 @@ class BONDTrainer(SamplingTrainer):
             is_fresh=is_fresh,
             settings=self._named | {"use_peft": self.roles.is_peft} | self.args.given,
         )
+        self.stop.forget()
         with hold, writing_to(folder), waiting_for_others(self.world, wait_s=self.args.ddp_timeout):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.average.settle()

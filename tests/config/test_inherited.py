@@ -71,9 +71,25 @@ def test_what_does_nothing_is_refused_by_name(name: str, tmp_path: Path) -> None
         config(tmp_path, **{name: WITHOUT_EFFECT[name]})
 
 
-def test_text_is_not_dispatched_as_tensors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"accelerator_config.*dispatch_batches"):
-        config(tmp_path, accelerator_config={"dispatch_batches": True})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dispatch_batches", True), ("split_batches", True), ("even_batches", False), ("use_seedable_sampler", False)],
+)
+def test_data_is_shared_out_in_the_one_way_that_steps_know(tmp_path: Path, name: str, value: bool) -> None:
+    with pytest.raises(ConfigError, match=f"accelerator_config: {name}="):
+        config(tmp_path, accelerator_config={name: value})
+    config(tmp_path, accelerator_config={name: not value})
+
+
+def test_a_schedule_that_measures_knows_which_end_is_better(tmp_path: Path) -> None:
+    """Its own default is the low end: a rising win rate would cut the learning rate."""
+    how = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 5}
+    for metric, mode in (("win_rate", "max"), ("effective_n", "max"), ("kl", "min")):
+        assert config(tmp_path, metric_for_best_model=metric, **how).lr_scheduler_kwargs == {"mode": mode}
+    given = {"metric_for_best_model": "win_rate", "lr_scheduler_kwargs": {"mode": "min", "patience": 3}}
+    assert config(tmp_path, **how, **given).lr_scheduler_kwargs == {"mode": "min", "patience": 3}
+    with pytest.raises(ConfigError, match="warmup_steps=7"):
+        config(tmp_path, metric_for_best_model="win_rate", warmup_steps=7, **how)
 
 
 def test_every_inherited_setting_is_known_to_work_or_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
         for key in ("reward", "anchor/reward", "kl", "anchor/kl", "grad_norm", "bond/signal_factor"):
             if key in single_row:
                 assert double_row[key] == pytest.approx(single_row[key], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_resumed_epoch_learns_from_no_prompt_twice(tmp_path: Path) -> None:
+    """13 prompts, 8 a step: three of the second step's are the epoch's first again, and fill up."""
+    job = {"kind": "causal", "rows": 13, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    check(run_tiny(whole, 2, **job, per_device_train_batch_size=4))
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoint-2")
+    (stopped / "policy.safetensors").unlink()
+    check(run_tiny(stopped, 2, **job, per_device_train_batch_size=4, resume=True))
+    weights = [load_file(folder / "policy.safetensors") for folder in (whole, stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.slow

@@ -12,7 +12,14 @@ from bondlm.models.sharding import check_parallelism
 
 
 def arguments(**given: Any) -> Any:
-    none = {"fsdp": "", "fsdp_plugin_args": None, "deepspeed": None, "deepspeed_plugin": None, "fp16": False}
+    none = {
+        "fsdp": "",
+        "fsdp_plugin_args": None,
+        "deepspeed": None,
+        "deepspeed_plugin": None,
+        "fp16": False,
+        "n_gpu": 1,
+    }
     return SimpleNamespace(**none | given)
 
 
@@ -25,6 +32,7 @@ def zero(stage: int, *, flag: bool = False, beside: dict[str, Any] | None = None
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"n_gpu": 2}, "CUDA_VISIBLE_DEVICES"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp_version=1"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {}}, "fsdp_version=1"),
         ({"deepspeed": "ds.json", "deepspeed_plugin": zero(2)}, "`accelerate launch`"),

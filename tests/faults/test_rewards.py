@@ -159,6 +159,11 @@ def test_r1_the_budget_is_that_of_all_processes_and_of_the_whole_run(tmp_path: P
     again = DropBudget(0.25, tmp_path)
     again.note(rows, dropping(0), 3, Ranks([4, 0, 0, 4, 0]))
     assert (again.seen, again.dropped) == (24, 4)
+    # A checkpoint knows how many it saw, however short the step that comes next.
+    known = DropBudget(0.25, tmp_path)
+    known.load_state({"seen": 800, "dropped": 150, "left_out": 3})
+    known.note(rows[:1], dropping(1), 101, Ranks([1, 1, 0, 4, 0]))
+    assert known.state() == {"seen": 802, "dropped": 152, "left_out": 3}
     alone = DropBudget(0.25, tmp_path / "empty")
     alone.note(rows, dropping(1), 1, Ranks([4, 0, 0, 0, 0]))
     assert (alone.seen, alone.dropped) == (8, 1)

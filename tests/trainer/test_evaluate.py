@@ -178,3 +178,17 @@ def test_splits_and_streams_are_eval_sets(tmp_path: Path) -> None:
         assert made.main_eval == "validation"
     once = made.evaluate(streams["test"])
     assert without_times([once]) == without_times([made.evaluate(splits["test"])])
+
+
+def test_a_reward_that_follows_training_is_asked_about_the_reference_again(tmp_path: Path) -> None:
+    """It grows with the steps: a policy that has not moved is still no better than the reference."""
+
+    def growing(completion_ids: list[list[int]], trainer_state: Any) -> list[float]:
+        return [len(ids) + sum(ids) / 1e4 + 10.0 * trainer_state.global_step for ids in completion_ids]
+
+    made = trainer(tmp_path, reward=growing, learning_rate=1e-12, max_steps=2, eval_num_samples=4)
+    before = made.evaluate(PROMPTS_8)
+    made.train()
+    after = made.evaluate(PROMPTS_8)
+    assert after["eval_win_rate"] == before["eval_win_rate"]
+    assert after["eval_reference_reward"] == pytest.approx(before["eval_reference_reward"] + 20)

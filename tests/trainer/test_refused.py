@@ -98,3 +98,14 @@ def test_a_data_set_with_a_format_trains_as_without(tmp_path: Path) -> None:
     plain = trainer(tmp_path, train_dataset=rows)
     plain.train()
     assert same(weights(made.model), weights(plain.model))
+
+
+def test_an_optimizer_that_lacks_what_is_trained_is_refused(tmp_path: Path) -> None:
+    """It was made before the adapter: the base's weights are frozen then, and nothing would move."""
+    model = tiny_causal(TOKENIZER)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(ConfigError, match=r"^optimizers: .*lora_A"):
+        trainer(tmp_path, model, peft_config=lora(), optimizers=(optimizer, None))
+    made = trainer(tmp_path, tiny_causal(TOKENIZER), max_steps=1)
+    held = torch.optim.SGD(made.roles.model.parameters(), lr=1e-3)
+    trainer(tmp_path / "held", made.roles.model, max_steps=1, optimizers=(held, None)).train()

@@ -11,7 +11,7 @@ from trainer.helpers import logged, trainer
 from bondlm.bestofn import self_bond_gradient
 from bondlm.bestofn.own_quantiles import win_table
 from bondlm.objectives import SelfBOND
-from bondlm.training.signal_factor import MAX_CHANGE, MAX_FACTOR, SignalFactor
+from bondlm.training.signal_factor import MAX_CHANGE, MAX_FACTOR, SignalFactor, learning_pace
 
 OUTCOMES = 60
 SETTINGS: dict[str, Any] = {
@@ -76,6 +76,23 @@ def test_it_changes_by_little_has_an_end_and_waits_for_the_policy() -> None:
     for one in (again, factor):
         one.update(0.7, pace=0.5)
     assert again.state() == factor.state()
+
+
+def test_the_pace_is_that_of_the_optimizer() -> None:
+    """Through a warm-up and down again, whatever its largest learning rate is; without one to read it is 1."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    assert learning_pace(optimizer) == 1.0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step, 8 - step) / 4)
+    seen = []
+    for _ in range(8):
+        seen.append(learning_pace(optimizer))
+        optimizer.step()
+        schedule.step()
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
+    optimizer.param_groups[0]["lr"] = None
+    del optimizer.param_groups[0]["initial_lr"]
+    assert learning_pace(optimizer) == 1.0
 
 
 def test_a_run_measures_n_and_multiplies_its_signal(tmp_path: Path) -> None:

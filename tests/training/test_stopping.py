@@ -106,3 +106,11 @@ def test_an_evaluation_after_a_run_stops_nothing(tmp_path, caplog):
     assert "the run stops" not in caplog.text
     assert read_ending(tmp_path) == had
     assert same(weights(made.roles.core), before)
+
+
+def test_what_ended_one_call_of_train_does_not_end_the_next(tmp_path):
+    made = trainer(tmp_path, max_steps=2)
+    made.stop._failure, made.stop.signal = ValueError("the server was down"), 15
+    made.train()
+    assert made.state.global_step == 2
+    assert not made.stop.stopped

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from bondlm.config.checks import check_accelerator, require_loggers, settle_best_model, settle_direction
 from bondlm.config.checks import problems as problems_of
-from bondlm.config.checks import require_loggers, settle_best_model
 from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
 from bondlm.errors import ConfigError
 from bondlm.migration import UNSAFE_CODE, Keywords, NoOption, OwnNames, Texts
@@ -373,8 +373,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
         require_loggers(list(self.report_to or ()))
-        if getattr(self.accelerator_config, "dispatch_batches", False):
-            raise ConfigError("accelerator_config: dispatch_batches sends tensors, and prompts are text; remove it")
+        check_accelerator(self.accelerator_config)
+        settle_direction(self)
         if (self.model_init_kwargs or {}).get("trust_remote_code"):
             raise ConfigError(f"model_init_kwargs={self.model_init_kwargs!r}: trust_remote_code {UNSAFE_CODE}")
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):

@@ -16,6 +16,7 @@ from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, 
 # What an evaluation measures, by whether more is better; each has its interval's ends under _low and _high.
 MEASURES = {"reward": True, "win_rate": True, "effective_n": True, "kl": False}
 ENDS = ("", "_low", "_high")
+MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules that look at `metric_for_best_model`
 OTHERS = (
     "reference_reward",
     "entropy",
@@ -30,6 +31,29 @@ def settle_best_model(c: Any) -> None:
     measure = _measure(c.metric_for_best_model)
     if measure is not None and c.greater_is_better is None:
         c.greater_is_better = MEASURES.get(measure)
+
+
+def settle_direction(c: Any) -> None:
+    """A schedule that looks at a metric must know which end of it is the better one; its own default is the low one."""
+    if c.lr_scheduler_type in MEASURING and c.greater_is_better is not None:
+        c.lr_scheduler_kwargs = {"mode": "max" if c.greater_is_better else "min"} | (c.lr_scheduler_kwargs or {})
+
+
+def check_accelerator(settings: Any) -> None:
+    """Refuse ways of sharing out the data that steps and resumes do not know.
+
+    Raises:
+        ConfigError: one of them is asked for.
+    """
+    refused = {
+        "dispatch_batches": (True, "sends tensors, and prompts are text"),
+        "split_batches": (True, "makes another number of prompts per step than per_device_train_batch_size says"),
+        "even_batches": (False, "gives the processes different numbers of prompts"),
+        "use_seedable_sampler": (False, "shuffles a resumed run in another way"),
+    }
+    for name, (value, why) in refused.items():
+        if getattr(settings, name, None) is value:
+            raise ConfigError(f"accelerator_config: {name}={str(value).lower()} {why}; remove it")
 
 
 def _measure(metric: Any) -> str | None:
@@ -176,8 +200,8 @@ def _contradictions(c: Any) -> Iterator[str]:
     if c.eval_steps is not None and c.eval_strategy == "no":
         yield f"eval_steps={c.eval_steps}: with eval_strategy='no' there is no evaluation; set eval_strategy='steps'"
     warmup = c.warmup_steps
-    if c.lr_scheduler_type == "constant" and warmup not in (0, 100):  # 100 is the default
-        yield f"warmup_steps={warmup}: lr_scheduler_type='constant' has no warm-up, use 'constant_with_warmup'"
+    if c.lr_scheduler_type in ("constant", *MEASURING) and warmup not in (0, 100):  # 100 is the default
+        yield f"warmup_steps={warmup}: lr_scheduler_type={c.lr_scheduler_type!r} has no warm-up, use another schedule"
 
 
 def _of_best_model(c: Any) -> Iterator[str]:
@@ -185,7 +209,7 @@ def _of_best_model(c: Any) -> Iterator[str]:
     askers = {
         "load_best_model_at_end=True": c.load_best_model_at_end,
         "save_strategy='best'": c.save_strategy == "best",
-        f"lr_scheduler_type={c.lr_scheduler_type!r}": c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+        f"lr_scheduler_type={c.lr_scheduler_type!r}": c.lr_scheduler_type in MEASURING,
     }
     asker = next((text for text, asks in askers.items() if asks), None)
     metric, choices = c.metric_for_best_model, f"such as {', '.join(MEASURES)} (docs/metrics.md)"

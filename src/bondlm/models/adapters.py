@@ -28,6 +28,26 @@ LOST = ("pissa_niter", "loftq", "corda", "lora_ga")  # take what depends on chan
 # -- refusals
 
 
+def require_trainable(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """See that a user's optimizer has all trainable weights: made before the adapter, it has those of the base.
+
+    Raises:
+        ConfigError: some are in none of its groups, and would never move.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) not in held
+    ]
+    if names:
+        raise ConfigError(
+            f"optimizers: {len(names)} trainable weights are not in the optimizer and would stay as they are, first "
+            f"{names[0]}. Make it of the model as it is trained (with peft_config: get_peft_model first, and pass that "
+            "model), or set requires_grad to False for what is to stay"
+        )
+
+
 def check_config(config: PeftConfig, *, to_train: bool = True) -> None:
     """Refuse, by name, a kind of adapter that cannot be computed, trained or loaded again exactly.
 

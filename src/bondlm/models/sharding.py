@@ -50,8 +50,13 @@ def check_parallelism(args: Any) -> None:
     """Refuse, before any work, what the anchor could not follow, and warn of what bondlm was never run with.
 
     Raises:
-        ConfigError: FSDP version 1, or what `check_zero` refuses.
+        ConfigError: several GPUs in one process, FSDP version 1, or what `check_zero` refuses.
     """
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs are visible to one process, which would train on copies of the model that the anchor "
+            "does not follow: use `accelerate launch` with a process for each, or choose one (CUDA_VISIBLE_DEVICES=0)"
+        )
     untried: list[str] = []
     if uses_fsdp(args):
         settings = args.fsdp_plugin_args or {}

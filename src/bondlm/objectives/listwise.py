@@ -60,6 +60,6 @@ class Listwise:
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """Cross-entropy of softmax(log pi - log pi_anchor) to the weights, over the prompt's samples."""
         loss_P = -(signal_PC * (logp_PL - anchor_logp_PC).log_softmax(dim=1)).sum(dim=1)
-        entropy_P = -(signal_PC * signal_PC.log()).sum(dim=1)
+        entropy_P = torch.special.entr(signal_PC).sum(dim=1)  # the worst of many samples may weigh 0
         loss = Loss(loss_P, {"bond/listwise_kl": (loss_P - entropy_P).detach()})
         return with_share_without_signal(loss, (signal_PC == signal_PC[:, :1]).all(dim=1))

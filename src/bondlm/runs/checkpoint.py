@@ -26,6 +26,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ANCHOR_FILE = "anchor.safetensors"
 AVERAGE_FILE = "average.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
+DROPS_FILE = "drops.json"  # how many prompts were seen, and how many dropped
 CUTS_FILE = "cuts.json"  # how many tokens are learned from at a time
 FACTOR_FILE = "signal_factor.json"  # where the signal follows the measured N
 MEANS_FILE = "means.json"  # metrics of the steps since the last log, of each process

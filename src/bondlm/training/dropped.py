@@ -42,6 +42,15 @@ class DropBudget:
         self.seen = self.dropped = self.left_out = 0
         self._counted = False
 
+    def state(self) -> dict[str, int]:
+        """What was seen and left out so far, for a checkpoint."""
+        return {"seen": self.seen, "dropped": self.dropped, "left_out": self.left_out}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Continue from a checkpoint."""
+        self._counted = True
+        self.seen, self.dropped, self.left_out = state["seen"], state["dropped"], state["left_out"]
+
     def load(self, source: Any, *, token_ids: bool = False) -> Dataset:
         """Read prompts, which may be `token_ids`.
 
@@ -107,7 +116,7 @@ class DropBudget:
         before = (0, 0) if self._counted else self._in_file(before=step)
         ranks = world.gather(torch.tensor([[len(rows), len(samples.dropped), len(samples.left_out), *before]]))
         num_rows, num_dropped, num_left_out = ranks[:, :3].sum(dim=0).tolist()
-        if not self._counted:  # a run that is resumed: what it saw, and what it dropped (as the main process knows it)
+        if not self._counted:  # a run of bondlm 0.1 that is resumed: about what it saw, and what is on file
             self._counted, self.seen, (self.dropped, self.left_out) = True, (step - 1) * num_rows, ranks[0, 3:].tolist()
         self.seen, self.dropped = self.seen + num_rows, self.dropped + num_dropped
         self.left_out += num_left_out

@@ -19,8 +19,8 @@ TAKEN = (
 )
 
 
-def record(rollout: Rollout, means: StepMeans) -> None:
-    """Add a step's metrics to `means`."""
+def record(rollout: Rollout, means: StepMeans, num_processes: int = 1) -> None:
+    """Add a step's metrics to `means`, which are means over `num_processes`; tokens are those of all."""
     samples, plan, counted_P = rollout.samples, rollout.plan, rollout.is_counted_P
     if plan.policy:
         means.record_of_each({"anchor/kl": rollout.sampled_logp_PC - rollout.anchor_logp_PC}, counted_P)
@@ -31,6 +31,7 @@ def record(rollout: Rollout, means: StepMeans) -> None:
     work = work_metrics(samples, plan.policy, rollout.learned, plan.compare, rollout.num_passes)
     if LOGGED_IDS in rollout.rows[0]:  # samples on file: nobody has drawn them here, from whichever distribution
         del work["entropy"], work["num_tokens"]
+    work |= {name: num_processes * value for name, value in work.items() if name.startswith("num_tokens")}
     means.record(work)
     for name in samples.by_name if plan.policy else ():
         record_reward(name, samples.by_name[name][counted_P, : plan.policy], means)

@@ -169,19 +169,20 @@ def gather_in_order(world: World, numbers: Sequence[int], items: Sequence[Any]) 
     return [item for _, item in sorted(everyone, key=lambda pair: pair[0])]
 
 
-def real_rows(accelerator: Any, batch_sizes: Sequence[int]) -> list[bool]:
-    """Which rows of this rank's window are the data's own.
+def real_rows(accelerator: Any, batch_sizes: Sequence[int], num_rows: int) -> list[bool]:
+    """Which rows of this rank's window are the data's own, which has `num_rows` in an epoch.
 
     At the end of an epoch the loader fills the ranks' last batches with prompts from its beginning, so that all ranks
-    have as many; those have been learned from already and get no weight.
+    have as many; those have been learned from already and get no weight. (accelerate's own count of them, `remainder`,
+    is -1 behind a resume in the middle of an epoch.)
     """
     is_real = [True] * sum(batch_sizes)
-    state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not batch_sizes or not state.end_of_dataloader or state.remainder <= 0:
+    if accelerator.num_processes == 1 or not batch_sizes or not ends_epoch(accelerator):
         return is_real
     last = batch_sizes[-1]
+    own = num_rows % (last * accelerator.num_processes) or last * accelerator.num_processes
     first = accelerator.process_index * last  # the data's own come first, in order of ranks
-    return is_real[last:] + [first + i < state.remainder for i in range(last)]
+    return is_real[last:] + [first + i < own for i in range(last)]
 
 
 def ends_epoch(accelerator: Any) -> bool:

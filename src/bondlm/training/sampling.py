@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from bondlm.engines import Role
+from bondlm.rewards import NamedReward
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.training.processes import World, gather_in_order
@@ -21,6 +22,7 @@ class SamplingTrainer(SavingTrainer):
 
     step: Step
     world: World
+    rewards: Sequence[NamedReward]
     args: Any
 
     def sample(
@@ -60,11 +62,16 @@ class SamplingTrainer(SavingTrainer):
         return self.log_probability(samples, "policy") - self.log_probability(samples, role)
 
     def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
-        """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves."""
+        """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves.
+
+        Rewards that ask for the state of training are asked about them again.
+        """
         rows, key = list(dataset), dataset._fingerprint
         if key not in self._reference_samples:
             self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
         reference = self._reference_samples[key]
+        if any(reward.follows_training for reward in self.rewards):
+            reference = self.score_completions(rows, reference.completions)
         return self.sample(rows, "policy", self.args.eval_num_samples, reference=reference), reference
 
     @cached_property

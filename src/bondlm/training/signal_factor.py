@@ -6,6 +6,7 @@ follows the error by at most 2% a step. It also looks at where N is going, and w
 """
 
 import math
+from typing import Any
 
 MAX_CHANGE = 0.02  # of the factor, in a step
 MAX_FACTOR = 4.0  # a model that needs more does not get to n at a KL that anyone would pay
@@ -41,6 +42,13 @@ class SignalFactor:
     def load_state(self, state: dict[str, float]) -> None:
         """Continue from a checkpoint."""
         self.factor, self._fast, self._slow = state["factor"], state["fast"], state["slow"]
+
+
+def learning_pace(optimizer: Any) -> float:
+    """The learning rate of the step at hand over the run's largest, in [0, 1]."""
+    group = optimizer.param_groups[0]
+    largest = group.get("initial_lr", group["lr"])  # schedulers note it; an optimizer of the user may have its own
+    return min(1.0, float(group["lr"]) / float(largest)) if largest else 1.0
 
 
 def _log_odds(share: float) -> float:

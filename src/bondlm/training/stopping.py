@@ -112,6 +112,10 @@ class StopCallback(TrainerCallback):
         control.should_save = state.global_step > 0 and not is_saved
         control.should_training_stop = True
 
+    def forget(self) -> None:
+        """A new call of `train`: what ended the one before does not end this one."""
+        self._failure, self.signal, self.stopped = None, None, False
+
     def raise_failure(self) -> None:
         """Raise what the run was paused for, if anything."""
         if self._failure is not None:
