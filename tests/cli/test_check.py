@@ -64,6 +64,20 @@ def test_it_says_what_the_noise_of_the_gradient_means_for_the_batch(tmp_path, ca
     assert "prompts per step" in " ".join(printed.err.split())
 
 
+def test_ties_are_warned_of_by_what_the_objective_learns_from(tmp_path, capsys):
+    """Rewards of 0 and 1: two of eight samples are always alike, but rarely all of them."""
+    config = write_job(tmp_path, report_to="none")
+    (tmp_path / "ties.py").write_text(
+        "def half(prompts, completions, **columns):\n    return [float(i % 2) for i in range(len(completions))]\n"
+        "def flat(prompts, completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
+    for objective, name, expected in (("jbond", "half", [False]), ("grpo", "half", []), ("grpo", "flat", [True])):
+        told = ["--objective", objective, "--reward_funcs", f"{tmp_path}/ties.py:{name}", "--json"]
+        assert main(["check", "--config", str(config), *told]) == 0
+        texts = json.loads(capsys.readouterr().out)["warnings"]
+        assert ["bond/frac_no_signal" in text for text in texts if "of the prompts" in text] == expected
+
+
 def test_a_batch_is_judged_by_the_noise_scale():
     assert "more than a third of the steps" in batch_advice(130.0, 24)
     assert "fewer would do" in batch_advice(5.0, 24)

@@ -148,6 +148,12 @@ def test_grpo_by_hand():
         assert metrics["bond/frac_no_signal"].tolist() == [0.0, 1.0]
 
 
+def test_rloo_counts_the_prompts_whose_samples_all_tie():
+    rewards, logp = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.5]]), torch.zeros(2, 3)
+    metrics = RLOO(beta_rl=0.7, num_samples=3).loss(logp, logp, rewards, torch.zeros(2, 3)).metrics
+    assert metrics["bond/frac_no_signal"].tolist() == [0.0, 1.0]
+
+
 def test_grpo_without_std_is_rloo_with_a_smaller_reward():
     """(m-1)/m of the reward, to the bit of rounding: the mean that is taken off has the sample itself in it."""
     grpo, rloo = GRPO(beta_rl=0.3, num_samples=4, scale_rewards="none"), RLOO(beta_rl=0.3, num_samples=4)

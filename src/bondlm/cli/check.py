@@ -119,13 +119,22 @@ def _warnings(args: Any, logs: Mapping[str, float], steps: int) -> Iterator[str]
 
     if (text := warmup_warning(args, steps)) is not None:
         yield text
-    if (tied := logs["bond/frac_tied"]) > TIES_WARNED:
-        yield f"{tied:.0%} of the prompts have tied rewards; BOND learns from order"
+    if (text := _ties_warning(logs)) is not None:
+        yield text
     if (cut := logs["completions/clipped_ratio"]) > CUT_WARNED:
         yield (
             f"{cut:.0%} of the answers were cut off: raise max_completion_length, use a reward that favours an end, or "
             f"rank them last (missing_eos: worst; it is {args.missing_eos})"
         )
+
+
+def _ties_warning(logs: Mapping[str, float]) -> str | None:
+    """Of prompts whose rewards teach too little; where all samples are learned from, one tie does no harm."""
+    if (alike := logs.get("bond/frac_no_signal")) is not None:
+        text = "of the prompts have the same reward for all of their samples, which then teaches nothing"
+        return f"{alike:.0%} {text} (bond/frac_no_signal)" if alike > TIES_WARNED else None
+    tied = logs["bond/frac_tied"]
+    return f"{tied:.0%} of the prompts have tied rewards; BOND learns from order" if tied > TIES_WARNED else None
 
 
 def _check_evaluations(args: Any, options: dict[str, Any]) -> None:

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from bondlm.objectives.base import Loss, SamplePlan, Selection
 from bondlm.objectives.rules import check, finite, whole
-from bondlm.objectives.terms import learn_from_all, mean_of_prompts_others, own_samples, policy_gradient
+from bondlm.objectives.terms import (
+    learn_from_all,
+    mean_of_prompts_others,
+    own_samples,
+    policy_gradient,
+    with_share_without_signal,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,4 +58,6 @@ class RLOO:
 
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """Mean over the prompt's samples of -log pi (R - baseline)."""
-        return policy_gradient(logp_PL, self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC)
+        advantage_PC = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
+        all_tied_P = (signal_PC == signal_PC[:, :1]).all(dim=1)
+        return with_share_without_signal(policy_gradient(logp_PL, advantage_PC), all_tied_P)
