@@ -76,8 +76,8 @@ _OF_GRPO = {
 }
 _OF_SAMPLING = {
     "num_generations": Foreign(
-        "use num_samples with rloo, grpo and self_bond; jbond draws 1 and num_anchor_samples of the anchor. "
-        "per_device_train_batch_size counts prompts, not completions"
+        "use num_samples with rloo, grpo, self_bond, listwise and best_of_n_regression; jbond draws 1, and "
+        "num_anchor_samples of the anchor. per_device_train_batch_size counts prompts, not completions"
     ),
     "num_generations_eval": Foreign("use eval_num_samples"),
     "temperature": Foreign(_OWN_DISTRIBUTION, (1.0,)),
