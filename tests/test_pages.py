@@ -142,8 +142,8 @@ def test_the_check_of_settings_sees_them() -> None:
 # -- pages that are run as they are written
 
 FEW = {"max_steps": 1, "max_completion_length": 8, "use_cpu": True, "per_device_train_batch_size": 4}
-FEW |= {"gradient_accumulation_steps": 1, "eval_strategy": "no", "eval_steps": None, "warmup_steps": 0}
-FEW |= {"eval_num_samples": 2, "eval_num_reference_samples": 4, "logging_steps": 1}
+FEW |= {"gradient_accumulation_steps": 1, "eval_strategy": "no", "eval_steps": None, "target_n": None}
+FEW |= {"eval_num_samples": 2, "eval_num_reference_samples": 4, "logging_steps": 1, "warmup_steps": 0}
 MORE = {
     **dict.fromkeys(("train", "check"), FEW),
     "sample": {"max_completion_length": 8},
@@ -154,7 +154,7 @@ MORE = {
 # Runs that a page takes to be there.
 RUNS_OF = {
     "report.md": ("runs/jbond", "runs/bond", "runs/sft"),
-    "evaluation.md": ("my-adapter",),
+    "evaluation.md": ("my-adapter", "runs/qwen"),
     "using.md": ("runs/qwen",),
 }
 RUN_PAGES = [page for page in PAGES if any(block.mark == HERE for block in blocks(page))]
