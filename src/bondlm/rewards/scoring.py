@@ -48,7 +48,7 @@ class NamedReward:
     @property
     def follows_training(self) -> bool:
         """Whether it has the parameter `trainer_state`, so that an answer's reward may change from step to step."""
-        return takes(self.function.function if self.ranks else self.function, "trainer_state")  # type: ignore[attr-defined]
+        return takes(getattr(self.function, "function", self.function), "trainer_state")  # what a `RankReward` asks
 
 
 @dataclass(frozen=True)
