@@ -423,7 +423,6 @@ class BONDTrainer(SamplingTrainer):
             is_fresh=is_fresh,
             settings=self._named | {"use_peft": self.roles.is_peft} | self.args.given,
         )
-        self.stop.forget()
         with hold, writing_to(folder), waiting_for_others(self.world, wait_s=self.args.ddp_timeout):
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.average.settle()

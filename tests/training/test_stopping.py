@@ -10,6 +10,7 @@ import torch
 from tiny import prompt_rows
 from trainer.helpers import logged, same, trainer, weights
 
+from bondlm.errors import EngineError
 from bondlm.runs.ending import Ending, read_ending
 from bondlm.training.stopping import StopCallback
 
@@ -110,7 +111,8 @@ def test_an_evaluation_after_a_run_stops_nothing(tmp_path, caplog):
 
 def test_what_ended_one_call_of_train_does_not_end_the_next(tmp_path):
     made = trainer(tmp_path, max_steps=2)
-    made.stop._failure, made.stop.signal = ValueError("the server was down"), 15
+    made.stop._failure = EngineError("the server was down")
+    with pytest.raises(EngineError):
+        made.train()
     made.train()
     assert made.state.global_step == 2
-    assert not made.stop.stopped

@@ -112,14 +112,11 @@ class StopCallback(TrainerCallback):
         control.should_save = state.global_step > 0 and not is_saved
         control.should_training_stop = True
 
-    def forget(self) -> None:
-        """A new call of `train`: what ended the one before does not end this one."""
-        self._failure, self.signal, self.stopped = None, None, False
-
     def raise_failure(self) -> None:
-        """Raise what the run was paused for, if anything."""
-        if self._failure is not None:
-            raise self._failure
+        """Raise what the run was paused for, if anything; the next call of `train` is another attempt."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Compare with `target_n` and `kl_budget`; afterwards an evaluation decides nothing."""
