@@ -148,7 +148,8 @@ def draw(
 
 def step_loss(worlds: Worlds, objective: Any, draws: Draws, head_SE: Tensor | None) -> Tensor:
     """The objective's mean loss, with the baseline inside each world; with a head, also its cross-entropy."""
-    rows, signal, _ = objective.select(draws.rewards_BM, draws.noise_BM)
+    selection = objective.select(draws.rewards_BM, draws.noise_BM)
+    rows, signal = selection.rows_PL, selection.signal_PC
     learned_BL = draws.outcomes_BM.gather(1, rows)
     extra = torch.zeros((), dtype=torch.float64)
     if head_SE is not None:
