@@ -7,6 +7,8 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +29,23 @@ def append(path: str, result: dict[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file:
         file.write(json.dumps(facts() | result) + "\n")
+
+
+def run_missing(
+    path: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    done: set[tuple[str, int]],
+    run: Callable[..., dict[str, Any]],
+) -> None:
+    """Append the row of every method and seed that is not done: `run(method, seed, scratch_folder)`."""
+    for seed in seeds:
+        for method in methods:
+            if (method, seed) not in done:
+                with tempfile.TemporaryDirectory() as folder:
+                    row = run(method, seed, folder)
+                append(path, row)
+                print({key: value for key, value in row.items() if key != "curve"}, flush=True)
 
 
 def facts() -> dict[str, Any]:

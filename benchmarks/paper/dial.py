@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from facts import append
+from facts import run_missing
 
 from bondlm import BONDConfig, BONDTrainer
 from bondlm.bestofn import kl_bound
@@ -112,7 +112,7 @@ def trainer_of(method: str, seed: int, options: argparse.Namespace, folder: str)
     return BONDTrainer(str(options.policy), likeness, args, train_dataset=train, eval_dataset=held_out)
 
 
-def run(method: str, seed: int, options: argparse.Namespace, folder: str) -> dict[str, Any]:
+def run(method: str, seed: int, folder: str, *, options: argparse.Namespace) -> dict[str, Any]:
     """Train, then measure."""
     trainer = trainer_of(method, seed, options, folder)
     trainer.train()
@@ -168,14 +168,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     lines = OUT.read_text().splitlines() if OUT.exists() else []
-    done = {(r["method"], r["seed"], r["step"], r["learning_rate"]) for r in map(json.loads, lines)}
-    for seed in options.seeds:
-        for method in options.only:
-            if (method, seed, options.steps, options.learning_rate) not in done:
-                with tempfile.TemporaryDirectory() as folder:
-                    row = run(method, seed, options, folder)
-                append(str(OUT), row)
-                print({key: value for key, value in row.items() if key != "curve"}, flush=True)
+    length = options.steps, options.learning_rate
+    done = {(r["method"], r["seed"]) for r in map(json.loads, lines) if (r["step"], r["learning_rate"]) == length}
+    run_missing(str(OUT), options.only, options.seeds, done, partial(run, options=options))
 
 
 if __name__ == "__main__":

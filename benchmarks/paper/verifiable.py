@@ -13,8 +13,8 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from facts import append
+from facts import run_missing
 
 from bondlm import BONDConfig, BONDTrainer
 
@@ -157,7 +157,7 @@ def trainer_of(method: str, seed: int, start: Path, folder: str, steps: int = 10
     return BONDTrainer(str(start), correct, args, processing_class=tokenizer(), **data)
 
 
-def run(method: str, seed: int, start: Path, folder: str, steps: int, rate: float) -> dict[str, Any]:
+def run(method: str, seed: int, folder: str, *, start: Path, steps: int, rate: float) -> dict[str, Any]:
     """Train, then measure; "start" measures the model before training."""
     facts = {"method": method, "seed": seed, "learning_rate": rate}
     if method == "start":
@@ -219,15 +219,10 @@ def main() -> None:
     if not (options.start / "config.json").exists():
         start_model().save_pretrained(options.start)
     lines = OUT.read_text().splitlines() if OUT.exists() else []
-    done = {(row["method"], row["seed"], row["step"], rate_of(row)) for row in map(json.loads, lines)}
-    rate = options.learning_rate
-    for seed in options.seeds:
-        for method in options.only:
-            if (method, seed, options.steps, rate) not in done:
-                with tempfile.TemporaryDirectory() as folder:
-                    row = run(method, seed, options.start, folder, options.steps, rate)
-                append(str(OUT), row)
-                print(row, flush=True)
+    length = options.steps, options.learning_rate
+    done = {(row["method"], row["seed"]) for row in map(json.loads, lines) if (row["step"], rate_of(row)) == length}
+    how = {"start": options.start, "steps": options.steps, "rate": options.learning_rate}
+    run_missing(str(OUT), options.only, options.seeds, done, partial(run, **how))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
     assert len(logs[0]) == len(logs[1])  # one process writes, not two
     assert ("bond/signal_factor" in logs[0][0]) == ("adaptive_strength" in job)
     for single_row, double_row in zip(*logs, strict=True):
-        for key in ("reward", "anchor/reward", "kl", "anchor/kl", "grad_norm", "bond/signal_factor"):
+        for key in ("reward", "anchor/reward", "kl", "anchor/kl", "grad_norm", "num_tokens", "bond/signal_factor"):
             if key in single_row:
                 assert double_row[key] == pytest.approx(single_row[key], rel=1e-3, abs=1e-4)
 

@@ -90,3 +90,14 @@ def test_where_it_rests_with_rewards_of_0_and_1(n: int, reached: list[float]) ->
     policy = listwise_fixed_point(anchor, torch.tensor([[0.0, 1.0]]).expand(4, -1), n, 8)
     orders = policy[:, 0].log() / anchor[:, 0].log()
     torch.testing.assert_close(orders, torch.tensor(reached, dtype=torch.float64), rtol=5e-3, atol=0)
+
+
+def test_a_weight_that_rounds_to_nothing_leaves_the_kl_finite():
+    """Best-of-32 of 32 samples: the worst weighs 32^-32, which is 0 in fp32; a policy at the weights has KL 0."""
+    objective = Listwise(n=32, num_samples=32)
+    signal = objective.select(torch.arange(32.0)[None], torch.zeros(1, 32)).signal_PC.float()
+    assert signal.min() == 0
+    logp = signal.clamp(min=1e-30).log()
+    at_them, elsewhere = (objective.loss(x, torch.zeros(1, 32), signal, torch.zeros(1, 32)) for x in (logp, 0 * logp))
+    assert float(at_them.metrics["bond/listwise_kl"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(elsewhere.metrics["bond/listwise_kl"]) > 1.0

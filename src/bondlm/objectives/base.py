@@ -24,7 +24,7 @@ class SamplePlan:
     learn: int
     compare: int
     learned_quantile: bool = False  # whether a selection brings a `LearnedQuantile`
-    steered_to: int | None = None  # the N that a selection's `wins_P` steer the signal's strength to
+    steered_to: int | None = None  # the N that a selection's `wins_P` steer the signal to
 
     @property
     def total(self) -> int:
@@ -45,7 +45,7 @@ class Selection(NamedTuple):
     rows_PL: Tensor  # long: which of the M samples are learned from, the compared ones first
     signal_PC: Tensor  # float: the reward part of each compared sample's return
     learned: LearnedQuantile | None = None  # then the signal comes from there
-    wins_P: Tensor | None = None  # in [0, 1], against the reference: what `SignalStrength` is steered by
+    wins_P: Tensor | None = None  # in [0, 1], against the reference: what a `SignalFactor` is steered by
 
 
 class Loss(NamedTuple):

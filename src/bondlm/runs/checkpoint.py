@@ -1,4 +1,4 @@
-"""Our part of a checkpoint: the anchor, and where there are such averaged weights, quantile model and signal factor.
+"""Our part of a checkpoint: the anchor, and what else a run has: averaged weights, quantile model, signal factor.
 
 `transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state.
 """
