@@ -372,7 +372,7 @@ class BONDTrainer(SamplingTrainer):
         logs = compare(policy, reference, log_ratio).metrics(metric_key_prefix, others)
         if metric_key_prefix == f"eval_{self.main_eval}":
             logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs
-        # A judge may have told each process something else, and all must stop, save and learn alike.
+        # Unlike machines may differ in a last digit, and all must stop, save and learn alike.
         logs = decided_by_main(lambda: logs, self.world, wait_s=self.args.ddp_timeout)
         self.log(logs)
         if not self.is_in_train and self.is_world_process_zero():  # there a command or a callback shows it

@@ -57,6 +57,19 @@ class Disturb(TrainerCallback):
                 next(model.parameters()).view(-1)[5] += 1e-6
 
 
+def write_weights(trainer: BONDTrainer, out: Path, metrics: dict[str, float]) -> None:
+    """The main process writes, all gather; each says how much of the anchor it holds."""
+    rank, is_main = trainer.args.process_index, trainer.is_world_process_zero()
+    part = sum(local(weights).numel() for weights in trainer.anchor.weights)
+    (out / f"anchor_part_{rank}.json").write_text(str(part))
+    policy = gather_to_main(named_weights(trainer.roles.model), is_main=is_main)
+    anchor = trainer.anchor.state_dict(is_main=is_main)
+    if is_main:
+        save_file({n: p.clone() for n, p in policy.items()}, out / "policy.safetensors")
+        save_file({n: t.clone() for n, t in anchor.items()}, out / "anchor.safetensors")
+        (out / "eval_metrics.json").write_text(json.dumps(metrics))
+
+
 def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a fault
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer()
@@ -69,7 +82,8 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
     if job.pop("save_base", False):  # an adapter folder names the model that it belongs to
         model.save_pretrained(out / "base")
         model.name_or_path = model.config._name_or_path = str(out / "base")
-    adapter, rows, fail = job.pop("lora", False), job.pop("rows", 12), job.pop("fail_on_rank", None)
+    adapter, rows, held_out = job.pop("lora", False), job.pop("rows", 12), job.pop("held_out", 5)
+    fail, asked = job.pop("fail_on_rank", None), list[str]()
     settings = {
         "max_steps": 3,
         "max_completion_length": 5,
@@ -103,6 +117,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
             raise ValueError("one rank's reward is down")
         if kill_rank is not None and args.process_index == kill_rank:
             os.kill(os.getpid(), signal.SIGKILL)
+        asked.extend(prompts)
         return low_ids(completion_ids)
 
     trainer = BONDTrainer(
@@ -110,7 +125,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         reward,
         args,
         train_dataset=prompt_rows(rows + skip)[skip:],
-        eval_dataset=prompt_rows(rows + 5)[rows:],
+        eval_dataset=prompt_rows(rows + held_out)[rows:],
         processing_class=tokenizer,
         peft_config=lora() if adapter else None,
     )
@@ -120,17 +135,11 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         disturb = SpoilBackward(nan_step - 1) if args.deepspeed_plugin else Disturb(nan_step - 1, gradient=True)
         trainer.callback_handler.callbacks.insert(0, disturb)
     trainer.train(resume_from_checkpoint=resume)
+    asked.clear()
     metrics = trainer.evaluate()
+    (out / f"asked_{args.process_index}.json").write_text(json.dumps(sorted(set(asked))))
     trainer.save_model()
-    part = sum(local(weights).numel() for weights in trainer.anchor.weights)
-    (out / f"anchor_part_{args.process_index}.json").write_text(str(part))
-    is_main = trainer.is_world_process_zero()
-    policy = gather_to_main(named_weights(trainer.roles.model), is_main=is_main)
-    anchor = trainer.anchor.state_dict(is_main=is_main)
-    if is_main:
-        save_file({n: p.clone() for n, p in policy.items()}, out / "policy.safetensors")
-        save_file({n: t.clone() for n, t in anchor.items()}, out / "anchor.safetensors")
-        (out / "eval_metrics.json").write_text(json.dumps(metrics))
+    write_weights(trainer, out, metrics)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         sys.stdout.flush()

@@ -72,6 +72,22 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("sharded", "held_out"), [(False, 5), (True, 1)])
+def test_an_evaluation_asks_the_rewards_once_about_each_answer(sharded: bool, held_out: int, tmp_path: Path) -> None:
+    """Also where there are fewer prompts than processes."""
+    job: dict[str, Any] = {"kind": "causal", "sharded": sharded, "held_out": held_out, "max_steps": 1}
+    check(run_tiny(tmp_path / "one", 1, **job, per_device_train_batch_size=4))
+    check(run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=2))
+    whole = json.loads((tmp_path / "one" / "asked_0.json").read_text())
+    parts = [json.loads((tmp_path / "two" / f"asked_{rank}.json").read_text()) for rank in range(2)]
+    assert len(whole) == held_out
+    assert sorted(parts[0] + parts[1]) == whole
+    one, two = (json.loads((tmp_path / folder / "eval_metrics.json").read_text()) for folder in ("one", "two"))
+    for key in ("eval_reward", "eval_reward_low", "eval_reference_reward", "eval_win_rate", "eval_kl", "eval_kl_high"):
+        assert two[key] == pytest.approx(one[key], abs=1e-4)
+
+
+@pytest.mark.slow
 def test_a_resumed_epoch_learns_from_no_prompt_twice(tmp_path: Path) -> None:
     """13 prompts, 8 a step: three of the second step's are the epoch's first again, and fill up."""
     job = {"kind": "causal", "rows": 13, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}

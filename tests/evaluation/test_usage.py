@@ -25,7 +25,8 @@ def test_the_cards_code_answers_as_the_run_does(
     monkeypatch.chdir(tmp_path)
     config = write_job(tmp_path, kind=kind, output_dir="run", max_steps=2)
     assert main(["train", "--config", str(config)]) == 0
-    short = ["--max_completion_length", "8", "--output", "greedy.jsonl"]
+    # The card's code computes in the folder's own dtype; where processors have bf16 the command would not.
+    short = ["--max_completion_length", "8", "--output", "greedy.jsonl", "--dtype", "float32"]
     assert main(["sample", "--model", "run", "--prompt", "What is rain?", "--temperature", "0", *short]) == 0
     expected = json.loads(Path("greedy.jsonl").read_text())["completion"]
     capsys.readouterr()

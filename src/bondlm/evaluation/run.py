@@ -20,7 +20,7 @@ from bondlm.evaluation.pairwise import compared
 from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward, applies_everywhere
-from bondlm.rollout.samples import Samples, score_samples
+from bondlm.rollout.samples import Samples
 from bondlm.runs.ending import describe_ending
 from bondlm.runs.folder import append_jsonl, plain, whole, write_whole
 
@@ -106,8 +106,7 @@ def _judged(
 ) -> dict[str, Tensor]:
     if not judges:
         return {}
-    scored = score_samples(judges, rows, samples.completions, encoder=trainer.encoder)
-    return applies_everywhere(scored.by_name)
+    return applies_everywhere(trainer.score_completions(rows, samples.completions, judges).by_name)
 
 
 def _baseline(

@@ -181,6 +181,8 @@ def score_samples(
             can be compared. None: among the completions themselves. Where nothing ranks it is not looked at.
         num_judges: so many of the last rewards are asked alone, and not combined with the others.
     """
+    if not rows:  # this process's part of fewer prompts than there are processes
+        return Samples.of_rows([], [], torch.zeros(0, 0, dtype=torch.float64), texts=[])
     texts = encoder.decode([[c.ids for c in row] for row in completions])
     distinct = _Distinct(texts, [[c.finished for c in row] for row in completions])
     index_PM = torch.tensor(distinct.places)

@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
 from bondlm.engines import Role
+from bondlm.engines.together import together
 from bondlm.rewards import NamedReward
+from bondlm.rollout.parts import joined, part_of
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.training.processes import World, gather_in_order
@@ -37,7 +40,7 @@ class SamplingTrainer(SavingTrainer):
     ) -> Samples:
         """Draw and score completions of encoded rows outside training; the prompts are shared among the processes.
 
-        Each process draws for `per_device_eval_batch_size` prompts together.
+        Each process draws for `per_device_eval_batch_size` prompts together, and asks the rewards about its own alone.
         Rewards that rank do so among the samples of `reference`, if given; `drop` marks prompts whose reward fails
         instead of raising.
         """
@@ -46,16 +49,39 @@ class SamplingTrainer(SavingTrainer):
         most = max(1, math.ceil(len(rows) / self.world.size))  # of a process: all make the same number of calls
         num_parts = math.ceil(most / (self.args.per_device_eval_batch_size or most))
         drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature, num_parts)
-        return self.step.score(rows, gather_in_order(self.world, mine, drawn), reference=reference, drop=drop)
+        return self._scored(rows, mine, drawn, reference=reference, drop=drop)
 
-    def score_completions(self, rows: Sequence[Mapping[str, Any]], completions: list[list[Any]]) -> Samples:
-        """Decode and score completions of encoded rows."""
-        return self.step.score(rows, completions)
+    def score_completions(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        completions: list[list[Any]],
+        rewards: Sequence[NamedReward] | None = None,
+    ) -> Samples:
+        """Decode and score completions of encoded rows, by `rewards` if given instead of the run's own."""
+        mine = self.world.mine(len(rows))
+        return self._scored(rows, mine, [completions[i] for i in mine], rewards=rewards)
+
+    def _scored(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        mine: list[int],
+        completions: list[list[Any]],
+        *,
+        reference: Samples | None = None,
+        **how: Any,
+    ) -> Samples:
+        """All processes' scored samples of all rows, from this one's completions of its own."""
+        beside = None if reference is None else part_of(reference, mine)
+        part = self.step.score([rows[i] for i in mine], completions, reference=beside, **how)
+        return joined(self.world.gather_objects([(mine, part)]))
 
     def log_probability(self, samples: Samples, role: Role) -> Tensor:
-        """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats."""
-        pairs = zip(samples.prompt_ids, samples.completions, strict=True)
-        return self.step.logprob(role, [(prompt, [c.ids for c in row]) for prompt, row in pairs])
+        """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats; shared among the processes."""
+        mine = self.world.mine(len(samples.prompts))
+        groups = [(samples.prompt_ids[i], [c.ids for c in samples.completions[i]]) for i in mine]
+        with together(self.world):
+            own = self.step.logprob(role, groups)
+        return torch.tensor(gather_in_order(self.world, mine, own.tolist()), dtype=own.dtype)
 
     def log_ratio(self, samples: Samples, role: Role = "reference") -> Tensor:
         """Log pi(y) - log pi_role(y) (P, m) of the policy's samples `y`: its mean estimates KL(policy || role), k1."""

@@ -19,7 +19,7 @@ from bondlm.models.learned_quantile import QuantileModel, completion_features
 from bondlm.models.logprobs import Group, by_length, group_logprobs
 from bondlm.models.roles import Roles
 from bondlm.objectives import LearnedQuantile, Objective, reference_pull
-from bondlm.rewards import Aggregation, NamedReward
+from bondlm.rewards import SUM, Aggregation, NamedReward
 from bondlm.rollout.samples import Samples, SamplingParams, draw, logged_samples, score_samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.rollout.truncated import treat_truncated
@@ -139,21 +139,23 @@ class Step:
         rows: Sequence[Mapping[str, Any]],
         completions: list[list[Completion]],
         *,
+        rewards: Sequence[NamedReward] | None = None,
         drop: bool = False,
         reference: Samples | None = None,
     ) -> Samples:
-        """Decode and score completions of encoded rows; `drop` marks prompts whose reward fails instead of raising.
+        """Decode and score completions of encoded rows, by the run's rewards or others.
 
-        Ranks are counted among the samples of `reference`, if given.
+        Ranks are counted among the samples of `reference`, if given; `drop` marks prompts whose reward fails instead
+        of raising.
         """
         with self.clock("reward"), together(self.world):
             how: dict[str, Any] = {"encoder": self.encoder, "trainer_state": self.trainer_state()}
-            how |= {"aggregation": self.aggregation, "reference": reference}
-            return score_samples(self.rewards, rows, completions, drop=drop, **how)
+            how |= {"aggregation": self.aggregation if rewards is None else SUM, "reference": reference}
+            return score_samples(self.rewards if rewards is None else rewards, rows, completions, drop=drop, **how)
 
     def logprob(self, role: Role, groups: list[Group]) -> Tensor:
         """Log-probability (P, C) under `role` of C completions of each prompt, nats, whichever model drew them."""
-        if not groups or not groups[0][1]:
+        if groups and not groups[0][1]:
             return torch.zeros(len(groups), 0)
         asked = groups if self.share_prompts else [(p, [completion]) for p, cs in groups for completion in cs]
         how: dict[str, Any] = {
@@ -161,7 +163,9 @@ class Step:
             "device": self.world.device,
             "multiple": self.multiple,
         }
-        with self.clock("reference"), self.roles.use(role) as model:
+        with self.clock("reference"), self.roles.use(role) as model:  # all processes come here, also one without groups
+            if not groups:
+                return torch.zeros(0, 0)
             return group_logprobs(model, asked, self.encoder.pad_id, **how).view(len(groups), -1)
 
     def _logprob(
