@@ -102,6 +102,18 @@ def test_one_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> N
     assert [row["skipped_steps"] for row in logged(tmp_path)[:-1]] == [0, 1, 0]
 
 
+def test_a_copy_that_is_due_at_a_skipped_step_is_made(tmp_path: Path) -> None:
+    """And not a whole period later: the policy as step 1 left it is the anchor of step 3."""
+    made = trainer(tmp_path, objective="bond", n=2, max_steps=2, anchor="periodic", anchor_update_every=2)
+    before = {name: tensor.clone() for name, tensor in made.anchor.state_dict().items()}
+    Spoiled(made, {2})
+    made.train()
+    policy, anchor = weights(made.roles.model), made.anchor.state_dict()
+    kept = [name for name in anchor if "lm_head" not in name]  # which the fault has spoiled
+    assert all(torch.equal(policy[name], anchor[name]) for name in kept)
+    assert any(not torch.equal(before[name], anchor[name]) for name in kept)
+
+
 def test_a_gradient_that_is_not_finite_is_found_even_if_the_loss_is(tmp_path: Path) -> None:
     made = trainer(tmp_path, max_steps=1)
     before = weights(made.roles.model)

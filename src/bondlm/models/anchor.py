@@ -58,6 +58,10 @@ class Anchor:
         """Size of the whole fp32 master copy."""
         return sum(4 * whole_shape(tensor).numel() for tensor in self._master.values())
 
+    def is_copied_at(self, step: int) -> bool:
+        """Whether optimizer step number `step` (from 1) ends a period of Algorithm 1."""
+        return self._schedule == "periodic" and step % self._update_every == 0
+
     @torch.no_grad()
     def update(self, step: int) -> dict[str, float]:
         """Move after optimizer step number `step` (from 1); returns what to log.
@@ -68,7 +72,7 @@ class Anchor:
         if self._schedule == "ema":
             rate = self._eta
         else:
-            rate = 1.0 if self._schedule == "periodic" and step % self._update_every == 0 else 0.0
+            rate = 1.0 if self.is_copied_at(step) else 0.0
         moved_sq, gap_sq = 0.0, 0.0
         for name, anchor, policy in self._pairs:
             copies = num_copies(self._master[name])

@@ -164,13 +164,15 @@ class AnchorCallback(TrainerCallback):
         )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Eq. 18: the anchor moves right after the policy has."""
+        """Eq. 18: the anchor moves right after the policy has; a copy that is due is made after a skipped step, too."""
         self._clock.stop()
-        if self.skipped:
+        step = state.global_step + 1
+        if self.skipped and not self._anchor.is_copied_at(step):
             return
         with self._clock("anchor"):
-            metrics = self._anchor.update(state.global_step + 1)
-            self._average.update(state.global_step + 1)
+            metrics = self._anchor.update(step)
+            if not self.skipped:
+                self._average.update(step)
         self._record(metrics)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
