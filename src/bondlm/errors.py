@@ -18,6 +18,10 @@ class BondError(Exception):
     )
 
 
+class Terminated(BaseException):
+    """SIGTERM where there is nothing to finish or to save; like KeyboardInterrupt it passes by what handles errors."""
+
+
 class ConfigError(BondError, ValueError):
     """A contradictory, unknown or impossible setting (exit code 2)."""
 

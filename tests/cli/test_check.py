@@ -21,6 +21,15 @@ def test_check_takes_a_dry_step_and_changes_nothing(tmp_path, capsys):
     assert main(["check", "--config", str(config), "--reward_funcs", f"{tmp_path}/reward.py:broken"]) == 4
 
 
+def test_check_counts_steps_as_training_does_and_needs_no_logs_of_the_run(tmp_path, capsys):
+    """18 prompts, 4 a step, and the last two are left out."""
+    config = write_job(tmp_path, max_steps=-1, num_train_epochs=1, dataloader_drop_last=True, logging_strategy="no")
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text() + "".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert main(["check", "--config", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 4
+
+
 def test_check_sees_what_a_dry_step_does_not(tmp_path, capsys):
     config = write_job(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=4)
     assert main(["check", "--config", str(config), "--eval_dataset", "null"]) == 2

@@ -34,3 +34,15 @@ def test_another_runtime_error_is_not_a_lack_of_memory(monkeypatch):
     monkeypatch.setattr("bondlm.cli.sample.run", run)
     with pytest.raises(RuntimeError, match="a bad memory"):
         main(["sample", "--model", "x"])
+
+
+@pytest.mark.parametrize("code", [0, "go away"])
+def test_code_that_leaves_does_not_look_like_success(code, monkeypatch, capsys):
+    """A module of rewards, say, that calls sys.exit while it is imported."""
+
+    def run(options):
+        raise SystemExit(code)
+
+    monkeypatch.setattr("bondlm.cli.sample.run", run)
+    assert main(["sample", "--model", "x"]) == 1
+    assert f"sys.exit({code!r})" in capsys.readouterr().err

@@ -87,3 +87,33 @@ def test_help_is_light(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--train_dataset" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["2024_01_15", "007", "12:30", "no", "1e3", "2024-01-15"])
+def test_a_name_stays_as_it_is_written(text, tmp_path):
+    """YAML reads a number, a date or a switch; in a file, where the text is lost, it must be in quotes."""
+    for name in ("output_dir", "train_dataset"):
+        assert parse("train", [f"--{name}", text])[name] == text
+        (tmp_path / "c.yaml").write_text(f"{name}: {text}\n")
+        with pytest.raises(ConfigError, match=f"{name}=.*in quotes"):
+            parse("train", ["--config", str(tmp_path / "c.yaml")])
+        (tmp_path / "c.yaml").write_text(f"{name}: '{text}'\n")
+        assert parse("train", ["--config", str(tmp_path / "c.yaml")])[name] == text
+    assert parse("train", ["--eval_dataset", "null"])["eval_dataset"] is None
+    assert parse("train", ["--eval_dataset", "{a: b.jsonl}"])["eval_dataset"] == {"a": "b.jsonl"}
+
+
+def test_a_name_that_stands_twice_in_a_file_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("eta: 0.1\nseed: 3\neta: 0.3\n")
+    with pytest.raises(ConfigError, match="'eta' is there twice"):
+        parse("train", ["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("base: &base {eta: 0.1}\nmodel_init_kwargs: {<<: *base, eta: 0.3}\n")
+    with pytest.raises(ConfigError, match="unknown option 'base'"):  # what a merge key overrides stands once
+        parse("train", ["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(("named", "before"), [("null", []), ("judge_a", ["judge_a"]), ("[a, b]", ["a", "b"])])
+def test_judge_adds_to_those_of_the_file(named, before, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"judges: {named}\n")
+    given = parse("train", ["--config", str(tmp_path / "c.yaml"), "--judge", "c", "--judge", "d"])
+    assert given["judges"] == [*before, "c", "d"]

@@ -34,6 +34,14 @@ def test_fast_fits_what_is_trained_and_how_the_anchor_moves():
         BONDConfig(output_dir="unused", **settings)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_schedule_without_warmup_gets_none_from_a_preset(schedule):
+    settings = with_preset({"preset": "fast", "lr_scheduler_type": schedule})
+    assert ("warmup_steps" in settings) == (schedule == "cosine")
+    del settings["preset"]
+    BONDConfig(output_dir="unused", **settings)
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_is_a_valid_config(name, tmp_path):
     BONDConfig(output_dir=str(tmp_path), **PRESETS[name])

@@ -240,3 +240,12 @@ def test_a_run_folder_in_use_is_refused(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 6
     assert f"process {os.getpid()} on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lora_r", 4.7), ("lora_r", 0), ("lora_alpha", 0), ("lora_dropout", 1.5), ("use_peft", "maybe")]
+)
+def test_values_of_an_adapter_are_looked_at(name, value, tmp_path, capsys):
+    config = write_job(tmp_path, **{name: value})
+    assert main(["train", "--config", str(config)]) == 2
+    assert f"{name}={value!r}: must " in capsys.readouterr().err

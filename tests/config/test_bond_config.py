@@ -64,6 +64,16 @@ REFUSED: list[tuple[str, Any]] = [
     ("average_weights", -0.1),
     ("average_weights", 1.5),
     ("average_weights", math.nan),
+    ("learning_rate", -1e-4),
+    ("learning_rate", math.inf),
+    ("per_device_train_batch_size", 0),
+    ("gradient_accumulation_steps", 0),
+    ("weight_decay", -0.1),
+    ("max_grad_norm", -1.0),
+    ("seed", -1),
+    ("reward_weights", 0.5),
+    ("reward_weights", "abc"),
+    ("model_init_kwargs", "abc"),
 ]
 
 

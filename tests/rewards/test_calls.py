@@ -119,6 +119,15 @@ def test_ctrl_c_is_not_turned_into_a_reward_error():
         run(interrupted)
 
 
+@pytest.mark.parametrize("code", [0, "go away"])
+def test_sys_exit_in_a_reward_is_its_error(code):
+    def leaves(completions):
+        raise SystemExit(code)
+
+    with pytest.raises(RewardError, match=f"SystemExit.*{code}"):
+        run(leaves)
+
+
 def test_sys_exit_in_an_async_reward_does_not_leave_the_caller_waiting():
     async def leaves(completions):
         raise SystemExit(3)

@@ -20,7 +20,7 @@ from typing import Any
 from bondlm import __version__
 from bondlm.cli.help import command_help, greeting, main_help
 from bondlm.cli.options import COMMANDS, parse
-from bondlm.errors import BondError, RewardError
+from bondlm.errors import BondError, RewardError, Terminated
 from bondlm.runs.redact import redact, visible
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     agreed = True
     try:
         code = _run(argv)
-    except SystemExit as stop:  # a signal, in this process alone, with nothing to save
-        code, agreed = int(str(stop.code)), False
+    except Terminated:  # in this process alone, with nothing to save
+        code, agreed = STOPPED, False
+    except SystemExit as stop:  # bondlm raises none
+        text = f"code that this command loaded has called sys.exit({stop.code!r}): it must raise an error instead"
+        code, agreed = _fail(text, 1), False
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         _leave_group(torch.distributed, code, agreed=agreed and code in (0, STOPPED))

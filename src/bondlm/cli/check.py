@@ -85,7 +85,7 @@ def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     from bondlm.cli.train import build_trainer, load_judges, training_arguments
     from bondlm.data.held_out import main_set
 
-    dry = {"max_steps": 1, "learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
+    dry = {"max_steps": 1, "learning_rate": 0.0, "logging_strategy": "steps", "logging_steps": 1, "save_strategy": "no"}
     dry |= {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False, "target_n": None, "kl_budget": None}
     dry |= {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
     dry |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
@@ -122,10 +122,10 @@ def _warnings(args: Any, logs: Mapping[str, float], steps: int) -> Iterator[str]
     if (text := _ties_warning(logs)) is not None:
         yield text
     if (cut := logs["completions/clipped_ratio"]) > CUT_WARNED:
-        yield (
-            f"{cut:.0%} of the answers were cut off: raise max_completion_length, use a reward that favours an end, or "
-            f"rank them last (missing_eos: worst; it is {args.missing_eos})"
-        )
+        ways = ["raise max_completion_length", "use a reward that favours an end"]
+        if args.missing_eos != "worst":
+            ways.append(f"rank them last (missing_eos: worst; it is {args.missing_eos})")
+        yield f"{cut:.0%} of the answers were cut off: {', or '.join(ways)}"
 
 
 def _ties_warning(logs: Mapping[str, float]) -> str | None:

@@ -15,13 +15,13 @@ PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which br
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console on stdout or stderr; no colours, bars or control characters when piped.
+    """A console on stdout or stderr; no colours, bars or control characters when piped. Brackets are text.
 
     Of several processes of a run only the main one prints; errors, on stderr, come from all.
     """
     stream = sys.stderr if stderr else sys.stdout
     quiet = not stderr and not is_main_process()
-    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, quiet=quiet)
+    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, quiet=quiet, markup=False)
 
 
 def say_json(value: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal t
 
 def make_progress(console: Console) -> Progress:
     """Bars with elapsed time and ETA, which go when they are done; none where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = not console.is_terminal
     return Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True, disable=hidden)
 

@@ -182,8 +182,18 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+# Paths and names, which YAML may take for numbers, dates or switches.
+NAMES = ("output_dir", "dataset", "train_dataset", "eval_dataset", "reward_funcs", "judges", "run_name", "hub_model_id")
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires 1.0e-4)."""
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires 1.0e-4), and a name that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -200,6 +210,7 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}; see `bondlm --help`")
     given: dict[str, Any] = {}
+    judges: list[str] = []
     path: str | None = None
     words = list(arguments)
     while words:
@@ -216,12 +227,15 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         if name == "config":
             path = text
         elif name == "judge" and "judges" in COMMANDS[command][1]:
-            judges = given.get("judges", [])
-            given["judges"] = [*(judges if isinstance(judges, list) else [judges]), text]
+            judges.append(text)
         else:
             given[name] = _value(name, text)
     options = (_read(Path(path).expanduser()) if path is not None else {}) | given
+    if judges:
+        named = options.get("judges") or []
+        options["judges"] = [*(named if isinstance(named, list) else [named]), *judges]
     known = known_options(command, options)
+    _refuse_other_than_text(known)
     return with_preset({name: value if name == "prompt" else expanded(value) for name, value in known.items()})
 
 
@@ -246,9 +260,21 @@ def _value(name: str, text: str) -> Any:
     if name in ("prompt", "model", "reference", "opponent", "output") or text.startswith("*"):  # an alias of nothing
         return text
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--{name} {text!r} is not a YAML value: {error}") from error
+    return text if name in NAMES and _is_other_than_text(value) else value
+
+
+def _is_other_than_text(value: Any) -> bool:
+    """Whether YAML made something else of a name: a number of 2024_01_15, false of no."""
+    return value is not None and not isinstance(value, str | list | dict)
+
+
+def _refuse_other_than_text(options: Mapping[str, Any]) -> None:
+    for name in NAMES:
+        if _is_other_than_text(value := options.get(name)):
+            raise ConfigError(f"{name}={value!r}: YAML reads this as {type(value).__name__}, write the name in quotes")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,11 +23,14 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     name = options.get("preset")
     if name is None:
         return dict(options)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"preset={name!r}: choose one of {', '.join(PRESETS)}")
     settings = PRESETS[name] | (LORA.get(name, {}) if options.get("use_peft") else {})
-    from bondlm.config import SETTINGS, BONDConfig, default_anchor
+    from bondlm.config import SETTINGS, WITHOUT_WARMUP, BONDConfig, default_anchor
 
     anchor = options.get("anchor") or default_anchor(str(options.get("objective", BONDConfig.objective)))
-    used = (None, ("anchor", anchor))  # what another anchor needs would be refused, though the user has not set it
+    # What another schedule or anchor needs would be refused, though the user has not set it.
+    if options.get("lr_scheduler_type") in WITHOUT_WARMUP:
+        settings.pop("warmup_steps", None)
+    used = (None, ("anchor", anchor))
     return {key: value for key, value in settings.items() if SETTINGS[key].needs in used} | dict(options)

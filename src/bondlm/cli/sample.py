@@ -46,9 +46,10 @@ def run(options: dict[str, Any]) -> int:
             row = best(group)
             if options.get("prompt") is None:
                 console.print(
-                    visible(f"> {row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]['content']}")
+                    visible(f"> {row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]['content']}"),
+                    soft_wrap=True,
                 )
-            console.print(visible(row["completion"]))
+            console.print(visible(row["completion"]), soft_wrap=True)
     return 0
 
 

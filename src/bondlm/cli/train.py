@@ -10,18 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from bondlm.cli.console import make_console
 from bondlm.cli.ending import ending
 from bondlm.cli.judge_costs import judge_costs
 from bondlm.cli.options import LORA, TRAIN
 from bondlm.cli.report import write_page
-from bondlm.errors import CheckpointError, ConfigError
-from bondlm.migration import UNSAFE_CODE
+from bondlm.errors import CheckpointError, ConfigError, Terminated
+from bondlm.objectives.rules import Rule, above, between, check, whole
 from bondlm.runs.folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -40,6 +42,12 @@ PREEMPTED, INTERRUPTED = 75, 130
 # Options beside the settings of BONDConfig that may be others when a run goes on.
 FREE_NAMES = ("eval_dataset", "judges", "resume", "allow_config_change")
 SECRET_NAMES = ("hub_token",)
+LORA_RULES = {
+    "use_peft": Rule(lambda value: isinstance(value, bool), "must be true or false"),
+    "lora_r": whole(1),
+    "lora_alpha": above(0),
+    "lora_dropout": between(0, 1),
+}
 RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,80}")
 
 
@@ -59,7 +67,7 @@ def run(options: dict[str, Any]) -> int:
         checkpoint, changes = decided_by_main(
             lambda: _resume_point(folder, options, console, rewards), World.of(args), wait_s=args.ddp_timeout
         )
-        with console.status(f"loading {options.get('model')}, data and rewards"):
+        with console.status(Text(f"loading {options.get('model')}, data and rewards")):
             trainer = build_trainer(options, args)
             judges = load_judges(options, trainer)
         engine, held = engine_choice(trainer.args), _weights_held(trainer.args.average_weights)
@@ -192,7 +200,7 @@ def lora_config(options: Mapping[str, Any]) -> Any:
     """The adapter that the options ask for, or None.
 
     Raises:
-        ConfigError: settings of an adapter, and none is asked for.
+        ConfigError: a value is refused, or settings of an adapter are given and none is asked for.
     """
     if not options.get("use_peft"):
         extra = [name for name in LORA if name in options and name != "use_peft"]
@@ -201,11 +209,13 @@ def lora_config(options: Mapping[str, Any]) -> Any:
         return None
     from peft import LoraConfig
 
-    rank = int(options.get("lora_r", 16))
+    given = {name: options[name] for name in LORA_RULES if name in options}
+    check(SimpleNamespace(**given), **{name: LORA_RULES[name] for name in given})
+    rank = given.get("lora_r", 16)
     return LoraConfig(
         r=rank,
-        lora_alpha=int(options.get("lora_alpha", 2 * rank)),
-        lora_dropout=float(options.get("lora_dropout", 0.0)),
+        lora_alpha=given.get("lora_alpha", 2 * rank),
+        lora_dropout=given.get("lora_dropout", 0.0),
         target_modules=options.get("lora_target_modules", "all-linear"),
     )
 
@@ -337,8 +347,6 @@ def refuse_unsafe(options: Mapping[str, Any]) -> None:
     run_name = options.get("run_name")
     if run_name is not None and not RUN_NAME.fullmatch(str(run_name)):
         raise ConfigError(f"run_name={run_name!r}: 1 to 80 letters, digits, dots, dashes or underscores")
-    if (options.get("model_init_kwargs") or {}).get("trust_remote_code"):
-        raise ConfigError(f"model_init_kwargs.trust_remote_code {UNSAFE_CODE}")
 
 
 @contextmanager
@@ -352,7 +360,7 @@ def _stop_on_signals() -> Iterator[list[Any]]:
 
     def note(number: int, frame: Any) -> None:
         if not watched or watched[0].finished:  # afterwards the model is saved, only its evaluation is cut short
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(PREEMPTED)
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         watched[0].signal = number
         signal.signal(number, before[number])
         if is_main_process():  # not by print: this may have interrupted one

@@ -13,7 +13,7 @@ from bondlm.config.bond_config import (
     default_average,
     objective_of,
 )
-from bondlm.config.checks import require_metric_of
+from bondlm.config.checks import WITHOUT_WARMUP, require_metric_of
 
 __all__ = [
     "DEFAULTS",
@@ -22,6 +22,7 @@ __all__ = [
     "OFF_POLICY",
     "PAPER_LEARNING_RATE",
     "SETTINGS",
+    "WITHOUT_WARMUP",
     "AnchorSchedule",
     "BONDConfig",
     "default_anchor",

@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from bondlm.config.checks import check_accelerator, require_loggers, settle_best_model, settle_direction
+from bondlm.config.checks import check_inherited, settle_best_model
 from bondlm.config.checks import problems as problems_of
 from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
 from bondlm.errors import ConfigError
-from bondlm.migration import UNSAFE_CODE, Keywords, NoOption, OwnNames, Texts
+from bondlm.migration import Keywords, NoOption, OwnNames, Texts
 from bondlm.objectives import Objective
 from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
 from bondlm.objectives.rules import above, at_least, beginning_with, between, finite, off, one_of
@@ -317,9 +317,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
 
     # -- basics
     learning_rate: float | None = setting(  # type: ignore[assignment]
-        None,
-        "Default: 3e-6 for full fine-tuning (paper), 1e-4 with LoRA.",
-        may_change="never",
+        None, "Default: 3e-6 for full fine-tuning (paper), 1e-4 with LoRA.", finite(0), may_change="never"
     )
     lr_scheduler_type: str = setting("constant_with_warmup", "The paper warms up for 100 steps, then stays constant.")
     warmup_steps: float = setting(100, "Paper: 100. Short runs need fewer.")
@@ -372,11 +370,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
-        require_loggers(list(self.report_to or ()))
-        check_accelerator(self.accelerator_config)
-        settle_direction(self)
-        if (self.model_init_kwargs or {}).get("trust_remote_code"):
-            raise ConfigError(f"model_init_kwargs={self.model_init_kwargs!r}: trust_remote_code {UNSAFE_CODE}")
+        check_inherited(self)
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):
             _log.warning(
                 "beta=%g: with objective=%r it is the Jeffreys weight, and this near to 0 the run is plain fine-tuning "

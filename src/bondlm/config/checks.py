@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_origin
 
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from bondlm.config.settings import Setting
 from bondlm.errors import ConfigError
+from bondlm.migration import UNSAFE_CODE
 from bondlm.migration.names import nearest
 from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
 
@@ -17,6 +18,7 @@ from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, 
 MEASURES = {"reward": True, "win_rate": True, "effective_n": True, "kl": False}
 ENDS = ("", "_low", "_high")
 MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules that look at `metric_for_best_model`
+WITHOUT_WARMUP = ("constant", *MEASURING)
 OTHERS = (
     "reference_reward",
     "entropy",
@@ -39,6 +41,18 @@ def settle_direction(c: Any) -> None:
         c.lr_scheduler_kwargs = {"mode": "max" if c.greater_is_better else "min"} | (c.lr_scheduler_kwargs or {})
 
 
+def check_inherited(c: Any) -> None:
+    """Look at what `TrainingArguments` has made of the settings that are its own.
+
+    Raises:
+        ConfigError: a logger that is not there, or a value that a run cannot use.
+    """
+    require_loggers(list(c.report_to or ()))
+    check_accelerator(c.accelerator_config)
+    settle_direction(c)
+    check_init_kwargs(c.model_init_kwargs)
+
+
 def check_accelerator(settings: Any) -> None:
     """Refuse ways of sharing out the data that steps and resumes do not know.
 
@@ -54,6 +68,18 @@ def check_accelerator(settings: Any) -> None:
     for name, (value, why) in refused.items():
         if getattr(settings, name, None) is value:
             raise ConfigError(f"accelerator_config: {name}={str(value).lower()} {why}; remove it")
+
+
+def check_init_kwargs(keywords: Any) -> None:
+    """Refuse what a model cannot be loaded with.
+
+    Raises:
+        ConfigError: they are no keyword arguments, or would run code that comes with a model.
+    """
+    if keywords is not None and not isinstance(keywords, Mapping):
+        raise ConfigError(f"model_init_kwargs={keywords!r}: give keyword arguments of from_pretrained, name: value")
+    if (keywords or {}).get("trust_remote_code"):
+        raise ConfigError(f"model_init_kwargs={keywords!r}: trust_remote_code {UNSAFE_CODE}")
 
 
 def _measure(metric: Any) -> str | None:
@@ -150,6 +176,8 @@ def _other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
         return f"{name}={value!r}: must be a whole number"
     if kinds == {bool} and not (is_switch or value in (0, 1)):
         return f"{name}={value!r}: must be true or false"
+    if all(get_origin(kind) is list for kind in kinds) and not isinstance(value, list | tuple):
+        return f"{name}={value!r}: must be a list"
     return None
 
 
@@ -200,7 +228,7 @@ def _contradictions(c: Any) -> Iterator[str]:
     if c.eval_steps is not None and c.eval_strategy == "no":
         yield f"eval_steps={c.eval_steps}: with eval_strategy='no' there is no evaluation; set eval_strategy='steps'"
     warmup = c.warmup_steps
-    if c.lr_scheduler_type in ("constant", *MEASURING) and warmup not in (0, 100):  # 100 is the default
+    if c.lr_scheduler_type in WITHOUT_WARMUP and warmup not in (0, 100):  # 100 is the default
         yield f"warmup_steps={warmup}: lr_scheduler_type={c.lr_scheduler_type!r} has no warm-up, use another schedule"
 
 

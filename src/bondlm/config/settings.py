@@ -3,7 +3,7 @@
 from dataclasses import Field, dataclass, field
 from typing import Any, Literal
 
-from bondlm.objectives.rules import Rule, at_least, off, one_of
+from bondlm.objectives.rules import Rule, at_least, finite, off, one_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,11 +92,12 @@ OF_TRANSFORMERS: dict[str, Setting] = {
     **dict.fromkeys(("output_dir", "save_steps", "eval_steps", "eval_strategy"), Setting(may_change="always")),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"), Setting(may_change="always")),
     # A step must have as many prompts as before: the checkpoint knows how many (runs/checkpoint.py).
-    "per_device_train_batch_size": Setting(may_change="always", shared=True),
-    "gradient_accumulation_steps": Setting(may_change="always", shared=True),
+    "per_device_train_batch_size": Setting(rule=at_least(1), may_change="always", shared=True),
+    "gradient_accumulation_steps": Setting(rule=at_least(1), may_change="always", shared=True),
     **dict.fromkeys(("optim", "adam_beta1", "adam_beta2", "adam_epsilon"), Setting(may_change="never")),
-    "weight_decay": Setting(may_change="never", shared=True),
-    **dict.fromkeys(("seed", "data_seed", "max_grad_norm", "bf16", "fp16"), Setting(shared=True)),
+    "weight_decay": Setting(rule=finite(0), may_change="never", shared=True),
+    **dict.fromkeys(("seed", "data_seed", "max_grad_norm"), Setting(rule=at_least(0), shared=True)),
+    **dict.fromkeys(("bf16", "fp16"), Setting(shared=True)),
     "save_total_limit": Setting(
         rule=at_least(2, "a crash while saving could leave no checkpoint"), may_change="always"
     ),

@@ -98,7 +98,8 @@ def num_steps(args: Any, prompts: Any) -> int:
     """Optimizer steps of a run over `prompts`, as `transformers.Trainer` counts them; a stream needs `max_steps`."""
     if args.max_steps > 0:
         return int(args.max_steps)
-    batches = math.ceil(len(prompts) / (args.per_device_train_batch_size * args.world_size))
+    batches = len(prompts) / (args.per_device_train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
 

@@ -22,8 +22,8 @@ def visible(text: str) -> Text:
 
 def wide_console() -> Console:
     """On stdout; where that is neither a terminal nor a notebook it is as wide as the tables."""
-    console = Console()
-    return console if console.is_terminal or console.is_jupyter else Console(width=PIPE_WIDTH)
+    console = Console(markup=False)
+    return console if console.is_terminal or console.is_jupyter else Console(width=PIPE_WIDTH, markup=False)
 
 
 def narrow_table(title: str, *columns: str, left: int = 1) -> Table:

@@ -115,7 +115,7 @@ def _hint(offered: Mapping[str, list[Any]]) -> str:
 def _call(name: str, function: RewardFunction, arguments: Mapping[str, list[Any]], hint: str = "") -> Any:
     try:
         return function(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would end the command as if all were done
         raise _failure(name, error, hint) from error
 
 
