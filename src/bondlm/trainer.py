@@ -168,12 +168,13 @@ class BONDTrainer(SamplingTrainer):
             model=model,
             args=args,
             data_collator=keep_rows,
-            train_dataset=data.encoded(self.encoder, self.objective.plan.total),
+            train_dataset=data.encoded(self.encoder),
             eval_dataset=data.encoded_for_evaluation(self.encoder),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.objective = objective_of(args, num_logged=data.num_logged)  # scored samples that are too long are left out
         if self.args.should_save:
             note_rendering(Path(str(args.output_dir)), self.encoder.rendering, replace=False)
         check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import CHATML, PROMPTS, prompt_rows, tiny_causal, tiny_tokenizer
-from trainer.helpers import TOKENIZER, low_ids, trainer
+from trainer.helpers import TOKENIZER, config, low_ids, trainer
 
 from bondlm import BONDTrainer
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS
@@ -120,7 +120,7 @@ def test_scored_rows_may_come_in_any_order(tmp_path: Path) -> None:
     assert {json.dumps(row["prompt"]): sorted(row["logged_rewards"]) for row in other} == key
 
 
-def test_what_the_template_looks_at_goes_with_its_prompt() -> None:
+def test_what_the_template_looks_at_goes_with_its_prompt(tmp_path: Path) -> None:
     """Two prompts are the same if the template makes the same of them; an answer ends as the template ends a turn."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML + "{{ mood }}"
@@ -132,7 +132,8 @@ def test_what_the_template_looks_at_goes_with_its_prompt() -> None:
         for i, mood in enumerate(("good", "bad", "good", "bad"))
     ]
     assert samples_per_prompt(Dataset.from_list(rows)) == 2
-    grouped = group_scored(Dataset.from_list(rows), encoder, 2)
+    settings = config(tmp_path, objective="listwise", n=2, anchor="fixed")
+    grouped = group_scored(Dataset.from_list(rows), encoder, settings)
     assert grouped[LOGGED_REWARDS][:] == [[0.0, 2.0], [1.0, 3.0]]
     assert {ids[-1] for group in grouped[LOGGED_IDS] for ids in group} == {2}
     texts = [tokenizer.decode(ids) for ids in encoder.encoded(grouped)[PROMPT_IDS]]
@@ -186,6 +187,39 @@ def test_bad_scored_rows_are_skipped_with_prompts_that_are_short_then(tmp_path: 
         logged_trainer(tmp_path, rows, on_bad_row="skip")
     with pytest.raises(DataError, match="no scored sample"):
         logged_trainer(tmp_path, rows[:2], on_bad_row="skip", max_skipped_frac=1.0)
+
+
+def test_samples_that_a_prompt_with_fewer_leaves_unused_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"question {p}", "completion": f"{j}", "reward": float(j)} for p in range(8) for j in range(8)]
+    uneven = [row for i, row in enumerate(rows) if not 26 <= i < 32]
+    made = logged_trainer(tmp_path, uneven, n=2)
+    assert made.objective.plan.total == 2
+    assert "16 of 58 scored samples are learned from, 2 of each prompt: the prompt 'question 3' has" in caplog.text
+    assert "fewer than 8, 56 would be: remove these, or set num_samples=8" in caplog.text
+    caplog.clear()
+    more = {"num_samples": 8, "on_bad_row": "skip", "max_skipped_frac": 0.1}
+    made = logged_trainer(tmp_path, uneven, n=2, **more)
+    assert [len(group) for group in made.train_dataset[LOGGED_REWARDS]] == [8] * 7
+    assert made.objective.plan.total == 8
+    logged_trainer(tmp_path, rows, n=2)
+    logged_trainer(tmp_path, uneven, n=2, objective="best_of_n_sft")
+    logged_trainer(tmp_path, uneven, n=2, num_samples=2)
+    assert "learned from" not in caplog.text
+
+
+def test_a_sample_too_long_costs_that_sample_and_not_its_prompt(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"question {p}", "completion": "long " * 9 if j == p else f"{j}", "reward": float(j)}
+        for p in range(4)
+        for j in range(8)
+    ]
+    made = logged_trainer(tmp_path, rows, on_bad_row="skip", max_skipped_frac=0.2)
+    assert len(made.drops.skipped_rows) == 4
+    assert made.objective.plan.total == 7
+    assert made.train_dataset[LOGGED_REWARDS][1] == [0.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    made.train()
 
 
 def write_scored(folder: Path, prompting: dict[str, Any] | None, name: str = "scored.jsonl") -> Path:

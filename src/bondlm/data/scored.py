@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from bondlm.config import OFF_POLICY, BONDConfig
+from bondlm.config import OFF_POLICY, BONDConfig, objective_of
 from bondlm.data.columns import DRAWN_IDS, LOGGED_IDS, LOGGED_REWARDS, TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.origin import Origin, check_origin
 from bondlm.data.prompt_encoder import PromptEncoder
@@ -70,7 +70,9 @@ def check_inputs(
 
 
 def samples_per_prompt(dataset: Dataset | None) -> int | None:
-    """How many scored samples every prompt has at least; None if the rows are no scored samples."""
+    """How many scored samples every prompt has at least, grouped or not; None if the rows are no scored samples."""
+    if dataset is not None and LOGGED_IDS in dataset.column_names:
+        return min(map(len, dataset[LOGGED_IDS]))
     if dataset is None or not is_scored(dataset):
         return None
     return min(Counter(_key(row) for row in _rows(dataset)).values())
@@ -100,16 +102,16 @@ def usable_scored(dataset: Dataset, args: BONDConfig, skipped: list[str] | None 
 
 
 def group_scored(
-    dataset: Dataset, encoder: PromptEncoder, num_samples: int, skipped: list[str] | None = None
+    dataset: Dataset, encoder: PromptEncoder, args: BONDConfig, skipped: list[str] | None = None
 ) -> Dataset:
-    """One row per prompt, with its first `num_samples` scored samples (see `usable_scored`).
+    """One row per prompt, with as many of its first scored samples as the objective takes (see `usable_scored`).
 
     Args:
         dataset: rows of `bondlm score`.
         encoder: the policy's. Samples that come with their `token_ids` are learned as they were drawn. Text is encoded
             again, and what ends an answer is put behind each that is not marked `finished: false`.
-        num_samples: what the objective asks for.
-        skipped: takes the reason of each sample that cannot be used, and of each prompt that is short of some then.
+        args: the run's settings.
+        skipped: takes the reason of each sample that cannot be used, and of each prompt that has too few then.
 
     Returns:
         Columns `prompt`, `logged_ids`, `logged_rewards`, and those that the chat template looks at.
@@ -131,20 +133,40 @@ def group_scored(
                 f"max_completion_length is {encoder.max_completion_length}, raise it"
             )
     if skipped is not None:
-        _leave_out_short(groups, {key: row["prompt"] for key, row in first.items()}, num_samples, bad, each=True)
+        _leave_out_short(groups, {key: row["prompt"] for key, row in first.items()}, _least(args), bad, each=True)
     raise_or_note([f"row {i}: {reason}" for i, reason in bad.items()], skipped)
-    kept = {key: rows[:num_samples] for key, rows in groups.items() if rows[0] not in bad}
+    kept = {key: rows for key, rows in groups.items() if rows[0] not in bad}
     if not kept:
         _refuse_all(bad)
+    num_samples = _number_learned(args, {key: len(rows) for key, rows in kept.items()}, first)
     columns = [name for name in ("prompt", *_BESIDE) if name in dataset.column_names]
     rewards = dataset["reward"][:]
     return Dataset.from_dict(
         {
             **{name: [first[key][name] for key in kept] for name in columns},
-            LOGGED_IDS: [[ids_of[i] for i in rows] for rows in kept.values()],
-            LOGGED_REWARDS: [[float(rewards[i]) for i in rows] for rows in kept.values()],
+            LOGGED_IDS: [[ids_of[i] for i in rows[:num_samples]] for rows in kept.values()],
+            LOGGED_REWARDS: [[float(rewards[i]) for i in rows[:num_samples]] for rows in kept.values()],
         }
     )
+
+
+def _number_learned(args: BONDConfig, counts: Mapping[str, int], first: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many samples of each prompt the objective learns from: one that takes all, as many as every prompt has."""
+    least = min(counts.values())
+    number, wanted = (objective_of(args, num_logged=most).plan.total for most in (least, max(counts.values())))
+    if number < wanted:
+        shortest = next(first[key]["prompt"] for key, count in counts.items() if count == least)
+        learned = {most: most * sum(count >= most for count in counts.values()) for most in counts.values()}
+        best = max(learned, key=lambda most: learned[most])
+        more = (
+            f". Without the prompts that have fewer than {best}, {learned[best]} would be: remove these, or set "
+            f"num_samples={best}, on_bad_row='skip' and max_skipped_frac"
+        )
+        _log.warning(
+            "%d of %d scored samples are learned from, %d of each prompt: the prompt %s has no more%s",
+            *(number * len(counts), sum(counts.values()), number, _short(shortest), more if best > number else ""),
+        )
+    return number
 
 
 def _refuse_all(bad: Mapping[int, str]) -> None:

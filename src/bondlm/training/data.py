@@ -47,8 +47,8 @@ class RunData:
         self.num_logged = samples_per_prompt(self.prompts)
         self.drawn = time_of(self._origins)
 
-    def encoded(self, encoder: PromptEncoder, num_samples: int) -> Dataset | PromptStream | None:
-        """The training prompts with their ids, scored ones with their first `num_samples` samples.
+    def encoded(self, encoder: PromptEncoder) -> Dataset | PromptStream | None:
+        """The training prompts with their ids, scored ones with their samples; `num_logged` is then that of these.
 
         Raises:
             ConfigError, DataError: prompts that cannot be used, or too few for a step.
@@ -60,7 +60,8 @@ class RunData:
             return None
         if self._is_scored:
             check_rendering(self._origins, encoder, prompts[0]["prompt"])
-            prompts = self.drops.group(prompts, encoder, num_samples)
+            prompts = self.drops.group(prompts, encoder, self._args)
+            self.num_logged = samples_per_prompt(prompts)
         encoded = self.drops.encode(prompts, encoder)
         _check_number(len(encoded), self._args)
         return encoded

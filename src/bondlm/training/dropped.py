@@ -39,6 +39,7 @@ class DropBudget:
         self._skips_rows = skips_rows
         self._fraction, self._path = fraction, folder / DROPPED_FILE
         self.skipped_rows: list[str] = []
+        self._num_rows = 0
         self.seen = self.dropped = self.left_out = 0
         self._counted = False
 
@@ -67,13 +68,13 @@ class DropBudget:
         """
         return self._without_bad(lambda skipped: usable_scored(scored, args, skipped))
 
-    def group(self, scored: Dataset, encoder: PromptEncoder, num_samples: int) -> Dataset:
+    def group(self, scored: Dataset, encoder: PromptEncoder, args: Any) -> Dataset:
         """One row per prompt, with its scored samples.
 
         Raises:
             DataError: see `group_scored`, or too many bad rows.
         """
-        return self._without_bad(lambda skipped: group_scored(scored, encoder, num_samples, skipped), of=len(scored))
+        return self._without_bad(lambda skipped: group_scored(scored, encoder, args, skipped))
 
     def encode(self, prompts: Dataset, encoder: PromptEncoder) -> Dataset:
         """Encode prompts; those that are too long, or that the chat template refuses, are bad rows like others.
@@ -84,11 +85,13 @@ class DropBudget:
         """
         return self._without_bad(lambda skipped: encoder.encoded(prompts, skipped))
 
-    def _without_bad(self, read: Callable[[list[str] | None], Dataset], of: int | None = None) -> Dataset:
-        """What `read` leaves of the data; `of` is the number of rows, if that is another one than what is left."""
+    def _without_bad(self, read: Callable[[list[str] | None], Dataset]) -> Dataset:
+        """What `read` leaves of the data, whose rows were counted by the first call: grouped samples are fewer rows."""
         skipped = list[str]()
         dataset = read(skipped if self._skips_rows else None)
-        self.note_rows([*self.skipped_rows, *skipped], len(dataset) if of is None else of - len(skipped))
+        self._num_rows = self._num_rows or len(dataset) + len(skipped)
+        found = [*self.skipped_rows, *skipped]
+        self.note_rows(found, self._num_rows - len(found))
         return dataset
 
     def note_rows(self, skipped: Sequence[str], num_good: int) -> None:
