@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import CHATML, PROMPTS, prompt_rows, tiny_causal, tiny_tokenizer
-from trainer.helpers import TOKENIZER, config, low_ids, trainer
+from trainer.helpers import TOKENIZER, config, logged, low_ids, trainer
 
 from bondlm import BONDTrainer
 from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS
@@ -38,12 +38,13 @@ def logged_trainer(tmp_path: Path, rows: Any, **settings: Any) -> BONDTrainer:
 
 def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
     rows = [row | {"finished": i % 2 == 0} for i, row in enumerate(scored_rows(2))]
-    eos = made_ids = None
-    made = logged_trainer(tmp_path, rows)
+    made = logged_trainer(tmp_path, rows, model=tiny_causal(TOKENIZER))
     eos = made.encoder.eos_ids[0]
     made_ids = made.train_dataset["logged_ids"][0]
     assert [ids[-1] == eos for ids in made_ids] == [True, False, True, False]
     assert TOKENIZER.decode(made_ids[0][:-1]) == rows[0]["completion"]
+    made.train()
+    assert {row["completions/clipped_ratio"] for row in logged(tmp_path) if "loss" in row} == {0.5}
 
 
 @pytest.mark.parametrize(

@@ -277,8 +277,14 @@ def _ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
     return ranks_PM.masked_fill(missing_P1, torch.nan)
 
 
-def logged_samples(rows: Sequence[Mapping[str, Any]]) -> Samples:
-    """The scored samples that the rows hold (`bondlm.data.scored`); files keep no log-probabilities, so these are 0."""
-    completions = [[Completion(list(ids), [0.0] * len(ids), finished=True) for ids in row[LOGGED_IDS]] for row in rows]
+def logged_samples(rows: Sequence[Mapping[str, Any]], encoder: PromptEncoder) -> Samples:
+    """The scored samples that the rows hold (`bondlm.data.scored`), those without an end token cut at their budget.
+
+    Files keep no log-probabilities, so these are 0.
+    """
+    completions = []
+    for row in rows:
+        ends = {*encoder.eos_ids, encoder.end_id(row["prompt"])}
+        completions.append([Completion(list(i), [0.0] * len(i), finished=i[-1] in ends) for i in row[LOGGED_IDS]])
     rewards_PM = torch.tensor([row[LOGGED_REWARDS] for row in rows], dtype=torch.float64)
     return Samples.of_rows(rows, completions, rewards_PM, texts=[["" for _ in row] for row in completions])

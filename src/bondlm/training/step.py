@@ -177,7 +177,7 @@ class Step:
     def _samples(self, rows: Sequence[Mapping[str, Any]], seeds: Seeds, positions: Sequence[int]) -> Samples:
         """Logged samples where the data has them, else fresh ones, scored."""
         if LOGGED_IDS in rows[0]:
-            return logged_samples(rows)
+            return logged_samples(rows, self.encoder)
         plan = self.objective.plan
         completions = self.draw(rows, {"policy": plan.policy, "anchor": plan.anchor}, seeds, positions)
         return treat_truncated(self.score(rows, completions, drop=True), self.missing_eos)
