@@ -277,6 +277,18 @@ def test_bad_rows_of_other_sources_are_named_by_index(tmp_path: Path) -> None:
         assert second.startswith(f"{place}row 2: `prompt`")
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_folder_with_a_line_that_is_no_json_is_refused_in_the_words_of_its_reader(
+    tmp_path: Path, held_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / ("test.jsonl" if held_out else "train.jsonl")).write_text('{"prompt": "a"}\n{"prompt": oops}\n')
+    with pytest.raises(DataError, match=r"data: cannot be read: .*JSON parse error"):
+        load_prompts(folder, held_out=held_out)
+
+
 def test_lists_with_surrogates_or_without_rows_are_refused() -> None:
     for row in ({"prompt": "a\udfff"}, {"prompt": "a", "answer": ["\ud800"]}):
         with pytest.raises(DataError, match=r"^row 0: .*surrogate"):

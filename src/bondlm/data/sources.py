@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pyarrow
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from bondlm.data.paths import why_not_loaded
 from bondlm.data.table import unformatted
@@ -120,11 +121,18 @@ def open_name(source: str, *, held_out: bool, streaming: bool = False) -> Any:
                 split = choose_split(datasets.get_dataset_split_names(name, config), source, held_out=True)
             more = {"streaming": True} if streaming else {}
             return datasets.load_dataset(name, config, split=split or "train", **more)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{source}: cannot be read: {why_not_loaded(name, error)}") from error
+        raise DataError(f"{source}: cannot be read: {why_not_loaded(name, cause_of(error))}") from error
     raise DataError(f"{source}: no such file, and not the name of a hub data set.")
+
+
+def cause_of(error: Exception) -> Exception:
+    """What was wrong with the data: `datasets` raises from it an error which says that there was one."""
+    while isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def _split_of(saved: Any, source: str, config: str | None, split: str | None) -> Any:
