@@ -1,14 +1,20 @@
 """Prompts that are read as the run goes: the order, the place that a resume goes on from, and what is refused."""
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
 from tiny import prompt_rows, tiny_causal
 
 from bondlm import BONDTrainer
+from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.data.stream import PromptStream
 from bondlm.errors import ConfigError, DataError
 from trainer.helpers import TOKENIZER, same, trainer, weights
 
@@ -101,6 +107,31 @@ def test_bad_rows_are_met_in_their_turn(tmp_path: Path) -> None:
     skipping.train()
     assert skipping.state.global_step == 5
     assert [reason.split(": ")[0].split(":")[-1] for reason in skipping.drops.skipped_rows] == ["41", "42"]
+
+
+@pytest.mark.parametrize("error", [OSError("connection reset"), DatasetGenerationError("failed"), KeyError("page")])
+def test_a_stream_that_cannot_be_read_on_costs_nothing_that_was_learned(error: Exception, tmp_path: Path) -> None:
+    def rows() -> Iterator[Any]:
+        yield from prompt_rows(40)
+        raise error
+
+    made = streamed(tmp_path, IterableDataset.from_generator(rows), max_steps=20)
+    with pytest.raises(DataError, match=rf"behind row 39 \({type(error).__name__}: .*a run has saved what it learned"):
+        made.train()
+    assert made.state.global_step > 0
+    assert (tmp_path / f"checkpoint-{made.state.global_step}" / "manifest.json").is_file()
+
+
+def test_a_damaged_page_of_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.parquet"
+    rows = [f"question {i} " + "x" * 50 for i in range(6000)]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": rows}), path, row_group_size=2000, compression="none")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 3000] = b"\xff" * 3000
+    path.write_bytes(data)
+    encoder = PromptEncoder.of_model(tiny_causal(TOKENIZER), TOKENIZER, max_completion_length=1)
+    with pytest.raises(DataError, match=r"behind .*prompts\.parquet: row \d+ \("):
+        list(islice(PromptStream(str(path), encoder, lambda skipped, good: None, skips_rows=False), 6000))
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from bondlm.data.files import LINES, files_of, json_lines, suffix_of
 from bondlm.data.paths import expanded
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.rows import Line, RowCheck, check_columns, with_text
-from bondlm.data.sources import choose_split, open_name
+from bondlm.data.sources import cause_of, choose_split, open_name
 from bondlm.data.table import is_flat
-from bondlm.errors import ConfigError, DataError
+from bondlm.errors import BondError, ConfigError, DataError
 
 CHUNK = 32  # rows that are encoded together; those of the first one say which columns there are
 _KEPT = 1 << 16  # places of which the digest is known
@@ -73,7 +73,7 @@ class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._digests.clear()
         for number in count():
             before = position
-            lines, check = self._read(number), RowCheck(token_ids=self._takes_ids, typed=self._typed)
+            lines, check = _readable(self._read(number)), RowCheck(token_ids=self._takes_ids, typed=self._typed)
             while chunk := list(islice(lines, CHUNK)):
                 rows = self._encoded(chunk, check, skipped)
                 self._note(skipped, position + len(rows))
@@ -152,6 +152,27 @@ def _reader(source: Any) -> tuple[Callable[[int], Iterator[Line]], bool]:
         return (Line(f"row {i}", row) for i, row in enumerate(plain))
 
     return read, True
+
+
+def _readable(lines: Iterator[Line]) -> Iterator[Line]:
+    """The lines; whatever fails in reading them is an error of the data: the run pauses for it, and saves.
+
+    Raises:
+        DataError: they cannot be read to the end.
+    """
+    place = None
+    try:
+        for line in lines:
+            yield line
+            place = line.place
+    except BondError:
+        raise
+    except Exception as error:
+        where, cause = "at its beginning" if place is None else f"behind {place}", cause_of(error)
+        raise DataError(
+            f"train_dataset: the stream cannot be read {where} ({type(cause).__name__}: {cause}). Correct the data or "
+            "the connection; a run has saved what it learned"
+        ) from error
 
 
 def _lines(path: str) -> Iterator[Line]:
