@@ -9,10 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from tiny import prompt_rows
+from tiny import prompt_rows, tiny_causal, tiny_tokenizer
+from trainer.helpers import config as settings_of
 
+from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts, overlap
 from bondlm.errors import DataError
+from bondlm.training.dropped import DropBudget
 
 Write = Callable[..., Path]
 
@@ -275,6 +278,26 @@ def test_bad_rows_of_other_sources_are_named_by_index(tmp_path: Path) -> None:
         place = f"{source}: " if str(source).endswith(".parquet") else ""
         assert first.startswith(f"{place}row 1: empty")
         assert second.startswith(f"{place}row 2: `prompt`")
+
+
+def test_rows_that_cannot_be_encoded_are_named_where_they_stand(write: Write, tmp_path: Path) -> None:
+    """Also behind bad rows that are left out, in another file, and where several rows are one prompt's samples."""
+    tokenizer = tiny_tokenizer()
+    encoder = PromptEncoder.of_model(tiny_causal(tokenizer), tokenizer, max_completion_length=8)
+    first = write("bad\n" * 5 + lines({"prompt": "a"}), "a.jsonl")
+    second = write(lines({"prompt": "b"}) + "\n" + lines({"prompt": "word " * 300}), "b.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl:3: \d+ tokens"):
+        encoder.encoded([str(second)])
+    budget = DropBudget(0.9, tmp_path, skips_rows=True)
+    assert len(budget.encode(budget.load([str(first), str(second)]), encoder)) == 2
+    assert budget.skipped_rows[-1].startswith(f"{second}:3: ")
+    samples = [{"prompt": p * n, "completion": c, "reward": 1.0} for p, n in (("q ", 1), ("z ", 300)) for c in "abc"]
+    samples[1] |= {"reward": None}
+    settings = settings_of(tmp_path, objective="listwise", n=2, anchor="fixed")
+    budget = DropBudget(0.9, tmp_path, skips_rows=True)
+    usable = budget.usable(budget.load(str(write("\n" + lines(*samples), "scored.jsonl"))), settings)
+    assert len(budget.encode(budget.group(usable, encoder, settings), encoder)) == 1
+    assert [reason.split(": ")[0].rpartition(":")[2] for reason in budget.skipped_rows] == ["3", "5"]
 
 
 @pytest.mark.parametrize("held_out", [False, True])

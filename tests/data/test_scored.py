@@ -102,7 +102,7 @@ def test_bad_scored_rows_are_refused_before_a_model_is_loaded(
     rows[5] |= change
     path = tmp_path / "scored.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"^row 5: "):
+    with pytest.raises(DataError, match=r"scored\.jsonl:6: "):
         logged_trainer(tmp_path, str(path))
     for settings, name in (
         ({"anchor": "ema"}, "anchor='ema'"),
@@ -134,7 +134,7 @@ def test_what_the_template_looks_at_goes_with_its_prompt(tmp_path: Path) -> None
     ]
     assert samples_per_prompt(Dataset.from_list(rows)) == 2
     settings = config(tmp_path, objective="listwise", n=2, anchor="fixed")
-    grouped = group_scored(Dataset.from_list(rows), encoder, settings)
+    grouped = group_scored(Dataset.from_list(rows), encoder, settings, [f"row {i}" for i in range(4)])
     assert grouped[LOGGED_REWARDS][:] == [[0.0, 2.0], [1.0, 3.0]]
     assert {ids[-1] for group in grouped[LOGGED_IDS] for ids in group} == {2}
     texts = [tokenizer.decode(ids) for ids in encoder.encoded(grouped)[PROMPT_IDS]]

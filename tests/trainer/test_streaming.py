@@ -134,6 +134,13 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path: Path) -> None:
         list(islice(PromptStream(str(path), encoder, lambda skipped, good: None, skips_rows=False), 6000))
 
 
+def test_a_row_of_a_stream_that_cannot_be_encoded_is_named_by_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": "word " * 300} if i == 70 else {"prompt": f"question {i}"} for i in range(80)])
+    encoder = PromptEncoder.of_model(tiny_causal(TOKENIZER), TOKENIZER, max_completion_length=1)
+    with pytest.raises(DataError, match=r"prompts\.jsonl:71: \d+ tokens"):
+        list(islice(PromptStream(path, encoder, lambda skipped, good: None, skips_rows=False), 80))
+
+
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bondlm.data.chat_templates import strings
@@ -25,8 +25,8 @@ _BRACKETED = re.compile(r"[<\[].+[>\]]")
 class Problems:
     """Rows that cannot be used: refused together, or noted and left out."""
 
-    def __init__(self, skipped: dict[int, str] | None) -> None:
-        self._noted = skipped
+    def __init__(self, skipped: dict[int, str] | None, where: Callable[[int], str]) -> None:
+        self._noted, self._where = skipped, where
         self.skipped = {} if skipped is None else skipped
 
     def found(self, reasons: Mapping[int, str], summary: str) -> None:
@@ -35,7 +35,11 @@ class Problems:
         if self._noted is not None:
             self.skipped |= {row: f"{reason} ({summary.partition('.')[0]})" for row, reason in new.items()}
         elif new:
-            raise DataError(f"{summary}\n{listed([f'row {row}: {reason}' for row, reason in new.items()], 'rows')}")
+            raise DataError(f"{summary}\n{listed(_placed(new, self._where), 'rows')}")
+
+
+def _placed(reasons: Mapping[int, str], where: Callable[[int], str]) -> list[str]:
+    return [f"{where(row)}: {reason}" for row, reason in reasons.items()]
 
 
 def refuse_special_tokens(

@@ -1,7 +1,7 @@
 """Between text and token ids for one model: its tokenizer, its end-of-sequence ids, its limits."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -60,8 +60,11 @@ class PromptEncoder:
         prompts: Sequence[Prompt],
         beside: Sequence[Mapping[str, Any]] | None = None,
         skipped: dict[int, str] | None = None,
+        where: Callable[[int], str] = "row {}".format,
     ) -> list[list[int]]:
         """Token ids of each prompt; `beside` are their rows, `skipped` takes the reason of each that cannot be used.
+
+        `where` is what a row is called in messages, by its number.
 
         Raises:
             ConfigError, DataError: see `encode_prompts`; or a token that the model does not know.
@@ -69,9 +72,9 @@ class PromptEncoder:
         if prompts:
             self._say_how(prompts[0])
         limits = length_limits(self.config, self.max_prompt_length, self.max_completion_length, self.truncate_prompt)
-        how: dict[str, Any] = {"rendering": self.rendering, "beside": beside, "skipped": skipped}
+        how: dict[str, Any] = {"rendering": self.rendering, "beside": beside, "skipped": skipped, "where": where}
         ids = encode_prompts(prompts, self.tokenizer, **limits, **how)
-        check_ids(ids, self.sizes.prompt, self.tokenizer, "prompts")
+        check_ids(ids, self.sizes.prompt, self.tokenizer, "prompts", where)
         return ids
 
     def encoded(self, source: Any, skipped: list[str] | None = None, *, held_out: bool = False) -> Dataset:
@@ -80,12 +83,21 @@ class PromptEncoder:
         Rows that cannot be used are left out if `skipped` takes their reasons. Prompts given as token ids become text.
         `held_out` prompts come from the split that is not for training.
         """
-        prompts = load_prompts(source, held_out=held_out, token_ids=self.rendering.prompt_format == "rendered")
+        places: list[str] = []
+        takes_ids = self.rendering.prompt_format == "rendered"
+        prompts = load_prompts(source, held_out=held_out, token_ids=takes_ids, places=places)
+        return self.with_ids(prompts, skipped, places.__getitem__)
+
+    def with_ids(
+        self, prompts: Dataset, skipped: list[str] | None = None, where: Callable[[int], str] = "row {}".format
+    ) -> Dataset:
+        """The same of prompts that are loaded; `where` is what a row is called in messages, by its number."""
         bad: dict[int, str] | None = None if skipped is None else {}
         columns = [name for name in (TOOLS, TEMPLATE_VARIABLES) if name in prompts.column_names]
-        ids = self.encode(prompts["prompt"][:], list(prompts.select_columns(columns)) if columns else None, bad)
+        beside = list(prompts.select_columns(columns)) if columns else None
+        ids = self.encode(prompts["prompt"][:], beside, bad, where)
         if bad and skipped is not None:
-            skipped += [f"row {row}: {reason}" for row, reason in sorted(bad.items())]
+            skipped += [f"{where(row)}: {reason}" for row, reason in sorted(bad.items())]
             good = [row for row in range(len(ids)) if row not in bad]
             if not good:
                 raise DataError(f"no row can be used:\n{listed(skipped, 'rows')}")

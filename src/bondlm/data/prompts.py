@@ -24,7 +24,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_prompts(
-    source: Any, *, held_out: bool = False, skipped: list[str] | None = None, token_ids: bool = False
+    source: Any,
+    *,
+    held_out: bool = False,
+    skipped: list[str] | None = None,
+    token_ids: bool = False,
+    places: list[str] | None = None,
 ) -> Dataset:
     """Read a prompt data set and check every row.
 
@@ -35,6 +40,7 @@ def load_prompts(
         held_out: Whether the prompts are for an evaluation: of several splits the one that is not `train`.
         skipped: A list that takes the reason of each bad row, which is then left out; None refuses bad rows.
         token_ids: Whether prompts may be lists of token ids.
+        places: A list that takes the place of each row that is returned.
 
     Returns:
         The data set with its columns as they are, but for messages whose content is a list of parts: their text is
@@ -45,26 +51,29 @@ def load_prompts(
             `path: row i` or `row i`, counted from 0), mixes standard and conversational prompts, or has a reserved
             column or none that is called `prompt`.
     """
+    kept: list[str] = [] if places is None else places
+    check = RowCheck(token_ids=token_ids)
     source = read_whole(source) if held_out else source
     files = files_of(source)
     if files is not None and suffix_of(files[0]) not in JSON:
-        return _load_tables(files, skipped, token_ids)
+        return _load_tables(files, skipped, check, kept)
     if files is not None or (isinstance(source, Sequence) and not isinstance(source, str)):
         name = "the list of rows" if files is None else ", ".join(files)
         rows = json_rows(files) if files else (Line(f"row {i}", row) for i, row in enumerate(source))
         lines = list(rows)
-        good = good_rows(lines, RowCheck(token_ids=token_ids), name, skipped)
+        good = good_rows(lines, check, name, skipped)
+        kept += [lines[i].place for i in good]
         return to_dataset([lines[i].row for i in good], name)
     if isinstance(source, str | Path):
         source = expanded(str(source))
     dataset = open_source(source, held_out=held_out)
     name = source if isinstance(source, str) else "the data set"
-    places = [f"row {i}" for i in range(len(dataset))]
-    return _checked(dataset, name, places, skipped, RowCheck(token_ids=token_ids, typed=True))
+    kept += (f"row {i}" for i in range(len(dataset)))
+    return _checked(dataset, name, kept, skipped, check)
 
 
-def _load_tables(files: Sequence[str], skipped: list[str] | None, token_ids: bool) -> Dataset:
-    parts, odd, places = [], list[Line](), list[str]()
+def _load_tables(files: Sequence[str], skipped: list[str] | None, check: RowCheck, places: list[str]) -> Dataset:
+    parts, odd = [], list[Line]()
     for path in files:
         table, own = read_table(path)
         check_columns(table.column_names, path)
@@ -77,22 +86,24 @@ def _load_tables(files: Sequence[str], skipped: list[str] | None, token_ids: boo
         dataset = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     except ValueError as error:
         raise DataError(f"{', '.join(files)}: columns of one name must have one type in all files: {error}") from error
-    return _checked(dataset, ", ".join(files), places, skipped, RowCheck(token_ids=token_ids, typed=True), odd)
+    return _checked(dataset, ", ".join(files), places, skipped, check, odd)
 
 
 def _checked(
     dataset: Dataset,
     name: str,
-    places: Sequence[str],
+    places: list[str],
     skipped: list[str] | None,
     check: RowCheck,
     odd: Sequence[Line] = (),
 ) -> Dataset:
-    """The good rows of a table; `odd` are lines that did not get into it."""
+    """The good rows of a table, to which `places` are cut down; `odd` are lines that did not get into it."""
     check_columns(dataset.column_names, name)
+    check.typed = True
     # The other columns may hold images or long answers, and no check looks at them.
     looked_at = dataset.select_columns([column for column in ("prompt", "id") if column in dataset.column_names])
     good = good_rows(chain(map(Line, places, looked_at), odd), check, name, skipped)
+    places[:] = [places[i] for i in good]
     return with_text_contents(dataset if len(good) == len(dataset) else dataset.select(good))
 
 

@@ -78,8 +78,10 @@ def samples_per_prompt(dataset: Dataset | None) -> int | None:
     return min(Counter(_key(row) for row in _rows(dataset)).values())
 
 
-def usable_scored(dataset: Dataset, args: BONDConfig, skipped: list[str] | None = None) -> Dataset:
+def usable_scored(dataset: Dataset, args: BONDConfig, places: list[str], skipped: list[str] | None = None) -> Dataset:
     """The scored samples without bad ones, and without prompts that have too few.
+
+    `places` says where each row stands, and is cut down to the rows that are left.
 
     Raises:
         DataError: there are some, and `skipped` does not take their reasons.
@@ -94,15 +96,21 @@ def usable_scored(dataset: Dataset, args: BONDConfig, skipped: list[str] | None 
         groups.setdefault(key := _key(row), []).append(i)
         prompts.setdefault(key, row["prompt"])
     _leave_out_short(groups, prompts, _least(args), bad, each=skipped is not None)
-    raise_or_note([f"row {i}: {reason}" for i, reason in bad.items()], skipped)
-    good = [i for rows in groups.values() for i in rows if i not in bad]
+    problems = [f"{places[i]}: {reason}" for i, reason in bad.items()]
+    raise_or_note(problems, skipped)
+    good = sorted(i for rows in groups.values() for i in rows if i not in bad)
     if not good:
-        _refuse_all(bad)
-    return dataset.select(sorted(good)) if bad else dataset
+        _refuse_all(problems)
+    places[:] = [places[i] for i in good]
+    return dataset.select(good) if bad else dataset
 
 
 def group_scored(
-    dataset: Dataset, encoder: PromptEncoder, args: BONDConfig, skipped: list[str] | None = None
+    dataset: Dataset,
+    encoder: PromptEncoder,
+    args: BONDConfig,
+    places: list[str],
+    skipped: list[str] | None = None,
 ) -> Dataset:
     """One row per prompt, with as many of its first scored samples as the objective takes (see `usable_scored`).
 
@@ -111,6 +119,7 @@ def group_scored(
         encoder: the policy's. Samples that come with their `token_ids` are learned as they were drawn. Text is encoded
             again, and what ends an answer is put behind each that is not marked `finished: false`.
         args: the run's settings.
+        places: where each row stands, for messages; afterwards, where the first sample of each prompt does.
         skipped: takes the reason of each sample that cannot be used, and of each prompt that has too few then.
 
     Returns:
@@ -134,10 +143,12 @@ def group_scored(
             )
     if skipped is not None:
         _leave_out_short(groups, {key: row["prompt"] for key, row in first.items()}, _least(args), bad, each=True)
-    raise_or_note([f"row {i}: {reason}" for i, reason in bad.items()], skipped)
+    problems = [f"{places[i]}: {reason}" for i, reason in bad.items()]
+    raise_or_note(problems, skipped)
     kept = {key: rows for key, rows in groups.items() if rows[0] not in bad}
     if not kept:
-        _refuse_all(bad)
+        _refuse_all(problems)
+    places[:] = [places[rows[0]] for rows in kept.values()]
     num_samples = _number_learned(args, {key: len(rows) for key, rows in kept.items()}, first)
     columns = [name for name in ("prompt", *_BESIDE) if name in dataset.column_names]
     rewards = dataset["reward"][:]
@@ -169,8 +180,8 @@ def _number_learned(args: BONDConfig, counts: Mapping[str, int], first: Mapping[
     return number
 
 
-def _refuse_all(bad: Mapping[int, str]) -> None:
-    raise DataError("no scored sample can be used:\n" + listed([f"row {i}: {r}" for i, r in bad.items()], "rows"))
+def _refuse_all(problems: Sequence[str]) -> None:
+    raise DataError("no scored sample can be used:\n" + listed(problems, "rows"))
 
 
 def _ids_of_samples(dataset: Dataset, encoder: PromptEncoder) -> list[list[int]]:

@@ -108,7 +108,7 @@ class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         beside = [{name: line.row.get(name) for name in (TOOLS, TEMPLATE_VARIABLES)} for line in good]
         if bad and not self._skips:
             raise DataError("\n".join(bad))
-        ids = self._encoder.encode(prompts, beside, found if self._skips else None)
+        ids = self._encoder.encode(prompts, beside, found if self._skips else None, lambda i: good[i].place)
         skipped += [*bad, *(f"{good[i].place}: {reason}" for i, reason in sorted(found.items()))]
         return [self._row(good[i].row, ids[i]) for i in range(len(good)) if i not in found]
 

@@ -7,7 +7,7 @@ learns on the sampled ids themselves. Masks follow from lengths, so the padding 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,7 @@ def encode_prompts(
     rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
     beside: Sequence[Mapping[str, Any]] | None = None,
     skipped: dict[int, str] | None = None,
+    where: Callable[[int], str] = "row {}".format,
 ) -> list[list[int]]:
     """Turn prompts into token ids, whole: a prompt that does not fit is refused, or cut only where that is asked for.
 
@@ -127,6 +128,7 @@ def encode_prompts(
         rendering: What is done with text, and what the template is told.
         beside: The rows of the prompts, whose columns `tools` and `chat_template_kwargs` the template looks at.
         skipped: Takes the reason of each row that cannot be used, whose ids are then empty; None refuses such rows.
+        where: What a row is called in messages, by its number.
 
     Returns:
         The ids of each prompt, in order.
@@ -145,22 +147,23 @@ def encode_prompts(
             "token ids would cut the template's markers and roles with them. Leave out whole messages in the data "
             "instead, or set prompt_format='plain' if they are text that this model is to continue"
         )
-    problems = Problems(skipped)
+    problems = Problems(skipped, where)
     extras = _extras(beside, len(prompts), problems)
     template = ""
     if kind == "chat":
         template = template_source(tokenizer)
-        _refuse_unread(tokenizer, rendering, extras)
+        _refuse_unread(tokenizer, rendering, extras, where)
     else:
-        _refuse_unused(kind, rendering, extras)
+        _refuse_unused(kind, rendering, extras, where)
     if not allow_special_tokens_in_text and kind in ("chat", "plain"):
         refuse_special_tokens(prompts, extras, tokenizer, template, problems)
-    ids = _encoded(kind, prompts, tokenizer, rendering, extras, keep_eos=is_encoder_decoder, problems=problems)
+    how: dict[str, Any] = {"keep_eos": is_encoder_decoder, "problems": problems, "where": where}
+    ids = _encoded(kind, prompts, tokenizer, rendering, extras, **how)
     if kind != "ids":
         ids = [_single_bos(row, tokenizer.bos_token_id) for row in ids]
     room = 0 if is_encoder_decoder else max_completion_length
     if truncate_prompt == "left":
-        ids = _cut_left(ids, _longest(max_prompt_length, context_length, room), tokenizer.bos_token_id)
+        ids = _cut_left(ids, _longest(max_prompt_length, context_length, room), tokenizer.bos_token_id, where)
     _refuse_bad_lengths(ids, max_prompt_length, context_length, room, problems)
     return [[] if row in problems.skipped else own for row, own in enumerate(ids)]
 
@@ -176,22 +179,24 @@ def _extras(beside: Sequence[Mapping[str, Any]] | None, count: int, problems: Pr
     return extras
 
 
-def _refuse_unread(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, extras: Sequence[Beside]) -> None:
+def _refuse_unread(
+    tokenizer: PreTrainedTokenizerBase, rendering: Rendering, extras: Sequence[Beside], where: Callable[[int], str]
+) -> None:
     """Refuse what is said to a template that does not look at it."""
     for place, asked in (
         ("", Beside(variables=rendering.variables)),
-        *((f"row {i}: ", e) for i, e in enumerate(extras)),
+        *((f"{where(i)}: ", e) for i, e in enumerate(extras) if e),
     ):
         problem = unknown_variable(template_source(tokenizer, asked.tools), asked) if asked else None
         if problem is not None:
             raise ConfigError(place + problem)
 
 
-def _refuse_unused(kind: str, rendering: Rendering, extras: Sequence[Beside]) -> None:
+def _refuse_unused(kind: str, rendering: Rendering, extras: Sequence[Beside], where: Callable[[int], str]) -> None:
     named = "chat_template_kwargs" if rendering.variables else None
     row = next((i for i, extra in enumerate(extras) if extra), None)
     if named is None and row is not None:
-        named = f"row {row}: the column {'tools' if extras[row].tools else 'chat_template_kwargs'}"
+        named = f"{where(row)}: the column {'tools' if extras[row].tools else 'chat_template_kwargs'}"
     if named is not None:
         raise ConfigError(
             f"{named} is for a chat template, and these prompts are not rendered with one ({kind}): remove it, rename "
@@ -208,6 +213,7 @@ def _encoded(
     *,
     keep_eos: bool,
     problems: Problems,
+    where: Callable[[int], str],
 ) -> list[list[int]]:
     """Token ids of prompts of one kind, before anything is looked at; rows that the template refuses have none."""
     if kind == "ids":
@@ -222,7 +228,8 @@ def _encoded(
         texts = list(chunk)
         if kind == "chat":
             rows = range(start, start + len(chunk))
-            texts = [_rendered(as_chat(prompts[row]), tokenizer, rendering, extras[row], row, refused) for row in rows]
+            chats = {row: as_chat(prompts[row]) for row in rows}
+            texts = [_rendered(chats[i], tokenizer, rendering, extras[i], i, refused, where) for i in rows]
         ids += plain_ids(texts, tokenizer, add_special_tokens=False)  # the template has written them
     problems.found(refused, "the chat template refuses these prompts. Change the messages or the template:")
     return ids
@@ -235,12 +242,13 @@ def _rendered(
     extra: Beside,
     row: int,
     refused: dict[int, str],
+    where: Callable[[int], str],
 ) -> str:
     """A conversation as text; why the template refuses it goes to `refused`."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
-        return rendering.render(chat, tokenizer, extra, f"row {row}")
+        return rendering.render(chat, tokenizer, extra, where(row))
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"the tokenizer's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
@@ -318,7 +326,9 @@ def _longest(max_prompt_length: int | None, context_length: int | None, completi
     return min((limit for limit in (max_prompt_length, room) if limit is not None), default=None)
 
 
-def _cut_left(ids: list[list[int]], limit: int | None, bos_id: int | None) -> list[list[int]]:
+def _cut_left(
+    ids: list[list[int]], limit: int | None, bos_id: int | None, where: Callable[[int], str]
+) -> list[list[int]]:
     """The last `limit` tokens of longer prompts; a BOS stays, because a model has seen no text without it."""
     too_long = [row for row, own in enumerate(ids) if limit is not None and 0 < limit < len(own)]
     if limit is None or not too_long:
@@ -329,8 +339,8 @@ def _cut_left(ids: list[list[int]], limit: int | None, bos_id: int | None) -> li
         ids[row] = [*head, *ids[row][len(ids[row]) - limit + len(head) :]]
     _log.warning(
         "%d of %d prompts are longer than %d tokens (the longest has %d): their beginning is left out "
-        "(truncate_prompt='left'), the first is row %d",
-        *(len(too_long), len(ids), limit, most, too_long[0]),
+        "(truncate_prompt='left'), the first is %s",
+        *(len(too_long), len(ids), limit, most, where(too_long[0])),
     )
     return ids
 

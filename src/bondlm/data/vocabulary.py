@@ -1,6 +1,6 @@
 """Whether a tokenizer's ids, a model's embedding and its head fit together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,13 @@ def check_vocabulary(model: Any, tokenizer: Any, eos_ids: Sequence[int]) -> Size
     return sizes
 
 
-def check_ids(rows: Sequence[Sequence[int]], size: int | None, tokenizer: Any, what: str) -> None:
+def check_ids(
+    rows: Sequence[Sequence[int]],
+    size: int | None,
+    tokenizer: Any,
+    what: str,
+    where: Callable[[int], str] = "row {}".format,
+) -> None:
     """Refuse rows of token ids that the model has no embedding for.
 
     Raises:
@@ -68,7 +74,7 @@ def check_ids(rows: Sequence[Sequence[int]], size: int | None, tokenizer: Any, w
     for i, ids in enumerate(rows):
         beyond = next((token_id for token_id in ids if token_id < 0 or (size is not None and token_id >= size)), None)
         if beyond is not None:
-            problems.append(f"row {i}: {_name(beyond, tokenizer)}")
+            problems.append(f"{where(i)}: {_name(beyond, tokenizer)}")
     if problems:
         raise DataError(
             f"{what} hold tokens that are not among the {size} that the model knows: {_advice(tokenizer)}\n"

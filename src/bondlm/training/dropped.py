@@ -40,6 +40,7 @@ class DropBudget:
         self._fraction, self._path = fraction, folder / DROPPED_FILE
         self.skipped_rows: list[str] = []
         self._num_rows = 0
+        self._places: list[str] = []  # of the rows that are left, until they are encoded
         self.seen = self.dropped = self.left_out = 0
         self._counted = False
 
@@ -58,7 +59,9 @@ class DropBudget:
         Raises:
             DataError: prompts that cannot be used, or too many bad rows.
         """
-        return self._without_bad(lambda skipped: load_prompts(source, skipped=skipped, token_ids=token_ids))
+        return self._without_bad(
+            lambda skipped: load_prompts(source, skipped=skipped, token_ids=token_ids, places=self._places)
+        )
 
     def usable(self, scored: Dataset, args: Any) -> Dataset:
         """Scored samples that can be used, of prompts that have enough of them.
@@ -66,7 +69,7 @@ class DropBudget:
         Raises:
             DataError: see `usable_scored`, or too many bad rows.
         """
-        return self._without_bad(lambda skipped: usable_scored(scored, args, skipped))
+        return self._without_bad(lambda skipped: usable_scored(scored, args, self._places, skipped))
 
     def group(self, scored: Dataset, encoder: PromptEncoder, args: Any) -> Dataset:
         """One row per prompt, with its scored samples.
@@ -74,7 +77,7 @@ class DropBudget:
         Raises:
             DataError: see `group_scored`, or too many bad rows.
         """
-        return self._without_bad(lambda skipped: group_scored(scored, encoder, args, skipped))
+        return self._without_bad(lambda skipped: group_scored(scored, encoder, args, self._places, skipped))
 
     def encode(self, prompts: Dataset, encoder: PromptEncoder) -> Dataset:
         """Encode prompts; those that are too long, or that the chat template refuses, are bad rows like others.
@@ -83,7 +86,8 @@ class DropBudget:
             ConfigError: the tokenizer or the settings do not fit.
             DataError: prompts that cannot be used, or too many bad rows.
         """
-        return self._without_bad(lambda skipped: encoder.encoded(prompts, skipped))
+        where, self._places = self._places.__getitem__, []
+        return self._without_bad(lambda skipped: encoder.with_ids(prompts, skipped, where))
 
     def _without_bad(self, read: Callable[[list[str] | None], Dataset]) -> Dataset:
         """What `read` leaves of the data, whose rows were counted by the first call: grouped samples are fewer rows."""
