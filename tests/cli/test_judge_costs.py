@@ -19,8 +19,9 @@ def numbers(text: str, pattern: str) -> list[int]:
     return [int(number) for number in found]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 def test_the_cost_is_said_before_the_run_and_right_after_it(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    streaming: bool, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 6, "learning_rate": 1e-2}
@@ -28,7 +29,7 @@ def test_the_cost_is_said_before_the_run_and_right_after_it(
     options |= {"eval_num_samples": 2, "eval_num_reference_samples": 4, "max_completion_length": 8}
     with judging(by_scalar) as server:
         spec = server.spec(rounds=2, key="MY_KEY", cache=tmp_path / "cache")
-        config = write_job(tmp_path, **options, reward_funcs=spec)
+        config = write_job(tmp_path, **options, reward_funcs=spec, streaming=streaming)
         assert main(["train", "--config", str(config)]) == 0
         shown = capsys.readouterr().out
         calls, spent = len(server.requests), server.spent

@@ -1,7 +1,8 @@
 """What judges cost: said before a run, from a few questions that are really asked, and counted after it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -59,8 +60,8 @@ def expected_costs(trainer: Any, first_step: int, last_step: int) -> dict[str, t
     """
     if not judges_of(trainer.rewards):
         return {}
-    count, total = min(PROBED, len(trainer.train_dataset)), trainer.objective.plan.total
-    rows = trainer.train_dataset.select(range(count)).to_list()
+    rows = list(islice(trainer.train_dataset, PROBED))
+    count, total = len(rows), trainer.objective.plan.total
     samples = trainer.sample(rows, "policy", total, drop=True)  # a prompt without a ranking is the run's to count
     length = sum(len(text) for texts in samples.texts for text in texts) / (count * total)
     prompts = _prompts(trainer, last_step) - _prompts(trainer, first_step)
@@ -81,8 +82,11 @@ def expected_costs(trainer: Any, first_step: int, last_step: int) -> dict[str, t
 
 def _prompts(trainer: Any, step: int) -> float:
     """Training prompts of this process up to a step; the last step of an epoch may have fewer than others."""
-    args, rows = trainer.args, len(trainer.train_dataset)
+    args = trainer.args
     each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if not isinstance(trainer.train_dataset, Sized):  # a stream has no end, and one process
+        return float(step * each)
+    rows = len(trainer.train_dataset)
     steps = -(-rows // each)
     whole, rest = divmod(step, steps)
     return float(whole * rows + min(rows, rest * each)) / float(args.world_size)
