@@ -12,9 +12,12 @@ from datasets import Dataset, DatasetDict
 from tiny import prompt_rows, tiny_causal, tiny_tokenizer
 from trainer.helpers import config as settings_of
 
+from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS, PROMPT_ROW
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts, overlap
+from bondlm.data.rows import RESERVED
 from bondlm.errors import DataError
+from bondlm.rewards.extras import NAMES
 from bondlm.training.dropped import DropBudget
 
 Write = Callable[..., Path]
@@ -175,7 +178,15 @@ def test_empty_files_are_refused(write: Write, content: bytes) -> None:
         load_prompts(path)
 
 
-@pytest.mark.parametrize("column", ["completions", "prompts", "completion_ids", "truncated"])
+def test_names_that_bondlm_gives_to_columns_and_arguments_are_reserved() -> None:
+    own = {PROMPT_IDS, PROMPT_ROW, LOGGED_IDS, LOGGED_REWARDS, *NAMES}
+    assert own | {"prompts", "completions", "completion_ids", "truncated"} == set(RESERVED)
+    messages = [chat(("user", [{"type": "text", "text": "hi"}]))]
+    loaded = load_prompts(Dataset.from_dict({"prompt": messages, "other_prompt": ["x"]}))
+    assert list(loaded) == [{"prompt": chat(("user", "hi")), "other_prompt": "x"}]
+
+
+@pytest.mark.parametrize("column", RESERVED)
 def test_columns_that_collide_with_reward_arguments_are_refused(write: Write, column: str) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b", column: 1}]
     for source in (write(lines(*rows)), rows, Dataset.from_list([rows[1]])):

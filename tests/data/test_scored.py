@@ -137,7 +137,7 @@ def test_what_the_template_looks_at_goes_with_its_prompt(tmp_path: Path) -> None
     grouped = group_scored(Dataset.from_list(rows), encoder, settings, [f"row {i}" for i in range(4)])
     assert grouped[LOGGED_REWARDS][:] == [[0.0, 2.0], [1.0, 3.0]]
     assert {ids[-1] for group in grouped[LOGGED_IDS] for ids in group} == {2}
-    texts = [tokenizer.decode(ids) for ids in encoder.encoded(grouped)[PROMPT_IDS]]
+    texts = [tokenizer.decode(ids) for ids in encoder.with_ids(grouped)[PROMPT_IDS]]
     assert [text.rpartition("\n")[2] for text in texts] == ["good", "bad"]
 
 

@@ -8,12 +8,16 @@ from numbers import Number
 from typing import Any, NamedTuple
 
 from bondlm.data.chat_templates import joined_text
+from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS, PROMPT_ROW
 from bondlm.data.rendering import is_token_ids
 from bondlm.errors import DataError, listed
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# Reward functions get these as arguments of their own, beside the columns of the data set.
-_RESERVED = ("prompts", "completions", "completion_ids", "truncated")
+# Arguments that reward functions get beside the columns of the data set, and bondlm's own columns.
+RESERVED = (
+    *("prompts", "completions", "completion_ids", "truncated", "trainer_state", "log_extra", "log_metric"),
+    *(PROMPT_IDS, PROMPT_ROW, LOGGED_IDS, LOGGED_REWARDS),
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INT64, _TOO_LARGE = range(-(2**63), 2**63), "an integer beyond 64 bits"
 
@@ -107,7 +111,7 @@ def raise_or_note(problems: Sequence[str], skipped: list[str] | None) -> None:
 
 
 def check_columns(columns: Iterable[str], name: str, *, typed: bool = True) -> None:
-    """Refuse columns that the rewards could not tell from bondlm's own; a table (`typed`) needs a prompt, too.
+    """Refuse columns that could not be told from bondlm's own; a table (`typed`) needs a prompt, too.
 
     Raises:
         DataError: see above.
@@ -115,11 +119,11 @@ def check_columns(columns: Iterable[str], name: str, *, typed: bool = True) -> N
     names = list(columns)
     if typed and names and "prompt" not in names:
         raise DataError(f"{name}: no column `prompt`, it has {', '.join(names)}. Rename the right one.")
-    reserved = [column for column in names if column in _RESERVED]
+    reserved = [column for column in names if column in RESERVED]
     if reserved:
         raise DataError(
-            f"{name}: reserved column name: {', '.join(reserved)}. Reward functions get an argument of that name from "
-            "bondlm. Rename the column."
+            f"{name}: reserved column name: {', '.join(reserved)}. bondlm has a column, or an argument of reward "
+            "functions, of that name. Rename the column."
         )
 
 

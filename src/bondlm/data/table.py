@@ -65,8 +65,9 @@ def with_text_contents(dataset: Dataset) -> Dataset:
 
 def with_prompts(dataset: Dataset, prompts: Sequence[Any]) -> Dataset:
     """The data set with other prompts."""
-    renamed = dataset.rename_column("prompt", "other_prompt")  # a table without any column would have no rows
-    return renamed.add_column("prompt", list(prompts)).remove_columns("other_prompt")
+    spare = "_" * (1 + max(map(len, dataset.column_names)))  # no column has this name
+    renamed = dataset.rename_column("prompt", spare)  # a table without any column would have no rows
+    return renamed.add_column("prompt", list(prompts)).remove_columns(spare)
 
 
 def is_flat(prompt: Any) -> bool:
