@@ -178,6 +178,17 @@ def test_empty_files_are_refused(write: Write, content: bytes) -> None:
         load_prompts(path)
 
 
+@pytest.mark.parametrize("answer", [{}, {"completion": "x", "reward": 1.0}, {"chosen": "x", "rejected": "y"}])
+def test_an_id_may_come_again_where_a_prompt_has_several_rows(write: Write, answer: dict[str, Any]) -> None:
+    rows = [{"id": "q1", "prompt": "a"} | answer] * 2
+    for source in (write(lines(*rows)), rows, Dataset.from_list(rows)):
+        if answer:
+            assert len(load_prompts(source)) == 2
+        else:
+            with pytest.raises(DataError, match="duplicate id 'q1'"):
+                load_prompts(source)
+
+
 def test_names_that_bondlm_gives_to_columns_and_arguments_are_reserved() -> None:
     own = {PROMPT_IDS, PROMPT_ROW, LOGGED_IDS, LOGGED_REWARDS, *NAMES}
     assert own | {"prompts", "completions", "completion_ids", "truncated"} == set(RESERVED)

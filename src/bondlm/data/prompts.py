@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets
 
 from bondlm.data.files import JSON, files_of, json_rows, read_table, suffix_of
 from bondlm.data.paths import expanded
-from bondlm.data.rows import Line, Row, RowCheck, check_columns, good_rows
+from bondlm.data.rows import ANSWERS, Line, Row, RowCheck, check_columns, good_rows
 from bondlm.data.sources import open_source, read_whole
 from bondlm.data.table import to_dataset, with_text_contents
 from bondlm.errors import DataError, listed
@@ -101,7 +101,8 @@ def _checked(
     check_columns(dataset.column_names, name)
     check.typed = True
     # The other columns may hold images or long answers, and no check looks at them.
-    looked_at = dataset.select_columns([column for column in ("prompt", "id") if column in dataset.column_names])
+    names = ("prompt",) if set(ANSWERS) & set(dataset.column_names) else ("prompt", "id")
+    looked_at = dataset.select_columns([column for column in names if column in dataset.column_names])
     good = good_rows(chain(map(Line, places, looked_at), odd), check, name, skipped)
     places[:] = [places[i] for i in good]
     return with_text_contents(dataset if len(good) == len(dataset) else dataset.select(good))

@@ -18,6 +18,8 @@ RESERVED = (
     *("prompts", "completions", "completion_ids", "truncated", "trainer_state", "log_extra", "log_metric"),
     *(PROMPT_IDS, PROMPT_ROW, LOGGED_IDS, LOGGED_REWARDS),
 )
+# Rows with one of these may share an `id`, which is then their prompt's: samples, and pairs of them.
+ANSWERS = ("completion", "chosen")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INT64, _TOO_LARGE = range(-(2**63), 2**63), "an integer beyond 64 bits"
 
@@ -64,7 +66,7 @@ class RowCheck:
 
     def _known_id(self, line: Line) -> str | None:
         own = line.row.get("id")
-        if own is None:
+        if own is None or any(name in line.row for name in ANSWERS):
             return None
         place = self._ids.setdefault((type(own).__name__, str(own)), line.place)
         return None if place == line.place else f"duplicate id {own!r} (first at {place})"
