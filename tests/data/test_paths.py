@@ -71,6 +71,8 @@ def test_what_a_run_named_is_found_from_elsewhere(tmp_path: Path, monkeypatch: p
         *(f"{tmp_path}/base", f"{tmp_path}/reward.py:f", f"nli:{tmp_path}/base?template=true"),
         *("org/name", "a.b:f", 3),
     ]
+    for spec in ("base?truncate=left", "base::test", "base:english:test"):
+        assert as_seen_from(tmp_path, spec) == f"{tmp_path}/{spec}"
     judge = "judge:https://host/v1?model=m&prompt={}&rounds=2"
     assert as_seen_from(tmp_path, ["rank:reward.py:f", "rew*.py", judge.format("reward.py"), "none*.jsonl"]) == [
         *(f"rank:{tmp_path}/reward.py:f", f"{tmp_path}/rew*.py", judge.format(f"{tmp_path}/reward.py"), "none*.jsonl")

@@ -38,10 +38,11 @@ def as_seen_from(directory: Path, value: Any) -> Any:
         return f"{ranks}{directory / source}:{function}"
     if value.startswith("judge:"):
         return _CRITERION.sub(lambda found: quote(as_seen_from(directory, unquote(found[0]))), value)
-    kind, _, rest = value.partition(":")
-    folder, mark, options = rest.partition("?")
-    if folder and (directory / folder).is_dir():  # nli:FOLDER?options
-        return f"{kind}:{directory / folder}{mark}{options}"
+    kind, colon, rest = value.partition(":")
+    for before, name, mark in ((kind + colon, rest, "?"), ("", value, "?"), ("", value, ":")):
+        folder, mark, options = name.partition(mark)
+        if folder and (directory / folder).is_dir():  # nli:FOLDER?options, FOLDER?options, FOLDER:CONFIG:SPLIT
+            return f"{before}{directory / folder}{mark}{options}"
     return value
 
 
