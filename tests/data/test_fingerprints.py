@@ -1,3 +1,5 @@
+import pytest
+
 from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
 
 
@@ -32,3 +34,15 @@ def test_the_criterion_of_a_judge_and_the_file_of_a_ranking_are_seen(tmp_path):
             (tmp_path / name).write_text(text)
             found.append(reward_fingerprint(spec))
         assert len({one.get("sha256") for one in found}) == 3
+
+
+@pytest.mark.parametrize("spec", ["~/r.py:f", "rank:~/r.py:f", "~/rm", "nli:~/rm", "classifier:~/rm?truncate=left"])
+def test_files_and_weights_in_the_home_folder_are_seen(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rm").mkdir()
+    found = []
+    for text in ("one", "two"):
+        (tmp_path / "r.py").write_text(text)
+        (tmp_path / "rm" / "model.safetensors").write_text(text)
+        found.append(reward_fingerprint(spec)["sha256"])
+    assert found[0] != found[1]

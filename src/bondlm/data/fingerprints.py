@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.paths import expanded
 
 WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json")
 _BLOCK = 1 << 20
@@ -37,13 +38,14 @@ def weights_digest(folder: Path) -> str:
 def reward_fingerprint(spec: Any) -> Any:
     """The reward as it was written, with a hash of the file or of the weights that it names."""
     text = str(spec)
-    if (file := _source_file(text.removeprefix("rank:").rpartition(":")[0])) is not None:
+    if (file := _source_file(expanded(text.removeprefix("rank:").rpartition(":")[0]))) is not None:
         return {"spec": text, "sha256": _hash_of(file)}
     if text.startswith("judge:"):
         prompt = dict(part.partition("=")[::2] for part in text.partition("?")[2].split("&")).get("prompt")
         criterion = None if prompt is None else Path(unquote(prompt)).expanduser()
         return {"spec": text} | ({"sha256": _hash_of(criterion)} if criterion and criterion.is_file() else {})
-    model = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
+    name = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
+    model = expanded(name)
     return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
 
 
