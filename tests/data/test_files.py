@@ -43,6 +43,27 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str, packed: str, tmp_path
             load_prompts(path)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["007", "10"], ["007", "10"]),
+        (["1.5", "-01.5"], ["1.5", "-01.5"]),
+        (["0", "-10", ""], [0, -10, None]),
+        (["0.50", "1e3", "0"], [0.5, 1000.0, 0.0]),
+        (["1", "12345678901234567890"], ["1", "12345678901234567890"]),
+        (["2020-01-31", ""], ["2020-01-31", ""]),
+        (["True", "false"], [True, False]),
+    ],
+)
+def test_a_column_of_csv_has_another_type_than_text_where_nothing_is_lost(
+    values: list[str], expected: list[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,k,n\n" + "".join(f"a,{value},1\n" for value in values))
+    assert load_prompts(path)["k"][:] == expected
+    assert load_prompts(path)["n"][:] == [1] * len(values)
+
+
 def many(folder: Path, kind: str) -> list[str]:
     paths = []
     for i, word in enumerate("ba"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
@@ -26,6 +27,8 @@ LINES = (".jsonl", ".jsonlines", ".json-lines", ".ndjson")
 JSON, TABLES = (*LINES, ".json"), (".csv", ".tsv", ".parquet")
 _OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _KNOWN = "Give .jsonl, .json, .csv, .tsv or .parquet; all but the last may be compressed (.gz, .bz2, .xz)."
+# What a number would not be written as again: 007 is one's name, and a float has 15 digits.
+_LEADING_ZERO, _ROUNDED = r"^[+-]?0\d", r"^[+-]?\d{16,}$"
 # Text in any file, however it looks: an answer 12 is no number.
 _TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected")
 
@@ -203,15 +206,33 @@ def _read_csv(path: str) -> tuple[pyarrow.Table, list[Line]]:
 
     types = dict.fromkeys(_TEXT_COLUMNS, pyarrow.string())
     table = read(types)
-    # What looks like a date stays as it was written.
-    times = {each.name: pyarrow.string() for each in table.schema if pyarrow.types.is_temporal(each.type)}
-    table = read(types | times) if times else table
+    typed = [each.name for each in table.schema if _loses(each.type) is not None]
+    if typed:
+        written = read(types | dict.fromkeys(typed, pyarrow.string()))
+        columns = zip(table.schema, written.columns, strict=True)
+        kept = [each.name for each, texts in columns if _is_changed(texts, _loses(each.type))]
+        table = read(types | dict.fromkeys(kept, pyarrow.string())) if kept else table
     for i, each in enumerate(table.schema):
         if pyarrow.types.is_binary(each.type):
             raise DataError(f"{path}: the column {each.name!r} is not UTF-8")
         if table.column_names.index(each.name) != i:
             raise DataError(f"{path}: two columns are called {each.name!r}")
     return table, odd
+
+
+def _loses(kind: pyarrow.DataType) -> str | None:
+    """A pattern of texts that are not as they were written once they have this type; None if it has none."""
+    if pyarrow.types.is_temporal(kind):
+        return ""
+    if pyarrow.types.is_integer(kind):
+        return _LEADING_ZERO
+    return f"{_LEADING_ZERO}|{_ROUNDED}" if pyarrow.types.is_floating(kind) else None
+
+
+def _is_changed(texts: pyarrow.ChunkedArray, pattern: str | None) -> bool:
+    return pattern is not None and bool(
+        pyarrow.compute.any(pyarrow.compute.match_substring_regex(texts, pattern)).as_py()
+    )
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
