@@ -93,12 +93,13 @@ def best_of_n_log_quantiles(ref_rewards: Array) -> Array:
     _check_enough(num_ref)
     lower, at_most = lower.long(), at_most.long()
     tied = (at_most - lower).double()
-    shares_JM, values_JN = choose_table(num_ref), _harmonic_table(num_ref)
-    result = torch.empty(*lower.shape[:-1], num_ref - 1, dtype=torch.float64)
-    for n in range(1, num_ref):  # one order at a time: no P x M x M array
-        share_J, value_J = shares_JM[:, n - 1], values_JN[:, n - 1]
-        result[..., n - 1] = ((share_J[at_most] - share_J[lower]) / tied * value_J[at_most]).sum(-1)
-    return back(result, ref_rewards)
+    shares_JM, values_JN = choose_table(num_ref).to(tied.device), _harmonic_table(num_ref).to(tied.device)
+    # One order at a time: no P x M x M array.
+    columns = [
+        ((share_J.take(at_most) - share_J.take(lower)) / tied * value_J.take(at_most)).sum(-1)
+        for share_J, value_J in zip(shares_JM.unbind(1)[:-1], values_JN.unbind(1), strict=True)
+    ]
+    return back(torch.stack(columns, dim=-1), ref_rewards)
 
 
 def best_of_n_weights(ref_rewards: Array, n: int) -> Array:

@@ -61,7 +61,7 @@ def _mean_log_quantile(p_lt_K: Tensor, p_le_K: Tensor, estimate: Estimate, k: in
         return p_le_K.log()
     if k < 1:
         raise ValueError(f"k must be at least 1 anchor sample; got {k!r}")
-    counts_J = torch.arange(k + 1, dtype=torch.float64)
+    counts_J = torch.arange(k + 1, dtype=torch.float64, device=p_le_K.device)
     if estimate == "jbond":
         return two_level_penalty(k) * (1.0 - p_le_K) ** k
     if estimate == "harmonic":
@@ -82,7 +82,7 @@ def _mean_log_collisions(p_lt_K: Tensor, p_le_K: Tensor, n: float, k: int | None
     at_most_KJ = _binomial(p_le_K, k)
     mean_K = at_most_KJ[..., 0] * log_collisions(torch.zeros((), dtype=torch.float64), n)
     for count in range(1, k + 1):
-        lower_J = torch.arange(count + 1, dtype=torch.float64)
+        lower_J = torch.arange(count + 1, dtype=torch.float64, device=p_le_K.device)
         given_K = (_binomial(below_K, count) * log_collisions(1.0 - lower_J / count, n)).sum(-1)
         mean_K = mean_K + at_most_KJ[..., count] * given_K
     return mean_K
@@ -90,7 +90,7 @@ def _mean_log_collisions(p_lt_K: Tensor, p_le_K: Tensor, n: float, k: int | None
 
 def _binomial(p_K: Tensor, k: int) -> Tensor:
     """Return the probabilities (..., K, k+1) of 0..k successes."""
-    counts_J = torch.arange(k + 1, dtype=torch.float64)
+    counts_J = torch.arange(k + 1, dtype=torch.float64, device=p_K.device)
     p = p_K.clamp(0.0, 1.0).unsqueeze(-1)  # a cumulative sum may pass 1 by rounding
     log_ways_J = math.lgamma(k + 1.0) - torch.lgamma(counts_J + 1) - torch.lgamma(k - counts_J + 1)
     return torch.exp(log_ways_J + torch.xlogy(counts_J, p) + torch.xlogy(k - counts_J, 1.0 - p))

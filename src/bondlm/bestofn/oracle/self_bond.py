@@ -111,7 +111,7 @@ def _signal(probs_K: Tensor, rewards_K: Tensor, n: float, num_samples: int | Non
     if num_samples is None:
         log_ratio_K = torch.log(at_most_K - below_K) - torch.log(_share_between(below_K, at_most_K, n, form))
         return log_ratio_K - (probs_K * log_ratio_K).sum(-1, keepdim=True)
-    table_MM = torch.tensor(signal_table(n, num_samples, form))
+    table_MM = torch.tensor(signal_table(n, num_samples, form), device=probs_K.device)
     others = _trinomial(below_K, at_most_K - below_K, num_samples - 2)
     if_worse_K = torch.stack([weight_K * table_MM[a + 1, b] for (a, b), weight_K in others.items()]).sum(0)
     if_better_K = torch.stack([weight_K * table_MM[a, b] for (a, b), weight_K in others.items()]).sum(0)

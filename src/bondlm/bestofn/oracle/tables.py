@@ -101,7 +101,7 @@ def cases_of_draws(probs_K: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
     """All ways in which so many draws can fall on K outcomes: counts (J, K), and the probability (..., J) of each."""
     num_outcomes = probs_K.shape[-1]
     # itertools': torch.combinations makes all K^m tuples first.
-    cases = torch.tensor(list(combinations_with_replacement(range(num_outcomes), num_draws)))
+    cases = torch.tensor(list(combinations_with_replacement(range(num_outcomes), num_draws)), device=probs_K.device)
     counts_JK = torch.nn.functional.one_hot(cases, num_outcomes).sum(1).double()
     ways_J = math.factorial(num_draws) / torch.lgamma(counts_JK + 1.0).sum(-1).exp()
     return counts_JK, ways_J * (probs_K.unsqueeze(-2) ** counts_JK).prod(-1)
