@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bondlm.bestofn import win_rates
 from bondlm.bestofn.aggregation import lexicographic_ranks, mean_ranks, mid_ranks, worst_ranks
 
 NAN = float("nan")
@@ -122,7 +123,49 @@ def test_classes_of_a_tolerance_begin_with_the_best() -> None:
     assert lexicographic_ranks(values, None, [1, 1], [1.0, 9.0]).tolist() == [[0.5] * 4]
 
 
+def slow_class(value: float, node: list[float], tolerance: float) -> tuple[float, list[int]]:
+    """The class of a value among the node's, and the members of that class; a half is between two."""
+    rest, number = sorted(range(len(node)), key=lambda i: -node[i]), 0
+    while rest:
+        best = node[rest[0]]
+        members = [i for i in rest if best - node[i] <= tolerance]
+        if best - value <= tolerance:
+            return (number, members) if value - best <= tolerance else (number - 0.5, [])
+        rest, number = [i for i in rest if i not in members], number + 1
+    return number - 0.5, []
+
+
+def slow_comparison(mine: list[float], other: int, others: list[list[float]], tolerances: list[float]) -> Fraction:
+    """1 if the sample is better than one of the others, 1/2 if they tie, reward by reward."""
+    node = list(range(len(others[0])))
+    for value, values, tolerance in zip(mine, others, tolerances, strict=True):
+        own, members = slow_class(value, [values[i] for i in node], tolerance)
+        its, _ = slow_class(values[other], [values[i] for i in node], tolerance)
+        if own != its:
+            return Fraction(int(own < its))
+        node = [node[i] for i in members]
+    return Fraction(1, 2)
+
+
+@pytest.mark.parametrize("tolerances", [[0.0, 0.0], [1.0, 0.0], [1.5, 1.0], [2.0, 9.0]])
+def test_lexicographic_ranks_among_others_are_win_rates_in_the_order_of_these(tolerances: list[float]) -> None:
+    generator = np.random.default_rng(0)
+    mine, others = (torch.from_numpy(generator.integers(0, 7, (2, 40, m)).astype(float)) for m in (3, 5))
+    found = lexicographic_ranks(mine, others, [1, 1], tolerances)
+    refs = lexicographic_ranks(others, None, [1, 1], tolerances)
+    for p, m in itertools.product(range(40), range(3)):
+        one = [float(mine[j, p, m]) for j in range(2)]
+        wins = [slow_comparison(one, k, others[:, p].tolist(), tolerances) for k in range(5)]
+        assert found[p, m] == float(sum(wins) / 5)
+    assert torch.allclose(win_rates(found, refs), found.mean(dim=1))
+    assert torch.equal(lexicographic_ranks(others, others, [1, 1], tolerances), refs)
+
+
 def test_lexicographic_ranks_among_others_share_one_order() -> None:
     mine, others = torch.tensor([[[0.95]], [[1.0]]]), torch.tensor([[[1.0, 0.0]], [[0.0, 9.0]]])
     assert lexicographic_ranks(mine, others, [1, 1], [0.1, 0]).tolist() == [[1.0]]
     assert lexicographic_ranks(mine, others, [1, 1], [0.0, 0]).tolist() == [[0.5]]
+    best = lexicographic_ranks(
+        torch.tensor([[[1.0]], [[0.0]]]), torch.tensor([[[0.9, 0.8]], [[0.0, 0.0]]]), [1, 1], [0.15, 0]
+    )
+    assert best.tolist() == [[0.5]]

@@ -84,41 +84,50 @@ def lexicographic_ranks(
 
     Args:
         values_JPM: as in `mean_ranks`.
-        among_JPK: other samples, which the ranks are counted among; they share the order. None: the samples themselves.
+        among_JPK: other samples, which the ranks are counted among, and which alone make the classes. A sample is in
+            the first class whose best one lies at most the tolerance above or below it; if there is none, it is better
+            than the next class and worse than the one before. So a rank is a win rate against the K samples, as they
+            are ranked among themselves. None: the samples themselves.
         weights: 1, −1 (less is better) or 0 (left out) per reward.
         tolerances: one number >= 0 per reward, in units of the reward.
     """
-    num_samples = values_JPM.shape[2]
+    num_others = values_JPM.shape[2] if among_JPK is not None else 0
     all_JPM = values_JPM if among_JPK is None else torch.cat([values_JPM, among_JPK], dim=2)
     check_no_nan(all_JPM[~all_JPM.isnan().all(dim=2)], "values_JPM")
-    levels = [(values_PM, weight, t) for values_PM, weight, t in zip(all_JPM, weights, tolerances, strict=True)]
+    levels = [(w * values_PM, t) for values_PM, w, t in zip(all_JPM, weights, tolerances, strict=True) if w]
     places = [
-        _places([(weight * values_PM[p]).tolist() for values_PM, weight, _ in levels if weight], levels)
+        _places([(values_PM[p].tolist(), tolerance) for values_PM, tolerance in levels], num_others)
         for p in range(all_JPM.shape[1])
     ]
     places_PM = torch.tensor(places, dtype=torch.float64)
-    return mid_ranks(places_PM[:, :num_samples], places_PM if among_JPK is None else places_PM[:, num_samples:])
+    return mid_ranks(places_PM[:, : values_JPM.shape[2]], places_PM[:, num_others:])
 
 
-def _places(values_JM: list[list[float]], levels: Sequence[tuple[Tensor, float, float]]) -> list[int]:
-    """A number for each sample of a prompt, higher is better, equal where they tie."""
-    classes = [list(range(len(values_JM[0])))]
-    for values_M, tolerance in zip(values_JM, [t for _, weight, t in levels if weight], strict=True):
+def _places(levels: Sequence[tuple[list[float], float]], num_others: int) -> list[int]:
+    """A number for each sample of a prompt, higher is better, equal where they tie; the first ones make no classes."""
+    classes = [list(range(len(levels[0][0])))]
+    for values_M, tolerance in levels:
         if not all(math.isnan(value) for value in values_M):
-            classes = [part for members in classes for part in _cut(members, values_M, tolerance)]
+            classes = [part for members in classes for part in _cut(members, values_M, tolerance, num_others)]
     place = {i: -number for number, members in enumerate(classes) for i in members}
     return [place[i] for i in range(len(place))]
 
 
-def _cut(members: Sequence[int], values_M: Sequence[float], tolerance: float) -> list[list[int]]:
-    """Cut samples into classes, the best first."""
+def _cut(members: Sequence[int], values_M: Sequence[float], tolerance: float, num_others: int) -> list[list[int]]:
+    """Cut samples into classes, the best first; the others are put into these, or between them."""
     parts: list[list[int]] = []
-    for i in sorted(members, key=lambda i: -values_M[i]):
+    for i in sorted((i for i in members if i >= num_others), key=lambda i: -values_M[i]):
         if parts and values_M[parts[-1][0]] - values_M[i] <= tolerance:
             parts[-1].append(i)
         else:
             parts.append([i])
-    return parts
+    best = [values_M[part[0]] for part in parts]
+    between: list[list[int]] = [[] for _ in range(len(parts) + 1)]
+    for i in (i for i in members if i < num_others):
+        k = next((k for k, value in enumerate(best) if value - values_M[i] <= tolerance), len(best))
+        is_equal = k < len(best) and values_M[i] - best[k] <= tolerance
+        (parts[k] if is_equal else between[k]).append(i)
+    return [part for both in zip(between, [*parts, []], strict=True) for part in both if part]
 
 
 def _directed(values_PM: Tensor, among_PK: Tensor, weight: float) -> tuple[Tensor, Tensor]:
