@@ -52,6 +52,7 @@ from bondlm.models.sharding import (
 )
 from bondlm.objectives import Objective, with_reference_kl
 from bondlm.rewards import check_room, rewards_of_run
+from bondlm.rewards.extras import WatchedState
 from bondlm.rollout.samples import longest_prompt, longest_rows
 from bondlm.runs.checkpoint import CUTS_FILE, DROPS_FILE, FACTOR_FILE, writing_to
 from bondlm.runs.manifest import checkpoint_to_resume
@@ -248,7 +249,7 @@ class BONDTrainer(SamplingTrainer):
             share_prompts=share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,
-            trainer_state=lambda: self.state,
+            trainer_state=WatchedState(lambda: self.state),  # Trainer makes a new one when it trains
             gamma_ref=args.gamma_ref,
             multiple=args.pad_to_multiple_of or 1,
         )

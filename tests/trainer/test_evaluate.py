@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from tiny import prompt_rows
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from bondlm import BONDTrainer
 from bondlm.errors import ConfigError
-from trainer.helpers import logged, same, trainer, weights, without_times
+from bondlm.rewards import by_pairs
+from trainer.helpers import logged, low_ids, same, trainer, weights, without_times
 
 PROMPTS_8 = Dataset.from_list(prompt_rows(8))
 
@@ -180,15 +182,57 @@ def test_splits_and_streams_are_eval_sets(tmp_path: Path) -> None:
     assert without_times([once]) == without_times([made.evaluate(splits["test"])])
 
 
-def test_a_reward_that_follows_training_is_asked_about_the_reference_again(tmp_path: Path) -> None:
+def _grown(completion_ids: list[list[int]], state: Any) -> list[float]:
+    return [len(ids) + sum(ids) / 1e4 + 10.0 * state.global_step for ids in completion_ids]
+
+
+async def _later(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    return _grown(completion_ids, columns["trainer_state"])
+
+
+FOLLOWING = {
+    "named": lambda completion_ids, trainer_state: _grown(completion_ids, trainer_state),
+    "columns": lambda completion_ids, **columns: _grown(completion_ids, columns["trainer_state"]),
+    "vars": lambda completion_ids, **columns: _grown(completion_ids, SimpleNamespace(**vars(columns["trainer_state"]))),
+    "async": _later,
+}
+
+
+@pytest.mark.parametrize("form", FOLLOWING)
+def test_a_reward_that_follows_training_is_asked_about_the_reference_again(form: str, tmp_path: Path) -> None:
     """It grows with the steps: a policy that has not moved is still no better than the reference."""
-
-    def growing(completion_ids: list[list[int]], trainer_state: Any) -> list[float]:
-        return [len(ids) + sum(ids) / 1e4 + 10.0 * trainer_state.global_step for ids in completion_ids]
-
-    made = trainer(tmp_path, reward=growing, learning_rate=1e-12, max_steps=2, eval_num_samples=4)
+    made = trainer(tmp_path, reward=FOLLOWING[form], learning_rate=1e-12, max_steps=2, eval_num_samples=4)
     before = made.evaluate(PROMPTS_8)
     made.train()
     after = made.evaluate(PROMPTS_8)
     assert after["eval_win_rate"] == before["eval_win_rate"]
     assert after["eval_reference_reward"] == pytest.approx(before["eval_reference_reward"] + 20)
+
+
+def test_a_comparison_that_follows_training_is_asked_about_the_reference_again(tmp_path: Path) -> None:
+    steps = []
+
+    def compare(first: list[Any], **columns: Any) -> list[float]:
+        steps.append(columns["trainer_state"].global_step)
+        return [0.5] * len(first)
+
+    made = trainer(tmp_path, reward=by_pairs(compare), max_steps=1)
+    made.evaluate(PROMPTS_8)
+    made.train()
+    steps.clear()
+    made.evaluate(PROMPTS_8)
+    assert steps == [1] * 16  # about the reference's answers alone, and beside the policy's
+
+
+def test_a_reward_that_is_handed_the_state_and_does_not_look_is_not_asked_again(tmp_path: Path) -> None:
+    calls = []
+
+    def counted(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        assert isinstance(columns["trainer_state"], TrainerState)
+        calls.append(len(completion_ids))
+        return low_ids(completion_ids)
+
+    made = trainer(tmp_path, reward=counted)
+    made.evaluate(PROMPTS_8)
+    made.evaluate(PROMPTS_8)
+    assert len(calls) == 3  # the reference's once, the policy's twice

@@ -95,14 +95,6 @@ def accepted_arguments(
     return arguments
 
 
-def takes(function: RewardFunction, name: str) -> bool:
-    """Whether the function has a parameter of this name."""
-    try:
-        return name in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some callables written in C have no signature
-        return False
-
-
 def _hint(offered: Mapping[str, list[Any]]) -> str:
     """What a function that expects text must know of conversations."""
     if not offered.get("completions") or isinstance(offered["completions"][0], str):

@@ -1,11 +1,40 @@
 """What TRL hands to reward functions beside data: the state of training, and two ways to log from inside of one."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from bondlm.errors import RewardError
 
 NAMES = ("trainer_state", "log_extra", "log_metric")
+
+
+class WatchedState:
+    """The state of training as reward functions see it, which notes that one of them has looked.
+
+    Functions with `**kwargs` get it whether they use it or not, and one that never looks scores an answer alike at
+    every step: only those that look are worth asking again. It stands for the state that `current` returns.
+    """
+
+    __slots__ = ("_current", "was_read")
+
+    def __init__(self, current: Callable[[], Any]) -> None:
+        self._current, self.was_read = current, False
+
+    def __getattr__(self, name: str) -> Any:
+        """What the state itself has under this name."""
+        self.was_read = True
+        return getattr(self._current(), name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """For `isinstance`."""
+        return type(self._current())
+
+    def __reduce__(self) -> Any:
+        """A copy, or what goes to another process, is the state itself."""
+        self.was_read = True
+        return copy.copy, (self._current(),)
 
 
 class Extras:

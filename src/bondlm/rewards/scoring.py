@@ -17,7 +17,7 @@ from torch import Tensor
 from bondlm.bestofn.aggregation import mid_ranks
 from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards.answers import checked, place_of, refuse_non_finite
-from bondlm.rewards.calls import RewardFunction, call_all, takes
+from bondlm.rewards.calls import RewardFunction, call_all
 from bondlm.rewards.extras import NAMES, Extras
 from bondlm.rewards.ranking import rows_of
 
@@ -44,11 +44,6 @@ class NamedReward:
     def ranks(self) -> bool:
         """Whether it compares a prompt's samples (`RankReward`): its values mean nothing beside another prompt's."""
         return getattr(self.function, "ranks", False) is True  # an object of the user may have something of that name
-
-    @property
-    def follows_training(self) -> bool:
-        """Whether it has the parameter `trainer_state`, so that an answer's reward may change from step to step."""
-        return takes(getattr(self.function, "function", self.function), "trainer_state")  # what a `RankReward` asks
 
 
 @dataclass(frozen=True)

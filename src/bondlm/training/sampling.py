@@ -90,14 +90,15 @@ class SamplingTrainer(SavingTrainer):
     def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
         """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves.
 
-        Rewards that ask for the state of training are asked about them again.
+        Where a reward has looked at the state of training, the rewards are asked about them again.
         """
         rows, key = list(dataset), dataset._fingerprint
         if key not in self._reference_samples:
             self._reference_samples[key] = self.sample(rows, "reference", self.args.eval_num_reference_samples)
+        elif self.world.any(self.step.trainer_state.was_read):
+            reference = self._reference_samples[key]
+            self._reference_samples[key] = self.score_completions(rows, reference.completions)
         reference = self._reference_samples[key]
-        if any(reward.follows_training for reward in self.rewards):
-            reference = self.score_completions(rows, reference.completions)
         return self.sample(rows, "policy", self.args.eval_num_samples, reference=reference), reference
 
     @cached_property

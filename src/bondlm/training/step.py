@@ -3,7 +3,7 @@
 Shapes: P prompts of this process, M samples of each, C of them compared with the anchor.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ from bondlm.models.logprobs import Group, by_length, group_logprobs
 from bondlm.models.roles import Roles
 from bondlm.objectives import LearnedQuantile, Objective, reference_pull
 from bondlm.rewards import SUM, Aggregation, NamedReward
+from bondlm.rewards.extras import WatchedState
 from bondlm.rollout.samples import Samples, SamplingParams, draw, logged_samples, score_samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.rollout.truncated import treat_truncated
@@ -50,7 +51,7 @@ class Step:
     share_prompts: bool  # whether completions of a prompt may share its row
     seed: int
     missing_eos: str
-    trainer_state: Callable[[], Any]  # Trainer makes a new one when it trains
+    trainer_state: WatchedState
     gamma_ref: float = 0.0
     multiple: int = 1  # of tokens, that rows are padded to
 
@@ -149,7 +150,7 @@ class Step:
         of raising.
         """
         with self.clock("reward"), together(self.world):
-            how: dict[str, Any] = {"encoder": self.encoder, "trainer_state": self.trainer_state()}
+            how: dict[str, Any] = {"encoder": self.encoder, "trainer_state": self.trainer_state}
             how |= {"aggregation": self.aggregation if rewards is None else SUM, "reference": reference}
             return score_samples(self.rewards if rewards is None else rewards, rows, completions, drop=drop, **how)
 
