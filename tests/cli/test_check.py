@@ -1,13 +1,17 @@
 """`bondlm check` on a tiny model."""
 
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 from rewards.judge_stub import as_presented, by_scalar, judging
 
 from bondlm.cli import main
-from bondlm.cli.check import batch_advice
+from bondlm.cli.check import _check_neighbours, batch_advice
+from bondlm.errors import RewardError
 from cli.helpers import write_job
+from trainer.helpers import trainer
 
 
 def test_check_takes_a_dry_step_and_changes_nothing(tmp_path, capsys):
@@ -28,6 +32,24 @@ def test_check_counts_steps_as_training_does_and_needs_no_logs_of_the_run(tmp_pa
     path.write_text(path.read_text() + "".join(path.read_text().splitlines(keepends=True)[:2]))
     assert main(["check", "--config", str(config), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounds", "breaks"),
+    [(torch.bfloat16, 0.04, 0.1), (torch.float16, 2e-3, 0.02), (torch.float32, 1e-4, 2e-3), (None, 1e-4, 2e-3)],
+)
+def test_a_reward_may_depend_on_its_batch_by_the_rounding_of_its_dtype(tmp_path, dtype, rounds, breaks):
+    def beside(completions):
+        return [10.0 * (1 + shift * (len(completions) > 1)) for _ in completions]
+
+    if dtype is not None:
+        beside.model = SimpleNamespace(dtype=dtype)
+    made = trainer(tmp_path, reward=beside)
+    shift = rounds
+    _check_neighbours(made)
+    shift = breaks
+    with pytest.raises(RewardError, match="'beside' is 10.0 when scored alone"):
+        _check_neighbours(made)
 
 
 def test_check_sees_what_a_dry_step_does_not(tmp_path, capsys):

@@ -16,7 +16,8 @@ from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import ConfigError, RewardError
 
 TIES_WARNED, CUT_WARNED = 0.2, 0.5
-NEIGHBOUR_TOLERANCE = 1e-3
+NEIGHBOUR_TOLERANCE = 1e-3  # of a reward, or of 1 if that is more
+NEIGHBOUR_ROUNDING = 8  # times the dtype's own: batches of other shapes add up in another order
 PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
 AGREEMENT_PROMPTS, AGREEMENT_SAMPLES = 4, 4
 FAR = 3.0  # a noise scale of so many times the prompts per step, or of such a part of them
@@ -151,20 +152,35 @@ def _check_evaluations(args: Any, options: dict[str, Any]) -> None:
 
 def _check_neighbours(trainer: Any) -> None:
     """A reward must not depend on what it is scored beside (a padding bug does); one that ranks alone may."""
-    absolute = [reward.name for reward in trainer.rewards if not reward.ranks]
+    absolute = [reward for reward in trainer.rewards if not reward.ranks]
     if not absolute:
         return
     rows = list(islice(trainer.train_dataset, 2))
     together = trainer.sample(rows, "policy", 2)
     for i, row in enumerate(rows):
         alone = trainer.score_completions([row], [together.completions[i][:1]])
-        for name in absolute:
+        for reward in absolute:
+            name = reward.name
             value, beside = (float(samples.by_name[name][j, 0]) for samples, j in ((alone, 0), (together, i)))
-            if abs(value - beside) > NEIGHBOUR_TOLERANCE * max(1.0, abs(value)):  # never for NaN: it does not apply
+            allowed = _rounding(reward) * max(1.0, abs(value))
+            if abs(value - beside) > allowed:  # never for NaN: it does not apply
                 raise RewardError(
-                    f"row {i}: the reward {name!r} is {value} when scored alone and {beside} in a batch: it depends on "
-                    "the rest of the batch (often a padding bug), so its order is meaningless"
+                    f"row {i}: the reward {name!r} is {value} when scored alone and {beside} in a batch, and at most "
+                    f"{allowed:.2g} of that is rounding: it depends on the rest of the batch (often a padding bug), so "
+                    "its order is meaningless. Score row by row, or mask the padding; see docs/rewards.md"
                 )
+
+
+def _rounding(reward: Any) -> float:
+    """By how much a reward, or 1 if that is more, may change with the rest of the batch, in units of itself.
+
+    By the dtype of its model; what a function or a server computes in is not known.
+    """
+    import torch
+
+    dtype = getattr(getattr(reward.function, "model", None), "dtype", None)
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return max(NEIGHBOUR_TOLERANCE, NEIGHBOUR_ROUNDING * torch.finfo(dtype).eps if is_float else 0.0)
 
 
 def _say_agreement(trainer: Any, console: Console) -> dict[str, float]:
