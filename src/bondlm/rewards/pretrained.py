@@ -24,14 +24,14 @@ def frozen(model: nn.Module) -> Any:
 def with_fp32_head(model: Any) -> Any:
     """Let the last layer compute in fp32: rewards are compared, and bf16 knows 32 values between 4 and 8 only.
 
-    The head gets weights of its own if it shares them with the embedding.
+    The head gets weights of its own if it shares them with the embedding. It is the last linear layer outside of the
+    base model: every family has another name for it.
     """
-    heads = [model.get_output_embeddings(), getattr(model, "score", None), getattr(model, "classifier", None)]
-    for head in (head for head in heads if isinstance(head, nn.Module)):
-        linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
-        if not linear or linear[-1].weight.dtype.itemsize >= 4:
+    inside = set(model.base_model.modules())
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
+    for last in {id(head): head for head in (model.get_output_embeddings(), *linear[-1:])}.values():
+        if not isinstance(last, nn.Linear) or last.weight.dtype.itemsize >= 4:
             continue
-        last = linear[-1]
         for name, parameter in list(last.named_parameters(recurse=False)):
             setattr(last, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
         last.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
