@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rewards.judge_stub import as_presented, by_scalar, judging
+from trainer.helpers import trainer
 
 from bondlm.cli import main
 from bondlm.cli.check import _check_neighbours, batch_advice
 from bondlm.errors import RewardError
 from cli.helpers import write_job
-from trainer.helpers import trainer
 
 
 def test_check_takes_a_dry_step_and_changes_nothing(tmp_path, capsys):
@@ -48,7 +48,7 @@ def test_a_reward_may_depend_on_its_batch_by_the_rounding_of_its_dtype(tmp_path,
     shift = rounds
     _check_neighbours(made)
     shift = breaks
-    with pytest.raises(RewardError, match="'beside' is 10.0 when scored alone"):
+    with pytest.raises(RewardError, match=r"'beside' is 10\.0 when scored alone"):
         _check_neighbours(made)
 
 

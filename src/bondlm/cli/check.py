@@ -179,8 +179,9 @@ def _rounding(reward: Any) -> float:
     import torch
 
     dtype = getattr(getattr(reward.function, "model", None), "dtype", None)
-    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    return max(NEIGHBOUR_TOLERANCE, NEIGHBOUR_ROUNDING * torch.finfo(dtype).eps if is_float else 0.0)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return NEIGHBOUR_TOLERANCE
+    return max(NEIGHBOUR_TOLERANCE, NEIGHBOUR_ROUNDING * torch.finfo(dtype).eps)
 
 
 def _say_agreement(trainer: Any, console: Console) -> dict[str, float]:
