@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -108,3 +109,58 @@ def test_an_adapter_is_refused(tmp_path):
     path = saved(tmp_path / "adapter", adapter, tokenizer)
     with pytest.raises(ConfigError, match=r"PEFT.*merge_and_unload"):
         SimilarityReward.from_pretrained(path)
+
+
+KINDS = "sentence_transformers.models."
+
+
+def sentence_encoder(folder, pooling, kinds=("Transformer", "Pooling", "Normalize"), **settings):
+    """A Sentence Transformers folder; its model and tokenizer."""
+    model, tokenizer = encoder()
+    saved(folder, model, tokenizer)
+    modules = [{"type": KINDS + kind, "path": f"{i}_{kind}" if i else ""} for i, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 16, **pooling}))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    return model, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("pooling", "pool"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, lambda hidden: hidden[0]),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, lambda hidden: hidden.mean(dim=0)),
+        ({"pooling_mode": "cls", "include_prompt": True}, lambda hidden: hidden[0]),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, lambda hidden: hidden.sum(dim=0) / len(hidden) ** 0.5),
+    ],
+)
+@torch.no_grad()
+def test_a_text_is_pooled_as_the_folder_states(pooling, pool, tmp_path):
+    model, tokenizer = sentence_encoder(
+        tmp_path, pooling, prompts={"query": "query: ", "document": ""}, default_prompt_name=None
+    )
+    model.eval()
+    expected = []
+    for pair in ROWS:
+        one, other = (pool(model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]) for text in pair)
+        expected.append(torch.cosine_similarity(one, other, dim=0).item())
+    reward = SimilarityReward.from_pretrained(str(tmp_path))
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "more", "message"),
+    [
+        ({"pooling_mode_max_tokens": True}, {}, "pools by max_tokens"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, {}, "pools by mean_tokens, cls_token"),
+        ({}, {}, "pools by nothing"),
+        ({"pooling_mode": "lasttoken"}, {}, "pools by lasttoken"),
+        ({"pooling_mode": "mean"}, {"kinds": ("Transformer", "Pooling", "Dense")}, "made of .*Dense"),
+        ({"pooling_mode": "mean"}, {"prompts": {"query": "q: "}, "default_prompt_name": "query"}, "the prompt 'query'"),
+    ],
+)
+def test_an_encoder_that_does_more_is_refused(pooling, more, message, tmp_path):
+    sentence_encoder(tmp_path, pooling, **more)
+    with pytest.raises(ConfigError, match=message):
+        SimilarityReward.from_pretrained(str(tmp_path))

@@ -3,13 +3,16 @@
 Shapes: B rows, T tokens (padded), D embedding dimensions.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from bondlm.errors import ConfigError
 from bondlm.rewards.batching import map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_model, load_tokenizer
 from bondlm.rewards.texts import (
@@ -21,9 +24,15 @@ from bondlm.rewards.texts import (
     token_limit,
 )
 
+# What Pooling is called in a sentence encoder's folder: the root of the length is a factor, which no cosine sees.
+POOLING: dict[str, Literal["mean", "cls"]] = {
+    **dict.fromkeys(("mean", "mean_tokens", "mean_sqrt_len_tokens"), "mean"),
+    **dict.fromkeys(("cls", "cls_token"), "cls"),
+}
+
 
 class SimilarityReward:
-    """Cosine, in [-1, 1], between the mean-pooled embeddings of the prompt and of the completion.
+    """Cosine, in [-1, 1], between the embeddings of the prompt and of the completion.
 
     The prompt is the string itself, or the last user message of a chat. Each distinct text is embedded once a call:
     the samples of a prompt share its embedding.
@@ -34,6 +43,7 @@ class SimilarityReward:
         model: nn.Module,
         tokenizer: Any,
         *,
+        pooling: Literal["mean", "cls"] = "mean",
         max_length: int | None = None,
         truncate: Literal["right"] | None = None,
         batch_size: int = 32,
@@ -44,6 +54,7 @@ class SimilarityReward:
         Args:
             model: An ``AutoModel`` whose answer has ``last_hidden_state``, such as MiniLM.
             tokenizer: The encoder's own tokenizer.
+            pooling: A text's embedding: the mean of its tokens' last hidden states, or that of the first token.
             max_length: Most tokens of a text; None takes the limit that tokenizer and config state.
             truncate: None refuses longer texts; "right" drops their end and keeps a final special token.
             batch_size: Most texts in a forward pass.
@@ -52,10 +63,12 @@ class SimilarityReward:
         Raises:
             ConfigError: An option that is not one of those above.
         """
+        check_choice("pooling", pooling, ("mean", "cls"))
         check_choice("truncate", truncate, (None, "right"))
         check_batch_bounds(batch_size, batch_tokens)
         self.model = frozen(model)
         self.tokenizer = tokenizer
+        self.pooling = pooling
         self.truncate = truncate
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
@@ -75,11 +88,15 @@ class SimilarityReward:
     ) -> Self:
         """Load a folder or hub id; ``options`` are those of the constructor.
 
+        Of a Sentence Transformers folder the pooling is the one that it states.
+
         Raises:
-            ConfigError: The model cannot be loaded or misses weights (other than a pooler, which is not used).
+            ConfigError: The model cannot be loaded, misses weights (other than a pooler, which is not used), or pools
+                or goes on in a way that is not supported here.
         """
         from transformers import AutoModel
 
+        options = {"pooling": _stated_pooling(path)} | options
         model = load_model(AutoModel, path, device=device, dtype=dtype, may_miss="pooler")
         return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
 
@@ -110,7 +127,7 @@ class SimilarityReward:
         return max(len(self._encode(prompt_text(row["prompt"]))), completion_tokens)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Mean of the last hidden states over each text's tokens: (B, D), float64 on the CPU.
+        """Each text's mean of the last hidden states, or the first one: (B, D), float64 on the CPU.
 
         Raises:
             RewardError: A text is longer than the limit and ``truncate`` is None.
@@ -135,5 +152,53 @@ class SimilarityReward:
     def _forward(self, encoded: dict[str, list[list[int]]], rows: list[int]) -> Tensor:
         inputs = pad_right(encoded, rows, self._pad_id, self.model.device)
         hidden_BTD: Tensor = self.model(**inputs).last_hidden_state.float()
+        if self.pooling == "cls":
+            return hidden_BTD[:, 0].cpu().double()
         mask_BT1 = inputs["attention_mask"][:, :, None].float()
         return ((hidden_BTD * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)).cpu().double()
+
+
+def _stated_pooling(path: str) -> Literal["mean", "cls"]:
+    """How a Sentence Transformers folder makes one vector of a text's; the mean if it is no such folder.
+
+    Raises:
+        ConfigError: it does what this reward does not, or its files cannot be read.
+    """
+    modules = _json_of(path, "modules.json")
+    if modules is None:
+        return "mean"
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:  # a cosine normalises anyway
+        raise ConfigError(
+            f"similarity model {path!r} is made of {', '.join(kinds)} (modules.json), and this reward knows "
+            "Transformer, Pooling and Normalize: take another encoder, or write a reward function with "
+            "sentence-transformers"
+        )
+    stated = _json_of(path, f"{modules[1]['path']}/config.json") or {}
+    names = [key.removeprefix("pooling_mode_") for key, value in stated.items() if value is True and "_mode_" in key]
+    names += [stated["pooling_mode"]] if "pooling_mode" in stated else []
+    if len(names) != 1 or names[0] not in POOLING:
+        raise ConfigError(
+            f"similarity model {path!r} pools by {', '.join(map(str, names)) or 'nothing'} "
+            f"({modules[1]['path']}/config.json), and this reward by mean or cls: take another encoder, or write a "
+            "reward function with sentence-transformers"
+        )
+    settings = _json_of(path, "config_sentence_transformers.json") or {}
+    name = settings.get("default_prompt_name")
+    if (settings.get("prompts") or {}).get(name):
+        raise ConfigError(
+            f"similarity model {path!r} puts the prompt {name!r} before each text (config_sentence_transformers.json), "
+            "and this reward does not: write a reward function with sentence-transformers"
+        )
+    return POOLING[names[0]]
+
+
+def _json_of(path: str, name: str) -> Any:
+    """A JSON file of a model, or None if it has none of this name."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"similarity model {path!r}: its {name} cannot be read: {error}") from error
