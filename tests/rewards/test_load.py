@@ -7,7 +7,16 @@ from tiny import tiny_t5, tiny_tokenizer
 from torch import nn
 
 from bondlm.errors import ConfigError
-from bondlm.rewards import NLIReward, SequenceClassifierReward, SimilarityReward, is_ranking, load_rewards, score
+from bondlm.rewards import (
+    HTTPReward,
+    JudgeReward,
+    NLIReward,
+    SequenceClassifierReward,
+    SimilarityReward,
+    is_ranking,
+    load_rewards,
+    score,
+)
 
 from .small_models import bert_classifier, bert_encoder, bert_tokenizer, saved
 
@@ -175,3 +184,11 @@ def test_dtype_of_loaded_models(models):
     assert reward.function(["rain"], ["sea"])[0] == pytest.approx(
         load_rewards("similarity:models/mini")[0].function(["rain"], ["sea"])[0], abs=0.05
     )
+
+
+def test_servers_have_limits_of_their_own_written_or_as_objects():
+    """Their requests have; a call of one may take as long as its faults are ridden out."""
+    url = "http://127.0.0.1:1"
+    specs = [f"judge:{url}/v1?model=m&cache=off", f"{url}/score", JudgeReward(url, "m", cache="off"), HTTPReward(url)]
+    assert [reward.timeout for reward in load_rewards(specs, timeout=7.0)] == [None] * 4
+    assert load_rewards(length, timeout=7.0)[0].timeout == 7.0

@@ -24,6 +24,7 @@ from bondlm.rewards.scoring import NamedReward
 from bondlm.rewards.similarity import SimilarityReward
 
 RewardSpec: TypeAlias = str | RewardFunction | nn.Module
+SERVERS = ("judge:", "http://", "https://")
 
 
 def _boolean_or_auto(text: str) -> bool | str:
@@ -115,18 +116,22 @@ def load_rewards(
     tokenizers = _one_each("reward_processing_classes", processing_classes, len(spec_list), default=None)
     rewards: list[NamedReward] = []
     for spec, weight, tokenizer in zip(spec_list, weight_list, tokenizers, strict=True):
-        if isinstance(spec, str) and spec.startswith("judge:"):
-            judge = load_judge(spec, timeout=timeout, outage=outage)
-            name = _unused(_last_part(judge.model), {r.name for r in rewards})
-            rewards.append(NamedReward(name, judge, weight))
-            continue
-        if isinstance(spec, str) and spec.startswith(("http://", "https://")):
-            server = HTTPReward(spec, timeout=timeout, outage=outage)
-            rewards.append(NamedReward(_unused(_last_part(server.name), {r.name for r in rewards}), server, weight))
-            continue
-        name, function = _load_one(spec, tokenizer, device, dtype)
-        rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight, timeout))
+        if isinstance(spec, str) and spec.startswith(SERVERS):
+            name, function = _load_server(spec, timeout=timeout, outage=outage)
+        else:
+            name, function = _load_one(spec, tokenizer, device, dtype)
+        # A server has limits for each request, and rides out a fault: its whole call may take longer.
+        limit = None if isinstance(function, JudgeReward | HTTPReward) else timeout
+        rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight, limit))
     return rewards
+
+
+def _load_server(spec: str, **limits: Any) -> tuple[str, RewardFunction]:
+    if spec.startswith("judge:"):
+        judge = load_judge(spec, **limits)
+        return _last_part(judge.model), judge
+    server = HTTPReward(spec, **limits)
+    return _last_part(server.name), server
 
 
 def load_judge(spec: str, **limits: Any) -> JudgeReward:
