@@ -12,12 +12,14 @@ import safetensors.torch
 import torch
 from faults.children import said, train
 from peft import PeftModel
+from rewards.small_models import bert_classifier, bert_tokenizer, saved
 from tiny import tiny_t5, tiny_tokenizer
+from trainer.helpers import trainer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from bondlm.cli import main
 from bondlm.cli.options import parse
-from bondlm.cli.train import _changed_settings, training_arguments
+from bondlm.cli.train import _changed_settings, load_judges, training_arguments
 from bondlm.errors import ConfigError
 from bondlm.rewards import load_rewards, score
 from bondlm.runs.folder import locked
@@ -125,6 +127,18 @@ def test_when_a_run_stops_and_who_judges_it_may_change_when_it_goes_on(tmp_path,
     assert _changed_settings(tmp_path / "config.yaml", {"model": "m", name: 4}) == []
     with pytest.raises(ConfigError, match=r"beta: None -> 0.1"):
         _changed_settings(tmp_path / "config.yaml", {"model": "m", name: 4, "beta": 0.1})
+
+
+def test_judges_have_the_runs_limits_and_room_for_its_prompts_before_it_begins(tmp_path):
+    tokenizer = bert_tokenizer(max_length=5)
+    short = saved(tmp_path / "short", bert_classifier(tokenizer), tokenizer)
+    rows = [{"prompt": "why do cats sleep so long at night"}]
+    made = trainer(tmp_path / "run", eval_dataset=rows, reward_timeout_s=300.0, reward_outage_s=3600.0)
+    names = ["judge:http://127.0.0.1:1/v1?model=m&cache=off", "http://127.0.0.1:1/score"]
+    judge, server = (reward.function for reward in load_judges({"judges": names}, made))
+    assert [(c._timeout, c._outage) for c in (judge._client, server.client)] == [(300.0, 3600.0)] * 2
+    with pytest.raises(ConfigError, match="reward 'short' takes 5 tokens"):
+        load_judges({"judges": short}, made)
 
 
 def test_judges_are_asked_by_the_last_evaluation_and_the_card_says_what_they_found(tmp_path, capsys):

@@ -190,10 +190,14 @@ def load_judges(options: Mapping[str, Any], trainer: Any) -> list[Any]:
     if trainer.eval_dataset is None:
         raise ConfigError(f"judges={specs!r}: the final evaluation needs an eval_dataset for them")
     from bondlm.models.load import fast_dtype
-    from bondlm.rewards import load_rewards
+    from bondlm.rewards import check_room, load_rewards
+    from bondlm.rollout.samples import longest_rows
 
-    device = trainer.args.device
-    return load_rewards(specs, [0.0] * len(specs), device=device, dtype=fast_dtype(device))
+    args = trainer.args
+    limits = {"timeout": args.reward_timeout_s, "outage": args.reward_outage_s}
+    judges = load_rewards(specs, [0.0] * len(specs), device=args.device, dtype=fast_dtype(args.device), **limits)
+    check_room(judges, longest_rows(trainer.eval_dataset), args.max_completion_length)
+    return judges
 
 
 def lora_config(options: Mapping[str, Any]) -> Any:
