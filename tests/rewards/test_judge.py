@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from bondlm.errors import ConfigError, RewardError, RewardOutageError
+from bondlm.errors import ConfigError, ResourceError, RewardError, RewardOutageError
 from bondlm.rewards import JudgeReward, NamedReward, Scores, load_rewards, score
 from bondlm.rewards.client import PLAIN_VARIABLE
 from bondlm.rewards.judge import KEY_VARIABLE, OPENAI_VARIABLE, TRIES, agreement
+from bondlm.training.stopping import PAUSING
 from rewards.judge_stub import Judge, as_presented, by_length, by_scalar, judging, scalar
 
 PROMPTS = ["p", "q", "p", "q", "p"]
@@ -331,6 +332,25 @@ def test_the_cache_is_in_the_users_cache_folder_unless_told_otherwise(tmp_path: 
         (tmp_path / "broken" / "judges.sqlite").write_text("no database " * 100)
         with pytest.raises(ConfigError, match="cache"):
             load(server, cache=tmp_path / "broken")
+        with pytest.raises(ConfigError, match=r"home.*cache=off"):
+            load(server, cache="~nobody-of-this-name/answers")
+
+
+def _unwritable(file: Path) -> None:
+    """As a full disk does: answers are looked up, and cannot be kept."""
+    with sqlite3.connect(file) as connection:
+        connection.execute("CREATE TRIGGER full BEFORE INSERT ON answers BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+
+
+@pytest.mark.parametrize("fault", [lambda file: file.unlink(), lambda file: file.write_bytes(b"x" * 4096), _unwritable])
+def test_a_cache_that_fails_later_pauses_the_run(fault: Any, tmp_path: Path) -> None:
+    assert issubclass(ResourceError, PAUSING)
+    with judging(by_length) as server:
+        reward = load(server, cache=tmp_path)
+        fault(tmp_path / "judges.sqlite")
+        with pytest.raises(ResourceError, match=r"judges\.sqlite.*cache=off"):
+            ask(reward)
+        assert len(server.requests) <= 2
 
 
 # -- keys and options

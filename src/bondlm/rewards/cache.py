@@ -2,11 +2,11 @@
 
 import os
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, ResourceError
 
 CACHE_FILE = "judges.sqlite"
 COLUMNS = "key TEXT PRIMARY KEY, said TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL"
@@ -15,7 +15,11 @@ SELECT = "SELECT said, prompt_tokens, completion_tokens FROM answers WHERE key =
 
 
 def default_cache() -> Path:
-    """Where answers are kept if nothing is said."""
+    """Where answers are kept if nothing is said.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bondlm"
 
 
@@ -28,7 +32,10 @@ class Cache:
         Raises:
             ConfigError: no file can be kept there.
         """
-        self._path = (Path(folder).expanduser() if folder else default_cache()) / CACHE_FILE
+        try:
+            self._path = (Path(folder).expanduser() if folder else default_cache()) / CACHE_FILE
+        except RuntimeError as error:
+            raise ConfigError(f"the judge's cache: {error} Give another folder (cache=FOLDER) or cache=off") from error
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as connection, connection:
@@ -40,15 +47,35 @@ class Cache:
             ) from error
 
     def get(self, key: str) -> tuple[str, int, int] | None:
-        """What was said, and the tokens that it cost, in and out; if anything was."""
-        with closing(self._connect()) as connection:
+        """What was said, and the tokens that it cost, in and out; if anything was.
+
+        Raises:
+            ResourceError: the file cannot be read.
+        """
+        with self._open() as connection:
             found: tuple[str, int, int] | None = connection.execute(SELECT, (key,)).fetchone()
         return found
 
     def put(self, key: str, said: str, tokens: Sequence[int]) -> None:
-        """Keep it."""
-        with closing(self._connect()) as connection, connection:
+        """Keep it.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        with self._open() as connection:
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, said, *tokens))
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """Such a fault passes (a full disk, a folder that is away): the run is saved, and continues with the cache."""
+        try:
+            with closing(self._connect()) as connection, connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise ResourceError(
+                f"the judge's answers in {self._path} cannot be read or kept any more ({error}): make room or bring "
+                "the folder back, and the same command continues the run; cache=off does without (allow_config_change)"
+            ) from error
 
     def _connect(self) -> sqlite3.Connection:
         """A connection of its own for each use: it belongs to a thread, and the file to several processes."""
