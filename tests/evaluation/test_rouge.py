@@ -48,5 +48,7 @@ def test_the_judge_reads_its_column_and_refuses_rows_without_it():
     assert judge.weight == 0.0
     chat = [{"role": "assistant", "content": "a b"}]
     assert judge.function(["p", "q"], [chat, "x"], answer=["a b", "c"]) == [1.0, 0.0]
+    number = rouge_judge([{"prompt": "p", "answer": 42}], "answer")
+    assert number.function(["p"], ["42"], answer=[42]) == [1.0]
     with pytest.raises(DataError, match=r"row 1 .*reference_column 'answer'"):
         rouge_judge([rows[0], {"prompt": "q", "answer": None}], "answer")

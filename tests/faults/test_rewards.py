@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState
 from bondlm.cli import main
 from bondlm.errors import RewardError, RewardOutageError
 from bondlm.objectives import JBOND
-from bondlm.rewards import NamedReward, score
+from bondlm.rewards import NamedReward, SequenceClassifierReward, score
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.runs.folder import DROPPED_FILE
@@ -72,6 +72,18 @@ def test_r1_a_bad_reward_drops_its_prompt_whole_and_the_rest_learn_as_if_it_were
     said_of_fewer = logged(tmp_path / "fewer")[0]
     for name in ("reward", "reward_std", "anchor/reward", "bond/advantage", "bond/forward_loss", "bond/penalty_rate"):
         assert said_of_broken[name] == pytest.approx(said_of_fewer[name], abs=1e-5), name
+
+
+def test_r1_a_row_that_a_reward_model_cannot_score_drops_its_prompt(tmp_path: Path) -> None:
+    tokenizer = bert_tokenizer(max_length=14)
+    limited = SequenceClassifierReward(bert_classifier(tokenizer), tokenizer)
+    rows = prompt_rows(8)
+    rows[5]["prompt"] = "rain " * 12  # by itself it has room
+    made = trainer(tmp_path, reward=limited, train_dataset=rows, max_steps=2, max_skipped_frac=0.2)
+    made.train()
+    (dropped,) = [json.loads(line) for line in (tmp_path / DROPPED_FILE).read_text().splitlines()]
+    assert dropped["prompt"] == rows[5]["prompt"]
+    assert "takes 14 tokens" in dropped["reason"]
 
 
 def test_r1_too_many_dropped_prompts_end_the_run_before_the_update(tmp_path: Path) -> None:

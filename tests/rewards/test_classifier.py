@@ -9,8 +9,9 @@ from tiny import CHATML, tiny_causal, tiny_t5, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from bondlm.errors import ConfigError, RewardError
-from bondlm.rewards import NamedReward, NLIReward, SequenceClassifierReward, load_rewards, score
+from bondlm.data.columns import PROMPT_IDS
+from bondlm.errors import ConfigError, DataError, RewardError
+from bondlm.rewards import NamedReward, NLIReward, SequenceClassifierReward, check_room, load_rewards, score
 from bondlm.rewards.classifier import FACTS_FILE, FALLBACK_TEMPLATES
 
 from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved
@@ -152,14 +153,20 @@ def test_the_last_tokens_are_logged_once(caplog):
     assert [record.getMessage().count("<|im_end|>") for record in caplog.records] == [1]
 
 
-def test_long_rows_are_refused_with_their_length():
+def test_rows_that_are_too_long_fail_alone_and_with_their_length():
     reward = SequenceClassifierReward(*bert(), max_length=10)
     lengths = [len(row) for row in map(reward.encode, PROMPTS, COMPLETIONS)]
     row = next(row for row, length in enumerate(lengths) if length > 10)
-    with pytest.raises(RewardError, match=rf"row {row}\b.*\b{lengths[row]} tokens.*\b10\b.*truncate='left'"):
-        reward(PROMPTS, COMPLETIONS)
-    with pytest.raises(RewardError, match="reward 'rm': row"):
-        score([NamedReward("rm", reward)], PROMPTS, COMPLETIONS, {})
+    message = rf"reward 'rm' takes 10 tokens and has {lengths[row]} tokens.*truncate='left'.* for row {row} of 8"
+    named = [NamedReward("rm", reward)]
+    with pytest.raises(RewardError, match=message):
+        score(named, PROMPTS, COMPLETIONS)
+    scores = score(named, PROMPTS, COMPLETIONS, allow_bad_rows=True)
+    assert set(scores.bad) == {row for row, length in enumerate(lengths) if length > 10} != set(range(8))
+    whole = score([NamedReward("rm", SequenceClassifierReward(*bert()))], PROMPTS, COMPLETIONS).total
+    good = [row for row in range(8) if row not in scores.bad]
+    assert torch.allclose(scores.total[good], whole[good])
+    assert score(named, PROMPTS[row : row + 1], COMPLETIONS[row : row + 1], allow_bad_rows=True).bad  # no other row
 
 
 @pytest.mark.parametrize(("stated", "limit"), [(64, 64), (32, 32), (int(1e30), 64)])
@@ -192,8 +199,23 @@ def test_no_rows():
 
 
 def test_an_empty_text_is_an_error_and_not_a_crash():
-    with pytest.raises(RewardError, match=r"row 0.*token"):
-        SequenceClassifierReward(*llama(), prompt_format="plain")([""], [""])
+    named = [NamedReward("rm", SequenceClassifierReward(*llama(), prompt_format="plain"))]
+    with pytest.raises(RewardError, match=r"'rm' has no token.*row 0"):
+        score(named, [""], [""])
+
+
+def test_a_conversation_that_the_template_refuses_fails_alone():
+    tokenizer = bert_tokenizer()
+    refusal = "{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + refusal + "{{ m['content'] }} {% endfor %}"
+    reward = NamedReward("rm", SequenceClassifierReward(bert_classifier(tokenizer), tokenizer))
+    asked = [{"role": "user", "content": "why do cats sleep"}]
+    prompts, answers = [asked, [{"role": "system", "content": "be brief"}, *asked]], ["rain", "blue"]
+    with pytest.raises(RewardError, match=r"'rm' cannot score.*TemplateError: System role not supported.*row 1 of 2"):
+        score([reward], prompts, answers)
+    assert set(score([reward], prompts, answers, allow_bad_rows=True).bad) == {1}
+    with pytest.raises(DataError, match=r"'rm' cannot score the prompt 'why do cats sleep': .*System role"):
+        check_room([reward], [{"prompt": prompt, PROMPT_IDS: [1]} for prompt in prompts], 4)
 
 
 def test_plain_text_is_what_its_own_template_or_training_makes_of_it(tmp_path):

@@ -60,6 +60,20 @@ def test_all_samples_of_a_prompt_go_into_one_question_and_its_order_comes_back()
     assert "Authorization" not in first["headers"]
 
 
+@pytest.mark.parametrize("bad", [None, ["a"], [{"role": "assistant", "content": "x"}]])
+def test_a_reference_may_be_a_number_and_one_that_is_no_text_fails_for_its_prompt(bad: Any) -> None:
+    with judging(by_length) as server:
+        reward = load(server, reference="gold")
+        columns = {"gold": [42, bad, 42, bad, 42]}
+        found = ask(reward, columns=columns, allow_bad_rows=True)
+        assert set(found.bad) == {1, 3}
+        with pytest.raises(RewardError, match=r"'small' needs text in the column 'gold' and finds .*row 1 of 5"):
+            ask(reward, columns=columns)
+    asked = [request["messages"][1]["content"] for request in server.requests]
+    assert len(asked) >= 1
+    assert all("<reference>\n42\n</reference>" in text for text in asked)
+
+
 def test_criterion_reference_and_messages_reach_the_judge(tmp_path: Path) -> None:
     (tmp_path / "criterion.txt").write_text("Prefer answers that rhyme.\n")
     prompts = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi?"}]] * 2

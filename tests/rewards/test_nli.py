@@ -5,8 +5,9 @@ import torch
 from tiny import tiny_t5, tiny_tokenizer
 from torch import nn
 
+from bondlm.data.columns import PROMPT_IDS
 from bondlm.errors import ConfigError, DataError, RewardError
-from bondlm.rewards import NamedReward, NLIReward, score
+from bondlm.rewards import NamedReward, NLIReward, check_room, score
 
 from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved
 
@@ -177,6 +178,21 @@ def test_a_missing_column_names_those_that_are_there():
         score(named, ["p"], ["c"], {"text": ["t"]})
 
 
+@pytest.mark.parametrize("bad", [None, ["a", "b"], float("nan"), True, [{"role": "user", "content": "rain"}]])
+def test_numbers_in_the_column_are_text_and_what_is_none_fails_alone(bad):
+    reward = NLIReward(*cross_encoder(), premise_column="doc")
+    written = reward(["p"] * 2, ["four", "five"], doc=["42", "0.5"])
+    assert reward(["p"] * 2, ["four", "five"], doc=[42, 0.5]) == written
+    named = [NamedReward("nli", reward)]
+    with pytest.raises(RewardError, match=r"'nli' needs text in the column 'doc' and finds .*row 1 of 2"):
+        score(named, ["p"] * 2, ["four", "five"], {"doc": ["42", bad]})
+    scores = score(named, ["p"] * 2, ["four", "five"], {"doc": ["42", bad]}, allow_bad_rows=True)
+    assert set(scores.bad) == {1}
+    assert scores.total[0] == pytest.approx(written[0], abs=1e-6)
+    with pytest.raises(DataError, match=r"'nli' cannot score the prompt 'p': .*column 'doc'"):
+        check_room(named, [{"prompt": "p", "doc": bad, PROMPT_IDS: [1]}], 4)
+
+
 def test_a_chat_without_user_is_a_data_error():
     with pytest.raises(DataError, match=r"roles \['system'\]"):
         NLIReward(*cross_encoder())([[{"role": "system", "content": "x"}]], ["h"])
@@ -194,14 +210,16 @@ def test_long_rows_are_refused_or_lose_the_end_of_their_premise(build):
     premise, hypothesis = " ".join(PREMISES[:3]), "five"
     full = len(free._tokenize(premise, hypothesis)["input_ids"])
     limit = full - 10
-    with pytest.raises(RewardError, match=rf"row 1\b.*\b{full} tokens.*\b{limit}\b.*truncate='premise'"):
-        NLIReward(model, tokenizer, max_length=limit)(["a", premise], ["b", hypothesis])
+    short = [NamedReward("nli", NLIReward(model, tokenizer, max_length=limit))]
+    with pytest.raises(RewardError, match=rf"takes {limit} tokens and has {full} tokens.*truncate='premise'.*row 1\b"):
+        score(short, ["a", premise], ["b", hypothesis])
+    assert set(score(short, ["a", premise], ["b", hypothesis], allow_bad_rows=True).bad) == {1}
     cut = NLIReward(model, tokenizer, max_length=limit, truncate="premise")
     kept = tokenizer.decode(tokenizer(premise, add_special_tokens=False)["input_ids"][:-10])
     assert cut(["a", premise], ["b", hypothesis]) == pytest.approx(free(["a", kept], ["b", hypothesis]), abs=1e-6)
     assert cut([premise], [hypothesis]) != free([premise], [hypothesis])
-    with pytest.raises(RewardError, match=rf"row 0\b.*\b{limit}\b"):  # no premise left, and still too long
-        cut(["a"], [premise * 2])
+    with pytest.raises(RewardError, match=rf"takes {limit} tokens.*row 0\b"):  # no premise left, and still too long
+        score([NamedReward("nli", cut)], ["a"], [premise * 2])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bondlm.errors import ConfigError, DataError, RewardError
-from bondlm.rewards import SimilarityReward
+from bondlm.rewards import NamedReward, SimilarityReward, score
 
 from .small_models import ROWS, bert_encoder, bert_tokenizer, saved
 
@@ -76,8 +76,16 @@ def test_an_empty_completion_has_a_score():
 def test_long_texts_are_refused_or_lose_their_end():
     model, tokenizer = encoder()
     length = len(tokenizer(COMPLETIONS[5])["input_ids"])
-    with pytest.raises(RewardError, match=rf"row 1\b.*\b{length} tokens.*\b12\b.*truncate='right'"):
-        SimilarityReward(model, tokenizer, max_length=12)(["rain"], [COMPLETIONS[5]])
+    short = SimilarityReward(model, tokenizer, max_length=12)
+    message = rf"takes 12 tokens and has {length} tokens.*truncate='right'"
+    rows = ["rain", COMPLETIONS[5], "rain"], [COMPLETIONS[5], "rain", "blue"]
+    with pytest.raises(RewardError, match=rf"'s' {message}.*row 0"):
+        score([NamedReward("s", short)], *rows)
+    scores = score([NamedReward("s", short)], *rows, allow_bad_rows=True)
+    assert set(scores.bad) == {0, 1}
+    assert scores.total[2] == pytest.approx(SimilarityReward(model, tokenizer)(["rain"], ["blue"])[0], abs=1e-6)
+    with pytest.raises(RewardError, match=rf"row 1: the reward model {message}"):
+        short.embed(["rain", COMPLETIONS[5]])
     cut = SimilarityReward(model, tokenizer, max_length=12, truncate="right")
     head = " ".join(COMPLETIONS[5].split()[:10])  # ten words, [CLS] and [SEP]
     assert cut(["rain"], [COMPLETIONS[5]]) == pytest.approx(SimilarityReward(model, tokenizer)(["rain"], [head]))

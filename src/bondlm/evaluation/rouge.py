@@ -9,7 +9,8 @@ from typing import Any
 from bondlm.errors import DataError
 from bondlm.evaluation.samples import words
 from bondlm.rewards import NamedReward
-from bondlm.rewards.texts import completion_text
+from bondlm.rewards.answers import Failure
+from bondlm.rewards.texts import column_text, completion_text
 
 NAME = "rouge_l"
 
@@ -38,10 +39,10 @@ def rouge_judge(rows: Sequence[Any], column: str) -> NamedReward:
     """A judge that compares completions with the text column of the data.
 
     Raises:
-        DataError: the column is not there, or holds something that is not text.
+        DataError: the column is not there, or holds something that is neither text nor a number.
     """
     for i, row in enumerate(rows):
-        if not isinstance(row.get(column), str):
+        if isinstance(column_text(column, row.get(column)), Failure):
             known = ", ".join(sorted(name for name in row if name not in ("prompt", "prompt_ids"))) or "none"
             raise DataError(
                 f"row {i} has no text in the reference_column {column!r} (other columns: {known}): name a column that "
@@ -52,6 +53,6 @@ def rouge_judge(rows: Sequence[Any], column: str) -> NamedReward:
 
 def _judge(column: str) -> Callable[..., list[float]]:
     def score(prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
-        return [rouge_l(completion_text(c), text) for c, text in zip(completions, columns[column], strict=True)]
+        return [rouge_l(completion_text(c), str(text)) for c, text in zip(completions, columns[column], strict=True)]
 
     return score

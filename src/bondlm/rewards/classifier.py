@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bondlm.data.chat_templates import render_chat
-from bondlm.data.rendering import as_chat
-from bondlm.errors import ConfigError
+from bondlm.data.rendering import TEMPLATE_ERRORS, as_chat
+from bondlm.errors import ConfigError, DataError
+from bondlm.rewards.answers import Failure
 from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
-from bondlm.rewards.texts import check_batch_bounds, check_choice, refuse_bad_lengths, token_limit
+from bondlm.rewards.texts import bad_lengths, check_batch_bounds, check_choice, token_limit, with_failures
 
 FACTS_FILE = "reward.json"  # beside a reward model that bondlm has trained
 # What a base without a chat template gets when it becomes a reward model, so that it can score conversations.
@@ -115,25 +116,36 @@ class SequenceClassifierReward:
         model = load_model(AutoModelForSequenceClassification, path, device=device, dtype=dtype)
         return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """Score B rows (strings, or chats); B numbers.
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+        """Score B rows (strings, or chats); B numbers, or a `Failure` for a row that cannot be scored.
+
+        Such a row has no token, is longer than the limit while ``truncate`` is None, or is a conversation that the
+        chat template refuses.
 
         Raises:
             ConfigError: Chats, and the reward model's tokenizer has no chat template.
-            RewardError: A row is longer than the limit and ``truncate`` is None.
         """
-        if not prompts:
-            return []
-        rows_B = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        refuse_bad_lengths(rows_B, self._limit, "Set max_length, shorten the texts, or allow truncate='left'.")
-        self._log_ending(rows_B[0])
-        scores_B = map_micro_batches(
-            [len(row) for row in rows_B],
-            lambda rows: self._forward({"input_ids": rows_B}, rows),
+        failed: dict[int, Failure] = {}
+        rows_B: list[list[int]] = []
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                rows_B.append(self.encode(prompt, completion))
+            except DataError as error:
+                rows_B.append([])
+                failed[row] = Failure(f"cannot score a conversation: {error},")
+        advice = "set max_length, shorten the texts, or allow truncate='left'"
+        failed = bad_lengths(rows_B, self._limit, advice) | failed
+        encoded = [ids for row, ids in enumerate(rows_B) if row not in failed]
+        if not encoded:
+            return with_failures([], failed, len(rows_B))
+        self._log_ending(encoded[0])
+        scores = map_micro_batches(
+            [len(ids) for ids in encoded],
+            lambda rows: self._forward({"input_ids": encoded}, rows),
             max_rows=self.batch_size if self._pad_id is not None else 1,
             max_tokens=self.batch_tokens,
         )
-        return [float(value) for value in scores_B]
+        return with_failures(scores.tolist(), failed, len(rows_B))
 
     @property
     def limit(self) -> int | None:
@@ -141,13 +153,23 @@ class SequenceClassifierReward:
         return self._limit if self.truncate is None else None
 
     def num_tokens(self, row: Mapping[str, Any], completion_tokens: int) -> int:
-        """Tokens that a row of the data set comes to with a completion of so many."""
+        """Tokens that a row of the data set comes to with a completion of so many.
+
+        Raises:
+            ConfigError: A chat, and the tokenizer has no chat template.
+            DataError: The chat template refuses the prompt.
+        """
         prompt = row["prompt"]
         empty = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
         return len(self.encode(prompt, empty)) + completion_tokens
 
     def encode(self, prompt: Any, completion: Any) -> list[int]:
-        """Token ids of a row as the model sees it."""
+        """Token ids of a row as the model sees it.
+
+        Raises:
+            ConfigError: A chat, and the tokenizer has no chat template.
+            DataError: The chat template refuses the conversation.
+        """
         text, is_rendered = self.render(prompt, completion)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not is_rendered, verbose=False)["input_ids"]
         if self._eos_id is not None and ids[-1:] != [self._eos_id]:
@@ -158,7 +180,14 @@ class SequenceClassifierReward:
         return ids
 
     def render(self, prompt: Any, completion: Any) -> tuple[str, bool]:
-        """Text that is scored, and whether the chat template wrote it (then it holds its special tokens already)."""
+        """Text that is scored, and whether the chat template wrote it (then it holds its special tokens already).
+
+        Raises:
+            ConfigError: A chat, and the tokenizer has no chat template.
+            DataError: The chat template refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
         if isinstance(prompt, str) and self.prompt_format == "plain":
             return prompt + completion, False
         if self.tokenizer.chat_template is None:
@@ -170,7 +199,15 @@ class SequenceClassifierReward:
         answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
         if chat[-1]["role"] == "assistant":  # the completion goes on with it
             answer[0] = {**answer[0], "content": chat.pop()["content"] + answer[0]["content"]}
-        return render_chat([*chat, *answer], self.tokenizer, place="an answer that a reward model scores"), True
+        try:
+            return render_chat([*chat, *answer], self.tokenizer, place="an answer that a reward model scores"), True
+        except ConfigError:  # a ValueError, too
+            raise
+        except (*TEMPLATE_ERRORS, TemplateError) as error:
+            raise DataError(
+                f"the reward model's chat template refuses it ({type(error).__name__}: {error}; change the messages, "
+                "or set another template on the tokenizer in reward_processing_classes)"
+            ) from error
 
     @torch.no_grad()
     def _forward(self, encoded: dict[str, list[list[int]]], rows: list[int]) -> Tensor:

@@ -22,7 +22,7 @@ from bondlm.rewards.calls import await_together
 from bondlm.rewards.client import MAX_REQUESTS, Client, RefusedError, bearer, checked_name
 from bondlm.rewards.question import CRITERION, Question, ask_about, read_ranking
 from bondlm.rewards.ranking import in_order, rows_of
-from bondlm.rewards.texts import completion_text
+from bondlm.rewards.texts import column_text, completion_text
 
 KEY_VARIABLE, OPENAI_HOST, OPENAI_VARIABLE = "BONDLM_JUDGE_KEY", "api.openai.com", "OPENAI_API_KEY"
 TRIES = 3  # of a question whose answer is no ranking, each with other ids and in another order
@@ -165,7 +165,7 @@ class JudgeReward:
                 self.rank(
                     offered["prompts"][rows[0]],
                     [completion_text(offered["completions"][i]) for i in rows],
-                    None if self.reference is None else offered[self.reference][rows[0]],
+                    None if self.reference is None else column_text(self.reference, offered[self.reference][rows[0]]),
                     agreements,
                 )
                 for rows in members
@@ -178,7 +178,11 @@ class JudgeReward:
         return ask
 
     async def rank(
-        self, prompt: Any, texts: Sequence[str], reference: str | None = None, agreements: list[float] | None = None
+        self,
+        prompt: Any,
+        texts: Sequence[str],
+        reference: str | Failure | None = None,
+        agreements: list[float] | None = None,
     ) -> Any:
         """A score per text, larger is better: minus the mean place over the rounds. Or a `Failure`.
 
@@ -186,6 +190,8 @@ class JudgeReward:
             RewardError: the server refuses us, or is no chat endpoint.
             RewardOutageError: it is down, out of quota, or the budget is spent.
         """
+        if isinstance(reference, Failure):
+            return reference
         different = list(dict.fromkeys(texts))
         if len(different) < 2:
             return [0.0] * len(texts)

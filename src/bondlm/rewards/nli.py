@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, DataError
+from bondlm.rewards.answers import Failure
 from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import (
+    bad_lengths,
     check_batch_bounds,
     check_choice,
+    column_text,
     completion_text,
     prompt_text,
-    refuse_bad_lengths,
     token_limit,
+    with_failures,
 )
 
 TEMPLATES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -131,29 +134,36 @@ class NLIReward:
             model = load_model(AutoModelForSequenceClassification, path, device=device, dtype=dtype)
         return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[float]:
-        """Score B rows (strings, or chats); B numbers.
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[Any]:
+        """Score B rows (strings, or chats); B numbers, or a `Failure` for a row that cannot be scored.
+
+        Such a row is longer than the limit and may not be shortened, or has no text in ``premise_column``.
 
         Raises:
             ConfigError: ``premise_column`` is not among the columns.
             DataError: A chat without a user message.
-            RewardError: A row is longer than the limit and may not be shortened.
         """
-        if not prompts:
-            return []
         hypotheses = [completion_text(completion) for completion in completions]
-        encoded = self._encode(self._premises(prompts, columns), hypotheses)
-        refuse_bad_lengths(
-            encoded["input_ids"], self._limit, "Set max_length, shorten the texts, or allow truncate='premise'."
-        )
-        margins_B = map_micro_batches(
+        premises = self._premises(prompts, columns)
+        failed = {row: premise for row, premise in enumerate(premises) if isinstance(premise, Failure)}
+        rows_B: list[dict[str, list[int]]] = [
+            {"input_ids": []} if isinstance(premise, Failure) else self._encode_row(premise, hypothesis)
+            for premise, hypothesis in zip(premises, hypotheses, strict=True)
+        ]
+        advice = "set max_length, shorten the texts, or allow truncate='premise'"
+        failed = bad_lengths([row["input_ids"] for row in rows_B], self._limit, advice) | failed
+        good = [encoded for row, encoded in enumerate(rows_B) if row not in failed]
+        if not good:
+            return with_failures([], failed, len(rows_B))
+        encoded = {key: [row[key] for row in good] for key in good[0]}
+        margins = map_micro_batches(
             [len(row) for row in encoded["input_ids"]],
             lambda rows: self._margins(encoded, rows),
             max_rows=self.batch_size if self._pad_id is not None else 1,
             max_tokens=self.batch_tokens,
         )
-        rewards_B = margins_B if self.output == "margin" else logsigmoid(margins_B)
-        return [float(value) for value in rewards_B]
+        rewards = margins if self.output == "margin" else logsigmoid(margins)
+        return with_failures(rewards.tolist(), failed, len(rows_B))
 
     @property
     def limit(self) -> int | None:
@@ -161,27 +171,31 @@ class NLIReward:
         return self._limit if self.truncate is None else None
 
     def num_tokens(self, row: Mapping[str, Any], completion_tokens: int) -> int:
-        """Tokens that a row of the data set comes to with a completion of so many."""
+        """Tokens that a row of the data set comes to with a completion of so many.
+
+        Raises:
+            ConfigError: ``premise_column`` is not among the columns.
+            DataError: A chat without a user message, or no text in ``premise_column``.
+        """
         (premise,) = self._premises([row["prompt"]], {name: [value] for name, value in row.items()})
+        if isinstance(premise, Failure):
+            raise DataError(f"it {premise.reason}")
         mark = "."  # without a hypothesis there would be no separator behind it
         other = len(self.tokenizer(mark, add_special_tokens=False, verbose=False)["input_ids"])
         return len(self._tokenize(premise, mark)["input_ids"]) - other + completion_tokens
 
-    def _premises(self, prompts: Sequence[Any], columns: dict[str, Sequence[Any]]) -> list[str]:
+    def _premises(self, prompts: Sequence[Any], columns: dict[str, Sequence[Any]]) -> list[str | Failure]:
+        texts: list[str | Failure]
         if self.premise_column is None:
             texts = [prompt_text(prompt) for prompt in prompts]
         elif self.premise_column in columns:
-            texts = list(columns[self.premise_column])
+            texts = [column_text(self.premise_column, value) for value in columns[self.premise_column]]
         else:
             raise ConfigError(
                 f"premise_column is {self.premise_column!r} and the dataset's columns are "
                 f"{', '.join(columns) or 'none'}: name one of them."
             )
-        return [text.removeprefix(self.premise_prefix) for text in texts]
-
-    def _encode(self, premises: Sequence[str], hypotheses: Sequence[str]) -> dict[str, list[list[int]]]:
-        rows = [self._encode_row(*texts) for texts in zip(premises, hypotheses, strict=True)]
-        return {key: [row[key] for row in rows] for key in rows[0]}
+        return [text if isinstance(text, Failure) else text.removeprefix(self.premise_prefix) for text in texts]
 
     def _encode_row(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
         encoded = self._tokenize(premise, hypothesis)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bondlm.data.columns import PROMPT_IDS
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, DataError
 from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.nli import NLIReward
 from bondlm.rewards.scoring import NamedReward
@@ -23,14 +23,16 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
 
     Raises:
         ConfigError: a prompt is too long without any completion.
+        DataError: a prompt that a reward model cannot score: its chat template refuses it, or it lacks a text.
     """
     longest = sorted(rows, key=lambda row: -len(row[PROMPT_IDS]))[:LOOKED_AT]
     for reward in rewards if longest else ():
         model = reward.function
-        if not isinstance(model, SequenceClassifierReward | NLIReward | SimilarityReward) or model.limit is None:
+        if not isinstance(model, SequenceClassifierReward | NLIReward | SimilarityReward):
             continue
-        limit = model.limit
-        alone = max(model.num_tokens(row, 0) for row in longest)
+        alone = max(_tokens(reward, row) for row in longest)
+        if (limit := model.limit) is None:
+            continue
         most = max(model.num_tokens(row, max_completion_length) for row in longest)
         cut = "let it cut what is too long with its option truncate (docs/rewards.md)"
         if alone > limit:
@@ -41,6 +43,16 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
         if most > limit:
             _log.warning(
                 "reward %r takes %d tokens, and a prompt with a completion of max_completion_length=%d may have %d, "
-                "which would end the run: lower max_completion_length, or %s",
+                "and the prompt is dropped: lower max_completion_length, or %s",
                 *(reward.name, limit, max_completion_length, most, cut),
             )
+
+
+def _tokens(reward: NamedReward, row: Mapping[str, Any]) -> int:
+    """Of a prompt without any completion."""
+    try:
+        return int(reward.function.num_tokens(row, 0))  # type: ignore[attr-defined]
+    except DataError as error:
+        prompt = row["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+        raise DataError(f"reward {reward.name!r} cannot score the prompt {str(text)[:80]!r}: {error}") from error

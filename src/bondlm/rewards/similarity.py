@@ -16,13 +16,17 @@ from bondlm.errors import ConfigError
 from bondlm.rewards.batching import map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_model, load_tokenizer
 from bondlm.rewards.texts import (
+    bad_lengths,
     check_batch_bounds,
     check_choice,
     completion_text,
     prompt_text,
     refuse_bad_lengths,
     token_limit,
+    with_failures,
 )
+
+ADVICE = "set max_length, shorten the texts, or allow truncate='right'"
 
 # What Pooling is called in a sentence encoder's folder: the root of the length is a factor, which no cosine sees.
 POOLING: dict[str, Literal["mean", "cls"]] = {
@@ -100,22 +104,26 @@ class SimilarityReward:
         model = load_model(AutoModel, path, device=device, dtype=dtype, may_miss="pooler")
         return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """Score B rows (strings, or chats); B cosines.
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
+        """Score B rows (strings, or chats); B cosines, or a `Failure` for a row that cannot be scored.
+
+        Such a row has a text without a token, or one that is longer than the limit while ``truncate`` is None.
 
         Raises:
             DataError: A chat without a user message.
-            RewardError: A text is longer than the limit and ``truncate`` is None.
         """
-        if not prompts:
-            return []
-        prompt_texts = [prompt_text(prompt) for prompt in prompts]
-        completion_texts = [completion_text(completion) for completion in completions]
-        place = {text: index for index, text in enumerate(dict.fromkeys([*prompt_texts, *completion_texts]))}
-        embeddings = self.embed(list(place))
-        prompts_BD = embeddings[[place[text] for text in prompt_texts]]
-        completions_BD = embeddings[[place[text] for text in completion_texts]]
-        return [float(value) for value in cosine_similarity(prompts_BD, completions_BD, dim=-1)]
+        pairs = [(prompt_text(p), completion_text(c)) for p, c in zip(prompts, completions, strict=True)]
+        texts = list(dict.fromkeys([p for p, _ in pairs] + [c for _, c in pairs]))
+        encoded = [self._encode(text) for text in texts]
+        problem = {texts[i]: failure for i, failure in bad_lengths(encoded, self._limit, ADVICE).items()}
+        failed = {row: problem[text] for row, pair in enumerate(pairs) for text in reversed(pair) if text in problem}
+        place = {text: i for i, text in enumerate(text for text in texts if text not in problem)}
+        scored = [pair for row, pair in enumerate(pairs) if row not in failed]
+        if not scored:
+            return with_failures([], failed, len(pairs))
+        embeddings = self._embed([ids for text, ids in zip(texts, encoded, strict=True) if text in place])
+        prompts_BD, completions_BD = (embeddings[[place[pair[i]] for pair in scored]] for i in (0, 1))
+        return with_failures(cosine_similarity(prompts_BD, completions_BD, dim=-1).tolist(), failed, len(pairs))
 
     @property
     def limit(self) -> int | None:
@@ -133,7 +141,10 @@ class SimilarityReward:
             RewardError: A text is longer than the limit and ``truncate`` is None.
         """
         rows_B = [self._encode(text) for text in texts]
-        refuse_bad_lengths(rows_B, self._limit, "Set max_length, shorten the texts, or allow truncate='right'.")
+        refuse_bad_lengths(rows_B, self._limit, ADVICE)
+        return self._embed(rows_B)
+
+    def _embed(self, rows_B: list[list[int]]) -> Tensor:
         return map_micro_batches(
             [len(row) for row in rows_B],
             lambda rows: self._forward({"input_ids": rows_B}, rows),

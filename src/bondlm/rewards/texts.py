@@ -1,9 +1,13 @@
 """Texts and token limits that the model rewards share."""
 
-from collections.abc import Sequence
+import math
+import numbers
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bondlm.errors import ConfigError, DataError, RewardError
+from bondlm.rewards.answers import Failure
 
 
 def prompt_text(prompt: Any) -> str:
@@ -65,13 +69,35 @@ def _table_rows(model: Any) -> int | None:
     return None
 
 
-def refuse_bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice: str) -> None:
-    """Raise RewardError for the first row that has no token or more than ``limit``."""
+def column_text(column: str, value: Any) -> str | Failure:
+    """What a row of the data has in a column that is to be text; numbers, such as answers of sums, are written out."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    if isinstance(value, str) or is_number:
+        return str(value)
+    return Failure(f"needs text in the column {column!r} and finds {reprlib.repr(value)} ({type(value).__name__})")
+
+
+def bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice: str) -> dict[int, Failure]:
+    """The rows that have no token or more than ``limit``."""
+    failed = {}
     for row, ids in enumerate(rows):
         if not ids:
-            raise RewardError(f"row {row} has no token: its text is empty and the tokenizer adds nothing.")
-        if limit is not None and len(ids) > limit:
-            raise RewardError(f"row {row} has {len(ids)} tokens and the reward model takes {limit}. {advice}")
+            failed[row] = Failure("has no token to score: the text is empty and the tokenizer adds nothing,")
+        elif limit is not None and len(ids) > limit:
+            failed[row] = Failure(f"takes {limit} tokens and has {len(ids)} tokens to score ({advice})")
+    return failed
+
+
+def refuse_bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice: str) -> None:
+    """Raise RewardError for the first row that has no token or more than ``limit``."""
+    for row, failure in bad_lengths(rows, limit, advice).items():
+        raise RewardError(f"row {row}: the reward model {failure.reason}")
+
+
+def with_failures(values: Sequence[float], failed: Mapping[int, Failure], count: int) -> list[Any]:
+    """One entry for each of so many rows: the next of the values, or why the row has none."""
+    rest = iter(values)
+    return [failed[row] if row in failed else next(rest) for row in range(count)]
 
 
 def check_batch_bounds(batch_size: int, batch_tokens: int) -> None:

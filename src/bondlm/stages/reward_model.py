@@ -82,7 +82,7 @@ class Pairs:
         """
         encoded = [{name: self._ids(row["prompt"], row[name]) for name in ("chosen", "rejected")} for row in rows]
         for name in ("chosen", "rejected"):
-            refuse_bad_lengths([row[name] for row in encoded], self._limit, f"({name}) Shorten the texts.")
+            refuse_bad_lengths([row[name] for row in encoded], self._limit, f"{name}: shorten the texts")
         return encoded
 
     def _ids(self, prompt: Any, answer: str) -> list[int]:
