@@ -4,6 +4,9 @@ import asyncio
 import json
 import random
 import runpy
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from http.server import ThreadingHTTPServer
@@ -14,7 +17,7 @@ import pytest
 
 from bondlm.errors import BondError, ConfigError, RewardError, RewardOutageError
 from bondlm.rewards import HTTPReward, NamedReward, load_rewards, score
-from bondlm.rewards.client import MAX_REQUESTS, PLAIN_VARIABLE
+from bondlm.rewards.client import MAX_REQUESTS, PLAIN_VARIABLE, Client
 from bondlm.rewards.http import TOKEN_VARIABLE
 from rewards.reward_stub import changed, good, serving, slow, status
 
@@ -234,3 +237,44 @@ def test_the_example_server_speaks_the_protocol(monkeypatch: pytest.MonkeyPatch)
     finally:
         server.shutdown()
         server.server_close()
+
+
+# -- many requests, and certificates
+
+
+def test_more_than_a_hundred_requests_may_be_under_way_and_all_go_on_when_a_server_is_back() -> None:
+    """The pool of httpx ends at 100 by default; after a fault the others must not follow one by one."""
+    count = 120
+    with serving(*[status(503)] * 3, otherwise=slow(0.5)) as server:
+        server.socket.listen(count)
+        client = Client(*(server.url, "s", {}), what="server", advice="", timeout=20.0, outage=20.0, max_requests=count)
+        body = json.dumps({"items": [{"id": "0", "completion": "5"}]})
+
+        async def ask_all() -> None:
+            await asyncio.gather(*[client.post(body, 1000) for _ in range(count)])
+
+        began = time.monotonic()
+        asyncio.run(ask_all())
+        assert time.monotonic() - began < 15
+    assert server.most > 100
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_private_authority_is_trusted_if_it_is_named_and_else_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, key = tmp_path / "made.pem", tmp_path / "key.pem"
+    how = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost".split()
+    subprocess.run(["openssl", *how, "-keyout", str(key), "-out", str(made)], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made, key)
+    with serving() as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        url = server.url.replace("http://127.0.0.1", "https://localhost")
+        began = time.monotonic()
+        with pytest.raises(RewardError, match=r"not trusted: self.signed certificate.*SSL_CERT_FILE") as caught:
+            ask(url, ["5"], outage=60.0)
+        assert not isinstance(caught.value, RewardOutageError)
+        assert time.monotonic() - began < 10
+        monkeypatch.setenv("SSL_CERT_FILE", str(made))
+        assert ask(url, ["5"]) == [5.0]

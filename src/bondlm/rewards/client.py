@@ -10,9 +10,10 @@ import ipaddress
 import os
 import random
 import re
+import ssl
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 
-PLAIN_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP"
+PLAIN_VARIABLE, CA_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP", "SSL_CERT_FILE"
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 MAX_REQUESTS = 8  # in flight together
 LONGEST_CONNECT, LONGEST_PAUSE = 10.0, 30.0  # seconds
@@ -82,7 +83,7 @@ class Client:
         self._url, self._headers, self._what, self._advice = url, headers, what, advice
         self._timeout, self._outage, self._is_final = timeout, outage, is_final
         self._client: httpx.AsyncClient | None = None
-        self._slots = asyncio.Semaphore(max_requests)
+        self._max_requests, self._slots = max_requests, asyncio.Semaphore(max_requests)
         self._failing_since: float | None = None  # shared by all requests: this is the breaker
         self._probing = asyncio.Lock()
         self._random = random.Random()  # noqa: S311 (spreads retries; the run's own generators must not move)
@@ -92,13 +93,16 @@ class Client:
 
         Raises:
             RefusedError: the server refuses it.
-            RewardError: it answers something else than JSON, or too much.
+            RewardError: it answers something else than JSON, or too much, or its certificate is not trusted.
             RewardOutageError: it did not answer for `outage` seconds.
         """
         if self._client is None:  # made here, where the event loop of all later calls runs
             self._client = httpx.AsyncClient(
-                timeout=httpx.Timeout(self._timeout, connect=min(LONGEST_CONNECT, self._timeout)),
+                # The slots bound the requests; the pool must neither bound them again nor count waiting as a fault.
+                timeout=httpx.Timeout(self._timeout, connect=min(LONGEST_CONNECT, self._timeout), pool=None),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._max_requests),
                 headers=self._headers,
+                verify=_trusted(),
                 trust_env=False,  # a proxy for the web is none for a server of ours
                 follow_redirects=False,  # another host is not the one that was asked, and must not see the token
             )
@@ -133,9 +137,15 @@ class Client:
         ) from _fault(state)
 
     async def _ask_in_turn(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
+        if self._failing_since is not None:
+            async with self._probing:
+                if self._failing_since is not None:  # else it came back while this one waited, as many others may
+                    return await self._ask_and_note(client, body, limit)
+        return await self._ask_and_note(client, body, limit)
+
+    async def _ask_and_note(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
         try:
-            async with nullcontext() if self._failing_since is None else self._probing:
-                answer = await self._ask(client, body, limit)
+            answer = await self._ask(client, body, limit)
         except _TransientError:
             self._failing_since = time.monotonic() if self._failing_since is None else self._failing_since
             raise
@@ -149,6 +159,11 @@ class Client:
         except TimeoutError as error:
             raise _TransientError(f"no complete answer within {self._timeout:g} s (reward_timeout_s)") from error
         except httpx.TransportError as error:
+            if (reason := _distrust(error)) is not None:
+                raise RewardError(
+                    f"the {self._what} {self.name} has a certificate that is not trusted: {reason}. If its authority "
+                    f"is your own, put that one's certificate into a file and the file's path into {CA_VARIABLE}"
+                ) from error
             raise _TransientError(f"{type(error).__name__}: {error}") from error
 
     async def _exchange(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
@@ -169,6 +184,22 @@ class Client:
                 if len(received) > limit:
                     raise RewardError(f"the {self._what} {self.name} answers with more than {limit} bytes")
             return bytes(received)
+
+
+def _trusted() -> ssl.SSLContext:
+    """The authorities that certifi knows, or those in `SSL_CERT_FILE` or `SSL_CERT_DIR`; and the system's."""
+    context = httpx.create_ssl_context()
+    context.load_default_certs()
+    return context
+
+
+def _distrust(error: BaseException | None) -> str | None:
+    """Why the server's certificate is refused, if that is behind the error: it will be refused again."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def checked_name(url: str, variable: str) -> str:
