@@ -185,6 +185,13 @@ def test_reward_and_length_within_a_prompt():
     assert within_prompt_correlation(rewards, torch.tensor([[5.0, 4.0], [9.0, 8.0]]).double()) == pytest.approx(-1.0)
     assert within_prompt_correlation(rewards[:, :1], torch.tensor([[1.0], [2.0]]).double()) == pytest.approx(1.0)
     assert math.isnan(within_prompt_correlation(rewards, torch.ones(2, 2).double()))
+    constant, lengths = torch.full((4, 3), 0.1, dtype=torch.float64), torch.arange(12.0).view(4, 3).double()
+    assert (constant - constant.mean(1, keepdim=True)).any()  # rounding alone
+    assert math.isnan(within_prompt_correlation(constant, lengths))
+    assert math.isnan(within_prompt_correlation(constant[:3, :1], lengths[:3, :1]))
+    assert within_prompt_correlation(torch.cat([constant, lengths]), torch.cat([lengths, lengths])) == pytest.approx(
+        0.5**0.5
+    )
 
 
 def test_one_prompt_says_nothing_about_the_spread():

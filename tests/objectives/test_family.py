@@ -148,10 +148,21 @@ def test_grpo_by_hand():
         assert metrics["bond/frac_no_signal"].tolist() == [0.0, 1.0]
 
 
-def test_rloo_counts_the_prompts_whose_samples_all_tie():
-    rewards, logp = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.5]]), torch.zeros(2, 3)
-    metrics = RLOO(beta_rl=0.7, num_samples=3).loss(logp, logp, rewards, torch.zeros(2, 3)).metrics
-    assert metrics["bond/frac_no_signal"].tolist() == [0.0, 1.0]
+@pytest.mark.parametrize(
+    "objective",
+    [
+        RLOO(beta_rl=0.7, num_samples=3),
+        GRPO(beta_rl=0.7, num_samples=3, scale_rewards="group"),
+        GRPO(beta_rl=0.7, num_samples=3, scale_rewards="none"),
+    ],
+)
+def test_the_prompts_whose_samples_all_tie_are_counted_whatever_their_reward(objective):
+    """Three times 0.1 has another mean than 0.1."""
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.5], [0.1, 0.1, 0.1]], dtype=torch.float64)
+    assert (rewards - rewards.mean(dim=1, keepdim=True))[2].any()
+    signal, logp = objective.select(rewards, torch.rand_like(rewards)).signal_PC.float(), torch.zeros(3, 3)
+    metrics = objective.loss(logp, logp, signal, torch.zeros(3, 3)).metrics
+    assert metrics["bond/frac_no_signal"].tolist() == [0.0, 1.0, 1.0]
 
 
 def test_grpo_without_std_is_rloo_with_a_smaller_reward():

@@ -303,6 +303,12 @@ def within_prompt_correlation(rewards: Tensor, lengths: Tensor) -> float:
     a prompt nothing is taken off but the overall mean. NaN if either does not vary.
     """
     dim = 1 if rewards.shape[1] > 1 else 0
-    x, y = rewards - rewards.mean(dim, keepdim=True), lengths - lengths.mean(dim, keepdim=True)
+    x, y = _centred(rewards, dim), _centred(lengths, dim)
     spread = float(x.square().sum().sqrt() * y.square().sum().sqrt())
     return float((x * y).sum()) / spread if spread > 0 else math.nan
+
+
+def _centred(values: Tensor, dim: int) -> Tensor:
+    """Values minus their mean; exactly 0 where they are equal, of which their mean may leave a rounding error."""
+    equal = (values == values.narrow(dim, 0, 1)).all(dim, keepdim=True)
+    return (values - values.mean(dim, keepdim=True)).masked_fill(equal, 0.0)
