@@ -121,6 +121,8 @@ def test_a_surrogate_or_control_character_survives_the_way(conversational: bool)
     [
         ("http:///score", "http://HOST/PATH"),
         ("https://", "http://HOST/PATH"),
+        ("http://me:pw@127.0.0.1:80a/score", "80a.*http://HOST:PORT/PATH"),
+        ("http://[::1/score", "IPv6.*http://HOST:PORT/PATH"),
         ("http://me:pw@127.0.0.1/score", f"password.*{TOKEN_VARIABLE}"),
         ("http://10.0.0.7/score", rf"10\.0\.0\.7.*https.*{PLAIN_VARIABLE}=1"),
         ("http://rewards.example/score", rf"rewards\.example.*{PLAIN_VARIABLE}=1"),

@@ -192,3 +192,9 @@ def test_servers_have_limits_of_their_own_written_or_as_objects():
     specs = [f"judge:{url}/v1?model=m&cache=off", f"{url}/score", JudgeReward(url, "m", cache="off"), HTTPReward(url)]
     assert [reward.timeout for reward in load_rewards(specs, timeout=7.0)] == [None] * 4
     assert load_rewards(length, timeout=7.0)[0].timeout == 7.0
+
+
+@pytest.mark.parametrize("spec", ["judge:http://127.0.0.1:1/v1?model=m&cache=off", "http://127.0.0.1:1/score"])
+def test_a_server_has_no_use_for_a_processing_class(spec):
+    with pytest.raises(ConfigError, match="is a server and has no use for a processing class"):
+        load_rewards(spec, processing_classes=bert_tokenizer())

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
@@ -202,13 +202,27 @@ def _distrust(error: BaseException | None) -> str | None:
     return None
 
 
+def parts_of(url: str) -> SplitResult:
+    """The parts of an address.
+
+    Raises:
+        ConfigError: it has a port that is no number, or half an IPv6 address.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigError(f"a reward server's address is wrong ({error}): give http://HOST:PORT/PATH") from error
+    return parts
+
+
 def checked_name(url: str, variable: str) -> str:
     """Host and path of the server's address, which are safe to show; the environment's `variable` is for the token.
 
     Raises:
         ConfigError: it is none, holds a password, or would send prompts over a network in clear.
     """
-    parts = urlsplit(url)
+    parts = parts_of(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"reward {url!r}: give http://HOST/PATH or https://HOST/PATH")
     if parts.username or parts.password:

@@ -9,17 +9,17 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 from bondlm.rewards.answers import Failure
 from bondlm.rewards.cache import Cache
 from bondlm.rewards.calls import await_together
-from bondlm.rewards.client import MAX_REQUESTS, Client, RefusedError, bearer, checked_name
+from bondlm.rewards.client import MAX_REQUESTS, Client, RefusedError, bearer, checked_name, parts_of
 from bondlm.rewards.question import CRITERION, Question, ask_about, read_ranking
 from bondlm.rewards.ranking import in_order, rows_of
 from bondlm.rewards.texts import column_text, completion_text
@@ -109,9 +109,11 @@ class JudgeReward:
         for name, value in (limits | {"answer_tokens": answer_tokens}).items():
             if value is not None and value < 1:
                 raise ConfigError(f"judge {model!r}: {name}={value} must be at least 1")
+        if temperature is not None and not 0 <= temperature < math.inf:
+            raise ConfigError(f"judge {model!r}: temperature={temperature} must be a finite number >= 0, or none")
         self._criterion, self._seed, self._temperature = criterion, seed, temperature
         self._max_calls, self._max_tokens, self._answer_tokens = max_calls, max_tokens, answer_tokens
-        self._key = key or (OPENAI_VARIABLE if urlsplit(url).hostname == OPENAI_HOST else KEY_VARIABLE)
+        self._key = key or (OPENAI_VARIABLE if parts_of(url).hostname == OPENAI_HOST else KEY_VARIABLE)
         if self._key not in os.environ and (key is not None or self._key == OPENAI_VARIABLE):
             raise ConfigError(
                 f"judge {model!r}: its key belongs in the environment variable {self._key}, which is empty"

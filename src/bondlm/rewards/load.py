@@ -118,6 +118,7 @@ def load_rewards(
     for spec, weight, tokenizer in zip(spec_list, weight_list, tokenizers, strict=True):
         if isinstance(spec, str) and spec.startswith(SERVERS):
             name, function = _load_server(spec, timeout=timeout, outage=outage)
+            _refuse_tokenizer(name, "a server", tokenizer)
         else:
             name, function = _load_one(spec, tokenizer, device, dtype)
         # A server has limits for each request, and rides out a fault: its whole call may take longer.
@@ -214,9 +215,13 @@ def _load_one(
         name, function = _function_name(spec), spec
     else:
         raise ConfigError(f"a reward is {spec!r} ({type(spec).__name__}): give a string, a callable or an nn.Module.")
-    if tokenizer is not None:
-        raise ConfigError(f"the reward {name!r} is a function and has no use for a processing class: give None for it.")
+    _refuse_tokenizer(name, "a function", tokenizer)
     return name, function
+
+
+def _refuse_tokenizer(name: str, what: str, tokenizer: Any) -> None:
+    if tokenizer is not None:
+        raise ConfigError(f"the reward {name!r} is {what} and has no use for a processing class: give None for it.")
 
 
 def _load_named_function(spec: str, kind: str) -> RewardFunction:
