@@ -1,5 +1,6 @@
 """What is loaded, in which precision and with what dropout, and what cannot be."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_causal
+from transformers import LlamaForCausalLM
 
 from bondlm.data.prompts import load_prompts
 from bondlm.errors import BondError, ConfigError
-from bondlm.models.adapters import wrap_adapter
+from bondlm.models.adapters import save_adapter, wrap_adapter
 from bondlm.models.load import disable_dropout, fast_dtype, load_model, load_tokenizer
 from bondlm.rewards import load_rewards
 from bondlm.stages.reward_model import load_base
+from models.test_adapters import KINDS, START_ELSEWHERE, learn
 from models.test_roles import MODELS, TOKENIZER, logits, lora, shake, trainable
 
 
@@ -126,3 +130,115 @@ def test_fast_dtype_is_bf16_only_where_the_hardware_multiplies_it(monkeypatch: p
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         assert fast_dtype(torch.device("cpu")) == expected
     assert fast_dtype(torch.device("mps")) == torch.float32
+
+
+# -- files that are damaged, or do not fit each other
+
+
+def weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Write the folder's weights anew."""
+    path = next(folder.glob("*model.safetensors"))
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def config(folder: Path, **changes: Any) -> None:
+    path = next(folder.glob("*config.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def without(part: str) -> Callable[[Path], None]:
+    return lambda folder: weights(folder, lambda held: {k: v for k, v in held.items() if part not in k})
+
+
+def cut(folder: Path) -> None:
+    path = next(folder.glob("*model.safetensors"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def renamed(folder: Path) -> None:
+    weights(folder, lambda held: {k.replace("model.layers", "model.text.layers"): v for k, v in held.items()})
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no head": (without("lm_head"), r"lm_head\.weight.*random numbers"),
+    "no mlp": (without("layers.1.mlp"), r"layers\.1\.mlp\.down_proj\.weight.*random numbers"),
+    "other names": (renamed, r"layers\.0.*and 15 more.*fit nowhere.*model\.text\.layers\.0"),
+    "more layers": (lambda folder: config(folder, num_hidden_layers=3), r"layers\.2.*random numbers"),
+    "other shapes": (lambda folder: config(folder, intermediate_size=8), r"down_proj\.weight \(shape \(32, 64\)"),
+    "cut": (cut, "SafetensorError"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b"") and None, "SafetensorError"),
+    "no such activation": (lambda folder: config(folder, hidden_act="sil"), "sil"),
+    "a word for a number": (lambda folder: config(folder, num_hidden_layers="two"), "num_hidden_layers"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_checkpoint_that_is_not_whole_is_refused(kind: str, tmp_path: Path) -> None:
+    """transformers draws what is missing at random, other numbers at each load."""
+    damage, message = DAMAGED[kind]
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_model(tmp_path, dtype=torch.float32)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    model = MODELS["gpt2"](TOKENIZER)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(logits(load_model(tmp_path, dtype=torch.float32)), logits(model))
+
+
+DAMAGED_ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no layer": (without("layers.1"), r"its file has no base_model\.model\.model\.layers\.1"),
+    "other names": (renamed, r"its file has no base_model\.model\.model\.layers\.0"),
+    "other layers too": (
+        lambda folder: weights(folder, lambda held: held | {"base_model.model.more.lora_A.weight": torch.ones(2, 2)}),
+        r"its file has base_model\.model\.more",
+    ),
+    "no whole module": (without("lm_head"), "lm_head"),
+    "other shapes": (
+        lambda folder: weights(folder, lambda held: {k: v[:2].contiguous() for k, v in held.items()}),
+        "size mismatch",
+    ),
+    "another base": (lambda folder: config(folder, target_modules=["c_attn"]), "does not fit its base"),
+    "cut": (cut, "SafetensorError"),
+    "no such kind": (lambda folder: config(folder, peft_type="NEWKIND"), "NEWKIND"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_ADAPTERS)
+def test_an_adapter_that_does_not_fit_its_base_is_refused(kind: str, tmp_path: Path) -> None:
+    """PEFT leaves what is missing at zero."""
+    damage, message = DAMAGED_ADAPTERS[kind]
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path / "base")
+    model = get_peft_model(load_model(tmp_path / "base", dtype=torch.float32), lora(modules_to_save=["lm_head"]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    load_model(tmp_path / "adapter", dtype=torch.float32)
+    damage(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_model(tmp_path / "adapter", dtype=torch.float32)
+    assert str(tmp_path / "adapter") in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS | START_ELSEWHERE)
+def test_an_adapter_of_any_kind_is_whole(kind: str, tmp_path: Path) -> None:
+    """What is asked of its file is what it is saved with."""
+    torch.manual_seed(0)
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path / "base")
+    model = wrap_adapter(load_model(tmp_path / "base", dtype=torch.float32), (KINDS | START_ELSEWHERE)[kind])
+    learn(model)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(load_model(tmp_path, dtype=torch.float32)), logits(model), atol=1e-5, rtol=0)
+
+
+def test_out_of_memory_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **how: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(tmp_path, dtype=torch.float32)

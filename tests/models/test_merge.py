@@ -165,6 +165,15 @@ def test_what_has_no_merge_is_refused_by_name(tmp_path: Path) -> None:
             merge_folders(folders, [str(each) for each in references], method="mean")
 
 
+def test_an_adapter_whose_file_is_cut_is_refused(tmp_path: Path) -> None:
+    start = base(tmp_path / "base")
+    runs = [adapter(tmp_path / f"run{seed}", start, seed) for seed in (1, 2)]
+    path = runs[1] / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"run2.*SafetensorError"):
+        merge_folders(runs, [str(start)] * 2, method="mean")
+
+
 def test_a_model_of_another_shape_is_no_run_of_this_base(tmp_path: Path) -> None:
     start, wider = base(tmp_path / "base"), base(tmp_path / "wider", make=lambda t, **k: tiny_causal(t, hidden=64, **k))
     runs = [trained(tmp_path / "one", start, 1), trained(tmp_path / "two", wider, 2)]

@@ -309,6 +309,21 @@ def test_a_head_that_is_not_in_the_checkpoint_is_refused(tmp_path):
     assert caught.value.exit_code == 2
 
 
+def test_a_damaged_reward_model_is_refused(tmp_path):
+    """Not with a traceback."""
+    for name, change in (("shapes", {"intermediate_size": 8}), ("activation", {"hidden_act": "sil"})):
+        path = saved(tmp_path / name, *llama())
+        config = tmp_path / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        with pytest.raises(ConfigError, match=r"reward model.*(shape \(|sil)"):
+            SequenceClassifierReward.from_pretrained(path)
+    path = saved(tmp_path / "cut", *llama())
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"reward model.*SafetensorError"):
+        SequenceClassifierReward.from_pretrained(path)
+
+
 def test_a_language_model_is_no_reward_model(tmp_path):
     tokenizer = tiny_tokenizer()
     path = saved(tmp_path, tiny_causal(tokenizer), tokenizer)

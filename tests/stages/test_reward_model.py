@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bondlm.cli import main
+from bondlm.errors import ConfigError
 from bondlm.rewards import load_rewards, score
 from stages.helpers import CHEAP, preferences, save, write
 
@@ -45,3 +47,13 @@ def test_the_margin_in_training_is_the_difference_of_the_rewards_later(tmp_path:
     assert together.tolist() == pytest.approx([a - b for a, b in zip(better, worse, strict=True)], abs=1e-5)
     wins = sum(a > b for a, b in zip(better, worse, strict=True)) / 5
     assert accuracy_of(margins_of(model, pairs, rows, batch_size=2), rows).accuracy.value == pytest.approx(wins)
+
+
+def test_only_the_head_of_a_reward_model_may_be_random(tmp_path: Path) -> None:
+    from bondlm.stages.reward_model import load_base
+
+    path = tmp_path / "model" / "model.safetensors"
+    save(path.parent, "causal")
+    save_file({k: v for k, v in load_file(path).items() if "layers.1.mlp" not in k}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.down_proj.*random numbers"):
+        load_base(str(path.parent))

@@ -2,12 +2,16 @@
 
 import copy
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,6 +37,28 @@ from bondlm.models.adapters import (
 from bondlm.models.precision import check_precision, settle_head, take_dtype, train_in_fp32
 from bondlm.models.sharding import check_parallelism, shards_weights, uses_fsdp
 
+# What transformers, PEFT and safetensors raise of files that are damaged or do not fit each other. RuntimeErrors are
+# wrong shapes, LookupErrors unknown names of a part (an activation, a kind of adapter).
+_LOAD_ERRORS = (
+    *(OSError, ValueError, TypeError, ImportError, RuntimeError, LookupError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
+)
+
+
+@contextmanager
+def refused(say: Callable[[Exception], str]) -> Iterator[None]:
+    """Files that cannot be loaded are a ConfigError with what `say` makes of it; out of memory stays what it is.
+
+    Raises:
+        ConfigError: they cannot be loaded.
+    """
+    try:
+        yield
+    except _LOAD_ERRORS as error:
+        if isinstance(error, ConfigError) or should_reduce_batch_size(error):
+            raise
+        raise ConfigError(say(error)) from error
+
 
 def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any) -> PreTrainedModel | PeftModel:
     """Load a causal or encoder-decoder model, or an adapter folder on its base model, by folder or hub name.
@@ -40,7 +66,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any
     Weights are read from safetensors only and code that comes with a model is never run.
 
     Raises:
-        ConfigError: nothing that can be loaded lies there.
+        ConfigError: nothing that can be loaded lies there, or some of its weights are missing.
     """
     if init_kwargs.pop("trust_remote_code", False):
         raise ConfigError(
@@ -48,25 +74,79 @@ def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any
             "and pass it to BONDTrainer"
         )
     refuse_absent_folder(str(path), "model")
-    try:
+    with refused(lambda error: f"cannot load the model {str(path)!r}: {why_not_loaded(str(path), error)}"):
         if (Path(path) / "adapter_config.json").is_file():
-            adapter = PeftConfig.from_pretrained(str(path))
-            check_config(adapter, to_train=False)
-            base = adapter.base_model_name_or_path
-            if base is None:
-                raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
-            if not (Path(path) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
-                raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
-            model = load_model(base, dtype=dtype, **init_kwargs)
-            _resize_as(Path(path), model)
-            return PeftModel.from_pretrained(model, str(path), is_trainable=True)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
-        auto = _auto_class(config)
-        return auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **init_kwargs)
-    except (OSError, ValueError, TypeError, ImportError) as error:  # the last two: of model_init_kwargs
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"cannot load the model {str(path)!r}: {why_not_loaded(str(path), error)}") from error
+            return _load_adapter(Path(path), dtype, init_kwargs)
+        return _load_whole(path, dtype, init_kwargs)
+
+
+def _load_adapter(path: Path, dtype: torch.dtype | str, init_kwargs: dict[str, Any]) -> PeftModel:
+    adapter = PeftConfig.from_pretrained(str(path))
+    check_config(adapter, to_train=False)
+    base = adapter.base_model_name_or_path
+    if base is None:
+        raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
+    if not (path / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
+        raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
+    model = load_model(base, dtype=dtype, **init_kwargs)
+    _resize_as(path, model)
+    advice = (
+        "give the model that it was trained on (base_model_name_or_path in adapter_config.json), or save the adapter "
+        "again"
+    )
+    unfit = f"the adapter {str(path)!r} does not fit its base {base!r}: "
+    with refused(lambda error: f"{unfit}{' '.join(str(error).split())[:300]}; {advice}"):
+        loaded = PeftModel.from_pretrained(model, str(path), is_trainable=True)
+        info = loaded.load_adapter(str(path), loaded.active_adapter, is_trainable=True)  # once more, for what it says
+    held = loaded.state_dict(keep_vars=True)
+    found = {id(weight) for key, weight in held.items() if key not in info.missing_keys}
+    missing = [key for key in info.missing_keys if id(held.get(key)) not in found]  # layers may share a weight
+    if odd := [f"no {key}" for key in missing] or info.unexpected_keys:
+        raise ConfigError(f"{unfit}its file has {_some(odd)}; {advice}")
+    return loaded
+
+
+def _load_whole(path: str | Path, dtype: torch.dtype | str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
+    model, info = _auto_class(config).from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused by name, as missing ones are
+        **init_kwargs,
+    )
+    refuse_missing(f"the model {str(path)!r}", model, info)
+    return model  # type: ignore[no-any-return]
+
+
+def refuse_missing(what: str, model: Any, info: Mapping[str, Any], may_miss: str | None = None) -> None:
+    """Refuse a checkpoint that lacks weights, or has some of other shapes: transformers draws those at random.
+
+    Args:
+        what: the checkpoint.
+        model: as it was loaded.
+        info: what `from_pretrained` says with `output_loading_info`.
+        may_miss: weights whose name contains this are not used.
+
+    Raises:
+        ConfigError: it is such a checkpoint.
+    """
+    missing = sorted(key for key in info["missing_keys"] if may_miss is None or may_miss not in key)
+    shapes = [f"{key} (shape {tuple(a)}, not {tuple(b)})" for key, a, b in sorted(info["mismatched_keys"])]
+    if not missing and not shapes:
+        return
+    others = sorted(info["unexpected_keys"])
+    beside = f" (it has others that fit nowhere, such as {others[0]})" if others else ""
+    raise ConfigError(
+        f"{what} has no weights for {_some(missing + shapes)}{beside}: as a {type(model).__name__} they would be "
+        "random numbers. Give a checkpoint that was saved as one, whole"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def load_tokenizer(name: str) -> Any:

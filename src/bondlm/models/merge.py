@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from bondlm.data.fingerprints import model_fingerprint, same_model, weights_digest
-from bondlm.data.paths import refuse_absent_folder
+from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import change_of_base
-from bondlm.models.load import load_model, load_tokenizer
+from bondlm.models.load import load_model, load_tokenizer, refused
 from bondlm.models.task_vectors import LowRank, Merging, Method, Vector, dot, plus, scaled
 
 _FACTORS = ((".lora_B.weight", ".lora_A.weight"), (".lora_embedding_B", ".lora_embedding_A"))
@@ -263,8 +263,10 @@ def _plain_config(config: Any, rank: int, reference: str) -> Any:
 
 
 def _read_adapter(folder: Path) -> _Adapter:
-    config: Any = PeftConfig.from_pretrained(str(folder))
     path = folder / "adapter_model.safetensors"
+    with refused(lambda error: f"cannot read the adapter {str(folder)!r}: {why_not_loaded(str(folder), error)}"):
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        rest = safetensors.torch.load_file(path) if path.is_file() else None
     odd = [name for name in _NOT_A_PRODUCT if getattr(config, name, None)]
     kind = str(config.peft_type).rsplit(".", 1)[-1]
     if kind != "LORA" or odd or change_of_base(config):
@@ -272,9 +274,8 @@ def _read_adapter(folder: Path) -> _Adapter:
         raise ConfigError(
             f"{str(folder)!r}: {said} is not plain LoRA, and only LoRA adapters and whole models can be merged"
         )
-    if not path.is_file():
+    if rest is None:
         raise ConfigError(f"{str(folder)!r}: no adapter_model.safetensors; save it as safetensors")
-    rest = safetensors.torch.load_file(path)
     products = {}
     for up, down in _FACTORS:
         for name in [name for name in rest if name.endswith(up)]:

@@ -1,5 +1,6 @@
 """Load reward models safely: no remote code, safetensors only, and never a head that was not trained."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError
+from bondlm.models.load import refuse_missing, refused
 
 
 def frozen(model: nn.Module) -> Any:
@@ -49,10 +51,8 @@ def load_config(path: str) -> Any:
     refuse_absent_folder(path, "reward model")
     if (Path(path) / "adapter_config.json").is_file():
         raise _adapter_error(path)
-    try:
+    with _refused(path):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _load_error(path, error) from error
 
 
 def load_tokenizer(path: str) -> Any:
@@ -63,10 +63,8 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _refused(path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise _load_error(path, error) from error
 
 
 def load_model(
@@ -90,27 +88,27 @@ def load_model(
         ConfigError: The model cannot be loaded, or weights are missing.
     """
     refuse_absent_folder(path, "reward model")
-    try:
+    with _refused(path):
         model, info = auto_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name, as missing ones are
         )
-    except (OSError, ValueError) as error:
-        raise _load_error(path, error) from error
     if getattr(model, "peft_config", None) is not None:
         raise _adapter_error(path)  # the loading info is then the adapter's, and says nothing of the head
-    missing = sorted(key for key in info["missing_keys"] if may_miss is None or may_miss not in key)
-    if missing:
-        raise ConfigError(
-            f"reward model {path!r} has no weights for {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}: "
-            f"as a {type(model).__name__} they would be random numbers. Give a checkpoint trained as one."
-        )
+    refuse_missing(f"reward model {path!r}", model, info, may_miss)
     return with_fp32_head(model.to(device))
 
 
-def _load_error(path: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"reward model {path!r} cannot be loaded: {why_not_loaded(path, error)} (a reward model is a folder or hub id "
-        "with safetensors weights and a tokenizer; code from the hub is never run)."
+def _refused(path: str) -> AbstractContextManager[None]:
+    return refused(
+        lambda error: (
+            f"reward model {path!r} cannot be loaded: {why_not_loaded(path, error)} (a reward model is a folder or hub "
+            "id with safetensors weights and a tokenizer; code from the hub is never run)."
+        )
     )
 
 

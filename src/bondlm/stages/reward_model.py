@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from bondlm.bestofn import Estimate, bootstrap_mean
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError
+from bondlm.models.load import refuse_missing, refused
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
 from bondlm.rewards.texts import refuse_bad_lengths, token_limit
@@ -31,21 +32,30 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
     gets a plain one, so that the saved reward can score conversations.
 
     Raises:
-        ConfigError: the model cannot be loaded.
+        ConfigError: the model cannot be loaded, or weights below the head are missing.
     """
     refuse_absent_folder(name, "model")
     if (Path(name) / "adapter_config.json").is_file():
         raise ConfigError(f"{name!r} is an adapter: merge it into its base first, or give the base")
     torch.manual_seed(seed)
-    try:
+    with refused(lambda e: f"cannot load {name!r} as the base of a reward model: {why_not_loaded(name, e)}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=1,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot load {name!r} as the base of a reward model: {why_not_loaded(name, error)}"
-        ) from error
+    body = f"{model.base_model_prefix}."
+    of_body = {
+        "missing_keys": [key for key in info["missing_keys"] if key.startswith(body)],
+        "mismatched_keys": [each for each in info["mismatched_keys"] if each[0].startswith(body)],
+        "unexpected_keys": info["unexpected_keys"],
+    }
+    refuse_missing(f"the model {name!r}", model, of_body, may_miss="pooler")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = FALLBACK_TEMPLATES["decoder" if tokenizer.sep_token is None else "encoder"]
     if model.config.pad_token_id is None:
