@@ -93,7 +93,7 @@ def test_adapters_merge_as_the_weights_that_they_stand_for(tmp_path: Path, metho
 def test_ranks_that_differ_by_layer_and_embeddings(tmp_path: Path) -> None:
     start = base(tmp_path / "base")
     lora = {"target_modules": ["embed_tokens", "q_proj", "up_proj"], "rank_pattern": {"q_proj": 3}}
-    lora |= {"alpha_pattern": {"up_proj": 1}}
+    lora |= {"alpha_pattern": {"up_proj": 1, "^model.layers.0.self_attn.q_proj": 48}}
     runs = [adapter(tmp_path / f"run{seed}", start, seed, **lora) for seed in (1, 2)]
     merge = merge_folders(runs, [str(start)] * 2, method="slerp")
     assert merge.full_rank == 6

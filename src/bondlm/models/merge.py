@@ -291,7 +291,8 @@ def _read_adapter(folder: Path) -> _Adapter:
 
 
 def _scaling(config: Any, module: str, rank: int) -> float:
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), module), config.lora_alpha)
+    name = module.removeprefix("base_model.model.")  # as PEFT matches it when it puts the adapter on
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
     return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
 
 
