@@ -1,6 +1,7 @@
 """What a look at the model finds before step 1, and what it says."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,27 @@ def test_a_model_that_is_known_by_what_it_sees_alone_loads_by_folder(tmp_path: P
     assert type(model).__name__ == "Mistral3ForConditionalGeneration"
     find_decoding(model)
     check_model(model, CPU)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda out: out * torch.nan,
+        lambda out: out.index_fill(-1, torch.tensor([50]), torch.inf),
+        lambda out: out - torch.inf,
+    ],
+)
+def test_logits_that_are_not_finite_are_refused(broken: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """NaN compared with NaN: all ways would seem to agree."""
+    model = tiny_causal(TOKENIZER)
+    model.lm_head.register_forward_hook(lambda _, __, out: broken(out))
+    for look in (lambda: check_model(model, CPU, is_noise_allowed=True), lambda: find_decoding(model)):
+        with pytest.raises(ConfigError, match="not finite"):
+            look()
+
+
+def test_a_token_that_a_model_bans_is_no_fault() -> None:
+    model = tiny_causal(TOKENIZER)
+    model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([50]), -torch.inf))
+    plain = plain_logits(model, probe_groups(model), CPU)
+    assert (plain[0][:, 50] == -torch.inf).all()

@@ -144,15 +144,21 @@ def plain_logits(model: Any, groups: Sequence[Group], device: torch.device) -> L
     """Of each completion, one pass over the whole text.
 
     Raises:
-        ConfigError: the model takes no plain text.
+        ConfigError: the model takes no plain text, or gives no distribution.
     """
     ones: list[Group] = [(prompt, [c]) for prompt, completions in groups for c in completions]
     try:
-        return [each for one in ones for each in batched_logits(model, [one], device, is_plain=True)]
+        plain = [each for one in ones for each in batched_logits(model, [one], device, is_plain=True)]
     except FAILURES as error:
         if _is_memory(error):
             raise
         raise ConfigError(f"{type(model).__name__} cannot compute a text of tokens alone: {error}") from error
+    if not all(torch.isfinite(each.float().logsumexp(-1)).all() for each in plain):  # a -inf bans a token, no more
+        raise ConfigError(
+            f"{type(model).__name__}: weights or logits are not finite, in {plain[0].dtype} on a text of a few tokens. "
+            "Save the model again from weights that are finite, or try dtype=float32"
+        )
+    return plain
 
 
 def _is_memory(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from bondlm.engines import Completion
 from bondlm.engines.local.decoding import similar_lengths
 from bondlm.engines.local.engine import TransformersEngine, row_uniforms, sample_tokens
-from bondlm.errors import ResourceError
+from bondlm.errors import NonFiniteError, ResourceError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.logprobs import collate, sequence_logprobs
 from bondlm.models.roles import Roles
@@ -403,3 +403,14 @@ def test_an_error_that_only_mentions_memory_is_not_retried() -> None:
     greedy_for_memory(model, 0, "a bad memory")
     with pytest.raises(RuntimeError, match="a bad memory"):
         generate(engine_of(model))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_model_that_breaks_down_draws_nothing(temperature: float) -> None:
+    """NaN would be drawn as the last token of the vocabulary, over and over."""
+    model = tiny_causal(TOKENIZER)
+    engine = engine_of(model)
+    generate(engine, temperature=temperature)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="log-probability"):
+        generate(engine, temperature=temperature)

@@ -23,6 +23,7 @@ from bondlm.engines.local.batch_size import automatic_rows
 from bondlm.engines.local.cache import gaps_filled
 from bondlm.engines.local.cuda_graph import CudaGraphs
 from bondlm.engines.local.decoding import start_decoding
+from bondlm.errors import NonFiniteError
 from bondlm.models.memory import try_or_halve
 from bondlm.models.row_adapters import RowAdapters, RowsNotKnownError
 from bondlm.models.ways import ways_of
@@ -81,7 +82,11 @@ class TransformersEngine:
         seeds: Sequence[int],
         temperature: float = 1.0,
     ) -> list[list[Completion]]:
-        """Draw `num_samples` completions of each prompt from one role; see `Engine.generate_roles`."""
+        """Draw `num_samples` completions of each prompt from one role; see `Engine.generate_roles`.
+
+        Raises:
+            NonFiniteError: a log-probability that is not finite.
+        """
         wanted = [_Wanted(prompt, num_samples, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         with self._use(role) as model:
             return self._draw(model, wanted, None, max_new_tokens, temperature)
@@ -95,7 +100,11 @@ class TransformersEngine:
         max_new_tokens: int,
         temperature: float = 1.0,
     ) -> dict[Role, list[list[Completion]]]:
-        """See `Engine.generate_roles`: in one batch where the roles are adapters of one model, else one by one."""
+        """See `Engine.generate_roles`: in one batch where the roles are adapters of one model, else one by one.
+
+        Raises:
+            NonFiniteError: a log-probability that is not finite.
+        """
         together = self._use_together(tuple(wanted)) if self._use_together is not None and len(wanted) > 1 else None
         if together is not None:
             rows = [
@@ -198,6 +207,11 @@ class TransformersEngine:
         return self._completions(tokens.cpu(), logprobs.cpu())
 
     def _completions(self, tokens: Tensor, logprobs: Tensor) -> list[Completion]:
+        if not torch.isfinite(logprobs[tokens >= 0]).all():
+            raise NonFiniteError(
+                "a log-probability of a token that was drawn is not finite: the model's logits are NaN or infinite. "
+                "Try dtype=float32, or go back to a checkpoint whose samples are sound"
+            )
         lengths = (tokens >= 0).sum(dim=1).tolist()
         eos_ids = set(self._eos_ids)
         rows = []
