@@ -8,7 +8,11 @@ import pytest
 import torch
 from tiny import tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 
+from bondlm.errors import ResourceError
+from bondlm.models import logprobs
 from bondlm.models.learned_quantile import QuantileModel, completion_features
+from models.helpers import ROWS
+from models.test_logits_budget import rows_seen
 
 CPU = torch.device("cpu")
 
@@ -75,3 +79,32 @@ def test_features_do_not_depend_on_the_batch(build: Callable[..., Any]) -> None:
     mean, last = together[one_token].chunk(2)
     torch.testing.assert_close(mean, last)  # the mean over one token is that token
     assert not torch.allclose(together[0].chunk(2)[0], together[0].chunk(2)[1])
+
+
+def test_out_of_memory_halves_the_rows_and_changes_no_feature() -> None:
+    model = tiny_causal(tiny_tokenizer())
+    expected = completion_features(model, ROWS, 0, start_id=None, device=CPU)
+    rows_seen(model, most=3)
+    with pytest.warns(UserWarning, match=r"out of memory.*\b8 completions.*\b4\b"):
+        found = completion_features(model, ROWS, 0, start_id=None, device=CPU)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:bondlm. out of memory")
+def test_not_even_one_row_says_what_to_do() -> None:
+    model = tiny_causal(tiny_tokenizer())
+    rows_seen(model, most=0)
+    with pytest.raises(ResourceError, match=r"out of memory.* tokens.*max_completion_length"):
+        completion_features(model, ROWS, 0, start_id=None, device=CPU)
+
+
+@pytest.mark.parametrize(("build", "is_cut"), [(tiny_causal, False), (tiny_t5, True)])
+def test_a_model_that_makes_all_logits_stays_within_their_budget(
+    build: Callable[..., Any], is_cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(tiny_tokenizer())
+    seen = rows_seen(model)
+    monkeypatch.setattr(logprobs, "positions_in_budget", lambda size: 20)
+    start_id = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+    completion_features(model, ROWS, 0, start_id=start_id, device=CPU)
+    assert (max(seen) < 8) == is_cut

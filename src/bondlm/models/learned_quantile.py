@@ -9,6 +9,7 @@ Shapes: B completions, D hidden size.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from bondlm.models.facts import takes_argument
-from bondlm.models.logprobs import collate
+from bondlm.models.logprobs import Group, by_length, collate, within_budget
+from bondlm.models.memory import try_or_halve
 
 WIDTH = 128
 
@@ -82,32 +84,62 @@ def completion_features(
     device: torch.device,
     batch_rows: int = 16,
 ) -> Tensor:
-    """Features (B, 2 D) fp32 of (prompt, completion) rows: last hidden states, their mean and the last one."""
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    """Features (B, 2 D) fp32 of (prompt, completion) rows: last hidden states, their mean and the last one.
+
+    At most `batch_rows` go through the model together; fewer after an out-of-memory error, or where a model that makes
+    the logits of all columns would make too many of them.
+
+    Raises:
+        ResourceError: not even one row fits into the memory.
+    """
+    groups: list[Group] = [(prompt, [completion]) for prompt, completion in rows]
     features: list[Tensor] = [torch.empty(0)] * len(rows)
-    for begin in range(0, len(rows), batch_rows):
-        chunk = by_length[begin : begin + batch_rows]
-        batch = collate([(rows[i][0], [rows[i][1]]) for i in chunk], pad_id, start_id=start_id)
-        mask_BT = batch.pop("completion_mask")[:, 0].to(device)
-        del batch["completion_ids"]
-        if start_id is None:  # a token's own column comes right after the one that predicts it
-            column_BT = batch.pop("predictor")[:, 0].to(device) + 1
-            columns = batch.pop("logits_to_keep")
-            if takes_argument(model, "logits_to_keep"):
-                batch["logits_to_keep"] = columns[:1]  # the head's output is not used
-        else:
-            column_BT = torch.arange(mask_BT.shape[1], device=device).expand(mask_BT.shape)
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        out = model(**inputs, output_hidden_states=True, use_cache=False)
-        states = out.hidden_states if start_id is None else out.decoder_hidden_states
-        column_BT = column_BT.clamp(max=states[-1].shape[1] - 1)  # beyond the row there is padding alone
-        hidden_BTD = states[-1].gather(1, column_BT.unsqueeze(2).expand(-1, -1, states[-1].shape[2])).float()
-        mean_BD = (hidden_BTD * mask_BT.unsqueeze(2)).sum(1) / mask_BT.sum(1, keepdim=True)
-        last_B = mask_BT.sum(1).long() - 1
-        last_BD = hidden_BTD[torch.arange(len(chunk), device=device), last_B]
-        for i, feature in zip(chunk, torch.cat([mean_BD, last_BD], dim=1), strict=True):
+    pending, size = by_length(groups), batch_rows
+    makes_all = start_id is not None or not takes_argument(model, "logits_to_keep")
+    while pending:
+        chunk = pending[:size]
+        if makes_all:
+            chunk = chunk[: within_budget(model, [groups[i] for i in chunk])]
+        found, fitting = try_or_halve(
+            partial(_chunk_features, model, [groups[i] for i in chunk], pad_id, start_id, device),
+            len(chunk),
+            "completions",
+            doing="reading the features of",
+            advice=f"its prompt has {len(rows[chunk[-1]][0])} tokens and it has {len(rows[chunk[-1]][1])}: use a "
+            "smaller model or dtype, or a smaller max_completion_length",
+        )
+        if found is None:
+            size = fitting
+            continue
+        for i, feature in zip(chunk, found, strict=True):
             features[i] = feature
+        pending = pending[len(chunk) :]
     return torch.stack(features)
+
+
+def _chunk_features(
+    model: Any, groups: Sequence[Group], pad_id: int, start_id: int | None, device: torch.device
+) -> Tensor:
+    """One forward pass."""
+    batch = collate(groups, pad_id, start_id=start_id)
+    mask_BT = batch.pop("completion_mask")[:, 0].to(device)
+    del batch["completion_ids"]
+    if start_id is None:  # a token's own column comes right after the one that predicts it
+        column_BT = batch.pop("predictor")[:, 0].to(device) + 1
+        columns = batch.pop("logits_to_keep")
+        if takes_argument(model, "logits_to_keep"):
+            batch["logits_to_keep"] = columns[:1]  # the head's output is not used
+    else:
+        column_BT = torch.arange(mask_BT.shape[1], device=device).expand(mask_BT.shape)
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    out = model(**inputs, output_hidden_states=True, use_cache=False)
+    states = out.hidden_states if start_id is None else out.decoder_hidden_states
+    column_BT = column_BT.clamp(max=states[-1].shape[1] - 1)  # beyond the row there is padding alone
+    hidden_BTD = states[-1].gather(1, column_BT.unsqueeze(2).expand(-1, -1, states[-1].shape[2])).float()
+    mean_BD = (hidden_BTD * mask_BT.unsqueeze(2)).sum(1) / mask_BT.sum(1, keepdim=True)
+    last_B = mask_BT.sum(1).long() - 1
+    last_BD = hidden_BTD[torch.arange(len(groups), device=device), last_B]
+    return torch.cat([mean_BD, last_BD], dim=1)
 
 
 def quantile_model(hidden_size: int, args: Any) -> QuantileModel:

@@ -193,7 +193,7 @@ def group_logprobs(
     while pending:
         chunk = pending[:size]
         if head is None:
-            chunk = chunk[: _within_budget(model, [groups[i] for i in chunk], multiple)]
+            chunk = chunk[: within_budget(model, [groups[i] for i in chunk], multiple)]
         scored = [groups[i] for i in chunk]
         scores, fitting = try_or_halve(
             partial(_chunk_logprobs, model, scored, collated, device, n, before, head),
@@ -238,7 +238,7 @@ def _chunk_logprobs(
     return sequence_logprobs(model, {k: v.to(device) for k, v in batch.items()}, cache, head).cpu()
 
 
-def _within_budget(model: Any, groups: Sequence[Group], multiple: int) -> int:
+def within_budget(model: Any, groups: Sequence[Group], multiple: int = 1) -> int:
     """How many of these groups, at least one, a model that makes all of their logits can score within the budget."""
     num_positions = positions_in_budget(vocabulary_size(model.config))
     fitting = (n for n in range(len(groups), 1, -1) if logit_positions(model, groups[:n], multiple) <= num_positions)
