@@ -202,3 +202,9 @@ def test_parts_of_a_draw_are_drawn_after_one_sync_as_the_whole_would_be() -> Non
     seeds = [seed for role, _, part, _ in parts.calls if role == "policy" for seed in part]
     assert seeds == whole.calls[0][2]
     assert (whole.syncs, parts.syncs) == (1, 1)
+
+
+def test_evaluations_have_seeds_of_their_own_at_each_temperature() -> None:
+    temperatures = (0.0, 0.3, 0.5, 0.7, 1.0, 1.3, 1.5, 2.0, 3.0)
+    assert len({Seeds.of_evaluation(1, t).step for t in temperatures}) == len(temperatures)
+    assert [Seeds.of_evaluation(1, t).step - (1 << 40) for t in (1.0, 0.7, 0.3, 0.0)] == [0, 300, 700, 1000]

@@ -26,8 +26,9 @@ class Seeds:
 
     @classmethod
     def of_evaluation(cls, seed: int, temperature: float) -> "Seeds":
-        """The same at every evaluation during a run, and others at each temperature."""
-        return cls(seed, _IN_TRAINING + round(1000 * abs(1 - temperature)))
+        """The same at every evaluation during a run, and others at each temperature (to a thousandth)."""
+        below = round(1000 * (1 - temperature))
+        return cls(seed, _IN_TRAINING + (below if below >= 0 else 1000 - below))
 
     @classmethod
     def of_comparison(cls, seed: int, number: int) -> "Seeds":
