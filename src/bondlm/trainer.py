@@ -40,7 +40,7 @@ from bondlm.models.deepspeed import load_without_code, require_same_sharding, se
 from bondlm.models.facts import hidden_size
 from bondlm.models.head import exact_head
 from bondlm.models.learned_quantile import quantile_model
-from bondlm.models.load import load_tokenizer, prepare_policy
+from bondlm.models.load import load_tokenizer, loaded_revision, prepare_policy
 from bondlm.models.probe import check_model
 from bondlm.models.roles import Roles
 from bondlm.models.sharding import (
@@ -147,7 +147,7 @@ class BONDTrainer(SamplingTrainer):
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
         if processing_class is None:
-            processing_class = load_tokenizer(name)
+            processing_class = load_tokenizer(name, loaded_revision(model, args))
         self.roles = Roles(
             model,
             sharded=shards_weights(args),

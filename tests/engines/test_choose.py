@@ -11,6 +11,7 @@ from peft import IA3Config, LoraConfig
 from tiny import prompt_rows, tiny_causal, tiny_t5
 
 from bondlm import BONDTrainer
+from bondlm.engines import choose
 from bondlm.engines.choose import engine_choice, server_options, share_of
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import wrap_adapter
@@ -89,3 +90,26 @@ def test_options_of_our_server(tmp_path: Path) -> None:
         "--dtype bfloat16 --enable-lora --max-loras 2 --max-lora-rank 32 --generation-config vllm "
         "--logprobs-mode processed_logprobs --enforce-eager --no-enable-chunked-prefill --max-model-len 512"
     )
+
+
+def test_our_server_serves_the_revision_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it has no way to serve another config than the one on file."""
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path / "model")
+    started: list[list[str]] = []
+
+    def start(python: str, model: str, options: list[str], **how: Any) -> None:
+        started.append(options)
+        raise ConfigError("started")
+
+    def make(**kwargs: Any) -> None:
+        args = config(tmp_path / "run", vllm_server="auto", model_init_kwargs=kwargs)
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        how: dict[str, Any] = {"processing_class": TOKENIZER, "peft_config": adapter}
+        BONDTrainer(str(tmp_path / "model"), length, args, prompt_rows(4), **how)
+
+    monkeypatch.setattr(choose, "LocalServer", start)
+    with pytest.raises(ConfigError, match="started"):
+        make(revision="v1", attn_implementation="sdpa", use_cache=True, attention_dropout=0.0)
+    assert started[0][:2] == ["--revision", "v1"]
+    with pytest.raises(ConfigError, match=r"model_init_kwargs\.rms_norm_eps"):
+        make(revision="v1", rms_norm_eps=0.5)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress, say_json
 from bondlm.cli.report import write_page
+from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
 from bondlm.runs.ending import describe_ending
@@ -79,6 +80,7 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         known = {k: v for k, v in known.items() if k not in OF_REWARDS}  # they were for the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
     settings["model"] = str(model)
+    settings["init_kwargs"] = _init_kwargs(settings, known)
     for name in ("reference", "dataset", "reward_funcs", "output"):
         if not settings.get(name):
             what = "is no run folder that says it" if model.is_dir() else "is no folder here (a run would say it)"
@@ -90,6 +92,18 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return settings, config
 
 
+def _init_kwargs(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What models are loaded with, by role; the reference as in training, if it is the model that training began at."""
+    model, reference = str(settings["model"]), str(settings.get("reference"))
+    is_start = reference == str(known.get("reference"))
+    found = {
+        "policy": load_kwargs(model),
+        "reference": start_kwargs(Path(model)) if is_start else load_kwargs(reference),
+        "opponent": load_kwargs(str(settings["opponent"])) if settings.get("opponent") else {},
+    }
+    return {role: kwargs for role, kwargs in found.items() if kwargs}
+
+
 def _known_of_run(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run folder or an adapter answers; relative names begin where the run was started."""
     known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
@@ -98,8 +112,8 @@ def _known_of_run(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if (directory := run_environment(model).get("directory")) is not None:
         names = ("reference", "dataset", "reward_funcs", "judges")
         known |= {name: as_seen_from(Path(str(directory)), known[name]) for name in names if name in known}
-    if "reference" not in known and (base := adapter_base(model)) is not None:
-        known["reference"] = base
+    if "reference" not in known and (base := adapter_config(model).get("base_model_name_or_path")) is not None:
+        known["reference"] = str(base)
     return known
 
 
@@ -129,15 +143,6 @@ def _refuse_code_of(folder: Path, option: str, rewards: list[Any]) -> None:
             )
 
 
-def adapter_base(model: Path) -> str | None:
-    """The model that an adapter folder is put on; None if it is none, or does not say."""
-    path = model / "adapter_config.json"
-    if not path.is_file():
-        return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return None if base is None else str(base)
-
-
 def _list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
@@ -165,6 +170,7 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
         None if settings.get("opponent") is None else str(settings["opponent"]),
         dtype=str(settings.get("dtype", "auto")),
         max_rows=settings["max_rows"],
+        init_kwargs=settings["init_kwargs"],
         rendering=rendering_of_job(settings),
     )
     sampler = pair.samplers["policy"]
@@ -229,6 +235,7 @@ def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str
     names = ["num_samples", "num_reference_samples", "max_completion_length", "seed", "reference_column"]
     if job["aggregation"].by_order:
         names += ["reward_aggregation", "reward_tolerances"]
+    of_pair = {role: kwargs for role, kwargs in settings["init_kwargs"].items() if role != "opponent"}
     return {
         "policy": model("policy", settings["model"]),
         "reference": model("reference", str(settings["reference"])),
@@ -237,6 +244,7 @@ def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str
         "reward_weights": [reward.weight for reward in job["rewards"]],
         "judges": [reward_fingerprint(s) for s in _list(settings.get("judges")) if not is_ranking(s)],
         "dtype": str(samplers["policy"].model.dtype),
+        **({"init_kwargs": of_pair} if of_pair else {}),
         **{name: settings.get(name) for name in names},
     }
 

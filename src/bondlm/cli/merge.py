@@ -11,14 +11,16 @@ import yaml
 from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
-from bondlm.cli.eval import FROM_RUN, adapter_base, complete, fingerprint, load_job, rendering_of_job
+from bondlm.cli.eval import FROM_RUN, complete, fingerprint, load_job, rendering_of_job
 from bondlm.cli.options import MERGE_CURVE
+from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.cli.training import fresh_folder, quiet, write_facts
 from bondlm.errors import ConfigError
 from bondlm.runs.folder import CONFIG_FILE, locked, plain, run_config, write_whole
 from bondlm.runs.prompting import adopt_prompting, read_prompting
 from bondlm.runs.redact import redacted
 
+OF_START = ("model_init_kwargs",)
 MERGE_FILE, CURVE_FILE, CURVE_FOLDER = "merge.json", "curve.json", "curve"
 POINTS = [0.0, 0.2, 0.4, 0.6, 0.8]
 NUMBERS = ("win_rate", "effective_n", "kl", "kl_of_best_of_n", "kl_ratio", "reward")
@@ -33,6 +35,7 @@ def run(options: dict[str, Any]) -> int:
         raise ConfigError("output_dir is required: set it in the config or with --output_dir")
     output, console = Path(str(options["output_dir"])), make_console()
     references = [_reference(folder, options.get("reference")) for folder in folders]
+    init_kwargs = _init_kwargs(folders, options.get("reference"))
     config = _config(folders, references, options | {"toward_reference": toward})
     goes_on = bool(points) and run_config(output).get("merge") == config["merge"]
     if not goes_on:  # else it is there, and its curve is not finished, or another one is asked for
@@ -43,6 +46,7 @@ def run(options: dict[str, Any]) -> int:
 
             quiet()
             how: dict[str, Any] = {"method": options.get("method", "slerp"), "rank": options.get("rank")}
+            how["init_kwargs"] = init_kwargs
             merge = merge_folders(folders, references, **how)
         if goes_on and json.loads((output / MERGE_FILE).read_text(encoding="utf-8"))["sha256"] != merge.digests:
             raise ConfigError(f"{output} holds a merge of other weights of these runs: choose another output_dir")
@@ -83,10 +87,24 @@ def _reference(folder: Path, given: Any) -> str:
     """What a run was trained from."""
     if not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is not a folder: name run folders, as `bondlm train` leaves them")
-    found = given or run_config(folder).get("model") or adapter_base(folder)
+    found = given or run_config(folder).get("model") or adapter_config(folder).get("base_model_name_or_path")
     if not found:
         raise ConfigError(f"{str(folder)!r} does not say what it was trained from: give it with --reference")
     return str(found)
+
+
+def _init_kwargs(folders: Sequence[Path], reference: Any) -> dict[str, Any]:
+    """What the runs' common start is loaded with."""
+    if reference:
+        return load_kwargs(str(reference))
+    first, *others = [start_kwargs(folder) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        if other != first:
+            raise ConfigError(
+                f"{str(folders[0])!r} was trained from a model that was loaded with model_init_kwargs={first!r}, and "
+                f"{str(folder)!r} with {other!r}: task vectors of different bases do not add up"
+            )
+    return first
 
 
 def _config(folders: Sequence[Path], references: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +116,8 @@ def _config(folders: Sequence[Path], references: Sequence[str], options: Mapping
         raise ConfigError(f"rank={rank!r}: must be a whole number, at least 1")
     _refuse_other_prompting(folders)
     known = [{"objective": "jbond"} | config if (config := run_config(folder)) else {} for folder in folders]
-    names = [name for name in (*FROM_RUN.values(), "train_dataset", "objective") if all(name in c for c in known)]
+    asked = (*FROM_RUN.values(), "train_dataset", "objective", *(() if options.get("reference") else OF_START))
+    names = [name for name in asked if all(name in c for c in known)]
     shared = {name: c[name] for name in names for c in known[:1] if all(other[name] == c[name] for other in known)}
     made = {"runs": [str(folder) for folder in folders], "method": method}
     made |= {"toward_reference": options["toward_reference"]} | ({} if rank is None else {"rank": rank})
@@ -156,12 +175,14 @@ def _evaluate_curve(
     wanted = {each.role: each for each in job["sets"] if each.is_main}
     _draw(folder, wanted["reference"], 0, settings, job, console)
     how: dict[str, Any] = {"dtype": str(settings.get("dtype", "auto")), "max_rows": settings["max_rows"]}
+    how["init_kwargs"] = settings["init_kwargs"].get("policy")
     rows = []
     for point in points:
         policy = replace(wanted["policy"], name=f"toward_reference {point:g}", file=f"policy-{point:g}.jsonl")
         with tempfile.TemporaryDirectory() as scratch:
             merge.write(Path(scratch), toward_reference=point)
-            job["pair"].samplers["policy"] = Sampler(scratch, rendering=rendering_of_job(settings), **how)
+            sampler = Sampler(scratch, rendering=rendering_of_job(settings), **how)
+            job["pair"].samplers["policy"] = sampler
             _draw(folder, policy, 1, settings, job, console)  # the same seeds at every point: paired samples
         rows.append({"toward_reference": point} | _numbers(folder, wanted["reference"], policy))
     write_whole(output / CURVE_FILE, json.dumps(plain(rows), indent=1, allow_nan=False) + "\n")

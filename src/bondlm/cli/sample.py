@@ -95,6 +95,7 @@ def generate(
         from transformers.utils import logging as transformers_logging
 
         from bondlm.cli.prompting import rendering_of
+        from bondlm.cli.start import load_kwargs
         from bondlm.models.load import fast_dtype
         from bondlm.rewards import SUM, aggregation_of, check_room, load_rewards
         from bondlm.rollout.sampler import Sampler
@@ -106,6 +107,7 @@ def generate(
             str(options["model"]),
             dtype=str(options.get("dtype", "auto")),
             max_rows=options.get("max_rows"),
+            init_kwargs=load_kwargs(str(options["model"])),
             rendering=replace(rendering, now=rendering.now or datetime.today()),  # one day, however long it takes
         )
         lengths: dict[str, Any] = {"max_completion_length": answer_length(options)}

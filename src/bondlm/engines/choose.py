@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bondlm.config import BONDConfig, objective_of
+from bondlm.config.model_kwargs import unserved_kwargs
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines.base import Engine
 from bondlm.engines.local.batch_size import host_memory
@@ -33,6 +34,7 @@ from bondlm.errors import ConfigError
 from bondlm.models.adapters import edits_base
 from bondlm.models.deepspeed import zero_stage
 from bondlm.models.facts import decoder_config
+from bondlm.models.load import loaded_revision
 from bondlm.models.roles import Roles
 from bondlm.models.row_adapters import can_join
 from bondlm.models.sharding import shards_weights, uses_fsdp
@@ -141,6 +143,8 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longe
         if roles.is_peft
         else whole_model_options(roles, args)
     )
+    if (revision := loaded_revision(model, args)) is not None:
+        options = ["--revision", revision, *options]
     if not on_cpu:
         options = card_options(args, model, roles, longest) + options  # of an option that is there twice the last holds
     return LocalServer(
@@ -260,6 +264,12 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
             )
     if args.vllm_server == "auto" and not model.config._name_or_path:
         raise ConfigError("vllm_server=auto needs a model that was loaded from a folder or by hub name")
+    if args.vllm_server == "auto" and (names := unserved_kwargs(args.model_init_kwargs)):
+        raise ConfigError(
+            f"vllm_server=auto: model_init_kwargs.{names[0]} makes another model of "
+            f"{model.config._name_or_path!r}, which the server would not be: {instead}, or save the model so in a "
+            "folder and train that"
+        )
 
 
 def max_rank(model: Any) -> int:

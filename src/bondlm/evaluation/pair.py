@@ -84,17 +84,19 @@ class Pair:
         *,
         dtype: str = "auto",
         max_rows: int | None = None,
+        init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
     ) -> None:
-        """Load them; `rendering` is what prompts become.
+        """Load them; `rendering` is what prompts become, `init_kwargs` are for `from_pretrained`, by role.
 
         Raises:
             ConfigError: one cannot be loaded, or policy and reference do not share tokenizer, vocabulary and kind.
         """
         how: dict[str, Any] = {"dtype": dtype, "max_rows": max_rows, "rendering": rendering}
-        self.samplers: dict[Role, Sampler] = {"policy": Sampler(policy, **how)}
-        self.samplers["reference"] = Sampler(reference, **how)
-        self.opponent = None if opponent is None else Sampler(opponent, **how)
+        of = init_kwargs or {}
+        self.samplers: dict[Role, Sampler] = {"policy": Sampler(policy, init_kwargs=of.get("policy"), **how)}
+        self.samplers["reference"] = Sampler(reference, init_kwargs=of.get("reference"), **how)
+        self.opponent = None if opponent is None else Sampler(opponent, init_kwargs=of.get("opponent"), **how)
         _refuse_other_tokens(self.samplers["policy"], policy, self.samplers["reference"], reference)
 
     def sampler(self, wanted: SampleSet) -> Sampler:

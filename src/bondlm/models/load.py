@@ -88,7 +88,8 @@ def _load_adapter(path: Path, dtype: torch.dtype | str, init_kwargs: dict[str, A
         raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
     if not (path / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
         raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
-    model = load_model(base, dtype=dtype, **init_kwargs)
+    of_base = {} if adapter.revision is None else {"revision": adapter.revision}
+    model = load_model(base, dtype=dtype, **(of_base | init_kwargs))
     _resize_as(path, model)
     advice = (
         "give the model that it was trained on (base_model_name_or_path in adapter_config.json), or save the adapter "
@@ -149,7 +150,13 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def load_tokenizer(name: str) -> Any:
+def loaded_revision(model: Any, args: BONDConfig) -> str | None:
+    """The revision of a hub's model: as it was asked for, else the commit that it was loaded from."""
+    asked = (args.model_init_kwargs or {}).get("revision")
+    return asked or getattr(model.config, "_commit_hash", None)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """A model's own tokenizer, by the folder or hub name of the model; code that comes with it is never run.
 
     Raises:
@@ -158,7 +165,8 @@ def load_tokenizer(name: str) -> Any:
     if not name:
         raise ConfigError("processing_class is missing: the model was not loaded by name, so give its tokenizer too")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        of_hub = {} if revision is None else {"revision": revision}
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **of_hub)
     except Exception as error:  # a damaged file is a KeyError, or of a class of tokenizers'
         files = [path.name for path in Path(name).iterdir()] if Path(name).is_dir() else []
         has_none = bool(files) and not any(re.match("tok|vocab|merges|sp|sentencep", file) for file in files)
@@ -271,6 +279,7 @@ def prepare_policy(
         )
     for adapter in getattr(model, "peft_config", {}).values():  # it is saved with the adapter
         adapter.base_model_name_or_path = located(str(adapter.base_model_name_or_path or "")) or None
+        adapter.revision = loaded_revision(model, args) or adapter.revision
         refuse_own_folder(str(adapter.base_model_name_or_path or ""), args.output_dir)
     train_in_fp32(model, autocast=args.bf16 or args.fp16)
     settle_head(model, args)

@@ -3,7 +3,7 @@
 import copy
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from bondlm.data.fingerprints import model_fingerprint, same_model, weights_digest
@@ -90,8 +90,24 @@ class Merge:
         return math.sqrt(lost / total) if total else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What the runs were trained from."""
+
+    reference: str
+    init_kwargs: Mapping[str, Any]
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return dict(load_model(self.reference, dtype=torch.float32, **self.init_kwargs).named_parameters())
+
+
 def merge_folders(
-    folders: Sequence[Path], references: Sequence[str], *, method: Method, rank: int | None = None
+    folders: Sequence[Path],
+    references: Sequence[str],
+    *,
+    method: Method,
+    rank: int | None = None,
+    init_kwargs: Mapping[str, Any] | None = None,
 ) -> Merge:
     """Merge policies that were trained from one model.
 
@@ -100,6 +116,7 @@ def merge_folders(
         references: what each was trained from, a folder or a name on the hub.
         method: "mean" or "slerp" (`bondlm.models.task_vectors`).
         rank: of a merged LoRA adapter; None is the rank that holds it exactly.
+        init_kwargs: for `from_pretrained` of what they were trained from.
 
     Raises:
         ConfigError: they have different bases, tokenizers, kinds, layers or ranks, are fewer than two, or one of them
@@ -110,11 +127,12 @@ def merge_folders(
     _refuse_other_bases(folders, references)
     _refuse_other_tokens(folders)
     how: dict[str, Any] = {"folders": folders, "digests": digests}
+    start = _Start(references[0], init_kwargs or {})
     if is_adapter:
-        return _merged_adapters(folders, references[0], method, rank, how)
+        return _merged_adapters(folders, start, method, rank, how)
     if rank is not None:
         raise ConfigError(f"rank={rank}: only LoRA adapters have one, and these are whole models: remove it")
-    return _merged_models(folders, references[0], method, how)
+    return _merged_models(folders, start, method, how)
 
 
 # -- what must hold of the folders
@@ -178,15 +196,15 @@ def _refuse_other_tokens(folders: Sequence[Path]) -> None:
 # -- whole models
 
 
-def _merged_models(folders: Sequence[Path], reference: str, method: Method, how: dict[str, Any]) -> Merge:
+def _merged_models(folders: Sequence[Path], began: _Start, method: Method, how: dict[str, Any]) -> Merge:
     """Holds theta_0, one run's model and the sum in memory, all fp32; for slerp a second sum."""
-    start = dict(load_model(reference, dtype=torch.float32).named_parameters())
+    start = began.weights()
     sums = {name: Merging(method) for name in start}
     norms = []
     for folder in folders:
         model = load_model(folder, dtype=torch.float32)
         weights = dict(model.named_parameters())
-        _refuse_other_shapes(folder, reference, {n: p.shape for n, p in weights.items()}, start)
+        _refuse_other_shapes(folder, began.reference, {n: p.shape for n, p in weights.items()}, start)
         with torch.no_grad():
             norms.append(math.sqrt(sum(sums[name].add(weights[name] - start[name]) for name in start)))
     return _finished(sums, norms, start={name: p.detach() for name, p in start.items()}, model=model, **how)
@@ -228,12 +246,12 @@ class _Adapter:
 
 
 def _merged_adapters(
-    folders: Sequence[Path], reference: str, method: Method, rank: int | None, how: dict[str, Any]
+    folders: Sequence[Path], began: _Start, method: Method, rank: int | None, how: dict[str, Any]
 ) -> Merge:
     first, *others = adapters = [_read_adapter(folder) for folder in folders]
     for folder, other in zip(folders[1:], others, strict=True):
         _refuse_other_layers(folders[0], first, folder, other)
-    start = _start_of(adapters[0], folders[0], reference)
+    start = _start_of(adapters[0], folders[0], began)
     sums = {name: Merging(method) for name in (*first.products, *first.whole)}
     norms = []
     for adapter in adapters:
@@ -244,7 +262,7 @@ def _merged_adapters(
     full = min(full, max(min(len(p.up), p.down.shape[1]) for p in first.products.values()))
     if rank is not None and not 1 <= rank <= full:
         raise ConfigError(f"rank={rank}: must be from 1 to {full}, which holds this merge exactly")
-    config = _plain_config(first.config, rank or full, reference)
+    config = _plain_config(first.config, rank or full, began)
     return _finished(sums, norms, start=start, full_rank=full, rank=rank or full, adapter=config, **how)
 
 
@@ -252,13 +270,13 @@ def _minus(vector: Vector, start: Vector | None) -> Vector:
     return vector if start is None else plus(vector, scaled(start, -1.0))
 
 
-def _plain_config(config: Any, rank: int, reference: str) -> Any:
+def _plain_config(config: Any, rank: int, began: _Start) -> Any:
     """LoRA of one rank whose factors hold all of the product: scaling 1."""
     made = copy.deepcopy(config)
     made.r = made.lora_alpha = rank
     made.rank_pattern, made.alpha_pattern, made.use_rslora, made.init_lora_weights = {}, {}, False, True
-    if not (Path(reference) / "adapter_config.json").is_file():
-        made.base_model_name_or_path = reference
+    if not (Path(began.reference) / "adapter_config.json").is_file():
+        made.base_model_name_or_path, made.revision = began.reference, began.init_kwargs.get("revision")
     return made
 
 
@@ -314,8 +332,9 @@ def _shapes(adapter: _Adapter) -> dict[str, Any]:
     return products | {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
 
 
-def _start_of(adapter: _Adapter, folder: Path, reference: str) -> dict[str, Vector]:
+def _start_of(adapter: _Adapter, folder: Path, began: _Start) -> dict[str, Vector]:
     """Theta_0 of what an adapter trains: nothing for a fresh one's products; else those that it started with."""
+    reference = began.reference
     if (Path(reference) / "adapter_config.json").is_file():
         start = _read_adapter(Path(reference))
         _refuse_other_layers(Path(reference), start, folder, adapter)
@@ -326,7 +345,7 @@ def _start_of(adapter: _Adapter, folder: Path, reference: str) -> dict[str, Vect
         )
     if not adapter.whole:
         return {}
-    base = dict(load_model(reference, dtype=torch.float32).named_parameters())
+    base = began.weights()
     weights = {name: base.get(_name_in_base(name)) for name in adapter.whole}
     odd = [name for name, w in weights.items() if w is None or w.shape != adapter.whole[name].shape]
     if odd:

@@ -29,18 +29,23 @@ class Sampler:
         *,
         dtype: str = "auto",
         max_rows: int | None = None,
+        init_kwargs: Mapping[str, Any] | None = None,
         rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
     ) -> None:
         """Load the model (an adapter on its base, too) and its tokenizer; `rendering` is what prompts become.
+
+        `init_kwargs` are for `from_pretrained` of the model, or of the adapter's base.
 
         Raises:
             ConfigError: the model cannot be loaded, or never ends an answer.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded: Any = load_model(model, dtype=fast_dtype(self.device) if dtype == "auto" else getattr(torch, dtype))
+        how = dict(init_kwargs or {})
+        weights = fast_dtype(self.device) if dtype == "auto" else getattr(torch, dtype)
+        loaded: Any = load_model(model, dtype=weights, **how)
         core = without_wrapper(loaded) if isinstance(loaded, PeftModel) else loaded
         self.model: Any = core.to(self.device).eval()
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_tokenizer(model, how.get("revision"))
         self.encoder = PromptEncoder.of_model(core, self.tokenizer, rendering=rendering)
         find_decoding(self.model)
         check_model(self.model, self.device, is_noise_allowed=True)  # nobody trains it here
