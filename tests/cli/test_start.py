@@ -90,7 +90,7 @@ def test_runs_of_two_revisions_are_not_merged(tmp_path: Path, capsys: pytest.Cap
     assert main(["merge", *runs, "--output_dir", str(tmp_path / "refused")]) == 2
     assert "revision" in capsys.readouterr().err
     merged = tmp_path / "merged"
-    assert main(["merge", *runs[:2], "--output_dir", str(merged)]) == 0
+    assert main(["merge", *runs[:2], "--output_dir", str(merged), "--reference", NAME]) == 0  # the same, said again
     start = load_model(NAME, dtype=torch.float32, revision="v1")
     assert torch.equal(embedding(load_model(merged, dtype=torch.float32)), embedding(start))
     assert kl(merged, "--dataset", str(tmp_path / "0" / "heldout.jsonl")) < 1e-3

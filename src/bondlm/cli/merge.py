@@ -20,7 +20,6 @@ from bondlm.runs.folder import CONFIG_FILE, locked, plain, run_config, write_who
 from bondlm.runs.prompting import adopt_prompting, read_prompting
 from bondlm.runs.redact import redacted
 
-OF_START = ("model_init_kwargs",)
 MERGE_FILE, CURVE_FILE, CURVE_FOLDER = "merge.json", "curve.json", "curve"
 POINTS = [0.0, 0.2, 0.4, 0.6, 0.8]
 NUMBERS = ("win_rate", "effective_n", "kl", "kl_of_best_of_n", "kl_ratio", "reward")
@@ -36,7 +35,7 @@ def run(options: dict[str, Any]) -> int:
     output, console = Path(str(options["output_dir"])), make_console()
     references = [_reference(folder, options.get("reference")) for folder in folders]
     init_kwargs = _init_kwargs(folders, options.get("reference"))
-    config = _config(folders, references, options | {"toward_reference": toward})
+    config = _config(folders, references, init_kwargs, options | {"toward_reference": toward})
     goes_on = bool(points) and run_config(output).get("merge") == config["merge"]
     if not goes_on:  # else it is there, and its curve is not finished, or another one is asked for
         fresh_folder(options, "")
@@ -87,17 +86,21 @@ def _reference(folder: Path, given: Any) -> str:
     """What a run was trained from."""
     if not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is not a folder: name run folders, as `bondlm train` leaves them")
-    found = given or run_config(folder).get("model") or adapter_config(folder).get("base_model_name_or_path")
+    found = given or _began_at(folder)
     if not found:
         raise ConfigError(f"{str(folder)!r} does not say what it was trained from: give it with --reference")
     return str(found)
 
 
+def _began_at(folder: Path) -> Any:
+    return run_config(folder).get("model") or adapter_config(folder).get("base_model_name_or_path")
+
+
 def _init_kwargs(folders: Sequence[Path], reference: Any) -> dict[str, Any]:
     """What the runs' common start is loaded with."""
-    if reference:
+    if reference and any(str(_began_at(folder)) != str(reference) for folder in folders):
         return load_kwargs(str(reference))
-    first, *others = [start_kwargs(folder) for folder in folders]
+    first, *others = [start_kwargs(folder) for folder in folders] or [{}]  # none: refused where they are merged
     for folder, other in zip(folders[1:], others, strict=True):
         if other != first:
             raise ConfigError(
@@ -107,7 +110,9 @@ def _init_kwargs(folders: Sequence[Path], reference: Any) -> dict[str, Any]:
     return first
 
 
-def _config(folders: Sequence[Path], references: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def _config(
+    folders: Sequence[Path], references: Sequence[str], init_kwargs: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
     """What `eval` asks a run folder for, where all runs say the same; and how the merge was made."""
     method, rank = options.get("method", "slerp"), options.get("rank")
     if method not in ("mean", "slerp"):
@@ -116,12 +121,12 @@ def _config(folders: Sequence[Path], references: Sequence[str], options: Mapping
         raise ConfigError(f"rank={rank!r}: must be a whole number, at least 1")
     _refuse_other_prompting(folders)
     known = [{"objective": "jbond"} | config if (config := run_config(folder)) else {} for folder in folders]
-    asked = (*FROM_RUN.values(), "train_dataset", "objective", *(() if options.get("reference") else OF_START))
-    names = [name for name in asked if all(name in c for c in known)]
+    names = [name for name in (*FROM_RUN.values(), "train_dataset", "objective") if all(name in c for c in known)]
     shared = {name: c[name] for name in names for c in known[:1] if all(other[name] == c[name] for other in known)}
     made = {"runs": [str(folder) for folder in folders], "method": method}
     made |= {"toward_reference": options["toward_reference"]} | ({} if rank is None else {"rank": rank})
-    made_from = {"model": references[0]} if references else {}
+    made_from: dict[str, Any] = {"model": references[0]} if references else {}
+    made_from |= {"model_init_kwargs": dict(init_kwargs)} if init_kwargs else {}
     return redacted(shared | made_from | {"merge": made})  # type: ignore[no-any-return]
 
 
