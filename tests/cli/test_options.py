@@ -34,6 +34,9 @@ def test_lists_and_plain_text_keep_their_kind():
     assert parse("score", ["--dataset", "*.jsonl"]) == {"dataset": "*.jsonl"}
 
 
+REST = ["--reference", "r", "--dataset", "d.jsonl", "--reward_funcs", "f.py:f", "--output", "o"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -50,6 +53,23 @@ def test_lists_and_plain_text_keep_their_kind():
         (["score", "--model", "m"], "reward_funcs .*--reward_funcs"),
         (["sample", "--model", "m"], "--prompt TEXT .*--dataset FILE"),
         (["sample", "--model", "m", "--prompt", "x", "--best_of", "4"], "best_of=4: .*reward_funcs"),
+        (["eval", "--model", "m", *REST, "--num_reference_samples", "1"], "num_reference_samples=1: .*>= 2"),
+        (["merge", "a", "b", "--output_dir", "o", "--curve", "--seed", "-1"], "seed=-1: .*>= 0"),
+        *(
+            ([*command, *option.split()], said)
+            for command in (["sample", "--model", "m", "--prompt", "x"], ["score", "--model", "m", *REST[2:]])
+            for option, said in (
+                ("--temperature -1", "temperature=-1: .*greedy"),
+                ("--temperature .nan", "temperature=nan: .*greedy"),
+                ("--temperature 1e-40", "temperature=1e-40: .*0.01"),
+                ("--temperature warm", "temperature='warm': .*greedy"),
+                ("--max_rows 0", "max_rows=0: .*>= 1"),
+                ("--max_completion_length 0", "max_completion_length=0: .*>= 1"),
+                ("--max_prompt_length 0.5", "max_prompt_length=0.5: .*>= 1"),
+                ("--seed -1", "seed=-1: .*>= 0"),
+                ("--dtype float16", "dtype='float16': .*bfloat16"),
+            )
+        ),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_what(arguments, message, capsys):

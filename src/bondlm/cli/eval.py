@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress, say_json
 from bondlm.cli.report import write_page
+from bondlm.cli.sampling import check_sampling
 from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
@@ -85,9 +86,7 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         if not settings.get(name):
             what = "is no run folder that says it" if model.is_dir() else "is no folder here (a run would say it)"
             raise ConfigError(f"{name} is required: {str(model)!r} {what}. Set it in the config or with --{name}")
-    for name, least in (("num_samples", 1), ("num_reference_samples", 2), ("max_completion_length", 1)):
-        if not isinstance(settings[name], int) or settings[name] < least:
-            raise ConfigError(f"{name}={settings[name]!r}: must be a whole number >= {least}")
+    check_sampling(settings)
     settings["orders"] = _orders(settings.get("orders"), settings["num_reference_samples"])
     return settings, config
 

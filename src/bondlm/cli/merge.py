@@ -13,6 +13,7 @@ from rich.console import Console
 from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.cli.eval import FROM_RUN, complete, fingerprint, load_job, rendering_of_job
 from bondlm.cli.options import MERGE_CURVE
+from bondlm.cli.sampling import check_sampling
 from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.cli.training import fresh_folder, quiet, write_facts
 from bondlm.errors import ConfigError
@@ -29,6 +30,7 @@ def run(options: dict[str, Any]) -> int:
     """Merge, write a run folder, and with `curve` evaluate the way from the merge to the reference."""
     runs = options.get("runs") or []
     folders = [Path(str(name)) for name in (runs if isinstance(runs, list) else [runs])]
+    check_sampling(options)
     toward, points = _toward(options.get("toward_reference", 0.0)), _points(options)
     if not options.get("output_dir"):
         raise ConfigError("output_dir is required: set it in the config or with --output_dir")

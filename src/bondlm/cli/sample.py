@@ -11,6 +11,7 @@ from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.cli.judge_costs import say_costs
+from bondlm.cli.sampling import check_sampling
 from bondlm.errors import ConfigError
 from bondlm.runs.folder import run_config
 
@@ -19,13 +20,14 @@ CHUNK = 16  # prompts between two writes
 
 def run(options: dict[str, Any]) -> int:
     """Print the answers, or write them as JSONL rows {prompt, completion} (with `reward` when one was asked for)."""
-    best_of = int(options.get("best_of", 1))
+    check_sampling(options)
+    best_of = options.get("best_of", 1)
     if not options.get("model"):
         raise ConfigError("model is required: set it in the config or with --model")
     if (options.get("prompt") is None) == (options.get("dataset") is None):
         raise ConfigError("give either --prompt TEXT or --dataset FILE")
-    if best_of < 1 or (best_of > 1 and not options.get("reward_funcs")):
-        raise ConfigError(f"best_of={best_of}: must be >= 1, and above 1 it needs reward_funcs to choose by")
+    if best_of > 1 and not options.get("reward_funcs"):
+        raise ConfigError(f"best_of={best_of}: above 1 it needs reward_funcs to choose by")
     if best_of > 1 and options.get("temperature") == 0:
         raise ConfigError("temperature=0 draws the same answer every time: best_of needs a temperature above 0")
     source = options["dataset"] if options.get("prompt") is None else [{"prompt": options["prompt"]}]

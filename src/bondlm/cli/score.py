@@ -8,6 +8,7 @@ from typing import Any
 
 from bondlm.cli.console import make_console, say_json
 from bondlm.cli.sample import answer_length, fresh_file, generate
+from bondlm.cli.sampling import check_sampling
 from bondlm.errors import ConfigError
 
 
@@ -16,11 +17,10 @@ def run(options: dict[str, Any]) -> int:
     for name in ("model", "reward_funcs", "dataset", "output"):
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
+    check_sampling(options)
     if options.get("temperature", 1.0) != 1.0:
         raise ConfigError(f"temperature={options['temperature']}: scored samples are the model's own, drawn at 1")
-    num_samples = int(options.get("num_samples", 16))
-    if num_samples < 1:
-        raise ConfigError(f"num_samples={num_samples}: must be >= 1")
+    num_samples = options.get("num_samples", 16)
     path = fresh_file(str(options["output"]))
     from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint
     from bondlm.data.origin import origin_file, prompting_of
