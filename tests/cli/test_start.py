@@ -15,7 +15,7 @@ from bondlm.rollout.sampler import Sampler
 from cli.helpers import write_job
 
 NAME, MAIN, OTHER = "org/m", "a" * 40, "b" * 40
-STILL = {"learning_rate": 1e-9, "max_steps": 1}  # the policy is its start: any KL is a wrong reference
+STILL: dict[str, Any] = {"learning_rate": 1e-9, "max_steps": 1}  # the policy is its start: any KL is a wrong reference
 
 
 @pytest.fixture
