@@ -139,7 +139,7 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longe
     if args.vllm_server != "auto" or (on_cpu and args.local_process_index > 0):
         return None
     options = (
-        server_options(model.dtype, max_rank(model), len(roles.adapter_roles), args)
+        server_options(served_dtype(roles), max_rank(model), len(roles.adapter_roles), args)
         if roles.is_peft
         else whole_model_options(roles, args)
     )
@@ -295,10 +295,8 @@ def whole_model_options(roles: Roles, args: BONDConfig) -> list[str]:
 
 
 def served_dtype(roles: Roles) -> torch.dtype:
-    """What a server computes in: as the trainer does; the base of an adapter is loaded in its own dtype."""
-    if roles.is_peft or roles.autocast is None:
-        return roles.model.dtype  # type: ignore[no-any-return]
-    return roles.autocast
+    """What a server computes in: as the trainer does."""
+    return roles.autocast or roles.model.dtype  # type: ignore[no-any-return]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

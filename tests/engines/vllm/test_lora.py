@@ -122,6 +122,20 @@ def test_weights_that_have_not_moved_are_not_stale(engine: VLLMEngine) -> None:
         engine.sync()
 
 
+@pytest.mark.parametrize("learning_rate", [1e-4, 1e-3])
+def test_rounding_of_mixed_precision_is_not_taken_for_a_stale_reload(
+    learning_rate: float, plain_stub: Stub, tmp_path: Path
+) -> None:
+    """The trainer's probe moves by autocast's rounding, that of a server in fp32 by the steps alone."""
+    made = trainer(tmp_path, plain_stub, bf16=True, learning_rate=learning_rate, max_steps=8)
+    made.train()
+    assert made.state.global_step == 8
+    plain_stub.fault = ignore_reloads(10**9)
+    change(made.roles, 0.3)
+    with pytest.raises(EngineError, match=r"reload|differ by"):
+        made.engine.sync()  # type: ignore[attr-defined]
+
+
 def test_other_weights_are_caught(engine: VLLMEngine, stub: Stub, roles: Roles) -> None:
     stub.fault = ignore_reloads(10**9)
     change(roles, 3.0)

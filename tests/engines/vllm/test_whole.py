@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import prompt_rows, tiny_causal
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bondlm import BONDTrainer
 from bondlm.engines.agreement import GAP_METRIC
-from bondlm.engines.choose import whole_model_options
+from bondlm.engines.choose import served_dtype, whole_model_options
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.vllm.http import WHOLE_OPTIONS, VLLMClient
 from bondlm.engines.vllm.whole import WholeModelEngine, weights_digest, write_weights
 from bondlm.errors import ConfigError, EngineError, ResourceError
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
 from engines.vllm.helpers import ALONE, EOS, IDS, PROBE, SEEDS, TOKENIZER, config, draw_both, length
 from engines.vllm.stub import Answer, Stub, first, serving
@@ -268,6 +270,9 @@ def test_a_server_computes_in_what_the_trainer_does(tmp_path: Path) -> None:
     roles = Roles(tiny_causal(TOKENIZER))
     roles.autocast = torch.bfloat16
     assert whole_model_options(roles, config(tmp_path))[:2] == ["--dtype", "bfloat16"]
+    adapted = Roles(wrap_adapter(tiny_causal(TOKENIZER), LoraConfig(target_modules=["q_proj"])))
+    adapted.autocast = torch.bfloat16
+    assert served_dtype(adapted) == torch.bfloat16
 
 
 def test_a_digest_sees_every_bit() -> None:

@@ -91,10 +91,8 @@ class VLLMEngine:
         self._version, self._run = 0, processes.gather_objects([secrets.token_hex(4)])[0]
         self.probe_gap: dict[Role, float] = {}  # largest mean gap of the servers probed here, nats per token
         self.on_prompts_done: Callable[[int], object] | None = None  # told how many more prompts are finished
-        # Weights in 16 bits round a small step away: only a larger move of the probe says that the server must move.
-        noise = 1e-5 if model.dtype == torch.float32 else 1e-2
         with together(processes):
-            self._servers = [Served(client, self._probe_ids, noise) for client in clients]
+            self._servers = [Served(client, self._probe_ids) for client in clients]
         drawing = processes.gather_objects([(s.client.url, processes.rank) for s in self._servers])
         first = {url: rank for url, rank in reversed(drawing)}
         self._kept = [s for s in self._servers if first[s.client.url] == processes.rank]  # those we give weights to
@@ -113,6 +111,8 @@ class VLLMEngine:
                     server.require_model(ours, self._salt("reference"), self._model.config._name_or_path)
         else:
             self._reload("reference")
+        for server in self._kept:
+            server.take_first_gap()
         self.sync()
 
     def sync(self) -> None:

@@ -14,19 +14,20 @@ from bondlm.engines.vllm.http import VLLMClient
 from bondlm.errors import ConfigError, EngineError
 
 GAP_LIMIT = 0.5  # nats per token (fault N7): beyond rounding, the server holds other weights
+LEAST_NOISE = 1e-5  # nats per token: what fp32 rounds on both sides
+NOISE_RATIO = 2.0  # times the first gap: by rounding alone a side that learns in bf16 moves up to 1.6 times as far
 STALE_RATIO = 0.25  # a fresh reload moves the probe about as far as the trainer's weights do (1), a stale one not (0)
 
 
 class Served:
     """A server, and what it said of the probe text so far."""
 
-    def __init__(self, client: VLLMClient, probe_ids: Sequence[int], noise: float) -> None:
+    def __init__(self, client: VLLMClient, probe_ids: Sequence[int]) -> None:
         """Ask what it serves.
 
         Args:
             client: the connection.
             probe_ids: the probe text (T).
-            noise: how far the trainer's log-probabilities may move, nats per token, before the server's must follow.
 
         Raises:
             ConfigError: no vLLM server is there, or it sleeps.
@@ -35,7 +36,8 @@ class Served:
         self.base, self.max_model_len = client.base_model()
         if client.is_asleep():
             raise ConfigError(f"the vLLM server at {client.url} is asleep: wake it with POST {client.url}/wake_up")
-        self.noise, self.gap_limit = noise, GAP_LIMIT
+        self.gap_limit = GAP_LIMIT
+        self.noise = LEAST_NOISE  # nats per token: a larger move of the trainer's probe must be the server's, too
         self.gap = 0.0  # mean absolute difference to the trainer at the last probe, nats per token
         self._moved: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when last it moved
 
@@ -44,6 +46,13 @@ class Served:
         theirs = np.asarray(self.client.prompt_logprobs(name, self._probe_ids, salt))
         self.gap = float(np.abs(ours - theirs).mean())
         return theirs
+
+    def take_first_gap(self) -> None:
+        """Take the last probe's gap, of weights that both sides have, for what their rounding does to the probe.
+
+        In mixed precision each step rounds anew, on whichever side: only a larger move says that the server must move.
+        """
+        self.noise = max(LEAST_NOISE, NOISE_RATIO * self.gap)
 
     def mismatch(self, name: str, salt: str, ours: np.ndarray) -> str:
         """Why the server cannot hold our weights under `name`; empty if it may."""

@@ -45,7 +45,7 @@ class WholeModelEngine(VLLMEngine):
                 server.client.rpc("update_config", args=[{"load_config": {"load_format": "auto"}}])
         self._hold("policy")
         for server in self._kept:
-            server.noise = 1e-5 if server.gap < LEAST_GAP_LIMIT else 1e-2  # by the server's precision, not by ours
+            server.take_first_gap()
             server.gap_limit = min(GAP_LIMIT, max(LEAST_GAP_LIMIT, GAP_GROWTH * server.gap))
 
     def sync(self) -> None:
