@@ -281,3 +281,20 @@ def test_a_digest_sees_every_bit() -> None:
     assert weights_digest(model) == before
     model.weight.data[2, 2] *= 1.01  # past autograd's version counter, as some optimizers write
     assert weights_digest(model) != before
+
+
+def test_a_digest_sees_the_order() -> None:
+    model = torch.nn.Linear(8, 8, bias=False)
+    before = weights_digest(model)
+    model.weight.data = model.weight.data.flip(0).clone()
+    assert weights_digest(model) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_digest_of_parts_of_one_tensor(dtype: torch.dtype) -> None:
+    """At an offset that no 64-bit word begins at, as a library that flattens parameters leaves them."""
+    flat, model = torch.randn(100).to(dtype), torch.nn.Module()
+    model.a, model.b = torch.nn.Parameter(flat[:3]), torch.nn.Parameter(flat[3:43])
+    before = weights_digest(model)
+    flat[41] += 1
+    assert weights_digest(model) != before

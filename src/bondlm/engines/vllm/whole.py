@@ -26,6 +26,7 @@ from bondlm.errors import ConfigError
 
 GAP_GROWTH = 4.0  # times the first reload's gap, which is that of two programs' rounding
 LEAST_GAP_LIMIT = 1e-3  # nats per token: below, fp32 rounds
+DIGEST_WORDS = 2**20  # at a time
 ONE_FILE = "100TB"  # with an index of several vLLM would read none beside them
 
 
@@ -118,12 +119,20 @@ class WholeModelEngine(VLLMEngine):
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> tuple[int, ...]:
-    """A number for each parameter, of all its bits: who changed it, and how, does not matter."""
-    digest = []
+    """Numbers of each parameter's bits and their order: who changed it, and how, does not matter.
+
+    Sums of 64-bit words, each times an odd number of its own, modulo 2**64: one changed word always changes its sum.
+    """
+    digest: list[int] = []
     for parameter in model.parameters():
         raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        if raw.storage_offset() % 8:  # a part of a larger tensor, which cannot be read as words where it lies
+            raw = raw.clone()
         whole = len(raw) // 8 * 8
-        digest.append(int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum()))
+        odd = 2 * torch.arange(min(whole // 8, DIGEST_WORDS), device=raw.device) + 1
+        words = raw[:whole].view(torch.int64).split(DIGEST_WORDS)
+        sums = [(part * odd[: len(part)]).sum() for part in words]
+        digest += torch.stack([*sums, torch.tensor(0, device=raw.device)]).tolist() + raw[whole:].tolist()
     return tuple(digest)
 
 
