@@ -101,6 +101,19 @@ def test_a_reload_is_tried_twice(engine: VLLMEngine, stub: Stub, roles: Roles) -
     assert engine.probe_gap["policy"] < 1e-4
 
 
+def test_a_start_that_failed_leaves_nothing_in_the_way_of_the_next(stub: Stub, roles: Roles, tmp_path: Path) -> None:
+    def wrong(path: str, body: Any) -> Answer | None:
+        if path != "/v1/completions" or body["model"] != "bondlm-policy":
+            return None
+        rows = [{str(token): {"logprob": -30.0}} for token in body["prompt"][1:]]
+        return 200, {"choices": [{"prompt_token_ids": body["prompt"], "prompt_logprobs": [None, *rows]}]}
+
+    stub.fault = wrong
+    for _ in range(2):
+        with pytest.raises(EngineError, match="differ by"):
+            connect(stub, roles, tmp_path)
+
+
 def test_small_stale_moves_add_up(engine: VLLMEngine, stub: Stub, roles: Roles) -> None:
     """Each move is below what a server in 16 bits must follow; all together are not."""
     engine._kept[0].noise = 1e-2

@@ -204,6 +204,7 @@ class VLLMEngine:
         again = path.with_name(f"{path.name[:-1]}2")
         with together(self._processes):
             if self._processes.rank == 0:
+                shutil.rmtree(again, ignore_errors=True)  # of a run that failed here
                 try:
                     path.rename(again)
                 except OSError as error:
