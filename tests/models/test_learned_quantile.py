@@ -108,3 +108,9 @@ def test_a_model_that_makes_all_logits_stays_within_their_budget(
     start_id = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
     completion_features(model, ROWS, 0, start_id=start_id, device=CPU)
     assert (max(seen) < 8) == is_cut
+
+
+def test_an_accelerators_generator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` sets it too, and a run on a GPU draws from it."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("CUDA's generators were seeded"))
+    QuantileModel(4, learning_rate=1e-3, seed=0)

@@ -30,7 +30,7 @@ class QuantileModel(nn.Module):
         """`hidden_size` is the reference's; the first weights depend on `seed` alone."""
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the accelerators', too
             last = nn.Linear(WIDTH, 1)
             self.net = nn.Sequential(nn.LayerNorm(2 * hidden_size), nn.Linear(2 * hidden_size, WIDTH), nn.GELU(), last)
         nn.init.zeros_(last.weight)  # it begins at p = 1/2 for everything
