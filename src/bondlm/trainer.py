@@ -186,6 +186,7 @@ class BONDTrainer(SamplingTrainer):
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
         check_room(self.rewards, longest_rows(self.train_dataset, self.eval_dataset), args.max_completion_length)
         longest = longest_prompt(self.train_dataset, self.eval_dataset)
+        self._check_model()  # before a server is started for it
         with waiting_for_others(self.world, wait_s=args.ddp_timeout):
             self.engine = make_engine(args, model, self.roles, self.encoder, self.world, longest_prompt=longest)
         self._make_anchor_and_callbacks()
@@ -198,6 +199,17 @@ class BONDTrainer(SamplingTrainer):
         full_precision_outputs(self.accelerator, asked_for=uses_fsdp(self.args))
         self.roles.to(self.args.device)
         self.roles.autocast = settle_precision(self.accelerator, self.args)
+
+    def _check_model(self) -> None:
+        args, core = self.args, self.roles.core
+        if self.roles.is_peft:
+            check_start(self.roles.model, self.roles.use, sharded=shards_weights(args))
+        with self.roles.use("policy") as policy:
+            noisy, apart = not args.disable_dropout, trained_in_parallel(args)
+            self._share_prompts = check_model(policy, args.device, is_noise_allowed=noisy, distributed=apart)
+            self._head = core.get_output_embeddings() if exact_head(policy, args.device) is not None else None
+        if self._head is None:
+            self._smaller.within_budget(core)
 
     def _make_anchor_and_callbacks(self) -> None:
         args = self.args
@@ -224,15 +236,7 @@ class BONDTrainer(SamplingTrainer):
             self.add_callback(callback)
 
     def _make_step(self) -> None:
-        args, core = self.args, self.roles.core
-        if self.roles.is_peft:
-            check_start(self.roles.model, self.roles.use, sharded=shards_weights(args))
-        with self.roles.use("policy") as policy:
-            noisy, apart = not args.disable_dropout, trained_in_parallel(args)
-            share_prompts = check_model(policy, args.device, is_noise_allowed=noisy, distributed=apart)
-            self._head = core.get_output_embeddings() if exact_head(policy, args.device) is not None else None
-        if self._head is None:
-            self._smaller.within_budget(core)
+        args = self.args
         self.step = Step(
             objective=self.objective,
             engine=self.engine,
@@ -246,7 +250,7 @@ class BONDTrainer(SamplingTrainer):
             drops=self.drops,
             quantile_model=self.quantile_model,
             signal_factor=self.signal_factor,
-            share_prompts=share_prompts,
+            share_prompts=self._share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,
             trainer_state=WatchedState(lambda: self.state),  # Trainer makes a new one when it trains

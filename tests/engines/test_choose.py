@@ -113,3 +113,18 @@ def test_our_server_serves_the_revision_that_trains(tmp_path: Path, monkeypatch:
     assert started[0][:2] == ["--revision", "v1"]
     with pytest.raises(ConfigError, match=r"model_init_kwargs\.rms_norm_eps"):
         make(revision="v1", rms_norm_eps=0.5)
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_a_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ConfigError("a noisy model")
+
+    def start(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr("bondlm.trainer.check_model", refuse)
+    monkeypatch.setattr("bondlm.trainer.make_engine", start)
+    with pytest.raises(ConfigError, match="noisy"):
+        BONDTrainer(*(tiny_causal(TOKENIZER), length, config(tmp_path), prompt_rows(4)), processing_class=TOKENIZER)
