@@ -271,7 +271,8 @@ def test_a_setting_of_the_wrong_type_is_refused_like_any_other_value(tmp_path: P
 def test_several_servers_are_different_addresses(tmp_path: Path) -> None:
     several = ["http://a:8000", "https://b"]
     assert config(tmp_path, engine="vllm", vllm_base_url=several).vllm_base_url == several
-    for refused in ([], ["http://a", "http://a"], ["http://a", "b"], {"http://a": 1}):
+    same = (["http://a", "http://a"], ["http://a", "http://a/"], ["http://a", "http://a/v1"])
+    for refused in ([], *same, ["http://a", "b"], {"http://a": 1}):
         with pytest.raises(ConfigError, match=r"^vllm_base_url="):
             config(tmp_path, engine="vllm", vllm_base_url=refused)
 

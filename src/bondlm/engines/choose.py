@@ -179,7 +179,7 @@ def card_options(args: BONDConfig, model: Any, roles: Roles, longest: int) -> li
         ConfigError: they do not fit together.
     """
     asleep = ["--enable-sleep-mode"] if sleeps(args) else []
-    if any(word.startswith(OWN_SIZES) for word in args.vllm_server_args or []):
+    if any(word.replace("_", "-").startswith(OWN_SIZES) for word in args.vllm_server_args or []):
         return asleep
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(args.device)

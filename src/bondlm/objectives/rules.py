@@ -57,11 +57,13 @@ def one_of(*values: str, why: str = "") -> Rule:
 
 
 def beginning_with(*starts: str) -> Rule:
-    """Text that begins with one of these, or a list of such texts, all different."""
+    """Text that begins with one of these, or a list of such texts, all different also without a last / or /v1."""
 
     def holds(value: Any) -> bool:
         texts = value if isinstance(value, list) and value else [value]
-        return all(isinstance(t, str) and t.startswith(starts) for t in texts) and len(set(texts)) == len(texts)
+        if not all(isinstance(t, str) and t.startswith(starts) for t in texts):
+            return False
+        return len({t.rstrip("/").removesuffix("/v1") for t in texts}) == len(texts)
 
     return Rule(holds, f"must begin with {' or '.join(starts)}, each of a list, and none be there twice")
 

@@ -157,8 +157,9 @@ def test_options_of_a_server_on_the_trainers_card(whole: bool, card: None, roles
     assert needed.resting == 8 * trained + visits
 
 
-def test_who_says_a_size_is_left_alone(card: None, roles: Roles, tmp_path: Path) -> None:
-    args = on_a_gpu(tmp_path, vllm_server_args=["--gpu-memory-utilization", "0.3"], vllm_sleep="never")
+@pytest.mark.parametrize("option", ["--gpu-memory-utilization 0.3", "--gpu_memory_utilization=0.3"])
+def test_who_says_a_size_is_left_alone(option: str, card: None, roles: Roles, tmp_path: Path) -> None:
+    args = on_a_gpu(tmp_path, vllm_server_args=option.split(), vllm_sleep="never")
     assert choose.card_options(args, roles.model, roles, 64) == []
 
 
