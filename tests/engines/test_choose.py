@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig
-from tiny import prompt_rows, tiny_causal, tiny_t5
+from tiny import prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 
 from bondlm import BONDTrainer
 from bondlm.engines import choose
 from bondlm.engines.choose import engine_choice, server_options, share_of
+
+
+from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.engines.choose import PROBE_ANSWER, PROBE_TEXT, engine_choice, probe_ids, server_options, share_of
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import wrap_adapter
 from engines.vllm.helpers import TOKENIZER, config, length, trainer
@@ -128,3 +132,15 @@ def test_a_model_that_cannot_be_trained_is_refused_before_a_server_starts(
     monkeypatch.setattr("bondlm.trainer.make_engine", start)
     with pytest.raises(ConfigError, match="noisy"):
         BONDTrainer(*(tiny_causal(TOKENIZER), length, config(tmp_path), prompt_rows(4)), processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize("has_bos", [False, True])
+def test_the_probe_text_is_a_question_as_the_runs_prompts_are_with_an_answer(has_bos: bool) -> None:
+    """With the token that a text begins with, where the model has one: some models are noisy without."""
+    tokenizer = tiny_tokenizer(adds_bos=has_bos)
+    model = tiny_causal(tokenizer)
+    encoder = PromptEncoder.of_model(model, tokenizer, max_completion_length=8)
+    (question,) = encoder.encode([PROBE_TEXT])
+    start = [tokenizer.bos_token_id] if has_bos and question[0] != tokenizer.bos_token_id else []
+    answer = tokenizer.encode(PROBE_ANSWER, add_special_tokens=False)
+    assert probe_ids(encoder) == [*start, *question, *answer][:128]

@@ -30,7 +30,7 @@ from bondlm.engines.vllm.memory import (
 )
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.engines.vllm.whole import WholeModelEngine
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, DataError
 from bondlm.models.adapters import edits_base
 from bondlm.models.deepspeed import zero_stage
 from bondlm.models.facts import decoder_config
@@ -41,6 +41,10 @@ from bondlm.models.sharding import shards_weights, uses_fsdp
 
 _LOGGER = logging.getLogger(__name__)
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. How would you explain to a child why the sky is blue?"
+PROBE_ANSWER = """Sunlight looks white, but it is made of all the colours of the rainbow. When it meets the air, blue
+light is scattered far more than red light. In 1871 Lord Rayleigh showed that it grows with the fourth power of the
+frequency: (700 / 450) ** 4 = 5.86."""
+PROBE_TOKENS = 128
 OWN_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # whoever gives one has done the sum
 HOST_SHARE = 0.25  # of main memory, which a container's limit may hold below what /dev/shm says
 HANDED_OVER = 1.5  # of the weights' size: a head that is an embedding, too, is written twice
@@ -103,7 +107,7 @@ def make_engine(
             *([VLLMClient(url, **how) for url in urls], model, roles.adapter_roles, roles.use),
             processes=processes,
             eos_ids=encoder.eos_ids,
-            probe_ids=encoder.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"][:64],
+            probe_ids=probe_ids(encoder),
             folder=weights_folder(args, roles, processes) or folder,
             server=server,
             sleeps=sleeps(args),
@@ -120,6 +124,19 @@ def make_engine(
         if server is not None:
             server.stop()
         raise
+
+
+def probe_ids(encoder: PromptEncoder) -> list[int]:
+    """A question as the run's prompts are given to the model, and an answer: there two models differ most."""
+    tokenizer, prompt = encoder.tokenizer, PROBE_TEXT
+    if encoder.rendering.kind_of(PROBE_TEXT, tokenizer) == "chat":
+        prompt = [{"role": "user", "content": PROBE_TEXT}]  # type: ignore[assignment]
+    try:
+        (question,) = encoder.limited_to(max_prompt_length=None, max_completion_length=1).encode([prompt])
+    except (ConfigError, DataError):  # a template that needs more than a question
+        question = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    begin = [] if tokenizer.bos_token_id in (None, *question[:1]) else [tokenizer.bos_token_id]
+    return [*begin, *question, *tokenizer(PROBE_ANSWER, add_special_tokens=False)["input_ids"]][:PROBE_TOKENS]
 
 
 def sleeps(args: BONDConfig) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 from tiny import tiny_causal
 
@@ -170,6 +171,16 @@ def test_a_server_with_another_model_is_refused(roles: Roles, tmp_path: Path) ->
     other = Roles(wrap_adapter(tiny_causal(TOKENIZER, seed=7), LORA))
     with serving(Stub(other.model, EOS)) as stub, pytest.raises(ConfigError, match="another model"):
         connect(stub, roles, tmp_path)
+
+
+def test_a_server_whose_base_is_a_little_otherwise_is_refused(roles: Roles, tmp_path: Path) -> None:
+    """As one that has the file of a model that was fine-tuned in memory."""
+    with serving(Stub(roles.model, EOS)) as stub:
+        with torch.no_grad():
+            for parameter in stub._model.get_base_model().parameters():
+                parameter.mul_(1.04)
+        with pytest.raises(ConfigError, match=r"another model.*differ by 0\.[1234]"):
+            connect(stub, roles, tmp_path)
 
 
 def test_training_samples_what_it_learns(plain_stub: Stub, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from bondlm.engines.base import Completion, Role
 from bondlm.engines.together import Processes, together
 from bondlm.engines.vllm.http import VLLMClient, of_answer
-from bondlm.engines.vllm.served import Served
+from bondlm.engines.vllm.served import GAP_LIMIT, Served
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.errors import DataError, EngineError, NonFiniteError, ResourceError
 from bondlm.models.facts import vocabulary_size
@@ -98,6 +98,9 @@ class VLLMEngine:
         self._kept = [s for s in self._servers if first[s.client.url] == processes.rank]  # those we give weights to
         contexts = processes.gather_objects([(s.max_model_len, s.client.url) for s in self._servers])
         self.max_model_len, self.shortest = min(contexts)
+        del self._probe_ids[self.max_model_len - 1 :]  # the servers have the same list; one token more is drawn
+        for server in self._servers if getattr(model.config, "quantization_config", None) else ():
+            server.gap_limit = GAP_LIMIT  # the trainer's base is rounded as no server's
         self._start()
         self._sleep()
 
