@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rewards.judge_stub import by_scalar, judging
 from safetensors.torch import load_file, save_file
 
 from bondlm.cli import main
 from cli.helpers import write_job
+from cli.test_eval_ranks import RANKS
+
+GOAL = """
+def short(prompts, completions, **columns):
+    return [-float(len(c[-1]["content"])) for c in completions]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,26 @@ def test_the_curve_goes_from_the_merge_to_the_reference(runs: Path, tmp_path: Pa
     evaluated = json.loads((out / "eval.json").read_text())
     assert evaluated["win_rate"]["value"] == pytest.approx(first["win_rate"]["value"])
     assert evaluated["kl"]["value"] == pytest.approx(first["kl"]["value"], abs=1e-4)
+
+
+def test_the_curve_counts_rewards_that_rank_and_goals_among_the_references_as_eval_does(
+    runs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS + GOAL)
+    out, sizes = tmp_path / "out", ["--num_samples", "2", "--num_reference_samples", "4"]
+    goals = json.dumps([f"{runs}/reward.py:letters", f"{tmp_path}/ranks.py:short"])
+    with judging(by_scalar) as server:
+        for reward in ([goals, "--reward_aggregation", "quantile"], [f"rank:{tmp_path}/ranks.py:letters"]):
+            more = ["--reward_funcs", *reward, *sizes, "--judge", server.spec()]
+            assert main(command(runs, out, "--curve", "[0]", *more)) == 0
+            assert main(["eval", "--model", str(out), *more, "--output", str(tmp_path / "evaluated")]) == 0
+            (point,) = json.loads((out / "curve.json").read_text())
+            evaluated = json.loads((tmp_path / "evaluated" / "eval.json").read_text())
+            for name in ("win_rate", "effective_n", "reward", "pairwise"):
+                assert point[name] == evaluated[name], name
+            assert point["win_rate"]["value"] != 0.5
+            shutil.rmtree(out)
+            shutil.rmtree(tmp_path / "evaluated")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 
 from bondlm.cli.console import Counter, make_console, make_progress, say_json
+from bondlm.cli.judge_costs import say_costs
 from bondlm.cli.report import write_page
 from bondlm.cli.sampling import check_sampling
 from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
@@ -41,7 +43,10 @@ def run(options: dict[str, Any]) -> int:
             job = load_job(settings)
         result, policy, reference = _evaluate(folder, settings, job, errors)
         result |= _description(settings, config, job)
-        result |= _compared(job, policy, reference, result, errors)
+        try:
+            result |= compare_pairs(job, policy, reference, result, errors)
+        finally:
+            say_costs(errors, [*job["ranking_judges"], *job["rewards"]])
         from bondlm.evaluation.card import write_card
         from bondlm.evaluation.run import side_by_side, write_results
         from bondlm.evaluation.table import print_samples, print_table
@@ -258,7 +263,7 @@ def _evaluate(
 ) -> tuple[dict[str, Any], Any, Any]:
     from bondlm.data.fingerprints import model_fingerprint
     from bondlm.evaluation.files import claim, read_samples
-    from bondlm.evaluation.pair import OPPONENT_FILE, fill
+    from bondlm.evaluation.pair import OPPONENT_FILE
     from bondlm.evaluation.samples import from_rows
     from bondlm.evaluation.statistics import summarize
 
@@ -267,25 +272,9 @@ def _evaluate(
     if settings.get("opponent"):  # with a manifest of its own: another one may come later
         who = model_fingerprint(str(settings["opponent"]), _revision(job["pair"].opponent))
         claim(folder, made_from | {"opponent": who}, [OPPONENT_FILE], manifest="opponent-manifest.json")
-    total = len(job["rows"])
-    beside = folder / job["sets"][0].file, job["sets"][0].num_samples  # the reference comes first
-    has_ranks = job["aggregation"].by_order or any(reward.ranks for reward in job["rewards"])
     with make_progress(console) as progress:
         for number, wanted in enumerate(job["sets"]):
-            fill(
-                folder / wanted.file,
-                wanted,
-                job["pair"],
-                job["opponent_rows"] if wanted.of_opponent else job["rows"],
-                job["rewards"],
-                number=number,
-                num_judges=job["num_judges"],
-                seed=int(settings["seed"]),
-                max_completion_length=settings["max_completion_length"],
-                on_prompts_done=Counter(progress, f"{wanted.name} x {wanted.num_samples}", total),
-                aggregation=job["aggregation"],
-                beside=beside if number and has_ranks else None,
-            )
+            draw_set(folder, wanted, number, settings, job, progress)
     scored = {wanted.name: from_rows(read_samples(folder / wanted.file), wanted.num_samples) for wanted in job["sets"]}
     policy, reference, opponent = scored.pop("policy"), scored.pop("reference"), scored.pop("opponent", None)
     with console.status("statistics"):
@@ -293,11 +282,37 @@ def _evaluate(
     return result, policy, reference
 
 
-def _compared(
+def draw_set(
+    folder: Path, wanted: Any, number: int, settings: Mapping[str, Any], job: Mapping[str, Any], progress: Progress
+) -> None:
+    """Draw and score what is not on file yet; the reference's samples, number 0, come before all others.
+
+    Rewards that rank, and a combination of rewards by their order, are counted among the reference's samples.
+    """
+    from bondlm.evaluation.pair import fill
+
+    rows, first = job["opponent_rows"] if wanted.of_opponent else job["rows"], job["sets"][0]
+    has_ranks = job["aggregation"].by_order or any(reward.ranks for reward in job["rewards"])
+    fill(
+        folder / wanted.file,
+        wanted,
+        job["pair"],
+        rows,
+        job["rewards"],
+        number=number,
+        num_judges=job["num_judges"],
+        seed=int(settings["seed"]),
+        max_completion_length=settings["max_completion_length"],
+        on_prompts_done=Counter(progress, f"{wanted.name} x {wanted.num_samples}", len(job["rows"])),
+        aggregation=job["aggregation"],
+        beside=(folder / first.file, first.num_samples) if number and has_ranks else None,
+    )
+
+
+def compare_pairs(
     job: Mapping[str, Any], policy: Any, reference: Any, result: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
     """What judges that rank say of the samples on file; these do not depend on them."""
-    from bondlm.cli.judge_costs import say_costs
     from bondlm.evaluation.pairwise import compared
 
     judges = job["ranking_judges"]
@@ -306,10 +321,7 @@ def _compared(
     def announce(count: int) -> None:
         console.print(f"{names}: {count} pairs in both orders, {2 * count} questions each", soft_wrap=True)
 
-    try:
-        return compared(judges, job["rows"], policy, reference, result, announce)
-    finally:
-        say_costs(console, [*judges, *job["rewards"]])
+    return compared(judges, job["rows"], policy, reference, result, announce)
 
 
 def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:

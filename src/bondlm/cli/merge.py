@@ -10,8 +10,17 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from bondlm.cli.console import Counter, make_console, make_progress
-from bondlm.cli.eval import FROM_RUN, complete, fingerprint, load_job, rendering_of_job
+from bondlm.cli.console import make_console, make_progress
+from bondlm.cli.eval import (
+    FROM_RUN,
+    compare_pairs,
+    complete,
+    draw_set,
+    fingerprint,
+    load_job,
+    rendering_of_job,
+)
+from bondlm.cli.judge_costs import say_costs
 from bondlm.cli.options import MERGE_CURVE
 from bondlm.cli.sampling import check_sampling
 from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
@@ -176,49 +185,44 @@ def _evaluate_curve(
         job = load_job(settings)
     from bondlm.evaluation.files import claim
     from bondlm.evaluation.table import print_curve
-    from bondlm.rollout.sampler import Sampler
 
     claim(folder, fingerprint(settings, job), [path.name for path in folder.glob("*.jsonl")])
     wanted = {each.role: each for each in job["sets"] if each.is_main}
-    _draw(folder, wanted["reference"], 0, settings, job, console)
-    how: dict[str, Any] = {"dtype": str(settings.get("dtype", "auto")), "max_rows": settings["max_rows"]}
-    how["init_kwargs"] = settings["init_kwargs"].get("policy")
-    rows = []
-    for point in points:
-        policy = replace(wanted["policy"], name=f"toward_reference {point:g}", file=f"policy-{point:g}.jsonl")
-        with tempfile.TemporaryDirectory() as scratch:
-            merge.write(Path(scratch), toward_reference=point)
-            sampler = Sampler(scratch, rendering=rendering_of_job(settings), **how)
-            job["pair"].samplers["policy"] = sampler
-            _draw(folder, policy, 1, settings, job, console)  # the same seeds at every point: paired samples
-        rows.append({"toward_reference": point} | _numbers(folder, wanted["reference"], policy))
+    with make_progress(console) as progress:
+        draw_set(folder, wanted["reference"], 0, settings, job, progress)
+    try:
+        rows = [_point(point, folder, merge, wanted, settings, job, console) for point in points]
+    finally:
+        say_costs(console, [*job["ranking_judges"], *job["rewards"]])
     write_whole(output / CURVE_FILE, json.dumps(plain(rows), indent=1, allow_nan=False) + "\n")
     print_curve(console, rows)
 
 
-def _draw(
-    folder: Path, wanted: Any, number: int, settings: Mapping[str, Any], job: Mapping[str, Any], console: Console
-) -> None:
-    """Draw and score the samples that are not on file yet."""
-    from bondlm.evaluation.pair import fill
+def _point(
+    point: float,
+    folder: Path,
+    merge: Any,
+    wanted: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    job: Mapping[str, Any],
+    console: Console,
+) -> dict[str, Any]:
+    """What the samples of one point say; they are drawn where they are not on file."""
+    from bondlm.rollout.sampler import Sampler
 
-    with make_progress(console) as progress:
-        fill(
-            folder / wanted.file,
-            wanted,
-            job["pair"],
-            job["rows"],
-            job["rewards"],
-            number=number,
-            num_judges=job["num_judges"],
-            seed=int(settings["seed"]),
-            max_completion_length=settings["max_completion_length"],
-            on_prompts_done=Counter(progress, f"{wanted.name} x {wanted.num_samples}", len(job["rows"])),
-        )
+    policy = replace(wanted["policy"], name=f"toward_reference {point:g}", file=f"policy-{point:g}.jsonl")
+    how: dict[str, Any] = {"dtype": str(settings.get("dtype", "auto")), "max_rows": settings["max_rows"]}
+    how["init_kwargs"] = settings["init_kwargs"].get("policy")
+    with tempfile.TemporaryDirectory() as scratch:
+        merge.write(Path(scratch), toward_reference=point)
+        job["pair"].samplers["policy"] = Sampler(scratch, rendering=rendering_of_job(settings), **how)
+        with make_progress(console) as progress:
+            draw_set(folder, policy, 1, settings, job, progress)  # the same seeds at every point: paired samples
+    return {"toward_reference": point} | _numbers(folder, job, wanted["reference"], policy, console)
 
 
-def _numbers(folder: Path, reference: Any, policy: Any) -> dict[str, Any]:
-    """What the samples of one point say."""
+def _numbers(folder: Path, job: Mapping[str, Any], reference: Any, policy: Any, console: Console) -> dict[str, Any]:
+    """What the samples of one point say, and what judges that rank say of them."""
     from bondlm.evaluation.files import read_samples
     from bondlm.evaluation.samples import from_rows
     from bondlm.evaluation.statistics import summarize
@@ -226,4 +230,6 @@ def _numbers(folder: Path, reference: Any, policy: Any) -> dict[str, Any]:
     theirs, mine = (from_rows(read_samples(folder / each.file), each.num_samples) for each in (reference, policy))
     # The reference's samples were scored under the policy of another point.
     result = summarize(mine, replace(theirs, log_ratio_PM=None), {})
-    return {number: result[number] for number in NUMBERS} | ({"judges": result["judges"]} if result["judges"] else {})
+    result |= compare_pairs(job, mine, theirs, result, console)
+    found = {name: result[name] for name in ("judges", "pairwise") if result.get(name)}
+    return {number: result[number] for number in NUMBERS} | found
