@@ -414,7 +414,8 @@ class BONDTrainer(SamplingTrainer):
         Where weights are averaged (`average_weights`) the model holds the average when this returns.
 
         Raises:
-            CheckpointError: no checkpoint, or one without its anchor; without `resume_from_checkpoint`, another run's.
+            CheckpointError: no checkpoint, or one without its anchor; a named one, where `output_dir` holds newer ones
+                or another run; without `resume_from_checkpoint`, another run's.
         """
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)

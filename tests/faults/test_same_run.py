@@ -2,18 +2,22 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from trainer.helpers import trainer
 from transformers import get_scheduler
 
 from bondlm.cli import main
 from bondlm.cli.train import _changed_settings, training_arguments
-from bondlm.errors import ConfigError
-from faults.children import job, said, train
+from bondlm.errors import CheckpointError, ConfigError
+from bondlm.runs.manifest import newest_checkpoint
+from bondlm.trainer import BONDTrainer
+from faults.children import job, kill, said, start, train, wait, wrap
 
 CHANGES = {
     "beta": 0.25,
@@ -98,6 +102,62 @@ def test_d10_a_run_under_such_a_schedule_does_not_go_on_longer(copy: Path) -> No
     assert "(max_steps: 3 -> 4)" in said(copy)
     assert train(copy, lambda: None, "--max_steps", "4", "--allow_config_change") == 0, said(copy)
     assert json.loads((copy.parent / "run" / "env.json").read_text())["config_changes"] == ["max_steps: 3 -> 4"]
+
+
+def steps_of(run: Path) -> list[int]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["step"] for row in rows if "loss" in row]
+
+
+def test_d10_a_run_that_goes_back_leaves_no_checkpoint_that_a_later_resume_would_take(copy: Path) -> None:
+    run = copy.parent / "run"
+    back = ("--resume", str(run / "checkpoint-1"), "--beta", "0.25", "--allow_config_change", "true")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert train(copy, lambda: None, *back) == 6
+    assert f"rm -r {run}/checkpoint-2 {run}/checkpoint-3" in said(copy)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    again = trainer(run, max_steps=3)
+    with pytest.raises(CheckpointError, match=f"{run}/checkpoint-2 or {run}/checkpoint-3"):
+        again.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    for step in (2, 3):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    killed = start(copy, lambda: wrap(BONDTrainer, "training_step", 2, kill, after=False), *back)
+    assert wait(killed) == -9
+    assert newest_checkpoint(run)[0] == run / "checkpoint-2"
+    assert train(copy, lambda: None, *back) == 0, said(copy)
+    assert "from step 2 to 3" in said(copy)
+    shutil.rmtree(run / "checkpoint-1")  # as save_total_limit does
+    assert train(copy, lambda: None, *back, "--max_steps", "4") == 0, said(copy)
+    assert "from step 3 to 4" in said(copy)
+    assert train(copy, lambda: None, *back, "--beta", "0.5") == 6  # no command of before
+    assert steps_of(run) == [1, 2, 3, 4]
+    assert json.loads((run / "env.json").read_text())["config_changes"] == ["beta: None -> 0.25"]
+
+
+def test_d10_a_checkpoint_of_another_run_begins_a_new_folder_and_does_not_mix_with_a_third(copy: Path) -> None:
+    run, other, third = (copy.parent / name for name in ("run", "other", "third"))
+    env = json.loads((run / "env.json").read_text()) | {"config_changes": ["n: 1 -> 2"]}
+    (run / "env.json").write_text(json.dumps(env))
+    there = ("--resume", str(run / "checkpoint-1"), "--output_dir")
+    killed = start(copy, lambda: wrap(BONDTrainer, "training_step", 2, kill, after=False), *there, str(other))
+    assert wait(killed) == -9
+    for path in other.glob("checkpoint-*"):  # as if it had been killed before its first one
+        shutil.rmtree(path)
+    (other / ".sealed").unlink()
+    assert train(copy, lambda: None, *there, str(other)) == 0, said(copy)
+    assert (steps_of(other), steps_of(run)) == ([2, 3], [1, 2, 3])
+    assert json.loads((other / "env.json").read_text())["config_changes"] == ["n: 1 -> 2"]
+    assert train(copy, lambda: None, "--output_dir", str(third), "--max_steps", "1") == 0, said(copy)
+    before = (third / "metrics.jsonl").read_bytes()
+    for kept in (True, False):
+        if not kept:
+            shutil.rmtree(third / "checkpoint-1")
+            (third / ".sealed").unlink()
+        assert train(copy, lambda: None, *there, str(third)) == 6
+        assert f"output_dir='{third}' already holds another run" in said(copy)
+        with pytest.raises(CheckpointError, match="third"):
+            trainer(third, max_steps=3).train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert (third / "metrics.jsonl").read_bytes() == before
 
 
 def test_d10_another_tokenizer_is_refused(copy: Path) -> None:

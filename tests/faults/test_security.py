@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import struct
 import sys
 import tomllib
@@ -70,6 +71,7 @@ def test_x1_a_pickled_checkpoint_is_not_run(name: str, sealed: bool, copy: Path)
         (path / MANIFEST_FILE).unlink()
         seal(path)
         assert fault(path) is None
+        shutil.rmtree(path.parent / "checkpoint-3")
     code = train(copy, lambda: None, "--resume", str(path))
     assert code == 6, said(copy)
     assert (f"{name} has" in said(copy)) is not sealed

@@ -78,6 +78,8 @@ def test_resuming_after_any_step_equals_never_stopping(kind: str, tmp_path: Path
 def test_a_checkpoint_by_name_and_the_anchor_is_read_once(tmp_path: Path) -> None:
     whole = run_of_six(tmp_path, "lora")
     whole.train()
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
     made = run_of_six(tmp_path, "lora")
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same(made.anchor.state_dict(), whole.anchor.state_dict())

@@ -33,7 +33,7 @@ from bondlm.runs.folder import (
     run_environment,
     write_whole,
 )
-from bondlm.runs.manifest import newest_checkpoint, remove_unfinished, verify
+from bondlm.runs.manifest import newest_checkpoint, refuse_other_steps, remove_unfinished, verify
 from bondlm.runs.prompting import adopt_prompting
 from bondlm.runs.redact import redacted
 
@@ -75,7 +75,8 @@ def run(options: dict[str, Any]) -> int:
             console.print(line, highlight=False, soft_wrap=True)
         if is_main_process():
             write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
-            _note_environment(folder / ENVIRONMENT_FILE, changes, engine, held, rewards)
+            begun = {"resumed_from": _begun_from(folder, options, checkpoint), "config_changes": changes}
+            _note_environment(folder / ENVIRONMENT_FILE, begun, engine, held, rewards)
         watched.append(trainer.stop)
         with (
             closing(trainer.engine),
@@ -229,28 +230,58 @@ def _resume_point(
 ) -> tuple[str | None, list[str]]:
     """The checkpoint to continue from, if any, and the settings that differ from those of the run so far.
 
+    A named checkpoint is where a run begins: the same command then goes on from its newest one, as `auto` does.
+
     Raises:
-        CheckpointError: `resume: never`, but the folder holds a run, or the named checkpoint is not there.
+        CheckpointError: `resume: never`, but the folder holds a run; or the named checkpoint is not there, or the
+            folder holds steps that do not come from it.
         ConfigError: the run in the folder was made with other settings.
     """
-    wish = str(options.get("resume", "auto"))
-    if wish not in ("auto", "never"):
-        if not Path(wish).is_dir():
-            raise CheckpointError(f"resume={wish!r} is not a checkpoint folder")
-        verify(Path(wish))
-        adopt_prompting(Path(wish).parent, folder)
-        return wish, _changed_settings(Path(wish).parent / CONFIG_FILE, options, rewards)
+    named = _named_checkpoint(options)
+    if named is not None and run_environment(folder).get("resumed_from") != str(named.resolve()):
+        return _first_from(named, folder, options, rewards)
     for line in remove_unfinished(folder) if is_main_process() else []:
         console.print(line, highlight=False, soft_wrap=True)
     path, rejected = newest_checkpoint(folder)
+    path = named if path is None else path
     if path is None:
         return None, []
-    if wish == "never":
+    if options.get("resume") == "never":
         raise CheckpointError(f"{folder} already holds a run: choose another output_dir, or resume: auto")
     changes = _changed_settings(folder / CONFIG_FILE, options, rewards)
+    if named is not None and changes:  # a second beginning, not the same command
+        return _first_from(named, folder, options, rewards)
     for reason in rejected:
         console.print(f"not resumed from {reason}", highlight=False, soft_wrap=True)
     return str(path), changes
+
+
+def _named_checkpoint(options: Mapping[str, Any]) -> Path | None:
+    wish = str(options.get("resume", "auto"))
+    return None if wish in ("auto", "never") else Path(wish)
+
+
+def _begun_from(folder: Path, options: Mapping[str, Any], checkpoint: str | None) -> str | None:
+    """The named checkpoint that the run in `folder` has begun with, now or before."""
+    if (named := _named_checkpoint(options)) is not None:
+        return str(named.resolve())
+    return None if checkpoint is None else run_environment(folder).get("resumed_from")
+
+
+def _first_from(
+    checkpoint: Path, folder: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[str]]:
+    """Begin in `folder` with a named checkpoint; another folder's run brings its rendering and its changes."""
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"resume={str(checkpoint)!r} is not a checkpoint folder")
+    verify(checkpoint)
+    refuse_other_steps(folder, checkpoint)
+    source = checkpoint.resolve().parent
+    changes = _changed_settings(source / CONFIG_FILE, options, rewards)
+    if source == folder.resolve():
+        return str(checkpoint), changes
+    adopt_prompting(source, folder)
+    return str(checkpoint), [*run_environment(source).get("config_changes", []), *changes]
 
 
 def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = ()) -> list[str]:
@@ -330,7 +361,7 @@ def _weights_held(fraction: float) -> str:
 
 
 def _note_environment(
-    path: Path, changes: list[str], engine: str, held: str, rewards: Sequence[Mapping[str, Any]]
+    path: Path, begun: Mapping[str, Any], engine: str, held: str, rewards: Sequence[Mapping[str, Any]]
 ) -> None:
     """Versions, engine, kept weights and rewards of the run, and every change of its settings that was allowed."""
     before = run_environment(path.parent).get("config_changes", [])
@@ -339,7 +370,8 @@ def _note_environment(
     content: dict[str, Any] = {"versions": versions, "platform": platform.platform(), "engine": engine}
     content["weights"] = held.removeprefix("weights: ")
     content["directory"] = str(Path.cwd())  # where the relative names of config.yaml begin
-    content |= {"rewards": redacted(list(rewards)), "config_changes": before + changes}
+    content |= {"rewards": redacted(list(rewards)), "config_changes": before + begun["config_changes"]}
+    content |= {"resumed_from": begun["resumed_from"]} if begun["resumed_from"] else {}
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 

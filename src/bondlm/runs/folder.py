@@ -115,17 +115,25 @@ def drop_after(path: Path, step: int) -> None:
     """Forget logged rows beyond `step` (and a torn last line): a resumed run writes them again."""
     if not path.exists():
         return
-    kept = []
+    kept = [line + b"\n" for line, logged in _logged(path) if logged <= step]
+    with whole(path) as partial:
+        partial.write_bytes(b"".join(kept))
+
+
+def has_steps(path: Path, *, up_to: int) -> bool:
+    """Whether a log has rows of the first steps, up to this one."""
+    return path.is_file() and any(step <= up_to for _, step in _logged(path))
+
+
+def _logged(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Each whole line of a log with its step."""
     # Bytes, because text may hold separators that only `str.splitlines` knows, and a torn line half a character.
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if row.get("step", 0) <= step:
-            kept.append(line + b"\n")
-    with whole(path) as partial:
-        partial.write_bytes(b"".join(kept))
+        yield line, row.get("step", 0)
 
 
 @contextmanager

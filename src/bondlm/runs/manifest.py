@@ -6,13 +6,14 @@ The manifest is written last and lists every file with its size and SHA-256.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.folder import write_whole
+from bondlm.runs.folder import METRICS_FILE, has_steps, write_whole
 
 MANIFEST_FILE = "manifest.json"
 SEALED_FILE = ".sealed"  # in the run folder: a checkpoint was finished here once
@@ -82,9 +83,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         CheckpointError: there are checkpoints, but none that verifies, or the newest is of another format, or there
             were some and all are gone. A run must never start afresh by accident.
     """
-    found = [(_step(path), path) for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
     rejected: list[str] = []
-    for _, path in sorted(found, reverse=True):
+    for path in reversed(_checkpoints(folder)):
         reason = fault(path)
         if reason is None:
             return path, rejected
@@ -127,9 +127,8 @@ def remove_older(folder: Path, *, keep: int, best: str | None = None, step: int 
 
     Those beyond `step`, where the run is, do not count: a resume has passed them over, since they are damaged.
     """
-    found = sorted((_step(path), path) for path in folder.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0)
-    found = [each for each in found if step is None or each[0] <= step]
-    for _, path in found[: max(0, len(found) - keep)]:
+    found = [path for path in _checkpoints(folder) if step is None or _step(path) <= step]
+    for path in found[: max(0, len(found) - keep)]:
         if best is not None and path.resolve() == Path(best).resolve():
             continue
         try:
@@ -142,10 +141,11 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None) -> str | None:
     """The checkpoint that `wish` names; for True the newest that verifies, and a warning says which newer ones do not.
 
     Raises:
-        CheckpointError: it is not there, or not as it was sealed.
+        CheckpointError: it is not there, or not as it was sealed; or `folder` holds what does not come from it.
     """
     if not isinstance(wish, bool) and wish is not None:
         verify(Path(wish))
+        refuse_other_steps(folder, Path(wish))
     if not wish or isinstance(wish, str):
         return wish or None
     path, rejected = newest_checkpoint(folder)
@@ -156,6 +156,59 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None) -> str | None:
     for reason in rejected:
         warnings.warn(f"bondlm: not resumed from {reason}", stacklevel=3)
     return str(path)
+
+
+def refuse_other_steps(folder: Path, checkpoint: Path) -> None:
+    """See that a run that goes on in `folder` from `checkpoint` does not mix with steps that do not come from it.
+
+    Newer checkpoints of the same folder would be taken by a later resume, with the weights of the steps that the run
+    has left. Another run's checkpoints and logs would stand beside its own. Newer ones that do not verify do not count:
+    every resume passes them over.
+
+    Raises:
+        CheckpointError: there are such.
+    """
+    step = _step_of(checkpoint)
+    if checkpoint.resolve().parent == folder.resolve():
+        newer = [path for path in _checkpoints(folder, above=step) if _would_be_taken(path)]
+        if newer:
+            raise CheckpointError(
+                f"{checkpoint} is not the newest checkpoint of its run: a later resume would take "
+                f"{' or '.join(str(path) for path in newer)}, which have steps that this run leaves out. To go back to "
+                f"step {step} remove them first (rm -r {shlex.join(map(str, newer))}), or choose another output_dir; "
+                "resume: auto (in Python resume_from_checkpoint=True) goes on from the newest"
+            )
+        return
+    logs = folder / METRICS_FILE
+    if _checkpoints(folder) or has_steps(logs, up_to=step):
+        raise CheckpointError(
+            f"output_dir={str(folder)!r} already holds another run than that of {checkpoint}: choose a new output_dir. "
+            "resume: auto (in Python resume_from_checkpoint=True) goes on with the run that is there"
+        )
+
+
+def _checkpoints(folder: Path, *, above: int = -1) -> list[Path]:
+    """The checkpoints of a run folder beyond a step, the oldest first."""
+    found = [(_step(path), path) for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return [path for step, path in sorted(found) if step > above]
+
+
+def _would_be_taken(path: Path) -> bool:
+    reason = fault(path)
+    return reason is None or reason.startswith(_OTHER_FORMAT)
+
+
+def _step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, whatever its folder is called."""
+    if (step := _step(checkpoint)) >= 0:
+        return step
+    path = checkpoint / "trainer_state.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not say how many steps were taken ({error}): resume from another checkpoint"
+        ) from error
 
 
 def verify(folder: Path) -> None:
