@@ -25,7 +25,8 @@ def test_a_run_with_several_eval_sets_has_a_result_of_each(
     run = tmp_path / "run"
     result, other = (json.loads((run / name).read_text()) for name in ("eval.json", "eval-a/eval.json"))
     assert [(each["held_out"], each["num_prompts"]) for each in (result, other)] == [("b", 6), ("a", 3)]
-    assert f"b `{sets['b']}`" in (run / "README.md").read_text()
+    assert [each["dataset"] for each in (result, other)] == [sets["b"], sets["a"]]
+    assert f"held out: b `{sets['b']}`" in (run / "README.md").read_text()
     assert not (run / "eval-a" / "README.md").exists()
     logged = [row for row in rows(run / "metrics.jsonl") if "eval_effective_n" in row]
     assert [row["step"] for row in logged] == [1]

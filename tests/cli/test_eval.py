@@ -262,6 +262,24 @@ def test_a_run_folder_says_what_it_was_trained_with(tmp_path, kind):
     assert set(trained["baselines"]) < set(result["baselines"])  # T=0.3 is new
     assert trained["against_best_of"][0]["forward_kl"]["value"] is None  # not worth its time at the end of a run
     assert abs(result["kl"]["value"]) < 5
+    measured = ("dataset", "prompts_sha256", "max_completion_length")
+    assert [trained[name] for name in measured] == [result[name] for name in measured]
+    assert trained["dataset"] == str(tmp_path / "heldout.jsonl")
+    other = tmp_path / "other.jsonl"  # as many prompts
+    other.write_text("".join((tmp_path / "train.jsonl").read_text().splitlines(keepends=True)[-6:]))
+    for name in FILES:
+        (run / f"{name}.jsonl").unlink()
+    elsewhere = ["--dataset", str(other), "--max_completion_length", "4"]
+    assert main([*again, "--reward_funcs", f"{tmp_path / 'reward.py'}:letters", *elsewhere]) == 0
+    result = json.loads((run / "eval.json").read_text())
+    assert result["dataset"] == str(other)
+    assert result["prompts_sha256"] != trained["prompts_sha256"]
+    card = (run / "README.md").read_text()
+    assert f"held out: `{other}`" in card
+    assert f"name: {other}" in card
+    assert str(tmp_path / "heldout.jsonl") not in card
+    assert "with answers of at most 4 tokens" in card
+    assert "steps, at most 8 tokens" in card
 
 
 def test_what_is_missing_is_named(tmp_path):

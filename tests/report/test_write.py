@@ -242,9 +242,22 @@ def test_runs_with_other_rewards_references_or_prompts_are_told_apart(tmp_path):
         "a and b differ in their rewards (similarity:all-minilm-l6-v2, reward.py:complete; <other>)"
         in page.texts["warning"]
     )
-    assert "a and b differ in the number of their held-out prompts (200; 7)" in page.texts["warning"]
+    assert "a and b differ in their held-out prompts (200 prompts; 7 prompts)" in page.texts["warning"]
     assert "a and c differ in their reference (org/model; org/base)" in page.texts["warning"]
     assert len(json.loads((tmp_path / "compare.json").read_text())["differences"]) == 3
+
+
+def test_other_prompts_of_the_same_number_and_other_lengths_do_not_compare(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    sets = ({"dataset": "a.jsonl", "prompts_sha256": "1"}, {"dataset": ["b.jsonl", "c.jsonl"], "prompts_sha256": "2"})
+    changes = [change | {"max_completion_length": length} for change, length in zip(sets, (64, 64), strict=True)]
+    for run, change in zip(runs, [*changes, changes[0] | {"dataset": None, "max_completion_length": 32}], strict=True):
+        result = json.loads((run / "eval.json").read_text())
+        (run / "eval.json").write_text(json.dumps(result | change))
+    warning = page_of(*runs, output=tmp_path / "compare.html").texts["warning"]
+    assert "a and b differ in their held-out prompts (a.jsonl, 200 prompts; b.jsonl, c.jsonl, 200 prompts)" in warning
+    assert "a and c differ in the maximum length of their answers (64; 32): their numbers do not compare" in warning
+    assert len(json.loads((tmp_path / "compare.json").read_text())["differences"]) == 2
 
 
 def test_an_opponent_is_among_the_measures(tmp_path):

@@ -334,6 +334,8 @@ def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Ma
         "objective": describe_config(config) if config else None,
         "rewards": [reward.name for reward in rewards[: len(rewards) - num_judges]],
         "model": settings["model"],
+        "dataset": settings["dataset"],
+        "max_completion_length": settings["max_completion_length"],
         "reference": str(settings["reference"]),
         **({"opponent_model": str(settings["opponent"])} if settings.get("opponent") else {}),
     }

@@ -33,7 +33,7 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
     config, objective = run_config(folder), dict(result["objective"])
     base = str(config.get("model") or result["reference"])
     is_adapter = (folder / "adapter_config.json").is_file()
-    kind, held_out = "LoRA adapter" if is_adapter else "model", _list(config.get("eval_dataset"))
+    kind, held_out = "LoRA adapter" if is_adapter else "model", _held_out(config, result)
     rewards = ", ".join(str(name) for name in result["rewards"])
     name = objective.pop("name")
     numbers = "\n".join(f"| {label} | {_shown(result[key])} |" for label, key in MEASURED)
@@ -51,7 +51,7 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
 # {kind.capitalize()} aligned with {name} (Best-of-N Distillation)
 
 One sample of this {kind} was measured to be worth Best-of-{result["effective_n"]["text"]} of `{result["reference"]}`,
-on {result["num_prompts"]} held-out prompts at temperature 1, judged by {rewards}.
+on {result["num_prompts"]} held-out prompts at temperature 1{_at_most(result)}, judged by {rewards}.
 
 | measured | value and 95% interval |
 |---|---|
@@ -62,13 +62,13 @@ on {result["num_prompts"]} held-out prompts at temperature 1, judged by {rewards
 - reward: {_list(config.get("reward_funcs")) or rewards}{_weights(config)}
 - data: {_list(config.get("train_dataset")) or "not recorded"}; held out: {held_out or "given"}
 - weights: {_held(config, objective)}
-- training: {_steps(result)}{_budget(config)}
+- training: {_steps(result)}, at most {_length(config)} tokens
 
 ## How to use
 
 {usage(folder, config)}
-`generation_config.json` makes it answer as it was measured: at temperature 1, without top-k or top-p, with the same end
-tokens and the same maximum length.
+`generation_config.json` makes it answer from the distribution that was measured: at temperature 1, without top-k or
+top-p, with the same end tokens, and at most {_length(config)} tokens.
 
 A higher reward says nothing about facts or safety that the reward does not measure.
 
@@ -152,6 +152,20 @@ def _steps(result: Mapping[str, Any]) -> str:
     return taken + (f" (stopped: {reason})" if reason else "")
 
 
-def _budget(config: Mapping[str, Any]) -> str:
-    length = config.get("max_completion_length", MAX_COMPLETION_LENGTH)
-    return f", at most {length} tokens"
+def _length(config: Mapping[str, Any]) -> int:
+    """Most tokens of an answer in training, which `generation_config.json` has, too."""
+    return int(config.get("max_completion_length", MAX_COMPLETION_LENGTH))
+
+
+def _at_most(result: Mapping[str, Any]) -> str:
+    """The longest answers that were measured, where the result says it."""
+    length = result.get("max_completion_length")
+    return "" if length is None else f" with answers of at most {length} tokens"
+
+
+def _held_out(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """The prompts that were measured; a result of bondlm 0.1 does not say, and is of the run's own."""
+    if "dataset" not in result:
+        return _list(config.get("eval_dataset"))
+    name = f"{result['held_out']} " if "held_out" in result else ""
+    return f"{name}{_list(result['dataset'])}".strip()

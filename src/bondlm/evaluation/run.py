@@ -22,7 +22,7 @@ from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward, applies_everywhere
 from bondlm.rollout.samples import Samples
 from bondlm.runs.ending import describe_ending
-from bondlm.runs.folder import append_jsonl, plain, whole, write_whole
+from bondlm.runs.folder import append_jsonl, plain, run_config, whole, write_whole
 
 BASELINES = {
     "reference, greedy": ("reference", 0.0),
@@ -76,10 +76,12 @@ def _evaluate_set(
     result = summarize(policy, reference, others)
     result |= {
         "steps": _steps_of_weights(trainer),
-        **describe_ending(folder),
+        **describe_ending(Path(str(args.output_dir))),
         "objective": describe_settings(args, trainer.objective),
         "rewards": [reward.name for reward in trainer.rewards],
-        "model": str(trainer.args.output_dir),
+        "model": str(args.output_dir),
+        "dataset": _name_of_set(Path(str(args.output_dir)), name),
+        "max_completion_length": args.max_completion_length,
         **({"held_out": name} if name else {}),
         "reference": trainer.roles.core.config._name_or_path,
     }
@@ -93,6 +95,12 @@ def _evaluate_set(
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result, headline=reporter is None or name != trainer.main_eval)
     return result
+
+
+def _name_of_set(folder: Path, name: str | None) -> Any:
+    """What the run's settings call the held-out prompts; None where they were given as rows."""
+    given = run_config(folder).get("eval_dataset")
+    return given.get(name) if isinstance(given, Mapping) else given
 
 
 def _steps_of_weights(trainer: Any) -> int:

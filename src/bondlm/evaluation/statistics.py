@@ -9,6 +9,7 @@ import bondlm
 from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, log_quantile, win_rates
 from bondlm.bestofn.comparison import Against, Comparison, compare_samples
 from bondlm.bestofn.matching import winner_log_quantile
+from bondlm.data.fingerprints import rows_fingerprint
 from bondlm.evaluation.samples import text_metrics
 from bondlm.rollout.samples import Samples
 
@@ -46,6 +47,7 @@ def summarize(
     numbers = _numbers(result) | text_metrics(policy)
     numbers |= {
         "num_prompts": len(policy.prompts),
+        "prompts_sha256": rows_fingerprint([{"prompt": prompt} for prompt in policy.prompts])["sha256"],
         "num_samples": policy.rewards_PM.shape[1],
         "num_reference_samples": reference.rewards_PM.shape[1],
         "baselines": _baselines(result, reference, others),

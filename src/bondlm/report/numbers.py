@@ -1,7 +1,7 @@
 """The numbers of a report: its headline, its tables, and how a number is written."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,20 +120,37 @@ def differences(runs: Sequence[Run]) -> list[str]:
     """Say in which of the things that numbers depend on a run differs from the first one, where both are known."""
     first, found = runs[0], []
     for other in runs[1:]:
-        for key, name, hit in COMPARED:
-            mine, theirs = first.result.get(key), other.result.get(key)
-            if None not in (mine, theirs) and mine != theirs:
+        for keys, name, hit, show in COMPARED:
+            mine, theirs = first.result, other.result
+            known = next((key for key in keys if None not in (mine.get(key), theirs.get(key))), keys[0])
+            if None not in (mine.get(known), theirs.get(known)) and mine[known] != theirs[known]:
                 found.append(
-                    f"{first.name} and {other.name} differ in {name} ({_listed(mine)}; {_listed(theirs)}): their "
-                    f"{hit} do not compare"
+                    f"{first.name} and {other.name} differ in {name} ({show(mine)}; {show(theirs)}): their {hit} do "
+                    "not compare"
                 )
     return found
 
 
+def _shown(key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda result: _listed(result[key])
+
+
+def _shown_prompts(result: Mapping[str, Any]) -> str:
+    count = f"{number(result.get('num_prompts'))} prompts"
+    return f"{_listed(result['dataset'])}, {count}" if result.get("dataset") else count
+
+
+# By the first of the keys that both have: a file of bondlm 0.1 has no hash of its prompts.
 COMPARED = (
-    ("rewards", "their rewards", "mean rewards, win rates and effective N"),
-    ("reference", "their reference", "win rates, effective N and KL"),
-    ("num_prompts", "the number of their held-out prompts", "all numbers"),
+    (("rewards",), "their rewards", "mean rewards, win rates and effective N", _shown("rewards")),
+    (("reference",), "their reference", "win rates, effective N and KL", _shown("reference")),
+    (("prompts_sha256", "num_prompts"), "their held-out prompts", "numbers", _shown_prompts),
+    (
+        ("max_completion_length",),
+        "the maximum length of their answers",
+        "numbers",
+        _shown("max_completion_length"),
+    ),
 )
 
 

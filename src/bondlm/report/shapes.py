@@ -31,7 +31,8 @@ EVAL_SHAPE: dict[str, Any] = {
     "baselines": {"*": _BASELINE},
     "opponent": {"win_rate": "estimate"},
     "opponent_model": "text",
-    "reference": "text",
+    **dict.fromkeys(("reference", "prompts_sha256"), "text"),
+    "max_completion_length": "number",
     "stopped": "text",
     "judges": {"*": {"reward": "estimate", "reference_reward": "estimate", "win_rate": "estimate"}},
     "pairwise": {
