@@ -282,6 +282,24 @@ def test_a_run_folder_says_what_it_was_trained_with(tmp_path, kind):
     assert "steps, at most 8 tokens" in card
 
 
+def test_an_evaluation_of_the_best_checkpoint_says_its_step_as_training_did(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "kl", "learning_rate": 0.05}
+    config = write_job(tmp_path, max_steps=3, save_steps=1, eval_strategy="steps", eval_steps=1, **best)
+    assert main(["train", "--config", str(config)]) == 0
+    run, said = tmp_path / "run", []
+    for again in (False, True):
+        if again:
+            reward = ["--reward_funcs", f"{tmp_path / 'reward.py'}:letters"]
+            assert main(["eval", "--model", str(run), "--num_reference_samples", "8", *reward]) == 0
+        result = json.loads((run / "eval.json").read_text())
+        card = (run / "README.md").read_text().splitlines()
+        lines = [line for line in card if line.startswith(("- weights", "- training"))]
+        said.append((result["steps"], result["last_step"], lines))
+    assert said[0] == said[1]
+    assert said[0][0] < said[0][1] == 3
+    assert f"those of step {said[0][0]}, the best by" in said[0][2][0]
+
+
 def test_what_is_missing_is_named(tmp_path):
     for missing in ("model", "reference", "dataset", "reward_funcs", "output"):
         given = dict.fromkeys(("model", "reference", "dataset", "reward_funcs", "output"), "x")

@@ -8,6 +8,7 @@ import yaml
 from tiny import prompt_rows
 
 from bondlm.cli.eval import complete
+from bondlm.cli.train import _weights_held
 from bondlm.errors import CheckpointError, ConfigError
 from bondlm.runs.folder import locked
 from trainer.helpers import lora, trainer
@@ -55,7 +56,14 @@ def test_a_report_of_the_best_model_says_its_step(tmp_path: Path) -> None:
     kls = [row["eval_kl"] for row in made.state.log_history if "eval_kl" in row]
     assert made.evaluate()["eval_kl"] == pytest.approx(min(kls), rel=1e-4)
     made.report()
-    assert json.loads((tmp_path / "eval.json").read_text())["steps"] == kls.index(min(kls)) + 1
+    step = kls.index(min(kls)) + 1
+    assert step < 3
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert (result["steps"], result["last_step"]) == (step, 3)
+    card = (tmp_path / "README.md").read_text()
+    assert f"- weights: those of step {step}, the best by `kl`" in card
+    assert "- training: 3 steps, at most 5 tokens" in card
+    assert "weights: of the best checkpoint by kl (load_best_model_at_end)" in _weights_held(made.args)
 
 
 def test_a_report_needs_held_out_prompts(tmp_path: Path) -> None:

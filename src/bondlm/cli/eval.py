@@ -19,7 +19,7 @@ from bondlm.cli.sampling import check_sampling
 from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
-from bondlm.runs.ending import describe_ending
+from bondlm.runs.ending import describe_ending, step_of_weights
 from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, run_config, run_environment
 
 DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
@@ -329,7 +329,7 @@ def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Ma
 
     rewards, num_judges = job["rewards"], job["num_judges"]
     return {
-        "steps": _last_step(Path(settings["model"]) / METRICS_FILE),
+        "steps": step_of_weights(Path(settings["model"]), _last_step(Path(settings["model"]) / METRICS_FILE)),
         **describe_ending(Path(settings["model"])),
         "objective": describe_config(config) if config else None,
         "rewards": [reward.name for reward in rewards[: len(rewards) - num_judges]],

@@ -70,7 +70,7 @@ def run(options: dict[str, Any]) -> int:
         with console.status(Text(f"loading {options.get('model')}, data and rewards")):
             trainer = build_trainer(options, args)
             judges = load_judges(options, trainer)
-        engine, held = engine_choice(trainer.args), _weights_held(trainer.args.average_weights)
+        engine, held = engine_choice(trainer.args), _weights_held(trainer.args)
         for line in (engine, *_signal(trainer), held):
             console.print(line, highlight=False, soft_wrap=True)
         if is_main_process():
@@ -353,8 +353,11 @@ def _signal(trainer: Any) -> list[str]:
     return [f"signal: {form!r} of strength {objective.strength:.3g}, solved for n={objective.n} with {drawn}{follows}"]
 
 
-def _weights_held(fraction: float) -> str:
+def _weights_held(args: Any) -> str:
     """Which weights the run folder will hold."""
+    fraction = args.average_weights
+    if args.load_best_model_at_end:
+        return f"weights: of the best checkpoint by {args.metric_for_best_model} (load_best_model_at_end)"
     if not fraction:
         return "weights: of the last step"
     return f"weights: a running average is evaluated and saved (average_weights={fraction:.3g}; 0: the last step's)"

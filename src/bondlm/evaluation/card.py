@@ -61,7 +61,7 @@ on {result["num_prompts"]} held-out prompts at temperature 1{_at_most(result)}, 
 - objective: {name} ({", ".join(f"{key} {_plain(value)}" for key, value in objective.items())})
 - reward: {_list(config.get("reward_funcs")) or rewards}{_weights(config)}
 - data: {_list(config.get("train_dataset")) or "not recorded"}; held out: {held_out or "given"}
-- weights: {_held(config, objective)}
+- weights: {_held(config, objective, result)}
 - training: {_steps(result)}, at most {_length(config)} tokens
 
 ## How to use
@@ -135,20 +135,21 @@ def _weights(config: Mapping[str, Any]) -> str:
     return f" ({'; '.join(said)})" if said else ""
 
 
-def _held(config: Mapping[str, Any], objective: Mapping[str, Any]) -> str:
+def _held(config: Mapping[str, Any], objective: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     if "merge" in config:
         return "merged, as `merge.json` says"
     if fraction := objective.get("average_weights"):
         return f"the running average of the run's weights, over about the last {fraction:.0%} of its steps"
+    if "last_step" in result:
+        return f"those of step {result['steps']}, the best by `{config.get('metric_for_best_model')}`"
     return "those of the last step"
 
 
 def _steps(result: Mapping[str, Any]) -> str:
     """Steps taken, of how many, and why no more, as far as the run says."""
     planned, reason = result.get("planned_steps"), result.get("stopped")
-    taken = (
-        f"{result['steps']} steps" if planned in (None, result["steps"]) else f"{result['steps']} of {planned} steps"
-    )
+    steps = result.get("last_step", result["steps"])
+    taken = f"{steps} steps" if planned in (None, steps) else f"{steps} of {planned} steps"
     return taken + (f" (stopped: {reason})" if reason else "")
 
 

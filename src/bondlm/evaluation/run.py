@@ -21,7 +21,7 @@ from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward, applies_everywhere
 from bondlm.rollout.samples import Samples
-from bondlm.runs.ending import describe_ending
+from bondlm.runs.ending import best_step, describe_ending
 from bondlm.runs.folder import append_jsonl, plain, run_config, whole, write_whole
 
 BASELINES = {
@@ -105,8 +105,8 @@ def _name_of_set(folder: Path, name: str | None) -> Any:
 
 def _steps_of_weights(trainer: Any) -> int:
     """Steps behind the policy as it is: at the end of a run the best checkpoint may have been loaded again."""
-    is_best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
-    return int(trainer.state.best_global_step if is_best else trainer.state.global_step)
+    best = best_step(trainer.args, trainer.state)
+    return int(trainer.state.global_step if best is None else best)
 
 
 def _judged(

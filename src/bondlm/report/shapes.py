@@ -22,6 +22,7 @@ _BASELINE = {
 EVAL_SHAPE: dict[str, Any] = {
     **dict.fromkeys((*REQUIRED, "log_quantile", "kl_k3", "kl_per_token", "kl_k3_per_token"), "estimate"),
     **dict.fromkeys(("kl_of_best_of_n", "kl_ratio", "num_prompts", "num_samples", "steps", "planned_steps"), "number"),
+    "last_step": "number",
     **dict.fromkeys(("num_reference_samples", "entropy", "distinct_1", "distinct_2"), "number"),
     **dict.fromkeys(("completions/mean_length", "completions/clipped_ratio", "reward_length_correlation"), "number"),
     "matched": {"*": "estimate"},

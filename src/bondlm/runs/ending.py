@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bondlm.errors import CheckpointError
 from bondlm.runs.folder import write_whole
@@ -14,7 +15,8 @@ ENDING_FILE = "ending.json"
 class Ending:
     """Steps taken and planned; `reason` is one sentence if the run stopped before, or at, its last step by a goal.
 
-    `target_n` and `kl_budget` are the goals that it had.
+    `target_n` and `kl_budget` are the goals that it had. `best_step` is the step whose weights were brought back at the
+    end, by `load_best_model_at_end`; None where the last step's were kept.
     """
 
     step: int
@@ -22,6 +24,13 @@ class Ending:
     reason: str | None = None
     target_n: float | None = None
     kl_budget: float | None = None
+    best_step: int | None = None
+
+
+def best_step(args: Any, state: Any) -> int | None:
+    """The step whose weights Trainer has brought back at the end of the run (`load_best_model_at_end`), if it has."""
+    is_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return int(state.best_global_step) if is_back else None
 
 
 def write_ending(folder: Path, ending: Ending) -> None:
@@ -45,8 +54,16 @@ def read_ending(folder: Path) -> Ending | None:
 
 
 def describe_ending(folder: Path) -> dict[str, object]:
-    """For `eval.json`: the steps that were planned, and why the run stopped, where it has."""
+    """For `eval.json`: the steps that were planned, why the run stopped, and the last where an earlier one is kept."""
     ending = read_ending(folder)
     if ending is None:
         return {}
-    return {"planned_steps": ending.max_steps} | ({"stopped": ending.reason} if ending.reason else {})
+    found: dict[str, object] = {"planned_steps": ending.max_steps}
+    found |= {"stopped": ending.reason} if ending.reason else {}
+    return found | ({"last_step": ending.step} if ending.best_step is not None else {})
+
+
+def step_of_weights(folder: Path, last: int | None) -> int | None:
+    """The step whose weights a run folder holds; `last` is the last one that it logged."""
+    ending = read_ending(folder)
+    return last if ending is None or ending.best_step is None else ending.best_step

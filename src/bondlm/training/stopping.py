@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from bondlm.errors import ConfigError, EngineError, ResourceError, RewardOutageError
-from bondlm.runs.ending import ENDING_FILE, Ending, read_ending, write_ending
+from bondlm.runs.ending import ENDING_FILE, Ending, best_step, read_ending, write_ending
 from bondlm.training.processes import World, decided_by_main
 
 _log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class StopCallback(TrainerCallback):
                 reason=self._reason,
                 target_n=self._target_n,
                 kl_budget=self._kl_budget,
+                best_step=best_step(args, state),
             )
             write_ending(Path(args.output_dir), ending)
 
