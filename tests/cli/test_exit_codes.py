@@ -27,6 +27,16 @@ def test_what_is_spent_is_code_7(error, monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["sample", "score", "eval", "prefer", "merge", "report"])
+def test_commands_that_would_do_all_work_in_each_process_are_refused_in_several(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([command]) == 2
+    assert f"bondlm {command} runs in one process, and WORLD_SIZE=2" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main([command]) == 2
+    assert "WORLD_SIZE" not in capsys.readouterr().err
+
+
 def test_another_runtime_error_is_not_a_lack_of_memory(monkeypatch):
     def run(options):
         raise RuntimeError("a bad memory")

@@ -20,11 +20,12 @@ from typing import Any
 from bondlm import __version__
 from bondlm.cli.help import command_help, greeting, main_help
 from bondlm.cli.options import COMMANDS, parse
-from bondlm.errors import BondError, RewardError, Terminated
+from bondlm.errors import BondError, ConfigError, RewardError, Terminated
 from bondlm.runs.redact import redact, visible
 
 INTERRUPTED = 128 + signal.SIGINT
 CHECKPOINT, OUT_OF_RESOURCES, STOPPED = 6, 7, 75
+IN_ONE_PROCESS = ("sample", "score", "eval", "prefer", "merge", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +59,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return _say(command_help(command))
     try:
         options = parse(command, rest)
+        _refuse_several(command)
         return int(import_module(f"bondlm.cli.{command.replace('-', '_')}").run(options))
     except BondError as error:
         _show_users_traceback(error)
@@ -71,6 +73,16 @@ def _run(argv: Sequence[str] | None) -> int:
         if spent is None:
             raise
         return _fail(f"{spent}: {str(error).partition(chr(10))[0]}", OUT_OF_RESOURCES)
+
+
+def _refuse_several(command: str) -> None:
+    """Processes that do not share the work would each do all of it, and write the same files."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if command in IN_ONE_PROCESS and size.isdecimal() and int(size) > 1:
+        raise ConfigError(
+            f"bondlm {command} runs in one process, and WORLD_SIZE={size} says that a launcher has started several: "
+            "start it without torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
 
 
 def _what_is_spent(error: Exception) -> str | None:
