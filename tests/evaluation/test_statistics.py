@@ -77,6 +77,9 @@ def test_an_opponent_is_met_and_baselines_have_all_the_columns():
     for row in (result, result["opponent"], result["baselines"]["reference"], result["baselines"]["reference, T=0.7"]):
         assert math.isnan(row["reward_length_correlation"])  # here all lengths are equal
     assert result["baselines"]["reference"]["log_quantile"]["value"] == pytest.approx(-(1 - 1 / 16))
+    assert [("entropy" in result["baselines"][name]) for name in ("reference", "reference, T=0.7")] == [True, True]
+    greedy = summarize(policy, reference, {"reference, greedy": others["reference, T=0.7"]})["baselines"]
+    assert "entropy" not in greedy["reference, greedy"]  # of one answer it is 0, whatever the model's is
     low, high = (result["baselines"]["reference, T=0.7"]["log_quantile"][end] for end in ("low", "high"))
     assert low <= -(1 - 1 / 17) <= high
     assert result["kl_k3_per_token"]["value"] == pytest.approx((math.expm1(-1.2) + 1.2) / 10)

@@ -110,12 +110,18 @@ def _baselines(result: Comparison, reference: Samples, others: Mapping[str, Samp
             "win_rate": interval(bootstrap_mean(win_rates(samples.rewards_PM, reference.rewards_PM))),
             "effective_n": interval(effective_n(samples.rewards_PM, reference.rewards_PM)),
             "log_quantile": interval(bootstrap_mean(_log_quantiles(samples, reference))),
-            **text_metrics(samples),
+            **_texts_of(name, samples),
         }
     for n in BEST_OF:
         if n <= len(result.curve):
             rows[f"reference, best of {n}"] = {"reward": interval(result.curve[n - 1].reward)}
     return rows
+
+
+def _texts_of(name: str, samples: Samples) -> dict[str, float]:
+    """`text_metrics`; without an entropy of greedy answers, whose log-probabilities are those of temperature 1."""
+    found = text_metrics(samples)
+    return {key: value for key, value in found.items() if key != "entropy"} if name.endswith("greedy") else found
 
 
 def _log_quantiles(samples: Samples, reference: Samples) -> Any:
