@@ -128,6 +128,26 @@ def test_options_out_of_their_range(
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_relative_names_of_runs_hold_from_anywhere_and_are_compared_by_what_they_mean(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"model": "model", "eval_dataset": "heldout.jsonl", "reward_funcs": "reward.py:letters"}
+    for run, directory in (("run1", runs), ("run2", tmp_path)):
+        shutil.copytree(runs / run, tmp_path / run)
+        config = yaml.safe_load((runs / run / "config.yaml").read_text())
+        relative = names if directory == runs else {name: f"{runs}/{value}" for name, value in names.items()}
+        other = {"train_dataset": "train.jsonl"}  # of two directories, as are its rows
+        (tmp_path / run / "config.yaml").write_text(yaml.safe_dump(config | relative | other))
+        (tmp_path / run / "env.json").write_text(json.dumps({"directory": str(directory)}))
+    shutil.copy(runs / "heldout.jsonl", tmp_path / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert main(command(tmp_path, Path("out"))) == 0
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert {name: config[name] for name in names} == {name: f"{runs}/{value}" for name, value in names.items()}
+    assert "train_dataset" not in config
+    assert json.loads((tmp_path / "out" / "env.json").read_text())["directory"] == str(tmp_path)
+
+
 def test_runs_that_do_not_fit(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = f"{tmp_path}/out"
     for words, said in (

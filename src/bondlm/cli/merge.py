@@ -25,12 +25,14 @@ from bondlm.cli.options import MERGE_CURVE
 from bondlm.cli.sampling import check_sampling
 from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.cli.training import fresh_folder, quiet, write_facts
+from bondlm.data.paths import found_in
 from bondlm.errors import ConfigError
-from bondlm.runs.folder import CONFIG_FILE, locked, plain, run_config, write_whole
+from bondlm.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, locked, plain, run_config, run_environment, write_whole
 from bondlm.runs.prompting import adopt_prompting, read_prompting
 from bondlm.runs.redact import redacted
 
 MERGE_FILE, CURVE_FILE, CURVE_FOLDER = "merge.json", "curve.json", "curve"
+OF_FILES = ("model", "train_dataset", "eval_dataset", "reward_funcs", "judges")
 POINTS = [0.0, 0.2, 0.4, 0.6, 0.8]
 NUMBERS = ("win_rate", "effective_n", "kl", "kl_of_best_of_n", "kl_ratio", "reward")
 
@@ -104,12 +106,21 @@ def _reference(folder: Path, given: Any) -> str:
 
 
 def _began_at(folder: Path) -> Any:
-    return run_config(folder).get("model") or adapter_config(folder).get("base_model_name_or_path")
+    return _settings(folder).get("model") or adapter_config(folder).get("base_model_name_or_path")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The run's settings; its names of files are whole paths, so that they hold from any directory, and compare."""
+    if not (config := run_config(folder)):
+        return {}
+    directory = Path(str(run_environment(folder).get("directory") or Path.cwd()))
+    named = {name: found_in(directory.absolute(), config[name]) for name in OF_FILES if name in config}
+    return {"objective": "jbond"} | config | named
 
 
 def _init_kwargs(folders: Sequence[Path], reference: Any) -> dict[str, Any]:
     """What the runs' common start is loaded with."""
-    if reference and any(str(_began_at(folder)) != str(reference) for folder in folders):
+    if reference and any(str(_began_at(folder)) != str(found_in(Path.cwd(), reference)) for folder in folders):
         return load_kwargs(str(reference))
     first, *others = [start_kwargs(folder) for folder in folders] or [{}]  # none: refused where they are merged
     for folder, other in zip(folders[1:], others, strict=True):
@@ -131,12 +142,12 @@ def _config(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank={rank!r}: must be a whole number, at least 1")
     _refuse_other_prompting(folders)
-    known = [{"objective": "jbond"} | config if (config := run_config(folder)) else {} for folder in folders]
+    known = [_settings(folder) for folder in folders]
     names = [name for name in (*FROM_RUN.values(), "train_dataset", "objective") if all(name in c for c in known)]
     shared = {name: c[name] for name in names for c in known[:1] if all(other[name] == c[name] for other in known)}
     made = {"runs": [str(folder) for folder in folders], "method": method}
     made |= {"toward_reference": options["toward_reference"]} | ({} if rank is None else {"rank": rank})
-    made_from: dict[str, Any] = {"model": references[0]} if references else {}
+    made_from: dict[str, Any] = {"model": found_in(Path.cwd(), references[0])} if references else {}
     made_from |= {"model_init_kwargs": dict(init_kwargs)} if init_kwargs else {}
     return redacted(shared | made_from | {"merge": made})  # type: ignore[no-any-return]
 
@@ -161,6 +172,7 @@ def _write(output: Path, merge: Any, config: Mapping[str, Any], toward: float, c
         facts |= {"rank": merge.rank, "full_rank": merge.full_rank, "rank_error": error}
     write_facts(output, MERGE_FILE, dict(config["merge"]) | facts)
     write_whole(output / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False))
+    write_facts(output, ENVIRONMENT_FILE, {"directory": str(Path.cwd())})  # where relative names begin, as in a run
     lengths = ", ".join(f"{norm:.3g}" for norm in merge.norms)
     lines = [f"task vectors of length {lengths}; merged: {merge.norm:.3g}, of which {1 - toward:.0%} are kept"]
     if merge.rank is not None:

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -26,9 +27,16 @@ def located(name: str) -> str:
 
 def as_seen_from(directory: Path, value: Any) -> Any:
     """Names of files, folders and rewards as they were meant in `directory`; what is not found there stays as it is."""
+    return value if directory.resolve() == Path.cwd().resolve() else found_in(directory, value)
+
+
+def found_in(directory: Path, value: Any) -> Any:
+    """The same with whole paths, also from the directory itself."""
     if isinstance(value, list):
-        return [as_seen_from(directory, part) for part in value]
-    if not isinstance(value, str) or not value or directory.resolve() == Path.cwd().resolve():
+        return [found_in(directory, part) for part in value]
+    if isinstance(value, Mapping):
+        return {name: found_in(directory, part) for name, part in value.items()}
+    if not isinstance(value, str) or not value:
         return value
     if (directory / value).exists() or glob.glob(str(directory / value)):
         return str(directory / value)
@@ -37,7 +45,7 @@ def as_seen_from(directory: Path, value: Any) -> Any:
     if source.endswith(".py") and (directory / source).is_file():
         return f"{ranks}{directory / source}:{function}"
     if value.startswith("judge:"):
-        return _CRITERION.sub(lambda found: quote(as_seen_from(directory, unquote(found[0]))), value)
+        return _CRITERION.sub(lambda found: quote(found_in(directory, unquote(found[0]))), value)
     kind, colon, rest = value.partition(":")
     for before, name, mark in ((kind + colon, rest, "?"), ("", value, "?"), ("", value, ":")):
         folder, mark, options = name.partition(mark)
