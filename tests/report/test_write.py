@@ -188,10 +188,14 @@ def test_hostile_text_stays_text(tmp_path):
     assert dict(page.tables["versions"])["{{ 7 * 7 }}"] == "<iframe>"
 
 
-def test_a_token_of_the_config_is_not_published(run, page):
+def test_a_token_of_the_config_is_not_published(run, page, tmp_path):
     text = (run / "report.html").read_text()
     assert "hf_verysecret" not in text
-    assert "hub_token: (hidden)" in text
+    assert "hub_token: &lt;secret&gt;" in text
+    config = "model: org/model\nmy_client_secret: hunter2\naccess_key: hunter2\nreward_funcs: http://me:hunter2@host/\n"
+    other = write_run(tmp_path / "other")
+    (other / "config.yaml").write_text(config)
+    assert "hunter2" not in write_report([other]).read_text()
     assert "eta: 0.05" in text
 
 

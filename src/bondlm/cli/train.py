@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from bondlm.cli import INTERRUPTED, STOPPED
 from bondlm.cli.console import make_console
 from bondlm.cli.ending import ending
 from bondlm.cli.judge_costs import judge_costs
@@ -38,7 +39,6 @@ from bondlm.runs.prompting import adopt_prompting
 from bondlm.runs.redact import redacted
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PREEMPTED, INTERRUPTED = 75, 130
 # Options beside the settings of BONDConfig that may be others when a run goes on.
 FREE_NAMES = ("eval_dataset", "judges", "resume", "allow_config_change")
 SECRET_NAMES = ("hub_token",)
@@ -424,4 +424,4 @@ def _say_stopped(console: Console, folder: Path, number: int) -> int:
         f"stopped by {signal.Signals(number).name}; saved in {folder}. The same command continues the run.",
         soft_wrap=True,
     )
-    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
+    return INTERRUPTED if number == signal.SIGINT else STOPPED

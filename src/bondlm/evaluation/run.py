@@ -22,14 +22,13 @@ from bondlm.evaluation.table import print_samples, print_table
 from bondlm.rewards import NamedReward, applies_everywhere
 from bondlm.rollout.samples import Samples
 from bondlm.runs.ending import best_step, describe_ending
-from bondlm.runs.folder import append_jsonl, plain, run_config, whole, write_whole
+from bondlm.runs.folder import EVAL_FILE, EVAL_SAMPLES_FILE, append_jsonl, plain, run_config, whole, write_whole
 
 BASELINES = {
     "reference, greedy": ("reference", 0.0),
     "reference, T=0.7": ("reference", 0.7),
     "policy, greedy": ("policy", 0.0),
 }
-EVAL_FILE, EVAL_SAMPLES_FILE = "eval.json", "eval_samples.jsonl"
 
 
 def evaluate_run(

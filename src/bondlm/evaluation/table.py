@@ -10,14 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from bondlm.bestofn import EffectiveN
+from bondlm.runs import redact
 
 NUM_SHOWN = 4
 PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which breaks tables and lines in log files
 
 
 def visible(text: str) -> Text:
-    """`text` without markup, its control characters written as escapes."""
-    return Text("".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    """`bondlm.runs.redact.visible`, without markup."""
+    return Text(redact.visible(text))
 
 
 def wide_console() -> Console:

@@ -1,19 +1,17 @@
 """A run folder as a report sees it: its evaluation, its log, its samples, its settings."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bondlm.errors import ConfigError, DataError
 from bondlm.report.shapes import ANSWER_SHAPE, EVAL_SHAPE, REQUIRED, SAMPLE_SHAPE, check_shape
-from bondlm.runs.folder import METRICS_FILE, plain
-
-EVAL_FILE, EVAL_SAMPLES_FILE, CONFIG_FILE = "eval.json", "eval_samples.jsonl", "config.yaml"
-# A page is passed around more freely than a run folder.
-_SECRET = re.compile(r"(?im)^(\s*[\w-]*(?:hub_token|secret|password|api_key)[\w-]*\s*:).*$")
+from bondlm.runs.folder import EVAL_FILE, EVAL_SAMPLES_FILE, METRICS_FILE, plain, run_config
+from bondlm.runs.redact import redacted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +48,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         ConfigError: no folder, the same one twice, or one that holds no evaluation.
         DataError: a file that is not what it should be.
+        CheckpointError: a run's config.yaml cannot be read.
     """
     if not folders:
         raise ConfigError("no run folder is given: write `bondlm report RUN`, e.g. `bondlm report runs/everyday`")
@@ -75,7 +74,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise ConfigError(f"{str(folder)!r} has no {EVAL_FILE}{'' if logged else f' and no {METRICS_FILE}'}: {todo}")
     logs = _read_jsonl(folder / METRICS_FILE)
     samples, best_of = _read_samples(folder / EVAL_SAMPLES_FILE)
-    config = folder / CONFIG_FILE
+    config = redacted(run_config(folder))  # a page is passed around more freely than a run folder
     return Run(
         name=name,
         folder=folder,
@@ -84,7 +83,7 @@ def read_run(folder: Path, name: str) -> Run:
         evaluations=[row for row in logs if "eval_effective_n" in row],
         samples=samples,
         best_of=best_of,
-        config=_SECRET.sub(r"\1 (hidden)", _text(config)) if config.is_file() else "",
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
     )
 
 

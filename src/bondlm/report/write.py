@@ -14,10 +14,11 @@ from bondlm.report import numbers, tables
 from bondlm.report.read import Run, read_runs
 from bondlm.report.safe import visible
 from bondlm.report.samples import samples_block
-from bondlm.runs.folder import write_whole
+from bondlm.runs.folder import ENVIRONMENT_FILE, EVAL_FILE, write_whole
+from bondlm.runs.manifest import MANIFEST_FILE
 
 PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
-RUN_FILES = ("eval.json", "env.json", "manifest.json")
+RUN_FILES = (EVAL_FILE, ENVIRONMENT_FILE, MANIFEST_FILE)
 _PAGE = Path(__file__).parent / "page"
 
 

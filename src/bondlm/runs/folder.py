@@ -23,6 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 DROPPED_FILE = "dropped.jsonl"
+EVAL_FILE, EVAL_SAMPLES_FILE = "eval.json", "eval_samples.jsonl"
 
 
 def is_main_process() -> bool:

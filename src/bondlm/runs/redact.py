@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "<secret>"
-_NAMES = r"(?:[a-z]+[_-])?(?:token|secret|password|passwd|api[_-]?key|access[_-]?key|authorization)"
+_NAMES = r"(?:[a-z0-9]+[_-])*(?:token|secret|password|passwd|api[_-]?key|access[_-]?key|authorization)"
 _PATTERNS = (
     (re.compile(r"(:/{1,2})[^/\s@]+(?=@)"), rf"\g<1>{HIDDEN}"),  # user, password in an address; a path has one slash
     (re.compile(rf"(?i)([?&;]{_NAMES}=)[^&\s#'\";]+"), rf"\g<1>{HIDDEN}"),
