@@ -7,6 +7,7 @@ import pytest
 from tiny import tiny_causal, tiny_tokenizer
 
 from bondlm.cli import main
+from bondlm.rollout.sampler import Sampler
 from cli.helpers import write_job
 from cli.test_train import rows
 
@@ -33,6 +34,38 @@ def test_score_writes_rows_and_sample_takes_the_best_of_them(tmp_path, capsys):
     assert f"output='{tmp_path / 'scored.jsonl'}'" in printed
     assert "4 answer(s) to each prompt: 6/6 prompts" in printed
     assert "\n\n" not in printed
+
+
+@pytest.mark.parametrize("command", ["score", "sample"])
+def test_a_file_that_was_interrupted_does_not_look_whole_and_the_same_command_writes_it(
+    command, tmp_path, capsys, monkeypatch
+):
+    write_job(tmp_path)
+    out = tmp_path / "out.jsonl"
+    arguments = [command, "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "train.jsonl")]
+    arguments += ["--reward_funcs", f"{tmp_path}/reward.py:letters", "--max_completion_length", "4"]
+    arguments += ["--output", str(out)] + (["--num_samples", "2"] if command == "score" else [])
+    with monkeypatch.context() as patch:
+        patch.setattr("bondlm.cli.sample.CHUNK", 4)
+        draw, calls = Sampler.sample, []
+
+        def interrupted(*given, **named):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return draw(*given, **named)
+
+        patch.setattr(Sampler, "sample", interrupted)
+        assert main(arguments) == 130
+    partial = tmp_path / "out.jsonl.part"
+    begun = rows(partial)
+    assert not out.exists()
+    assert 0 < len(begun) <= 8
+    assert main(arguments) == 0
+    assert "out.jsonl.part, which was not finished, is written anew" in capsys.readouterr().err
+    assert not partial.exists()
+    assert len(rows(out)) == 16 * (2 if command == "score" else 1)
+    assert rows(out)[: len(begun)] == begun
 
 
 def test_train_learns_from_what_score_wrote(tmp_path, capsys):

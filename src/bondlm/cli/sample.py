@@ -1,7 +1,7 @@
 """`bondlm sample`: one answer a prompt, or the best of N by any reward."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -36,9 +36,9 @@ def run(options: dict[str, Any]) -> int:
     if options.get("output"):
         from bondlm.runs.folder import append_jsonl
 
-        path = fresh_file(str(options["output"]))
-        for rows in answers:
-            append_jsonl(path, [best(group) for group in rows])
+        with growing(fresh_file(str(options["output"])), errors) as partial:
+            for rows in answers:
+                append_jsonl(partial, [best(group) for group in rows])
         return 0
     from bondlm.evaluation.table import visible
 
@@ -78,6 +78,20 @@ def fresh_file(name: str) -> Path:
     if not path.parent.is_dir():
         raise ConfigError(f"output={name!r}: the folder {str(path.parent)!r} does not exist")
     return path
+
+
+@contextmanager
+def growing(path: Path, console: Console) -> Iterator[Path]:
+    """Lend `FILE.part` to append to: it becomes `path` when the block ends well, so that half a file never looks whole.
+
+    What an interrupted command has left there is written anew: the same command draws the same samples.
+    """
+    partial = path.with_name(path.name + ".part")
+    if partial.exists():
+        console.print(f"{partial}, which was not finished, is written anew", highlight=False, soft_wrap=True)
+    partial.write_bytes(b"")
+    yield partial
+    partial.replace(path)
 
 
 def generate(

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from bondlm.cli.console import make_console, say_json
-from bondlm.cli.sample import answer_length, fresh_file, generate
+from bondlm.cli.sample import answer_length, fresh_file, generate, growing
 from bondlm.cli.sampling import check_sampling
 from bondlm.errors import ConfigError
 
@@ -43,12 +43,13 @@ def run(options: dict[str, Any]) -> int:
 
     console = make_console(stderr=True)
     prompts, rewards, finished = 0, 0.0, 0
-    for groups in generate(options, options["dataset"], num_samples, console, note_origin, token_ids=True):
-        rows = [row for group in groups for row in group]
-        append_jsonl(path, rows)
-        prompts += len(groups)
-        rewards += sum(row["reward"] for row in rows)
-        finished += sum(row["finished"] for row in rows)
+    with growing(path, console) as partial:
+        for groups in generate(options, options["dataset"], num_samples, console, note_origin, token_ids=True):
+            rows = [row for group in groups for row in group]
+            append_jsonl(partial, rows)
+            prompts += len(groups)
+            rewards += sum(row["reward"] for row in rows)
+            finished += sum(row["finished"] for row in rows)
     if options.get("json"):
         drawn = prompts * num_samples
         means = {"reward": rewards / drawn, "finished": finished / drawn}
