@@ -57,8 +57,9 @@ class _Job:
     def one(self, member: Any) -> dict[str, Any]:
         """Train and save one reward model; the facts about it."""
         trainer, margin_B, facts = self._fit(self.base, member, self.folder)
+        measured = self._measured(margin_B, "held-out accuracy")
         trainer.save_model(str(self.folder))
-        return facts | self._measured(margin_B, "held-out accuracy")
+        return facts | measured
 
     def mean_of(self, members: list[Any]) -> dict[str, Any]:
         """Train several and save the mean of their weights; the facts about each, about it, and their mean score."""
@@ -80,10 +81,10 @@ class _Job:
             margins.append(margin_B)
             found.append(asdict(member) | facts | self._measured(margin_B, f"member {number}: held-out accuracy"))
         trainer.model = mean.module.to(device)
-        trainer.save_model(str(self.folder))
         ensemble = self._measured(stack(margins).mean(dim=0), "mean of the scores: held-out accuracy")
         margin_B = margins_of(trainer.model, pairs, self.eval_rows)
         facts = self._measured(margin_B, "mean of the weights: held-out accuracy")
+        trainer.save_model(str(self.folder))
         self._warn_if_apart(facts, found)
         took = {name: sum(member[name] for member in found) for name in ("steps", "seconds")}
         return {"prompt_format": pairs.prompt_format} | took | facts | {"ensemble": ensemble, "members": found}

@@ -1,12 +1,13 @@
 """`bondlm sft`: supervised fine-tuning on prompts with answers, the stage before BOND."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from bondlm.cli.console import make_console
 from bondlm.cli.options import SFT
 from bondlm.cli.train import lora_config
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.runs.folder import locked
 
 FACTS_FILE = "sft.json"
@@ -45,6 +46,8 @@ def run(options: dict[str, Any]) -> int:
         before = _loss(trainer) if eval_rows else None
         seconds = fit(trainer, console)
         after = _loss(trainer) if eval_rows else None
+        if after is not None and not isfinite(after):
+            raise NonFiniteError(f"the held-out loss is {after} after training: lower learning_rate")
         trainer.save_model(str(folder))
         write_facts(
             folder,

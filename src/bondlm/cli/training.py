@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 5,
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # it would log 0 for a loss that is NaN
     "save_strategy": "no",
     "eval_strategy": "no",
     "disable_tqdm": True,
@@ -79,7 +80,7 @@ def fit(trainer: Any, console: Console) -> float:
     """Train, printing a line each logged step; returns the seconds.
 
     Raises:
-        NonFiniteError: the loss became NaN or infinite.
+        NonFiniteError: the loss, or a weight that is to be saved, became NaN or infinite.
     """
     from transformers import TrainerCallback
 

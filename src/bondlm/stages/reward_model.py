@@ -14,15 +14,16 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from bondlm.bestofn import Estimate, bootstrap_mean
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.models.load import refuse_missing, refused
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
 from bondlm.rewards.texts import refuse_bad_lengths, token_limit
+from bondlm.stages.trainer import StageTrainer
 
 
 def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
@@ -106,7 +107,7 @@ class Pairs:
         return pad_right({"input_ids": ids}, list(range(len(ids))), self._pad_id, "cpu")
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(StageTrainer):
     """`transformers.Trainer` with the Bradley-Terry loss."""
 
     def compute_loss(
@@ -158,7 +159,17 @@ def in_batches(
 
 
 def accuracy_of(margin_B: Tensor, rows: Sequence[Mapping[str, Any]]) -> Accuracy:
-    """Share of pairs whose chosen answer scores higher: the mean over prompts of each prompt's share."""
+    """Share of pairs whose chosen answer scores higher: the mean over prompts of each prompt's share.
+
+    Raises:
+        NonFiniteError: a margin is NaN or infinite.
+    """
+    wrong = (~margin_B.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise NonFiniteError(
+            f"the rewards of {len(wrong)} of {len(rows)} held-out pairs are not finite (first: pair {wrong[0]}, margin "
+            f"{margin_B[wrong[0]].item()}): lower learning_rate"
+        )
     wins_B = (margin_B > 0).double() + 0.5 * (margin_B == 0).double()
     by_prompt: dict[str, list[float]] = {}
     for row, win in zip(rows, wins_B.tolist(), strict=True):

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainingArguments
 
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.rendering import Rendering
 from bondlm.errors import ConfigError, DataError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import load_model, load_tokenizer
+from bondlm.stages.trainer import StageTrainer
 
 IGNORED = -100  # a label that counts for nothing, in every transformers model
 
@@ -90,7 +91,7 @@ def sft_trainer(
     max_prompt_length: int | None = None,
     max_completion_length: int = 256,
     rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
-) -> Trainer:
+) -> StageTrainer:
     """A `transformers.Trainer` for rows `{"prompt", "completion"}`: text or messages, causal or encoder-decoder.
 
     Raises:
@@ -102,7 +103,7 @@ def sft_trainer(
     tokenizer = load_tokenizer(name)
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
     examples = Examples(core, tokenizer, rendering=rendering, **limits)  # type: ignore[arg-type]
-    return Trainer(
+    return StageTrainer(
         model=model,
         args=args,
         data_collator=examples.collate,
