@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig
 from tiny import CHATS, PROMPTS, prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from bondlm.cli import main
 from bondlm.data.rendering import Rendering
-from bondlm.stages.sft import IGNORED, Examples
+from bondlm.stages.sft import IGNORED, Examples, sft_trainer
 from stages.helpers import CHEAP, save, write
 
 
@@ -134,3 +136,18 @@ def test_the_saved_adapter_names_its_base(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == model
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_fresh_adapter_is_that_of_the_seed(tmp_path: Path) -> None:
+    model, rows = save(tmp_path / "model", "causal"), [row | {"completion": "x"} for row in prompt_rows(2)]
+
+    def adapter(seed: int, before: int) -> torch.Tensor:
+        torch.manual_seed(before)  # as another process would have been
+        args = TrainingArguments(str(tmp_path), seed=seed, use_cpu=True, report_to="none")
+        config = LoraConfig(target_modules="all-linear")
+        trained = sft_trainer(model, rows, [], args, peft_config=config, max_completion_length=8).model
+        return torch.cat([p.flatten() for name, p in trained.named_parameters() if "lora_A" in name])
+
+    first = adapter(3, before=1)
+    assert torch.equal(first, adapter(3, before=2))
+    assert not torch.equal(first, adapter(4, before=1))

@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from rewards.small_models import bert_classifier, bert_tokenizer, saved
 from safetensors.torch import load_file
 from torch.nn.functional import softplus
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from bondlm.cli import main
 from bondlm.errors import ConfigError
 from bondlm.rewards import load_rewards, score
-from bondlm.stages.reward_model import Pairs, load_base, margins_of
+from bondlm.stages.reward_model import Pairs, load_base, margins_of, preference_trainer
 from bondlm.stages.rows import flip_labels
-from bondlm.stages.warm import load_member, members_of, probe_head
+from bondlm.stages.warm import Member, load_member, members_of, probe_head
 from stages.helpers import CHEAP, preferences, save, write
 
 ANSWERS = {"chosen": " blue", "rejected": " red"}  # words of their own in plain text, too
@@ -96,6 +97,23 @@ def test_the_mean_is_an_ordinary_reward_that_has_learned(
     (row,) = preferences(1)
     better, worse = score(rewards, [row["prompt"]] * 2, [*ANSWERS.values()], {}).total.tolist()
     assert better > worse
+
+
+def test_new_adapters_differ_between_members(tmp_path: Path) -> None:
+    base, tokenizer = load_base(save(tmp_path / "model", "causal"))
+    members = members_of({"model": str(tmp_path / "model"), "members": 2}, 1e-4)
+
+    def adapter(member: Member, before: int) -> torch.Tensor:
+        model = load_member(member, base, tokenizer, seed=42)
+        torch.manual_seed(before)
+        args = TrainingArguments(str(tmp_path), seed=member.seed, use_cpu=True, report_to="none")
+        config = LoraConfig(target_modules=["q_proj"])
+        trained = preference_trainer(model, tokenizer, preferences(2), args, peft_config=config)[0].model
+        return torch.cat([p.flatten() for name, p in trained.named_parameters() if "lora_A" in name])
+
+    one, two = (adapter(member, before=1) for member in members)
+    assert not torch.equal(one, two)
+    assert torch.equal(one, adapter(members[0], before=2))
 
 
 def test_members_start_with_one_head_and_their_own_dropout(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
 
 from bondlm.bestofn import Estimate, bootstrap_mean
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
@@ -201,6 +201,7 @@ def preference_trainer(
     if peft_config is not None:
         from peft import get_peft_model
 
+        set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         peft_config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # it keeps the head trainable
         model = get_peft_model(model, peft_config)
     model.train()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainingArguments, set_seed
 
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.rendering import Rendering
@@ -98,6 +98,7 @@ def sft_trainer(
         ConfigError: the model cannot be used.
         DataError: rows that do not fit.
     """
+    set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
     model: Any = prepare_model(name, peft_config)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     tokenizer = load_tokenizer(name)
