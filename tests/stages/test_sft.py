@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from bondlm.cli import main
 from bondlm.data.rendering import Rendering
-from bondlm.stages.sft import IGNORED, Examples, sft_trainer
+from bondlm.stages.sft import IGNORED, Examples, SFTTrainer, sft_trainer
 from stages.helpers import CHEAP, save, write
 
 
@@ -151,3 +151,22 @@ def test_a_fresh_adapter_is_that_of_the_seed(tmp_path: Path) -> None:
     first = adapter(3, before=1)
     assert torch.equal(first, adapter(3, before=2))
     assert not torch.equal(first, adapter(4, before=1))
+
+
+@pytest.mark.parametrize("kind", ["causal", "t5"])
+def test_the_held_out_loss_is_a_mean_over_tokens_however_they_are_batched(tmp_path: Path, kind: str) -> None:
+    model, answers = save(tmp_path / "model", kind), ["x", "a much longer answer", "blue sky", "red", "cats like it"]
+    rows = [row | {"completion": text} for row, text in zip(prompt_rows(5), answers, strict=True)]
+
+    def trainer_of(batch: int) -> SFTTrainer:
+        args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=batch, use_cpu=True, report_to="none")
+        return sft_trainer(model, rows, rows, args, max_completion_length=32)
+
+    trainer = trainer_of(1)
+    trainer.model.eval()
+    alone = [trainer.data_collator([row]) for row in trainer.train_dataset]
+    counts = [int((batch["labels"] != IGNORED).sum()) for batch in alone]
+    sums = [trainer.model(**batch).loss.item() * count for batch, count in zip(alone, counts, strict=True)]
+    assert len(set(counts)) > 2
+    for batch in (1, 2, 5):
+        assert trainer_of(batch).evaluate()["eval_loss"] == pytest.approx(sum(sums) / sum(counts), rel=1e-5)

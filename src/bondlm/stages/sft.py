@@ -1,13 +1,20 @@
-"""Supervised fine-tuning: the stage before BOND. Cross entropy of the answer's tokens alone, given the prompt."""
+"""Supervised fine-tuning: the stage before BOND. Cross entropy of the answer's tokens alone, given the prompt.
+
+Shapes: B rows, T tokens (padded), V words of the vocabulary.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.rendering import Rendering
@@ -81,6 +88,31 @@ class Examples:
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
+class SFTTrainer(StageTrainer):
+    """`transformers.Trainer` whose evaluation is a mean over tokens: Trainer's is a mean over batches."""
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, Tensor, None]:
+        """Sum of `-log p` over the tokens of each row's answer, and how many these are (B, 2)."""
+        inputs = self._prepare_inputs(inputs)
+        labels_BT = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits_BTV = model(**inputs).logits[:, -labels_BT.shape[1] :]  # without the virtual tokens of an adapter
+        if not self.model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
+        # Row by row, so that no copy of all logits is made in fp32.
+        sums = [cross_entropy(row.float(), to, reduction="sum") for row, to in zip(logits_BTV, labels_BT, strict=True)]
+        return None, torch.stack([torch.stack(sums), (labels_BT != IGNORED).sum(dim=1).float()], dim=1), None
+
+    def evaluation_loop(self, *args: Any, **more: Any) -> EvalLoopOutput:
+        """Trainer's, with `eval_loss` as the mean of `-log p` over all tokens of all rows, however they are batched."""
+        output: Any = super().evaluation_loop(*args, **more)
+        total, tokens = np.asarray(output.predictions, dtype=np.float64).sum(axis=0)
+        output.metrics[f"{more.get('metric_key_prefix', 'eval')}_loss"] = float(total / tokens)
+        return output  # type: ignore[no-any-return]
+
+
 def sft_trainer(
     name: str,
     train_rows: Sequence[Mapping[str, Any]],
@@ -91,7 +123,7 @@ def sft_trainer(
     max_prompt_length: int | None = None,
     max_completion_length: int = 256,
     rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
-) -> StageTrainer:
+) -> SFTTrainer:
     """A `transformers.Trainer` for rows `{"prompt", "completion"}`: text or messages, causal or encoder-decoder.
 
     Raises:
@@ -104,7 +136,7 @@ def sft_trainer(
     tokenizer = load_tokenizer(name)
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
     examples = Examples(core, tokenizer, rendering=rendering, **limits)  # type: ignore[arg-type]
-    return StageTrainer(
+    return SFTTrainer(
         model=model,
         args=args,
         data_collator=examples.collate,
