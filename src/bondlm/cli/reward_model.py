@@ -10,8 +10,8 @@ from rich.console import Console
 
 from bondlm.cli.console import make_console
 from bondlm.cli.options import REWARD_MODEL
-from bondlm.cli.train import lora_config
-from bondlm.errors import ConfigError, DataError
+from bondlm.cli.train import lora_config, require
+from bondlm.errors import DataError
 from bondlm.runs.folder import locked
 
 Rows = list[dict[str, Any]]
@@ -166,9 +166,7 @@ def _rows(options: dict[str, Any]) -> tuple[Rows, Rows, int]:
     from bondlm.data.prompts import overlap
     from bondlm.stages.rows import flip_labels, hold_out, read_preferences
 
-    for name in ("model", "train_dataset"):
-        if not options.get(name):
-            raise ConfigError(f"{name} is required: set it in the config or with --{name}")
+    require(options)
     train_rows = read_preferences(options["train_dataset"])
     if options.get("eval_dataset"):
         eval_rows = read_preferences(options["eval_dataset"])

@@ -6,8 +6,8 @@ from typing import Any
 
 from bondlm.cli.console import make_console
 from bondlm.cli.options import SFT
-from bondlm.cli.train import lora_config
-from bondlm.errors import ConfigError, NonFiniteError
+from bondlm.cli.train import lora_config, require
+from bondlm.errors import NonFiniteError
 from bondlm.runs.folder import locked
 
 FACTS_FILE = "sft.json"
@@ -18,9 +18,7 @@ def run(options: dict[str, Any]) -> int:
     from bondlm.cli.training import fit, fresh_folder, quiet, silence, training_arguments, write_facts
     from bondlm.stages.rows import read_answers
 
-    for name in ("model", "train_dataset"):
-        if not options.get(name):
-            raise ConfigError(f"{name} is required: set it in the config or with --{name}")
+    require(options)
     column = str(options.get("completion_column", "completion"))
     train_rows = read_answers(options["train_dataset"], column)
     eval_rows = read_answers(options["eval_dataset"], column) if options.get("eval_dataset") else []

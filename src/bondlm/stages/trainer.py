@@ -1,5 +1,6 @@
-"""What the trainers of both stages before BOND share: which weights they save."""
+"""What the trainers of both stages before BOND share: what they save."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from bondlm.errors import NonFiniteError
 
 
 class StageTrainer(Trainer):
-    """`transformers.Trainer` that saves no weights that are not finite."""
+    """`transformers.Trainer` that saves no weights that are not finite, and no pickle of its settings."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save a checkpoint or the trained model.
@@ -26,3 +27,6 @@ class StageTrainer(Trainer):
                 "the first, and they are not saved: lower learning_rate"
             )
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads, tokens in it
