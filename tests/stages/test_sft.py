@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from bondlm.cli import main
 from bondlm.data.rendering import Rendering
-from bondlm.stages.sft import IGNORED, Examples, SFTTrainer, sft_trainer
+from bondlm.stages.sft import IGNORED, Examples, sft_trainer
 from stages.helpers import CHEAP, save, write
 
 
@@ -145,7 +145,7 @@ def test_a_fresh_adapter_is_that_of_the_seed(tmp_path: Path) -> None:
         torch.manual_seed(before)  # as another process would have been
         args = TrainingArguments(str(tmp_path), seed=seed, use_cpu=True, report_to="none")
         config = LoraConfig(target_modules="all-linear")
-        trained = sft_trainer(model, rows, [], args, peft_config=config, max_completion_length=8).model
+        trained: Any = sft_trainer(model, rows, [], args, peft_config=config, max_completion_length=8).model
         return torch.cat([p.flatten() for name, p in trained.named_parameters() if "lora_A" in name])
 
     first = adapter(3, before=1)
@@ -158,7 +158,7 @@ def test_the_held_out_loss_is_a_mean_over_tokens_however_they_are_batched(tmp_pa
     model, answers = save(tmp_path / "model", kind), ["x", "a much longer answer", "blue sky", "red", "cats like it"]
     rows = [row | {"completion": text} for row, text in zip(prompt_rows(5), answers, strict=True)]
 
-    def trainer_of(batch: int) -> SFTTrainer:
+    def trainer_of(batch: int) -> Any:
         args = TrainingArguments(str(tmp_path), per_device_eval_batch_size=batch, use_cpu=True, report_to="none")
         return sft_trainer(model, rows, rows, args, max_completion_length=32)
 

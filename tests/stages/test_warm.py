@@ -108,7 +108,7 @@ def test_new_adapters_differ_between_members(tmp_path: Path) -> None:
         torch.manual_seed(before)
         args = TrainingArguments(str(tmp_path), seed=member.seed, use_cpu=True, report_to="none")
         config = LoraConfig(target_modules=["q_proj"])
-        trained = preference_trainer(model, tokenizer, preferences(2), args, peft_config=config)[0].model
+        trained: Any = preference_trainer(model, tokenizer, preferences(2), args, peft_config=config)[0].model
         return torch.cat([p.flatten() for name, p in trained.named_parameters() if "lora_A" in name])
 
     one, two = (adapter(member, before=1) for member in members)

@@ -12,15 +12,32 @@ from bondlm.cli.console import make_console
 from bondlm.cli.options import REWARD_MODEL
 from bondlm.cli.train import lora_config, require
 from bondlm.errors import DataError
+from bondlm.objectives.rules import Rule, off, one_of
 from bondlm.runs.folder import locked
 
 Rows = list[dict[str, Any]]
 
+_MEASURED_ONCE = "the accuracy is measured once, after training; remove it"
+RULES: dict[str, Rule] = {
+    "label_smoothing_factor": off("the loss is Bradley-Terry's, without labels; remove it (flip_labels swaps pairs)"),
+    "remove_unused_columns": off("a pair has no columns of the model's, and would be empty; remove it"),
+    "train_sampling_strategy": one_of("random", "sequential", why="a pair has two lengths"),
+    "length_column_name": off("pairs are not sorted by length; remove it"),
+    "eval_strategy": Rule(lambda value: value in ("no", False), _MEASURED_ONCE),
+    "save_strategy": Rule(lambda value: value != "best", _MEASURED_ONCE),
+    "lr_scheduler_type": Rule(lambda value: value not in ("reduce_lr_on_plateau", "greedy"), _MEASURED_ONCE),
+    **dict.fromkeys(("eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"), off(_MEASURED_ONCE)),
+    **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), off(_MEASURED_ONCE)),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), off("the accuracy is as precise as the training; remove it")),
+}
+
 
 def run(options: dict[str, Any]) -> int:
     """Read and check the pairs, train, save a classifier folder for `reward_funcs`, say how often it is right."""
-    from bondlm.cli.training import fresh_folder, quiet, write_facts
+    from bondlm.cli.training import checked, fresh_folder, quiet, training_arguments, write_facts
 
+    require(options)
+    options = checked(options, RULES)
     train_rows, eval_rows, flipped = _rows(options)
     folder, console = fresh_folder(options, "runs/reward-model"), make_console()
     with locked(folder):
@@ -30,7 +47,9 @@ def run(options: dict[str, Any]) -> int:
             from bondlm.stages.warm import members_of
 
             quiet()
-            members = members_of(options, 2e-4 if options.get("use_peft") else 5e-5)
+            rate = 2e-4 if options.get("use_peft") else 5e-5
+            members = members_of(options, rate)
+            training_arguments(options, folder, REWARD_MODEL, rate, len(train_rows))  # to refuse them before a model
             base, tokenizer = load_base(str(options["model"]), seed=members[0].seed)
         if flipped:
             console.print(f"flip_labels: {flipped} of {len(train_rows)} training pairs are the wrong way round")
@@ -71,7 +90,7 @@ class _Job:
 
         device, pairs = self._arguments(members[0], self.folder).device, self._pairs()
         with self.console.status("fitting the head that the members share"):
-            probe_head(self.base.to(device), pairs, self.train_rows)
+            probe_head(self.base.to(device), pairs, self.train_rows, **self._batches())
         mean, margins, found = AveragedModel(self.base.cpu()), [], []
         for number, member in enumerate(members, 1):
             self._say(f"member {number} of {len(members)}: " + ", ".join(f"{k} {v}" for k, v in asdict(member).items()))
@@ -82,7 +101,7 @@ class _Job:
             found.append(asdict(member) | facts | self._measured(margin_B, f"member {number}: held-out accuracy"))
         trainer.model = mean.module.to(device)
         ensemble = self._measured(stack(margins).mean(dim=0), "mean of the scores: held-out accuracy")
-        margin_B = margins_of(trainer.model, pairs, self.eval_rows)
+        margin_B = margins_of(trainer.model, pairs, self.eval_rows, **self._batches())
         facts = self._measured(margin_B, "mean of the weights: held-out accuracy")
         trainer.save_model(str(self.folder))
         self._warn_if_apart(facts, found)
@@ -100,11 +119,16 @@ class _Job:
             "prompt_format": self.options.get("prompt_format", "auto"),
         }
 
+    def _batches(self) -> dict[str, int]:
+        return {"batch_size": self.options.get("per_device_eval_batch_size") or 32}
+
     def _arguments(self, member: Any, folder: Path) -> Any:
         from bondlm.cli.training import training_arguments
 
         own = {"seed": member.seed, "learning_rate": member.learning_rate}
-        return training_arguments({**self.options, **own}, folder, REWARD_MODEL, member.learning_rate)
+        return training_arguments(
+            {**self.options, **own}, folder, REWARD_MODEL, member.learning_rate, len(self.train_rows)
+        )
 
     def _fit(self, model: Any, member: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         """Train; the trainer with one whole model, the margins of the held-out pairs, and what it took."""
@@ -122,7 +146,7 @@ class _Job:
         silence(trainer)
         seconds = fit(trainer, self.console)
         trained: Any = trainer.model
-        margin_B = margins_of(trained, pairs, self.eval_rows)
+        margin_B = margins_of(trained, pairs, self.eval_rows, **self._batches())
         if self.options.get("use_peft"):
             trainer.model = trained.merge_and_unload()  # a reward is loaded as one model
         with suppress(OSError):  # a member's folder holds checkpoints, if these were asked for
@@ -160,13 +184,12 @@ def _rows(options: dict[str, Any]) -> tuple[Rows, Rows, int]:
     """Training and held-out pairs, and how many of the former were flipped.
 
     Raises:
-        ConfigError: a required option is missing, or `flip_labels` cannot be.
+        ConfigError: `flip_labels` cannot be.
         DataError: pairs that cannot be used, or prompts that are in both parts.
     """
     from bondlm.data.prompts import overlap
     from bondlm.stages.rows import flip_labels, hold_out, read_preferences
 
-    require(options)
     train_rows = read_preferences(options["train_dataset"])
     if options.get("eval_dataset"):
         eval_rows = read_preferences(options["eval_dataset"])

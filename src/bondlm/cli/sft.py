@@ -1,5 +1,6 @@
 """`bondlm sft`: supervised fine-tuning on prompts with answers, the stage before BOND."""
 
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from bondlm.cli.console import make_console
 from bondlm.cli.options import SFT
 from bondlm.cli.train import lora_config, require
-from bondlm.errors import NonFiniteError
+from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.runs.folder import locked
 
 FACTS_FILE = "sft.json"
@@ -15,10 +16,12 @@ FACTS_FILE = "sft.json"
 
 def run(options: dict[str, Any]) -> int:
     """Read and check the rows, train, save an ordinary model or adapter folder, say the held-out loss."""
-    from bondlm.cli.training import fit, fresh_folder, quiet, silence, training_arguments, write_facts
+    from bondlm.cli.training import checked, fit, fresh_folder, quiet, silence, training_arguments, write_facts
     from bondlm.stages.rows import read_answers
 
     require(options)
+    options = checked(options, {})
+    _require_evaluations(options)
     column = str(options.get("completion_column", "completion"))
     train_rows = read_answers(options["train_dataset"], column)
     eval_rows = read_answers(options["eval_dataset"], column) if options.get("eval_dataset") else []
@@ -34,7 +37,7 @@ def run(options: dict[str, Any]) -> int:
                 str(options["model"]),
                 train_rows,
                 eval_rows,
-                training_arguments(options, folder, SFT, rate),
+                training_arguments(options, folder, SFT, rate, len(train_rows)),
                 peft_config=lora_config(options),
                 max_prompt_length=options.get("max_prompt_length"),
                 max_completion_length=int(options.get("max_completion_length", 256)),
@@ -66,3 +69,30 @@ def run(options: dict[str, Any]) -> int:
 
 def _loss(trainer: Any) -> float:
     return float(trainer.evaluate()["eval_loss"])
+
+
+def _require_evaluations(options: Mapping[str, Any]) -> None:
+    """See that there are the evaluations that settings ask for.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    from bondlm.config.checks import MEASURING
+
+    is_during = (options.get("eval_strategy") or "no") != "no"
+    if not options.get("eval_dataset"):
+        for name, asks in {"eval_strategy": is_during, "eval_on_start": options.get("eval_on_start")}.items():
+            if asks:
+                raise ConfigError(f"{name}={options[name]!r}: there is no eval_dataset; set it, or remove {name}")
+    askers = {
+        "load_best_model_at_end": options.get("load_best_model_at_end"),
+        "save_strategy": options.get("save_strategy") == "best",
+        "lr_scheduler_type": options.get("lr_scheduler_type") in MEASURING,
+        "eval_steps": options.get("eval_steps"),
+    }
+    for name, asks in askers.items():
+        if asks and not is_during:
+            raise ConfigError(
+                f"{name}={options[name]!r} needs evaluations: set eval_strategy='steps' with eval_steps, and an "
+                "eval_dataset"
+            )

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
+from bondlm.objectives.rules import Rule, above, at_least, between, off, one_of, whole
 from bondlm.runs.folder import plain, write_whole
 
 DEFAULTS: dict[str, Any] = {
@@ -30,6 +31,52 @@ DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
 }
 
+_RESUMES = "no checkpoint is resumed from, the command trains from the start; remove it"
+_NO_METRICS = "nothing else than the loss is measured; remove it"
+# What the commands do not use, or cannot work with; they refuse values of the wrong kind, too.
+_RULES: dict[str, Rule] = {
+    "max_steps": Rule(lambda value: value == -1 or value >= 1, "must be >= 1, or -1 for num_train_epochs"),
+    "num_train_epochs": above(0),
+    "learning_rate": at_least(0),
+    "seed": between(0, 2**32 - 1),
+    **dict.fromkeys(("max_prompt_length", "max_completion_length", "max_length"), whole(1)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), at_least(1)),
+    "gradient_accumulation_steps": at_least(1),
+    "logging_nan_inf_filter": off("it shows 0 for a loss that is not finite, which must end the command; remove it"),
+    "resume_from_checkpoint": off(_RESUMES),
+    "ignore_data_skip": off(_RESUMES),
+    "restore_callback_states_from_checkpoint": off(_RESUMES),
+    "enable_jit_checkpoint": off(_RESUMES),
+    "do_predict": off("nothing is predicted; `bondlm sample` answers prompts"),
+    "label_names": off("the labels are the answers' tokens, or pairs, which have none; remove it"),
+    "prediction_loss_only": off(_NO_METRICS),
+    "batch_eval_metrics": off(_NO_METRICS),
+    "include_for_metrics": off(_NO_METRICS),
+    "eval_use_gather_object": off(_NO_METRICS),
+    "eval_do_concat_batches": Rule(bool, _NO_METRICS),
+    "metric_for_best_model": one_of("loss", "eval_loss", why="nothing else is measured"),
+}
+
+
+def checked(options: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """The options that are set: each can be, and does something; `rules` are the command's own.
+
+    Raises:
+        ConfigError: values of the wrong kind, outside of the range, or without an effect.
+    """
+    from bondlm.config import SETTINGS
+    from bondlm.config.checks import other_kind
+
+    all_rules = {**_RULES, **rules}
+    problems, given = [], {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        kinds = SETTINGS[name].kinds if name in SETTINGS else frozenset()
+        rule = all_rules.get(name)
+        problems.append(other_kind(name, value, kinds) or (rule and rule.problem(name, value)))
+    if found := [problem for problem in problems if problem]:
+        raise ConfigError("; ".join(found))
+    return given
+
 
 def fresh_folder(options: Mapping[str, Any], default: str) -> Path:
     """The output folder, without a model in it.
@@ -44,19 +91,32 @@ def fresh_folder(options: Mapping[str, Any], default: str) -> Path:
     return folder
 
 
-def training_arguments(options: Mapping[str, Any], folder: Path, own: Mapping[str, Any], learning_rate: float) -> Any:
-    """`transformers.TrainingArguments` from the options that are not the command's own.
+def training_arguments(
+    options: Mapping[str, Any], folder: Path, own: Mapping[str, Any], learning_rate: float, rows: int
+) -> Any:
+    """`transformers.TrainingArguments` from the options that are not the command's own, for so many training rows.
 
     Raises:
-        ConfigError: a value is refused.
+        ConfigError: a value is refused, or there would be no step.
     """
     from transformers import TrainingArguments
 
+    from bondlm.config.checks import require_loggers
+    from bondlm.training.data import require_a_batch
+
     settings = {k: v for k, v in options.items() if k not in own and k not in LORA and k != "output_dir"}
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if settings.get(name) is False:  # what YAML makes of a bare `no`
+            settings[name] = "no"
+    if settings.get("save_strategy") == "best":
+        settings.setdefault("metric_for_best_model", "loss")
     try:
-        return TrainingArguments(**(DEFAULTS | {"learning_rate": learning_rate, "output_dir": str(folder)} | settings))
+        args = TrainingArguments(**(DEFAULTS | {"learning_rate": learning_rate, "output_dir": str(folder)} | settings))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"a setting was refused: {error}") from error
+    require_loggers(list(args.report_to or ()))
+    require_a_batch(rows, args, "rows")
+    return args
 
 
 def quiet() -> None:

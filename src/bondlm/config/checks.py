@@ -120,7 +120,7 @@ def require_loggers(names: Sequence[str]) -> None:
         if name != "flyte" and name not in get_available_reporting_integrations():  # type: ignore[no-untyped-call]
             raise ConfigError(
                 f"report_to={name!r}: its package is not installed. pip install {PACKAGES.get(name, name)}, or remove "
-                "it: metrics.jsonl is always written"
+                "it: BONDTrainer always writes metrics.jsonl"
             )
 
 
@@ -155,7 +155,7 @@ def problems(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any
 def _outside_of_range(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any]) -> Iterator[str]:
     for name, setting in settings.items():
         value = getattr(c, name)
-        if (problem := _other_kind(name, value, setting.kinds)) is not None:
+        if (problem := other_kind(name, value, setting.kinds)) is not None:
             yield problem
             continue
         if setting.rule is None or (value is None and defaults[name] is None):
@@ -164,7 +164,7 @@ def _outside_of_range(c: Any, settings: Mapping[str, Setting], defaults: Mapping
             yield problem
 
 
-def _other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
+def other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
     """The sentence for a text where a number must be, and the like; other kinds of values have rules of their own."""
     kinds -= {type(None)}
     is_switch = isinstance(value, bool)

@@ -60,7 +60,7 @@ class Examples:
         self.is_encoder_decoder = self._encoder.start_id is not None
         padding = copy.deepcopy(tokenizer)  # on the right, and with an id, whatever the tokenizer that is saved says
         padding.padding_side, padding.pad_token_id = "right", self._encoder.pad_id
-        self.collate = DataCollatorForSeq2Seq(padding, label_pad_token_id=IGNORED)
+        self.collate = DataCollatorForSeq2Seq(padding, model=model, label_pad_token_id=IGNORED)
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
         """Rows `{"prompt", "completion"}` as what the model takes; the labels are the answers' tokens.

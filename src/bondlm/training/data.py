@@ -63,7 +63,7 @@ class RunData:
             prompts = self.drops.group(prompts, encoder, self._args)
             self.num_logged = samples_per_prompt(prompts)
         encoded = self.drops.encode(prompts, encoder)
-        _check_number(len(encoded), self._args)
+        require_a_batch(len(encoded), self._args)
         return encoded
 
     def _streamed(self, source: Any, encoder: PromptEncoder) -> PromptStream:
@@ -109,10 +109,15 @@ def _check_streaming(args: Any) -> None:
     args.accelerator_config.dispatch_batches = False  # rows of text cannot be dispatched as tensors
 
 
-def _check_number(num_prompts: int, args: Any) -> None:
+def require_a_batch(rows: int, args: Any, what: str = "prompts") -> None:
+    """See that an epoch has a step.
+
+    Raises:
+        ConfigError: `dataloader_drop_last` leaves out its only batch.
+    """
     batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and num_prompts < batch:
+    if args.dataloader_drop_last and rows < batch:
         raise ConfigError(
-            f"dataloader_drop_last=True leaves out the only batch: {num_prompts} prompts are fewer than the {batch} of "
+            f"dataloader_drop_last=True leaves out the only batch: {rows} {what} are fewer than the {batch} of "
             "one (per_device_train_batch_size on each process). Set it to False, or lower the batch size"
         )
