@@ -88,6 +88,16 @@ def test_a_setting_that_cannot_be_or_does_nothing_is_refused(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("name", "value"), [("lora_r", "abc"), ("lora_alpha", "0"), ("lora_dropout", "abc")])
+def test_an_adapter_that_cannot_be_is_refused(
+    tmp_path: Path, stage: str, name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = command(tmp_path, stage, "--use_peft", f"--{name}", value, model=save(tmp_path / "model", "causal"))
+    assert main(given) == 2
+    assert f"error: {name}=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_no_step_is_no_training(tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, stage, "--max_steps", "0")) == 2
     assert "max_steps=0" in capsys.readouterr().err
