@@ -70,3 +70,15 @@ def test_an_assistant_message_is_its_text(tmp_path: Path) -> None:
     assert read_answers(write(tmp_path / "a.jsonl", [{"prompt": "q", "completion": message}])) == [
         {"prompt": "q", "completion": "yes"}
     ]
+
+
+def test_pairs_of_which_none_was_preferred_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = write(tmp_path / "p.jsonl", preferences(12))
+    ties = write(tmp_path / "ties.jsonl", [row | {"verdict": "tie"} for row in preferences(12)])
+    for data in (["--train_dataset", ties], ["--train_dataset", ties, "--eval_dataset", pairs]):
+        assert main(["reward-model", "--model", "no/such/model", *data]) == 3
+        assert "ties.jsonl: 12 rows, all ties" in capsys.readouterr().err
+    assert main(["reward-model", "--model", "no/such/model", "--train_dataset", pairs, "--eval_dataset", ties]) == 3
+    assert "ties.jsonl: 12 rows, all ties" in capsys.readouterr().err

@@ -31,9 +31,15 @@ def read_preferences(source: Any) -> list[Row]:
     Rows of `bondlm prefer` in which nothing was preferred (ties, skipped pairs) are left out.
 
     Raises:
-        DataError: the file cannot be read, or has rows without prompt, with an empty answer, or with two equal ones.
+        DataError: the file cannot be read, or has rows without prompt, with an empty answer, or with two equal ones; or
+            nothing was preferred in any row.
     """
-    rows = [row for row in _checked(source, _preference_problem) if not _is_undecided(row)]
+    all_rows = _checked(source, _preference_problem)
+    rows = [row for row in all_rows if not _is_undecided(row)]
+    if not rows:
+        raise DataError(
+            f"{source}: {len(all_rows)} rows, all ties or skipped pairs: give a file with preferred answers"
+        )
     return [_prompt_of(row) | {name: text_of(row[name]) for name in ("chosen", "rejected")} for row in rows]
 
 
