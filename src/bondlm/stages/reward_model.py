@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from bondlm.bestofn import Estimate, bootstrap_mean
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError, NonFiniteError
+from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import refuse_missing, refused
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
@@ -199,11 +200,9 @@ def preference_trainer(
     pairs = Pairs(model, tokenizer, max_length, prompt_format)
     train = pairs.encode(train_rows)
     if peft_config is not None:
-        from peft import get_peft_model
-
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         peft_config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # it keeps the head trainable
-        model = get_peft_model(model, peft_config)
+        model = wrap_adapter(model, peft_config)
     model.train()
     trainer = PreferenceTrainer(
         model=model,
