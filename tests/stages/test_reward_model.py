@@ -2,14 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+
+from transformers import TrainingArguments
+
 from bondlm.cli import main
 from bondlm.errors import ConfigError
 from bondlm.rewards import load_rewards, score
+from bondlm.stages.reward_model import load_base, preference_trainer
 from stages.helpers import CHEAP, preferences, save, write
 
 
@@ -33,7 +38,7 @@ def test_a_reward_model_learns_the_preference_and_loads_as_a_reward(
 
 def test_the_margin_in_training_is_the_difference_of_the_rewards_later(tmp_path: Path) -> None:
     from bondlm.rewards.classifier import SequenceClassifierReward
-    from bondlm.stages.reward_model import Pairs, accuracy_of, load_base, margins, margins_of
+    from bondlm.stages.reward_model import Pairs, accuracy_of, margins, margins_of
 
     model, tokenizer = load_base(save(tmp_path / "model", "causal"))
     rows, pairs = preferences(5), Pairs(model, tokenizer)
@@ -57,3 +62,21 @@ def test_only_the_head_of_a_reward_model_may_be_random(tmp_path: Path) -> None:
     save_file({k: v for k, v in load_file(path).items() if "layers.1.mlp" not in k}, path, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.down_proj.*random numbers"):
         load_base(str(path.parent))
+
+
+def test_a_step_is_the_mean_over_its_pairs_however_it_is_divided(tmp_path: Path) -> None:
+    name, rows = save(tmp_path / "model", "causal"), preferences(8)
+
+    def weights(batch: int, parts: int) -> torch.Tensor:
+        model, tokenizer = load_base(name)
+        args: dict[str, Any] = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts}
+        args |= {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1.0, "max_grad_norm": 0.0}
+        args |= {"max_steps": 1, "save_strategy": "no", "remove_unused_columns": False, "use_cpu": True}
+        trainer, _ = preference_trainer(model, tokenizer, rows, TrainingArguments(str(tmp_path), **args))
+        trainer.train()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    start = torch.cat([p.detach().flatten() for p in load_base(name)[0].parameters()])
+    whole, parts = weights(8, 1) - start, weights(2, 4) - start
+    assert whole.norm() > 1e-3
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)

@@ -114,11 +114,9 @@ class PreferenceTrainer(StageTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of `-log sigmoid(r(chosen) - r(rejected))` over the pairs."""
+        """Mean of `-log sigmoid(r(chosen) - r(rejected))` over the pairs; without labels Trainer counts no items."""
         margins_B = margins(model, inputs)
         loss = -logsigmoid(margins_B).mean()
-        if num_items_in_batch is not None:  # Trainer then sums the micro-batches of a step instead of averaging
-            loss = loss / self.args.gradient_accumulation_steps
         return (loss, {"margins": margins_B}) if return_outputs else loss
 
 
