@@ -29,7 +29,9 @@ def test_sft_learns_the_answers_and_saves_what_bondlm_loads(
     facts = json.loads((tmp_path / "out" / "sft.json").read_text())
     assert facts["held_out_loss"]["after"] < 0.6 * facts["held_out_loss"]["before"]
     assert facts["steps"] == 20
-    assert "held-out loss per token" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "held-out loss per token" in said
+    assert "8 of 8 rows of eval_dataset" in said
     assert (
         main(["sample", "--model", str(tmp_path / "out"), "--prompt", PROMPTS[0], "--max_completion_length", "4"]) == 0
     )

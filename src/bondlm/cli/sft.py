@@ -17,6 +17,7 @@ FACTS_FILE = "sft.json"
 def run(options: dict[str, Any]) -> int:
     """Read and check the rows, train, save an ordinary model or adapter folder, say the held-out loss."""
     from bondlm.cli.training import checked, fit, fresh_folder, quiet, silence, training_arguments, write_facts
+    from bondlm.data.prompts import overlap
     from bondlm.stages.rows import read_answers
 
     require(options)
@@ -42,6 +43,12 @@ def run(options: dict[str, Any]) -> int:
                 max_prompt_length=options.get("max_prompt_length"),
                 max_completion_length=int(options.get("max_completion_length", 256)),
                 rendering=rendering_of(options),
+            )
+        if common := overlap(train_rows, eval_rows):
+            console.print(
+                f"warning: {common} of {len(eval_rows)} rows of eval_dataset have a prompt that is also in "
+                "train_dataset: the loss on these says little",
+                soft_wrap=True,
             )
         silence(trainer)
         before = _loss(trainer) if eval_rows else None
