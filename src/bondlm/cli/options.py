@@ -249,7 +249,7 @@ def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if command in ("train", "check"):
         return own_names(options, known | _training_names(), command=command)
     if command in ("sft", "reward-model"):
-        known |= _plain_training_names()
+        return own_names(options, known | _plain_training_names(), command=command)
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name!r}{nearest(name, known)}; see `bondlm {command} --help`")

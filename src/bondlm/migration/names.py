@@ -6,7 +6,7 @@ from dataclasses import InitVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bondlm.errors import ConfigError
-from bondlm.migration.tables import ARGUMENTS, COMMAND_LINE, SETTINGS, Foreign
+from bondlm.migration.tables import ARGUMENTS, COMMAND_LINE, SETTINGS, STAGES, Foreign
 
 # Types of fields as `HfArgumentParser` must see them.
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def own_names(given: Mapping[str, Any], known: Collection[str], *, command: str 
     """
     table, what, more = SETTINGS, "setting", ""
     if command is not None:
-        table, what, more = SETTINGS | COMMAND_LINE, "option", f"; see `bondlm {command} --help`"
+        table = STAGES if command in ("sft", "reward-model") else SETTINGS | COMMAND_LINE
+        what, more = "option", f"; see `bondlm {command} --help`"
     return _own(given, known, table, what, more)
 
 

@@ -139,10 +139,13 @@ _OLDER = {
     "num_ppo_epochs": Foreign(f"{_ONE_STEP}; remove it", (1,)),
     "num_mini_batches": Foreign(f"{_ONE_STEP}; remove it", (1,)),
     "cliprange": Foreign(f"{_ONE_STEP}: nothing is clipped, remove it"),
+    "group_by_length": Foreign("prompts of similar length learn together anyway; remove it", (True, False)),
+    "torch_dtype": Foreign("use dtype"),
+}
+_OF_TRANSFORMERS = {
     "evaluation_strategy": Foreign("use eval_strategy"),
     "no_cuda": Foreign("use use_cpu", (False,)),
     "warmup_ratio": Foreign("use warmup_steps: below 1 it is a share of the run", (0.0,)),
-    "group_by_length": Foreign("prompts of similar length learn together anyway; remove it", (True, False)),
     "overwrite_output_dir": Foreign("choose another output_dir, or remove the folder", (False,)),
     "logging_dir": Foreign("set TENSORBOARD_LOGGING_DIR in the environment"),
     "save_safetensors": Foreign("everything is saved as safetensors; remove it", (True,)),
@@ -151,7 +154,6 @@ _OLDER = {
     "per_gpu_train_batch_size": Foreign("use per_device_train_batch_size"),
     "fp16_backend": Foreign("use bf16 or fp16", ("auto",)),
     "half_precision_backend": Foreign("use bf16 or fp16", ("auto",)),
-    "torch_dtype": Foreign("use dtype"),
 }
 SETTINGS: dict[str, Foreign] = {
     UNSAFE_NAME: Foreign(UNSAFE_CODE, (False,)),
@@ -161,6 +163,7 @@ SETTINGS: dict[str, Foreign] = {
     **_OF_REFERENCE,
     **_OF_LOGGING,
     **_OLDER,
+    **_OF_TRANSFORMERS,
 }
 
 COMMAND_LINE: dict[str, Foreign] = {
@@ -186,6 +189,14 @@ COMMAND_LINE: dict[str, Foreign] = {
     "lora_task_type": Foreign(_PEFT, ("CAUSAL_LM",)),
     "use_rslora": Foreign(_PEFT, (False,)),
     "use_dora": Foreign(_PEFT, (False,)),
+}
+
+# On the command line of `sft` and `reward-model`.
+STAGES: dict[str, Foreign] = {
+    UNSAFE_NAME: Foreign(UNSAFE_CODE, (False,)),
+    **_OF_TRANSFORMERS,
+    "group_by_length": Foreign("sft has train_sampling_strategy: group_by_length", (False,)),
+    **{name: COMMAND_LINE[name] for name in ("model_name_or_path", "dataset_name")},
 }
 
 # Of a trainer's constructor.
