@@ -11,11 +11,8 @@ from peft import IA3Config, LoraConfig
 from tiny import prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 
 from bondlm import BONDTrainer
-from bondlm.engines import choose
-from bondlm.engines.choose import engine_choice, server_options, share_of
-
-
 from bondlm.data.prompt_encoder import PromptEncoder
+from bondlm.engines import choose
 from bondlm.engines.choose import PROBE_ANSWER, PROBE_TEXT, engine_choice, probe_ids, server_options, share_of
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import wrap_adapter

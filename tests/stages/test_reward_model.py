@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-
 from transformers import TrainingArguments
 
 from bondlm.cli import main
