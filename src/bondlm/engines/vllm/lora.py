@@ -99,8 +99,8 @@ class VLLMEngine:
         contexts = processes.gather_objects([(s.max_model_len, s.client.url) for s in self._servers])
         self.max_model_len, self.shortest = min(contexts)
         del self._probe_ids[self.max_model_len - 1 :]  # the servers have the same list; one token more is drawn
-        for server in self._servers if getattr(model.config, "quantization_config", None) else ():
-            server.gap_limit = GAP_LIMIT  # the trainer's base is rounded as no server's
+        for served in self._servers if getattr(model.config, "quantization_config", None) else ():
+            served.gap_limit = GAP_LIMIT  # the trainer's base is rounded as no server's
         self._start()
         self._sleep()
 
