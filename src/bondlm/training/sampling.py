@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bondlm.engines import Role
 from bondlm.engines.together import together
+from bondlm.models.logprobs import Group
 from bondlm.rewards import NamedReward
 from bondlm.rollout.parts import joined, part_of
 from bondlm.rollout.samples import Samples
@@ -78,7 +79,7 @@ class SamplingTrainer(SavingTrainer):
     def log_probability(self, samples: Samples, role: Role) -> Tensor:
         """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats; shared among the processes."""
         mine = self.world.mine(len(samples.prompts))
-        groups = [(samples.prompt_ids[i], [c.ids for c in samples.completions[i]]) for i in mine]
+        groups: list[Group] = [(samples.prompt_ids[i], [c.ids for c in samples.completions[i]]) for i in mine]
         with together(self.world):
             own = self.step.logprob(role, groups)
         return torch.tensor(gather_in_order(self.world, mine, own.tolist()), dtype=own.dtype)
