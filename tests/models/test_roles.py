@@ -84,8 +84,8 @@ def test_lora_roles_are_the_separately_merged_models(kind: str) -> None:
     assert not torch.allclose(expected["policy"], expected["anchor"], atol=0.1)
     assert not torch.allclose(expected["policy"], expected["reference"], atol=0.1)
     for role in (*ROLES, *reversed(ROLES)):
-        torch.testing.assert_close(logits_of(roles, role), expected[role], atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(logits(roles.model), expected["policy"], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_of(roles, role), expected[role], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits(roles.model), expected["policy"], atol=1e-4, rtol=1e-5)
 
 
 def test_a_trained_adapter_is_its_own_reference() -> None:
