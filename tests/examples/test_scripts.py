@@ -121,7 +121,7 @@ def test_the_own_reward_runs_with_real_weights(tmp_path: Path, capsys: pytest.Ca
     own = load(
         "own_reward",
         ('HELD_OUT_TOPICS = ["snow", "a lighthouse", "honey", "a train"]', 'HELD_OUT_TOPICS = ["snow"]'),
-        ("max_completion_length=32", "max_completion_length=12"),
+        ("max_completion_length=32", "max_completion_length=12, dtype='float32'"),  # bf16 would round the KL
     )
     own.main(["--output_dir", str(tmp_path), "--max_steps", "1"])
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
@@ -136,7 +136,8 @@ def test_the_dialogue_runs_with_real_weights(tmp_path: Path, capsys: pytest.Capt
     tokenizer = tiny_tokenizer()
     options = [*data(tmp_path / "data", CHATS[:9]), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
     options += ["--reward_model", saved(tmp_path / "reward", llama_classifier(tokenizer, pad_token_id=0), tokenizer)]
-    load("dialogue/train", ("max_completion_length=32", "max_completion_length=8")).main(options)
+    shorter = "max_completion_length=8, dtype='float32'"  # where the processor has bf16, that rounds the KL
+    load("dialogue/train", ("max_completion_length=32", shorter)).main(options)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert row["kl"] == pytest.approx(0, abs=1e-3)
     assert "effective N: " in capsys.readouterr().out

@@ -37,7 +37,7 @@ def test_the_served_adapter_answers_as_the_run_does(tmp_path: Path, monkeypatch:
     for name in ("run", "model"):
         (tmp_path / "one.jsonl").write_text('{"prompt": [{"role": "user", "content": "How do I boil an egg?"}]}\n')
         greedy = ["--temperature", "0", "--max_completion_length", "8", "--output", f"{name}.jsonl"]
-        assert main(["sample", "--model", name, "--dataset", "one.jsonl", *greedy]) == 0
+        assert main(["sample", "--model", name, "--dataset", "one.jsonl", "--dtype", "float32", *greedy]) == 0
         rows = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         expected[name] = json.loads(rows[0])["completion"]
     assert expected["run"] != expected["model"]
