@@ -109,17 +109,21 @@ def _load_adapter(path: Path, dtype: torch.dtype | str, init_kwargs: dict[str, A
 
 def _load_whole(path: str | Path, dtype: torch.dtype | str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False, **init_kwargs)
-    model, info = _auto_class(config).from_pretrained(
+    model, info = from_safetensors(_auto_class(config), path, dtype=dtype, **init_kwargs)
+    refuse_missing(f"the model {str(path)!r}", model, info)
+    return model  # type: ignore[no-any-return]
+
+
+def from_safetensors(auto_class: Any, path: str | Path, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """A model, and what `from_pretrained` says of its weights, for `refuse_missing`; no pickle and no code is run."""
+    return auto_class.from_pretrained(  # type: ignore[no-any-return]
         path,
-        dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused by name, as missing ones are
-        **init_kwargs,
+        **kwargs,
     )
-    refuse_missing(f"the model {str(path)!r}", model, info)
-    return model  # type: ignore[no-any-return]
 
 
 def refuse_missing(what: str, model: Any, info: Mapping[str, Any], may_miss: str | None = None) -> None:

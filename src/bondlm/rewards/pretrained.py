@@ -9,7 +9,7 @@ from torch import nn
 
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError
-from bondlm.models.load import refuse_missing, refused
+from bondlm.models.load import from_safetensors, refuse_missing, refused
 
 
 def frozen(model: nn.Module) -> Any:
@@ -89,14 +89,7 @@ def load_model(
     """
     refuse_absent_folder(path, "reward model")
     with _refused(path):
-        model, info = auto_class.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused by name, as missing ones are
-        )
+        model, info = from_safetensors(auto_class, path, dtype=dtype)
     if getattr(model, "peft_config", None) is not None:
         raise _adapter_error(path)  # the loading info is then the adapter's, and says nothing of the head
     refuse_missing(f"reward model {path!r}", model, info, may_miss)

@@ -20,7 +20,7 @@ from bondlm.bestofn import Estimate, bootstrap_mean
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError, NonFiniteError
 from bondlm.models.adapters import wrap_adapter
-from bondlm.models.load import refuse_missing, refused
+from bondlm.models.load import from_safetensors, refuse_missing, refused
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
 from bondlm.rewards.texts import refuse_bad_lengths, token_limit
@@ -42,15 +42,7 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     with refused(lambda e: f"cannot load {name!r} as the base of a reward model: {why_not_loaded(name, e)}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=1,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        model, info = from_safetensors(AutoModelForSequenceClassification, name, num_labels=1, dtype=torch.float32)
     body = f"{model.base_model_prefix}."
     of_body = {
         "missing_keys": [key for key in info["missing_keys"] if key.startswith(body)],
