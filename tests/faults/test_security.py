@@ -135,7 +135,7 @@ def test_x2_no_source_trusts_remote_code() -> None:
             if isinstance(node, ast.Dict):
                 keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
                 assert "trust_remote_code" not in keys, path
-    assert loads >= 8
+    assert loads, "no call of from_pretrained was found, so nothing was checked"
 
 
 @pytest.mark.parametrize("code", ["!!python/object/apply:os.system ['touch {marker}']", "!!python/name:os.system"])
