@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
-from bondlm.objectives.rules import Rule, above, at_least, between, off, one_of, whole
+from bondlm.objectives.rules import Rule, at_least, between, off, one_of, whole
 from bondlm.runs.folder import plain, write_whole
 
 DEFAULTS: dict[str, Any] = {
@@ -35,8 +35,6 @@ _RESUMES = "no checkpoint is resumed from, the command trains from the start; re
 _NO_METRICS = "nothing else than the loss is measured; remove it"
 # What the commands do not use, or cannot work with; they refuse values of the wrong kind, too.
 _RULES: dict[str, Rule] = {
-    "max_steps": Rule(lambda value: value == -1 or value >= 1, "must be >= 1, or -1 for num_train_epochs"),
-    "num_train_epochs": above(0),
     "learning_rate": at_least(0),
     "seed": between(0, 2**32 - 1),
     **dict.fromkeys(("max_prompt_length", "max_completion_length", "max_length"), whole(1)),
@@ -66,8 +64,9 @@ def checked(options: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, 
     """
     from bondlm.config import SETTINGS
     from bondlm.config.checks import other_kind
+    from bondlm.config.settings import LOOP
 
-    all_rules = {**_RULES, **rules}
+    all_rules = {**LOOP, **_RULES, **rules}
     problems, given = [], {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         kinds = SETTINGS[name].kinds if name in SETTINGS else frozenset()
@@ -102,6 +101,7 @@ def training_arguments(
     from transformers import TrainingArguments
 
     from bondlm.config.checks import require_loggers
+    from bondlm.config.optimization import check_optimization
     from bondlm.training.data import require_a_batch
 
     settings = {k: v for k, v in options.items() if k not in own and k not in LORA and k != "output_dir"}
@@ -115,6 +115,7 @@ def training_arguments(
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"a setting was refused: {error}") from error
     require_loggers(list(args.report_to or ()))
+    check_optimization(args)
     require_a_batch(rows, args, "rows")
     return args
 

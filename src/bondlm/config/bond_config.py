@@ -322,7 +322,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     lr_scheduler_type: str = setting("constant_with_warmup", "The paper warms up for 100 steps, then stays constant.")
     warmup_steps: float = setting(100, "Paper: 100. Short runs need fewer.")
     # -- saving and logging
-    logging_steps: float = setting(10, "Steps between two logs.", may_change="always")
+    logging_steps: float = setting(10, "Steps between two logs.", above(0), may_change="always")
     dataloader_pin_memory: bool = setting(False, "Batches are rows of text, so there is nothing to pin.")
     remove_unused_columns: bool = setting(
         False,

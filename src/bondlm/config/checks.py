@@ -8,6 +8,7 @@ from typing import Any, get_origin
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from bondlm.config.optimization import check_optimization
 from bondlm.config.settings import Setting
 from bondlm.errors import ConfigError
 from bondlm.migration import UNSAFE_CODE
@@ -51,6 +52,7 @@ def check_inherited(c: Any) -> None:
     check_accelerator(c.accelerator_config)
     settle_direction(c)
     check_init_kwargs(c.model_init_kwargs)
+    check_optimization(c)
 
 
 def check_accelerator(settings: Any) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import Field, dataclass, field
 from typing import Any, Literal
 
-from bondlm.objectives.rules import Rule, at_least, finite, off, one_of
+from bondlm.objectives.rules import Rule, above, at_least, finite, off, one_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,11 +85,26 @@ _WITHOUT_EFFECT: dict[str, Setting] = {
     ),
 }
 
+LEVELS = ("passive", "debug", "info", "warning", "error", "critical", "detail")
+# Ranges that Trainer does not look at: it would train for no step, never log, or fail after the first rollout.
+LOOP: dict[str, Rule] = {
+    "max_steps": Rule(lambda value: value == -1 or value >= 1, "must be >= 1, or -1 for num_train_epochs"),
+    "num_train_epochs": above(0),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), above(0)),
+    **dict.fromkeys(("eval_delay", "dataloader_num_workers"), at_least(0)),
+    **dict.fromkeys(("log_level", "log_level_replica"), one_of(*LEVELS)),
+}
+
 # Of transformers' own settings, those of which something is known.
 OF_TRANSFORMERS: dict[str, Setting] = {
     **_WITHOUT_EFFECT,
-    **dict.fromkeys(("max_steps", "num_train_epochs"), Setting(may_change="if endless", shared=True)),
-    **dict.fromkeys(("output_dir", "save_steps", "eval_steps", "eval_strategy"), Setting(may_change="always")),
+    **{name: Setting(rule=rule) for name, rule in LOOP.items()},
+    **{
+        name: Setting(rule=LOOP[name], may_change="if endless", shared=True)
+        for name in ("max_steps", "num_train_epochs")
+    },
+    **{name: Setting(rule=LOOP[name], may_change="always") for name in ("save_steps", "eval_steps")},
+    **dict.fromkeys(("output_dir", "eval_strategy"), Setting(may_change="always")),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"), Setting(may_change="always")),
     # A step must have as many prompts as before: the checkpoint knows how many (runs/checkpoint.py).
     "per_device_train_batch_size": Setting(rule=at_least(1), may_change="always", shared=True),
