@@ -36,36 +36,44 @@ def test_score_writes_rows_and_sample_takes_the_best_of_them(tmp_path, capsys):
     assert "\n\n" not in printed
 
 
+@pytest.mark.parametrize("torn", [False, True, None], ids=["whole", "torn", "other seed"])
 @pytest.mark.parametrize("command", ["score", "sample"])
-def test_a_file_that_was_interrupted_does_not_look_whole_and_the_same_command_writes_it(
-    command, tmp_path, capsys, monkeypatch
+def test_an_interrupted_file_does_not_look_whole_and_the_same_command_continues_it(
+    command, torn, tmp_path, capsys, monkeypatch
 ):
     write_job(tmp_path)
-    out = tmp_path / "out.jsonl"
     arguments = [command, "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "train.jsonl")]
     arguments += ["--reward_funcs", f"{tmp_path}/reward.py:letters", "--max_completion_length", "4"]
-    arguments += ["--output", str(out)] + (["--num_samples", "2"] if command == "score" else [])
-    with monkeypatch.context() as patch:
-        patch.setattr("bondlm.cli.sample.CHUNK", 4)
-        draw, calls = Sampler.sample, []
+    arguments += ["--num_samples", "2"] if command == "score" else []
+    samples, out = 2 if command == "score" else 1, tmp_path / "out.jsonl"
+    monkeypatch.setattr("bondlm.cli.sample.CHUNK", 4)
+    assert main([*arguments, "--output", str(tmp_path / "at_once.jsonl")]) == 0
+    draw, drawn = Sampler.sample, []
 
-        def interrupted(*given, **named):
-            calls.append(1)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return draw(*given, **named)
+    def interrupted(self, chunk, *given, **named):
+        drawn.append(len(chunk))
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(self, chunk, *given, **named)
 
-        patch.setattr(Sampler, "sample", interrupted)
-        assert main(arguments) == 130
+    monkeypatch.setattr(Sampler, "sample", interrupted)
+    arguments += ["--output", str(out)]
+    assert main(arguments) == 130
     partial = tmp_path / "out.jsonl.part"
-    begun = rows(partial)
     assert not out.exists()
-    assert 0 < len(begun) <= 8
-    assert main(arguments) == 0
-    assert "out.jsonl.part, which was not finished, is written anew" in capsys.readouterr().err
-    assert not partial.exists()
-    assert len(rows(out)) == 16 * (2 if command == "score" else 1)
-    assert rows(out)[: len(begun)] == begun
+    assert len(rows(partial)) == 8 * samples
+    if torn:  # the last write was half done: its chunk is drawn again
+        partial.write_bytes(partial.read_bytes()[:-9])
+    assert main([*arguments, "--seed", "43"] if torn is None else arguments) == 0
+    said = capsys.readouterr().err
+    if torn is None:
+        assert "out.jsonl.part was made with another seed: it is written anew" in said
+        assert sum(drawn[3:]) == 16
+    else:
+        assert f"out.jsonl.part is continued: {4 if torn else 8} of 16 prompts are answered" in said
+        assert sum(drawn[3:]) == (12 if torn else 8)
+        assert out.read_bytes() == (tmp_path / "at_once.jsonl").read_bytes()
+    assert not list(tmp_path.glob("out.jsonl.part*"))
 
 
 def test_train_learns_from_what_score_wrote(tmp_path, capsys):

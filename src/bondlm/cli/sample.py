@@ -1,7 +1,7 @@
 """`bondlm sample`: one answer a prompt, or the best of N by any reward."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
+from bondlm.cli.draft import Draft
 from bondlm.cli.judge_costs import say_costs
 from bondlm.cli.sampling import check_sampling
 from bondlm.errors import ConfigError
@@ -32,14 +33,13 @@ def run(options: dict[str, Any]) -> int:
         raise ConfigError("temperature=0 draws the same answer every time: best_of needs a temperature above 0")
     source = options["dataset"] if options.get("prompt") is None else [{"prompt": options["prompt"]}]
     errors = make_console(stderr=True)
-    answers = generate(options, source, best_of, errors)
     if options.get("output"):
-        from bondlm.runs.folder import append_jsonl
-
-        with growing(fresh_file(str(options["output"])), errors) as partial:
-            for rows in answers:
-                append_jsonl(partial, [best(group) for group in rows])
+        draft = Draft(str(options["output"]), 1, errors)
+        for rows in generate(options, source, best_of, errors, draft=draft):
+            draft.add([best(group) for group in rows])
+        draft.finish()
         return 0
+    answers = generate(options, source, best_of, errors)
     from bondlm.evaluation.table import visible
 
     console = make_console()
@@ -66,32 +66,24 @@ def answer_length(options: Mapping[str, Any]) -> int:
     return int(options.get("max_completion_length", of_run))
 
 
-def fresh_file(name: str) -> Path:
-    """A path that can be appended to and has nothing yet.
+def made_from(options: Mapping[str, Any], sampler: Any, rows: Any, num_samples: int) -> dict[str, Any]:
+    """What decides the answers, beside the versions of what computes them."""
+    from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
+    from bondlm.data.origin import prompting_of
 
-    Raises:
-        ConfigError: it exists, or its folder does not.
-    """
-    path = Path(name)
-    if path.exists():
-        raise ConfigError(f"output={name!r} exists already: choose another name or remove it")
-    if not path.parent.is_dir():
-        raise ConfigError(f"output={name!r}: the folder {str(path.parent)!r} does not exist")
-    return path
-
-
-@contextmanager
-def growing(path: Path, console: Console) -> Iterator[Path]:
-    """Lend `FILE.part` to append to: it becomes `path` when the block ends well, so that half a file never looks whole.
-
-    What an interrupted command has left there is written anew: the same command draws the same samples.
-    """
-    partial = path.with_name(path.name + ".part")
-    if partial.exists():
-        console.print(f"{partial}, which was not finished, is written anew", highlight=False, soft_wrap=True)
-    partial.write_bytes(b"")
-    yield partial
-    partial.replace(path)
+    rewards = options.get("reward_funcs") or []
+    return {
+        "model": model_fingerprint(str(options["model"]), getattr(sampler.model.config, "_commit_hash", None)),
+        "rewards": [reward_fingerprint(spec) for spec in (rewards if isinstance(rewards, list) else [rewards])],
+        "prompting": prompting_of(sampler.encoder.rendering),
+        "prompts": rows_fingerprint(rows),
+        **{name: options.get(name) for name in ("reward_weights", "reward_aggregation", "reward_tolerances")},
+        "num_samples": num_samples,
+        "max_completion_length": answer_length(options),
+        "temperature": float(options.get("temperature", 1.0)),
+        "seed": int(options.get("seed", 42)),
+        "dtype": str(sampler.model.dtype).removeprefix("torch."),
+    }
 
 
 def generate(
@@ -99,13 +91,15 @@ def generate(
     source: Any,
     num_samples: int,
     console: Console,
-    on_loaded: Callable[[Any], object] | None = None,
     *,
+    draft: Draft | None = None,
+    on_loaded: Callable[[Mapping[str, Any]], object] | None = None,
     token_ids: bool = False,
 ) -> Any:
     """Yield, per chunk of prompts, a list of each prompt's answers as rows {prompt, completion[, reward]}.
 
-    `on_loaded` is told the sampler once it is there; `token_ids` of scored answers are wanted, too.
+    Prompts that the `draft` has already are left out; `on_loaded` is told what the answers are made from; `token_ids`
+    of scored answers are wanted, too.
     """
     with console.status("loading PyTorch, the model and the rewards"):
         from transformers.utils import logging as transformers_logging
@@ -119,12 +113,13 @@ def generate(
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         rendering = rendering_of(options, run=Path(str(options["model"])), takes_rendered=False)
+        now = rendering.now or (draft.now if draft is not None else None)
         sampler = Sampler(
             str(options["model"]),
             dtype=str(options.get("dtype", "auto")),
             max_rows=options.get("max_rows"),
             init_kwargs=load_kwargs(str(options["model"])),
-            rendering=replace(rendering, now=rendering.now or datetime.today()),  # one day, however long it takes
+            rendering=replace(rendering, now=now or datetime.today()),  # one day, however long it takes
         )
         lengths: dict[str, Any] = {"max_completion_length": answer_length(options)}
         rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)
@@ -140,13 +135,17 @@ def generate(
         )
         check_room(rewards, rows, lengths["max_completion_length"])
         aggregation = aggregation_of(options, [r.weight for r in rewards], len(rewards)) if rewards else SUM
-    if on_loaded is not None:
-        on_loaded(sampler)
+    first = 0
+    if draft is not None:
+        origin = made_from(options, sampler, rows, num_samples)
+        first = draft.begin(origin, len(rows), CHUNK)
+        (on_loaded or bool)(origin)
     progress = make_progress(console)
     # A live bar takes hold of stdout, where the answers go unless they are written to a file.
     with progress if options.get("output") else nullcontext():
         count = Counter(progress, f"{num_samples} answer(s) to each prompt", len(rows))
-        for start in range(0, len(rows), CHUNK):
+        count(first)
+        for start in range(first, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             drawn = sampler.sample(
                 chunk,
@@ -157,7 +156,7 @@ def generate(
                 **lengths,
             )
             scored = sampler.score(rewards, chunk, drawn, aggregation).rewards_PM if rewards else None
-            if start == 0 and scored is not None:
+            if start == first and scored is not None:
                 _warn_of_constant(scored, sampler.texts(drawn), chunk, console)
             if len(rows) > 1:
                 count(len(chunk))

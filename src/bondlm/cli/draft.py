@@ -1,0 +1,93 @@
+"""A file of answers while it is written: `FILE.part`, which the same command continues after an interruption."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bondlm.errors import ConfigError
+
+
+class Draft:
+    """`FILE.part`, and beside it `FILE.part.json` with what its rows are made from.
+
+    The answers of a prompt depend on its place and on the seed alone, so what is continued is what would have been
+    written at once.
+    """
+
+    def __init__(self, name: str, rows_per_prompt: int, console: Console) -> None:
+        """Nothing is written yet.
+
+        Raises:
+            ConfigError: the file exists, or its folder does not.
+        """
+        self.path = Path(name)
+        if self.path.exists():
+            raise ConfigError(f"output={name!r} exists already: choose another name or remove it")
+        if not self.path.parent.is_dir():
+            raise ConfigError(f"output={name!r}: the folder {str(self.path.parent)!r} does not exist")
+        self._partial, self._notes = (self.path.with_name(self.path.name + end) for end in (".part", ".part.json"))
+        self._rows_per_prompt, self._console = rows_per_prompt, console
+        self._then = self._noted() if self._partial.exists() else {}
+
+    @property
+    def now(self) -> datetime | None:
+        """The time that templates were told when the draft was begun, if there is one: its prompts have that date."""
+        text = self._then.get("prompting", {}).get("now")
+        return None if text is None else datetime.fromisoformat(text)
+
+    def begin(self, made_from: Mapping[str, Any], num_prompts: int, chunk: int) -> int:
+        """How many prompts are answered already, in whole chunks, by a draft that was made from the same."""
+        from bondlm.runs.folder import write_whole
+
+        made_from = json.loads(json.dumps(made_from))
+        whole = self._whole_rows()
+        if whole and (other := [name for name in made_from if made_from[name] != self._then.get(name)]):
+            self._say(f"{self._partial} was made with another {', '.join(other)}: it is written anew")
+            whole = []
+        prompts = len(whole) // self._rows_per_prompt
+        prompts -= 0 if prompts == num_prompts else prompts % chunk
+        self._partial.write_bytes(b"".join(whole[: prompts * self._rows_per_prompt]))
+        write_whole(self._notes, json.dumps(made_from, indent=2) + "\n")
+        if prompts:
+            self._say(f"{self._partial} is continued: {prompts} of {num_prompts} prompts are answered")
+        return prompts
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write more rows."""
+        from bondlm.runs.folder import append_jsonl
+
+        append_jsonl(self._partial, rows)
+
+    def finish(self) -> None:
+        """Give the file its name, now that it is whole."""
+        self._partial.replace(self.path)
+        self._notes.unlink(missing_ok=True)
+
+    def _noted(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._notes.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _whole_rows(self) -> list[bytes]:
+        """The lines of the draft up to the first that is torn."""
+        lines = self._partial.read_bytes().splitlines(keepends=True) if self._partial.exists() else []
+        for i, line in enumerate(lines):
+            if not (line.endswith(b"\n") and _is_json(line)):
+                return lines[:i]
+        return lines
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
