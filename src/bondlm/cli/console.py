@@ -33,11 +33,18 @@ def say_json(value: Mapping[str, Any]) -> None:
 LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal to draw a bar on
 
 
+class _Bars(Progress):
+    def stop(self) -> None:
+        """End them; rich before 14.3 prints an empty line also where there are none."""
+        if not self.disable:
+            super().stop()
+
+
 def make_progress(console: Console) -> Progress:
     """Bars with elapsed time and ETA, which go when they are done; none where there is no terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = not console.is_terminal
-    return Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True, disable=hidden)
+    return _Bars(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True, disable=hidden)
 
 
 def clock_text(seconds: float) -> str:

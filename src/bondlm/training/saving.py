@@ -56,14 +56,16 @@ class SavingTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, *more: Any, **named: Any) -> None:
         """Make the repository, at start: a run whose result has nowhere to go ends before it begins.
+
+        What else there is depends on the version of transformers.
 
         Raises:
             ConfigError: it cannot be made.
         """
         with _asking_the_hub(str(self.args.hub_model_id or self.args.output_dir)):
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token, *more, **named)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's card, unless there is one that says what was measured."""
@@ -86,7 +88,8 @@ class SavingTrainer(Trainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            # Older versions of transformers do not take `private`.
+            self.init_hf_repo(token, **({} if private is None else {"private": private}))
         self.save_model(_internal_call=True)
         self.create_model_card(**card)
         if not self.is_world_process_zero():
