@@ -54,7 +54,7 @@ case ${1:-check} in
     # roofline. Also memory of trainer and server (awake and asleep), seconds per update, probe gap.
     engines --model runs/peers/500m --num-prompts 21 64 85 --rounds 2 --sleep auto
     # Correctness: first tokens against the policy's probabilities, log-probabilities of each role, reloads of adapters
-    # and whole weights, a run of each. In fp32, so products must not be rounded to TF32.
+    # and whole weights, a run of each. Whole weights in fp32, so products must not be rounded to TF32.
     run 190 env BONDLM_VLLM_ON=cuda BONDLM_VLLM_PYTHON="$VLLM_PYTHON" TRITON_F32_DEFAULT=ieee \
       python3 -m pytest -q -p no:cacheprovider -m vllm tests/engines/vllm/test_real.py \
       -k "frequencies or own_distribution or reload or in_turn or training or fine_tuning"

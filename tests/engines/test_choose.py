@@ -93,6 +93,14 @@ def test_options_of_our_server(tmp_path: Path) -> None:
     )
 
 
+def test_adapters_on_an_fp32_base_are_refused_on_a_gpu(tmp_path: Path) -> None:
+    """vLLM's LoRA kernels there assert bf16 or fp16 at the first request, minutes after the start."""
+    of_gpu: Any = SimpleNamespace(device=torch.device("cuda"), vllm_server_args=None)
+    with pytest.raises(ConfigError, match=r"float32.*dtype: bfloat16"):
+        server_options(torch.float32, 8, 2, of_gpu)
+    assert "--enable-lora" in server_options(torch.bfloat16, 8, 2, of_gpu)
+
+
 def test_our_server_serves_the_revision_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And it has no way to serve another config than the one on file."""
     tiny_causal(TOKENIZER).save_pretrained(tmp_path / "model")

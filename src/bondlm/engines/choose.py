@@ -300,6 +300,11 @@ def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDC
     fitting = [r for r in VLLM_RANKS if r >= rank]
     if not fitting:
         raise ConfigError(f"LoRA r={rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
+    if dtype == torch.float32 and args.device.type != "cpu":
+        raise ConfigError(
+            "engine='vllm' with LoRA on a base in float32: on a GPU vLLM's LoRA kernels take bfloat16 and float16 "
+            "alone. Set dtype: bfloat16, or bf16: true"
+        )
     options = ["--dtype", _dtype_name(dtype), "--enable-lora", "--max-loras", str(num_adapters)]
     options += ["--max-lora-rank", str(fitting[0])]
     return options + _law_options(args)

@@ -13,7 +13,7 @@ from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
-from engines.vllm.helpers import EOS, ON_GPU, PYTHON, TOKENIZER, change, config, connect
+from engines.vllm.helpers import EOS, LORA_DTYPE, ON_GPU, PYTHON, TOKENIZER, change, config, connect
 from engines.vllm.stub import Stub, serving
 
 
@@ -66,7 +66,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("server")
-    options = server_options(torch.float32, 8, 2, config(folder)) + share_of_card()
+    options = server_options(LORA_DTYPE, 8, 2, config(folder)) + share_of_card()
     made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=400, on_cpu=not ON_GPU)
     yield made
     made.stop()

@@ -19,6 +19,7 @@ from engines.vllm.stub import Answer, Stub, first
 # Absolute, since tests change their folder; not resolved: a virtual environment's interpreter is a link.
 PYTHON = os.path.abspath(named) if (named := os.environ.get("BONDLM_VLLM_PYTHON", "")) else ""
 ON_GPU = os.environ.get("BONDLM_VLLM_ON") == "cuda"  # where the servers compute; benchmarks/on_gpu.sh
+LORA_DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # of a real server: vLLM's LoRA kernels know no fp32
 ALONE = World(size=1, rank=0, device=torch.device("cpu"))
 TOKENIZER = tiny_tokenizer()
 EOS = list(range(0, 300, 9))

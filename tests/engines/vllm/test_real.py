@@ -26,7 +26,7 @@ from bondlm.models.adapters import wrap_adapter
 from bondlm.models.logprobs import row_logprobs
 from bondlm.models.roles import Roles
 from bondlm.rewards import load_rewards, score
-from engines.vllm.helpers import ALONE, ON_GPU, PYTHON
+from engines.vllm.helpers import ALONE, LORA_DTYPE, ON_GPU, PYTHON
 
 pytestmark = [
     pytest.mark.vllm,
@@ -38,7 +38,9 @@ EOS = [2, *range(9, 300, 11)]
 IDS = [TOKENIZER.encode(prompt) for prompt in PROMPTS[:6]]
 SEEDS = list(range(100, 106))
 PROBE = TOKENIZER.encode("a text that server and trainer are compared by, with some words more")
-GAP = 1e-3  # nats a token, largest: two fp32 implementations
+GAP = 1e-3  # nats per token, largest: two fp32 implementations
+LORA_GAP = 0.15 if ON_GPU else GAP  # two bf16 ones: 0.05 to 0.09 were seen on a CPU
+APART = 0.3 if ON_GPU else 0.05  # what other weights make at least
 
 
 def config(folder: Path, **changes: Any) -> BONDConfig:
@@ -60,6 +62,9 @@ def config(folder: Path, **changes: Any) -> BONDConfig:
     return BONDConfig(**settings | changes)
 
 
+OF_LORA: dict[str, Any] = {"dtype": str(LORA_DTYPE).removeprefix("torch.")}
+
+
 def lora(rank: int = 8) -> LoraConfig:
     return LoraConfig(r=rank, target_modules="all-linear")
 
@@ -73,7 +78,7 @@ def change(roles: Roles, size: float) -> None:
 
 def load(base: str, rank: int = 8) -> Roles:
     torch.manual_seed(0)
-    roles = Roles(wrap_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora(rank)))
+    roles = Roles(wrap_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=LORA_DTYPE), lora(rank)))
     change(roles, 0.1)
     return roles
 
@@ -116,9 +121,9 @@ def test_each_role_has_its_own_distribution(engine: VLLMEngine, roles: Roles) ->
     """Three roles drawn in one batch: each scores as our own weights of that role do, and as no other's."""
     drawn = draw_all(engine)
     for role in ("policy", "anchor", "reference"):
-        assert largest_gap(roles, drawn[role], role) < GAP
-    assert largest_gap(roles, drawn["policy"], "anchor") > 0.05
-    assert largest_gap(roles, drawn["anchor"], "policy") > 0.05
+        assert largest_gap(roles, drawn[role], role) < LORA_GAP
+    assert largest_gap(roles, drawn["policy"], "anchor") > APART
+    assert largest_gap(roles, drawn["anchor"], "policy") > APART
     lengths = {len(c.ids) for row in drawn["policy"] for c in row}
     assert len(lengths) > 2
     assert any(c.finished for row in drawn["policy"] for c in row)
@@ -131,7 +136,7 @@ def test_greedy_tokens_are_those_of_the_transformers_engine(engine: VLLMEngine, 
         ours, theirs = here.generate(IDS, 1, **sampling), engine.generate(IDS, 1, **sampling)
         assert [c[0].ids for c in ours] == [c[0].ids for c in theirs]
         for (one,), (other,) in zip(ours, theirs, strict=True):
-            assert one.logprobs == pytest.approx(other.logprobs, abs=GAP)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=LORA_GAP)
 
 
 def test_a_sample_belongs_to_its_seed(engine: VLLMEngine) -> None:
@@ -174,15 +179,15 @@ def test_a_hot_reload_changes_probe_and_samples(engine: VLLMEngine, roles: Roles
     change(roles, 0.1)
     engine.sync()
     after = engine._servers[0].client.prompt_logprobs("bondlm-policy", PROBE, "x")
-    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) > 0.05
-    assert engine.probe_gap["policy"] < GAP
+    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) > APART
+    assert engine.probe_gap["policy"] < LORA_GAP
     drawn = draw_all(engine)
-    assert largest_gap(roles, drawn["policy"], "policy") < GAP
-    assert largest_gap(roles, drawn["anchor"], "anchor") < GAP
+    assert largest_gap(roles, drawn["policy"], "policy") < LORA_GAP
+    assert largest_gap(roles, drawn["anchor"], "anchor") < LORA_GAP
 
 
 def test_a_stale_reload_is_caught(engine: VLLMEngine, roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
-    change(roles, 1e-3)
+    change(roles, 0.1 if ON_GPU else 1e-3)  # beyond the rounding
     monkeypatch.setattr(engine._servers[0].client, "load_adapter", lambda name, folder: None)
     with pytest.raises(EngineError, match="reload"):
         engine.sync()
@@ -200,15 +205,17 @@ def short(completions: list[str]) -> list[float]:
 def test_training(server: LocalServer, base: str, tmp_path: Path) -> None:
     """Three steps of J-BOND; both adapters move at each, and every sample scores as the weights that learn."""
     made = BONDTrainer(
-        *(base, short, config(tmp_path, vllm_base_url=server.url), prompt_rows(9)), prompt_rows(4), peft_config=lora()
+        *(base, short, config(tmp_path, **OF_LORA, vllm_base_url=server.url), prompt_rows(9)),
+        prompt_rows(4),
+        peft_config=lora(),
     )
     made.train()
     gaps = [row[GAP_METRIC] for row in made.state.log_history if GAP_METRIC in row]
     assert len(gaps) == 3
-    assert max(gaps) < GAP
+    assert max(gaps) < LORA_GAP
     assert all(float((anchor - policy).detach().abs().max()) > 0 for _, anchor, policy in made.roles.anchor_pairs)
     assert "eval_effective_n" in made.evaluate()  # in step with the weights as they are now
-    assert made.engine.probe_gap["policy"] < GAP  # type: ignore[attr-defined]
+    assert made.engine.probe_gap["policy"] < LORA_GAP  # type: ignore[attr-defined]
 
 
 def test_a_judge_is_held_to_a_ranking_and_its_tokens_are_counted(server: LocalServer, base: str) -> None:
@@ -240,7 +247,7 @@ def alive_in_group(group: int) -> list[str]:
 
 def test_a_server_of_our_own(base: str, tmp_path: Path) -> None:
     """`vllm_server: auto` starts it, trains and leaves nothing running."""
-    settings = {"vllm_server": "auto", "vllm_python": PYTHON, "vllm_start_timeout": 400.0, "max_steps": 1}
+    settings = {**OF_LORA, "vllm_server": "auto", "vllm_python": PYTHON, "vllm_start_timeout": 400.0, "max_steps": 1}
     made = BONDTrainer(*(base, short, config(tmp_path, **settings), prompt_rows(6)), peft_config=lora())
     made.train()
     server = made.engine._server  # type: ignore[attr-defined]
@@ -283,8 +290,8 @@ def test_one_server_is_given_each_roles_weights_in_turn(whole_server: LocalServe
         for role in ("policy", "anchor", "reference"):
             assert engine.probe_gap[role] < GAP  # type: ignore[index]
             assert largest_gap(roles, drawn[role], role) < GAP
-        assert largest_gap(roles, drawn["policy"], "anchor") > 0.05
-        assert largest_gap(roles, drawn["anchor"], "policy") > 0.05
+        assert largest_gap(roles, drawn["policy"], "anchor") > APART
+        assert largest_gap(roles, drawn["anchor"], "policy") > APART
         move(roles, 0.02)
         engine.sync()
     assert list(tmp_path.iterdir()) == []
