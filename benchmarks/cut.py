@@ -62,9 +62,9 @@ def measure(args: argparse.Namespace, limit: int | None) -> dict[str, float]:
         plain, seen = made._smaller.learn, {}
 
         def learn(*inputs):
-            before, began = peak_gib(), time.perf_counter()
+            before, began = peak_gib(), clock()
             loss = plain(*inputs)
-            seen.update(seconds=time.perf_counter() - began, gib=peak_gib() - before)
+            seen.update(seconds=clock() - began, gib=peak_gib() - before)
             return loss
 
         made._smaller.learn = learn
@@ -91,13 +91,22 @@ def build(args: argparse.Namespace, folder: str, limit: int | None) -> BONDTrain
     settings |= {"per_device_train_batch_size": len(args.prompts), "max_completion_length": args.new}
     word = len(tokenizer.encode("rain " * 100)) / 100
     rows = [{"prompt": "rain " * round(tokens / word)} for tokens in args.prompts]
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a billion random numbers: slow on a CPU
+        model = LlamaForCausalLM(config)
     return BONDTrainer(
-        LlamaForCausalLM(config),
+        model,
         lambda completion_ids: [float(sum(ids)) for ids in completion_ids],
         BONDConfig(output_dir=folder, max_tokens_per_micro_batch=limit, **settings),
         train_dataset=rows,
         processing_class=tokenizer,
     )
+
+
+def clock() -> float:
+    """Seconds, when the GPU has done what was launched."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_gib() -> float:

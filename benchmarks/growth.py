@@ -122,7 +122,9 @@ def llama(args: argparse.Namespace, vocabulary: int, *, longest: int):
         eos_token_id=None,
         bos_token_id=None,
     )
-    return LlamaForCausalLM(config).to(DEVICE, getattr(torch, args.dtype)).eval()
+    with DEVICE:  # a billion random numbers: slow on a CPU
+        model = LlamaForCausalLM(config)
+    return model.to(getattr(torch, args.dtype)).eval()
 
 
 def best(work: Callable[[], object]) -> float:

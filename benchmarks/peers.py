@@ -78,9 +78,17 @@ def main() -> None:
         return
     prepare(args)
     with_vllm = {name: args.vllm_python for name in ("rloo", "grpo") if args.vllm_python}
-    results = {
-        name: in_a_process(name, python=with_vllm.get(name, sys.executable)) for name in ["bondlm", *args.against]
-    }
+    names = ("size", "lora", "dtype", "completions", "lengths", "settings", "threads", "steps")
+    setting = {name: getattr(args, name) for name in names} | {"vllm": bool(args.vllm_python), "sleep": args.sleep}
+    tokens = sum(min(args.tokens, length) for length in lengths(args))
+    setting |= {"most_tokens": args.tokens, "tokens": tokens}
+    results = {}
+    for name in ["bondlm", *args.against]:
+        try:
+            results[name] = in_a_process(name, python=with_vllm.get(name, sys.executable))
+        except SystemExit:  # out of memory, or of time: what the others took is a result, too
+            append(args.out, setting | {"results": results, "failed": name})
+            raise
     ours = results["bondlm"]
     for name in args.against:
         sizes = () if args.vllm_python else ("peak_gib",)  # vLLM fills what it is given, in TRL's process
@@ -88,7 +96,6 @@ def main() -> None:
         if results[name]["generate"]:
             ratios["generate"] = ours["generate"] / results[name]["generate"]
         print(f"bondlm / {name}: " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()), flush=True)
-    tokens = sum(min(args.tokens, length) for length in lengths(args))
     for name, result in results.items():
         if name != "sft":
             seen = result["length"] * args.completions  # NaN for OnlineDPO, which does not log it
@@ -96,9 +103,7 @@ def main() -> None:
             assert math.isnan(seen) or abs(seen - tokens) < allowed, f"{name} drew {seen} tokens, not {tokens}"
             result["cpu_ms_per_token"] = 1000 * result["cpu"] / tokens
             print(f"{name:10} {result['cpu_ms_per_token']:.2f} CPU ms a completion token", flush=True)
-    names = ("size", "lora", "dtype", "completions", "lengths", "settings", "threads", "steps")
-    setting = {name: getattr(args, name) for name in names} | {"vllm": bool(args.vllm_python), "sleep": args.sleep}
-    append(args.out, {**setting, "most_tokens": args.tokens, "tokens": tokens, "results": results})
+    append(args.out, setting | {"results": results})
 
 
 def lengths(args: argparse.Namespace) -> list[int]:

@@ -30,13 +30,19 @@ def main() -> None:
     add_out(parser, "t5_step")
     args = parser.parse_args()
     if args.one:
-        print("RESULT " + json.dumps(measure(build(args), args.threads, args.prompts * SAMPLES)))
+        trainer = build(args)
+        result = measure(trainer, args.threads, args.prompts * SAMPLES)
+        print("RESULT " + json.dumps(result | {"recorded": trainer.engine._graphs.wanted and trainer.args.n_gpu > 0}))
         return
-    results = {name: in_a_process(name) for name in WAYS}
+    setting = {name: getattr(args, name) for name in ("prompts", "tokens", "width", "layers", "steps", "threads")}
+    results = {}
+    for name in WAYS:
+        results[name] = in_a_process(name)
+        append(args.out, setting | {"results": {name: results[name]}})  # one by one: the machine may be taken away
+    if not results["recorded"]["recorded"]:
+        print("no graph was recorded: without a GPU, or refused by the engine (its warning says why)", flush=True)
     ratios = {key: results["recorded"][key] / results["plain"][key] for key in ("wall", "generate")}
     print("recorded / plain: " + "  ".join(f"{key} {value:.2f}" for key, value in ratios.items()), flush=True)
-    setting = {name: getattr(args, name) for name in ("prompts", "tokens", "width", "layers", "steps", "threads")}
-    append(args.out, setting | {"results": results})
 
 
 def build(args: argparse.Namespace):

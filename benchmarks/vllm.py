@@ -9,16 +9,19 @@ includes two updates. A model without a chat template (those of peers.py) gets r
 
 The share of the roofline is the time that roofline.py computes for prefill and decoding with the model's own weights,
 divided by the time taken; the machine's rates are measured on an idle card, before the server starts. On a GPU the
-memory is recorded too: the trainer's peak, and what the server takes of the card while awake and while asleep.
+memory is recorded too: the trainer's peak, and what the server takes of the card while awake and while asleep. With
+--sleep auto the server sleeps while the transformers engine draws, and no rate has sleeping or waking in it.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from facts import add_out, append
@@ -45,10 +48,14 @@ def main() -> None:
     add_out(parser, "vllm")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for result in measure(args, Path(folder)):
-            report(result)
-            names = ("model", "tokens", "threads", "dtype", "rounds", "whole", "sleep", "server_args")
-            append(args.out, {name: getattr(args, name) for name in names} | result)
+        try:
+            for result in measure(args, Path(folder)):
+                report(result)
+                names = ("model", "tokens", "threads", "dtype", "rounds", "whole", "sleep", "server_args")
+                append(args.out, {name: getattr(args, name) for name in names} | result)
+        finally:  # what it says of a failure goes with the machine otherwise
+            if (log := Path(folder) / "vllm" / "server.log").is_file():
+                shutil.copy(log, Path(args.out).with_suffix(".server.log"))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
@@ -73,6 +80,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     roles = Roles(model if args.whole else wrap_adapter(model, LoraConfig(r=16, target_modules="all-linear")))
     everything = encoded(args, tokenizer, model)
     roof = (matrix_rate(model.dtype), read_bandwidth())
+    forget_peak()  # measuring the card has taken memory
     encoder = PromptEncoder.of_model(roles.core, tokenizer)
     ends = {"eos_ids": encoder.eos_ids, "pad_id": encoder.pad_id}
     settings = {"engine": "vllm", "vllm_server": "auto", "vllm_python": args.vllm_python}
@@ -86,6 +94,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     server._wake()
     memory["awake"] = card_of_others() - others
     here = TransformersEngine(roles.use, **ends)
+    server._sleeps = False  # no draw sends it to sleep: `settle` does, outside what is timed
 
     def one_by_one(engine, prompts, seeds):
         law = {"max_new_tokens": args.tokens, "seeds": seeds}
@@ -123,7 +132,9 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     try:
         with measuring_alone(args.pause):
             for size in args.num_prompts:
-                result = compare(everything[:size], args.rounds, ways, update, least)
+                result = compare(
+                    everything[:size], args.rounds, ways, update, least, partial(settle, server, args.sleep)
+                )
                 result |= {"start_seconds": start_seconds, "probe_gap": server.probe_gap}
                 if torch.cuda.is_available():
                     most = {"trainer": torch.cuda.max_memory_allocated()}
@@ -143,6 +154,27 @@ def encoded(args: argparse.Namespace, tokenizer, model) -> list[list[int]]:
         tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)
         for line in lines
     ]
+
+
+def settle(server, sleep: str, name: str) -> float:
+    """Before a way to draw: the transformers engine has the card that it has in a run. Returns seconds."""
+    begin = time.perf_counter()
+    if name != "transformers":
+        server._wake()
+    elif sleep == "auto":
+        server._sleeps = True
+        server._sleep()
+        server._sleeps = False
+    return time.perf_counter() - begin
+
+
+def forget_peak() -> None:
+    """Begin anew to look for the most memory in use."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def card_of_others() -> int:
@@ -177,14 +209,22 @@ def measuring_alone(pause: Path | None) -> Iterator[None]:
             pause.unlink(missing_ok=True)
 
 
-def compare(prompts: list, rounds: int, ways: dict, update: Callable[[], float], least: Callable[..., float]) -> dict:
+def compare(
+    prompts: list,
+    rounds: int,
+    ways: dict,
+    update: Callable[[], float],
+    least: Callable[..., float],
+    settle: Callable[[str], float],
+) -> dict:
     """Tokens per second of every way to draw, and its share of the roofline; ways take turns."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     shares: dict[str, list[float]] = {name: [] for name in ways}
-    syncs = []
+    syncs, settling = [], []
     for number in range(rounds + 1):  # the first is warm-up
         syncs.append(update())
         for name, (draw, batches) in ways.items():
+            settling.append(settle(name))
             begin = time.perf_counter()
             drawn = draw(prompts, [1000 * number + i for i in range(len(prompts))])
             seconds = time.perf_counter() - begin
@@ -196,6 +236,7 @@ def compare(prompts: list, rounds: int, ways: dict, update: Callable[[], float],
         "share_of_roofline": {name: statistics.median(values[1:]) for name, values in shares.items()},
         "all_rounds": {name: values[1:] for name, values in rates.items()},
         "sync_seconds": statistics.median(syncs[1:]),
+        "sleep_and_wake_seconds": sum(settling[len(ways) :]) / rounds,  # per round: once each, if the server sleeps
     }
 
 

@@ -56,8 +56,14 @@ def test_the_job_script_starts_a_process_on_each_gpu(tmp_path: Path) -> None:
 
 
 def test_a_job_whose_time_is_up_queues_again_when_it_has_saved(tmp_path: Path) -> None:
-    saves = f"trap 'sleep 0.3; echo saved >> {tmp_path}/called; exit 1' TERM\ntouch {tmp_path}/runs"
-    environment = slurm(tmp_path, f"{saves}\nwhile true; do sleep 0.05; done")
+    """The signal goes to the job's steps: srun itself answers it by killing them."""
+    saves = f"trap 'sleep 0.3; echo saved >> {tmp_path}/called; exit 1' TERM; touch {tmp_path}/runs"
+    step = f'bash -c "{saves}; while true; do sleep 0.05; done" & echo $! > {tmp_path}/step'
+    environment = slurm(tmp_path, f"{step}\ntrap 'kill -KILL $(cat {tmp_path}/step)' TERM\nwait $!\nwait $!")
+    (tmp_path / "scancel").write_text(
+        f'#!/bin/bash\n[ "$*" = "--signal=TERM 7" ] && kill -TERM $(cat {tmp_path}/step)\n'
+    )
+    (tmp_path / "scancel").chmod(0o755)
     job = subprocess.Popen(SCRIPT, env=environment)
     end = time.monotonic() + 60
     while not (tmp_path / "runs").exists() and time.monotonic() < end:

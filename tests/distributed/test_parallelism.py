@@ -5,10 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from bondlm.errors import ConfigError
 from bondlm.models.deepspeed import require_same_sharding
-from bondlm.models.sharding import check_parallelism
+from bondlm.models.sharding import check_parallelism, full_precision_outputs
 
 
 def arguments(**given: Any) -> Any:
@@ -109,3 +111,16 @@ def test_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("FSDP_OFFLOAD_PARAMS", "false")):
         monkeypatch.setenv(name, value)
     check_parallelism(arguments())
+
+
+def test_fsdp_in_bf16_adds_gradients_up_in_fp32() -> None:
+    """As DDP and ZeRO do; accelerate would have all three in bf16."""
+    plain = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    plugin = SimpleNamespace(mixed_precision_policy=plain)
+    full_precision_outputs(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), asked_for=True)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
