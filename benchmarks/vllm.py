@@ -116,25 +116,11 @@ def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict]:
     if args.whole:
         ways.popitem()
 
-    def update():
-        """Seconds until the server holds changed weights: those of both adapters, or of one role (mean over roles)."""
-        seconds = []
-        with torch.no_grad():
-            for parameter in filter(lambda p: p.requires_grad, roles.model.parameters()):
-                parameter.mul_(1 + 1e-3 * torch.randn(1, device=parameter.device))
-        for role in ROLES if args.whole else (None,):
-            begin = time.perf_counter()
-            server._wake()
-            server._hold(role) if args.whole else server.sync()
-            seconds.append(time.perf_counter() - begin)
-        return statistics.mean(seconds)
-
+    change, settled = partial(update, server, roles, whole=args.whole), partial(settle, server, args.sleep)
     try:
         with measuring_alone(args.pause):
             for size in args.num_prompts:
-                result = compare(
-                    everything[:size], args.rounds, ways, update, least, partial(settle, server, args.sleep)
-                )
+                result = compare(everything[:size], args.rounds, ways, change, least, settled)
                 result |= {"start_seconds": start_seconds, "probe_gap": server.probe_gap}
                 if torch.cuda.is_available():
                     most = {"trainer": torch.cuda.max_memory_allocated()}
@@ -154,6 +140,22 @@ def encoded(args: argparse.Namespace, tokenizer, model) -> list[list[int]]:
         tokenizer.apply_chat_template(json.loads(line)["prompt"], add_generation_prompt=True, return_dict=False)
         for line in lines
     ]
+
+
+def update(server, roles, *, whole: bool) -> float:
+    """Seconds until the server holds changed weights: those of both adapters, or of one role (mean over roles)."""
+    import torch
+
+    seconds = []
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, roles.model.parameters()):
+            parameter.mul_(1 + 1e-3 * torch.randn(1, device=parameter.device))
+    server._wake()
+    for role in ROLES if whole else (None,):
+        begin = time.perf_counter()
+        server._hold(role) if whole else server.sync()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.mean(seconds)
 
 
 def settle(server, sleep: str, name: str) -> float:

@@ -50,10 +50,10 @@ TRAIN = (
         "train_dataset": "Prompts: .jsonl, .json, .csv or .parquet files, a saved data set, or NAME:CONFIG:SPLIT of "
         "the hub. Required.",
         "eval_dataset": "Held-out prompts of the same kinds, evaluated at the end (and every eval_steps).",
-        "judges": "Rewards that are not optimised, as in reward_funcs, for the final evaluation. --judge adds one.",
+        "judges": "Rewards that are not optimised, for the final evaluation; given as reward_funcs. --judge adds one.",
         "resume": "'auto' (default) continues a run in output_dir, 'never' refuses to; or a checkpoint folder.",
         "allow_config_change": "Continue a run with changed settings; env.json keeps the list of changes.",
-        "preset": "Values for what you leave out: paper (the defaults) or fast (for tens of steps).",
+        "preset": "Values for settings you leave out: paper (the defaults) or fast (for tens of steps).",
     }
     | LORA
 )
@@ -76,14 +76,14 @@ REWARD_MODEL = (
     {"model": "An encoder or a language model, folder or hub name. Required."}
     | {
         "train_dataset": "Files with rows {prompt, chosen, rejected}. Required.",
-        "eval_dataset": "Pairs of other prompts, for the accuracy. Default: every tenth prompt is held out.",
+        "eval_dataset": "Pairs on other prompts, to measure accuracy. Default: every tenth prompt is held out.",
         "max_length": "Maximum length of prompt and answer in tokens. Default: the model's.",
         "output_dir": "Folder for the reward model. Default: runs/reward-model.",
-        "members": "Train this many from one start and average their weights (WARM). Default: 1.",
+        "members": "Train this many from the same start and average their weights (WARM). Default: 1.",
         "member_learning_rates": "Used in turn. Default: learning_rate and half of it.",
         "member_dropouts": "Used in turn. Default: 0.05, 0.1 and 0.",
         "member_starts": "Checkpoints of a fine-tuning run, used in turn. Default: the model.",
-        "flip_labels": "Swap chosen and rejected in this share of the training pairs, to see what wrong labels do. "
+        "flip_labels": "Swap chosen and rejected in this share of the training pairs, to see how wrong labels hurt. "
         "Default: 0.",
         "prompt_format": "How plain text is given to the model: 'auto' (messages, if it has a chat template), 'chat' "
         "or 'plain' (prompt and answer joined).",
@@ -93,7 +93,7 @@ REWARD_MODEL = (
 MERGE_CURVE = (
     {
         "curve": "Also evaluate the path to the reference: true (0, 0.2, .. 0.8), or a list of values of "
-        "toward_reference. The options below are for this, and as in `eval`; samples are kept in curve/.",
+        "toward_reference. The options below apply only to this, as in `eval`; samples are kept in curve/.",
         "dataset": "Prompts, at least 2. Default: the runs' eval_dataset.",
         "judges": "Rewards that were not optimised. --judge adds one.",
         "num_samples": "Policy samples per prompt and point. Default: 8.",
@@ -106,9 +106,9 @@ MERGE_CURVE = (
 MERGE = {
     "runs": "At least 2 run folders of one model, written after `merge`.",
     "method": "How task vectors are merged, tensor by tensor: 'slerp' (default; keeps their length) or 'mean'.",
-    "toward_reference": "How far to go back to the reference, from 0 (default: the merge itself) to below 1.",
+    "toward_reference": "How far to move back toward the reference: 0 (default, the merge itself) up to but below 1.",
     "rank": "Rank of a merged LoRA adapter. Default: the sum of the runs' ranks, which is exact.",
-    "reference": "The model that the runs were trained from. Default: as they say.",
+    "reference": "The model that the runs were trained from. Default: the one that the runs name.",
     "output_dir": "Folder for the merged run. Required.",
 } | MERGE_CURVE
 COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
@@ -140,14 +140,14 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         | _JSON,
     ),
     "eval": (
-        "Measure which Best-of-N one sample of a policy is worth, and at what KL.",
+        "Measure the N for which one sample of a policy matches Best-of-N, and its KL.",
         {
             "model": "The policy: a run folder, an adapter folder or a model. Required.",
             "reference": "What to compare with. Default: the model that the run or adapter was trained from.",
             "dataset": "Prompts, at least 2. Default: the run's eval_dataset.",
-            "judges": "Rewards that were not optimised, as in reward_funcs, to report beside them. --judge adds one.",
+            "judges": "Rewards that were not optimised, given as reward_funcs, to report as well. --judge adds one.",
             "opponent": "Another policy; the win rate against one sample of it is reported as well.",
-            "orders": "A list of n: the policy is compared with Best-of-n of each. Default: 1, 2, 4, ..",
+            "orders": "A list of n: the policy is compared with Best-of-n for each. Default: 1, 2, 4, ..",
             "reference_column": "A text column of the data; ROUGE-L against it becomes one more judge.",
             "num_samples": "Policy samples per prompt. Default: 8.",
             "num_reference_samples": "Reference samples per prompt; N can be measured up to this. Default: 32.",
@@ -165,7 +165,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
         "Pick the better of two answers on a local page: bondlm prefer RUN, or a file written by `score`.",
         {
             "runs": "A run folder (its samples.jsonl) or a file of samples, written after `prefer`.",
-            "output": "The file that choices are added to. Default: preferences.jsonl beside the samples.",
+            "output": "The file that choices are added to. Default: preferences.jsonl next to the samples.",
             "pairs_per_prompt": "Maximum number of pairs per prompt. Default: 1.",
             "seed": "Seed for pairs, sides and the order of prompts. Default: 42.",
             "port": "Port of the page, on this machine only. Default: any free one.",

@@ -42,7 +42,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     # -- objective
     objective: str = setting(
         "jbond",
-        "What to distil with: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, grpo, vbon, bonbon, "
+        "Training objective: jbond (Algorithm 2), bond, best_of_n_sft, reinforce, rloo, grpo, vbon, bonbon, "
         "best_of_n_regression, self_bond or listwise.",
         one_of(*OBJECTIVES),
     )
@@ -58,7 +58,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     anchor: AnchorSchedule = setting(
         None,
         "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed' (default of reinforce, rloo "
-        "and grpo; self_bond has no other).",
+        "and grpo; the only one for self_bond).",
         one_of(*get_args(AnchorSchedule)),
     )
     eta: float = setting(
@@ -75,7 +75,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     average_weights: float | None = setting(
         None,
-        "Evaluate and save a running average of the weights, over about this last fraction of the steps so far; 0: "
+        "Evaluate and save a running average of the weights, over about this final fraction of the steps so far; 0: "
         "the weights of the last step. Default: 1/3 for self_bond and with gamma_ref, unless the learning rate falls; "
         "else 0.",
         between(0, 1, "a fraction of the run"),
@@ -87,7 +87,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     num_anchor_samples: int | None = setting(
         None,
-        "Anchor samples k behind a quantile. Default: 2 for jbond, 16 for bond and vbon, 1 for a learned quantile.",
+        "Anchor samples k per quantile estimate. Default: 2 for jbond, 16 for bond and vbon, 1 for a learned quantile.",
     )
     log_quantile: str | None = setting(
         None,
@@ -115,7 +115,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         "8, or all logged ones; best_of_n_regression: default n, or all logged ones.",
     )
     adaptive_strength: bool = setting(
-        False, "self_bond: set the signal's strength by the N that is measured during training.", may_change="never"
+        False, "self_bond: adapt the signal's strength to the N measured during training.", may_change="never"
     )
     scale_rewards: str = setting(
         "group", "grpo: 'group' divides a prompt's rewards by their standard deviation, 'none' does not."
@@ -171,7 +171,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     reward_timeout_s: float = setting(
         60.0,
-        "Seconds that a request to a reward server, or a call of an async reward function, may take.",
+        "Seconds that a request to a reward server, or a call to an async reward function, may take.",
         above(0, "seconds"),
         may_change="always",
     )
@@ -184,7 +184,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     max_skipped_frac: float = setting(
         0.01,
         "Fraction in [0, 1] of prompts whose reward may fail; these prompts are dropped and counted. One may always "
-        "fail, unless this is 0. The same limit holds for bad rows with on_bad_row='skip'.",
+        "fail, unless this is 0. The same limit applies to bad rows with on_bad_row='skip'.",
         between(0, 1),
         may_change="always",
     )
@@ -202,7 +202,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
 
     # -- engine
-    model_init_kwargs: Keywords = setting(None, "Keyword arguments of from_pretrained for a model name.")
+    model_init_kwargs: Keywords = setting(None, "Keyword arguments for from_pretrained, if the model is given by name.")
     dtype: NoOption = setting(
         "auto",
         "Dtype of frozen weights with LoRA: 'float32', 'bfloat16' or 'auto' (bf16 where the hardware has it).",
@@ -211,7 +211,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     cast_lm_head_to_fp32: bool = setting(
         False,
         "Compute logits in fp32 where the other layers compute in bf16 (bf16, or a bf16 base under an adapter): all "
-        "roles, in sampling and learning. A vLLM server has a head of its own.",
+        "roles, in sampling and learning. A vLLM server uses its own head.",
     )
     engine: str = setting(
         "auto",
@@ -274,13 +274,13 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     pad_to_multiple_of: int | None = setting(
         None,
         "Rows that are learned from and scored are padded to a multiple of this many tokens, where a kernel or "
-        "torch_compile wants few widths; no number changes but by rounding. Default: to the longest row.",
+        "torch_compile wants few widths; numbers change only by rounding. Default: to the longest row.",
         at_least(1),
         may_change="always",
     )
     max_tokens_per_micro_batch: int | None = setting(
         None,
-        "Tokens, with padding, that learn at a time; a larger micro-batch is cut, for the same gradient. Default: all.",
+        "Maximum tokens, with padding, per pass; a larger micro-batch is cut, for the same gradient. Default: none.",
         at_least(1),
         may_change="always",
     )
@@ -331,8 +331,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     ddp_timeout: int | None = setting(  # type: ignore[assignment]
         None,
-        "Seconds that a process waits for another one. Default: the largest of 600, of what a reward server may take "
-        "(reward_outage_s + 2 * reward_timeout_s + 60: 780), and with engine='vllm' of 2 * vllm_timeout + 60.",
+        "Seconds that a process waits for another one. Default: the largest of 600, what a reward server may take "
+        "(reward_outage_s + 2 * reward_timeout_s + 60: 780), and, with engine='vllm', 2 * vllm_timeout + 60.",
         above(0, "seconds"),
         may_change="always",
     )
