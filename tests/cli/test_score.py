@@ -76,6 +76,14 @@ def test_an_interrupted_file_does_not_look_whole_and_the_same_command_continues_
     assert not list(tmp_path.glob("out.jsonl.part*"))
 
 
+def test_an_output_that_cannot_be_written_is_named_before_the_model_is_loaded(tmp_path, capsys):
+    reward = ["--reward_funcs", "nowhere.py:f", "--model", "nowhere", "--dataset", "nowhere.jsonl"]
+    assert main(["score", *reward, "--output", "/proc/scored.jsonl"]) == 2
+    assert "output='/proc/scored.jsonl' cannot be written: " in capsys.readouterr().err
+    assert main(["score", *reward, "--output", str(tmp_path / "scored.jsonl")]) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_learns_from_what_score_wrote(tmp_path, capsys):
     write_job(tmp_path)
     common = ["--model", str(tmp_path / "model"), "--max_completion_length", "8"]

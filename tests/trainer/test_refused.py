@@ -12,7 +12,7 @@ from tiny import prompt_rows, tiny_causal
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from bondlm.errors import ConfigError, DataError
+from bondlm.errors import CheckpointError, ConfigError, DataError
 from trainer.helpers import TOKENIZER, logged, lora, same, trainer, weights
 
 
@@ -109,3 +109,20 @@ def test_an_optimizer_that_lacks_what_is_trained_is_refused(tmp_path: Path) -> N
     made = trainer(tmp_path, tiny_causal(TOKENIZER), max_steps=1)
     held = torch.optim.SGD(made.roles.model.parameters(), lr=1e-3)
     trainer(tmp_path / "held", made.roles.model, max_steps=1, optimizers=(held, None)).train()
+
+
+def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
+    """What `sft` or `reward-model` made there would be lost, or be taken for the run's."""
+    tiny_causal(TOKENIZER).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"already holds a model \(model.safetensors\)"):
+        trainer(tmp_path).train()
+
+
+def test_a_config_of_an_adapter_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"peft_config=\{'r': 4\}: give a config of peft"):
+        trainer(tmp_path, peft_config={"r": 4})
+
+
+def test_there_is_nothing_to_predict(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="predict: completions have no labels"):
+        trainer(tmp_path).predict(prompt_rows(2))

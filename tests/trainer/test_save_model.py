@@ -64,3 +64,11 @@ def test_a_run_can_start_from_the_adapter_of_another(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(reference), start, atol=1e-5, rtol=0)
     with second.roles.use("policy") as policy:
         assert not torch.allclose(logits(policy), start, atol=1e-2)
+
+
+def test_a_card_of_a_run_that_was_not_measured(tmp_path: Path) -> None:
+    """Trainer's own: it multiplies the size of evaluation batches, which are all held-out prompts."""
+    made = trainer(tmp_path, eval_dataset=prompt_rows(3))
+    made.create_model_card()
+    assert "eval_batch_size: 3" in (tmp_path / "README.md").read_text()
+    assert made.args.per_device_eval_batch_size is None

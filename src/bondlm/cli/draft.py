@@ -32,6 +32,12 @@ class Draft:
         self._partial, self._notes = (self.path.with_name(self.path.name + end) for end in (".part", ".part.json"))
         self._rows_per_prompt, self._console = rows_per_prompt, console
         self._then = self._noted() if self._partial.exists() else {}
+        try:
+            self._partial.touch()
+        except OSError as error:
+            raise ConfigError(f"output={name!r} cannot be written: {error.strerror}") from error
+        if not self._partial.stat().st_size:
+            self._partial.unlink()  # nothing looks begun until it is
 
     @property
     def now(self) -> datetime | None:

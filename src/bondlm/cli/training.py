@@ -14,7 +14,7 @@ from rich.console import Console
 from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
 from bondlm.objectives.rules import Rule, at_least, between, off, one_of, whole
-from bondlm.runs.folder import plain, write_whole
+from bondlm.runs.folder import plain, weights_file, write_whole
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -84,9 +84,8 @@ def fresh_folder(options: Mapping[str, Any], default: str) -> Path:
         CheckpointError: it holds a model already.
     """
     folder = Path(str(options.get("output_dir") or default))
-    for name in ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).exists():
-            raise CheckpointError(f"{folder} already holds a model ({name}): choose another output_dir or remove it")
+    if (name := weights_file(folder)) is not None:
+        raise CheckpointError(f"{folder} already holds a model ({name}): choose another output_dir or remove it")
     return folder
 
 

@@ -140,7 +140,8 @@ def print_evaluation(
     """A compact table of an evaluation in training: flat numbers under their logged names, behind `prefix` (if any)."""
     if prefix is None:
         prefix = next(name for name in metrics if name.endswith("_effective_n")).removesuffix("_effective_n")
-    which = prefix.removeprefix("eval").replace("_", " of ", 1)
+    name = prefix.removeprefix("eval").removeprefix("_")
+    which = f" of {name}" if name else ""
     title = f"step {step}: held-out prompts{which}, {metrics.get(f'{prefix}_runtime', 0.0):.1f} s"
     table = narrow_table(title, "effective N", "win rate", "reward", "untouched", "KL", "tokens", left=0)
     value, low, high = (metrics[f"{prefix}_effective_n{tail}"] for tail in ENDS.values())

@@ -266,7 +266,7 @@ def prepare_policy(
     check_parallelism(args)
     check_precision(args)
     given = {"model_init_kwargs": args.model_init_kwargs, "quantization_config": quantization_config}
-    _refuse_noise(args, peft_config)
+    _check_arguments(args, peft_config)
     if isinstance(model, str):
         model = _load_policy(model, args, quantization_config, is_base=peft_config is not None)
     elif names := [name for name, value in given.items() if value]:
@@ -324,8 +324,10 @@ def _load_policy(
     return load_model(name, dtype=dtype, **init_kwargs)
 
 
-def _refuse_noise(args: BONDConfig, peft_config: PeftConfig | None) -> None:
-    """Noise that would do nothing, or be in what learns and not in what samples."""
+def _check_arguments(args: BONDConfig, peft_config: PeftConfig | None) -> None:
+    """An adapter's config, and noise that would do nothing, or be in what learns and not in what samples."""
+    if not isinstance(peft_config, PeftConfig | None):
+        raise ConfigError(f"peft_config={peft_config!r}: give a config of peft, such as LoraConfig(r=16)")
     if args.neftune_noise_alpha is not None:
         raise ConfigError(
             f"neftune_noise_alpha={args.neftune_noise_alpha}: samples are drawn without noise, and what is learned "

@@ -159,6 +159,12 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def weights_file(folder: Path) -> str | None:
+    """The name of the file with a model's weights in a folder, if there is one."""
+    names = ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
+    return next((name for name in names if (folder / name).exists()), None)
+
+
 def run_config(folder: Path) -> dict[str, Any]:
     """The settings that a run folder was made with; none if it does not say, or is no run folder.
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.folder import CONFIG_FILE, locked, write_whole
+from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, weights_file, write_whole
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished
 from bondlm.runs.redact import redacted
 from bondlm.training.processes import World, decided_by_main
@@ -50,6 +50,10 @@ def _refuse_a_run(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} already holds a run, up to {path.name}: train(resume_from_checkpoint=True) continues it, or "
             "choose another output_dir"
+        )
+    if (name := weights_file(folder)) is not None and not (folder / METRICS_FILE).exists():
+        raise CheckpointError(
+            f"{folder} already holds a model ({name}) that no run trained there: choose another output_dir or remove it"
         )
 
 

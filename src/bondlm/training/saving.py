@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import GenerationConfig, Trainer
@@ -69,8 +70,25 @@ class SavingTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's card, unless there is one that says what was measured."""
-        if not (Path(str(self.args.output_dir)) / CARD_FILE).is_file():
+        if (Path(str(self.args.output_dir)) / CARD_FILE).is_file():
+            return
+        settings: Any = self.args
+        given = settings.per_device_eval_batch_size
+        if given is None:  # the card multiplies it: all held-out prompts are answered together
+            held_out: Any = self.eval_dataset
+            settings.per_device_eval_batch_size = len(held_out) if isinstance(held_out, Dataset) else 0
+        try:
             super().create_model_card(*args, **kwargs)
+        finally:
+            settings.per_device_eval_batch_size = given
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """There is nothing to predict: completions have no labels.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("predict: completions have no labels. evaluate() measures held-out prompts, sample() draws")
 
     def push_to_hub(
         self,
