@@ -89,23 +89,23 @@ class BONDTrainer(SamplingTrainer):
     """Distil Best-of-N into a model (Sessa et al. 2024, arXiv 2407.14622).
 
     Args:
-        model: the policy: a model, or a folder or hub name. It is also the reference and the first anchor.
+        model: the policy, as a model, a folder or a hub name. It is also the reference and the first anchor.
         reward_funcs: what a completion is worth: functions `f(prompts, completions, **columns) -> list[float]`,
             names of sequence-classification models, `nli:`/`similarity:` models, addresses of servers, modules, or a
-            list of these (docs/rewards.md). None is for training from scored samples alone.
+            list of these (docs/rewards.md). None only when training from scored samples.
         args: settings.
         train_dataset: prompts (`{"prompt": str}` or `{"prompt": messages}`); other columns reach the rewards. Or scored
             samples (`{"prompt", "completion", "reward"}`, from `bondlm score`) for an objective that learns from these.
             A `datasets.IterableDataset` is streamed (docs/data.md).
         eval_dataset: held-out prompts, or a dictionary of several such data sets by name (`main_eval`). Of a data set
-            with splits it is the one that is not for training.
+            with splits, the one that is not for training is used.
         processing_class: the policy's tokenizer; default: the model's own.
         reward_processing_classes: tokenizers of reward modules.
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
         peft_config: train an adapter instead of all weights.
         quantization_config: how to quantise the base of that adapter (QLoRA), for a model given by name.
-        others: what TRL's trainers take beside; each is refused in one sentence.
+        others: other arguments of TRL's trainers; each is refused, and the message says what to use instead.
 
     Raises:
         ConfigError: contradictory settings, or a model or reward that cannot be used.
@@ -352,8 +352,8 @@ class BONDTrainer(SamplingTrainer):
     ) -> dict[str, float]:
         """Reward, win rate, effective N and KL on held-out prompts at temperature 1, with 95% intervals.
 
-        Of several data sets each has its name in its metrics; those of `main_eval` have the names of a single one, too.
-        Where weights are averaged (`average_weights`) these are the average's: what would be saved now.
+        With several data sets, each one's name is part of its metrics; `main_eval`'s are also logged without it.
+        With `average_weights`, these are the metrics of the averaged weights, which would be saved now.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if (sets := named_sets(dataset)) is not None:

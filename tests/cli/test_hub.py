@@ -9,6 +9,8 @@ import pytest
 from huggingface_hub import HfApi
 
 from bondlm.cli import main
+from bondlm.errors import ConfigError
+from bondlm.training.saving import _asking_the_hub
 from cli.helpers import write_job
 
 
@@ -62,3 +64,12 @@ def test_a_hub_that_refuses_is_one_sentence_before_any_step(tmp_path: Path, hub:
     assert main(["train", "--config", str(write_job(tmp_path, push_to_hub=True))]) == 2
     assert "push_to_hub" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its error is the HTTP library's own."""
+    with pytest.raises(ConfigError, match=r"push_to_hub: the repository 'me/x' cannot be written"):
+        with _asking_the_hub("me/x"):
+            HfApi(endpoint="http://127.0.0.1:9").create_repo("me/x", token="none")
+    with pytest.raises(ZeroDivisionError), _asking_the_hub("me/x"):
+        1 / 0  # noqa: B018

@@ -161,3 +161,11 @@ def test_the_best_models_metric_is_of_the_data_sets_that_are_there() -> None:
     for names, metric in ((None, "b_reward"), (["a"], "eval_b_reward")):
         with pytest.raises(ConfigError, match="metric_for_best_model"):
             require_metric_of(names, metric)
+
+
+@pytest.mark.parametrize("value", ["enable_thinking=false", ["enable_thinking"]])
+def test_names_and_values_that_are_none_are_named(value: Any, tmp_path: Path) -> None:
+    """A text was taken letter by letter: "the chat template does not look at 'e'"."""
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs=.*\{name: value\}"):
+        BONDConfig(output_dir=str(tmp_path), chat_template_kwargs=value)
+    assert BONDConfig(output_dir=str(tmp_path), chat_template_kwargs='{"a": 1}').chat_template_kwargs == {"a": 1}

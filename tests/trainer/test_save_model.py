@@ -38,7 +38,7 @@ def test_a_saved_adapter_is_a_plain_adapter(kind: str, tmp_path: Path) -> None:
     made = trainer(tmp_path, MODELS[kind](TOKENIZER), learning_rate=1e-2, peft_config=lora(kind))
     made.train()
     made.save_model()
-    assert not {"anchor", "reference"} & {path.name for path in tmp_path.iterdir()}
+    assert not {"anchor", "reference", "README.md"} & {path.name for path in tmp_path.iterdir()}  # nor PEFT's card
     loaded = PeftModel.from_pretrained(MODELS[kind](TOKENIZER), str(tmp_path))
     assert list(loaded.peft_config) == ["default"]
     with made.roles.use("policy") as policy:
@@ -69,6 +69,7 @@ def test_a_run_can_start_from_the_adapter_of_another(tmp_path: Path) -> None:
 def test_a_card_of_a_run_that_was_not_measured(tmp_path: Path) -> None:
     """Trainer's own: it multiplies the size of evaluation batches, which are all held-out prompts."""
     made = trainer(tmp_path, eval_dataset=prompt_rows(3))
-    made.create_model_card()
+    made.create_model_card(dataset_name="org/prompts")  # TRL's name
+    assert "org/prompts" in (tmp_path / "README.md").read_text()
     assert "eval_batch_size: 3" in (tmp_path / "README.md").read_text()
     assert made.args.per_device_eval_batch_size is None

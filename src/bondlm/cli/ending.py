@@ -34,4 +34,6 @@ def _cost(step: int, reporter: Any, result: Mapping[str, Any] | None) -> str:
     spent = f"{steps} in {clock_text(reporter.training_seconds)}"
     if result is None:
         return spent
-    return f"KL {result['kl']['value']:.2f} nats, where Best-of-N itself needs {result['kl_of_best_of_n']:.2f}; {spent}"
+    from bondlm.evaluation.table import spread
+
+    return f"KL {spread(result['kl'], 2)} nats, where Best-of-N itself needs {result['kl_of_best_of_n']:.2f}; {spent}"

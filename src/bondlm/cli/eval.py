@@ -142,8 +142,8 @@ def _refuse_code_of(folder: Path, option: str, rewards: list[Any]) -> None:
         if not is_model(spec):
             again = json.dumps([str(reward) for reward in rewards])
             raise ConfigError(
-                f"{folder / CONFIG_FILE} names the reward {spec!r}: a function runs code and a server is sent prompts, "
-                f"so a run folder alone does not start them. If you know them, say so: --{option} {shlex.quote(again)}"
+                f"{folder / CONFIG_FILE} names the reward {spec!r}. Functions run code and servers get your prompts, "
+                f"so a run folder alone does not start them. If you trust them, add --{option} {shlex.quote(again)}"
             )
 
 

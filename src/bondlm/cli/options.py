@@ -25,13 +25,13 @@ _SAMPLING = {
     "temperature": "1 samples the model's own distribution, 0 is greedy. Default: 1.",
     "seed": "Default: 42.",
     "dtype": "'auto' (bf16 where the hardware has it), 'float32' or 'bfloat16'.",
-    "max_rows": "Maximum number of completions decoded together. Default: as many as fit into memory (on a CPU 96).",
+    "max_rows": "Maximum number of completions decoded together. Default: as many as fit into memory (on a CPU, 96).",
 }
 _REWARDS = {
     "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, "
     "rank:module:function, judge:URL?model=NAME, a server's http(s)://HOST/PATH, or a list.",
     "reward_weights": "A list of numbers, one per reward.",
-    "reward_aggregation": "How several become one: sum (default), quantile, worst or lexicographic.",
+    "reward_aggregation": "How several rewards become one: sum (default), quantile, worst or lexicographic.",
     "reward_tolerances": "lexicographic: how far below the best counts as equal, one number per reward.",
 }
 _JSON = {"json": "Print the result as one JSON object on stdout, everything else on stderr."}
@@ -219,7 +219,9 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
             given.setdefault("runs", []).append(word)
             continue
         if not word.startswith("--"):
-            raise ConfigError(f"{word!r} stands alone: options are written --name value")
+            raise ConfigError(
+                f"{word!r} has no option name before it: write --name value, or --name '[a, b]' for a list"
+            )
         name, equals, text = word[2:].partition("=")
         if not equals:
             text = words.pop(0) if words and not words[0].startswith("--") else "true"

@@ -28,7 +28,7 @@ def run(options: dict[str, Any]) -> int:
         try:
             server = PreferServer(choices, pairs, port)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"port={port} cannot be listened on: {error}") from error
+            raise ConfigError(f"port={port}: cannot listen on it: {error}") from error
         with server:
             if server.num_left:
                 console.print(
@@ -52,5 +52,5 @@ def run(options: dict[str, Any]) -> int:
 def _whole(options: dict[str, Any], name: str, default: int, least: int) -> int:
     value = options.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r}: must be a whole number from {least}")
+        raise ConfigError(f"{name}={value!r}: must be a whole number, at least {least}")
     return value

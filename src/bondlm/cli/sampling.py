@@ -29,7 +29,7 @@ def check_sampling(options: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: must be a whole number >= {least}")
     if not _is_temperature(value := options.get("temperature", 1.0)):
-        raise ConfigError(f"temperature={value!r}: must be 0 (greedy), or a number from {LEAST_TEMPERATURE} up")
+        raise ConfigError(f"temperature={value!r}: must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
     if (dtype := options.get("dtype", "auto")) not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
 

@@ -51,7 +51,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     gamma: float = setting(0.0, "Strength >= 0 of the extra KL to the anchor. Paper: 0 to 2 (Fig. 6).")
     gamma_ref: float = setting(
         0.0,
-        "Strength >= 0 of the KL to the fixed reference, with a moving anchor: it sets the N at which the run rests "
+        "Strength >= 0 of the KL to the fixed reference, with a moving anchor: it sets the N where the run settles "
         "(docs/theory.md).",
         finite(0, "a negative value pushes away from the reference"),
     )
@@ -373,7 +373,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         check_inherited(self)
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):
             _log.warning(
-                "beta=%g: with objective=%r it is the Jeffreys weight, and this near to 0 the run is plain fine-tuning "
+                "beta=%g: with objective=%r it is the Jeffreys weight, and so close to 0 the run is plain fine-tuning "
                 "on the best sample. The KL coefficient that TRL calls beta is beta_rl, of rloo, grpo and reinforce",
                 *(self.beta, self.objective),
             )

@@ -179,7 +179,10 @@ def other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
     if kinds == {bool} and not (is_switch or value in (0, 1)):
         return f"{name}={value!r}: must be true or false"
     if all(get_origin(kind) is list for kind in kinds) and not isinstance(value, list | tuple):
-        return f"{name}={value!r}: must be a list"
+        return f"{name}={value!r}: must be a list, such as [a, b]"
+    is_json = isinstance(value, str) and value.startswith("{")
+    if all(get_origin(kind) is dict for kind in kinds) and not (is_json or isinstance(value, Mapping)):
+        return f"{name}={value!r}: must be names and values, such as {{name: value}}"
     return None
 
 

@@ -61,7 +61,7 @@ def files_of(source: Any) -> list[str] | None:
             )
         found += paths
     if len({suffix_of(path) in JSON for path in found}) > 1:
-        raise DataError(f"{', '.join(found[:4])}: JSON files and tables together; give files of one kind")
+        raise DataError(f"{', '.join(found[:4])}: JSON files and tables are mixed; give files of one kind")
     return found
 
 

@@ -145,13 +145,13 @@ class PromptEncoder:
         if isinstance(prompt, str) and self.rendering.prompt_format == "auto" and has_template(self.tokenizer):
             if kind == "chat":
                 self._say(
-                    "plain prompts are given to this chat model as one message of the user each (prompt_format='auto'; "
-                    "'plain' leaves them as they are)"
+                    "each plain prompt is given to this chat model as one user message (prompt_format='auto'; "
+                    "'plain' passes it unchanged)"
                 )
             else:
                 self._say(
-                    "plain prompts are given to this chat model as they are, because this run was begun so by bondlm "
-                    "0.1 (prompt_format='plain'); a new run makes messages of them"
+                    "plain prompts are given to this chat model unchanged, because the run began that way with bondlm "
+                    "0.1 (prompt_format='plain'); a new run would make them user messages"
                 )
         if isinstance(prompt, list | tuple) and kind == "chat" and prompt[-1]["role"] == "assistant":
             self._say("prompts that end with an assistant's message are continued where it ends")
@@ -161,9 +161,9 @@ class PromptEncoder:
         if end is not None and end not in self.eos_ids:
             written, *ends = (f"{self.tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in (end, *self.eos_ids))
             self._say(
-                f"the chat template ends a turn with {written}, which is no end-of-sequence token of this model: "
-                f"completions end with {', '.join(ends)} alone, and run on behind it. If the model ends its turns so, "
-                f"add {end} to eos_token_id of the generation config"
+                f"the chat template ends a turn with {written}, which is not an end-of-sequence token of this model: "
+                f"completions end with {', '.join(ends)} only, and run past it. If the model ends its turns that way, "
+                f"add {end} to eos_token_id in the generation config"
             )
 
     def _say(self, text: str) -> None:

@@ -120,7 +120,7 @@ def check_columns(columns: Iterable[str], name: str, *, typed: bool = True) -> N
     """
     names = list(columns)
     if typed and names and "prompt" not in names:
-        raise DataError(f"{name}: no column `prompt`, it has {', '.join(names)}. Rename the right one.")
+        raise DataError(f"{name}: no column `prompt`, it has {', '.join(names)}. Rename the column with the prompts.")
     reserved = [column for column in names if column in RESERVED]
     if reserved:
         raise DataError(

@@ -338,7 +338,7 @@ def _cut_left(
         head = ids[row][:1] if ids[row][0] == bos_id else []
         ids[row] = [*head, *ids[row][len(ids[row]) - limit + len(head) :]]
     _log.warning(
-        "%d of %d prompts are longer than %d tokens (the longest has %d): their beginning is left out "
+        "%d of %d prompts are longer than %d tokens (the longest has %d): their beginning is cut off "
         "(truncate_prompt='left'), the first is %s",
         *(len(too_long), len(ids), limit, most, where(too_long[0])),
     )

@@ -283,8 +283,8 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
         raise ConfigError("vllm_server=auto needs a model that was loaded from a folder or by hub name")
     if args.vllm_server == "auto" and (names := unserved_kwargs(args.model_init_kwargs)):
         raise ConfigError(
-            f"vllm_server=auto: model_init_kwargs.{names[0]} makes another model of "
-            f"{model.config._name_or_path!r}, which the server would not be: {instead}, or save the model so in a "
+            f"vllm_server=auto: model_init_kwargs.{names[0]} changes "
+            f"{model.config._name_or_path!r}, and the server would not: {instead}, or save the changed model to a "
             "folder and train that"
         )
 
@@ -302,8 +302,8 @@ def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDC
         raise ConfigError(f"LoRA r={rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
     if dtype == torch.float32 and args.device.type != "cpu":
         raise ConfigError(
-            "engine='vllm' with LoRA on a base in float32: on a GPU vLLM's LoRA kernels take bfloat16 and float16 "
-            "alone. Set dtype: bfloat16, or bf16: true"
+            "engine='vllm' with LoRA on a base in float32: on a GPU, vLLM's LoRA kernels support only bfloat16 and "
+            "float16. Set dtype: bfloat16, or bf16: true"
         )
     options = ["--dtype", _dtype_name(dtype), "--enable-lora", "--max-loras", str(num_adapters)]
     options += ["--max-lora-rank", str(fitting[0])]

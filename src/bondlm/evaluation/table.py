@@ -52,12 +52,12 @@ def print_table(console: Console, result: Mapping[str, Any], *, headline: bool =
         console.print(visible(f"warning: {warning}"), soft_wrap=True)
     if "opponent" in result:
         meeting = f"Win rate against {result.get('opponent_model', 'the opponent')}: "
-        console.print(visible(meeting + _spread(result["opponent"]["win_rate"], 3)), soft_wrap=True)
+        console.print(visible(meeting + spread(result["opponent"]["win_rate"], 3)), soft_wrap=True)
     _print_cost(console, result.get("cost"))
     if headline:
         console.print(
             f"One sample of the trained model = Best-of-{result['effective_n']['text']} of the untouched one, at KL "
-            f"{result['kl']['value']:.2f} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f}).",
+            f"{spread(result['kl'], 2)} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f}).",
             highlight=False,
         )
 
@@ -89,14 +89,14 @@ def _print_details(console: Console, result: Mapping[str, Any]) -> None:
     table = narrow_table("Order and length (mean log-quantile of Best-of-N: -1/N)", *columns)
     _add_distributions(table, result, _detail_row)
     console.print(table)
-    kls = [f"{name} {_spread(result[key], 3)}" for key, name in KL_ESTIMATES if key in result]
+    kls = [f"{name} {spread(result[key], 3)}" for key, name in KL_ESTIMATES if key in result]
     console.print(f"KL to the untouched model, nats: {', '.join(kls)}", highlight=False, soft_wrap=True)
     if not result.get("against_best_of"):
         return
     against = ("n", "win rate", "KL from Best-of-n\n(forward)", "KL to Best-of-n\n(backward)")
     table = narrow_table("The trained model against Best-of-n of the untouched one", *against, left=0)
     for point in result["against_best_of"]:
-        cells = (_spread(point[name], digits) for name, digits in AGAINST)
+        cells = (spread(point[name], digits) for name, digits in AGAINST)
         table.add_row(str(point["n"]), *cells)
     console.print(table)
 
@@ -113,7 +113,7 @@ AGAINST = (("win_rate", 3), ("forward_kl", 2), ("backward_kl", 2))
 def _detail_row(name: str, numbers: Mapping[str, Any]) -> list[str]:
     correlation = numbers.get("reward_length_correlation")
     known = correlation is not None and math.isfinite(correlation)
-    log_quantile = _spread(numbers["log_quantile"], 3) if "log_quantile" in numbers else ""
+    log_quantile = spread(numbers["log_quantile"], 3) if "log_quantile" in numbers else ""
     return [
         name,
         log_quantile,
@@ -146,7 +146,7 @@ def print_evaluation(
     table = narrow_table(title, "effective N", "win rate", "reward", "untouched", "KL", "tokens", left=0)
     value, low, high = (metrics[f"{prefix}_effective_n{tail}"] for tail in ENDS.values())
     cells = [
-        _spread({end: metrics[f"{prefix}_{name}{tail}"] for end, tail in ENDS.items()}, digits)
+        spread({end: metrics[f"{prefix}_{name}{tail}"] for end, tail in ENDS.items()}, digits)
         for name, digits in (("win_rate", 3), ("reward", 3), ("reference_reward", 3), ("kl", 2))
     ]
     length = metrics.get(f"{prefix}_completions/mean_length")
@@ -164,19 +164,19 @@ def print_curve(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     table = narrow_table(title, *columns, left=0)
     for row in rows:
         worth, needed = str(row["effective_n"]["text"]), row["kl_of_best_of_n"]
-        cells = (_spread(row["win_rate"], 3), worth, _spread(row["kl"], 2), f"{needed:.2f}")
-        table.add_row(f"{row['toward_reference']:g}", *cells, _spread(row["reward"], 3))
+        cells = (spread(row["win_rate"], 3), worth, spread(row["kl"], 2), f"{needed:.2f}")
+        table.add_row(f"{row['toward_reference']:g}", *cells, spread(row["reward"], 3))
     console.print(table)
 
 
 def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
-    def spread(key: str, digits: int) -> str:
+    def cell(key: str, digits: int) -> str:
         if key not in numbers:
             return ""
-        return _spread(numbers[key], digits)
+        return spread(numbers[key], digits)
 
     worth = str(numbers["effective_n"]["text"]) if "effective_n" in numbers else ""
-    return [name, spread("reward", 3), spread("win_rate", 3), worth, spread("kl", 2)]
+    return [name, cell("reward", 3), cell("win_rate", 3), worth, cell("kl", 2)]
 
 
 def _number(numbers: Mapping[str, Any], key: str, shape: str) -> str:
@@ -190,7 +190,7 @@ def _print_goals(console: Console, goals: Mapping[str, Any]) -> None:
     columns = ("reward", "untouched", "trained", "win rate", "effective N", "prompts")
     table = narrow_table("Each reward by itself", *columns)
     for name, numbers in goals.items():
-        cells = (_spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
+        cells = (spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
         table.add_row(visible(name), *cells, numbers["effective_n"]["text"], str(numbers["num_prompts"]))
     console.print(table)
 
@@ -201,7 +201,7 @@ def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:
         return
     table = narrow_table("Judges that were not optimised", "judge", "untouched", "trained", "win rate")
     for name, numbers in judges.items():
-        cells = (_spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
+        cells = (spread(numbers[key], 3) for key in ("reference_reward", "reward", "win_rate"))
         table.add_row(visible(name), *cells)
     console.print(table)
 
@@ -212,7 +212,7 @@ def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
         title = f"Before the judge {visible(name)}: one answer against another, in both orders"
         table = narrow_table(title, "against", "win rate", "prompts")
         for opponent, wins in numbers["win_rate"].items():
-            table.add_row("untouched" + opponent.removeprefix("reference"), _spread(wins, 3), str(wins["num_prompts"]))
+            table.add_row("untouched" + opponent.removeprefix("reference"), spread(wins, 3), str(wins["num_prompts"]))
         console.print(table)
         agreement = f"{numbers['agreement']:.0%}" if math.isfinite(numbers["agreement"]) else "none"
         failed = f"; {numbers['num_failed']} were not ranked and are left out" if numbers["num_failed"] else ""
@@ -223,7 +223,7 @@ def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
         )
 
 
-def _spread(numbers: Mapping[str, float], digits: int) -> str:
+def spread(numbers: Mapping[str, float], digits: int) -> str:
     """The value with half its interval; nothing where it is not known."""
     if not math.isfinite(numbers["value"]):
         return ""
@@ -256,7 +256,7 @@ PHASE_NAMES = {"reward": "score (rewards)", "reference": "anchor and reference l
 def print_phases(
     console: Console, seconds: Mapping[str, float], tokens: Mapping[str, float], evaluation: float = 0.0
 ) -> None:
-    """Where a mean training step's time went, with completion tokens a second; and the evaluations' seconds in all."""
+    """Where a mean training step's time went, with completion tokens per second; and the evaluations' total seconds."""
     total = sum(seconds.values())
     if total == 0:
         return

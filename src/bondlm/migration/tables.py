@@ -21,7 +21,7 @@ UNSAFE_CODE = (
     "needs none. Convert another one, or load it yourself and pass it to BONDTrainer"
 )
 _OWN_DISTRIBUTION = (
-    "completions are drawn from the model's own distribution, or their log-probabilities would not be those that are "
+    "completions are drawn from the model's own distribution, so that their log-probabilities are those that are "
     "learned from; remove it"
 )
 _ONE_STEP = "belongs to GRPO's surrogate over several steps per rollout, and bondlm takes one step per rollout"
@@ -29,8 +29,8 @@ _OTHER_LOSS = "belongs to a loss_type that bondlm does not have"
 _NO_ENTROPY = "bondlm has no entropy bonus; a KL keeps the policy broad: beta_rl, gamma or gamma_ref"
 _SERVER_OPTION = "an option of the server: vllm_server_args with vllm_server: auto, or where you start the server"
 _RECOMPUTED = "log-probabilities of a server's samples are always recomputed by the learner (docs/vllm.md); remove it"
-_LOGGED = "samples.jsonl and the tables of loggers have them always: num_logged_samples says of how many prompts"
-_BATCHED = "the transformers engine batches by itself: max_rows is its only dial"
+_LOGGED = "always in samples.jsonl and the loggers' tables; num_logged_samples sets the number of prompts"
+_BATCHED = "the transformers engine batches by itself: max_rows is its only setting"
 _ADDRESS = "use vllm_base_url, such as http://127.0.0.1:8000"
 _OF_THE_MODEL = "use model_init_kwargs, such as model_init_kwargs: {%s}"
 _QUANTISED = _OF_THE_MODEL % "quantization_config: {load_in_4bit: true}"

@@ -58,12 +58,12 @@ def check_config(config: PeftConfig, *, to_train: bool = True) -> None:
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ConfigError(f"{kind} puts learned tokens before the prompt; bondlm does not support that, use LoraConfig")
     if kind in ("XLORA", "POLY", "SHADOW"):
-        raise ConfigError(f"{kind} computes with more than a text and its weights; bondlm does not, use LoraConfig")
+        raise ConfigError(f"{kind} needs inputs besides text, which bondlm does not support: use LoraConfig")
     if getattr(config, "alora_invocation_tokens", None) is not None:
         raise ConfigError("alora_invocation_tokens: an adapter that begins in the middle of a text cannot be used")
     if start.startswith(LOST):
         raise ConfigError(
-            f"init_lora_weights={start!r} takes from the base's weights what cannot be taken again, so that the saved "
+            f"init_lora_weights={start!r} changes the base's weights in a way that cannot be repeated, so the saved "
             "adapter would fit no base: use 'pissa', 'olora' or 'eva', or save the base that it leaves, load it, and "
             "put the adapter on that with init_lora_weights=True"
         )
@@ -295,8 +295,11 @@ def check_start(model: PeftModel, use: Callable[[str], AbstractContextManager[An
 
 def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
     """Write the active adapter, whatever its name, into `folder` itself; `state` holds weights that lie elsewhere."""
-    name = model.active_adapter
+    name, card = model.active_adapter, Path(folder) / "README.md"
+    had_card = card.exists()
     model.save_pretrained(str(folder), selected_adapters=[name], state_dict=state)
+    if not had_card:  # PEFT's is a form to fill in
+        card.unlink(missing_ok=True)
     if name != "default":  # PEFT gives those a folder of their own
         for path in (Path(folder) / name).iterdir():
             path.replace(Path(folder) / path.name)

@@ -35,7 +35,7 @@ def check_zero(args: Any) -> list[str]:
     if getattr(args, "deepspeed", None):
         raise ConfigError(
             f"deepspeed={args.deepspeed!r}: remove it, and start with `accelerate launch` and {_CONFIGS}. It would "
-            "partition models while they are loaded, and the anchor is made of the policy while it is whole"
+            "partition models while they are loaded, but the anchor is copied from the whole policy"
         )
     if stage not in (1, 2, 3):
         raise ConfigError(f"zero_stage={stage}: DeepSpeed then has no ZeRO to share work with, see {_CONFIGS}")

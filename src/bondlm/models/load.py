@@ -146,7 +146,7 @@ def refuse_missing(what: str, model: Any, info: Mapping[str, Any], may_miss: str
     beside = f" (it has others that fit nowhere, such as {others[0]})" if others else ""
     raise ConfigError(
         f"{what} has no weights for {_some(missing + shapes)}{beside}: as a {type(model).__name__} they would be "
-        "random numbers. Give a checkpoint that was saved as one, whole"
+        "random numbers. Give a complete checkpoint of that class"
     )
 
 
@@ -272,7 +272,7 @@ def prepare_policy(
     elif names := [name for name, value in given.items() if value]:
         raise ConfigError(f"{names[0]} is only for a model given by name: this one is loaded already")
     if peft_config is None and not isinstance(model, PeftModel) and getattr(model, "is_quantized", False):
-        raise ConfigError("quantised weights do not train: pass peft_config, so that an adapter does (QLoRA)")
+        raise ConfigError("quantised weights cannot be trained: pass peft_config to train an adapter (QLoRA)")
     if peft_config is not None:
         model = fresh_adapter(model, peft_config, sharded=shards_weights(args))
     if model.config.is_encoder_decoder:

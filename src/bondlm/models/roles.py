@@ -58,8 +58,8 @@ class Roles:
             self._copies = {"anchor": anchor, "reference": _frozen_copy(model) if anchor_moves else anchor}
         if offload_anchor and not self._copies:
             raise ConfigError(
-                "offload_anchor=True: remove it. With an adapter the anchor is as small as that, under FSDP2 and "
-                "ZeRO-3 it is a part of a copy; only the whole copy of full fine-tuning can rest on the CPU"
+                "offload_anchor=True: remove it. It is for full fine-tuning with a whole anchor per GPU; an adapter's "
+                "anchor is small, and FSDP2 and ZeRO-3 shard it"
             )
         self._at_rest_on_cpu = {"anchor", "reference"} if offload_anchor else {"reference"} if anchor_moves else set()
         self._replica = Replica(model) if sharded else None

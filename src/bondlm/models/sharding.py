@@ -5,7 +5,7 @@ of the flattened weight, and its `ds_shape`; copies of such a part are kept in t
 
 A process that generates calls its model as often as its longest completion needs, another process more or less often.
 A sharded model gathers weights inside its forward pass, so that processes with different numbers of calls would wait
-for each other for ever. So nobody generates with the sharded model: its weights are gathered once, into a plain twin
+for each other for ever. So the sharded model never generates: its weights are gathered once, into a plain twin
 (`Replica`) that gives them back afterwards.
 """
 

@@ -98,11 +98,11 @@ def _read_result(path: Path) -> Mapping[str, Any]:
     try:
         result = json.loads(_text(path))
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): run `bondlm eval` again to write it anew") from error
+        raise DataError(f"{path} is not JSON ({error}): run `bondlm eval` again to rewrite it") from error
     check_shape(result, EVAL_SHAPE, str(path))
     missing = [name for name in REQUIRED if name not in result]
     if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}: run `bondlm eval` again to write it anew")
+        raise DataError(f"{path} lacks {', '.join(missing)}: run `bondlm eval` again to rewrite it")
     histogram = result.get("quantile_histogram", {})
     if histogram and len(histogram.get("edges", ())) != len(histogram.get("policy", ())) + 1:
         raise DataError(f"{path}.quantile_histogram needs one edge more than shares: run `bondlm eval` again")

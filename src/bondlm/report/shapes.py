@@ -81,4 +81,4 @@ def _check_object(value: Any, shape: Mapping[str, Any], where: str) -> None:
 
 
 def _wrong(where: str, wanted: str, value: Any) -> DataError:
-    return DataError(f"{where} is {str(value)[:80]!r}, not {wanted}: run `bondlm eval` again to write the file anew")
+    return DataError(f"{where} is {str(value)[:80]!r}, not {wanted}: run `bondlm eval` again to rewrite the file")

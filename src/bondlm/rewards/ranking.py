@@ -21,7 +21,7 @@ class RankReward:
 
     The answer is one number per completion, larger is better and equal ones tie; or
     `{"ranking": [best, .., worst]}` with each completion's position in the list once; or None where the reward does not
-    apply to the prompt. Numbers of different prompts are never compared. What is no ranking fails for its prompt.
+    apply to the prompt. Numbers of different prompts are never compared. An invalid ranking fails for its prompt.
     """
 
     ranks = True

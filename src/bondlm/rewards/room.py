@@ -42,8 +42,8 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
             )
         if most > limit:
             _log.warning(
-                "reward %r takes %d tokens, and a prompt with a completion of max_completion_length=%d may have %d, "
-                "and the prompt is dropped: lower max_completion_length, or %s",
+                "reward %r takes %d tokens, but a prompt with a completion of max_completion_length=%d may have %d; "
+                "such prompts are dropped: lower max_completion_length, or %s",
                 *(reward.name, limit, max_completion_length, most, cut),
             )
 

@@ -43,7 +43,7 @@ def members_of(options: Mapping[str, Any], learning_rate: float) -> list[Member]
     """
     count, seed = options.get("members", 1), int(options.get("seed", 42))
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ConfigError(f"members={count!r}: must be a whole number from 1")
+        raise ConfigError(f"members={count!r}: must be a whole number, at least 1")
     model, rate = str(options["model"]), float(options.get("learning_rate", learning_rate))
     rates = _numbers(options, "member_learning_rates", count, lambda x: x > 0, "above 0")
     dropouts = _numbers(options, "member_dropouts", count, lambda x: 0 <= x < 1, "at least 0 and below 1")

@@ -338,7 +338,7 @@ def logs_at(step: int, args: Any, state: Any, *, ends_epoch: bool = False) -> bo
 
 def _nothing_left(step: int, steps: int, args: Any) -> str:
     """Why steps had no prompt to learn from, and what to set."""
-    why, todo = "their rewards failed", "mend the rewards, or lower max_skipped_frac to see the first failure"
+    why, todo = "their rewards failed", "fix the rewards, or lower max_skipped_frac to see the first failure"
     if args.missing_eos == "drop":
         why = (
             "missing_eos='drop' leaves out prompts with a completion that does not end within max_completion_length="

@@ -35,8 +35,8 @@ class FirstStepCallback(TrainerCallback):
         prompts = args.world_size * args.train_batch_size * args.gradient_accumulation_steps
         if prompts == 1 and needs_other_prompts(self._objective):
             _log.warning(
-                "per_device_train_batch_size=1 with gradient_accumulation_steps=%d on %d process: a step has one "
-                "prompt, and so no baseline, which is the mean return of the step's other prompts: gradients are "
+                "per_device_train_batch_size=1 with gradient_accumulation_steps=%d on %d process: each step has one "
+                "prompt, so there is no baseline (the mean return of the step's other prompts) and gradients are "
                 "noisy. Raise one of them",
                 *(args.gradient_accumulation_steps, args.world_size),
             )
@@ -128,8 +128,8 @@ class OutOfReachCallback(TrainerCallback):
             self._below = state.global_step
         elif state.global_step - self._below >= LONG_AT_MOST:
             _log.warning(
-                "step %d: adaptive_strength has made the signal %g times as strong as n=%d needs where a policy moves "
-                "freely, which is the most, for %d steps; the measured N is %.1f. This policy pays too much KL for its "
+                "step %d: adaptive_strength has kept the signal at its limit, %g times that of n=%d for a free policy, "
+                "for %d steps; the measured N is %.1f. The policy needs too much KL for its "
                 "win rate, or learns too slowly: ask for a smaller n, or learn longer with more prompts per step",
                 *(state.global_step, MAX_FACTOR, self._wanted),
                 *(state.global_step - self._below, logs["bond/effective_n"]),

@@ -72,6 +72,8 @@ class SavingTrainer(Trainer):
         """Trainer's card, unless there is one that says what was measured."""
         if (Path(str(self.args.output_dir)) / CARD_FILE).is_file():
             return
+        if "dataset_name" in kwargs:  # TRL's name
+            kwargs["dataset"] = kwargs.pop("dataset_name")
         settings: Any = self.args
         given = settings.per_device_eval_batch_size
         if given is None:  # the card multiplies it: all held-out prompts are answered together
@@ -156,8 +158,15 @@ def kept_back(folder: Path, *, samples: bool) -> list[str]:
 def _asking_the_hub(name: str) -> Iterator[None]:
     try:
         yield
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:
+        # A hub that cannot be reached is an error of the HTTP library: httpx, or httpx2 for newer huggingface_hub.
+        if not isinstance(error, HfHubHTTPError | OSError | ValueError) and not _is_of_http(error):
+            raise
         raise ConfigError(
             f"push_to_hub: the repository {name!r} cannot be written ({str(error).strip().partition(chr(10))[0]}). "
             "Log in with `hf auth login` or set HF_TOKEN, see that hub_model_id is yours, or remove push_to_hub"
         ) from error
+
+
+def _is_of_http(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0].startswith("httpx")

@@ -42,7 +42,7 @@ class GrowingLayer(DynamicLayer):
         return self._show(len(key_states), new)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep or repeat rows. On a CPU, where new memory is dear, rows that only fill gaps are moved in place."""
+        """Keep or repeat rows. On a CPU, where new memory is expensive, rows that only fill gaps are moved in place."""
         if self.get_seq_length() == 0:
             return
         if self.moves_in_place() and _fills_gaps(rows := indices.tolist()):

@@ -88,7 +88,7 @@ class Served:
         try:
             self.probe(self.base, salt, ours)
         except EngineError as error:
-            raise ConfigError(f"the vLLM server at {url} does not fit: {error}") from error
+            raise ConfigError(f"the vLLM server at {url} does not match: {error}") from error
         if not self.gap <= self.gap_limit:
             raise ConfigError(
                 f"the vLLM server at {url} serves {self.base!r}, another model than the trainer's: their "

@@ -90,8 +90,8 @@ class WholeModelEngine(VLLMEngine):
             raise ConfigError(
                 f"{error}. The server did not take the {role}'s weights from {str(path.resolve())!r}: it must see that "
                 "folder under the same path (vLLM takes one that is missing for a 'repo id'), and must have been "
-                f"started with this architecture, --model {self._model.config._name_or_path!r}. A reload that failed "
-                "has cost it its weights: start it again"
+                f"started with this architecture, --model {self._model.config._name_or_path!r}. The failed reload "
+                "has lost the server's weights: restart it"
             ) from error
 
     def _keep_only(self, role: Role, path: Path) -> None:

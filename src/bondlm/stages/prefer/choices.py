@@ -63,7 +63,7 @@ class Choices:
 def _key(row: Any, place: str, problem: str | None) -> str:
     names = ("left", "right") if isinstance(row, Mapping) and "left" in row else ("chosen", "rejected")
     if problem or not isinstance(row, Mapping) or not {"prompt", *names} <= set(row):
-        raise DataError(f"{place}: this is not a choice ({problem or 'it needs prompt, chosen and rejected'}): mend it")
+        raise DataError(f"{place}: this is not a choice ({problem or 'it needs prompt, chosen and rejected'}): fix it")
     return key_of(row, row[names[0]], row[names[1]])
 
 
