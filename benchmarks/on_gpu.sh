@@ -28,14 +28,14 @@ keep() {
 }
 trap keep EXIT
 vllm_peers() {
-  run 215 python3 benchmarks/peers.py --lora --dtype bfloat16 --lengths full --vllm-python "$VLLM_PYTHON" \
+  run "${limit:-215}" python3 benchmarks/peers.py --lora --dtype bfloat16 --lengths full --vllm-python "$VLLM_PYTHON" \
     --out "$results/peers.jsonl" "$@"
 }
 engines() {
   run 140 python3 benchmarks/vllm.py --vllm-python "$VLLM_PYTHON" --dtype bfloat16 --tokens 128 --out "$results/vllm.jsonl" "$@"
 }
 train() {
-  run 80 python3 -m bondlm train --engine vllm --vllm_server auto --vllm_python "$VLLM_PYTHON" \
+  run 72 python3 -m bondlm train --engine vllm --vllm_server auto --vllm_python "$VLLM_PYTHON" \
     --vllm_server_args '["--enforce-eager"]' --reward_funcs examples/everyday/reward.py:not_repetitive \
     --reward_weights "[1.0]" --lr_scheduler_type constant --warmup_steps 0 --bf16 true --save_steps 2 \
     --eval_num_samples 1 --eval_num_reference_samples 2 "$@"
@@ -61,9 +61,9 @@ case ${1:-check} in
     run 90 python3 benchmarks/t5_step.py --out "$results/t5_step.jsonl"
     ;;
   size)
-    run 110 python3 benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16 --prompts 64 --repeats 2 --out "$results/tricks.jsonl"
-    run 240 python3 benchmarks/growth.py --hidden 2048 --layers 16 --dtype bfloat16 --rows 64 256 --out "$results/growth.jsonl"
-    run 240 python3 benchmarks/cut.py --hidden 2048 --layers 16 --limits 0 20000 5200 --out "$results/cut.jsonl"
+    run 110 python3 benchmarks/tricks.py --model runs/peers/500m --dtype bfloat16 --prompts 128 --repeats 2 --out "$results/tricks.jsonl"
+    run 225 python3 benchmarks/growth.py --hidden 2048 --layers 16 --dtype bfloat16 --rows 64 256 --out "$results/growth.jsonl"
+    run 225 python3 benchmarks/cut.py --hidden 2048 --layers 16 --limits 0 20000 5200 --out "$results/cut.jsonl"
     ;;
   vllm)
     # A whole step beside TRL with its own vLLM, 192 completions of 128 tokens; the bar is at most 0.8 of TRL's time.
@@ -77,20 +77,20 @@ case ${1:-check} in
     # Correctness: first tokens against the policy's probabilities, log-probabilities of each role, reloads of adapters
     # and whole weights, a run of each. Whole weights in fp32, so products must not be rounded to TF32.
     run 190 env BONDLM_VLLM_ON=cuda BONDLM_VLLM_PYTHON="$VLLM_PYTHON" TRITON_F32_DEFAULT=ieee \
-      python3 -m pytest -q -p no:cacheprovider -m vllm tests/engines/vllm/test_real.py \
+      python3 -m pytest -v -p no:cacheprovider -m vllm tests/engines/vllm/test_real.py \
       -k "frequencies or own_distribution or reload or in_turn or training or fine_tuning"
     ;;
   vllm-more)
-    # Handing over whole weights of a real model (full fine-tuning): probe gap, seconds per update, memory.
-    engines --model models/smollm2-135m-instruct --num-prompts 64 --rounds 2 --whole --sleep auto
     # `vllm_server: auto` on one card, real weights; the second command resumes from the first one's checkpoint.
     train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 2
     train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 4
     mkdir -p runs
     grep -v -E "^(use_peft|lora_r|learning_rate):" examples/everyday/jbond.yaml > runs/on-gpu-full.yaml
     train --config runs/on-gpu-full.yaml --output_dir runs/on-gpu-vllm-full --max_steps 2
+    # Handing over whole weights of a real model (full fine-tuning): probe gap, seconds per update, memory.
+    engines --model models/smollm2-135m-instruct --num-prompts 64 --rounds 2 --whole --sleep auto
     # Size: does a random 7B with LoRA fit on one card with its server, how long is a step, how large is each role?
-    vllm_peers --size 7b --completions 48 --tokens 128 --steps 3 --sleep auto --against
+    limit=185 vllm_peers --size 7b --completions 48 --tokens 128 --steps 3 --sleep auto --against
     ;;
 esac
 exit $failed

@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         print("RESULT " + json.dumps(measure(build(args), args.threads, args.completions)), flush=True)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
     prepare(args)
     with_vllm = {name: args.vllm_python for name in ("rloo", "grpo") if args.vllm_python}
     names = ("size", "lora", "dtype", "completions", "lengths", "settings", "threads", "steps")
@@ -86,9 +88,18 @@ def main() -> None:
     for name in ["bondlm", *args.against]:
         try:
             results[name] = in_a_process(name, python=with_vllm.get(name, sys.executable))
-        except SystemExit:  # out of memory, or of time: what the others took is a result, too
+        except SystemExit:  # out of memory, or of time (SIGTERM): what the others took is a result, too
             append(args.out, setting | {"results": results, "failed": name})
             raise
+    for name, result in results.items():
+        if name != "sft":
+            result["cpu_ms_per_token"] = 1000 * result["cpu"] / tokens
+    append(args.out, setting | {"results": results})
+    report(args, results, tokens)
+
+
+def report(args: argparse.Namespace, results: dict, tokens: int) -> None:
+    """Print the ratios, and see that all have drawn as many tokens."""
     ours = results["bondlm"]
     for name in args.against:
         sizes = () if args.vllm_python else ("peak_gib",)  # vLLM fills what it is given, in TRL's process
@@ -101,9 +112,7 @@ def main() -> None:
             seen = result["length"] * args.completions  # NaN for OnlineDPO, which does not log it
             allowed = EARLY_ENDS * tokens if args.vllm_python else 1
             assert math.isnan(seen) or abs(seen - tokens) < allowed, f"{name} drew {seen} tokens, not {tokens}"
-            result["cpu_ms_per_token"] = 1000 * result["cpu"] / tokens
-            print(f"{name:10} {result['cpu_ms_per_token']:.2f} CPU ms a completion token", flush=True)
-    append(args.out, setting | {"results": results})
+            print(f"{name:10} {result['cpu_ms_per_token']:.2f} CPU ms per completion token", flush=True)
 
 
 def lengths(args: argparse.Namespace) -> list[int]:

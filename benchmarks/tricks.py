@@ -216,6 +216,7 @@ class Work:
             del table["sample: a step is a CUDA graph"]
         else:
             del table["sample: prompts of similar length are prefilled together"]
+            del table["sample: the cache grows in place"]  # the other cache also rules out CUDA graphs
         return table
 
 

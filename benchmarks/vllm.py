@@ -16,7 +16,9 @@ memory is recorded too: the trainer's peak, and what the server takes of the car
 import argparse
 import json
 import shutil
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="full fine-tuning instead of LoRA")
     add_out(parser, "vllm")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))  # so that the log is kept
     with tempfile.TemporaryDirectory() as folder:
         try:
             for result in measure(args, Path(folder)):

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
 import directions  # noqa: E402
+import frontier_speed  # noqa: E402
 import plans  # noqa: E402
 import run as study  # noqa: E402
 import sharpened  # noqa: E402
@@ -23,6 +25,10 @@ import tasks  # noqa: E402
 import verdicts  # noqa: E402
 import verifiable  # noqa: E402
 import write_up  # noqa: E402
+
+from bondlm import BONDConfig, BONDTrainer  # noqa: E402
+from bondlm.data.prompt_encoder import PromptEncoder  # noqa: E402
+from bondlm.training import dropped  # noqa: E402
 
 REWARD = """
 def letters(prompts, completions, **columns):
@@ -202,3 +208,25 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(k: int) -> None:
     rewards_PM = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.float64)
     drawn = [max(some) for row in rewards_PM.tolist() for some in itertools.combinations(row, k)]
     assert verifiable.pass_at(rewards_PM, k) == pytest.approx(sum(drawn) / len(drawn))
+
+
+def test_the_queue_on_a_gpu_encodes_prompts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It puts its own in the place of what the trainer calls, whose arguments it must take."""
+    for owner, name in ((PromptEncoder, "encoded"), (dropped, "load_prompts")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None  # as T5's
+    folder = tmp_path / "models" / "flan-t5-small-title"
+    tiny_t5(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for part in ("train", "sft"):
+        rows = "".join(json.dumps(row) + "\n" for row in prompt_rows(4))
+        (tmp_path / f"{part}.jsonl").write_text(rows)
+    frontier_speed.encode_once(SimpleNamespace(models=tmp_path / "models", data=tmp_path, length=4))
+    args = BONDConfig(output_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, use_cpu=True)
+    given = {"train_dataset": str(tmp_path / "prompts.jsonl"), "eval_dataset": prompt_rows(3)}
+    made = BONDTrainer(
+        tiny_t5(tokenizer), lambda completions: [0.0] * len(completions), args, processing_class=tokenizer, **given
+    )
+    assert len(made.train_dataset) == 8
+    assert len(made.eval_dataset) == 3

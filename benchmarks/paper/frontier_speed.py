@@ -43,10 +43,10 @@ def encode_once(args: Any) -> None:
     config, encode, load = AutoConfig.from_pretrained(base), PromptEncoder.encoded, dropped.load_prompts
     known: dict[Any, Any] = {}
 
-    def encoded(self: Any, source: Any) -> Any:
+    def encoded(self: Any, source: Any, skipped: Any = None, *, held_out: bool = False) -> Any:
         key = len(source), source[0]["prompt"]
         if key not in known:
-            known[key] = encode(self, source)
+            known[key] = encode(self, source, skipped, held_out=held_out)
         return known[key]
 
     def load_prompts(source: Any, **how: Any) -> Any:

@@ -58,7 +58,7 @@ def test_train_leaves_the_run_folder_of_the_contract(tmp_path, kind, capsys):
     assert "effective N" in out
     reached, cost, following = out.splitlines()[-3:]
     assert reached.startswith(f"reached: one sample = Best-of-{result['effective_n']['text']} ")
-    assert cost.startswith(f"cost: KL {result['kl']['value']:.2f} nats")
+    assert cost.startswith(f"cost: KL {result['kl']['value']:.2f} ±")
     assert "4 steps in 0:0" in cost
     assert following == f"next: open {run / 'report.html'}, or bondlm sample --model {run} --prompt TEXT"
     assert "untouched, T=0.7" in out

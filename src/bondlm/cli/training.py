@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
-from bondlm.objectives.rules import Rule, at_least, between, off, one_of, whole
+from bondlm.objectives.rules import Rule, above, at_least, between, off, one_of, whole
 from bondlm.runs.folder import plain, weights_file, write_whole
 
 DEFAULTS: dict[str, Any] = {
@@ -35,6 +35,8 @@ _RESUMES = "no checkpoint is resumed from, the command trains from the start; re
 _NO_METRICS = "nothing else than the loss is measured; remove it"
 # What the commands do not use, or cannot work with; they refuse values of the wrong kind, too.
 _RULES: dict[str, Rule] = {
+    "max_steps": Rule(lambda value: value == -1 or value >= 1, "must be >= 1, or -1 for num_train_epochs"),
+    "num_train_epochs": above(0),
     "learning_rate": at_least(0),
     "seed": between(0, 2**32 - 1),
     **dict.fromkeys(("max_prompt_length", "max_completion_length", "max_length"), whole(1)),

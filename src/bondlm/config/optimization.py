@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from bondlm.errors import ConfigError
 
@@ -41,7 +42,7 @@ def _optimizer(args: Any) -> torch.optim.Optimizer | None:
     """The optimizer of one number; None of those that need the whole model."""
     from transformers import Trainer
 
-    name, own = args.optim.value, _own_arguments(args)
+    name, own = OptimizerNames(args.optim).value, _own_arguments(args)
     if args.optim_args and not all(part.count("=") == 1 for part in args.optim_args.split(",")):
         raise ConfigError(f"optim_args={args.optim_args!r}: give name=value, with commas between them")
     if args.optim_target_modules and not any(part in name for part in WITH_TARGETS):
@@ -87,7 +88,7 @@ def _changed(args: Any, name: str, value: Any) -> Any:
 def _check_schedule(args: Any, optimizer: torch.optim.Optimizer) -> None:
     from transformers import get_scheduler
 
-    name, keywords = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
+    name, keywords = SchedulerType(args.lr_scheduler_type).value, args.lr_scheduler_kwargs
     if keywords and name in WITHOUT_ARGUMENTS:
         raise ConfigError(f"lr_scheduler_kwargs={keywords!r}: lr_scheduler_type={name!r} does not use it, remove it")
     steps = args.max_steps if args.max_steps > 0 else 10**6

@@ -86,10 +86,10 @@ _WITHOUT_EFFECT: dict[str, Setting] = {
 }
 
 LEVELS = ("passive", "debug", "info", "warning", "error", "critical", "detail")
-# Ranges that Trainer does not look at: it would train for no step, never log, or fail after the first rollout.
+# Ranges that Trainer does not look at: it would never log, or fail after the first rollout.
 LOOP: dict[str, Rule] = {
-    "max_steps": Rule(lambda value: value == -1 or value >= 1, "must be >= 1, or -1 for num_train_epochs"),
-    "num_train_epochs": above(0),
+    "max_steps": at_least(-1, "-1 is for num_train_epochs"),  # 0 is a run of no step, as in transformers
+    "num_train_epochs": at_least(0),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), above(0)),
     **dict.fromkeys(("eval_delay", "dataloader_num_workers"), at_least(0)),
     **dict.fromkeys(("log_level", "log_level_replica"), one_of(*LEVELS)),
