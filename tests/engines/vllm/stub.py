@@ -27,7 +27,6 @@ class Stub:
         self._model, self._lock = deepcopy(model).eval(), threading.Lock()
         self._eos_ids, self._max_model_len = eos_ids, max_model_len
         self._adapters: dict[str, dict[str, torch.Tensor]] = {}
-        self._loaded: set[str] = set()
         self.requests: list[tuple[str, Any]] = []
         self.in_flight, self.most_in_flight = 0, 0
         self.fault: Callable[[str, Any], Answer | None] = lambda path, body: None
@@ -49,8 +48,9 @@ class Stub:
             return fault
         if path == "/v1/models":
             return 200, {"data": [{"id": "base", "parent": None, "max_model_len": self._max_model_len}]}
-        if path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
-            return self._of_adapter(path, body)
+        if path == "/v1/load_lora_adapter":
+            self._adapters[body["lora_name"]] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
+            return 200, "ok"
         if path == "/collective_rpc":
             if body["method"] == "reload_weights":
                 folder = Path(body["kwargs"]["weights_path"])
@@ -72,17 +72,6 @@ class Stub:
         answer = {"choices": choices}
         self.spoil(answer)
         return 200, answer
-
-    def _of_adapter(self, path: str, body: Any) -> Answer:
-        name, known = body["lora_name"], body["lora_name"] in self._loaded
-        if path == "/v1/unload_lora_adapter":
-            self._loaded.discard(name)  # its weights stay, for faults that ignore what comes next
-            return (200, "ok") if known else (404, {"error": {"message": "The lora adapter cannot be found."}})
-        if known:
-            return 400, {"error": {"message": "The lora adapter has already been loaded."}}
-        self._loaded.add(name)
-        self._adapters[name] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
-        return 200, "ok"
 
     @contextmanager
     def _serving(self, name: str) -> Iterator[Any]:

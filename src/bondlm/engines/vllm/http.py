@@ -5,7 +5,6 @@ import os
 import random
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +77,13 @@ class VLLMClient:
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load the adapter in `folder` under `name`, in place of what had that name.
 
-        vLLM's own `load_inplace` would read the folder again at each step of the model, for every request.
-
         Raises:
             ConfigError: the server will not: its rank is too small, say.
         """
-        with suppress(ConfigError):  # there was none of that name; a server without adapters says so below
-            self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, retried=PASSING)
-        body = {"lora_name": name, "lora_path": str(folder.resolve())}
+        body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
         try:
             response = self._send("POST", "/v1/load_lora_adapter", body, retried=PASSING)
         except ConfigError as error:
-            if "already been loaded" in str(error):  # an answer was lost, and this is the second try: the probe tells
-                return
             raise ConfigError(
                 f"{error}. Adapters need a server that was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
                 "--enable-lora, --max-loras 2 (3 for a run that continues an adapter) and a --max-lora-rank of at "
