@@ -2,6 +2,8 @@
 
 import json
 import re
+from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_causal, tiny_tokenizer
@@ -57,11 +59,13 @@ def test_an_interrupted_file_does_not_look_whole_and_the_same_command_continues_
         return draw(self, chunk, *given, **named)
 
     monkeypatch.setattr(Sampler, "sample", interrupted)
+    tomorrow = SimpleNamespace(today=lambda: datetime.today() + timedelta(days=1))
     arguments += ["--output", str(out)]
     assert main(arguments) == 130
     partial = tmp_path / "out.jsonl.part"
     assert not out.exists()
     assert len(rows(partial)) == 8 * samples
+    monkeypatch.setattr("bondlm.cli.sample.datetime", tomorrow)  # its prompts keep the date that they began with
     if torn:  # the last write was half done: its chunk is drawn again
         partial.write_bytes(partial.read_bytes()[:-9])
     assert main([*arguments, "--seed", "43"] if torn is None else arguments) == 0

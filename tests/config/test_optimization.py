@@ -14,9 +14,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("optim_args='abc'", {"optim_args": "abc"}),
     ("optim='adamw_torch_fused', adam_beta1=2.0: ", {"adam_beta1": 2.0}),
     ("adam_epsilon=-1.0", {"adam_epsilon": -1.0}),
-    ("adam_beta2=0.9: optim='sgd' does not use it", {"optim": "sgd", "adam_beta2": 0.9}),
-    ("optim_args='x=1': optim='adafactor' does not use it", {"optim": "adafactor", "optim_args": "x=1"}),
-    ("optim_args='x=1': optim='rmsprop' does not", {"optim": "rmsprop", "optim_args": "alpha=0.5,x=1"}),
+    ("adam_beta2=0.9: it changes nothing of optim='sgd'", {"optim": "sgd", "adam_beta2": 0.9}),
+    ("optim_args='x=1': it changes nothing of optim='adafactor'", {"optim": "adafactor", "optim_args": "x=1"}),
+    ("optim_args='x=1': it changes nothing of optim='rmsprop'", {"optim": "rmsprop", "optim_args": "alpha=0.5,x=1"}),
     ("optim_target_modules=", {"optim_target_modules": ["q_proj"]}),
     ("optim='lomo': You need to install", {"optim": "lomo"}),
     ("lr_scheduler_type='cosine_with_min_lr', lr_sched", {"lr_scheduler_type": "cosine_with_min_lr"}),
@@ -70,4 +70,4 @@ def test_of_the_stages_before(
     rows.write_text("".join(json.dumps(row | {"prompt": f"a{i}"}) + "\n" for i in range(40)))
     where = ["--train_dataset", str(rows), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
     assert main([command, "--model", str(tmp_path), *where, *words]) == 2
-    assert said.split("=")[0] in capsys.readouterr().err
+    assert said in capsys.readouterr().err

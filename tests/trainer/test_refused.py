@@ -115,7 +115,11 @@ def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
     """What `sft` or `reward-model` made there would be lost, or be taken for the run's."""
     tiny_causal(TOKENIZER).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"already holds a model \(model.safetensors\)"):
-        trainer(tmp_path).train()
+        trainer(tmp_path)
+    made = trainer(tmp_path / "own")
+    made.save_model()  # what it has left there itself is no other model
+    made.train()
+    assert made.state.global_step == 2
 
 
 def test_a_config_of_an_adapter_that_is_none_is_named(tmp_path: Path) -> None:

@@ -68,8 +68,12 @@ class Draft:
 
         append_jsonl(self._partial, rows)
 
-    def finish(self) -> None:
-        """Give the file its name, now that it is whole."""
+    def finish(self, notes: Path | None = None) -> None:
+        """Give the file its name, now that it is whole; what its rows are made from is kept in the file `notes`."""
+        from bondlm.runs.folder import write_whole
+
+        if notes is not None:
+            write_whole(notes, self._notes.read_text(encoding="utf-8"))
         self._partial.replace(self.path)
         self._notes.unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
 """`bondlm sample`: one answer a prompt, or the best of N by any reward."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -93,13 +93,11 @@ def generate(
     console: Console,
     *,
     draft: Draft | None = None,
-    on_loaded: Callable[[Mapping[str, Any]], object] | None = None,
     token_ids: bool = False,
 ) -> Any:
     """Yield, per chunk of prompts, a list of each prompt's answers as rows {prompt, completion[, reward]}.
 
-    Prompts that the `draft` has already are left out; `on_loaded` is told what the answers are made from; `token_ids`
-    of scored answers are wanted, too.
+    Prompts that the `draft` has already are left out; `token_ids` of scored answers are wanted, too.
     """
     with console.status("loading PyTorch, the model and the rewards"):
         from transformers.utils import logging as transformers_logging
@@ -137,9 +135,7 @@ def generate(
         aggregation = aggregation_of(options, [r.weight for r in rewards], len(rewards)) if rewards else SUM
     first = 0
     if draft is not None:
-        origin = made_from(options, sampler, rows, num_samples)
-        first = draft.begin(origin, len(rows), CHUNK)
-        (on_loaded or bool)(origin)
+        first = draft.begin(made_from(options, sampler, rows, num_samples), len(rows), CHUNK)
     progress = make_progress(console)
     # A live bar takes hold of stdout, where the answers go unless they are written to a file.
     with progress if options.get("output") else nullcontext():

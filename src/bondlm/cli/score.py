@@ -24,19 +24,13 @@ def run(options: dict[str, Any]) -> int:
         raise ConfigError(f"temperature={options['temperature']}: scored samples are the model's own, drawn at 1")
     num_samples = options.get("num_samples", 16)
     from bondlm.data.origin import origin_file
-    from bondlm.runs.folder import write_whole
 
     console = make_console(stderr=True)
     draft = Draft(str(options["output"]), num_samples, console)
     path = draft.path
-
-    def note_origin(origin: Any) -> None:
-        write_whole(origin_file(path), json.dumps(origin, indent=2) + "\n")
-
-    how: dict[str, Any] = {"draft": draft, "on_loaded": note_origin, "token_ids": True}
-    for groups in generate(options, options["dataset"], num_samples, console, **how):
+    for groups in generate(options, options["dataset"], num_samples, console, draft=draft, token_ids=True):
         draft.add([row for group in groups for row in group])
-    draft.finish()
+    draft.finish(origin_file(path))
     if options.get("json"):
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         means = {name: fmean(row[name] for row in rows) for name in ("reward", "finished")}

@@ -54,7 +54,7 @@ def _optimizer(args: Any) -> torch.optim.Optimizer | None:
         kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
         for said, without in own.items():
             if Trainer.get_optimizer_cls_and_kwargs(without) == (kind, keywords):
-                raise ConfigError(f"{said}: optim={name!r} does not use it, remove it")
+                raise ConfigError(f"{said}: it changes nothing of optim={name!r}, remove it")
         made: torch.optim.Optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **keywords)
     except ConfigError:
         raise

@@ -95,8 +95,8 @@ def full_precision_outputs(accelerator: Any, *, asked_for: bool) -> None:
             "(on CPUs use examples/accelerate/ddp.yaml)"
         )
     if plugin is not None and plugin.mixed_precision_policy is not None:
-        full = {"output_dtype": torch.float32, "reduce_dtype": torch.float32}
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **full)
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, output_dtype=torch.float32, reduce_dtype=torch.float32)
 
 
 def forward_dtype(accelerator: Any) -> torch.dtype | None:

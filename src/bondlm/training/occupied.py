@@ -20,6 +20,19 @@ _log = logging.getLogger(__name__)
 BY_PYTHON = "# written by BONDTrainer\n"
 
 
+def refuse_other_model(folder: Path) -> None:
+    """See that no other command has left its model where a run will leave its own.
+
+    Raises:
+        CheckpointError: one has: there are weights, and neither a log nor a checkpoint of a run.
+    """
+    name = weights_file(folder)
+    if name is not None and not (folder / METRICS_FILE).exists() and newest_checkpoint(folder)[0] is None:
+        raise CheckpointError(
+            f"{folder} already holds a model ({name}) that no run trained there: choose another output_dir or remove it"
+        )
+
+
 @contextmanager
 def held(folder: Path, args: Any, *, is_fresh: bool, settings: Mapping[str, Any]) -> Iterator[None]:
     """Hold the folder for a run; one that `is_fresh` must not find another run's checkpoints.
@@ -50,10 +63,6 @@ def _refuse_a_run(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} already holds a run, up to {path.name}: train(resume_from_checkpoint=True) continues it, or "
             "choose another output_dir"
-        )
-    if (name := weights_file(folder)) is not None and not (folder / METRICS_FILE).exists():
-        raise CheckpointError(
-            f"{folder} already holds a model ({name}) that no run trained there: choose another output_dir or remove it"
         )
 
 

@@ -14,6 +14,8 @@ from bondlm.errors import ConfigError
 from bondlm.runs.folder import ENVIRONMENT_FILE, LOCK_FILE, METRICS_FILE, OWNER_FILE
 from bondlm.runs.manifest import SEALED_FILE
 
+# With the HTTP library's own: httpx's or httpx2's, by the age of huggingface_hub, when the hub cannot be reached.
+HUB_ERRORS: Any = (*HfHubHTTPError.__bases__, ValueError)
 PAGE_FILE, CARD_FILE = "report.html", "README.md"  # the page shows prompts and completions
 
 
@@ -158,15 +160,8 @@ def kept_back(folder: Path, *, samples: bool) -> list[str]:
 def _asking_the_hub(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
-        # A hub that cannot be reached is an error of the HTTP library: httpx, or httpx2 for newer huggingface_hub.
-        if not isinstance(error, HfHubHTTPError | OSError | ValueError) and not _is_of_http(error):
-            raise
+    except HUB_ERRORS as error:
         raise ConfigError(
             f"push_to_hub: the repository {name!r} cannot be written ({str(error).strip().partition(chr(10))[0]}). "
             "Log in with `hf auth login` or set HF_TOKEN, see that hub_model_id is yours, or remove push_to_hub"
         ) from error
-
-
-def _is_of_http(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0].startswith("httpx")
