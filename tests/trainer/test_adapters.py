@@ -199,7 +199,7 @@ def test_dropout_that_a_given_adapter_has_is_set_to_0_and_saved_so(
     assert "lora_dropout=0.3" in caplog.text
     made.save_model()
     assert LoraConfig.from_pretrained(str(tmp_path)).lora_dropout == 0
-    kept = trainer(tmp_path, base(), peft_config=lora(lora_dropout=0.3), disable_dropout=False)
+    kept = trainer(tmp_path / "kept", base(), peft_config=lora(lora_dropout=0.3), disable_dropout=False)
     policy = kept.roles.model.train()
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -207,4 +207,4 @@ def test_dropout_that_a_given_adapter_has_is_set_to_0_and_saved_so(
                 parameter.fill_(0.1)
         assert not torch.equal(policy(input_ids=IDS).logits, policy(input_ids=IDS).logits)
     kept.save_model()
-    assert LoraConfig.from_pretrained(str(tmp_path)).lora_dropout == 0.3
+    assert LoraConfig.from_pretrained(str(tmp_path / "kept")).lora_dropout == 0.3
