@@ -85,10 +85,10 @@ def test_processes_share_the_servers_out() -> None:
 
 def test_options_of_our_server(tmp_path: Path) -> None:
     options = server_options(
-        torch.bfloat16, 24, 2, config(tmp_path, vllm_server="auto", vllm_server_args=["--max-model-len", "512"])
+        torch.bfloat16, 24, config(tmp_path, vllm_server="auto", vllm_server_args=["--max-model-len", "512"])
     )
     assert " ".join(options) == (
-        "--dtype bfloat16 --enable-lora --max-loras 2 --max-lora-rank 32 --generation-config vllm "
+        "--dtype bfloat16 --enable-lora --max-loras 3 --max-lora-rank 32 --generation-config vllm "
         "--logprobs-mode processed_logprobs --enforce-eager --no-enable-chunked-prefill --max-model-len 512"
     )
 
@@ -97,8 +97,8 @@ def test_adapters_on_an_fp32_base_are_refused_on_a_gpu(tmp_path: Path) -> None:
     """vLLM's LoRA kernels there assert bf16 or fp16 at the first request, minutes after the start."""
     of_gpu: Any = SimpleNamespace(device=torch.device("cuda"), vllm_server_args=None)
     with pytest.raises(ConfigError, match=r"float32.*dtype: bfloat16"):
-        server_options(torch.float32, 8, 2, of_gpu)
-    assert "--enable-lora" in server_options(torch.bfloat16, 8, 2, of_gpu)
+        server_options(torch.float32, 8, of_gpu)
+    assert "--enable-lora" in server_options(torch.bfloat16, 8, of_gpu)
 
 
 def test_our_server_serves_the_revision_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longe
     if args.vllm_server != "auto" or (on_cpu and args.local_process_index > 0):
         return None
     options = (
-        server_options(served_dtype(roles), max_rank(model), len(roles.adapter_roles), args)
+        server_options(served_dtype(roles), max_rank(model), args)
         if roles.is_peft
         else whole_model_options(roles, args)
     )
@@ -295,7 +295,7 @@ def max_rank(model: Any) -> int:
     return int(max([config.r, *(config.rank_pattern or {}).values()]))
 
 
-def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDConfig) -> list[str]:
+def server_options(dtype: torch.dtype, rank: int, args: BONDConfig) -> list[str]:
     """Options of a server that samples from the model's own distribution, at the trainer's precision."""
     fitting = [r for r in VLLM_RANKS if r >= rank]
     if not fitting:
@@ -305,7 +305,7 @@ def server_options(dtype: torch.dtype, rank: int, num_adapters: int, args: BONDC
             "engine='vllm' with LoRA on a base in float32: on a GPU, vLLM's LoRA kernels support only bfloat16 and "
             "float16. Set dtype: bfloat16, or bf16: true"
         )
-    options = ["--dtype", _dtype_name(dtype), "--enable-lora", "--max-loras", str(num_adapters)]
+    options = ["--dtype", _dtype_name(dtype), "--enable-lora", "--max-loras", "3"]  # policy, anchor, reference
     options += ["--max-lora-rank", str(fitting[0])]
     return options + _law_options(args)
 

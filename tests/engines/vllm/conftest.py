@@ -66,7 +66,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("server")
-    options = server_options(LORA_DTYPE, 8, 2, config(folder)) + share_of_card()
+    options = server_options(LORA_DTYPE, 8, config(folder)) + share_of_card()
     made = LocalServer(PYTHON, base, options, log=folder / "server.log", start_timeout=400, on_cpu=not ON_GPU)
     yield made
     made.stop()

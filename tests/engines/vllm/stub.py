@@ -27,6 +27,7 @@ class Stub:
         self._model, self._lock = deepcopy(model).eval(), threading.Lock()
         self._eos_ids, self._max_model_len = eos_ids, max_model_len
         self._adapters: dict[str, dict[str, torch.Tensor]] = {}
+        self._loaded: set[str] = set()
         self.requests: list[tuple[str, Any]] = []
         self.in_flight, self.most_in_flight = 0, 0
         self.fault: Callable[[str, Any], Answer | None] = lambda path, body: None
@@ -48,9 +49,8 @@ class Stub:
             return fault
         if path == "/v1/models":
             return 200, {"data": [{"id": "base", "parent": None, "max_model_len": self._max_model_len}]}
-        if path == "/v1/load_lora_adapter":
-            self._adapters[body["lora_name"]] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
-            return 200, "ok"
+        if path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            return self._of_adapter(path, body)
         if path == "/collective_rpc":
             if body["method"] == "reload_weights":
                 folder = Path(body["kwargs"]["weights_path"])
@@ -59,6 +59,7 @@ class Stub:
             return 200, {"results": [None]}
         if path in ("/sleep?level=1", "/wake_up"):
             self.is_asleep = path != "/wake_up"
+            self._adapters = {name: {k: v * 0 for k, v in state.items()} for name, state in self._adapters.items()}
             return 200, {}
         if path == "/is_sleeping":
             return 200, {"is_sleeping": self.is_asleep}
@@ -72,6 +73,17 @@ class Stub:
         answer = {"choices": choices}
         self.spoil(answer)
         return 200, answer
+
+    def _of_adapter(self, path: str, body: Any) -> Answer:
+        name, known = body["lora_name"], body["lora_name"] in self._loaded
+        if path == "/v1/unload_lora_adapter":
+            self._loaded.discard(name)  # its weights stay, for faults that ignore what comes next
+            return (200, "ok") if known else (404, {"error": {"message": "The lora adapter cannot be found."}})
+        if known:
+            return 400, {"error": {"message": "The lora adapter has already been loaded."}}
+        self._loaded.add(name)
+        self._adapters[name] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
+        return 200, "ok"
 
     @contextmanager
     def _serving(self, name: str) -> Iterator[Any]:

@@ -225,15 +225,15 @@ def sleeper(stub: Stub, roles: Roles, tmp_path: Path) -> VLLMEngine:
 
 
 def test_a_server_sleeps_whenever_nothing_is_drawn(sleeper: VLLMEngine, stub: Stub, roles: Roles) -> None:
-    """The stub refuses samples and probes while it sleeps."""
+    """The stub refuses samples and probes while it sleeps, and has lost its adapters when it wakes."""
     assert stub.is_asleep
     for _ in range(2):
         change(roles, 0.01)
         sleeper.sync()
         assert not stub.is_asleep
-        draw_both(sleeper)
+        drawn = draw_both(sleeper)
         assert stub.is_asleep
-    draw_both(sleeper)  # also without new weights
+    assert draw_both(sleeper) == drawn  # also without new weights
     assert [path for path, _ in stub.requests if path in ("/wake_up", "/sleep?level=1")] == [
         "/sleep?level=1",
         *["/wake_up", "/sleep?level=1"] * 3,

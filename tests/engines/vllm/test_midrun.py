@@ -100,7 +100,7 @@ def test_a_server_that_hangs_delays_no_exit(stub: Stub, tmp_path: Path) -> None:
 
 
 def test_a_fault_in_an_evaluation_saves_too(stub: Stub, tmp_path: Path) -> None:
-    """Reference samples are drawn from the base model, and by evaluations alone."""
+    """Reference samples are drawn by evaluations alone."""
     rows, settings = prompt_rows(6), {"save_strategy": "steps", "save_steps": 100, "max_steps": 4}
     args = config_of(tmp_path, vllm_base_url=stub.url, eval_strategy="steps", eval_steps=2, **settings)
     made = BONDTrainer(
@@ -110,7 +110,7 @@ def test_a_fault_in_an_evaluation_saves_too(stub: Stub, tmp_path: Path) -> None:
     )
     stub.fault = lambda path, body: (
         (500, "dead")
-        if path == "/v1/completions" and body["model"] == "base" and "prompt_logprobs" not in body
+        if path == "/v1/completions" and body["model"] == "bondlm-reference" and "prompt_logprobs" not in body
         else None
     )
     with pytest.raises(ResourceError, match="dead"):

@@ -5,6 +5,7 @@ import os
 import random
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bondlm.errors import ConfigError, EngineError, NonFiniteError, ResourceErro
 
 RETRIED = (429, 500, 502, 503, 504)
 PASSING = (502, 503, 504)  # where 500 is how vLLM says that it will not
-LORA_OPTIONS = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "64")
+LORA_OPTIONS = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "64")
 WHOLE_OPTIONS = ("--load-format", "dummy")  # without weights until it is given ours
 ATTEMPTS = 4
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -77,17 +78,23 @@ class VLLMClient:
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load the adapter in `folder` under `name`, in place of what had that name.
 
+        vLLM's own `load_inplace` would read the folder again at each step of the model, for every request.
+
         Raises:
             ConfigError: the server will not: its rank is too small, say.
         """
-        body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
+        with suppress(ConfigError):  # there was none of that name; a server without adapters says so below
+            self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, retried=PASSING)
+        body = {"lora_name": name, "lora_path": str(folder.resolve())}
         try:
             response = self._send("POST", "/v1/load_lora_adapter", body, retried=PASSING)
         except ConfigError as error:
+            if "already been loaded" in str(error):  # an answer was lost, and this is the second try: the probe tells
+                return
             raise ConfigError(
                 f"{error}. Adapters need a server that was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
-                "--enable-lora, --max-loras 2 (3 for a run that continues an adapter) and a --max-lora-rank of at "
-                "least the adapter's r, and that sees the run folder under the same path"
+                "--enable-lora, --max-loras 3 and a --max-lora-rank of at least the adapter's r, and that sees the run "
+                "folder under the same path"
             ) from error
         if response.status_code != 200:
             raise EngineError(f"{self.url} did not load {name!r}: HTTP {response.status_code}")

@@ -1,13 +1,16 @@
-"""Generation by vLLM servers over HTTP: policy and anchor are two LoRA adapters of a server, drawn in one batch.
+"""Generation by vLLM servers over HTTP: policy, anchor and reference are LoRA adapters of a server, drawn in one batch.
 
 (Whole models: `bondlm.engines.vllm.whole`.)
 
 After every optimizer step `sync` writes both adapters to new folders, and each server reloads them under their names; a
 probe text says whether it has (`bondlm.engines.vllm.served`).
 
-A new folder and a cache salt for each version: vLLM does not drop prefix-cache blocks that an adapter's old weights
-computed when it reloads the adapter in place. The salt is also each run's own, since versions are counted from 1 again
-by a run that goes on with the same server.
+A reference that is the base model is an adapter too, of zeros: on a CPU vLLM 0.32 gives a row without an adapter that
+of its last slot, wherever another row of the batch has one.
+
+A new folder and a cache salt for each version: prefix-cache blocks that an adapter's old weights computed must not
+serve the new ones. The salt is also each run's own, since versions are counted from 1 again by a run that goes on with
+the same server.
 
 Of several processes the main one writes; each server is given the weights, and is probed, by the first process that
 draws from it; what it finds is known to all before anybody goes on (`bondlm.engines.together`).
@@ -19,7 +22,7 @@ import copy
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -72,7 +75,7 @@ class VLLMEngine:
         Args:
             clients: connections to the servers that this process draws from; another process may draw from them, too.
             model: the PEFT model.
-            adapters: the roles that are adapters; another one is the base model.
+            adapters: the roles that are adapters; the reference may be none, which is then the base model.
             use: lends the model of a role in eval mode.
             processes: of the run.
             eos_ids: end a completion.
@@ -111,9 +114,8 @@ class VLLMEngine:
                 ours = self._own_logprobs(model)
             with together(self._processes):
                 for server in self._kept:
-                    server.require_model(ours, self._salt("reference"), self._model.config._name_or_path)
-        else:
-            self._reload("reference")
+                    server.require_model(ours, f"{self._run}-base", self._model.config._name_or_path)
+        self._reload("reference")
         for server in self._kept:
             server.take_first_gap()
         self.sync()
@@ -148,6 +150,11 @@ class VLLMEngine:
         with together(self._processes):
             _at_once(lambda server: server.client.sleep(), self._kept)
 
+    def _give_again(self, roles: Iterable[Role]) -> None:
+        """Give the servers what they may have lost in their sleep, with a probe of each role."""
+        for role in roles:
+            self._reload(role)
+
     def _reload(self, role: Role) -> None:
         with self._use(role) as model:
             ours = self._own_logprobs(model)
@@ -160,7 +167,7 @@ class VLLMEngine:
         with together(self._processes):
             if self._processes.rank == 0:
                 try:
-                    self._write(model, path)
+                    self._write(role, model, path)
                 except (OSError, SafetensorError) as error:
                     raise ResourceError(
                         f"cannot write the {role}'s {self.sends} for the vLLM server into {str(path)!r}: {error}"
@@ -221,8 +228,8 @@ class VLLMEngine:
         logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
         return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).double().cpu().numpy()
 
-    def _write(self, model: Any, path: Path) -> None:
-        """Write the adapter as `model` has it, with a role's values in the policy's place, as PEFT loads it."""
+    def _write(self, role: Role, model: Any, path: Path) -> None:
+        """Write the role's adapter as PEFT loads it: as `model` has it, in the policy's place; of the base, zeros."""
         path.mkdir(parents=True, exist_ok=True)
         name = self._model.active_adapter
         config: PeftConfig = copy.deepcopy(self._model.peft_config[name])
@@ -230,6 +237,8 @@ class VLLMEngine:
         config.save_pretrained(str(path))
         weights = {f"base_model.model.{n}": p.detach() for n, p in model.named_parameters()}
         state = get_peft_model_state_dict(self._model, weights, name, save_embedding_layers=False)
+        if role not in self._adapters:
+            state = {k: torch.zeros_like(v) for k, v in state.items()}
         save_file({k: v.cpu().contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
 
     def _load(self, role: Role, server: Served, path: Path) -> None:
@@ -242,10 +251,7 @@ class VLLMEngine:
 
     def _names(self, role: Role, server: Served) -> tuple[str, str]:
         """Of the role's model on the server, and its cache salt."""
-        return ADAPTERS[role] if role in self._adapters else server.base, self._salt(role)
-
-    def _salt(self, role: Role) -> str:
-        return f"{self._run}-{role}-{self._version if role in MOVING else 0}"
+        return ADAPTERS[role], f"{self._run}-{role}-{self._version if role in MOVING else 0}"
 
     # -- drawing
 
@@ -284,7 +290,9 @@ class VLLMEngine:
             EngineError: an answer that is not one to the request.
             NonFiniteError: a log-probability that is not finite.
         """
-        self._wake()
+        if self._is_asleep:
+            self._wake()
+            self._give_again(wanted)
         drawn = self._drawn(prompts, wanted, max_new_tokens, temperature)
         self._sleep()
         return drawn

@@ -8,7 +8,7 @@ the gap may hardly grow, either: a reload of a part of the weights was seen, too
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ class WholeModelEngine(VLLMEngine):
     def sync(self) -> None:
         """Nothing yet: one role's weights are on a server at a time, and go there when it draws."""
 
+    def _give_again(self, roles: Iterable[Role]) -> None:
+        """Nothing: `_hold` probes what is about to draw."""
+
     def _hold(self, role: Role) -> None:
         """Have the servers hold the role's weights; nothing is sent if all of them hold these already.
 
@@ -80,7 +83,7 @@ class WholeModelEngine(VLLMEngine):
                 self._note_gap(role)
         return any(self._processes.gather_objects([must]))
 
-    def _write(self, model: Any, path: Path) -> None:
+    def _write(self, role: Role, model: Any, path: Path) -> None:
         write_weights(model, path)
 
     def _load(self, role: Role, server: Served, path: Path) -> None:
