@@ -114,6 +114,7 @@ def test_a_bad_row_of_several_files_is_named_with_its_file(tmp_path: Path) -> No
         ("a.csv", b"prompt,k,k\na,1,2\n", r"a\.csv: two columns are called 'k'"),
         ("a.csv", b"prompt,k\na,\xff\n", r"a\.csv: the column 'k' is not UTF-8"),
         ("a.csv", b"prompt,k\n\xff,a\n", r"a\.csv: cannot be read: .*UTF8"),
+        ("a.csv", "prompt\na\n".encode("utf-16"), r"a\.csv: cannot be read: not UTF-8 \(byte 0\)"),
         ("a.parquet.gz", b"", r"a\.parquet\.gz: unknown kind"),
         ("a.jsonl", b'{"prompt": "a"}', "no configs and splits"),
     ],

@@ -122,6 +122,8 @@ BAD_ROWS = [
     pytest.param({"prompt": chat(("user", []))}, "message 0: `content`", id="no parts"),
     pytest.param({"prompt": chat(("user", "a"), ("assistant", None))}, "message 1: `content`", id="null"),
     pytest.param({"prompt": chat(("user", "a"), ("assistant", " "))}, "empty", id="an empty beginning"),
+    pytest.param({"prompt": json.dumps(chat(("user", "a")))}, "spells a list of messages", id="JSON of messages"),
+    pytest.param({"prompt": str([{"content": "a", "role": "user"}])}, "spells a list of messages", id="their repr"),
     pytest.param({"prompt": [1, 2]}, "prompt_format='rendered'", id="ids"),
 ]
 
@@ -332,6 +334,17 @@ def test_a_folder_with_a_line_that_is_no_json_is_refused_in_the_words_of_its_rea
     (folder / ("test.jsonl" if held_out else "train.jsonl")).write_text('{"prompt": "a"}\n{"prompt": oops}\n')
     with pytest.raises(DataError, match=r"data: cannot be read: .*JSON parse error"):
         load_prompts(folder, held_out=held_out)
+
+
+def test_a_folder_of_files_that_differ_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's folder, or a run's."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a.json").write_text('{"one": 1, "two": "x"}')
+    (folder / "b.json").write_text('{"three": [1], "four": {"five": 1}}')
+    with pytest.raises(DataError, match=r"^.*model: cannot be read: its files have different columns. Name .*$"):
+        load_prompts(folder)
 
 
 def test_lists_with_surrogates_or_without_rows_are_refused() -> None:

@@ -144,6 +144,8 @@ def read_table(path: str) -> tuple[pyarrow.Table, list[Line]]:
         if suffix_of(path) == ".parquet":
             return pyarrow.parquet.read_table(path), []
         return _read_csv(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read: not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 

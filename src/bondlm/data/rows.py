@@ -21,6 +21,8 @@ RESERVED = (
 # Rows with one of these may share an `id`, which is then their prompt's: samples, and pairs of them.
 ANSWERS = ("completion", "chosen")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Messages as `json.dumps` or `str` writes them.
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:\s*["']""")
 _INT64, _TOO_LARGE = range(-(2**63), 2**63), "an integer beyond 64 bits"
 
 Row = Mapping[str, Any]
@@ -194,7 +196,7 @@ def _prompt_problem(row: Any, *, token_ids: bool = False) -> str | None:
     if has_surrogate(row):
         return "lone surrogate: half of a character, which UTF-8 cannot hold"
     if isinstance(prompt, str):
-        return None if prompt.strip() else "empty prompt"
+        return _text_problem(prompt)
     if not isinstance(prompt, list | tuple):
         return f"`prompt` must be text or a list of messages, not {kind_of(prompt)}"
     if not prompt:
@@ -206,6 +208,15 @@ def _prompt_problem(row: Any, *, token_ids: bool = False) -> str | None:
         if problem is not None:
             return f"message {i}: {problem}"
     return None if text_of(prompt[-1]).strip() else "empty prompt (the last message has no text)"
+
+
+def _text_problem(prompt: str) -> str | None:
+    if _WRITTEN_MESSAGES.match(prompt):
+        return (
+            "`prompt` is text that spells a list of messages, as in a CSV: the model would read the brackets. Write "
+            "the rows as JSON lines, with the list itself"
+        )
+    return None if prompt.strip() else "empty prompt"
 
 
 def _message_problem(message: Any) -> str | None:

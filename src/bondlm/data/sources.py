@@ -14,6 +14,7 @@ import datasets
 import pyarrow
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.table import CastError
 
 from bondlm.data.paths import why_not_loaded
 from bondlm.data.table import unformatted
@@ -75,7 +76,7 @@ def open_source(source: Any, *, held_out: bool) -> Dataset:
     if not isinstance(source, Dataset):
         raise DataError(
             f"cannot read prompts from a {type(source).__name__}. Give a path, the name of a hub data set, a "
-            "`datasets.Dataset` or a list of rows."
+            "`datasets.Dataset` (of a pandas.DataFrame: Dataset.from_pandas(frame)) or a list of rows."
         )
     return unformatted(source)
 
@@ -124,7 +125,11 @@ def open_name(source: str, *, held_out: bool, streaming: bool = False) -> Any:
     except (OSError, ValueError, pyarrow.ArrowException, DatasetsError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{source}: cannot be read: {why_not_loaded(name, cause_of(error))}") from error
+        if isinstance(cause := cause_of(error), CastError):  # its message is a list of all columns
+            why = "its files have different columns. Name the file that holds the prompts"
+        else:
+            why = why_not_loaded(name, cause)
+        raise DataError(f"{source}: cannot be read: {why}") from error
     raise DataError(f"{source}: no such file, and not the name of a hub data set.")
 
 
