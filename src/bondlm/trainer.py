@@ -76,7 +76,6 @@ from bondlm.training.processes import (
 )
 from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.ranks import aggregation_of_run
-from bondlm.training.rollout import Rollout
 from bondlm.training.sampling import SamplingTrainer
 from bondlm.training.saving import PAGE_FILE
 from bondlm.training.signal_factor import SignalFactor, learning_pace
@@ -295,22 +294,13 @@ class BONDTrainer(SamplingTrainer):
             self.stop.pause(error, self.args, self.state, self.control)
             return [], num_prompts
         metrics.record(rollout, self._means, world.size)
-        self._steer(rollout)
+        if self.signal_factor is not None:
+            self._means.record(self.signal_factor.steer(rollout, world, learning_pace(self.optimizer)))
         self.run_folder.note_step(rollout, self.args.num_logged_samples)
         num_prompts = world.gather(rollout.is_counted_P.float().sum().view(1)).sum()
         mixed_first = self.noise.starts(step, len(sizes))
         packed = self.step.pack(rollout, sizes, mixed_first=mixed_first)
         return self._smaller.agreed(packed, world), num_prompts
-
-    def _steer(self, rollout: Rollout) -> None:
-        """Set the signal's factor for the steps to come by this one's wins, the same on every process."""
-        if self.signal_factor is None or rollout.wins_P is None:
-            return
-        wins, counted = self.world.gather(rollout.wins_P), self.world.gather(rollout.is_counted_P)
-        if counted.any():
-            self.signal_factor.update(float(wins[counted].mean()), learning_pace(self.optimizer))
-        factor, measured = self.signal_factor.factor, self.signal_factor.measured_n
-        self._means.record({"bond/signal_factor": factor, "bond/effective_n": measured})
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one `MicroBatch`, timed; in smaller parts if the memory does not hold it."""

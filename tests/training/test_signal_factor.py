@@ -11,7 +11,7 @@ from trainer.helpers import logged, trainer
 from bondlm.bestofn import self_bond_gradient
 from bondlm.bestofn.own_quantiles import win_table
 from bondlm.objectives import SelfBOND
-from bondlm.training.signal_factor import MAX_CHANGE, MAX_FACTOR, SignalFactor, learning_pace
+from bondlm.training.signal_factor import MAX_CHANGE, MAX_FACTOR, MAX_TIED, SignalFactor, learning_pace
 
 OUTCOMES = 60
 SETTINGS: dict[str, Any] = {
@@ -78,6 +78,44 @@ def test_it_changes_by_little_has_an_end_and_waits_for_the_policy() -> None:
     assert again.state() == factor.state()
 
 
+def test_where_many_samples_tie_it_stays() -> None:
+    """With 0/1 rewards N reads too high: followed, the measured N would be 8 where the policy is at 5.7."""
+    factor = SignalFactor(8)
+    for _ in range(100):
+        factor.update(0.6, pace=1.0, tied=0.5)
+    assert factor.factor == 1.0
+    assert factor.measured_n is None
+    again = SignalFactor(8)
+    again.load_state(factor.state())
+    assert again.state() == factor.state()
+    again.load_state({"factor": 1.0, "fast": 0.6, "slow": 0.6})  # a checkpoint of an earlier version
+    assert again.measured_n == pytest.approx(1.5)
+    few = SignalFactor(8)
+    few.update(0.6, pace=1.0, tied=0.1)
+    assert few.factor > 1.0
+
+
+@pytest.mark.parametrize(("n", "num_samples", "levels"), [(2, 4, 7), (4, 8, 12), (4, 4, 12), (8, 8, 21), (8, 4, 21)])
+def test_up_to_that_share_of_ties_n_is_measured_well(n: int, num_samples: int, levels: int) -> None:
+    """The N at which the expected wins are n / (n + 1): levels that the reference draws alike."""
+    at_most = (torch.arange(levels).double() + 1) / levels
+    table = torch.tensor(win_table(n, num_samples)).nan_to_num()
+
+    def wins(order: float) -> float:
+        below = (at_most - 1 / levels).clamp(min=0) ** order
+        shares = torch.stack([below, at_most**order - below, 1 - at_most**order])
+        counts = [(a, b) for a in range(num_samples + 1) for b in range(num_samples + 1 - a)]
+        ways = [math.comb(num_samples, a) * math.comb(num_samples - a, b) * float(table[a, b]) for a, b in counts]
+        return sum(
+            float((way * shares[0] ** a * shares[1] ** b * shares[2] ** (num_samples - a - b)).mean())
+            for way, (a, b) in zip(ways, counts, strict=True)
+        )
+
+    tied = float((torch.diff(at_most**n, prepend=torch.zeros(1).double()) ** 2).sum())
+    assert MAX_TIED - 0.03 < tied < MAX_TIED + 0.01
+    assert wins(0.92 * n) < n / (n + 1) < wins(n)
+
+
 def test_the_pace_is_that_of_the_optimizer() -> None:
     """Through a warm-up and down again, whatever its largest learning rate is; without one to read it is 1."""
     weight = torch.nn.Parameter(torch.zeros(1))
@@ -127,3 +165,18 @@ def test_a_run_measures_n_and_multiplies_its_signal(tmp_path: Path) -> None:
         assert row["bond/effective_n"] == pytest.approx(factor.measured_n)
     assert len(rollouts) == 3
     assert factor.factor > 1.02
+
+
+def zero_or_one(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text) % 2) for text in completions]
+
+
+def test_a_run_with_rewards_of_0_and_1_keeps_the_solved_strength(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        trainer(tmp_path, **SETTINGS, reward=zero_or_one, num_logged_samples=0).train()
+    rows = [row for row in logged(tmp_path) if "bond/signal_factor" in row]
+    assert [row["bond/signal_factor"] for row in rows] == [1.0] * 3
+    assert not any("bond/effective_n" in row for row in rows)
+    assert caplog.text.count("adaptive_strength does not adapt") == 1

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from bondlm.objectives import Objective
 from bondlm.rewards.constant import constant_rewards
 from bondlm.training.callbacks import RunFolderCallback
-from bondlm.training.signal_factor import MAX_FACTOR
+from bondlm.training.signal_factor import MAX_FACTOR, MAX_TIED
 
 _log = logging.getLogger(__name__)
 
@@ -109,11 +109,14 @@ class TiesCallback(TrainerCallback):
 
 
 class OutOfReachCallback(TrainerCallback):
-    """Warns once where an adaptive signal has long been at its largest, and the measured N is still below n."""
+    """Warns once where an adaptive signal has long been at its largest, and the measured N is still below n.
+
+    And once where so many samples tie that N is not measured, and the signal does not adapt.
+    """
 
     def __init__(self, objective: Objective) -> None:
         """`objective` says which N is wanted, if any."""
-        self._wanted, self._below = objective.plan.steered_to, 0
+        self._wanted, self._below, self._measured = objective.plan.steered_to, 0, True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count from here."""
@@ -124,7 +127,10 @@ class OutOfReachCallback(TrainerCallback):
         factor = (logs or {}).get("bond/signal_factor")
         if self._wanted is None or factor is None or not state.is_world_process_zero:
             return
-        if factor < MAX_FACTOR:
+        if "bond/effective_n" not in (logs or {}):
+            self._warn_of_ties(state.global_step, factor)
+            self._below = state.global_step
+        elif factor < MAX_FACTOR:
             self._below = state.global_step
         elif state.global_step - self._below >= LONG_AT_MOST:
             _log.warning(
@@ -135,3 +141,13 @@ class OutOfReachCallback(TrainerCallback):
                 *(state.global_step - self._below, logs["bond/effective_n"]),
             )
             self._wanted = None
+
+    def _warn_of_ties(self, step: int, factor: float) -> None:
+        if self._measured:
+            self._measured = False
+            _log.warning(
+                "step %d: adaptive_strength does not adapt while more than %.0f%% of the pairs of a prompt's samples "
+                "tie: N would be measured too high. The signal stays %.2g times that of n=%d for a free policy; "
+                "eval_effective_n says which N is reached. Use a reward that is graded, or choose n by it",
+                *(step, 100 * MAX_TIED, factor, self._wanted),
+            )

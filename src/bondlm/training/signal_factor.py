@@ -3,14 +3,23 @@
 The strength that is solved for n holds for a policy that can move freely; one that pays more KL for its win rate comes
 to rest below n. Like the adaptive KL coefficient of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) the factor
 follows the error by at most 2% a step. It also looks at where N is going, and waits while the policy cannot move.
+
+Where many samples tie, N cannot be measured without bias: from K samples and one of the reference it reads too high, by
+up to a third of n with 0/1 rewards (docs/theory.md, "Wins with ties"). The factor then stays as it is.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+from bondlm.bestofn.quantiles import count_below
+from bondlm.training.processes import World
+from bondlm.training.rollout import Rollout
 
 MAX_CHANGE = 0.02  # of the factor, in a step
 MAX_FACTOR = 4.0  # a model that needs more does not get to n at a KL that anyone would pay
 FAST, SLOW = 0.1, 0.03  # weights of a step's win rate in the two running means
+MAX_TIED = 0.2  # of the pairs of a prompt's samples: up to there the measured N is at most 8% too high
 AHEAD = 2.0  # of the difference between the means' log N: without it N overshoots a policy that follows slowly
 
 
@@ -20,28 +29,50 @@ class SignalFactor:
     def __init__(self, n: int) -> None:
         """Start as the policy does: at the reference, with the solved strength."""
         self._n, self.factor, self._fast, self._slow = n, 1.0, 0.5, 0.5
+        self._tied: float | None = None
 
     @property
-    def measured_n(self) -> float:
-        """Effective N of the policy on the prompts of about the last ten steps."""
-        return math.exp(_log_odds(self._fast))
+    def measured_n(self) -> float | None:
+        """Effective N of the policy on the prompts of about the last ten steps; None where too many samples tie."""
+        return None if (self._tied or 0.0) > MAX_TIED else math.exp(_log_odds(self._fast))
 
-    def update(self, win_rate: float, pace: float) -> None:
-        """Take in a step's win rate, in [0, 1]; `pace` is its learning rate over the run's largest."""
+    def update(self, win_rate: float, pace: float, tied: float = 0.0) -> None:
+        """Take in a step.
+
+        Args:
+            win_rate: of the policy against the reference, in [0, 1].
+            pace: the step's learning rate over the run's largest.
+            tied: share of the pairs of a prompt's own samples whose rewards are equal.
+        """
+        self._tied = tied if self._tied is None else self._tied + FAST * (tied - self._tied)
         self._fast += FAST * (win_rate - self._fast)
         self._slow += SLOW * (win_rate - self._slow)
+        if self.measured_n is None:
+            return
         log_n = _log_odds(self._fast)
         missing = 1.0 - (log_n + AHEAD * (log_n - _log_odds(self._slow))) / math.log(self._n)
         change = MAX_CHANGE * pace * max(-1.0, min(1.0, missing))
         self.factor = max(1.0 / MAX_FACTOR, min(MAX_FACTOR, self.factor * (1.0 + change)))
 
-    def state(self) -> dict[str, float]:
-        """For a checkpoint."""
-        return {"factor": self.factor, "fast": self._fast, "slow": self._slow}
+    def steer(self, rollout: Rollout, world: World, pace: float) -> dict[str, float]:
+        """Take in a step's rollout, the same on every process; what to log of it."""
+        assert rollout.wins_P is not None  # noqa: S101  selected where the plan is `steered_to`
+        worse_PK, at_most_PK, others = count_below(rollout.samples.ranked[:, : rollout.plan.policy], None)
+        tied_P = (at_most_PK - worse_PK).mean(dim=1) / others
+        wins, tied, counted = (world.gather(each) for each in (rollout.wins_P, tied_P, rollout.is_counted_P))
+        if counted.any():
+            self.update(float(wins[counted].mean()), pace, float(tied[counted].mean()))
+        measured = self.measured_n
+        return {"bond/signal_factor": self.factor} | ({} if measured is None else {"bond/effective_n": measured})
 
-    def load_state(self, state: dict[str, float]) -> None:
-        """Continue from a checkpoint."""
+    def state(self) -> dict[str, float | None]:
+        """For a checkpoint."""
+        return {"factor": self.factor, "fast": self._fast, "slow": self._slow, "tied": self._tied}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint; one of an earlier version has no ties."""
         self.factor, self._fast, self._slow = state["factor"], state["fast"], state["slow"]
+        self._tied = state.get("tied")
 
 
 def learning_pace(optimizer: Any) -> float:
