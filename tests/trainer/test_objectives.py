@@ -113,6 +113,26 @@ def test_gamma_ref_pulls_back_to_the_reference(tmp_path: Path) -> None:
     assert pulled < 0.8 * kls[1][0]
 
 
+@pytest.mark.parametrize("settings", [LEARNERS[name] for name in ("reinforce", "rloo", "grpo", "self_bond")])
+def test_what_all_rewards_share_teaches_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Also where it is 1e8, of which fp32 keeps eights."""
+    trained = []
+    for shared in (0.0, 1e8):
+        made = trainer(
+            tmp_path / str(shared),
+            reward=lambda completions, shared=shared: [shared + len(text) / 4 for text in completions],
+            **settings | {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "anchor": "fixed"},
+            **{"max_grad_norm": 0.0, "optim": "sgd"},
+        )
+        before = weights(made.roles.model)
+        made.train()
+        trained.append({name: weight - before[name] for name, weight in weights(made.roles.model).items()})
+    largest = max(float(change.abs().max()) for change in trained[0].values())
+    assert largest > 1e-4
+    for name, change in trained[0].items():
+        assert torch.allclose(change, trained[1][name], rtol=1e-3, atol=1e-3 * largest)
+
+
 def six_steps(folder: Path, settings: dict[str, Any]) -> BONDTrainer:
     settings = dict(settings)
     data = {"train_dataset": scored_rows(10)} if settings["objective"].endswith("regression") else {}

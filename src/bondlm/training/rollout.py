@@ -24,7 +24,7 @@ class Rollout:
     plan: SamplePlan
     samples: Samples
     learned: list[list[Completion]]  # P x L
-    signal_PC: Tensor
+    signal_PC: Tensor  # fp64, as is the baseline
     sampled_logp_PC: Tensor  # under the policy
     anchor_logp_PC: Tensor
     baseline_PC: Tensor
@@ -47,10 +47,15 @@ class Rollout:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What enters the loss beside log-probabilities, one row per prompt."""
+        """What enters the loss beside log-probabilities, one row per prompt, in fp32.
+
+        Without anchor samples the signal has no level of its own (RLOO's are the rewards themselves), and the loss
+        looks at its distance from the baseline: what both share is taken off here, since fp32 would round it.
+        """
+        shared_P1 = self.baseline_PC.mean(dim=1, keepdim=True) if self.plan.anchor == 0 else 0.0
         tensors = {
-            "signal_PC": self.signal_PC,
-            "baseline_PC": self.baseline_PC,
+            "signal_PC": (self.signal_PC - shared_P1).float(),
+            "baseline_PC": (self.baseline_PC - shared_P1).float(),
             "anchor_logp_PC": self.anchor_logp_PC,
             "weight_P": self.is_counted_P.float(),
         }

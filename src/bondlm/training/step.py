@@ -76,7 +76,7 @@ class Step:
         else:
             sampled_logp_PC = self._logprob("policy", rows, compared)
         # Returns, and their baseline over the prompts of all processes.
-        signal_PC = selection.signal_PC.float()
+        signal_PC = selection.signal_PC.double()  # until the baseline is off: fp32 rounds large rewards
         if selection.learned is not None:
             signal_PC = self._learned_signal(selection.learned, rows, compared, is_counted_P)
         if self.signal_factor is not None:
