@@ -43,6 +43,14 @@ def test_its_head_says_what_a_hub_reads(tmp_path: Path, adapter: bool) -> None:
     assert "held out: `data/held out.jsonl`" in card.text
 
 
+def test_a_policy_below_its_reference_has_no_n(tmp_path: Path) -> None:
+    write_card(tmp_path, result(win_rate={"value": 0.31, "low": 0.2, "high": 0.4}))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "measured to be below `some/base` (win rate 0.31, under 0.5)" in card.text
+    assert "worth Best-of" not in card.text
+    assert {each.metric_type for each in card.data.eval_results} == {"win_rate", "kl", "reward"}
+
+
 def test_a_number_that_is_not_finite_is_in_the_text_alone(tmp_path: Path) -> None:
     beyond = {"value": float("inf"), "low": 12.0, "high": float("inf"), "text": "> 16"}
     write_card(tmp_path, result(effective_n=beyond, kl=NUMBERS | {"high": float("inf")}))

@@ -47,6 +47,17 @@ def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():
     assert "nan" not in text
 
 
+def test_a_policy_below_its_reference_has_no_n() -> None:
+    policy, reference, others = case()
+    worse = scored(-policy.rewards_PM, log_ratio=1.2)
+    others["policy, greedy"] = scored(worse.rewards_PM[:, :1])
+    console = piped()
+    print_table(console, summarize(worse, reference, others))
+    text = console.file.getvalue()
+    assert "One sample of the trained model is below the untouched one (win rate 0.1955, under 0.5)" in text
+    assert "Best-of-N itself needs" not in text
+
+
 def test_the_tables_fit_80_columns() -> None:
     """Nothing is wrapped there: on a wider terminal they are the same."""
     policy, reference, others = case()

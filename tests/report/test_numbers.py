@@ -44,6 +44,11 @@ def test_an_old_file_without_the_ratio_gets_it_from_its_kl():
     assert kl_ratio(result | {"kl_ratio": None}) is None
 
 
+def test_a_policy_below_its_reference_has_no_n():
+    result = eval_json() | {"win_rate": {"value": 0.31, "low": 0.2, "high": 0.4}}
+    assert headline(result) == "One sample is below the reference (win rate 0.31, under 0.5), so there is no N."
+
+
 def test_an_old_file_without_a_curve_has_one_in_its_baselines():
     result = eval_json()
     points = curve(result)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bondlm.cli.console import clock_text
 from bondlm.runs.ending import read_ending
+from bondlm.runs.worth import below
 
 
 def ending(folder: Path, step: int, reporter: Any, result: Mapping[str, Any] | None) -> Iterator[str]:
@@ -15,6 +16,8 @@ def ending(folder: Path, step: int, reporter: Any, result: Mapping[str, Any] | N
     goal = f"; stopped there: {known.reason}" if known is not None and known.reason else ""
     if result is None:
         yield f"reached: step {step}{goal}; without an eval_dataset nothing was measured"
+    elif (lost := below(result, "the untouched model")) is not None:
+        yield f"reached: one sample is {lost}{goal}"
     else:
         worth, wins = result["effective_n"]["text"], result["win_rate"]["value"]
         yield f"reached: one sample = Best-of-{worth} of the untouched model, win rate {wins:.2f}{goal}"
@@ -36,4 +39,5 @@ def _cost(step: int, reporter: Any, result: Mapping[str, Any] | None) -> str:
         return spent
     from bondlm.evaluation.table import spread
 
-    return f"KL {spread(result['kl'], 2)} nats, where Best-of-N itself needs {result['kl_of_best_of_n']:.2f}; {spent}"
+    needs = "" if below(result) else f", where Best-of-N itself needs {result['kl_of_best_of_n']:.2f}"
+    return f"KL {spread(result['kl'], 2)} nats{needs}; {spent}"

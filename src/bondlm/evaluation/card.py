@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from bondlm.config import BONDConfig
 from bondlm.evaluation.usage import usage
 from bondlm.runs.folder import run_config, write_whole
+from bondlm.runs.worth import below
 
 MAX_COMPLETION_LENGTH = BONDConfig.max_completion_length
 CITATION = """```bibtex
@@ -36,7 +37,7 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
     kind, held_out = "LoRA adapter" if is_adapter else "model", _held_out(config, result)
     rewards = ", ".join(str(name) for name in result["rewards"])
     name = objective.pop("name")
-    numbers = "\n".join(f"| {label} | {_shown(result[key])} |" for label, key in MEASURED)
+    numbers = "\n".join(f"| {label} | {_shown(result[key])} |" for label, key in _measured(result))
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
@@ -50,7 +51,7 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
 
 # {kind.capitalize()} aligned with {name} (Best-of-N Distillation)
 
-One sample of this {kind} was measured to be worth Best-of-{result["effective_n"]["text"]} of `{result["reference"]}`,
+One sample of this {kind} was measured to be {_worth(result)},
 on {result["num_prompts"]} held-out prompts at temperature 1{_at_most(result)}, judged by {rewards}.
 
 | measured | value and 95% interval |
@@ -85,6 +86,15 @@ MEASURED = (
 )
 
 
+def _measured(result: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return MEASURED if below(result) is None else MEASURED[1:]  # without an N
+
+
+def _worth(result: Mapping[str, Any]) -> str:
+    reference = f"`{result['reference']}`"
+    return below(result, reference) or f"worth Best-of-{result['effective_n']['text']} of {reference}"
+
+
 def _eval_results(result: Mapping[str, Any], dataset: str) -> list[EvalResult]:
     """The measured numbers as model hubs read them; one that is not finite has no place there."""
     return [
@@ -97,7 +107,7 @@ def _eval_results(result: Mapping[str, Any], dataset: str) -> list[EvalResult]:
             metric_value=result[key]["value"],
             metric_args={end: result[key][end] for end in ("low", "high") if math.isfinite(result[key][end])},
         )
-        for label, key in MEASURED
+        for label, key in _measured(result)
         if math.isfinite(result[key]["value"])
     ]
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bondlm.bestofn import EffectiveN
 from bondlm.runs import redact
+from bondlm.runs.worth import below
 
 NUM_SHOWN = 4
 PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which breaks tables and lines in log files
@@ -55,10 +56,11 @@ def print_table(console: Console, result: Mapping[str, Any], *, headline: bool =
         console.print(visible(meeting + spread(result["opponent"]["win_rate"], 3)), soft_wrap=True)
     _print_cost(console, result.get("cost"))
     if headline:
+        worth = f"= Best-of-{result['effective_n']['text']} of the untouched one"
+        at = f", at KL {spread(result['kl'], 2)} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f})"
+        lost = below(result, "the untouched one")
         console.print(
-            f"One sample of the trained model = Best-of-{result['effective_n']['text']} of the untouched one, at KL "
-            f"{spread(result['kl'], 2)} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f}).",
-            highlight=False,
+            f"One sample of the trained model {worth + at if lost is None else f'is {lost}'}.", highlight=False
         )
 
 

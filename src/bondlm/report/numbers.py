@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bondlm.report.read import Run
+from bondlm.runs.worth import below
 
 NONE = "–"
 
@@ -82,6 +83,8 @@ def _number_or_none(value: Any) -> float | None:
 
 def headline(result: Mapping[str, Any]) -> str:
     """Return "One sample = Best-of-6.3 [5.1, 7.8], at 1.4x the KL that Best-of-6.3 needs."."""
+    if (lost := below(result)) is not None:
+        return f"One sample is {lost}."
     effective, ratio = result["effective_n"], kl_ratio(result)
     text = estimate(effective)
     if effective["value"] is None:
