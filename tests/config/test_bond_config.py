@@ -234,7 +234,7 @@ def test_what_processes_of_a_run_must_have_alike(tmp_path: Path) -> None:
 
 def test_every_objective_takes_its_own_knobs_and_refuses_all_others(tmp_path: Path) -> None:
     other: dict[str, Any] = {
-        **{"n": 3, "beta": 0.25, "gamma": 0.5, "gamma_ref": 0.5, "num_anchor_samples": 5, "log_quantile": "harmonic"},
+        **{"n": 3, "beta": 0.25, "gamma": 0.5, "gamma_ref": 0.5, "num_anchor_samples": 4, "log_quantile": "harmonic"},
         **{"correction": True, "quantile": "learned", "quantile_learning_rate": 0.5, "beta_rl": 0.5},
         **{"num_samples": 4, "alpha": 0.5, "scale_rewards": "none", "adaptive_strength": True},
     }

@@ -361,6 +361,7 @@ def test_bonbon_takes_two_different_samples_where_all_tie():
         (lambda: JBOND(gamma=-1.0), r"gamma=-1\.0: .*>= 0"),
         (lambda: JBOND(gamma=math.inf), "gamma=inf"),
         (lambda: JBOND(num_anchor_samples=1), "num_anchor_samples=1: .*>= 2"),
+        (lambda: JBOND(num_anchor_samples=16), "num_anchor_samples=16: .*-4.54e.04 nats.*log_quantile: harmonic"),
         (lambda: JBOND(log_quantile="clamped"), "log_quantile='clamped': .*jbond, harmonic"),
         (lambda: BOND(n=1), "n=1: .*>= 2"),
         (lambda: BOND(n=2.5), "n=2.5"),
