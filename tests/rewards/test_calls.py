@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bondlm.errors import ConfigError, ResourceError, RewardError, RewardOutageError
-from bondlm.rewards import NamedReward, load_rewards, score
+from bondlm.rewards import NamedReward, RankReward, load_rewards, score
 from bondlm.rewards.calls import call_all
 
 COLUMNS = {"solution": ["4", "5"], "completion_ids": [[1, 2], [3]], "truncated": [False, True]}
@@ -237,3 +237,33 @@ def test_an_asynchronous_function_has_a_limit() -> None:
     (loaded,) = load_rewards(sleeps, timeout=0.2)
     with pytest.raises(RewardOutageError):
         score([loaded], ["p"], ["c"])
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_what_a_reward_does_to_its_arguments_stays_with_it(ranks):
+    """Messages, columns, and rows that share an object: the next reward and the caller see them as they were."""
+    message = [{"role": "user", "content": "hello"}]
+    prompts, completions = [message, message], [[{"role": "assistant", "content": text}] for text in ("a", "b")]
+    columns = {"answers": [["x"], ["y"]], "meta": [{"keys": [1]}, {"keys": [2]}]}
+    before, seen = repr((prompts, completions, columns)), []
+
+    def vandal(completions, answers, meta, prompts=(), prompt=None):
+        for row in [prompt] if ranks else prompts:
+            row[-1]["content"] += "!"
+            seen.append(row[-1]["content"])
+        for row in completions:
+            row[0]["content"] = "spoilt"
+            row.clear()
+        for row, each in [(answers, meta)] if ranks else zip(answers, meta, strict=True):
+            row.append("z")
+            each["keys"].append(3)
+        return [1.0] * len(completions)
+
+    def witness(prompts, completions, answers, meta):
+        assert repr((prompts, completions, {"answers": answers, "meta": meta})) == before
+        return [2.0] * len(prompts)
+
+    first = NamedReward("vandal", RankReward(vandal) if ranks else vandal)
+    score([first, NamedReward("witness", witness)], prompts, completions, columns, groups=[0, 1])
+    assert seen == ["hello!"] * 2
+    assert repr((prompts, completions, columns)) == before

@@ -29,7 +29,7 @@ def call_all(
     Args:
         named: (name, function) pairs.
         offered: ``prompts``, ``completions`` and the columns, each a list of B.
-        extras: Further arguments that are no lists, handed on as they are.
+        extras: Further arguments that are no lists of B.
         limits: Seconds that an asynchronous function may take, by name; a plain one cannot be interrupted.
 
     Raises:
@@ -68,7 +68,8 @@ def accepted_arguments(
 ) -> dict[str, Any]:
     """Keep the offered arguments that the function's signature accepts: all of them when it has ``**kwargs``.
 
-    Each list is copied, so that a function that changes its arguments cannot disturb the next one.
+    Lists and dicts are copied, also those inside of them (messages), for each row by itself: a function that changes
+    its arguments cannot disturb the next one, or another row.
 
     Raises:
         ConfigError: The signature demands an argument that is not offered, or takes arguments by position only.
@@ -76,14 +77,16 @@ def accepted_arguments(
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some callables written in C have no signature
-        return {key: list(value) for key, value in offered.items()}
+        return {key: _copied(value) for key, value in offered.items()}
     kinds = {parameter.name: parameter.kind for parameter in signature.parameters.values()}
     takes_all = inspect.Parameter.VAR_KEYWORD in kinds.values()
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     arguments: dict[str, Any] = {
-        key: list(value) for key, value in offered.items() if takes_all or kinds.get(key) in by_name
+        key: _copied(value) for key, value in offered.items() if takes_all or kinds.get(key) in by_name
     }
-    arguments |= {key: value for key, value in (extras or {}).items() if takes_all or kinds.get(key) in by_name}
+    arguments |= {
+        key: _copied(value) for key, value in (extras or {}).items() if takes_all or kinds.get(key) in by_name
+    }
     try:
         signature.bind(**arguments)
     except TypeError as error:
@@ -93,6 +96,12 @@ def accepted_arguments(
             "the dataset column."
         ) from error
     return arguments
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _hint(offered: Mapping[str, list[Any]]) -> str:
