@@ -21,7 +21,14 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE, BONDConfig, objective_of, require_metric_of
+from bondlm.config import (
+    LORA_LEARNING_RATE,
+    PAPER_LEARNING_RATE,
+    BONDConfig,
+    check_own,
+    objective_of,
+    require_metric_of,
+)
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.paths import expanded, located, refuse_own_folder
 from bondlm.data.prompt_encoder import PromptEncoder
@@ -101,7 +108,7 @@ class BONDTrainer(SamplingTrainer):
         processing_class: the policy's tokenizer; default: the model's own.
         reward_processing_classes: tokenizers of reward modules.
         callbacks: as in `transformers.Trainer`.
-        optimizers: as in `transformers.Trainer`.
+        optimizers: as in `transformers.Trainer`; settings that they make useless, such as learning_rate, are refused.
         peft_config: train an adapter instead of all weights.
         quantization_config: how to quantise the base of that adapter (QLoRA), for a model given by name.
         others: other arguments of TRL's trainers; each is refused, and the message says what to use instead.
@@ -135,6 +142,7 @@ class BONDTrainer(SamplingTrainer):
         name = model if isinstance(model, str) else model.config._name_or_path
         refuse_own_folder(name, args.output_dir)
         require_metric_of(named_sets(eval_dataset), args.metric_for_best_model)
+        check_own(optimizers, args)
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         data = RunData(args, train_dataset, eval_dataset, model=name, reward_funcs=reward_funcs)
         self._named = named(

@@ -57,6 +57,16 @@ def test_taken(settings: dict[str, Any], tmp_path: Path) -> None:
     BONDConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
 
 
+@pytest.mark.parametrize(("settings", "said"), [({}, 0), ({"max_steps": 4}, 1), ({"max_steps": 0}, 1)])
+def test_of_two_lengths_it_is_said_which_one_wins(
+    settings: dict[str, Any], said: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        BONDConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=2, **settings)
+    BONDConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+    assert caplog.text.count("num_train_epochs=2: max_steps=") == said
+
+
 @pytest.mark.parametrize("command", ["sft", "reward-model"])
 @pytest.mark.parametrize(("said", "settings"), REFUSED)
 def test_of_the_stages_before(

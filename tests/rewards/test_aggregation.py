@@ -23,6 +23,7 @@ from bondlm.rewards import SUM, Aggregation, NamedReward, aggregation_of
         ("lexicographic", None, [2, 1], "reward_weights"),
         ("worst", None, [1, 0.5], r"reward_weights.*0\.5"),
         ("worst", None, [0, 0], "reward_weights"),
+        ("sum", None, [0, 0.0], "reward_weights"),
         ("quantile", None, [0, 0], "reward_weights"),
         ("quantile", None, [1, 1, 1], "reward_weights.*3 entries for 2 rewards"),
     ],

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from data.test_scored import scored_rows
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny import prompt_rows, tiny_causal
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from bondlm import BONDTrainer
 from bondlm.errors import CheckpointError, ConfigError, DataError
-from trainer.helpers import TOKENIZER, logged, lora, same, trainer, weights
+from trainer.helpers import TOKENIZER, config, logged, lora, same, trainer, weights
 
 
 def test_prompts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -105,10 +107,47 @@ def test_an_optimizer_that_lacks_what_is_trained_is_refused(tmp_path: Path) -> N
     model = tiny_causal(TOKENIZER)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with pytest.raises(ConfigError, match=r"^optimizers: .*lora_A"):
-        trainer(tmp_path, model, peft_config=lora(), optimizers=(optimizer, None))
+        trainer(tmp_path, model, peft_config=lora(), optimizers=(optimizer, None), learning_rate=None)
     made = trainer(tmp_path, tiny_causal(TOKENIZER), max_steps=1)
     held = torch.optim.SGD(made.roles.model.parameters(), lr=1e-3)
-    trainer(tmp_path / "held", made.roles.model, max_steps=1, optimizers=(held, None)).train()
+    trainer(tmp_path / "held", made.roles.model, max_steps=1, optimizers=(held, None), learning_rate=None).train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        ({"learning_rate": 1e-3}, "optimizer"),
+        ({"weight_decay": 0.1}, "optimizer"),
+        ({"optim": "sgd"}, "optimizer"),
+        ({"warmup_steps": 3}, "schedule"),
+    ],
+)
+def test_a_setting_that_an_own_optimizer_makes_useless_is_refused(
+    settings: dict[str, Any], own: str, tmp_path: Path
+) -> None:
+    model = tiny_causal(TOKENIZER)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if own == "schedule" else None
+    plain = {"learning_rate": None, "warmup_steps": 100}
+    with pytest.raises(ConfigError, match=f"^{next(iter(settings))}=.*its own {own}"):
+        trainer(tmp_path, model, optimizers=(optimizer, schedule), **plain | settings)
+
+
+def test_weights_of_rewards_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    scored = {"objective": "best_of_n_sft", "n": 4, "anchor": "fixed", "train_dataset": scored_rows(4, 4)}
+    with pytest.raises(ConfigError, match=r"^reward_weights=\[2.0\]: there are no reward_funcs"):
+        trainer(tmp_path, reward=None, reward_weights=[2.0], **scored)
+    with pytest.raises(ConfigError, match=r"^reward_weights=\[0, 0\]"):
+        trainer(tmp_path, reward=[len, max], reward_weights=[0, 0])
+    rows = scored.pop("train_dataset")
+    with pytest.raises(ConfigError, match=r"^reward_processing_classes: there are no reward_funcs"):
+        BONDTrainer(
+            tiny_causal(TOKENIZER),
+            args=config(tmp_path, **scored | {"max_completion_length": 12}),
+            train_dataset=rows,
+            processing_class=TOKENIZER,
+            reward_processing_classes=TOKENIZER,
+        )
 
 
 def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:

@@ -86,7 +86,14 @@ def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     from bondlm.cli.train import build_trainer, load_judges, training_arguments
     from bondlm.data.held_out import main_set
 
-    dry = {"max_steps": 1, "learning_rate": 0.0, "logging_strategy": "steps", "logging_steps": 1, "save_strategy": "no"}
+    dry = {
+        "max_steps": 1,
+        "num_train_epochs": 3.0,
+        "learning_rate": 0.0,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
     dry |= {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False, "target_n": None, "kl_budget": None}
     dry |= {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
     dry |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}

@@ -14,6 +14,7 @@ from bondlm.config.bond_config import (
     objective_of,
 )
 from bondlm.config.checks import WITHOUT_WARMUP, require_metric_of
+from bondlm.config.optimization import check_own
 
 __all__ = [
     "DEFAULTS",
@@ -25,6 +26,7 @@ __all__ = [
     "WITHOUT_WARMUP",
     "AnchorSchedule",
     "BONDConfig",
+    "check_own",
     "default_anchor",
     "default_average",
     "objective_of",

@@ -1,5 +1,6 @@
 """What must hold of the settings of a run together; each problem is one sentence with the value seen."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from numbers import Integral, Real
@@ -14,6 +15,8 @@ from bondlm.errors import ConfigError
 from bondlm.migration import UNSAFE_CODE
 from bondlm.migration.names import nearest
 from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
+
+_log = logging.getLogger(__name__)
 
 # What an evaluation measures, by whether more is better; each has its interval's ends under _low and _high.
 MEASURES = {"reward": True, "win_rate": True, "effective_n": True, "kl": False}
@@ -53,6 +56,11 @@ def check_inherited(c: Any) -> None:
     settle_direction(c)
     check_init_kwargs(c.model_init_kwargs)
     check_optimization(c)
+    if c.max_steps >= 0 and "num_train_epochs" in c.given:
+        _log.warning(
+            "num_train_epochs=%g: max_steps=%d says how long the run is, and wins; remove one of the two",
+            *(c.num_train_epochs, c.max_steps),
+        )
 
 
 def check_accelerator(settings: Any) -> None:

@@ -1,6 +1,7 @@
 """The optimizer and the schedule of a run, tried on one number: Trainer makes them only when training begins."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ WITH_TARGETS = ("galore", "apollo")
 WITH_MODEL = (*WITH_TARGETS, "lomo")
 WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")  # schedules
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+# What a user's own optimizer, and own schedule, have instead.
+OF_OPTIMIZER = ("learning_rate", "weight_decay", "optim", "optim_args", "optim_target_modules", *ADAM)
+OF_SCHEDULE = ("warmup_steps", "lr_scheduler_kwargs")
 OF_LAYERS = ("every_n_layers", "offload")  # what transformers takes out of gradient_checkpointing_kwargs
 _FIELDS = TrainingArguments.__dataclass_fields__
 
@@ -36,6 +40,18 @@ def check_optimization(args: Any) -> None:
             checkpoint(torch.nn.Identity(), number, **{"use_reentrant": False} | for_torch)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"gradient_checkpointing_kwargs={keywords!r}: {error}") from error
+
+
+def check_own(optimizers: Sequence[Any], args: Any) -> None:
+    """Refuse settings that do nothing beside a user's own (optimizer, schedule), None where there is none.
+
+    Raises:
+        ConfigError: one of them is set.
+    """
+    for what, made, names in zip(("optimizer", "schedule"), optimizers, (OF_OPTIMIZER, OF_SCHEDULE), strict=True):
+        unused = [f"{name}={args.given[name]!r}" for name in names if made is not None and name in args.given]
+        if unused:
+            raise ConfigError(f"{unused[0]}: optimizers= brings its own {what}, which has its own; remove the setting")
 
 
 def _optimizer(args: Any) -> torch.optim.Optimizer | None:

@@ -45,8 +45,8 @@ class Aggregation:
                 f"reward_weights={list(weights)!r}: reward_aggregation={self.how!r} compares ranks and weighs none, so "
                 f"{odd[0]!r} would have no effect. Use 1, -1 (less is better) or 0 (logged alone)"
             )
-        if self.by_order and not any(weights):
-            raise ConfigError(f"reward_weights={list(weights)!r}: at least one must not be 0")
+        if not any(weights):
+            raise ConfigError(f"reward_weights={list(weights)!r}: at least one must not be 0, or all rewards are equal")
 
     def _check_tolerances(self, tolerances: Sequence[float], count: int) -> None:
         if self.how != "lexicographic":

@@ -164,8 +164,14 @@ def _criterion(name: str) -> str:
 
 
 def rewards_of_run(specs: Any, args: Any, processing_classes: Any) -> list[NamedReward]:
-    """The rewards of a training run with these settings; none if it learns from samples that are scored already."""
+    """The rewards of a training run with these settings; none if it learns from samples that are scored already.
+
+    Raises:
+        ConfigError: as `load_rewards`, or tokenizers of rewards that are not there.
+    """
     if specs is None:
+        if processing_classes is not None:
+            raise ConfigError("reward_processing_classes: there are no reward_funcs that would use them, remove it")
         return []
     settings: dict[str, Any] = {"device": args.device, "dtype": fast_dtype(args.device)}
     settings |= {"timeout": args.reward_timeout_s, "outage": args.reward_outage_s}

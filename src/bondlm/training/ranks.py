@@ -19,6 +19,8 @@ def aggregation_of_run(args: Any, reward_funcs: Any, objective: Objective) -> Ag
     if specs:
         weights = [1.0] * len(specs) if args.reward_weights is None else args.reward_weights
         aggregation.check(weights, len(specs))
+    elif args.reward_weights is not None:
+        raise ConfigError(f"reward_weights={args.reward_weights!r}: there are no reward_funcs to weigh, remove it")
     elif aggregation != Aggregation():
         raise ConfigError(f"reward_aggregation={aggregation.how!r}: there are no reward_funcs to combine, remove it")
     _check_objective(args, aggregation.by_order or any(is_ranking(spec) for spec in specs), aggregation, objective)
