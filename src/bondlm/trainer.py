@@ -192,6 +192,7 @@ class BONDTrainer(SamplingTrainer):
         self.clock, self._means, self._smaller = Clock(), StepMeans(), SmallerBatches(args.max_tokens_per_micro_batch)
         self.noise = NoiseScale(args, self.accelerator, self._means)
         self.rewards = rewards_of_run(reward_funcs, args, reward_processing_classes)
+        require_metric_of(named_sets(eval_dataset), args.metric_for_best_model, [each.name for each in self.rewards])
         check_room(self.rewards, longest_rows(self.train_dataset, self.eval_dataset), args.max_completion_length)
         longest = longest_prompt(self.train_dataset, self.eval_dataset)
         self._check_model()  # before a server is started for it

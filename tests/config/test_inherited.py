@@ -145,6 +145,8 @@ def test_settings_of_the_best_model_are_looked_up_at_once(settings: dict[str, An
         ("effective_n", True),
         ("kl", False),
         ("eval_other_kl_high", False),
+        ("eval_rewards/a/win_rate", True),
+        ("eval_other_rewards/length_2/effective_n_low", True),
     ],
 )
 def test_which_end_of_a_measure_is_better_is_known(metric: str, greater: bool, tmp_path: Path) -> None:
@@ -158,6 +160,13 @@ def test_the_best_models_metric_is_of_the_data_sets_that_are_there() -> None:
     require_metric_of(["a", "b"], "eval_b_win_rate_low")
     require_metric_of(["a", "b"], "reward")  # of the one that leads
     require_metric_of(None, None)
+    require_metric_of(["a"], "eval_a_rewards/length/win_rate")
+    require_metric_of(None, "rewards/length/effective_n_high", ["length", "other"])
+    for metric in ("completions/max_length", "reference_reward_low"):
+        require_metric_of(None, f"eval_{metric}")
+    for metric, rewards in (("rewards/lenght/win_rate", ["length", "other"]), ("rewards/length/win_rate", ["length"])):
+        with pytest.raises(ConfigError, match=rf"metric_for_best_model='{metric}': .*length|with one reward"):
+            require_metric_of(None, metric, rewards)
     for names, metric in ((None, "b_reward"), (["a"], "eval_b_reward")):
         with pytest.raises(ConfigError, match="metric_for_best_model"):
             require_metric_of(names, metric)

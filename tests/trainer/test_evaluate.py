@@ -236,3 +236,20 @@ def test_a_reward_that_is_handed_the_state_and_does_not_look_is_not_asked_again(
     made.evaluate(PROMPTS_8)
     made.evaluate(PROMPTS_8)
     assert len(calls) == 3  # the reference's once, the policy's twice
+
+
+def test_the_best_model_may_be_that_of_one_of_several_rewards(tmp_path: Path) -> None:
+    """Its win rate is logged, and was refused as unknown."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/longest/win_rate"}
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+    def longest(completions: list[str]) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    made = trainer(tmp_path, reward=[low_ids, longest], eval_dataset=prompt_rows(4), **steps, **best)
+    made.train()
+    rates = [row["eval_rewards/longest/win_rate"] for row in logged(tmp_path) if "eval_rewards/longest/win_rate" in row]
+    assert made.state.best_metric == max(rates)
+    best["metric_for_best_model"] = "eval_rewards/shortest/win_rate"
+    with pytest.raises(ConfigError, match="the rewards are called low_ids, longest"):
+        trainer(tmp_path / "none", reward=[low_ids, longest], eval_dataset=prompt_rows(4), **steps, **best)

@@ -84,7 +84,9 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
 def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     """The settings as they are, and a trainer of one dry step with what they name."""
     from bondlm.cli.train import build_trainer, load_judges, training_arguments
+    from bondlm.config import require_metric_of
     from bondlm.data.held_out import main_set
+    from bondlm.data.sources import named_sets
 
     dry = {
         "max_steps": 1,
@@ -99,9 +101,11 @@ def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     dry |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
     dry |= {"push_to_hub": False, "report_to": "none"}  # nothing of a dry run goes anywhere
     args = training_arguments(options | {"output_dir": scratch})
-    main_set(args, options.get("eval_dataset"))
+    held_out = options.get("eval_dataset")
+    main_set(args, held_out)
     _check_evaluations(args, options)
     trainer = build_trainer(options | dry | {"output_dir": scratch})
+    require_metric_of(named_sets(held_out), args.metric_for_best_model, [each.name for each in trainer.rewards])
     trainer.noise.every = 1  # the dry step, too
     load_judges(options, trainer)
     return args, trainer

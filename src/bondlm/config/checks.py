@@ -1,6 +1,7 @@
 """What must hold of the settings of a run together; each problem is one sentence with the value seen."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
 from numbers import Integral, Real
@@ -24,19 +25,18 @@ ENDS = ("", "_low", "_high")
 MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules that look at `metric_for_best_model`
 WITHOUT_WARMUP = ("constant", *MEASURING)
 OTHERS = (
-    "reference_reward",
+    *(f"reference_reward{end}" for end in ENDS),
     "entropy",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "completions/frac_empty",
+    *(f"completions/{name}" for name in ("mean_length", "min_length", "max_length", "clipped_ratio", "frac_empty")),
 )
+GOAL = re.compile(r"(?:^|_)(rewards/(.+)/(win_rate|effective_n))(?:_low|_high)?$")  # one of several rewards
 
 
 def settle_best_model(c: Any) -> None:
     """Which end of a measure is its better one, where the user has not said."""
     measure = _measure(c.metric_for_best_model)
     if measure is not None and c.greater_is_better is None:
-        c.greater_is_better = MEASURES.get(measure)
+        c.greater_is_better = MEASURES.get(measure.rpartition("/")[2])
 
 
 def settle_direction(c: Any) -> None:
@@ -96,12 +96,19 @@ def _measure(metric: Any) -> str | None:
     """The measure of an evaluation that a metric's name means; of several data sets the name has theirs before it."""
     names = {name + end: name for name in MEASURES for end in ENDS} | {name: name for name in OTHERS}
     text = str(metric).removeprefix("eval_")
+    if (goal := GOAL.search(text)) is not None:
+        return goal[1]
     found = [name for name in names if text == name or text.endswith(f"_{name}")]
     return names[max(found, key=len)] if found else None
 
 
-def require_metric_of(names: Iterable[str] | None, metric: str | None) -> None:
-    """See that an evaluation logs `metric_for_best_model`; `names` are those of the held-out data sets, if they have.
+def require_metric_of(names: Iterable[str] | None, metric: str | None, rewards: Sequence[str] | None = None) -> None:
+    """See that an evaluation logs `metric_for_best_model`.
+
+    Args:
+        names: those of the held-out data sets, if they have.
+        metric: the setting.
+        rewards: names of the rewards, once these are known: several are measured one by one, too.
 
     Raises:
         ConfigError: it is of none, and would be missed after the first evaluation.
@@ -113,6 +120,10 @@ def require_metric_of(names: Iterable[str] | None, metric: str | None) -> None:
     if not any(text.startswith(start + measure) for start in starts):
         choices = ", ".join(f"eval_{start}{measure}" for start in starts)
         raise ConfigError(f"metric_for_best_model={metric!r}: an evaluation logs no such metric, choose one {choices}")
+    goal, has_goals = GOAL.search(text), rewards is None or len(rewards) > 1
+    if goal is not None and not (has_goals and (rewards is None or goal[2] in rewards)):
+        why = f"the rewards are called {', '.join(rewards or ())}" if has_goals else "with one reward it is the whole"
+        raise ConfigError(f"metric_for_best_model={metric!r}: {why}; an evaluation logs no such metric")
 
 
 def require_loggers(names: Sequence[str]) -> None:
