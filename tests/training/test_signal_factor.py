@@ -133,6 +133,22 @@ def test_the_pace_is_that_of_the_optimizer() -> None:
     assert learning_pace(optimizer) == 1.0
 
 
+def test_the_pace_is_that_of_a_schedule_that_looks_at_a_metric() -> None:
+    """Also behind a resume, whose optimizer is new and brings its state from the checkpoint."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    groups = [{"params": [weight], "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=9.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    assert learning_pace(optimizer) == 1.0
+    for expected in (1.0, 0.5, 0.25):  # the first is no plateau yet
+        schedule.step(3.0)
+        assert learning_pace(optimizer) == expected
+    again = torch.optim.SGD([{"params": [weight], "lr": 0.5}], lr=9.0)
+    torch.optim.lr_scheduler.ReduceLROnPlateau(again)
+    again.load_state_dict(optimizer.state_dict())
+    assert learning_pace(again) == 0.25
+
+
 def test_a_run_measures_n_and_multiplies_its_signal(tmp_path: Path) -> None:
     """What is logged is what its own samples say; the next step's signal is the table's times the factor."""
     rollouts: list[Any] = []

@@ -78,7 +78,8 @@ class SignalFactor:
 def learning_pace(optimizer: Any) -> float:
     """The learning rate of the step at hand over the run's largest, in [0, 1]."""
     group = optimizer.param_groups[0]
-    largest = group.get("initial_lr", group["lr"])  # schedulers note it; an optimizer of the user may have its own
+    # Most schedulers note it. One that looks at a metric does not, and begins with the largest: checkpoints keep it.
+    largest = group.setdefault("initial_lr", group["lr"])
     return min(1.0, float(group["lr"]) / float(largest)) if largest else 1.0
 
 
