@@ -190,6 +190,10 @@ def test_weights_are_averaged_where_a_run_has_a_fixed_point(tmp_path: Path) -> N
     assert config(tmp_path, objective="self_bond", **best).average_weights == 0
     with pytest.raises(ConfigError, match=r"^average_weights=0.2: "):  # which weights would be the best ones?
         config(tmp_path, objective="self_bond", average_weights=0.2, **best)
+    best |= {"load_best_model_at_end": False, "save_strategy": "best"}  # its checkpoints hold the weights of a step
+    assert config(tmp_path, objective="self_bond", **best).average_weights == 0
+    with pytest.raises(ConfigError, match=r"^average_weights=0.2: save_strategy='best'"):
+        config(tmp_path, objective="self_bond", average_weights=0.2, **best)
 
 
 def test_columns_for_the_rewards_cannot_be_dropped(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from bondlm.config.checks import check_inherited, settle_best_model
+from bondlm.config.checks import check_inherited, keeps_best, settle_best_model
 from bondlm.config.checks import problems as problems_of
 from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
 from bondlm.errors import ConfigError
@@ -398,7 +398,7 @@ def default_average(settings: Any) -> float:
     """`average_weights` if nothing is said: on where the run has a fixed point, and its steps do not grow small."""
     has_fixed_point = settings.objective == "self_bond" or settings.gamma_ref > 0
     is_falling = settings.lr_scheduler_type not in ENDLESS_SCHEDULES
-    return AVERAGED_FRACTION if has_fixed_point and not is_falling and not settings.load_best_model_at_end else 0.0
+    return AVERAGED_FRACTION if has_fixed_point and not is_falling and not keeps_best(settings) else 0.0
 
 
 def _settle_scale_rewards(c: BONDConfig) -> None:

@@ -237,10 +237,11 @@ def _contradictions(c: Any) -> Iterator[str]:
             f"target_n={c.target_n}: must be at most eval_num_reference_samples={c.eval_num_reference_samples}, which "
             "cannot show more"
         )
-    if c.average_weights and c.load_best_model_at_end:
+    if c.average_weights and keeps_best(c):
+        asks = "load_best_model_at_end" if c.load_best_model_at_end else "save_strategy='best'"
         yield (
-            f"average_weights={c.average_weights}: load_best_model_at_end would bring back the weights of a step, and "
-            "the evaluation that chose them was the average's; set average_weights=0, or remove load_best_model_at_end"
+            f"average_weights={c.average_weights}: {asks} keeps the weights of a step, and the evaluation that chose "
+            f"them was the average's; set average_weights=0, or remove {asks}"
         )
     for name in ("target_n", "kl_budget"):
         if getattr(c, name) is not None and c.eval_strategy == "no":
@@ -254,6 +255,11 @@ def _contradictions(c: Any) -> Iterator[str]:
     warmup = c.warmup_steps
     if c.lr_scheduler_type in WITHOUT_WARMUP and warmup not in (0, 100):  # 100 is the default
         yield f"warmup_steps={warmup}: lr_scheduler_type={c.lr_scheduler_type!r} has no warm-up, use another schedule"
+
+
+def keeps_best(c: Any) -> bool:
+    """Whether an evaluation chooses the step whose weights are kept."""
+    return bool(c.load_best_model_at_end or c.save_strategy == "best")
 
 
 def _of_best_model(c: Any) -> Iterator[str]:
