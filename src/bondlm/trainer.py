@@ -10,6 +10,7 @@ Only public methods of Trainer are overridden:
 The anchor moves in a callback, right after the optimizer's step (`bondlm.training.callbacks`).
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
@@ -137,7 +138,7 @@ class BONDTrainer(SamplingTrainer):
         **others: Any,
     ) -> None:
         own_arguments(others, list(inspect.signature(BONDTrainer).parameters))
-        args = args if args is not None else BONDConfig(output_dir="bondlm_output")
+        args = BONDConfig(output_dir="bondlm_output") if args is None else copy.copy(args)  # the caller's own stay
         model = located(expanded(model)) if isinstance(model, str) else model
         name = model if isinstance(model, str) else model.config._name_or_path
         refuse_own_folder(name, args.output_dir)

@@ -1,16 +1,32 @@
 """A step is the same mathematics however it is cut into batches, and the anchor follows it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
+from datasets import Dataset
+from tiny import prompt_rows, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from torch import Tensor
 from transformers import TrainerCallback
 
+from bondlm import BONDTrainer
+from bondlm.config import LORA_LEARNING_RATE, PAPER_LEARNING_RATE
 from bondlm.errors import ConfigError
-from trainer.helpers import MODELS, TOKENIZER, Gradients, ends_often, logged, lora, same, trainer, weights
+from trainer.helpers import (
+    MODELS,
+    TOKENIZER,
+    Gradients,
+    config,
+    ends_often,
+    logged,
+    lora,
+    low_ids,
+    same,
+    trainer,
+    weights,
+)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "lora"])
@@ -170,3 +186,18 @@ def test_every_logged_step_has_the_kl_to_the_reference(logging_steps: float, ste
 @pytest.mark.parametrize(("peft_config", "rate"), [(None, 3e-6), (lora(), 1e-4)], ids=["full", "lora"])
 def test_the_default_learning_rate(peft_config: Any, rate: float, tmp_path: Path) -> None:
     assert trainer(tmp_path, learning_rate=None, peft_config=peft_config).args.learning_rate == rate
+
+
+def test_the_settings_that_were_given_stay_as_they_are(tmp_path: Path) -> None:
+    """A second trainer has the same: its adapter is not to learn at the first one's rate."""
+    given = config(tmp_path / "run", learning_rate=None, max_steps=1, prompt_format="plain")
+    given.dataloader_num_workers = 1
+    before = copy.deepcopy({name: str(value) for name, value in vars(given).items()})
+    stream = Dataset.from_list(prompt_rows(8)).to_iterable_dataset()
+    rates = []
+    for rows, adapter in ((stream, None), (prompt_rows(8), lora())):
+        model = ends_often(tiny_causal(TOKENIZER))
+        made = BONDTrainer(model, low_ids, given, train_dataset=rows, processing_class=TOKENIZER, peft_config=adapter)
+        rates.append(made.args.learning_rate)
+        assert {name: str(value) for name, value in vars(given).items()} == before
+    assert rates == [PAPER_LEARNING_RATE, LORA_LEARNING_RATE]

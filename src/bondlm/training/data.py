@@ -1,5 +1,6 @@
 """The data of a run: prompts or scored samples to train on, prompts held out, and what of them is left out."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def _check_streaming(args: Any) -> None:
         )
         args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
         args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None  # of workers alone
+    args.accelerator_config = copy.copy(args.accelerator_config)  # the caller's stays as it is
     args.accelerator_config.dispatch_batches = False  # rows of text cannot be dispatched as tensors
 
 
