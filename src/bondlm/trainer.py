@@ -13,6 +13,7 @@ The anchor moves in a callback, right after the optimizer's step (`bondlm.traini
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from bondlm.data.prompts import check_overlap, keep_rows
 from bondlm.data.sources import named_sets
 from bondlm.engines.agreement import GAP_METRIC, logprob_gap
 from bondlm.engines.choose import make_engine
-from bondlm.errors import ConfigError, DataError, RewardError
+from bondlm.errors import ConfigError, DataError
 from bondlm.evaluation import evaluate_run
 from bondlm.evaluation.table import print_evaluation, wide_console
 from bondlm.migration import own_arguments
@@ -68,7 +69,6 @@ from bondlm.training import metrics
 from bondlm.training.callbacks import AnchorCallback, RunFolderCallback, logs_at
 from bondlm.training.clock import Clock, StepMeans
 from bondlm.training.data import RunData
-from bondlm.training.held_out import compare
 from bondlm.training.micro_batches import MicroBatch, Part, SmallerBatches, learned_logprobs
 from bondlm.training.noise import NoiseScale, with_noise_scale
 from bondlm.training.notices import FirstStepCallback, OutOfReachCallback, TiesCallback
@@ -234,8 +234,8 @@ class BONDTrainer(SamplingTrainer):
         self.signal_factor = None if steered_to is None else SignalFactor(steered_to)
         states: dict[str, Any] = {CUTS_FILE: self._smaller, DROPS_FILE: self.drops}
         states |= {FACTOR_FILE: self.signal_factor} if self.signal_factor else {}
-        self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering)
         self.stop = StopCallback(args.target_n, args.kl_budget)
+        self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering, self.stop)
         self._anchor_callback = AnchorCallback(
             self.anchor, self.quantile_model, self.clock, self._means, self.run_folder, self.average, states
         )
@@ -358,25 +358,22 @@ class BONDTrainer(SamplingTrainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if (sets := named_sets(dataset)) is not None:
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in sets.items()]
-            return {name: value for part in parts for name, value in part.items()} if all(parts) else {}  # it pauses
+            logs: dict[str, float] = {}
+            for name, part in sets.items():
+                logs |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+                if self.stop.is_paused:
+                    return self.stop.unmeasured(self.args)
+            return logs
         if dataset is None:
             raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
         if not isinstance(dataset, Dataset) or PROMPT_IDS not in dataset.column_names:
             dataset = self.encoder.encoded(dataset, held_out=True)
-        with self.average.in_place():
-            try:
-                policy, reference = self.held_out_samples(dataset)
-            except (RewardError, *PAUSING) as error:
-                if not self.is_in_train or self.args.metric_for_best_model is not None:
-                    raise
-                self.stop.pause(error, self.args, self.state, self.control)
-                return {}
-            log_ratio = self.log_ratio(policy)
-        others = (
-            metrics.completion_metrics(policy.flat) | policy.metrics | {"runtime": sum(self.clock.drain().values())}
-        )
-        logs = compare(policy, reference, log_ratio).metrics(metric_key_prefix, others)
+        try:
+            found, others = self.measured(dataset)
+        except PAUSING as error:
+            self.stop.pause(error, self.args, self.state, self.control)
+            return self.stop.unmeasured(self.args)
+        logs = found.metrics(metric_key_prefix, others)
         if metric_key_prefix == f"eval_{self.main_eval}":
             logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs
         # Unlike machines may differ in a last digit, and all must stop, save and learn alike.
@@ -431,10 +428,11 @@ class BONDTrainer(SamplingTrainer):
             is_fresh=is_fresh,
             settings=self._named | {"use_peft": self.roles.is_peft} | self.args.given,
         )
-        with hold, writing_to(folder), waiting_for_others(self.world, wait_s=self.args.ddp_timeout):
+        together = waiting_for_others(self.world, wait_s=self.args.ddp_timeout)
+        with hold, self.stop.training(), writing_to(folder), together:
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
-        self.average.settle()
-        self.stop.raise_failure()
+            self.average.settle()
+            self.stop.raise_failure(self.args, self.state, partial(self.save_model, _internal_call=True))
         return output
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -287,3 +287,38 @@ def test_r8_an_outage_on_one_rank_saves_the_run_on_all(tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert checkpoint.name == "checkpoint-1"
     assert fault(checkpoint) is None
+
+
+BLOCKED = """
+import os
+from pathlib import Path
+
+def blocks(prompts, completions, **columns):
+    blocks.calls += 1
+    path = Path(__file__).parent / "run" / os.environ["BLOCKED"]
+    if blocks.calls == 2 and os.environ["RANK"] == "0":
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    drops = blocks.calls == 2 and os.environ["BLOCKED"] == "dropped.jsonl"
+    values = [float(len(str(c))) for c in completions]
+    return [None, *values[1:]] if drops else values
+blocks.calls = 0
+"""
+
+
+@pytest.mark.parametrize(("name", "step"), [("metrics.jsonl", 2), ("samples.jsonl", 2), ("dropped.jsonl", 1)])
+def test_s10_a_log_that_the_main_process_cannot_write_saves_the_run_on_all(
+    name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second step drops a prompt, and its row is logged."""
+    (tmp_path / "blocks.py").write_text(BLOCKED)
+    monkeypatch.setenv("BLOCKED", name)
+    settings: dict[str, Any] = {"save_steps": 100, "eval_dataset": None, "max_skipped_frac": 0.5, "logging_steps": 1}
+    config = write_job(tmp_path, reward_funcs=f"{tmp_path}/blocks.py:blocks", max_steps=4, **settings)
+    processes = ranks(config)
+    ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
+    assert [process.returncode for process in processes] == [7, 7], ends
+    assert all(name in error and "Is a directory" in error for _, error in ends)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{step}"
+    assert fault(checkpoint) is None

@@ -22,7 +22,7 @@ from bondlm.errors import ResourceError
 from bondlm.models.anchor import Anchor
 from bondlm.runs.manifest import fault
 from bondlm.trainer import BONDTrainer
-from bondlm.training import callbacks
+from bondlm.training import callbacks, logs
 from bondlm.training.micro_batches import size_of
 from faults.children import job, outcome, said, train, wrap
 
@@ -282,7 +282,7 @@ def test_s10_a_log_that_cannot_be_written(straight: Path, tmp_path: Path) -> Non
 
 
 def test_s10_a_failure_that_passes_is_not_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, calls = callbacks.append_jsonl, 0
+    plain, calls = logs.append_jsonl, 0
 
     def once(path: Path, rows: Any) -> None:
         nonlocal calls
@@ -291,6 +291,6 @@ def test_s10_a_failure_that_passes_is_not_noticed(tmp_path: Path, monkeypatch: p
             raise OSError(5, "Input/output error", str(path))
         plain(path, rows)
 
-    monkeypatch.setattr(callbacks, "append_jsonl", once)
+    monkeypatch.setattr(logs, "append_jsonl", once)
     trainer(tmp_path).train()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()] == [1, 2, 2]

@@ -253,3 +253,25 @@ def test_the_best_model_may_be_that_of_one_of_several_rewards(tmp_path: Path) ->
     best["metric_for_best_model"] = "eval_rewards/shortest/win_rate"
     with pytest.raises(ConfigError, match="the rewards are called low_ids, longest"):
         trainer(tmp_path / "none", reward=[low_ids, longest], eval_dataset=prompt_rows(4), **steps, **best)
+
+
+class Measures(TrainerCallback):
+    """Evaluates at the end of a step, before its books are closed."""
+
+    made: BONDTrainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.made.evaluate(PROMPTS_8)
+
+
+def test_an_evaluation_in_a_callback_leaves_the_steps_books_alone(tmp_path: Path) -> None:
+    measures = Measures()
+    made = trainer(tmp_path, callbacks=[measures], eval_num_samples=64)
+    measures.made = made
+    made.train()
+    steps = [row for row in logged(tmp_path) if "loss" in row]
+    evaluations = [row["eval_runtime"] for row in logged(tmp_path) if "eval_runtime" in row]
+    assert len(steps) == len(evaluations) == 2
+    for row, runtime in zip(steps, evaluations, strict=True):
+        assert min(row["time/learn"], row["time/optimizer"], runtime) > 0
+        assert row["step_time"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("time/")))

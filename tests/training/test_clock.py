@@ -83,3 +83,16 @@ def test_means_are_weighted_and_nothing_of_weight_zero_counts() -> None:
     assert means.drain(ALONE) == {}
     means.record({"a": float("nan")}, weight=0.0)
     assert math.isnan(means.drain(ALONE)["a"])
+
+
+def test_what_is_kept_apart_counts_for_no_phase_outside(now: list[float]) -> None:
+    clock = Clock()
+    with clock("outer"):
+        now[0] += 1
+        with clock.apart() as seconds:
+            now[0] += 100
+            with clock("inner"):
+                now[0] += 10
+        now[0] += 2
+    assert seconds == {"inner": 10.0}
+    assert clock.drain() == {"outer": 3.0}

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ from bondlm.errors import (
     CheckpointError,
     ConfigError,
     NonFiniteError,
-    ResourceError,
 )
 from bondlm.models.anchor import Anchor
 from bondlm.models.average import WeightAverage
@@ -38,12 +37,14 @@ from bondlm.runs.checkpoint import (
     save_tensors,
     streamed_to,
 )
-from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, append_jsonl, drop_after
+from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, drop_after
 from bondlm.runs.manifest import remove_older, seal
 from bondlm.training.clock import Clock, StepMeans
+from bondlm.training.logs import append, append_by_each, first_failure, unwritable
 from bondlm.training.processes import World, require_same_weights
 from bondlm.training.prompting import note_rendering
 from bondlm.training.rollout import Rollout
+from bondlm.training.stopping import StopCallback
 
 
 class HasState(Protocol):
@@ -152,7 +153,7 @@ class AnchorCallback(TrainerCallback):
             for parameter in model.parameters():
                 parameter.grad = None  # an optimizer leaves a parameter without gradient as it is
         if not is_empty:
-            self._run_folder.write_skipped(state.global_step + 1, args)
+            self._run_folder.write_skipped(args, state, control)
         if self._skips_in_a_row <= args.max_skipped_steps:
             return
         if is_empty:
@@ -222,13 +223,13 @@ class AnchorCallback(TrainerCallback):
 class RunFolderCallback(TrainerCallback):
     """Writes metrics.jsonl and samples.jsonl as the run goes."""
 
-    def __init__(self, folder: Path, rendering: Rendering) -> None:
-        """`folder` is the run's output_dir, `rendering` what becomes of its prompts."""
-        self._folder, self._rendering = folder, rendering
+    def __init__(self, folder: Path, rendering: Rendering, stop: StopCallback) -> None:
+        """`folder` is the run's output_dir, `rendering` what becomes of its prompts; `stop` ends what cannot log."""
+        self._folder, self._rendering, self._stop = folder, rendering, stop
         self.rollout: Rollout | None = None  # of the step that is under way
         self._num_logged = 0
         self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
-        self._failure: OSError | None = None
+        self._failure: str | None = None  # what could not be written; nothing more is then
 
     def note_step(self, rollout: Rollout, num_logged: int) -> None:
         """Remember a step's samples; those of its first prompts are written if the step is logged (and made them)."""
@@ -252,18 +253,18 @@ class RunFolderCallback(TrainerCallback):
         counts = self.rollout is not None and bool(self.rollout.is_counted_P.any())
         return not World.of(args).any(counts)
 
-    def write_skipped(self, step: int, args: Any) -> None:
+    def write_skipped(self, args: Any, state: Any, control: Any) -> None:
         """Write the prompts whose loss is not finite; if all losses are, and the gradient is not, all of the step.
 
         Every process must call, and writes its own.
         """
-        by_loss = self.has_bad_loss(args)
+        by_loss, step = self.has_bad_loss(args), state.global_step + 1
         which = sorted(self._bad) if by_loss else range(0 if self.rollout is None else len(self.rollout.rows))
-        if which:
-            samples = [self._sampled(i) | ({"loss": str(self._bad[i])} if by_loss else {}) for i in which]
-            self._folder.mkdir(parents=True, exist_ok=True)
-            row = {"step": step, "not_finite": "loss" if by_loss else "gradient", "samples": samples}
-            append_jsonl(self._folder / SKIPPED_FILE, [row])
+        samples = [self._sampled(i) | ({"loss": str(self._bad[i])} if by_loss else {}) for i in which]
+        row = {"step": step, "not_finite": "loss" if by_loss else "gradient", "samples": samples}
+        failure = append_by_each(self._folder / SKIPPED_FILE, [row] if samples else [], World.of(args))
+        if failure is not None and not self._stop.is_paused:
+            self._stop.pause(unwritable(failure, step, state.max_steps), args, state, control)
 
     def samples(self) -> list[dict[str, Any]]:
         """The first prompts of the last step, as many as are logged, with their completions and rewards."""
@@ -285,6 +286,7 @@ class RunFolderCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget what was logged beyond the step that the run starts from."""
+        self._failure = None
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
@@ -293,15 +295,24 @@ class RunFolderCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One object per logged step."""
-        if not state.is_world_process_zero or not logs or self._failure is not None:
-            return
-        files = {METRICS_FILE: [{"step": state.global_step, **logs}]}
-        if "loss" in logs:
-            files[SAMPLES_FILE] = [{"step": state.global_step, **row} for row in self.samples()]
-        for name, rows in files.items():
-            self._failure = self._failure or _write_or_retry(self._folder / name, rows)
-        if self._failure is not None:  # what was learned is saved first
-            control.should_save = control.should_training_stop = True
+        if state.is_world_process_zero and logs and self._failure is None:
+            files = {METRICS_FILE: [{"step": state.global_step, **logs}]}
+            if "loss" in logs:
+                files[SAMPLES_FILE] = [{"step": state.global_step, **row} for row in self.samples()]
+            for name, rows in files.items():
+                self._failure = self._failure or append(self._folder / name, rows)
+        if "loss" in (logs or {}):  # another row may be one process's alone
+            self._pause_if_unwritten(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End a run whose evaluation could not be logged."""
+        self._pause_if_unwritten(args, state, control)
+
+    def _pause_if_unwritten(self, args: Any, state: Any, control: Any) -> None:
+        """What was learned is saved first; every process must call."""
+        self._failure = first_failure(self._failure, World.of(args))
+        if self._failure is not None and not self._stop.is_paused:
+            self._stop.pause(unwritable(self._failure, state.global_step, state.max_steps), args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the last steps logged, too; without its folder a run would be written to a place that nobody knows."""
@@ -314,13 +325,9 @@ class RunFolderCallback(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say that the logs could not be written, now that the run is saved."""
-        if self._failure is not None:
-            error, self._failure = self._failure, None
-            raise ResourceError(
-                f"step {state.global_step}: {error.filename} cannot be written ({error.strerror}), twice. The run is "
-                "saved: make the file writable or free some space, then the same command continues"
-            ) from error
+        """The last row is written: it is the run's summary."""
+        self._pause_if_unwritten(args, state, control)
+        self._failure = None
 
 
 def logs_at(step: int, args: Any, state: Any, *, ends_epoch: bool = False) -> bool:
@@ -364,17 +371,3 @@ def _finite_on_all_ranks(model: Any, args: Any) -> bool:
     grads = [g for p in model.parameters() if p.grad is not None and (g := local(p.grad)).numel()]
     norms = torch._foreach_norm(grads) if grads else ()
     return not World.of(args).any(not all(torch.isfinite(norm) for norm in norms))
-
-
-def _write_or_retry(path: Path, rows: Sequence[Mapping[str, Any]]) -> OSError | None:
-    """Append rows, a second time if the first fails; the error of the second."""
-    try:
-        append_jsonl(path, rows)
-        return None
-    except OSError:
-        pass
-    try:
-        append_jsonl(path, rows)
-        return None
-    except OSError as error:
-        return error

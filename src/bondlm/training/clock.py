@@ -44,6 +44,18 @@ class Clock:
         finally:
             self.stop()
 
+    @contextmanager
+    def apart(self) -> Iterator[dict[str, float]]:
+        """Lend the seconds by phase of the body alone: no phase outside counts them, nor does the next `drain`."""
+        self._charge()
+        outside = self._seconds, self._stack
+        self._seconds, self._stack = defaultdict(float), []
+        try:
+            yield self._seconds
+        finally:
+            self._charge()
+            self._seconds, self._stack = outside
+
     def drain(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
         self._charge()

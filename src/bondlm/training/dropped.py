@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts
@@ -21,7 +22,8 @@ from bondlm.data.scored import group_scored, usable_scored
 from bondlm.errors import DataError, RewardError, listed
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.truncated import REASON
-from bondlm.runs.folder import DROPPED_FILE, SKIPPED_FILE, append_jsonl
+from bondlm.runs.folder import DROPPED_FILE, SKIPPED_FILE
+from bondlm.training.logs import append_by_each, unwritable
 from bondlm.training.processes import World
 
 _log = logging.getLogger(__name__)
@@ -112,39 +114,45 @@ class DropBudget:
                 + listed(skipped, "bad rows")
             )
 
-    def note(self, rows: Sequence[Mapping[str, Any]], samples: Samples, step: int, world: World) -> dict[str, float]:
-        """Write down the prompts of this process that a step drops; returns its metric.
+    def note(
+        self, rows: Sequence[Mapping[str, Any]], samples: Samples, step: int, is_real_P: Tensor, world: World
+    ) -> dict[str, float]:
+        """Write down the prompts of this process that a step drops; returns its metric, which is that of all.
 
-        Every process must call.
+        Rows that are not `is_real_P` have had their turn. Every process must call.
 
         Raises:
-            RewardError: on all processes, if too many rewards failed.
+            RewardError: on all processes, if too many rewards failed; the step is then not counted.
+            ResourceError: on all processes, if one cannot write its prompts; the same.
         """
+        dropped = {i: reason for i, reason in samples.dropped.items() if is_real_P[i]}
+        left_out = [i for i in sorted(samples.left_out) if is_real_P[i]]
         before = (0, 0) if self._counted else self._in_file(before=step)
-        ranks = world.gather(torch.tensor([[len(rows), len(samples.dropped), len(samples.left_out), *before]]))
+        ranks = world.gather(torch.tensor([[int(is_real_P.sum()), len(dropped), len(left_out), *before]]))
         num_rows, num_dropped, num_left_out = ranks[:, :3].sum(dim=0).tolist()
+        so_far = torch.tensor([self.seen, self.dropped, self.left_out])
         if not self._counted:  # a run of bondlm 0.1 that is resumed: about what it saw, and what is on file
-            self._counted, self.seen, (self.dropped, self.left_out) = True, (step - 1) * num_rows, ranks[0, 3:].tolist()
-        self.seen, self.dropped = self.seen + num_rows, self.dropped + num_dropped
-        self.left_out += num_left_out
-        lost = samples.dropped | dict.fromkeys(sorted(samples.left_out), REASON)
-        if lost:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_jsonl(
-                self._path, [{"step": step, "prompt": rows[i]["prompt"], "reason": r} for i, r in lost.items()]
-            )
+            so_far = torch.tensor([(step - 1) * num_rows, *ranks[0, 3:].tolist()])
+        seen, all_dropped, all_left_out = (so_far + torch.tensor([num_rows, num_dropped, num_left_out])).tolist()
+        lost = dropped | dict.fromkeys(left_out, REASON)
+        listed_rows = [{"step": step, "prompt": rows[i]["prompt"], "reason": r} for i, r in lost.items()]
+        if failure := append_by_each(self._path, listed_rows, world):
+            raise unwritable(failure, step)
         if num_left_out == num_rows and world.is_main:
             _log.warning(
                 "step %d is skipped: for every prompt %s. Raise max_completion_length, or use missing_eos='worst'",
                 *(step, REASON),
             )
-        if self._is_too_many(self.dropped, self.seen):
-            first = next(iter(samples.dropped.values()), "None of them on this process").rstrip(".")
-            raise RewardError(
-                f"step {step}: the rewards of {num_dropped} of {num_rows} prompts failed, {self.dropped} of "
-                f"{self.seen} so far (max_skipped_frac={self._fraction}). {first}. All are in {self._path.name}."
+        if self._is_too_many(all_dropped, seen):
+            first = next(iter(dropped.values()), "None of them on this process").rstrip(".")
+            error = RewardError(
+                f"step {step}: the rewards of {num_dropped} of {num_rows} prompts failed, {all_dropped} of "
+                f"{seen} so far (max_skipped_frac={self._fraction}). {first}. All are in {self._path.name}."
             )
-        return {"bond/frac_dropped": len(lost) / len(rows)}
+            error.known_to_all = True
+            raise error
+        self._counted, self.seen, self.dropped, self.left_out = True, seen, all_dropped, all_left_out
+        return {"bond/frac_dropped": (num_dropped + num_left_out) / num_rows}
 
     def summary(self) -> list[str]:
         """What to say at the end of a run: one line for each kind of thing left out."""

@@ -16,6 +16,8 @@ from bondlm.rewards import NamedReward
 from bondlm.rollout.parts import joined, part_of
 from bondlm.rollout.samples import Samples
 from bondlm.rollout.seeds import Seeds
+from bondlm.training.held_out import HeldOut, compare
+from bondlm.training.metrics import completion_metrics
 from bondlm.training.processes import World, gather_in_order
 from bondlm.training.saving import SavingTrainer
 from bondlm.training.step import Step
@@ -101,6 +103,14 @@ class SamplingTrainer(SavingTrainer):
             self._reference_samples[key] = self.score_completions(rows, reference.completions)
         reference = self._reference_samples[key]
         return self.sample(rows, "policy", self.args.eval_num_samples, reference=reference), reference
+
+    def measured(self, dataset: Dataset) -> tuple[HeldOut, dict[str, float]]:
+        """What encoded prompts say of the policy, and what is known of its samples beside that."""
+        with self.average.in_place(), self.step.clock.apart() as seconds:
+            policy, reference = self.held_out_samples(dataset)
+            log_ratio = self.log_ratio(policy)
+        others = completion_metrics(policy.flat) | policy.metrics | {"runtime": sum(seconds.values())}
+        return compare(policy, reference, log_ratio), others
 
     @cached_property
     def _reference_samples(self) -> dict[str, Samples]:

@@ -63,7 +63,6 @@ class Step:
         positions = [row[PROMPT_ROW] for row in rows]
         # Draw completions of the policy and of the anchor, and score them.
         samples = self._samples(rows, seeds, positions)
-        self.means.record(self.drops.note(rows, samples, step, self.world))
         is_counted_P = is_real_P & samples.kept
         # Select those to learn from: for J-BOND the policy's, and the better one of the anchor's.
         selection = self.objective.select(samples.ranked, seeds.tie_noise(positions, plan.total))
@@ -75,15 +74,18 @@ class Step:
             sampled_logp_PC = torch.tensor([[c.logprob for c in cs] for cs in compared])
         else:
             sampled_logp_PC = self._logprob("policy", rows, compared)
+        is_measured = plan.policy > 0 and (with_reference or self.gamma_ref > 0)
+        reference_logp_PC = self._logprob("reference", rows, compared) if is_measured else None
+        features = None if selection.learned is None else self._features(rows, compared)
+        # All that may pause the run lies before: it takes the step again, and nothing of it is to count twice.
+        self.means.record(self.drops.note(rows, samples, step, is_real_P, self.world))
         # Returns, and their baseline over the prompts of all processes.
         signal_PC = selection.signal_PC.double()  # until the baseline is off: fp32 rounds large rewards
-        if selection.learned is not None:
-            signal_PC = self._learned_signal(selection.learned, rows, compared, is_counted_P)
+        if selection.learned is not None and features is not None:
+            signal_PC = self._learned_signal(selection.learned, features, is_counted_P)
         if self.signal_factor is not None:
             signal_PC = signal_PC * self.signal_factor.factor
         returns_PC = self.objective.returns(signal_PC, sampled_logp_PC, anchor_logp_PC)
-        is_measured = plan.policy > 0 and (with_reference or self.gamma_ref > 0)
-        reference_logp_PC = self._logprob("reference", rows, compared) if is_measured else None
         pull_PC = None
         if self.gamma_ref > 0 and reference_logp_PC is not None:  # back to the reference, with the same baseline
             log_ratio_PC = sampled_logp_PC - reference_logp_PC
@@ -191,21 +193,18 @@ class Step:
         first = self.world.rank * len(returns_PC)
         return baseline[first : first + len(returns_PC)]
 
-    def _learned_signal(
-        self,
-        learned: LearnedQuantile,
-        rows: Sequence[Mapping[str, Any]],
-        compared: Sequence[Sequence[Completion]],
-        is_counted_P: Tensor,
-    ) -> Tensor:
+    def _features(self, rows: Sequence[Mapping[str, Any]], compared: Sequence[Sequence[Completion]]) -> Tensor:
+        """What the learned quantile reads of each prompt's completion."""
+        pairs = [(row[PROMPT_IDS], c.ids) for row, cs in zip(rows, compared, strict=True) for c in cs]
+        how: dict[str, Any] = {"start_id": self.encoder.start_id, "device": self.world.device}
+        with self.clock("quantile"), self.roles.use("reference") as reference:
+            return completion_features(reference, pairs, self.encoder.pad_id, **how)
+
+    def _learned_signal(self, learned: LearnedQuantile, features: Tensor, is_counted_P: Tensor) -> Tensor:
         """The signal (P, 1) from log p_theta; then one step of p_theta, the same on every process."""
         assert self.quantile_model is not None  # noqa: S101  made where the plan asks for it
         device, counted = self.world.device, self.world.gather(is_counted_P)
-        pairs = [(row[PROMPT_IDS], c.ids) for row, cs in zip(rows, compared, strict=True) for c in cs]
-        with self.clock("quantile"), self.roles.use("reference") as reference:
-            features = completion_features(
-                reference, pairs, self.encoder.pad_id, start_id=self.encoder.start_id, device=device
-            )
+        with self.clock("quantile"):
             log_p = self.quantile_model.log_quantile(features)
             everyone = self.world.gather(features), self.world.gather(learned.labels_P.float())
             loss = self.quantile_model.update(*(tensor[counted].to(device) for tensor in everyone))

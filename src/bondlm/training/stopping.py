@@ -1,20 +1,24 @@
 """When a run stops before its last step, or at once: by a signal, a goal, a fault; and what it says of that."""
 
 import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from bondlm.errors import ConfigError, EngineError, ResourceError, RewardOutageError
+from bondlm.errors import ConfigError, EngineError, ResourceError, RewardError
 from bondlm.runs.ending import ENDING_FILE, Ending, best_step, read_ending, write_ending
 from bondlm.training.processes import World, decided_by_main
 
 _log = logging.getLogger(__name__)
 
-# Faults of a server, or memory that is spent: the weights are as the last step left them, and worth a checkpoint.
-PAUSING = (RewardOutageError, EngineError, ResourceError, ConfigError)
+# Faults of a reward, a server or a disk, or memory that is spent: the weights are as the last step left them, and worth
+# a checkpoint.
+PAUSING = (RewardError, EngineError, ResourceError, ConfigError)
 
 
 class StopCallback(TrainerCallback):
@@ -33,6 +37,14 @@ class StopCallback(TrainerCallback):
         self.finished = False  # all is saved: a signal need not wait for anything
         self._reason: str | None = None  # why a goal ended the run
         self._is_training = False
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """A run of `train`, however it ends: behind it an error is not saved for later."""
+        try:
+            yield
+        finally:
+            self._is_training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A run that is resumed at its last step, or at its goal, is done: Trainer would take one more step."""
@@ -62,7 +74,6 @@ class StopCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep how far the run has come, and why."""
-        self._is_training = False
         if state.is_world_process_zero:
             ending = Ending(
                 step=state.global_step,
@@ -104,20 +115,48 @@ class StopCallback(TrainerCallback):
         Several processes must raise it alike. Of another error the others could not know: there such a one ends the
         run, at its last checkpoint.
         """
-        world = World.of(args)
-        if not (world.is_alone or getattr(error, "known_to_all", False)):
+        is_known = World.of(args).is_alone or getattr(error, "known_to_all", False)
+        if not (is_known and self._is_training):
             raise error
         self._failure = error
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        is_saved = decided_by_main(folder.is_dir, world, wait_s=args.ddp_timeout)
-        control.should_save = state.global_step > 0 and not is_saved
         control.should_training_stop = True
+        self._save_alone(args, state, control)
 
-    def raise_failure(self) -> None:
-        """Raise what the run was paused for, if anything; the next call of `train` is another attempt."""
+    @property
+    def is_paused(self) -> bool:
+        """Whether the run ends for an error, of which all processes know."""
+        return self._failure is not None
+
+    def unmeasured(self, args: Any) -> dict[str, float]:
+        """The metrics of an evaluation that paused the run: none, but for the one that Trainer looks up."""
+        metric = args.metric_for_best_model
+        return {} if metric is None else {f"eval_{metric.removeprefix('eval_')}": math.nan}  # never the best
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An epoch that a pause has cut short is not evaluated: that would wait for the same fault again."""
+        if self.is_paused:
+            self._save_alone(args, state, control)
+
+    def _save_alone(self, args: Any, state: Any, control: Any) -> None:
+        control.should_evaluate = False
+        control.should_save = state.global_step > 0 and not self._has_checkpoint(args, state)
+
+    def _has_checkpoint(self, args: Any, state: Any) -> bool:
+        """Of this step; every process must call."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        return decided_by_main(folder.is_dir, World.of(args), wait_s=args.ddp_timeout)
+
+    def raise_failure(self, args: Any, state: Any, save: Callable[[], None]) -> None:
+        """Raise what the run was paused for, if anything; the next call of `train` is another attempt.
+
+        A run that was paused behind its last save has no checkpoint of its last step: `save` keeps the weights.
+        """
         failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        if failure is None:
+            return
+        if state.global_step > 0 and not self._has_checkpoint(args, state):
+            save()
+        raise failure
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Compare with `target_n` and `kl_budget`; afterwards an evaluation decides nothing."""

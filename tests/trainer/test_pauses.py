@@ -1,0 +1,94 @@
+"""A fault of an evaluation in training: asked for once, and the run is saved before its error is raised."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import prompt_rows
+
+from bondlm.errors import ResourceError, RewardError, RewardOutageError
+from bondlm.runs.manifest import fault
+from trainer.helpers import low_ids, trainer
+
+BEST: dict[str, Any] = {"metric_for_best_model": "eval_win_rate", "greater_is_better": True}
+ENDS_EPOCH: dict[str, Any] = {"rows": 8, "max_steps": 4, "eval_dataset": prompt_rows(12)[10:]}
+
+
+class Down:
+    """A reward whose server is down for held-out prompts, or for all from the given call on."""
+
+    def __init__(self, error: Exception, since: int | None = None) -> None:
+        self.error, self.since, self.calls, self.failures = error, since, 0, 0
+
+    def __call__(self, completion_ids: list[list[int]], held_out: list[Any] | None = None) -> list[float]:
+        self.calls += 1
+        if held_out is not None or (self.since is not None and self.calls >= self.since):
+            self.failures += 1
+            raise self.error
+        return low_ids(completion_ids)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eval_strategy": "steps", "eval_steps": 2},
+        {"eval_strategy": "epoch"},
+        {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True} | BEST,
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best"} | BEST,
+        {"eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau"} | BEST,
+    ],
+    ids=["steps", "epoch", "best at the end", "best saved", "plateau"],
+)
+@pytest.mark.parametrize("error", [RewardOutageError("down"), RewardError("wrong")], ids=["outage", "wrong"])
+def test_an_evaluation_whose_rewards_fail_is_tried_once(
+    settings: dict[str, Any], error: Exception, tmp_path: Path
+) -> None:
+    """Two sets, at the end of an epoch of two steps."""
+    rows = [row | {"held_out": 1} for row in prompt_rows(12)[8:]]
+    reward = Down(error)
+    made = trainer(
+        tmp_path, reward=reward, max_steps=4, eval_dataset={"a": rows[:2], "b": rows[2:]}, **settings_of(settings)
+    )
+    with pytest.raises(type(error), match=str(error)):
+        made.train()
+    assert (reward.failures, made.state.global_step) == (1, 2)
+    assert fault(tmp_path / "checkpoint-2") is None
+
+
+def settings_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The metric is that of a set where there are several."""
+    named = {"metric_for_best_model": "eval_a_win_rate"} if "metric_for_best_model" in settings else {}
+    return settings | named
+
+
+def test_an_outage_in_a_step_is_not_waited_for_in_an_evaluation_of_the_epochs_end(tmp_path: Path) -> None:
+    reward = Down(RewardOutageError("down"), since=2)
+    made = trainer(tmp_path, reward=reward, **ENDS_EPOCH, eval_strategy="epoch")
+    with pytest.raises(RewardOutageError):
+        made.train()
+    assert (reward.failures, made.state.global_step) == (1, 1)
+    assert fault(tmp_path / "checkpoint-1") is None
+
+
+def test_memory_that_is_spent_in_an_evaluation_saves_the_run(tmp_path: Path) -> None:
+    made = trainer(tmp_path, **ENDS_EPOCH, eval_strategy="steps", eval_steps=2)
+
+    def spent(*args: Any) -> Any:
+        raise ResourceError("the memory is spent")
+
+    made.log_ratio = spent  # type: ignore[method-assign]
+    with pytest.raises(ResourceError, match="the memory is spent"):
+        made.train()
+    assert fault(tmp_path / "checkpoint-2") is None
+    with pytest.raises(ResourceError):  # outside of training there is nothing to save
+        made.evaluate()
+
+
+def test_behind_a_run_that_ended_by_an_error_an_evaluation_raises_its_own(tmp_path: Path) -> None:
+    reward = Down(RewardOutageError("down"))
+    made = trainer(tmp_path, reward=reward)
+    made.training_step = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    with pytest.raises(RewardOutageError):
+        made.evaluate([row | {"held_out": 1} for row in prompt_rows(2)])
