@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from datasets import Dataset
 
@@ -138,3 +139,14 @@ def test_lists_of_files_are_of_one_kind_and_fit_together(tmp_path: Path) -> None
     ):
         with pytest.raises(DataError, match=reason):
             load_prompts([tmp_path / name for name in files])
+
+
+def test_a_folder_of_files_that_differ_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's folder, or a run's."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a.json").write_text('{"one": 1, "two": "x"}')
+    (folder / "b.json").write_text('{"three": [1], "four": {"five": 1}}')
+    with pytest.raises(DataError, match=r"^.*model: cannot be read: its files have different columns. Name .*$"):
+        load_prompts(folder)

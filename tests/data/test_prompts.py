@@ -336,17 +336,6 @@ def test_a_folder_with_a_line_that_is_no_json_is_refused_in_the_words_of_its_rea
         load_prompts(folder, held_out=held_out)
 
 
-def test_a_folder_of_files_that_differ_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model's folder, or a run's."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "a.json").write_text('{"one": 1, "two": "x"}')
-    (folder / "b.json").write_text('{"three": [1], "four": {"five": 1}}')
-    with pytest.raises(DataError, match=r"^.*model: cannot be read: its files have different columns. Name .*$"):
-        load_prompts(folder)
-
-
 def test_lists_with_surrogates_or_without_rows_are_refused() -> None:
     for row in ({"prompt": "a\udfff"}, {"prompt": "a", "answer": ["\ud800"]}):
         with pytest.raises(DataError, match=r"^row 0: .*surrogate"):
