@@ -150,3 +150,15 @@ def test_a_folder_of_files_that_differ_is_refused_in_one_line(tmp_path: Path, mo
     (folder / "b.json").write_text('{"three": [1], "four": {"five": 1}}')
     with pytest.raises(DataError, match=r"^.*model: cannot be read: its files have different columns. Name .*$"):
         load_prompts(folder)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_folder_with_a_line_that_is_no_json_is_refused_in_the_words_of_its_reader(
+    tmp_path: Path, held_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / ("test.jsonl" if held_out else "train.jsonl")).write_text('{"prompt": "a"}\n{"prompt": oops}\n')
+    with pytest.raises(DataError, match=r"data: cannot be read: .*JSON parse error"):
+        load_prompts(folder, held_out=held_out)

@@ -324,18 +324,6 @@ def test_rows_that_cannot_be_encoded_are_named_where_they_stand(write: Write, tm
     assert [reason.split(": ")[0].rpartition(":")[2] for reason in budget.skipped_rows] == ["3", "5"]
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_a_folder_with_a_line_that_is_no_json_is_refused_in_the_words_of_its_reader(
-    tmp_path: Path, held_out: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / ("test.jsonl" if held_out else "train.jsonl")).write_text('{"prompt": "a"}\n{"prompt": oops}\n')
-    with pytest.raises(DataError, match=r"data: cannot be read: .*JSON parse error"):
-        load_prompts(folder, held_out=held_out)
-
-
 def test_lists_with_surrogates_or_without_rows_are_refused() -> None:
     for row in ({"prompt": "a\udfff"}, {"prompt": "a", "answer": ["\ud800"]}):
         with pytest.raises(DataError, match=r"^row 0: .*surrogate"):
