@@ -14,7 +14,7 @@ text and Fig. 6 need plus (docs/theory.md, E1). The coefficient of the log-ratio
 
 Two generalisations, off by default. With k > 2 anchor samples r(y) = 2^k log(1/2) if y is worse than all k; [2] still
 takes the better of the first 2, so that both parts aim at Best-of-2. That holds up to k = 4, where the backward part
-alone comes to rest 0.1 nats from Best-of-2 (k = 2: 0.01; k = 16: a penalty of 45,426 nats, and only the worst are moved
+alone settles 0.1 nats from Best-of-2 (k = 2: 0.01; k = 16: a penalty of 45,426 nats, and only the worst are moved
 at all). "harmonic" is a finer r(y) for any k: `log_quantile`.
 """
 

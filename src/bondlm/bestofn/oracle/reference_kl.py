@@ -1,4 +1,4 @@
-"""Where BOND and J-BOND come to rest when the anchor moves and gamma_ref * KL(pi || reference) pulls back.
+"""Where BOND and J-BOND settle when the anchor moves and gamma_ref * KL(pi || reference) pulls back.
 
 At rest the anchor is the policy: the KL to it vanishes, and what is left of the expected gradient is, for each outcome,
 
