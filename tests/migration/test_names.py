@@ -202,3 +202,24 @@ def test_arguments_of_other_trainers_are_refused_unless_they_are_none() -> None:
             own_arguments({name: print}, ["model"])
     with pytest.raises(ConfigError, match=r"unknown argument 'modl' .*'model'"):
         own_arguments({"modl": None}, ["model"])
+
+
+class Plain(BONDConfig):
+    """Not decorated with @dataclass."""
+
+    per_device_train_batch_size = 2
+
+
+class WithItsOwn(BONDConfig):
+    def __init__(self, colour: str, **settings: Any) -> None:
+        self.colour = colour
+        super().__init__(**settings)
+
+
+def test_a_subclass_that_is_no_dataclass_of_its_own(tmp_path: Path) -> None:
+    """It ended in a KeyError."""
+    assert Plain(output_dir=str(tmp_path), use_cpu=True, eta=0.3, num_generations=None).eta == 0.3
+    with pytest.raises(ConfigError, match=r"etta.*did you mean 'eta'"):
+        Plain(output_dir=str(tmp_path), etta=0.3)
+    made = WithItsOwn(colour="blue", output_dir=str(tmp_path), use_cpu=True, eta=0.3)
+    assert (made.colour, made.eta) == ("blue", 0.3)

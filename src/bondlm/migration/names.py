@@ -1,6 +1,7 @@
 """What becomes of a name that bondlm does not have: dropped if it asks for what happens anyway, else one sentence."""
 
 import difflib
+import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import InitVar
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,7 +25,9 @@ class OwnNames(type):
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
         """Build it from the names that bondlm has."""
-        return super().__call__(*args, **own_names(settings, vars(cls)["__dataclass_fields__"]))
+        fields: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]  # perhaps a parent's
+        more = set(inspect.signature(cls.__init__).parameters) - {"self"}  # of a subclass with its own constructor
+        return super().__call__(*args, **own_names(settings, [*fields, *(more - fields.keys())]))
 
 
 def own_names(given: Mapping[str, Any], known: Collection[str], *, command: str | None = None) -> dict[str, Any]:
