@@ -21,7 +21,7 @@ def best_of_n_probs(ref_probs: Array, rewards: Array, n: float) -> Array:
     It is computed by reward level: the level's Best-of-N mass is shared in proportion to `ref_probs`.
 
     Args:
-        ref_probs: (..., K) reference probabilities, summing to 1 over K (to 1e-6; the rest is divided out).
+        ref_probs: (..., K) reference probabilities, summing to 1 over K (to 1e-4; the rest is divided out).
         rewards: (..., K) finite rewards; equal rewards are ties.
         n: order, a real number >= 1. A fractional order is the smooth continuation `F -> F^n` of the reward's CDF.
 
