@@ -172,3 +172,15 @@ def test_an_encoder_that_does_more_is_refused(pooling, more, message, tmp_path):
     sentence_encoder(tmp_path, pooling, **more)
     with pytest.raises(ConfigError, match=message):
         SimilarityReward.from_pretrained(str(tmp_path))
+
+
+def test_a_text_is_as_long_as_the_folder_states(tmp_path):
+    """Sentence Transformers cuts at `max_seq_length`, often below what the model would take."""
+    model, _ = sentence_encoder(tmp_path, {"pooling_mode": "mean"})
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7, "do_lower_case": False}))
+    assert SimilarityReward.from_pretrained(str(tmp_path)).limit == 7
+    assert SimilarityReward.from_pretrained(str(tmp_path), max_length=9).limit == 9
+    cut = SimilarityReward.from_pretrained(str(tmp_path), truncate="right")
+    assert len(cut._encode("the first of many words " * 9)) == 7
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 10_000}))
+    assert SimilarityReward.from_pretrained(str(tmp_path)).limit == model.config.max_position_embeddings

@@ -28,6 +28,8 @@ from bondlm.rewards.texts import (
 
 ADVICE = "set max_length, shorten the texts, or allow truncate='right'"
 
+LENGTH_FILE = "sentence_bert_config.json"  # of an encoder of any kind
+
 # What Pooling is called in a sentence encoder's folder: the root of the length is a factor, which no cosine sees.
 POOLING: dict[str, Literal["mean", "cls"]] = {
     **dict.fromkeys(("mean", "mean_tokens", "mean_sqrt_len_tokens"), "mean"),
@@ -92,7 +94,8 @@ class SimilarityReward:
     ) -> Self:
         """Load a folder or hub id; ``options`` are those of the constructor.
 
-        Of a Sentence Transformers folder the pooling is the one that it states.
+        Of a Sentence Transformers folder the pooling is the one that it states, and so is the longest text unless
+        ``max_length`` is given.
 
         Raises:
             ConfigError: The model cannot be loaded, misses weights (other than a pooler, which is not used), or pools
@@ -102,7 +105,11 @@ class SimilarityReward:
 
         options = {"pooling": _stated_pooling(path)} | options
         model = load_model(AutoModel, path, device=device, dtype=dtype, may_miss="pooler")
-        return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
+        tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
+        if options.get("max_length") is None and (stated := _stated_length(path)) is not None:
+            own = token_limit(model, tokenizer, None)
+            options["max_length"] = stated if own is None else min(stated, own)
+        return cls(model, tokenizer, **options)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
         """Score B rows (strings, or chats); B cosines, or a `Failure` for a row that cannot be scored.
@@ -202,6 +209,17 @@ def _stated_pooling(path: str) -> Literal["mean", "cls"]:
             "and this reward does not: write a reward function with sentence-transformers"
         )
     return POOLING[names[0]]
+
+
+def _stated_length(path: str) -> int | None:
+    """`max_seq_length` of a Sentence Transformers folder: MiniLM was trained on 256 tokens, and takes 512."""
+    modules = _json_of(path, "modules.json")
+    if not modules:
+        return None
+    within = str(modules[0].get("path") or "")
+    stated = _json_of(path, f"{within}/{LENGTH_FILE}" if within else LENGTH_FILE) or {}
+    length = stated.get("max_seq_length")
+    return None if length is None else int(length)
 
 
 def _json_of(path: str, name: str) -> Any:
