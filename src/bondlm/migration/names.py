@@ -26,7 +26,8 @@ class OwnNames(type):
     def __call__(cls, *args: Any, **settings: Any) -> Any:
         """Build it from the names that bondlm has."""
         fields: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]  # perhaps a parent's
-        more = set(inspect.signature(cls.__init__).parameters) - {"self"}  # of a subclass with its own constructor
+        constructor = inspect.signature(cls.__init__)  # type: ignore[misc]  # perhaps a subclass's own
+        more = set(constructor.parameters) - {"self"}
         return super().__call__(*args, **own_names(settings, [*fields, *(more - fields.keys())]))
 
 
