@@ -1,6 +1,7 @@
 """`bondlm check` on a tiny model."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -142,3 +143,28 @@ def test_a_judge_that_goes_by_place_is_found_out_whatever_its_rounds(tmp_path, c
         shown = " ".join(capsys.readouterr().out.split())
         assert f"small ranks {share} of the pairs of answers alike" in shown
         assert ("warning: small goes by the order in which answers are shown" in shown) == (says is as_presented)
+
+
+def test_check_does_not_wait_long_for_a_server_that_is_down(tmp_path, capsys, monkeypatch):
+    """It waited for reward_outage_s, ten minutes."""
+    monkeypatch.setattr("bondlm.cli.check.OUTAGE_S", 0.5)
+    begun = time.monotonic()
+    config = write_job(tmp_path, max_steps=1, reward_funcs="http://127.0.0.1:9/score", eval_dataset=None)
+    assert main(["check", "--config", str(config)]) == 4
+    assert time.monotonic() - begun < 60
+    assert "has not answered" in capsys.readouterr().err
+
+
+def test_check_of_a_stream_needs_max_steps_as_the_run_does(tmp_path, capsys):
+    config = write_job(tmp_path, max_steps=-1, streaming=True)
+    assert main(["check", "--config", str(config)]) == 2
+    assert "max_steps=-1: a streamed train_dataset" in capsys.readouterr().err
+
+
+def test_a_reward_that_wants_a_column_that_is_not_there_is_named_before_any_work(tmp_path, capsys):
+    (tmp_path / "needs.py").write_text("def right(completions, answer):\n    return [0.0] * len(completions)\n")
+    config = write_job(tmp_path, max_steps=1, reward_funcs=f"{tmp_path}/needs.py:right")
+    for command in ("train", "check"):
+        assert main([command, "--config", str(config)]) == 2
+        assert "reward 'right' has the signature (completions, answer): missing" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -3,12 +3,14 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rewards.judge_stub import by_scalar, judging
 
 from bondlm.cli import main
+from bondlm.cli.judge_costs import _evaluations
 from cli.helpers import write_job
 
 KEY = "sk-t3st-0123456789abcdef"
@@ -76,3 +78,16 @@ def test_the_evaluation_that_ends_a_run_asks_judges_pair_by_pair(tmp_path: Path,
     own = ["eval", "--model", str(tmp_path / "run"), "--reward_funcs", f"{tmp_path}/reward.py:letters"]
     assert main(own) == 2  # a run folder alone sends no prompts to a server
     assert "judge:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("processes", "prompts"), [(1, 30), (4, 8)])
+def test_each_process_counts_its_own_share_of_the_held_out_prompts(processes: int, prompts: int) -> None:
+    """All of them were counted for each; and epochs were those of num_train_epochs, also where max_steps wins."""
+    args = SimpleNamespace(
+        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": processes},
+        **{"eval_strategy": "epoch", "eval_num_samples": 4, "eval_num_reference_samples": 8, "num_train_epochs": 3.0},
+    )
+    made = SimpleNamespace(args=args, eval_dataset=range(30), train_dataset=range(10 * 2 * processes))
+    found = _evaluations(made, 0, 50, is_kept=False)  # five epochs of ten steps
+    assert {count for count, _ in found} == {prompts}
+    assert sum(size == 12 for _, size in found) == 5 + 1

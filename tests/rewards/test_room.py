@@ -11,9 +11,9 @@ from datasets import Dataset
 from trainer.helpers import trainer
 from transformers import MPNetConfig, MPNetForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.columns import LOGGED_IDS, PROMPT_IDS
 from bondlm.errors import ConfigError
-from bondlm.rewards import NamedReward, NLIReward, SequenceClassifierReward, SimilarityReward, check_room
+from bondlm.rewards import NamedReward, NLIReward, RankReward, SequenceClassifierReward, SimilarityReward, check_room
 from bondlm.rollout.samples import longest_rows
 
 from .small_models import PROMPTS, bert_classifier, bert_encoder, bert_tokenizer
@@ -58,9 +58,8 @@ def test_prompts_that_cannot_be_scored_are_refused_and_completions_warned_of(
 
 
 def test_what_is_cut_and_what_is_no_model_has_room(caplog: pytest.LogCaptureFixture) -> None:
-    check_room(
-        [NamedReward("rm", classifier(5, truncate="left")), NamedReward("f", len), NamedReward("m", Mock())], ROWS, 100
-    )
+    others = [NamedReward("f", lambda completions: []), NamedReward("m", Mock())]
+    check_room([NamedReward("rm", classifier(5, truncate="left")), *others], ROWS, 100)
     check_room([NamedReward("rm", classifier(5))], [], 100)
     assert not caplog.records
 
@@ -89,3 +88,18 @@ def test_the_longest_rows_are_found_in_every_data_set() -> None:
 def test_a_run_is_refused_before_its_first_step(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="takes 5 tokens"):
         trainer(tmp_path, reward=classifier(5))
+
+
+def test_columns_that_a_signature_wants_are_looked_up() -> None:
+    def by_rank(prompt: Any, completions: Any, answer: Any, log_metric: Any) -> Any: ...
+    def by_value(completions: Any, answer: Any, truncated: Any, log_extra: Any, other: Any = None) -> Any: ...
+
+    rows = [ROWS[0] | {"answer": "a"}, ROWS[1] | {"answer": "b"}]
+    for function in (RankReward(by_rank), by_value):
+        check_room([NamedReward("r", function)], rows, 3)
+        check_room([NamedReward("r", function)], [], 3)
+        check_room([NamedReward("r", function)], [ROWS[0] | {LOGGED_IDS: [[1]]}], 3)
+        with pytest.raises(
+            ConfigError, match=r"^reward 'r' has the signature .*: missing a required argument: 'answer'"
+        ):
+            check_room([NamedReward("r", function)], [*rows, ROWS[2]], 3)

@@ -20,6 +20,7 @@ NEIGHBOUR_TOLERANCE = 1e-3  # of a reward, or of 1 if that is more
 NEIGHBOUR_ROUNDING = 8  # times the dtype's own: batches of other shapes add up in another order
 PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
 AGREEMENT_PROMPTS, AGREEMENT_SAMPLES = 4, 4
+OUTAGE_S = 20.0  # that a reward server may be down
 FAR = 3.0  # a noise scale of so many times the prompts per step, or of such a part of them
 
 
@@ -87,6 +88,7 @@ def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     from bondlm.config import require_metric_of
     from bondlm.data.held_out import main_set
     from bondlm.data.sources import named_sets
+    from bondlm.training.data import check_streaming
 
     dry = {
         "max_steps": 1,
@@ -101,6 +103,9 @@ def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     dry |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
     dry |= {"push_to_hub": False, "report_to": "none"}  # nothing of a dry run goes anywhere
     args = training_arguments(options | {"output_dir": scratch})
+    dry["reward_outage_s"] = min(args.reward_outage_s, OUTAGE_S)  # a server that is down is the answer
+    if args.streaming:
+        check_streaming(args)
     held_out = options.get("eval_dataset")
     main_set(args, held_out)
     _check_evaluations(args, options)

@@ -87,8 +87,7 @@ def _prompts(trainer: Any, step: int) -> float:
     if not isinstance(trainer.train_dataset, Sized):  # a stream has no end, and one process
         return float(step * each)
     rows = len(trainer.train_dataset)
-    steps = -(-rows // each)
-    whole, rest = divmod(step, steps)
+    whole, rest = divmod(step, -(-rows // each))
     return float(whole * rows + min(rows, rest * each)) / float(args.world_size)
 
 
@@ -101,14 +100,16 @@ def _evaluations(trainer: Any, first_step: int, last_step: int, *, is_kept: bool
     if trainer.eval_dataset is None:
         return []
     datasets = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
-    prompts, references = sum(len(dataset) for dataset in datasets), args.eval_num_reference_samples
+    prompts = sum(-(-len(dataset) // args.world_size) for dataset in datasets)  # the main process's share, the largest
+    references = args.eval_num_reference_samples
     times = 0
     if args.eval_strategy == "steps":
         every = int(args.eval_steps)
         times = last_step // every - first_step // every - (is_kept and last_step % every == 0)
-    elif args.eval_strategy == "epoch":
-        steps = max(1, last_step / max(1.0, float(args.num_train_epochs)))
-        times = int(last_step / steps) - int(first_step / steps)
+    elif args.eval_strategy == "epoch" and isinstance(trainer.train_dataset, Sized):
+        each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = -(-len(trainer.train_dataset) // each)
+        times = -(-last_step // steps) - -(-first_step // steps)  # the last one also where the run ends within it
     of_baselines = (1, max(1, args.eval_num_samples // 2), 1)  # bondlm.evaluation.run
     sizes = [references, *[references + args.eval_num_samples] * (times + 1)]
     return [(prompts, size) for size in [*sizes, *(references + count for count in of_baselines)]]

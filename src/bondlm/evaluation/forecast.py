@@ -96,7 +96,7 @@ def print_cost(console: Console, trainer: Any, args: Any, seconds: float) -> Non
 
 def num_steps(args: Any, prompts: Any) -> int:
     """Optimizer steps of a run over `prompts`, as `transformers.Trainer` counts them; a stream needs `max_steps`."""
-    if args.max_steps > 0:
+    if args.max_steps >= 0:
         return int(args.max_steps)
     batches = len(prompts) / (args.per_device_train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)

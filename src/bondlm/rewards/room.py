@@ -1,13 +1,16 @@
-"""Whether reward models take rows as long as a run's: looked up when prompts and models are there."""
+"""Whether rewards can take a run's rows, their length and columns: looked up when prompts and models are there."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bondlm.data.columns import PROMPT_IDS
+from bondlm.data.columns import LOGGED_IDS, PROMPT_IDS, PROMPT_ROW
 from bondlm.errors import ConfigError, DataError
+from bondlm.rewards.calls import accepted_arguments
 from bondlm.rewards.classifier import SequenceClassifierReward
+from bondlm.rewards.extras import NAMES
 from bondlm.rewards.nli import NLIReward
+from bondlm.rewards.ranking import RankReward
 from bondlm.rewards.scoring import NamedReward
 from bondlm.rewards.similarity import SimilarityReward
 
@@ -17,14 +20,17 @@ _log = logging.getLogger(__name__)
 
 
 def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]], max_completion_length: int) -> None:
-    """See that reward models that refuse long rows take the longest of these encoded prompts.
+    """See that reward models that refuse long rows take the longest of these encoded prompts, and find their columns.
 
     A warning says where a long completion would be too much.
 
     Raises:
-        ConfigError: a prompt is too long without any completion.
+        ConfigError: a prompt is too long without any completion, or a reward wants a column that the rows lack.
         DataError: a prompt that a reward model cannot score: its chat template refuses it, or it lacks a text.
     """
+    for names in {tuple(row) for row in rows if LOGGED_IDS not in row}:  # what is scored already is not asked about
+        for reward in rewards:
+            _check_columns(reward, [name for name in names if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)])
     longest = sorted(rows, key=lambda row: -len(row[PROMPT_IDS]))[:LOOKED_AT]
     for reward in rewards if longest else ():
         model = reward.function
@@ -46,6 +52,18 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
                 "such prompts are dropped: lower max_completion_length, or %s",
                 *(reward.name, limit, max_completion_length, most, cut),
             )
+
+
+def _check_columns(reward: NamedReward, columns: Sequence[str]) -> None:
+    """Whether the signature of a user's function can be served with what it is offered (`score_samples`)."""
+    given = dict.fromkeys(columns)
+    if isinstance(reward.function, RankReward):
+        lists = {name: list[Any]() for name in ("completions", "truncated")}
+        single = {**given, "prompt": None, "trainer_state": None, "log_metric": None}
+        accepted_arguments(reward.name, reward.function.function, lists, single)
+    elif not reward.ranks:
+        lists = {name: list[Any]() for name in ("prompts", "completions", "completion_ids", "truncated", *columns)}
+        accepted_arguments(reward.name, reward.function, lists, dict.fromkeys(NAMES))
 
 
 def _tokens(reward: NamedReward, row: Mapping[str, Any]) -> int:

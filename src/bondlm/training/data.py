@@ -33,7 +33,7 @@ class RunData:
         self.drops = DropBudget(args.max_skipped_frac, Path(str(args.output_dir)), skips_rows=args.on_bad_row == "skip")
         self._stream = source if args.streaming or is_stream(source) else None
         if self._stream is not None:
-            _check_streaming(args)
+            check_streaming(args)
         takes_ids = args.prompt_format == "rendered"
         is_whole = source is not None and self._stream is None
         prompts = self.drops.load(source, token_ids=takes_ids) if is_whole else None
@@ -91,8 +91,12 @@ class RunData:
         return {name: encoder.encoded(part, held_out=True) for name, part in sets.items()}
 
 
-def _check_streaming(args: Any) -> None:
-    """One process reads the stream, for a number of steps that is known."""
+def check_streaming(args: Any) -> None:
+    """See that one process reads the stream, for a number of steps that is known.
+
+    Raises:
+        ConfigError: there are several processes, or no `max_steps`.
+    """
     if args.max_steps <= 0:
         raise ConfigError(f"max_steps={args.max_steps}: a streamed train_dataset has no number of rows, set it above 0")
     if args.world_size > 1:
