@@ -125,7 +125,9 @@ def _orders(value: Any, most: int) -> list[int] | None:
     orders = _list(value)
     for n in orders:
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
-            raise ConfigError(f"orders={value!r}: give whole numbers from 1 to num_reference_samples={most}, several as [2, 4]")
+            raise ConfigError(
+                f"orders={value!r}: give whole numbers from 1 to num_reference_samples={most}, several as [2, 4]"
+            )
     return sorted(set(orders)) or None
 
 
