@@ -36,7 +36,7 @@ from bondlm.data.paths import expanded, located, refuse_own_folder
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import check_overlap, keep_rows
 from bondlm.data.sources import named_sets
-from bondlm.engines.agreement import GAP_METRIC, logprob_gap
+from bondlm.engines.agreement import logprob_gap
 from bondlm.engines.choose import make_engine
 from bondlm.errors import ConfigError, DataError
 from bondlm.evaluation import evaluate_run
@@ -303,7 +303,7 @@ class BONDTrainer(SamplingTrainer):
         except PAUSING as error:
             self.stop.pause(error, self.args, self.state, self.control)
             return [], num_prompts
-        metrics.record(rollout, self._means, world.size)
+        metrics.record(rollout, self._means, world)
         if self.signal_factor is not None:
             self._means.record(self.signal_factor.steer(rollout, world, learning_pace(self.optimizer)))
         self.run_folder.note_step(rollout, self.args.num_logged_samples)
@@ -341,7 +341,8 @@ class BONDTrainer(SamplingTrainer):
         self._means.record_of_each(loss.metrics | {"loss": loss.loss_P.detach()}, counted_P)
         if plan.policy:
             step, strict = self.state.global_step + 1, self.args.disable_dropout
-            self._means.record({GAP_METRIC: logprob_gap(logp_PLT, inputs["sampled_PCT"], step, strict=strict)})
+            logprob_gap(logp_PLT, inputs["sampled_PCT"], step, strict=strict)
+            metrics.record_gap(logp_PLT, inputs["sampled_PCT"], counted_P, self._means)
         # Ranks' gradients are averaged, not summed: undo that, since the divisor already counts all ranks' prompts.
         mean = (loss.loss_P * inputs["weight_P"]).sum() * self.args.world_size / num_items_in_batch
         return (mean, {"logp": logp_PL}) if return_outputs else mean

@@ -84,6 +84,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         model.name_or_path = model.config._name_or_path = str(out / "base")
     adapter, rows, held_out = job.pop("lora", False), job.pop("rows", 12), job.pop("held_out", 5)
     fail, asked = job.pop("fail_on_rank", None), list[str]()
+    dropped = prompt_rows(1)[0]["prompt"] if job.pop("drops_first", False) else None
     settings = {
         "max_steps": 3,
         "max_completion_length": 5,
@@ -118,7 +119,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         if kill_rank is not None and args.process_index == kill_rank:
             os.kill(os.getpid(), signal.SIGKILL)
         asked.extend(prompts)
-        return low_ids(completion_ids)
+        return [None if p == dropped else r for p, r in zip(prompts, low_ids(completion_ids), strict=True)]
 
     trainer = BONDTrainer(
         model,

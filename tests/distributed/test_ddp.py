@@ -72,6 +72,26 @@ def test_two_processes_are_one(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [4, 3], ids=["one prompt each", "filled up"])
+def test_two_processes_log_what_one_does(rows: int, tmp_path: Path) -> None:
+    """Spread, extremes and counts too; a row that fills up the second process's last batch counts nowhere."""
+    job: dict[str, Any] = {"kind": "causal", "rows": rows, "max_steps": 4, "max_skipped_frac": 0.9}
+    job |= {"drops_first": True, "logging_steps": 2}
+    check(run_tiny(tmp_path / "one", 1, **job, per_device_train_batch_size=2))
+    check(run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=1))
+    one, two = ([row for row in outcome(tmp_path / name) if "loss" in row] for name in ("one", "two"))
+    assert one
+    for single, double in zip(one, two, strict=True):
+        timed = {name for name in single if name.startswith("time/") or name == "step_time"}
+        assert single.keys() == double.keys()
+        for name in single.keys() - timed - {"sampling/sampling_logp_difference/mean"}:
+            value = single[name] if single[name] is None else pytest.approx(single[name], rel=1e-3, abs=1e-4)
+            assert double[name] == value, name
+        undefined = {"grad_norm", "rewards/reward/std"}  # of a skipped step; of one sample per step
+        assert {name for name, value in single.items() if value is None} <= undefined
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("sharded", "held_out"), [(False, 5), (True, 1)])
 def test_an_evaluation_asks_the_rewards_once_about_each_answer(sharded: bool, held_out: int, tmp_path: Path) -> None:
     """Also where there are fewer prompts than processes."""

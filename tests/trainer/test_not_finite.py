@@ -123,3 +123,14 @@ def test_a_gradient_that_is_not_finite_is_found_even_if_the_loss_is(tmp_path: Pa
     assert name in before
     assert same(weights(made.roles.model), before)
     assert logged(tmp_path)[0]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_a_step_that_is_not_finite_leaves_the_intervals_other_numbers_alone(prompts: int, tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=3, logging_steps=3, per_device_train_batch_size=prompts)
+    Spoiled(made, {2})
+    made.train()
+    (row,) = (row for row in logged(tmp_path) if "loss" in row)
+    assert row["skipped_steps"] == pytest.approx(1 / 3)
+    undefined = {name for name, value in row.items() if value is None}
+    assert undefined == ({"rewards/low_ids/std"} if prompts == 1 else set())  # one sample per step has no spread

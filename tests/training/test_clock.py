@@ -83,6 +83,13 @@ def test_means_are_weighted_and_nothing_of_weight_zero_counts() -> None:
     assert means.drain(ALONE) == {}
     means.record({"a": float("nan")}, weight=0.0)
     assert math.isnan(means.drain(ALONE)["a"])
+    means.record({"a": float("nan")})  # of a step where it is undefined
+    means.record({"a": 3.0})
+    assert means.drain(ALONE) == {"a": 3.0}
+    every = torch.ones(3, dtype=torch.bool)
+    means.record_of_each({"a": torch.tensor([[1.0, 3.0], [float("nan"), 1.0], [8.0, 8.0]])}, every)
+    means.record_of_each({"a": torch.tensor([2.0, 2.0, 2.0])}, every)
+    assert means.drain(ALONE) == {"a": 3.2}
 
 
 def test_what_is_kept_apart_counts_for_no_phase_outside(now: list[float]) -> None:

@@ -1,5 +1,6 @@
 """Where a step's time goes."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,15 +72,19 @@ class StepMeans:
         self._sums: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
 
     def record(self, metrics: Mapping[str, float], *, weight: float = 1.0) -> None:
-        """Keep metrics that are means of `weight` things; with weight 0 their names alone, whatever the values."""
+        """Keep metrics that are means of `weight` things; of one that is NaN, or of no things, the name alone."""
         for name, value in metrics.items():
             total, weights = self._sums[name]
-            self._sums[name] = (total + value * weight if weight else total, weights + weight)
+            defined = weight > 0 and not math.isnan(value)
+            self._sums[name] = (total + value * weight, weights + weight) if defined else (total, weights)
 
     def record_of_each(self, metrics: Mapping[str, torch.Tensor], counted_P: torch.Tensor) -> None:
         """Keep metrics that have a value (or a row of values) for each prompt; only `counted_P` prompts count."""
-        means = {name: float(values_P[counted_P].mean()) for name, values_P in metrics.items()}
-        self.record(means, weight=float(counted_P.sum()))
+        for name, values_P in metrics.items():
+            of_each = values_P[counted_P]
+            of_each = of_each if of_each.dim() == 1 else of_each.flatten(1).mean(dim=1)
+            defined = of_each[~of_each.isnan()]
+            self.record({name: float(defined.mean())}, weight=float(len(defined)))
 
     def state(self) -> dict[str, tuple[float, float]]:
         """What this process has recorded since the last log, for a checkpoint."""

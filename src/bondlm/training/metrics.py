@@ -3,14 +3,15 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from bondlm.data.columns import LOGGED_IDS
 from bondlm.engines import Completion
+from bondlm.engines.agreement import GAP_METRIC
 from bondlm.errors import RewardError
-from bondlm.rollout.samples import Samples
 from bondlm.training.clock import StepMeans
+from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
 
 TAKEN = (
@@ -19,25 +20,40 @@ TAKEN = (
 )
 
 
-def record(rollout: Rollout, means: StepMeans, num_processes: int = 1) -> None:
-    """Add a step's metrics to `means`, which are means over `num_processes`; tokens are those of all."""
+def record(rollout: Rollout, means: StepMeans, world: World) -> None:
+    """Add a step's metrics, which are those of all processes together; every process must call."""
     samples, plan, counted_P = rollout.samples, rollout.plan, rollout.is_counted_P
     if plan.policy:
         means.record_of_each({"anchor/kl": rollout.sampled_logp_PC - rollout.anchor_logp_PC}, counted_P)
         if rollout.reference_logp_PC is not None:
             means.record_of_each({"kl": rollout.sampled_logp_PC - rollout.reference_logp_PC}, counted_P)
-    own = reward_metrics(samples, plan.policy, counted_P)
-    means.record(own, weight=float(counted_P.sum()))
-    work = work_metrics(samples, plan.policy, rollout.learned, plan.compare, rollout.num_passes)
+    is_real_P, is_counted_P = world.gather(rollout.is_real_P), world.gather(counted_P)
+    numbers = [samples.rewards_PM, samples.ranked, samples.lengths_PM, samples.finished_PM, samples.logprobs_PM]
+    everyone = world.gather(torch.stack([t.double() for t in (*numbers, *samples.by_name.values())], dim=2))
+    rewards_PM, ranked_PM, *drawn, by_name = everyone.split([1, 1, 1, 1, 1, len(samples.by_name)], dim=2)
+    own = reward_metrics(rewards_PM[is_counted_P, :, 0], ranked_PM[is_counted_P, :, 0], plan.policy)
+    means.record(own, weight=float(is_counted_P.sum()))
+    for place, name in enumerate(samples.by_name if plan.policy else ()):
+        record_reward(name, by_name[is_counted_P, : plan.policy, place], means)
+    # Of what was drawn, dropped prompts count; rows that only fill up a last batch do not.
+    lengths_PM, finished_PM, logprobs_PM = (tensor[is_real_P, :, 0] for tensor in drawn)
+    measured = slice(plan.policy or None)  # without the policy's samples, the anchor's
+    work = completion_numbers(lengths_PM[:, measured], finished_PM[:, measured], logprobs_PM[:, measured])
+    work |= {"num_tokens": float(lengths_PM.sum())} | worked_tokens(rollout, world)
     if LOGGED_IDS in rollout.rows[0]:  # samples on file: nobody has drawn them here, from whichever distribution
         del work["entropy"], work["num_tokens"]
-    work |= {name: num_processes * value for name, value in work.items() if name.startswith("num_tokens")}
     means.record(work)
-    for name in samples.by_name if plan.policy else ():
-        record_reward(name, samples.by_name[name][counted_P, : plan.policy], means)
     if taken := sorted(samples.metrics.keys() & (own | work | dict.fromkeys(TAKEN)).keys()):
         raise RewardError(f"log_metric({taken[0]!r}): bondlm has a metric of this name, choose another one")
     means.record(samples.metrics)
+
+
+def record_gap(logp_PLT: Tensor, sampled_PCT: Tensor, counted_P: Tensor, means: StepMeans) -> None:
+    """Mean absolute difference between learner and sampler over the completion tokens of the prompts that count."""
+    sampled_PCT = sampled_PCT[counted_P]
+    real = sampled_PCT.isfinite()
+    gaps = (logp_PLT[counted_P, : sampled_PCT.shape[1]].detach() - sampled_PCT)[real].abs()
+    means.record({GAP_METRIC: float(gaps.mean())}, weight=float(len(gaps)))
 
 
 def record_reward(name: str, values_Pm: Tensor, means: StepMeans) -> None:
@@ -50,26 +66,30 @@ def record_reward(name: str, values_Pm: Tensor, means: StepMeans) -> None:
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
     """Lengths in tokens and the fraction cut at the budget, under TRL's names; and the fraction that says nothing."""
-    lengths = [len(c.ids) for c in completions]
+    of_each = [(len(c.ids), c.finished, c.logprob) for c in completions]
+    return completion_numbers(*torch.tensor(of_each, dtype=torch.float64).unbind(dim=1))
+
+
+def completion_numbers(lengths: Tensor, finished: Tensor, logprobs: Tensor) -> dict[str, float]:
+    """`completion_metrics` of completions with these lengths, ends (1: by themselves) and log-probabilities."""
     return {
-        "completions/mean_length": float(np.mean(lengths)),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": float(np.mean([not c.finished for c in completions])),
-        "completions/frac_empty": float(np.mean([c.finished and len(c.ids) == 1 for c in completions])),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float((1 - finished).mean()),
+        "completions/frac_empty": float(((finished == 1) & (lengths == 1)).double().mean()),
         # -log p of a sample is an unbiased estimate of the entropy of its distribution; the mean is over tokens.
-        "entropy": -sum(c.logprob for c in completions) / sum(lengths),
+        "entropy": float(-logprobs.sum() / lengths.sum()),
     }
 
 
-def reward_metrics(samples: Samples, num_policy: int, counted_P: Tensor) -> dict[str, float]:
+def reward_metrics(rewards_PM: Tensor, ranked_PM: Tensor, num_policy: int) -> dict[str, float]:
     """What a step logs of the rewards of the prompts that count; the policy's samples come first."""
-    rewards_PM = samples.rewards_PM[counted_P]
     policy, anchor = rewards_PM[:, :num_policy], rewards_PM[:, num_policy:]
-    ordered = samples.ranked[counted_P].sort(dim=1).values
+    ordered = ranked_PM.sort(dim=1).values
     tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     metrics = {
-        "reward_std": float(rewards_PM.std()) if len(rewards_PM) else math.nan,  # all dropped: the step is skipped
+        "reward_std": float(rewards_PM.std()) if rewards_PM.numel() > 1 else math.nan,
         "bond/frac_tied": float(tied.double().mean()),
     }
     if num_policy:
@@ -79,15 +99,10 @@ def reward_metrics(samples: Samples, num_policy: int, counted_P: Tensor) -> dict
     return metrics
 
 
-def work_metrics(
-    samples: Samples, num_policy: int, learned: Sequence[Sequence[Completion]], num_compared: int, num_passes: int = 1
-) -> dict[str, float]:
-    """Lengths of the policy's samples (without any, of the anchor's), and the completion tokens that a step draws,
-    learns on, and has `num_passes` roles score: what its phases worked through.
-    """
-    measured = [c for row in samples.completions for c in (row[:num_policy] if num_policy else row)]
-    return completion_metrics(measured) | {
-        "num_tokens": float(sum(len(c.ids) for c in samples.flat)),
-        "num_tokens/learned": float(sum(len(c.ids) for row in learned for c in row)),
-        "num_tokens/compared": float(num_passes * sum(len(c.ids) for row in learned for c in row[:num_compared])),
-    }
+def worked_tokens(rollout: Rollout, world: World) -> dict[str, float]:
+    """The completion tokens that all processes learn from, and that roles score: what a step's phases work through."""
+    learned = [row for row, is_real in zip(rollout.learned, rollout.is_real_P.tolist(), strict=True) if is_real]
+    compared = [row[: rollout.plan.compare] for row in learned]
+    counts = [float(sum(len(c.ids) for row in rows for c in row)) for rows in (learned, compared)]
+    all_learned, all_compared = world.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
+    return {"num_tokens/learned": all_learned, "num_tokens/compared": rollout.num_passes * all_compared}

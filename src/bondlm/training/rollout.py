@@ -31,7 +31,8 @@ class Rollout:
     reference_logp_PC: Tensor | None  # at logged steps, for the KL, and where gamma_ref > 0
     pull_PC: Tensor | None  # gamma_ref's
     wins_P: Tensor | None  # against the reference, where they steer the signal
-    is_counted_P: Tensor  # bool; the others get no weight
+    is_real_P: Tensor  # bool; the others have been learned from already, and fill up a last batch
+    is_counted_P: Tensor  # bool, of the real ones; the others get no weight
     num_passes: int  # forward passes over what is compared
 
     @property

@@ -102,6 +102,7 @@ class Step:
             reference_logp_PC=reference_logp_PC,
             pull_PC=pull_PC,
             wins_P=selection.wins_P,
+            is_real_P=is_real_P,
             is_counted_P=is_counted_P,
             num_passes=(1 if self.engine.exact else 2) + is_measured,
         )
