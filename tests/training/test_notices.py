@@ -81,9 +81,8 @@ def test_the_last_steps_are_logged_with_their_kl(tmp_path: Path, settings: dict[
 
 
 def test_a_step_that_may_end_the_run_is_logged() -> None:
-    args = SimpleNamespace(
-        logging_first_step=False, logging_strategy="steps", eval_strategy="steps", target_n=None, kl_budget=None
-    )
+    goals: dict[str, Any] = {"target_n": None, "kl_budget": None, "metric_for_best_model": None}
+    args = SimpleNamespace(logging_first_step=False, logging_strategy="steps", eval_strategy="steps", **goals)
     state = SimpleNamespace(logging_steps=10, eval_steps=4, max_steps=18)
     assert [step for step in range(1, 19) if logs_at(step, args, state)] == [10, 18]
     args.kl_budget = 1.0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import prompt_rows
 from trainer.helpers import logged, same, trainer, weights
+from transformers import EarlyStoppingCallback
 
 from bondlm.errors import EngineError
 from bondlm.runs.ending import Ending, read_ending
@@ -116,3 +117,25 @@ def test_what_ended_one_call_of_train_does_not_end_the_next(tmp_path):
         made.train()
     made.train()
     assert made.state.global_step == 2
+
+
+@pytest.mark.parametrize("how", ["goal", "early"])
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_that_ends_by_an_evaluation_has_logged_its_last_step(how, strategy, tmp_path):
+    """Two steps an epoch; the policy hardly moves, so the second evaluation is no better than the first."""
+    settings = {"max_steps": 20, "logging_steps": 100, "eval_strategy": strategy, "learning_rate": 1e-12}
+    settings |= {"eval_steps": 2} if strategy == "steps" else {}
+    if how == "goal":
+        settings |= {"kl_budget": 1e-12, "learning_rate": 1e-3}
+    else:
+        settings |= {"metric_for_best_model": "eval_win_rate", "greater_is_better": True}
+        settings["callbacks"] = [EarlyStoppingCallback(early_stopping_patience=1)]
+    made = trainer(tmp_path, eval_dataset=prompt_rows(12)[8:], **settings)
+    made.train()
+    last = made.state.global_step
+    assert last in (2, 4)
+    rows = [row for row in logged(tmp_path) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(2, last + 1, 2))
+    assert rows[-1]["kl"] is not None
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples[-1]["step"] == last

@@ -324,6 +324,11 @@ class RunFolderCallback(TrainerCallback):
                 "same command continues from its last checkpoint"
             )
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the epoch's last step logged before it is evaluated."""
+        if control.should_evaluate and not control.should_training_stop:
+            control.should_log = control.should_log or logs_at(state.global_step, args, state, ends_epoch=True)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last row is written: it is the run's summary."""
         self._pause_if_unwritten(args, state, control)
@@ -338,9 +343,16 @@ def logs_at(step: int, args: Any, state: Any, *, ends_epoch: bool = False) -> bo
         return False
     # Steps of the state: there a share of the run is a number of steps.
     is_due = ends_epoch if args.logging_strategy == "epoch" else step % state.logging_steps == 0
-    has_goal = args.target_n is not None or args.kl_budget is not None
-    may_end = has_goal and args.eval_strategy == "steps" and step % state.eval_steps == 0
-    return bool(is_due or step >= state.max_steps or may_end)
+    return bool(is_due or step >= state.max_steps or _may_end(step, args, state, ends_epoch=ends_epoch))
+
+
+def _may_end(step: int, args: Any, state: Any, *, ends_epoch: bool) -> bool:
+    """Whether an evaluation follows that may end the run: by a goal, or by the metric of an EarlyStoppingCallback."""
+    if args.target_n is None and args.kl_budget is None and args.metric_for_best_model is None:
+        return False
+    if args.eval_strategy == "epoch":
+        return ends_epoch
+    return bool(args.eval_strategy == "steps" and step % state.eval_steps == 0)
 
 
 def _nothing_left(step: int, steps: int, args: Any) -> str:
