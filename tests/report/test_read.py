@@ -30,7 +30,7 @@ def without(name):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (spoil("eval.json", None), ConfigError, r"eval\.json.*`bondlm eval`"),
+        (spoil("eval.json", None), ConfigError, r"eval\.json: its run was stopped"),  # without weights, too
         (spoil("eval.json", "{"), DataError, r"eval\.json.*JSON"),
         (spoil("eval.json", "[]"), DataError, r"eval\.json.*'\[\]'"),
         (without("win_rate"), DataError, r"eval\.json.*win_rate"),

@@ -20,7 +20,7 @@ from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
 from bondlm.runs.ending import describe_ending, step_of_weights
-from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, run_config, run_environment
+from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, refuse_unfinished, run_config, run_environment, run_of
 
 DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
 OF_REWARDS = ("reward_weights", "reward_aggregation", "reward_tolerances")
@@ -74,13 +74,15 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         raise ConfigError("model is required: set it in the config or with --model")
     model = Path(str(options["model"]))
     refuse_absent_folder(str(model), "model")
-    config = run_config(model)
-    known = _known_of_run(model, config)
+    refuse_unfinished(model)
+    run = run_of(model)
+    config = run_config(run)
+    known = _known_of_run(run, config)
     if isinstance(options.get("dataset"), Mapping):
         raise ConfigError("dataset is a dictionary: name one data set, and evaluate each in turn")
     for name in ("reward_funcs", "judges"):
         if name not in options:
-            _refuse_code_of(model, name, _list(known.get(name)))
+            _refuse_code_of(run, name, _list(known.get(name)))
     of_run = [_list(source.get("reward_funcs")) for source in (config, known)]
     if "reward_funcs" in options and _list(options["reward_funcs"]) not in of_run:
         known = {k: v for k, v in known.items() if k not in OF_REWARDS}  # they were for the run's rewards
@@ -91,6 +93,11 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         if not settings.get(name):
             what = "is no run folder that says it" if model.is_dir() else "is no folder here (a run would say it)"
             raise ConfigError(f"{name} is required: {str(model)!r} {what}. Set it in the config or with --{name}")
+    if run_of(Path(settings["output"])) != Path(settings["output"]):
+        raise ConfigError(
+            f"output={settings['output']!r} is a checkpoint, and with more files in it no run can be continued from "
+            "it: choose another folder with --output"
+        )
     check_sampling(settings)
     settings["orders"] = _orders(settings.get("orders"), settings["num_reference_samples"])
     return settings, config
@@ -330,9 +337,12 @@ def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Ma
     from bondlm.evaluation.describe import describe_config
 
     rewards, num_judges = job["rewards"], job["num_judges"]
+    model = Path(settings["model"])
+    is_checkpoint = run_of(model) != model
+    last = int(model.resolve().name.partition("-")[2]) if is_checkpoint else _last_step(model / METRICS_FILE)
     return {
-        "steps": step_of_weights(Path(settings["model"]), _last_step(Path(settings["model"]) / METRICS_FILE)),
-        **describe_ending(Path(settings["model"])),
+        "steps": step_of_weights(model, last),
+        **describe_ending(model),
         "objective": describe_config(config) if config else None,
         "rewards": [reward.name for reward in rewards[: len(rewards) - num_judges]],
         "model": settings["model"],

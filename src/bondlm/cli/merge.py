@@ -27,7 +27,18 @@ from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.cli.training import fresh_folder, quiet, write_facts
 from bondlm.data.paths import found_in
 from bondlm.errors import ConfigError
-from bondlm.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, locked, plain, run_config, run_environment, write_whole
+from bondlm.runs.folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    locked,
+    plain,
+    refuse_unfinished,
+    run_config,
+    run_environment,
+    run_of,
+    weights_file,
+    write_whole,
+)
 from bondlm.runs.prompting import adopt_prompting, read_prompting
 from bondlm.runs.redact import redacted
 
@@ -99,7 +110,10 @@ def _reference(folder: Path, given: Any) -> str:
     """What a run was trained from."""
     if not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is not a folder: name run folders, as `bondlm train` leaves them")
+    refuse_unfinished(folder)
     found = given or _began_at(folder)
+    if weights_file(folder) is None:
+        raise ConfigError(f"{str(folder)!r} holds no trained model: name a folder that `bondlm train` has finished")
     if not found:
         raise ConfigError(f"{str(folder)!r} does not say what it was trained from: give it with --reference")
     return str(found)
@@ -111,9 +125,9 @@ def _began_at(folder: Path) -> Any:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """The run's settings; its names of files are whole paths, so that they hold from any directory, and compare."""
-    if not (config := run_config(folder)):
+    if not (config := run_config(run_of(folder))):
         return {}
-    directory = Path(str(run_environment(folder).get("directory") or Path.cwd()))
+    directory = Path(str(run_environment(run_of(folder)).get("directory") or Path.cwd()))
     named = {name: found_in(directory.absolute(), config[name]) for name in OF_FILES if name in config}
     return {"objective": "jbond"} | config | named
 
@@ -153,7 +167,7 @@ def _config(
 
 
 def _refuse_other_prompting(folders: Sequence[Path]) -> None:
-    found = [read_prompting(folder) or {} for folder in folders]
+    found = [read_prompting(run_of(folder)) or {} for folder in folders]
     for name in ("prompt_format", "chat_template_kwargs"):
         if len(values := {json.dumps(each.get(name), sort_keys=True) for each in found}) > 1:
             raise ConfigError(
@@ -166,7 +180,7 @@ def _refuse_other_prompting(folders: Sequence[Path]) -> None:
 
 def _write(output: Path, merge: Any, config: Mapping[str, Any], toward: float, console: Console) -> None:
     error = merge.write(output, toward_reference=toward)
-    adopt_prompting(merge.folders[0], output)
+    adopt_prompting(run_of(merge.folders[0]), output)
     facts = {"norms": merge.norms, "norm": merge.norm, "toward_reference": toward, "sha256": merge.digests}
     if merge.rank is not None:
         facts |= {"rank": merge.rank, "full_rank": merge.full_rank, "rank_error": error}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import ConfigError
+from bondlm.runs.folder import run_of
 from bondlm.runs.prompting import begun_by_0_1, read_prompting
 
 
@@ -15,7 +16,7 @@ def rendering_of(
 
     Args:
         options: `prompt_format` and `chat_template_kwargs`, if they are set.
-        run: the folder of the model, which may be a run's; what it was trained with is the default.
+        run: the folder of the model, which may be a run's or its checkpoint's; what it was trained with is the default.
         keeps_0_1: text stays as it is for a run of bondlm 0.1, which trained so.
         takes_rendered: whether "rendered" is taken over from a run: its data are, a question is not.
 
@@ -24,6 +25,7 @@ def rendering_of(
     """
     from bondlm.data.rendering import FORMATS, Rendering
 
+    run = None if run is None else run_of(run)
     known = (read_prompting(run) if run is not None else None) or {}
     if known.get("prompt_format") == "rendered" and not takes_rendered:
         del known["prompt_format"]

@@ -14,7 +14,7 @@ from bondlm.cli.draft import Draft
 from bondlm.cli.judge_costs import say_costs
 from bondlm.cli.sampling import check_sampling
 from bondlm.errors import ConfigError
-from bondlm.runs.folder import run_config
+from bondlm.runs.folder import refuse_unfinished, run_config, run_of
 
 CHUNK = 16  # prompts between two writes
 
@@ -25,6 +25,7 @@ def run(options: dict[str, Any]) -> int:
     best_of = options.get("best_of", 1)
     if not options.get("model"):
         raise ConfigError("model is required: set it in the config or with --model")
+    refuse_unfinished(Path(str(options["model"])))
     if (options.get("prompt") is None) == (options.get("dataset") is None):
         raise ConfigError("give either --prompt TEXT or --dataset FILE")
     if best_of > 1 and not options.get("reward_funcs"):
@@ -62,7 +63,7 @@ def best(group: list[dict[str, Any]]) -> dict[str, Any]:
 
 def answer_length(options: Mapping[str, Any]) -> int:
     """Most tokens of an answer: as asked for, else as the run folder was trained and measured, else 256."""
-    of_run = run_config(Path(str(options["model"]))).get("max_completion_length", 256)
+    of_run = run_config(run_of(Path(str(options["model"])))).get("max_completion_length", 256)
     return int(options.get("max_completion_length", of_run))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import ConfigError
-from bondlm.runs.folder import run_config
+from bondlm.runs.folder import run_config, run_of
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def start_kwargs(folder: Path) -> dict[str, Any]:
 
     revision = adapter_config(folder).get("revision")
     known = {} if revision is None else {"revision": revision}
-    return known | lasting_kwargs(run_config(folder).get("model_init_kwargs"))
+    return known | lasting_kwargs(run_config(run_of(folder)).get("model_init_kwargs"))
 
 
 def load_kwargs(model: str) -> dict[str, Any]:

@@ -152,13 +152,15 @@ def _held(config: Mapping[str, Any], objective: Mapping[str, Any], result: Mappi
         return f"the running average of the run's weights, over about the last {fraction:.0%} of its steps"
     if "last_step" in result:
         return f"those of step {result['steps']}, the best by `{config.get('metric_for_best_model')}`"
-    return "those of the last step"
+    return "those that were saved last" if result["steps"] is None else "those of the last step"
 
 
 def _steps(result: Mapping[str, Any]) -> str:
     """Steps taken, of how many, and why no more, as far as the run says."""
     planned, reason = result.get("planned_steps"), result.get("stopped")
     steps = result.get("last_step", result["steps"])
+    if steps is None:
+        return "number of steps not recorded"
     taken = f"{steps} steps" if planned in (None, steps) else f"{steps} of {planned} steps"
     return taken + (f" (stopped: {reason})" if reason else "")
 

@@ -10,7 +10,7 @@ import yaml
 
 from bondlm.errors import ConfigError, DataError
 from bondlm.report.shapes import ANSWER_SHAPE, EVAL_SHAPE, REQUIRED, SAMPLE_SHAPE, check_shape
-from bondlm.runs.folder import EVAL_FILE, EVAL_SAMPLES_FILE, METRICS_FILE, plain, run_config
+from bondlm.runs.folder import EVAL_FILE, EVAL_SAMPLES_FILE, METRICS_FILE, plain, run_config, run_of, weights_file
 from bondlm.runs.redact import redacted
 
 
@@ -69,8 +69,13 @@ def read_run(folder: Path, name: str) -> Run:
         raise ConfigError(f"{str(folder)!r} is not a folder: name a run folder, as `bondlm train` leaves it")
     path = folder / EVAL_FILE
     if not path.is_file():
-        logged = (folder / METRICS_FILE).is_file()
-        todo = "run `bondlm eval` on it first" if logged else "make a run with `bondlm train`, or run `bondlm eval`"
+        if (run := run_of(folder)) != folder:
+            raise ConfigError(f"{str(folder)!r} is a checkpoint: name the run folder around it, {str(run)!r}")
+        logged, todo = (folder / METRICS_FILE).is_file(), "make a run with `bondlm train`, or run `bondlm eval`"
+        if logged:
+            todo = "run `bondlm eval` on it first"
+        if logged and weights_file(folder) is None:
+            todo = "its run was stopped, goes on, or has not saved its model; the command that began it continues it"
         raise ConfigError(f"{str(folder)!r} has no {EVAL_FILE}{'' if logged else f' and no {METRICS_FILE}'}: {todo}")
     logs = _read_jsonl(folder / METRICS_FILE)
     samples, best_of = _read_samples(folder / EVAL_SAMPLES_FILE)

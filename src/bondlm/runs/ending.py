@@ -64,6 +64,12 @@ def describe_ending(folder: Path) -> dict[str, object]:
 
 
 def step_of_weights(folder: Path, last: int | None) -> int | None:
-    """The step whose weights a run folder holds; `last` is the last one that it logged."""
+    """The step whose weights a run folder holds; `last` is the last one that it logged.
+
+    None where a signal stopped the run: its steps are in the checkpoint, and weights beside it are of an earlier end.
+    """
     ending = read_ending(folder)
-    return last if ending is None or ending.best_step is None else ending.best_step
+    if ending is None:
+        return last
+    is_stopped = ending.reason is None and ending.step < ending.max_steps
+    return None if is_stopped else last if ending.best_step is None else ending.best_step

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ SAMPLES_FILE = "samples.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 DROPPED_FILE = "dropped.jsonl"
 EVAL_FILE, EVAL_SAMPLES_FILE = "eval.json", "eval_samples.jsonl"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def is_main_process() -> bool:
@@ -163,6 +165,30 @@ def weights_file(folder: Path) -> str | None:
     """The name of the file with a model's weights in a folder, if there is one."""
     names = ("model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json")
     return next((name for name in names if (folder / name).exists()), None)
+
+
+def run_of(folder: Path) -> Path:
+    """The folder that says how the model in `folder` was trained: of a run's checkpoint the run folder."""
+    around = folder.resolve().parent
+    is_checkpoint = CHECKPOINT.fullmatch(folder.resolve().name) and not (folder / CONFIG_FILE).is_file()
+    return around if is_checkpoint and (around / METRICS_FILE).is_file() else folder
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Say that a run folder holds no model yet.
+
+    Raises:
+        ConfigError: there are its logs and no weights.
+    """
+    if (folder / METRICS_FILE).is_file() and weights_file(folder) is None:
+        found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+        newest = max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+        todo = "trainer.save_model() saves it"
+        if newest is not None:
+            todo = f"the command that began it continues it, and {newest} is a model of its steps so far"
+        raise ConfigError(
+            f"{str(folder)!r} holds no trained model: its run was stopped, goes on, or has not saved it; {todo}"
+        )
 
 
 def run_config(folder: Path) -> dict[str, Any]:
