@@ -104,6 +104,28 @@ def test_a_resumed_run_has_the_same_average(kind: str, tmp_path: Path) -> None:
     assert mine == theirs
 
 
+def test_a_run_goes_on_from_a_checkpoint_before_which_every_step_was_skipped(tmp_path: Path) -> None:
+    """There is no average as yet; it begins with the first step that is taken."""
+
+    class Skips(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            for parameter in model.parameters() if state.global_step < 2 else ():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+
+    runs = []
+    for name in ("whole", "stopped"):
+        made = run(tmp_path / name, "lora", callbacks=[Skips()])
+        made.train(resume_from_checkpoint=name == "stopped")
+        assert [row["skipped_steps"] for row in logged(tmp_path / name) if "loss" in row] == [1, 1, 0, 0]
+        runs.append(made)
+        if name == "whole":
+            assert load_file(tmp_path / "whole" / "checkpoint-2" / AVERAGE_FILE) == {}
+            shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+            shutil.rmtree(tmp_path / "stopped" / f"checkpoint-{STEPS}")
+    assert same(*(weights(made.roles.model) for made in runs))
+
+
 def test_a_checkpoint_without_its_average_is_no_checkpoint_of_this_run(tmp_path: Path) -> None:
     run(tmp_path, "full", average_weights=0.0, max_steps=2).train()
     with pytest.raises(CheckpointError, match=AVERAGE_FILE):

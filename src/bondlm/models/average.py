@@ -87,7 +87,10 @@ class WeightAverage:
         return {name: tensor.contiguous() for name, tensor in self._values.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from the average of a checkpoint; names and shapes must match exactly."""
+        """Go on from the average of a checkpoint; names and shapes must match exactly. There may be none as yet."""
+        if not state:
+            self._values = {}
+            return
         values = {name: copied(parameter, torch.float32) for name, parameter in self._trained().items()}
         refuse_other_tensors("the average", state, values)
         for name, value in values.items():

@@ -195,7 +195,7 @@ class AnchorCallback(TrainerCallback):
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_tensors(anchor, folder / ANCHOR_FILE)
-            if average:
+            if self._average.fraction:  # empty as long as every step was skipped
                 save_tensors(average, folder / AVERAGE_FILE)
             if self._quantile_model is not None:
                 save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
