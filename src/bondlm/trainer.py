@@ -72,7 +72,7 @@ from bondlm.training.data import RunData
 from bondlm.training.micro_batches import MicroBatch, Part, SmallerBatches, learned_logprobs
 from bondlm.training.noise import NoiseScale, with_noise_scale
 from bondlm.training.notices import FirstStepCallback, OutOfReachCallback, TiesCallback
-from bondlm.training.occupied import held, named, refuse_other_model
+from bondlm.training.occupied import held, named, refuse_other_files
 from bondlm.training.processes import (
     World,
     count_prompts,
@@ -154,7 +154,7 @@ class BONDTrainer(SamplingTrainer):
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
         # The policy, its two companions, and the way between text and its tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
-        refuse_other_model(Path(str(args.output_dir)))
+        refuse_other_files(Path(str(args.output_dir)))
         if processing_class is None:
             processing_class = load_tokenizer(name, loaded_revision(model, args))
         self.roles = Roles(

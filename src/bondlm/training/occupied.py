@@ -11,6 +11,7 @@ import yaml
 
 from bondlm.errors import CheckpointError
 from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, weights_file, write_whole
+from bondlm.runs.foreign import foreign_file
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished
 from bondlm.runs.redact import redacted
 from bondlm.training.processes import World, decided_by_main
@@ -20,16 +21,22 @@ _log = logging.getLogger(__name__)
 BY_PYTHON = "# written by BONDTrainer\n"
 
 
-def refuse_other_model(folder: Path) -> None:
-    """See that no other command has left its model where a run will leave its own.
+def refuse_other_files(folder: Path) -> None:
+    """See that a run writes over nothing that is not a run's.
 
     Raises:
-        CheckpointError: one has: there are weights, and neither a log nor a checkpoint of a run.
+        CheckpointError: another command has left a model there, and no run a log or a checkpoint; or there is a file of
+            a name that a run writes, and nothing says that a run was there.
     """
     name = weights_file(folder)
     if name is not None and not (folder / METRICS_FILE).exists() and newest_checkpoint(folder)[0] is None:
         raise CheckpointError(
             f"{folder} already holds a model ({name}) that no run trained there: choose another output_dir or remove it"
+        )
+    if (name := foreign_file(folder)) is not None:
+        raise CheckpointError(
+            f"{folder / name} is there already, and nothing says that a run wrote it. A run writes its own {name}: "
+            "choose another output_dir, or move the file away"
         )
 
 

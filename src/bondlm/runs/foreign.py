@@ -1,0 +1,36 @@
+"""Files of a user's own that stand where a run would write."""
+
+from pathlib import Path
+
+from bondlm.runs.ending import ENDING_FILE
+from bondlm.runs.folder import (
+    CONFIG_FILE,
+    DROPPED_FILE,
+    ENVIRONMENT_FILE,
+    EVAL_FILE,
+    EVAL_SAMPLES_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    SKIPPED_FILE,
+    run_environment,
+)
+from bondlm.runs.manifest import SEALED_FILE
+from bondlm.runs.prompting import PROMPTING_FILE
+
+WRITTEN = (
+    *(CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE, ENDING_FILE),
+    *(EVAL_FILE, EVAL_SAMPLES_FILE, "README.md", "report.html", "report.json"),
+)
+
+
+def foreign_file(folder: Path) -> str | None:
+    """The name of a file that a run would replace or add to, in a folder where no run was; None if there is none."""
+    return None if _was_a_run(folder) else next((name for name in WRITTEN if (folder / name).exists()), None)
+
+
+def _was_a_run(folder: Path) -> bool:
+    """Whether a run was begun there: each leaves its prompting.json, one of bondlm 0.1 a checkpoint or its versions."""
+    if (folder / PROMPTING_FILE).exists() or (folder / SEALED_FILE).exists() or any(folder.glob("checkpoint-*")):
+        return True
+    versions = run_environment(folder).get("versions")
+    return isinstance(versions, dict) and "bondlm" in versions

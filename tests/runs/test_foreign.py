@@ -1,0 +1,35 @@
+"""A run writes over no file of the user's."""
+
+from pathlib import Path
+
+import pytest
+from trainer.helpers import trainer
+
+from bondlm.errors import CheckpointError
+from bondlm.runs.foreign import WRITTEN, foreign_file
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_that_no_run_wrote_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("beta: 0.9\n")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/{name} is there already.*output_dir"):
+        trainer(tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "beta: 0.9\n")]
+
+
+def test_other_files_and_those_of_earlier_runs_are_let_be(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    for _ in range(2):  # without checkpoints a run may be made again
+        trainer(tmp_path, max_steps=1).train()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_of_0_1_is_known(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\n")
+    assert foreign_file(tmp_path) == "config.yaml"
+    (tmp_path / "env.json").write_text('{"versions": {"bondlm": "0.1.0"}}')
+    assert foreign_file(tmp_path) is None
+    (tmp_path / "env.json").write_text('{"versions": 3}')
+    (tmp_path / "checkpoint-2").mkdir()
+    assert foreign_file(tmp_path) is None
