@@ -417,16 +417,15 @@ class BONDTrainer(SamplingTrainer):
                 or another run; without `resume_from_checkpoint`, another run's.
         """
         folder = Path(str(self.args.output_dir))
-        checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint)
+        checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint, taken=self.state.global_step)
         self._digest = 0 if self.train_dataset is None else work_digest(self.args, self.train_dataset)
         if checkpoint is not None:
             require_same_sharding(Path(checkpoint), self.args)
             self._anchor_callback.restore_from(Path(checkpoint))
-        is_fresh = checkpoint is None and self.state.global_step == 0  # a second `train` goes on from the first
         hold = held(
             folder,
             self.args,
-            is_fresh=is_fresh,
+            is_fresh=checkpoint is None,
             settings=self._named | {"use_peft": self.roles.is_peft} | self.args.given,
         )
         together = waiting_for_others(self.world, wait_s=self.args.ddp_timeout)

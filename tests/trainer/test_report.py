@@ -73,10 +73,7 @@ def test_a_report_needs_held_out_prompts(tmp_path: Path) -> None:
 
 def test_a_used_folder_is_refused_unless_its_run_is_continued(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    made = trainer(tmp_path, **saving)
-    made.train()
-    made.args.max_steps = 2
-    made.train()  # goes on: it is its own run
+    trainer(tmp_path, **saving | {"max_steps": 2}).train()
     with pytest.raises(CheckpointError, match="already holds a run, up to checkpoint-2"):
         trainer(tmp_path, **saving).train()
     trainer(tmp_path, **saving | {"max_steps": 3}).train(resume_from_checkpoint=True)
@@ -95,6 +92,5 @@ def test_config_yaml_holds_what_was_given_and_is_enough_for_an_evaluation(tmp_pa
     assert {"gamma", "hub_token", "reward_funcs", "ddp_timeout"}.isdisjoint(config)
     given = {"model": str(run), "reference": "m", "dataset": "d.jsonl", "reward_funcs": "a:b"}
     assert complete(given)[0]["max_completion_length"] == 5
-    (run / "config.yaml").write_text("beta: 0.25\n")  # a command's own stays
-    trainer(run, beta=0.125, max_steps=1).train()
-    assert (run / "config.yaml").read_text() == "beta: 0.25\n"
+    trainer(run, beta=0.125, max_steps=1).train()  # nothing is saved to go on from: a new run
+    assert yaml.safe_load((run / "config.yaml").read_text())["beta"] == 0.125

@@ -75,7 +75,7 @@ def test_resuming_after_any_step_equals_never_stopping(kind: str, tmp_path: Path
         assert resumed.sample(encoded, "anchor", 2).completions == whole.sample(encoded, "anchor", 2).completions
 
 
-def test_a_checkpoint_by_name_and_the_anchor_is_read_once(tmp_path: Path) -> None:
+def test_a_checkpoint_by_name(tmp_path: Path) -> None:
     whole = run_of_six(tmp_path, "lora")
     whole.train()
     for step in (5, 6):
@@ -83,11 +83,43 @@ def test_a_checkpoint_by_name_and_the_anchor_is_read_once(tmp_path: Path) -> Non
     made = run_of_six(tmp_path, "lora")
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same(made.anchor.state_dict(), whole.anchor.state_dict())
-    at_six = {name: tensor.clone() for name, tensor in made.anchor.state_dict().items()}
-    made.args.max_steps, made.args.learning_rate = 1, 0.0
-    made.train()  # a new run in the same process begins where the weights are, not at the old checkpoint's anchor
-    for name, anchor, policy in made.roles.anchor_pairs:
-        torch.testing.assert_close(anchor.detach(), at_six[name].lerp(policy.detach(), 0.2), atol=1e-6, rtol=0)
+
+
+def test_a_second_run_of_one_trainer_is_refused_and_a_resume_is_exact(tmp_path: Path) -> None:
+    """It would count from 0, over the logs and the checkpoints of the first."""
+    whole = run_of_six(tmp_path / "whole", "lora")
+    whole.train()
+    made = run_of_six(tmp_path / "run", "lora", callbacks=[Interrupted(4)])
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"trained 4 steps.*resume_from_checkpoint=True.*new BONDTrainer"):
+        made.train()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    made.train(resume_from_checkpoint=True)  # as the message advises
+    assert same(weights(made.roles.model), weights(whole.roles.model))
+    assert same(made.anchor.state_dict(), whole.anchor.state_dict())
+    assert without_times(logged(tmp_path / "run"))[:-1] == without_times(logged(tmp_path / "whole"))[:-1]
+
+
+def test_a_run_of_no_step_is_no_first_run(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=0)
+    made.train()
+    made.args.max_steps = 1
+    made.train()
+    assert made.state.global_step == 1
+
+
+class Interrupted(TrainerCallback):
+    """Ctrl-C after a step, once."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.step = -1
+            raise KeyboardInterrupt
 
 
 def test_resume_without_the_anchor_is_refused(tmp_path: Path) -> None:

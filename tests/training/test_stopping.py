@@ -111,11 +111,11 @@ def test_an_evaluation_after_a_run_stops_nothing(tmp_path, caplog):
 
 
 def test_what_ended_one_call_of_train_does_not_end_the_next(tmp_path):
-    made = trainer(tmp_path, max_steps=2)
+    made = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     made.stop._failure = EngineError("the server was down")
     with pytest.raises(EngineError):
         made.train()
-    made.train()
+    made.train(resume_from_checkpoint=True)
     assert made.state.global_step == 2
 
 

@@ -137,12 +137,19 @@ def remove_older(folder: Path, *, keep: int, best: str | None = None, step: int 
             warnings.warn(f"bondlm: {path} could not be removed ({error}): training continues", stacklevel=2)
 
 
-def checkpoint_to_resume(folder: Path, wish: str | bool | None) -> str | None:
+def checkpoint_to_resume(folder: Path, wish: str | bool | None, *, taken: int = 0) -> str | None:
     """The checkpoint that `wish` names; for True the newest that verifies, and a warning says which newer ones do not.
 
     Raises:
-        CheckpointError: it is not there, or not as it was sealed; or `folder` holds what does not come from it.
+        CheckpointError: it is not there, or not as it was sealed; `folder` holds what does not come from it; or none is
+            wished for, but the trainer's weights and anchor are those after the steps that it has `taken`.
     """
+    if not wish and taken:
+        raise CheckpointError(
+            f"this trainer has already trained {taken} steps: a second train() would count from step 0 again, from "
+            f"their weights, and write over their logs in {str(folder)!r}. train(resume_from_checkpoint=True) goes on "
+            "from the newest checkpoint; for a new run make a new BONDTrainer with another output_dir"
+        )
     if not isinstance(wish, bool) and wish is not None:
         verify(Path(wish))
         refuse_other_steps(folder, Path(wish))
