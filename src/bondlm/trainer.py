@@ -45,7 +45,7 @@ from bondlm.migration import own_arguments
 from bondlm.models.adapters import check_start, require_trainable
 from bondlm.models.anchor import Anchor
 from bondlm.models.average import WeightAverage
-from bondlm.models.deepspeed import load_without_code, require_same_sharding, settle_precision, stepping
+from bondlm.models.deepspeed import load_without_code, settle_precision, stepping
 from bondlm.models.facts import hidden_size
 from bondlm.models.head import exact_head
 from bondlm.models.learned_quantile import quantile_model
@@ -146,9 +146,7 @@ class BONDTrainer(SamplingTrainer):
         check_own(optimizers, args)
         set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
         data = RunData(args, train_dataset, eval_dataset, model=name, reward_funcs=reward_funcs)
-        self._named = named(
-            model=name, reward_funcs=reward_funcs, train_dataset=train_dataset, eval_dataset=eval_dataset
-        )
+        self._named = named(name, reward_funcs, train_dataset, eval_dataset)
         self.drops, self.main_eval = data.drops, data.main_eval
         self.objective: Objective = objective_of(args, num_logged=data.num_logged)
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
@@ -236,13 +234,12 @@ class BONDTrainer(SamplingTrainer):
         states |= {FACTOR_FILE: self.signal_factor} if self.signal_factor else {}
         self.stop = StopCallback(args.target_n, args.kl_budget)
         self.run_folder = RunFolderCallback(Path(str(args.output_dir)), self.encoder.rendering, self.stop)
-        self._anchor_callback = AnchorCallback(
+        self.anchor_callback = AnchorCallback(
             self.anchor, self.quantile_model, self.clock, self._means, self.run_folder, self.average, states
         )
         tables = TablesCallback(self.run_folder, self.callback_handler)
-        first = FirstStepCallback(self.objective, self.run_folder)
-        notices = (first, TiesCallback(), OutOfReachCallback(self.objective))
-        for callback in (self._anchor_callback, self.run_folder, self.stop, *notices, tables):
+        notices = FirstStepCallback(self.objective, self.run_folder), TiesCallback(), OutOfReachCallback(self.objective)
+        for callback in (self.anchor_callback, self.run_folder, self.stop, *notices, tables):
             self.add_callback(callback)
 
     def _make_step(self) -> None:
@@ -407,29 +404,32 @@ class BONDTrainer(SamplingTrainer):
             logs = with_noise_scale(logs | self._means.drain(self.world))
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: Any = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+        *,
+        allow_config_change: bool = False,
+    ) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the newest checkpoint, exactly, anchor included.
 
         Where weights are averaged (`average_weights`) the model holds the average when this returns.
 
         Raises:
             CheckpointError: no checkpoint, or one without its anchor; a named one, where `output_dir` holds newer ones
-                or another run; without `resume_from_checkpoint`, another run's.
+                or another run; without `resume_from_checkpoint`, another run's, or a second call.
+            ConfigError: settings are others than the checkpoint's; some may be, with `allow_config_change`.
         """
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint, taken=self.state.global_step)
         self._digest = 0 if self.train_dataset is None else work_digest(self.args, self.train_dataset)
-        if checkpoint is not None:
-            require_same_sharding(Path(checkpoint), self.args)
-            self._anchor_callback.restore_from(Path(checkpoint))
-        hold = held(
-            folder,
-            self.args,
-            is_fresh=checkpoint is None,
-            settings=self._named | {"use_peft": self.roles.is_peft} | self.args.given,
-        )
+        settings = None if self.writes_settings else self._named | self.args.given
+        hold = held(folder, self.args, checkpoint, settings, self.roles.adapter, allowed=allow_config_change)
         together = waiting_for_others(self.world, wait_s=self.args.ddp_timeout)
-        with hold, self.stop.training(), writing_to(folder), together:
+        with hold as write, self.stop.training(), writing_to(folder), together:
+            self.run_folder.write_settings = self.writes_settings or write
+            self.anchor_callback.restore_from(checkpoint)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             self.average.settle()
             self.stop.raise_failure(self.args, self.state, partial(self.save_model, _internal_call=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from bondlm import BONDTrainer
-from bondlm.errors import CheckpointError
+from bondlm.errors import CheckpointError, ConfigError
 from bondlm.models.load import load_model
 from bondlm.runs.checkpoint import AVERAGE_FILE
 from trainer.helpers import TOKENIZER, ends_often, logged, lora, low_ids, same, trainer, weights, without_times
@@ -128,6 +128,9 @@ def test_a_run_goes_on_from_a_checkpoint_before_which_every_step_was_skipped(tmp
 
 def test_a_checkpoint_without_its_average_is_no_checkpoint_of_this_run(tmp_path: Path) -> None:
     run(tmp_path, "full", average_weights=0.0, max_steps=2).train()
+    with pytest.raises(ConfigError, match=r"average_weights cannot change in a run \(average_weights: 0.0 -> 0.5\)"):
+        run(tmp_path, "full", max_steps=3).train(resume_from_checkpoint=True)
+    (tmp_path / "config.yaml").unlink()  # then nothing says how it was made
     with pytest.raises(CheckpointError, match=AVERAGE_FILE):
         run(tmp_path, "full", max_steps=3).train(resume_from_checkpoint=True)
 

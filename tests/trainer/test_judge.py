@@ -7,7 +7,7 @@ import pytest
 from rewards.judge_stub import by_scalar, judging, scalar
 from tiny import prompt_rows
 
-from bondlm.errors import RewardOutageError
+from bondlm.errors import ConfigError, RewardOutageError
 from bondlm.runs.folder import DROPPED_FILE
 from trainer.helpers import same, trainer, weights
 
@@ -56,7 +56,9 @@ def test_a_spent_budget_saves_the_run_and_the_next_one_goes_on(tmp_path: Path) -
         assert (tmp_path / "run" / "checkpoint-1").is_dir()
         before = len(server.requests)
         again = trainer(tmp_path / "run", reward=server.spec(cache=tmp_path), **settings)
-        again.train(resume_from_checkpoint=True)
+        with pytest.raises(ConfigError, match="max_calls=5"):  # another budget is another setting
+            again.train(resume_from_checkpoint=True)
+        again.train(resume_from_checkpoint=True, allow_config_change=True)
         whole = trainer(tmp_path / "whole", reward=server.spec(), **settings)
         whole.train()
     assert same(weights(again.roles.model), weights(whole.roles.model))

@@ -68,7 +68,8 @@ def test_a_run_goes_on_the_next_day_with_the_date_that_it_began_with(
 
 def test_a_run_of_0_1_goes_on_with_text_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer(tmp_path, max_steps=1, prompt_format="plain", **SAVING).train()
-    (tmp_path / PROMPTING_FILE).unlink()  # what 0.1 did not write
+    for name in (PROMPTING_FILE, "config.yaml"):  # what 0.1 did not write
+        (tmp_path / name).unlink()
     assert begun_by_0_1(tmp_path)
     with pytest.raises(ConfigError, match="prompt_format"):
         trainer(tmp_path, max_steps=2, prompt_format="chat").train(resume_from_checkpoint=True)

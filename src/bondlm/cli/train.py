@@ -39,8 +39,6 @@ from bondlm.runs.prompting import adopt_prompting
 from bondlm.runs.redact import redacted
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Options beside the settings of BONDConfig that may be others when a run goes on.
-FREE_NAMES = ("eval_dataset", "judges", "resume", "allow_config_change")
 SECRET_NAMES = ("hub_token",)
 LORA_RULES = {
     "use_peft": Rule(lambda value: isinstance(value, bool), "must be true or false"),
@@ -73,17 +71,21 @@ def run(options: dict[str, Any]) -> int:
         engine, held = engine_choice(trainer.args), _weights_held(trainer.args)
         for line in (engine, *_signal(trainer), held):
             console.print(line, highlight=False, soft_wrap=True)
-        if is_main_process():
-            write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
+
+        def write_settings() -> None:
             begun = {"resumed_from": _begun_from(folder, options, checkpoint), "config_changes": changes}
+            write_whole(folder / CONFIG_FILE, yaml.safe_dump(redacted(options), sort_keys=False))
             _note_environment(folder / ENVIRONMENT_FILE, begun, engine, held, rewards)
+
+        trainer.writes_settings = write_settings
         watched.append(trainer.stop)
         with (
             closing(trainer.engine),
             ProgressReporter(console, trainer) as reporter,
             judge_costs(console, trainer, judges),
         ):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            allowed = bool(options.get("allow_config_change"))
+            trainer.train(resume_from_checkpoint=checkpoint, allow_config_change=allowed)
             if trainer.stop.stopped:
                 return _say_stopped(console, folder, trainer.stop.signal)
             trainer.save_model(_internal_call=True)  # it goes to the hub once, with its card
@@ -226,7 +228,10 @@ def lora_config(options: Mapping[str, Any]) -> Any:
 
 
 def _resume_point(
-    folder: Path, options: Mapping[str, Any], console: Console, rewards: Sequence[Mapping[str, Any]]
+    folder: Path,
+    options: Mapping[str, Any],
+    console: Console,
+    rewards: Sequence[Mapping[str, Any]],
 ) -> tuple[str | None, list[str]]:
     """The checkpoint to continue from, if any, and the settings that differ from those of the run so far.
 
@@ -286,26 +291,13 @@ def _first_from(
 
 def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = ()) -> list[str]:
     """Each difference to the settings on file; refused unless `allow_config_change` is set."""
+    from bondlm.config import changed_settings
+
     before, now = run_config(path.parent), redacted(dict(options))
     if not before:
         return []
-    free = {"always", "if endless"} if _is_endless(now) else {"always"}
-    names = [n for n in sorted(set(before) | set(now)) if before.get(n) != now.get(n) and _may_change(n) not in free]
-    changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
-    if fixed := [n for n in names if _may_change(n) == "never"]:
-        values = "; ".join(f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in fixed)
-        raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a run ({values}): a checkpoint of {path.parent} holds what "
-            "they made (its optimizer, its averaged weights). Give the same to continue it, or start a new run from "
-            "its weights in another output_dir"
-        )
-    changed += _edited(path.parent / ENVIRONMENT_FILE, rewards)
-    if changed and not options.get("allow_config_change"):
-        raise ConfigError(
-            f"{path.parent} holds a run with other settings ({'; '.join(changed)}): give the same ones to continue it, "
-            "choose another output_dir, or add --allow_config_change"
-        )
-    return changed
+    edited, allowed = _edited(path.parent / ENVIRONMENT_FILE, rewards), bool(options.get("allow_config_change"))
+    return changed_settings(before, now, path.parent, allowed=allowed, edited=edited)
 
 
 def _reward_fingerprints(options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -323,24 +315,6 @@ def _edited(environment: Path, rewards: Sequence[Mapping[str, Any]]) -> list[str
     now = {each["spec"]: each.get("sha256") for each in rewards}
     both = [spec for spec, digest in now.items() if digest and before.get(spec)]
     return [f"reward_funcs: {spec} has been edited" for spec in both if before[spec] != now[spec]]
-
-
-def _may_change(name: str) -> str:
-    """Whether an option may have another value when a run goes on: see `bondlm.config.settings.Setting`."""
-    from bondlm.config import SETTINGS
-
-    if name in FREE_NAMES:
-        return "always"
-    return SETTINGS[name].may_change if name in SETTINGS else "on demand"
-
-
-def _is_endless(options: Mapping[str, Any]) -> bool:
-    """Whether the learning rate of a step is the same however long the run lasts; a warmup below 1 is a share of it."""
-    from bondlm.config import ENDLESS_SCHEDULES, BONDConfig
-
-    schedule = str(options.get("lr_scheduler_type", BONDConfig.lr_scheduler_type))
-    warmup = float(options.get("warmup_steps", BONDConfig.warmup_steps) or 0)
-    return schedule == "constant" or (schedule in ENDLESS_SCHEDULES and not 0 < warmup < 1)
 
 
 def _signal(trainer: Any) -> list[str]:

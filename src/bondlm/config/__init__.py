@@ -13,10 +13,12 @@ from bondlm.config.bond_config import (
     default_average,
     objective_of,
 )
+from bondlm.config.changes import ADAPTER, changed_settings
 from bondlm.config.checks import WITHOUT_WARMUP, require_metric_of
 from bondlm.config.optimization import check_own
 
 __all__ = [
+    "ADAPTER",
     "DEFAULTS",
     "ENDLESS_SCHEDULES",
     "LORA_LEARNING_RATE",
@@ -26,6 +28,7 @@ __all__ = [
     "WITHOUT_WARMUP",
     "AnchorSchedule",
     "BONDConfig",
+    "changed_settings",
     "check_own",
     "default_anchor",
     "default_average",

@@ -103,8 +103,14 @@ OF_TRANSFORMERS: dict[str, Setting] = {
         name: Setting(rule=LOOP[name], may_change="if endless", shared=True)
         for name in ("max_steps", "num_train_epochs")
     },
-    **{name: Setting(rule=LOOP[name], may_change="always") for name in ("save_steps", "eval_steps")},
-    **dict.fromkeys(("output_dir", "eval_strategy"), Setting(may_change="always")),
+    **{
+        name: Setting(rule=LOOP[name], may_change="always")
+        for name in ("save_steps", "eval_steps", "log_level", "log_level_replica")
+    },
+    **dict.fromkeys(
+        ("output_dir", "eval_strategy", "save_strategy", "logging_strategy", "disable_tqdm"),
+        Setting(may_change="always"),
+    ),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"), Setting(may_change="always")),
     # A step must have as many prompts as before: the checkpoint knows how many (runs/checkpoint.py).
     "per_device_train_batch_size": Setting(rule=at_least(1), may_change="always", shared=True),

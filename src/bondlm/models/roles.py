@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from bondlm.errors import ConfigError
@@ -85,6 +85,11 @@ class Roles:
     def core(self) -> Any:
         """The transformers model, without PEFT's wrapper around it (the adapters sit inside its layers)."""
         return self.model.get_base_model() if self.is_peft else self.model
+
+    @property
+    def adapter(self) -> PeftConfig | None:
+        """The config of the policy's adapter."""
+        return self.model.peft_config[self.model.active_adapter] if self.is_peft else None
 
     @property
     def adapter_roles(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,9 +84,9 @@ class AnchorCallback(TrainerCallback):
         self.skipped = False
         self._skips_in_a_row = 0
 
-    def restore_from(self, checkpoint: Path) -> None:
-        """Continue from this checkpoint's anchor when training begins."""
-        self._restore = checkpoint
+    def restore_from(self, checkpoint: str | None) -> None:
+        """Continue from this checkpoint's anchor when training begins; without one the anchor is as it is."""
+        self._restore = None if checkpoint is None else Path(checkpoint)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load our part of the checkpoint, after Trainer has loaded the policy; see that there is room for more."""
@@ -104,7 +104,7 @@ class AnchorCallback(TrainerCallback):
             how = {"by_deepspeed": by_deepspeed, "averaged": self._average.fraction > 0}
             require_space(folder, self._anchor.num_bytes, num_checkpoints=kept, **how)
         if self._restore is not None:
-            self._compare_data(self._restore / DATA_FILE)
+            self.compare_data(self._restore)
             load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
             if self._average.fraction:
                 load_tensors(self._restore / AVERAGE_FILE, self._average.load_state_dict)
@@ -116,12 +116,19 @@ class AnchorCallback(TrainerCallback):
             for name, part in self._states.items():
                 if (path := self._restore / name).is_file():
                     part.load_state(json.loads(path.read_text(encoding="utf-8")))
-            self._restore = None  # a second `train` goes on from where the first one ended
+            self._restore = None
 
-    def _compare_data(self, path: Path) -> None:
-        """With what a checkpoint says; of a stream when it has been read again up to there."""
+    def compare_data(self, checkpoint: Path) -> None:
+        """Compare the prompts with what a checkpoint says; of a stream when it has been read again up to there.
+
+        Raises:
+            DataError: they are others.
+            ConfigError: they make other tokens, come in another order, or so many at a time.
+            CheckpointError: the checkpoint does not say.
+        """
         if not self._data:
             return
+        path = checkpoint / DATA_FILE
         before = streamed_to(path)
         if (before is None) != (self._stream is None):
             raise ConfigError(
@@ -230,6 +237,7 @@ class RunFolderCallback(TrainerCallback):
         self._num_logged = 0
         self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
         self._failure: str | None = None  # what could not be written; nothing more is then
+        self.write_settings: Callable[[], None] = lambda: None
 
     def note_step(self, rollout: Rollout, num_logged: int) -> None:
         """Remember a step's samples; those of its first prompts are written if the step is logged (and made them)."""
@@ -285,13 +293,14 @@ class RunFolderCallback(TrainerCallback):
         return {"prompt": prompt, "policy": scored[:num_policy], "anchor": scored[num_policy:]}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget what was logged beyond the step that the run starts from."""
+        """Forget what was logged beyond the step that the run starts from; keep what it now has."""
         self._failure = None
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
                 drop_after(self._folder / name, state.global_step)
             note_rendering(self._folder, self._rendering)  # after `AnchorCallback` has compared the prompts
+            self.write_settings()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One object per logged step."""

@@ -1,24 +1,22 @@
 """A run's hold on its folder, whoever starts it: no two at a time, no second one over a first, its settings on file."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
+from peft import PeftConfig
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, weights_file, write_whole
+from bondlm.models.deepspeed import require_same_sharding
+from bondlm.runs.folder import METRICS_FILE, locked, weights_file
 from bondlm.runs.foreign import foreign_file
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished
-from bondlm.runs.redact import redacted
 from bondlm.training.processes import World, decided_by_main
+from bondlm.training.settings import INPUTS, as_on_file, compare_settings, write_settings
 
 _log = logging.getLogger(__name__)
-
-BY_PYTHON = "# written by BONDTrainer\n"
 
 
 def refuse_other_files(folder: Path) -> None:
@@ -41,25 +39,37 @@ def refuse_other_files(folder: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path, args: Any, *, is_fresh: bool, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the folder for a run; one that `is_fresh` must not find another run's checkpoints.
+def held(
+    folder: Path,
+    args: Any,
+    checkpoint: str | None,
+    settings: Mapping[str, Any] | None,
+    adapter: PeftConfig | None,
+    *,
+    allowed: bool,
+) -> Iterator[Callable[[], None]]:
+    """Hold the folder for a run; one that begins without a `checkpoint` must not find another run's.
 
-    `settings` are written where no command has written its own.
+    One that goes on must have the `settings` and the `adapter` that it was begun with. Without `settings` a command has
+    compared its own. Yields what writes them, for when nothing else refuses the run.
 
     Raises:
         CheckpointError: the folder is in use, or holds a run.
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written, or settings are others than the run's and that is not `allowed`.
     """
+    now = None if settings is None else as_on_file({**settings, "use_peft": adapter is not None})
 
-    def begin() -> None:
+    def begin() -> list[str]:
         stack.enter_context(locked(folder))
-        if is_fresh:
+        if checkpoint is None:
             _refuse_a_run(folder)
-        _write_settings(folder / CONFIG_FILE, settings)
+            return []
+        require_same_sharding(Path(checkpoint), args)
+        return compare_settings(Path(checkpoint), now, adapter, allowed=allowed)
 
     with ExitStack() as stack:
-        decided_by_main(begin, World.of(args), wait_s=args.ddp_timeout)
-        yield
+        changes = decided_by_main(begin, World.of(args), wait_s=args.ddp_timeout)
+        yield lambda: write_settings(folder, now or {}, changes, goes_on=checkpoint is not None)
 
 
 def _refuse_a_run(folder: Path) -> None:
@@ -73,27 +83,9 @@ def _refuse_a_run(folder: Path) -> None:
         )
 
 
-def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(BY_PYTHON):
-        return
-    content = redacted({name: _plain(value) for name, value in settings.items() if name != "hub_token"})
-    write_whole(path, BY_PYTHON + yaml.safe_dump(content, sort_keys=False))
-
-
-def _plain(value: Any) -> Any:
-    """As YAML has it; objects by their names."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-
-def named(**inputs: Any) -> dict[str, Any]:
-    """Of a trainer's inputs those that a file of settings can name."""
-    return {name: value for name, value in inputs.items() if _is_name(value) and value}
+def named(*inputs: Any) -> dict[str, Any]:
+    """Of a trainer's `INPUTS` those that a file of settings can name."""
+    return {name: value for name, value in zip(INPUTS, inputs, strict=True) if _is_name(value) and value}
 
 
 def _is_name(value: Any) -> bool:

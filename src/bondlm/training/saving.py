@@ -1,6 +1,6 @@
 """What a run leaves: its model, and the upload of its folder, at the end and without users' texts unless asked."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class SavingTrainer(Trainer):
     roles: Any
     average: Any
     encoder: Any
+    writes_settings: Callable[[], None] | None = None  # a command's, which has compared them
 
     def __init__(self, model: Any, **arguments: Any) -> None:
         """As `Trainer`, which turns the model's `use_cache` off: each pass here says what it wants."""

@@ -1,0 +1,69 @@
+"""Which settings of a run may be others when it goes on: one rule for the command and for Python."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bondlm.config.bond_config import DEFAULTS, ENDLESS_SCHEDULES, SETTINGS
+from bondlm.errors import ConfigError
+
+# Beside the settings of BONDConfig: what may always change, and what decides which tensors a checkpoint has.
+FREE_NAMES = ("eval_dataset", "judges", "resume", "allow_config_change")
+FIXED_NAMES = ("use_peft",)
+ADAPTER = "peft_config."  # before the fields of an adapter's config
+FREE_IN_ADAPTER = ("lora_alpha", "lora_dropout", "alpha_pattern")
+
+
+def changed_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, *, allowed: bool, edited: Sequence[str] = ()
+) -> list[str]:
+    """Each difference between the settings of the run in `folder` and those that it is to go on with.
+
+    `edited` are changes of files that the settings only name. A setting that is left out has its default.
+
+    Raises:
+        ConfigError: a setting differs that cannot change in a run, or another one and changes are not `allowed`.
+    """
+    free = {"always", "if endless"} if _is_endless(now) else {"always"}
+    names = [n for n in sorted({*before, *now}) if _of(before, n) != _of(now, n) and _may_change(n) not in free]
+    changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
+    if fixed := [n for n in names if _may_change(n) == "never"]:
+        values = "; ".join(f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in fixed)
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a run ({values}): a checkpoint of {folder} holds what "
+            "they made (its optimizer, its adapter, its averaged weights). Give the same to continue it, or start a "
+            "new run from its weights in another output_dir"
+        )
+    changed += edited
+    if changed and not allowed:
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): give the same ones to continue it, "
+            "choose another output_dir, or add --allow_config_change (in Python train(allow_config_change=True))"
+        )
+    return changed
+
+
+def _of(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting's value, in one spelling."""
+    value = settings.get(name)
+    if value is False and name.endswith("_strategy"):  # what YAML makes of a bare `no`
+        return "no"
+    default = DEFAULTS.get(name, False if name == "use_peft" else None)
+    return getattr(default, "value", default) if value is None else value
+
+
+def _may_change(name: str) -> str:
+    """Whether an option may have another value when a run goes on: see `bondlm.config.settings.Setting`."""
+    if name in FREE_NAMES:
+        return "always"
+    if name.startswith(ADAPTER):
+        return "on demand" if name.removeprefix(ADAPTER) in FREE_IN_ADAPTER else "never"
+    if name in FIXED_NAMES:
+        return "never"
+    return SETTINGS[name].may_change if name in SETTINGS else "on demand"
+
+
+def _is_endless(settings: Mapping[str, Any]) -> bool:
+    """Whether the learning rate of a step is the same however long the run lasts; a warmup below 1 is a share of it."""
+    schedule, warmup = str(_of(settings, "lr_scheduler_type")), float(_of(settings, "warmup_steps") or 0)
+    return schedule == "constant" or (schedule in ENDLESS_SCHEDULES and not 0 < warmup < 1)

@@ -1,0 +1,101 @@
+"""The settings of a run on file: written where no command does it, and compared when the run goes on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftConfig
+
+from bondlm.config import ADAPTER, SETTINGS, changed_settings
+from bondlm.data.paths import found_in
+from bondlm.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, run_config, run_environment, write_whole
+from bondlm.runs.redact import redacted
+
+BY_PYTHON = "# written by BONDTrainer\n"
+INPUTS = ("model", "reward_funcs", "train_dataset", "eval_dataset")
+# Where an adapter began, and how it was made: its weights are the checkpoint's.
+NOT_OF_ITS_WEIGHTS = (
+    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
+    *("init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+)
+
+
+def as_on_file(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as config.yaml has them."""
+    return dict(redacted({name: _plain(value) for name, value in settings.items() if name != "hub_token"}))
+
+
+def compare_settings(
+    checkpoint: Path, settings: Mapping[str, Any] | None, adapter: PeftConfig | None, *, allowed: bool
+) -> list[str]:
+    """What differs from the run that wrote a checkpoint: its adapter, and its `settings` unless these are None.
+
+    An input that is an object, then or now, has no name to compare.
+
+    Raises:
+        ConfigError: something does that is not `allowed` to, see `changed_settings`.
+        CheckpointError: the run's settings cannot be read.
+    """
+    source = checkpoint.resolve().parent
+    before, now = _adapters(checkpoint, adapter)
+    if settings is not None and (on_file := run_config(source)):
+        before |= {name: value for name, value in on_file.items() if name in SETTINGS}
+        now |= {name: value for name, value in settings.items() if name in SETTINGS}
+        for name in ("model", "reward_funcs"):  # the data are compared by their contents
+            if name in on_file and name in settings:
+                before[name] = found_in(_directory(source), on_file[name])
+                now[name] = found_in(Path.cwd(), settings[name])
+    return changed_settings(before, now, source, allowed=allowed)
+
+
+def _directory(source: Path) -> Path:
+    """Where the relative names in a run's settings begin."""
+    return Path(str(run_environment(source).get("directory") or Path.cwd())).absolute()
+
+
+def _adapters(checkpoint: Path, adapter: PeftConfig | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the checkpoint's adapter and of this one that decide what its weights are."""
+    path = checkpoint / "adapter_config.json"
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before, now = {"use_peft": bool(kept)}, {"use_peft": adapter is not None}
+    given = {} if adapter is None else {name: _plain(value) for name, value in adapter.to_dict().items()}
+    for name in sorted(kept.keys() & given.keys() - {*NOT_OF_ITS_WEIGHTS}):
+        before[ADAPTER + name], now[ADAPTER + name] = _in_order(kept[name]), _in_order(given[name])
+    return before, now
+
+
+def _in_order(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any], changes: Sequence[str], *, goes_on: bool) -> None:
+    """Write what holds now, and the `changes` that were allowed; of a run that `goes_on` stays what Python cannot name.
+
+    Names beside those of a command are whole, wherever that was called.
+    """
+    content = dict(settings)
+    if goes_on and "directory" in run_environment(folder):
+        content |= {name: found_in(Path.cwd(), content[name]) for name in INPUTS if name in content}
+    if goes_on:
+        content = {n: v for n, v in run_config(folder).items() if n not in SETTINGS and n not in content} | content
+    write_whole(folder / CONFIG_FILE, BY_PYTHON + yaml.safe_dump(content, sort_keys=False))
+    if changes:
+        known = run_environment(folder)
+        known["config_changes"] = [*known.get("config_changes", []), *changes]
+        write_whole(folder / ENVIRONMENT_FILE, json.dumps(known, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it; objects by their names."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return type(value).__name__ if " at 0x" in str(value) else str(value)  # the same in every process

@@ -1,0 +1,127 @@
+"""A run that goes on in Python has the settings that it was begun with, or says which are others."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trainer.helpers import lora, same, trainer
+
+from bondlm import BONDTrainer
+from bondlm.errors import ConfigError
+from bondlm.training.settings import as_on_file
+
+
+def run(folder: Path, *, adapter: Any = None, **settings: Any) -> BONDTrainer:
+    small = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1} | settings
+    return trainer(folder, peft_config=adapter, **small)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+NEVER: dict[str, Any] = {"learning_rate": 0.5, "weight_decay": 0.1, "optim": "sgd", "adam_beta1": 0.5}
+ON_DEMAND: dict[str, Any] = {
+    "objective": "rloo",
+    "gamma": 0.7,
+    "seed": 7,
+    "lr_scheduler_type": "linear",
+    "max_completion_length": 4,
+}
+
+
+def test_changed_settings_are_refused_before_a_step(tmp_path: Path) -> None:
+    run(tmp_path).train()
+    before = files(tmp_path)
+    for name, value in (NEVER | ON_DEMAND).items():
+        changed = {name: value, "max_steps": 3}
+        with pytest.raises(ConfigError, match=rf"\b{name}: .* -> {value!r}") as refused:
+            run(tmp_path, **changed).train(resume_from_checkpoint=True)
+        assert ("allow_config_change=True" in str(refused.value)) is (name in ON_DEMAND)
+        if name in NEVER:
+            with pytest.raises(ConfigError, match=f"{name} cannot change"):
+                run(tmp_path, **changed).train(resume_from_checkpoint=True, allow_config_change=True)
+    assert {k: v for k, v in files(tmp_path).items() if k != "prompting.json"} == {
+        k: v for k, v in before.items() if k != "prompting.json"
+    }
+
+
+def test_what_may_change_does_and_a_change_that_is_allowed_is_on_file(tmp_path: Path) -> None:
+    run(tmp_path).train()
+    run(tmp_path, max_steps=3, save_steps=2, disable_tqdm=False).train(resume_from_checkpoint=True)
+    assert not (tmp_path / "env.json").exists()
+    changed = run(tmp_path, max_steps=4, gamma=0.7)
+    changed.train(resume_from_checkpoint=True, allow_config_change=True)
+    assert changed.state.global_step == 4
+    assert json.loads((tmp_path / "env.json").read_text())["config_changes"] == ["gamma: None -> 0.7"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["gamma"] == 0.7
+    run(tmp_path, max_steps=5, gamma=0.7).train(resume_from_checkpoint=True)
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any] | None, str, bool]] = {
+    "rank": ({"r": 8}, r"peft_config\.r: 4 -> 8", False),
+    "layers": ({"target_modules": ["q_proj"]}, r"peft_config\.target_modules: ", False),
+    "scale": ({"use_rslora": True}, r"peft_config\.use_rslora: False -> True", False),
+    "alpha": ({"lora_alpha": 64}, r"peft_config\.lora_alpha: 8 -> 64", True),
+    "none": (None, "use_peft: True -> False", False),
+}
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    run(folder, adapter=lora()).train()
+    return folder
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_another_adapter_is_refused(case: str, adapted: Path) -> None:
+    """With another alpha what was learned would have another strength; of another rank it does not fit."""
+    change, message, may_change = ADAPTERS[case]
+    made = run(adapted, adapter=None if change is None else lora(**change), max_steps=3)
+    with pytest.raises(ConfigError, match=message) as refused:
+        made.train(resume_from_checkpoint=True)
+    assert ("allow_config_change=True" in str(refused.value)) is may_change
+
+
+def test_the_adapter_is_compared_where_no_settings_are_on_file(adapted: Path, tmp_path: Path) -> None:
+    """And where another folder goes on from a checkpoint."""
+    (adapted / "config.yaml").rename(tmp_path / "kept.yaml")
+    made = run(tmp_path / "other", adapter=lora(lora_alpha=64), max_steps=3)
+    with pytest.raises(ConfigError, match=rf"^{adapted} .*lora_alpha: 8 -> 64"):
+        made.train(resume_from_checkpoint=str(adapted / "checkpoint-2"))
+    (tmp_path / "kept.yaml").rename(adapted / "config.yaml")
+    made.train(resume_from_checkpoint=str(adapted / "checkpoint-2"), allow_config_change=True)
+    assert made.state.global_step == 3
+
+
+def test_a_refused_resume_leaves_no_anchor_for_the_next_call(tmp_path: Path) -> None:
+    run(tmp_path / "one", adapter=lora()).train()
+    made = run(tmp_path / "two", adapter=lora(), gamma=0.7, max_steps=0)
+    fresh = {name: tensor.clone() for name, tensor in made.anchor.state_dict().items()}
+    with pytest.raises(ConfigError, match="gamma"):
+        made.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
+    made.train()
+    assert same(made.anchor.state_dict(), fresh)
+
+
+def test_objects_without_a_name_are_the_same_in_every_process() -> None:
+    one, other = (as_on_file({"accelerator_config": {"x": object()}, "hub_token": "secret"}) for _ in range(2))
+    assert one == other == {"accelerator_config": {"x": "object"}}
+
+
+def test_a_run_of_the_command_goes_on_in_python_and_keeps_what_that_cannot_name(tmp_path: Path) -> None:
+    run(tmp_path).train()
+    options = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    options |= {"preset": "paper", "judges": "judge.py:small", "beta": 0.5, "train_dataset": "data.jsonl"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    run(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+    now = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert {name: now.get(name) for name in ("preset", "judges", "train_dataset", "max_steps")} == {
+        **{name: options[name] for name in ("preset", "judges", "train_dataset")},
+        "max_steps": 3,
+    }
+    assert re.match("# written by BONDTrainer", (tmp_path / "config.yaml").read_text())
