@@ -168,3 +168,52 @@ def test_a_reward_that_wants_a_column_that_is_not_there_is_named_before_any_work
         assert main([command, "--config", str(config)]) == 2
         assert "reward 'right' has the signature (completions, answer): missing" in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_check_refuses_the_folder_that_train_refuses_and_leaves_it_as_it_is(tmp_path, capsys):
+    config = write_job(tmp_path, max_steps=1, eval_dataset=None, save_steps=1)
+    run = tmp_path / "run"
+
+    def both(*arguments):
+        """The exit code and the message of `check`, which are those of `train`."""
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} if run.is_dir() else {}
+        codes, said = [], []
+        for command in ("check", "train"):
+            codes.append(main([command, "--config", str(config), *arguments]))
+            said.append(capsys.readouterr().err)
+            assert {path: path.read_bytes() for path in before} == before
+        assert codes[0] == codes[1] != 0
+        assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
+        return said[0]
+
+    run.mkdir()
+    (run / "README.md").write_text("mine")
+    assert "README.md is there already" in both()
+    (run / "README.md").unlink()
+    assert main(["train", "--config", str(config)]) == 0
+    assert "learning_rate cannot change" in both("--learning_rate", "0.5")
+    assert "gamma: None -> 0.5" in both("--gamma", "0.5")
+    assert "already holds a run" in both("--resume", "never")
+    assert "is not a checkpoint folder" in both("--resume", str(tmp_path / "nowhere"))
+    assert "peft_config.r: 4 -> 8" in both("--lora_r", "8", "--allow_config_change")
+    assert "prompts per step" in both("--per_device_train_batch_size", "2", "--max_steps", "2")
+    data = tmp_path / "train.jsonl"
+    kept = data.read_text()
+    data.write_text("".join(reversed(kept.splitlines(keepends=True))))
+    assert "train_dataset has changed" in both("--max_steps", "2")
+    data.write_text(kept)
+    capsys.readouterr()
+    assert main(["check", "--config", str(config), "--max_steps", "2"]) == 0
+    assert f"train continues from {run / 'checkpoint-1'}" in capsys.readouterr().out.replace("\n", "")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in both("--output_dir", str(tmp_path / "file" / "run"))
+
+
+def test_check_leaves_a_save_that_was_cut_short_to_train(tmp_path, capsys):
+    config = write_job(tmp_path, max_steps=1, eval_dataset=None)
+    stale = tmp_path / "run" / "checkpoint-3"
+    stale.mkdir(parents=True)
+    assert main(["check", "--config", str(config)]) == 0
+    assert stale.is_dir()
+    assert main(["train", "--config", str(config)]) == 0
+    assert not stale.is_dir()

@@ -14,6 +14,7 @@ from rich.console import Console
 from bondlm.cli.console import make_console, say_json
 from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import ConfigError, RewardError
+from bondlm.runs.prompting import adopt_prompting, begun_by_0_1
 
 TIES_WARNED, CUT_WARNED = 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3  # of a reward, or of 1 if that is more
@@ -42,18 +43,23 @@ def run(options: dict[str, Any]) -> int:
 
 def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[str, Any]:
     """Everything once, said as it comes; returns it for a program."""
+    from bondlm.cli.train import resume_of
     from bondlm.evaluation.forecast import forecast, num_steps, print_cost, print_frontier
     from bondlm.runs.checkpoint import prompts_per_step
     from bondlm.training.noise import SCALE, TRACE
 
     with console.status("loading PyTorch, the model, data and rewards"):
-        args, trainer = _prepared(options, scratch)
+        checkpoint = resume_of(options, console)
+        args, trainer = _prepared(options, scratch, checkpoint)
     versions = {name: version(name) for name in PACKAGES}
     console.print(", ".join(map(" ".join, versions.items())), highlight=False, soft_wrap=True)
     number = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     console.print(f"model, tokenizer and rewards loaded; {number} training prompts")
     with console.status("one dry step"):
         trainer.train()
+    if checkpoint is not None:
+        _compare(trainer, Path(checkpoint), allowed=bool(options.get("allow_config_change")))
+        console.print(f"train continues from {checkpoint}", highlight=False, soft_wrap=True)
     logs = next(row for row in trainer.state.log_history if "loss" in row)
     found: dict[str, Any] = {"versions": versions, "num_prompts": number, "metrics": logs}
     if trainer.rewards:
@@ -82,8 +88,19 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
     return found
 
 
-def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
-    """The settings as they are, and a trainer of one dry step with what they name."""
+def _compare(trainer: Any, checkpoint: Path, *, allowed: bool) -> None:
+    """Refuse what `train` refuses once model and data are there."""
+    from bondlm.models.deepspeed import require_same_sharding
+    from bondlm.training.settings import compare_settings
+
+    require_same_sharding(checkpoint, trainer.args)
+    compare_settings(checkpoint, None, trainer.roles.adapter, allowed=allowed)
+    if not begun_by_0_1(checkpoint.resolve().parent):  # whose prompts the scratch folder renders in another way
+        trainer.anchor_callback.compare_data(checkpoint)
+
+
+def _prepared(options: dict[str, Any], scratch: str, checkpoint: str | None) -> tuple[Any, Any]:
+    """The settings as they are, and a trainer of one dry step with what they name; prompts as a checkpoint's."""
     from bondlm.cli.train import build_trainer, load_judges, training_arguments
     from bondlm.config import require_metric_of
     from bondlm.data.held_out import main_set
@@ -109,6 +126,8 @@ def _prepared(options: dict[str, Any], scratch: str) -> tuple[Any, Any]:
     held_out = options.get("eval_dataset")
     main_set(args, held_out)
     _check_evaluations(args, options)
+    if checkpoint is not None:
+        adopt_prompting(Path(checkpoint).resolve().parent, Path(scratch))
     trainer = build_trainer(options | dry | {"output_dir": scratch})
     require_metric_of(named_sets(held_out), args.metric_for_best_model, [each.name for each in trainer.rewards])
     trainer.noise.every = 1  # the dry step, too

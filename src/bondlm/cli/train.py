@@ -1,5 +1,6 @@
 """`bondlm train`: from a config to a run folder with its evaluation."""
 
+import errno
 import json
 import os
 import platform
@@ -7,7 +8,7 @@ import re
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from bondlm.runs.folder import (
     run_environment,
     write_whole,
 )
-from bondlm.runs.manifest import newest_checkpoint, refuse_other_steps, remove_unfinished, verify
+from bondlm.runs.manifest import newest_checkpoint, refuse_other_steps, remove_unfinished, unfinished, verify
 from bondlm.runs.prompting import adopt_prompting
 from bondlm.runs.redact import redacted
 
@@ -227,15 +228,40 @@ def lora_config(options: Mapping[str, Any]) -> Any:
     )
 
 
+def resume_of(options: Mapping[str, Any], console: Console) -> str | None:
+    """The checkpoint that `train` would continue from; its folder stays as it is.
+
+    Raises:
+        CheckpointError: `train` would refuse the folder, or the checkpoint.
+        ConfigError: it would refuse other settings than those of the run there, or cannot write the folder.
+    """
+    from bondlm.data.paths import refuse_own_folder
+    from bondlm.training.occupied import refuse_other_files
+
+    folder = Path(str(options.get("output_dir") or "runs/bond"))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if existing != folder and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        number = errno.EACCES if existing.is_dir() else errno.ENOTDIR
+        raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {os.strerror(number)}")
+    with locked(folder) if existing == folder else nullcontext():
+        checkpoint, _ = _resume_point(folder, options, console, _reward_fingerprints(options), is_real=False)
+        refuse_own_folder(str(options["model"]), folder)
+        refuse_other_files(folder)
+    return checkpoint
+
+
 def _resume_point(
     folder: Path,
     options: Mapping[str, Any],
     console: Console,
     rewards: Sequence[Mapping[str, Any]],
+    *,
+    is_real: bool = True,
 ) -> tuple[str | None, list[str]]:
     """The checkpoint to continue from, if any, and the settings that differ from those of the run so far.
 
     A named checkpoint is where a run begins: the same command then goes on from its newest one, as `auto` does.
+    Unless it `is_real` nothing in the folder changes.
 
     Raises:
         CheckpointError: `resume: never`, but the folder holds a run; or the named checkpoint is not there, or the
@@ -244,10 +270,10 @@ def _resume_point(
     """
     named = _named_checkpoint(options)
     if named is not None and run_environment(folder).get("resumed_from") != str(named.resolve()):
-        return _first_from(named, folder, options, rewards)
-    for line in remove_unfinished(folder) if is_main_process() else []:
+        return _first_from(named, folder, options, rewards, is_real=is_real)
+    for line in remove_unfinished(folder) if is_real and is_main_process() else []:
         console.print(line, highlight=False, soft_wrap=True)
-    path, rejected = newest_checkpoint(folder)
+    path, rejected = newest_checkpoint(folder, but=unfinished(folder))
     path = named if path is None else path
     if path is None:
         return None, []
@@ -255,7 +281,7 @@ def _resume_point(
         raise CheckpointError(f"{folder} already holds a run: choose another output_dir, or resume: auto")
     changes = _changed_settings(folder / CONFIG_FILE, options, rewards)
     if named is not None and changes:  # a second beginning, not the same command
-        return _first_from(named, folder, options, rewards)
+        return _first_from(named, folder, options, rewards, is_real=is_real)
     for reason in rejected:
         console.print(f"not resumed from {reason}", highlight=False, soft_wrap=True)
     return str(path), changes
@@ -274,7 +300,7 @@ def _begun_from(folder: Path, options: Mapping[str, Any], checkpoint: str | None
 
 
 def _first_from(
-    checkpoint: Path, folder: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]]
+    checkpoint: Path, folder: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]], *, is_real: bool
 ) -> tuple[str, list[str]]:
     """Begin in `folder` with a named checkpoint; another folder's run brings its rendering and its changes."""
     if not checkpoint.is_dir():
@@ -285,7 +311,8 @@ def _first_from(
     changes = _changed_settings(source / CONFIG_FILE, options, rewards)
     if source == folder.resolve():
         return str(checkpoint), changes
-    adopt_prompting(source, folder)
+    if is_real:
+        adopt_prompting(source, folder)
     return str(checkpoint), [*run_environment(source).get("config_changes", []), *changes]
 
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,15 @@ def _file_fault(folder: Path, name: str, entry: Any) -> str | None:
     return None if _digest(path) == digest else f"{name} is damaged (its hash differs)"
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run folder that verifies, and why newer ones were rejected.
+def newest_checkpoint(folder: Path, *, but: Sequence[Path] = ()) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run folder that verifies, and why newer ones were rejected; `but` some do not count.
 
     Raises:
         CheckpointError: there are checkpoints, but none that verifies, or the newest is of another format, or there
             were some and all are gone. A run must never start afresh by accident.
     """
     rejected: list[str] = []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed([path for path in _checkpoints(folder) if path not in but]):
         reason = fault(path)
         if reason is None:
             return path, rejected
@@ -104,8 +105,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, rejected
 
 
-def remove_unfinished(folder: Path) -> list[str]:
-    """Remove what a save that was cut short left behind, and say so, one line each.
+def unfinished(folder: Path) -> list[Path]:
+    """What a save that was cut short left behind.
 
     That is a checkpoint without a manifest which is newer than every sealed one (the run will write it again), and
     temporary folders. Where no save was ever finished nothing is lost by it; where one was, and all manifests are gone,
@@ -117,6 +118,12 @@ def remove_unfinished(folder: Path) -> list[str]:
     if sealed or not (folder / SEALED_FILE).exists():
         newest = max(sealed, default=-1)
         stale += [path for path in found if _step(path) > newest and not (path / MANIFEST_FILE).exists()]
+    return stale
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Remove what a save that was cut short left behind, and say so, one line each."""
+    stale = unfinished(folder)
     for path in stale:
         shutil.rmtree(path)
     return [f"removed {path}: its save was not finished" for path in stale]
