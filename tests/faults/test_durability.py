@@ -22,7 +22,7 @@ from bondlm.models.anchor import Anchor
 from bondlm.runs import manifest
 from bondlm.runs.manifest import MANIFEST_FILE, fault, newest_checkpoint, remove_older
 from bondlm.trainer import BONDTrainer
-from bondlm.training import callbacks
+from bondlm.training import callbacks, logs
 from bondlm.training.step import Step
 from faults.children import job, kill, outcome, said, start, train, wait, wrap
 
@@ -92,7 +92,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "backward": (BONDTrainer, "training_step"),
     "optimizer": (torch.optim.AdamW, "step"),
     "anchor": (Anchor, "update"),
-    "log": (callbacks, "append_jsonl"),
+    "log": (logs, "append_jsonl"),
 }
 
 
