@@ -217,7 +217,7 @@ def parts_of(url: str) -> SplitResult:
 
 
 def checked_name(url: str, variable: str) -> str:
-    """Host and path of the server's address, which are safe to show; the environment's `variable` is for the token.
+    """Host, port and path of the server's address, which are safe to show; the token is in `variable`.
 
     Raises:
         ConfigError: it is none, holds a password, or would send prompts over a network in clear.
@@ -235,7 +235,8 @@ def checked_name(url: str, variable: str) -> str:
             f"http://{parts.hostname} would send prompts, completions and the token unencrypted over the network: use "
             f"https, or set the environment variable {PLAIN_VARIABLE}=1 if you trust that network"
         )
-    return f"{parts.hostname}{parts.path}".rstrip("/")
+    port = "" if parts.port is None else f":{parts.port}"  # of two servers on one host each has a name of its own
+    return f"{parts.hostname}{port}{parts.path}".rstrip("/")
 
 
 def _is_loopback(host: str) -> bool:
