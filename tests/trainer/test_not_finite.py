@@ -75,6 +75,27 @@ def test_losses_that_are_not_finite_end_the_run_and_nothing_has_moved(tmp_path: 
     assert [sample["loss"] for sample in skipped[0]["samples"]] == ["nan"] * 4
 
 
+@pytest.mark.parametrize("save_steps", [100, 3])
+def test_what_was_learned_before_is_saved_first(save_steps: int, tmp_path: Path) -> None:
+    def spoil(model: Any, inputs: Any, output: Any) -> Any:
+        if torch.is_grad_enabled() and made.state.global_step >= 2:
+            output.logits = output.logits * float("nan")
+        return output
+
+    settings = {"max_steps": 6, "max_skipped_steps": 1, "save_strategy": "steps", "save_steps": save_steps}
+    made, two_steps = trainer(tmp_path / "run", **settings), trainer(tmp_path / "two", max_steps=2)
+    two_steps.train()
+    made.roles.core.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteError, match="step 4: "):
+        made.train()
+    assert same(weights(made.roles.model), weights(two_steps.roles.model))
+    again = trainer(tmp_path / "run", **settings)
+    again.train(resume_from_checkpoint=True)
+    skipped = [row["skipped_steps"] for row in logged(tmp_path / "run") if "skipped_steps" in row]
+    assert skipped == [0, 0, 1, 1, 0, 0]
+    assert not same(weights(again.roles.model), weights(two_steps.roles.model))
+
+
 def test_one_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
     """Step 2 of 3 leaves policy, anchor and the optimizer's moments as they were."""
     made = trainer(tmp_path, max_steps=3)

@@ -15,6 +15,7 @@ from bondlm.data.fingerprints import data_digest
 from bondlm.data.rendering import Rendering
 from bondlm.data.stream import PromptStream
 from bondlm.errors import (
+    BondError,
     CheckpointError,
     ConfigError,
     NonFiniteError,
@@ -163,13 +164,16 @@ class AnchorCallback(TrainerCallback):
             self._run_folder.write_skipped(args, state, control)
         if self._skips_in_a_row <= args.max_skipped_steps:
             return
-        if is_empty:
-            raise ConfigError(_nothing_left(state.global_step + 1, self._skips_in_a_row, args))
-        raise NonFiniteError(
+        error: BondError = NonFiniteError(
             f"step {state.global_step + 1}: the gradient is not finite, {self._skips_in_a_row} steps in a row "
             f"(max_skipped_steps={args.max_skipped_steps}). Neither policy nor anchor has moved; the prompts are "
             f"in {SKIPPED_FILE}. A smaller learning_rate or fp32 weights usually help."
         )
+        if is_empty:
+            error = ConfigError(_nothing_left(state.global_step + 1, self._skips_in_a_row, args))
+        error.known_to_all = True
+        if not self._run_folder.stop.is_paused:  # what was learned before is saved first
+            self._run_folder.stop.pause(error, args, state, control)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Eq. 18: the anchor moves right after the policy has; a copy that is due is made after a skipped step, too."""
@@ -232,7 +236,7 @@ class RunFolderCallback(TrainerCallback):
 
     def __init__(self, folder: Path, rendering: Rendering, stop: StopCallback) -> None:
         """`folder` is the run's output_dir, `rendering` what becomes of its prompts; `stop` ends what cannot log."""
-        self._folder, self._rendering, self._stop = folder, rendering, stop
+        self._folder, self._rendering, self.stop = folder, rendering, stop
         self.rollout: Rollout | None = None  # of the step that is under way
         self._num_logged = 0
         self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
@@ -271,8 +275,8 @@ class RunFolderCallback(TrainerCallback):
         samples = [self._sampled(i) | ({"loss": str(self._bad[i])} if by_loss else {}) for i in which]
         row = {"step": step, "not_finite": "loss" if by_loss else "gradient", "samples": samples}
         failure = append_by_each(self._folder / SKIPPED_FILE, [row] if samples else [], World.of(args))
-        if failure is not None and not self._stop.is_paused:
-            self._stop.pause(unwritable(failure, step, state.max_steps), args, state, control)
+        if failure is not None and not self.stop.is_paused:
+            self.stop.pause(unwritable(failure, step, state.max_steps), args, state, control)
 
     def samples(self) -> list[dict[str, Any]]:
         """The first prompts of the last step, as many as are logged, with their completions and rewards."""
@@ -320,8 +324,8 @@ class RunFolderCallback(TrainerCallback):
     def _pause_if_unwritten(self, args: Any, state: Any, control: Any) -> None:
         """What was learned is saved first; every process must call."""
         self._failure = first_failure(self._failure, World.of(args))
-        if self._failure is not None and not self._stop.is_paused:
-            self._stop.pause(unwritable(self._failure, state.global_step, state.max_steps), args, state, control)
+        if self._failure is not None and not self.stop.is_paused:
+            self.stop.pause(unwritable(self._failure, state.global_step, state.max_steps), args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the last steps logged, too; without its folder a run would be written to a place that nobody knows."""
