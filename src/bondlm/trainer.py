@@ -10,7 +10,6 @@ Only public methods of Trainer are overridden:
 The anchor moves in a callback, right after the optimizer's step (`bondlm.training.callbacks`).
 """
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from functools import partial
@@ -31,6 +30,7 @@ from bondlm.config import (
     objective_of,
     require_metric_of,
 )
+from bondlm.config.given import own_copy, refuse_later
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.paths import expanded, located, refuse_own_folder
 from bondlm.data.prompt_encoder import PromptEncoder
@@ -138,7 +138,7 @@ class BONDTrainer(SamplingTrainer):
         **others: Any,
     ) -> None:
         own_arguments(others, list(inspect.signature(BONDTrainer).parameters))
-        args = BONDConfig(output_dir="bondlm_output") if args is None else copy.copy(args)  # the caller's own stay
+        args = own_copy(BONDConfig(output_dir="bondlm_output") if args is None else args)
         model = located(expanded(model)) if isinstance(model, str) else model
         name = model if isinstance(model, str) else model.config._name_or_path
         refuse_own_folder(name, args.output_dir)
@@ -421,6 +421,7 @@ class BONDTrainer(SamplingTrainer):
                 or another run; without `resume_from_checkpoint`, another run's, or a second call.
             ConfigError: settings are others than the checkpoint's; some may be, with `allow_config_change`.
         """
+        refuse_later(self.args)
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint, taken=self.state.global_step)
         self._digest = 0 if self.train_dataset is None else work_digest(self.args, self.train_dataset)

@@ -86,6 +86,7 @@ def test_config_yaml_holds_what_was_given_and_is_enough_for_an_evaluation(tmp_pa
     run = tmp_path / "run"
     made = trainer(run, beta=0.25, max_steps=1, hub_token="hf_secret")
     made.train()
+    made.save_model()
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["beta"] == 0.25
     assert {"eta", "max_completion_length", "learning_rate"} <= set(config)

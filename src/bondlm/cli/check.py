@@ -43,14 +43,12 @@ def run(options: dict[str, Any]) -> int:
 
 def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[str, Any]:
     """Everything once, said as it comes; returns it for a program."""
-    from bondlm.cli.train import resume_of
     from bondlm.evaluation.forecast import forecast, num_steps, print_cost, print_frontier
     from bondlm.runs.checkpoint import prompts_per_step
     from bondlm.training.noise import SCALE, TRACE
 
     with console.status("loading PyTorch, the model, data and rewards"):
-        checkpoint = resume_of(options, console)
-        args, trainer = _prepared(options, scratch, checkpoint)
+        args, trainer, checkpoint = _prepared(options, scratch, console)
     versions = {name: version(name) for name in PACKAGES}
     console.print(", ".join(map(" ".join, versions.items())), highlight=False, soft_wrap=True)
     number = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
@@ -99,9 +97,9 @@ def _compare(trainer: Any, checkpoint: Path, *, allowed: bool) -> None:
         trainer.anchor_callback.compare_data(checkpoint)
 
 
-def _prepared(options: dict[str, Any], scratch: str, checkpoint: str | None) -> tuple[Any, Any]:
-    """The settings as they are, and a trainer of one dry step with what they name; prompts as a checkpoint's."""
-    from bondlm.cli.train import build_trainer, load_judges, training_arguments
+def _prepared(options: dict[str, Any], scratch: str, console: Console) -> tuple[Any, Any, str | None]:
+    """The settings as they are, a trainer of one dry step with what they name, and where `train` would go on."""
+    from bondlm.cli.train import build_trainer, load_judges, resume_of, training_arguments
     from bondlm.config import require_metric_of
     from bondlm.data.held_out import main_set
     from bondlm.data.sources import named_sets
@@ -126,13 +124,14 @@ def _prepared(options: dict[str, Any], scratch: str, checkpoint: str | None) -> 
     held_out = options.get("eval_dataset")
     main_set(args, held_out)
     _check_evaluations(args, options)
-    if checkpoint is not None:
+    checkpoint = resume_of(options, console)
+    if checkpoint is not None:  # its prompts are to be the same
         adopt_prompting(Path(checkpoint).resolve().parent, Path(scratch))
     trainer = build_trainer(options | dry | {"output_dir": scratch})
     require_metric_of(named_sets(held_out), args.metric_for_best_model, [each.name for each in trainer.rewards])
     trainer.noise.every = 1  # the dry step, too
     load_judges(options, trainer)
-    return args, trainer
+    return args, trainer, checkpoint
 
 
 def batch_advice(scale: float | None, prompts: int) -> str:

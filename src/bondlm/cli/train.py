@@ -319,10 +319,12 @@ def _first_from(
 def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = ()) -> list[str]:
     """Each difference to the settings on file; refused unless `allow_config_change` is set."""
     from bondlm.config import changed_settings
+    from bondlm.training.settings import spell_alike
 
     before, now = run_config(path.parent), redacted(dict(options))
     if not before:
         return []
+    spell_alike(before, now, path.parent)
     edited, allowed = _edited(path.parent / ENVIRONMENT_FILE, rewards), bool(options.get("allow_config_change"))
     return changed_settings(before, now, path.parent, allowed=allowed, edited=edited)
 

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from bondlm.config.checks import check_inherited, keeps_best, settle_best_model
 from bondlm.config.checks import problems as problems_of
+from bondlm.config.given import given_settings, note_settled
 from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
 from bondlm.errors import ConfigError
 from bondlm.migration import Keywords, NoOption, OwnNames, Texts
@@ -356,7 +357,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         if str(self.pad_to_multiple_of) == "auto":  # TRL's default: to the longest row, but on Neuron devices
             self.pad_to_multiple_of = None
         # What config.yaml keeps of a run made in Python.
-        self.given: dict[str, Any] = {n: getattr(self, n) for n in SETTINGS if getattr(self, n) != DEFAULTS.get(n, [])}
+        self.given: dict[str, Any] = given_settings(self, DEFAULTS, SETTINGS)
         _settle_scale_rewards(self)
         if self.anchor is None:
             self.anchor = default_anchor(self.objective)
@@ -370,6 +371,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
+        note_settled(self, SETTINGS, DERIVED)
         check_inherited(self)
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):
             _log.warning(
@@ -429,6 +431,7 @@ SETTINGS: dict[str, Setting] = {
     name: replace(OWN.get(f) or OF_TRANSFORMERS.get(name, Setting()), kinds=frozenset(get_args(f.type) or (f.type,)))
     for name, f in _FIELDS.items()
 }
+DERIVED = ("anchor", "average_weights", "learning_rate")  # their defaults depend on other settings
 DEFAULTS: dict[str, Any] = {name: f.default for name, f in _FIELDS.items() if f.default is not MISSING}
 # These draw nothing from the policy, and so can learn from a file of scored samples.
 OFF_POLICY = tuple(name for name in OBJECTIVES if make_objective(name, DEFAULTS).plan.policy == 0)

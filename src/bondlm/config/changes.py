@@ -2,9 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from bondlm.config.bond_config import DEFAULTS, ENDLESS_SCHEDULES, SETTINGS
+from bondlm.config.bond_config import (
+    DEFAULTS,
+    ENDLESS_SCHEDULES,
+    LORA_LEARNING_RATE,
+    PAPER_LEARNING_RATE,
+    SETTINGS,
+    default_anchor,
+    default_average,
+)
 from bondlm.errors import ConfigError
 
 # Beside the settings of BONDConfig: what may always change, and what decides which tensors a checkpoint has.
@@ -25,7 +34,8 @@ def changed_settings(
         ConfigError: a setting differs that cannot change in a run, or another one and changes are not `allowed`.
     """
     free = {"always", "if endless"} if _is_endless(now) else {"always"}
-    names = [n for n in sorted({*before, *now}) if _of(before, n) != _of(now, n) and _may_change(n) not in free]
+    held, asked = _whole(before), _whole(now)
+    names = [n for n in sorted({*before, *now}) if held.get(n) != asked.get(n) and _may_change(n) not in free]
     changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
     if fixed := [n for n in names if _may_change(n) == "never"]:
         values = "; ".join(f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in fixed)
@@ -41,6 +51,18 @@ def changed_settings(
             "choose another output_dir, or add --allow_config_change (in Python train(allow_config_change=True))"
         )
     return changed
+
+
+def _whole(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings, those that are not given with the values that they have then."""
+    whole = {name: _of(settings, name) for name in {**SETTINGS, **settings}}
+    if whole["anchor"] is None:
+        whole["anchor"] = default_anchor(whole["objective"])
+    if whole["average_weights"] is None:
+        whole["average_weights"] = default_average(SimpleNamespace(**whole))
+    if whole["learning_rate"] is None:
+        whole["learning_rate"] = LORA_LEARNING_RATE if whole.get("use_peft") else PAPER_LEARNING_RATE
+    return whole
 
 
 def _of(settings: Mapping[str, Any], name: str) -> Any:

@@ -101,7 +101,10 @@ def accepted_arguments(
 def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(inner) for key, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    is_flat = {dict, list}.isdisjoint(map(type, value))  # token ids, of which there are millions
+    return list(value) if is_flat else [_copied(inner) for inner in value]
 
 
 def _hint(offered: Mapping[str, list[Any]]) -> str:

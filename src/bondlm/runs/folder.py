@@ -19,6 +19,7 @@ from bondlm.errors import CheckpointError, ConfigError
 
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner"
 CONFIG_FILE = "config.yaml"
+BY_PYTHON = "# written by BONDTrainer\n"  # its first line, where no command wrote it
 ENVIRONMENT_FILE = "env.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from bondlm.runs.ending import ENDING_FILE
 from bondlm.runs.folder import (
+    BY_PYTHON,
     CONFIG_FILE,
     DROPPED_FILE,
     ENVIRONMENT_FILE,
@@ -29,8 +30,11 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def _was_a_run(folder: Path) -> bool:
-    """Whether a run was begun there: each leaves its prompting.json, one of bondlm 0.1 a checkpoint or its versions."""
+    """Whether a run was begun there: each leaves its prompting.json, one of bondlm 0.1 one of the other signs."""
     if (folder / PROMPTING_FILE).exists() or (folder / SEALED_FILE).exists() or any(folder.glob("checkpoint-*")):
+        return True
+    config = folder / CONFIG_FILE
+    if config.is_file() and config.read_bytes().startswith(BY_PYTHON.encode()):
         return True
     versions = run_environment(folder).get("versions")
     return isinstance(versions, dict) and "bondlm" in versions

@@ -152,10 +152,11 @@ def checkpoint_to_resume(folder: Path, wish: str | bool | None, *, taken: int = 
             wished for, but the trainer's weights and anchor are those after the steps that it has `taken`.
     """
     if not wish and taken:
+        more = "train(resume_from_checkpoint=True) continues from the newest checkpoint; for a new run make"
         raise CheckpointError(
             f"this trainer has already trained {taken} steps: a second train() would count from step 0 again, from "
-            f"their weights, and write over their logs in {str(folder)!r}. train(resume_from_checkpoint=True) goes on "
-            "from the newest checkpoint; for a new run make a new BONDTrainer with another output_dir"
+            f"their weights, and write over their logs in {str(folder)!r}. {more if _checkpoints(folder) else 'Make'} "
+            "a new BONDTrainer with another output_dir"
         )
     if not isinstance(wish, bool) and wish is not None:
         verify(Path(wish))

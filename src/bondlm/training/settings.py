@@ -11,10 +11,9 @@ from peft import PeftConfig
 
 from bondlm.config import ADAPTER, SETTINGS, changed_settings
 from bondlm.data.paths import found_in
-from bondlm.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, run_config, run_environment, write_whole
+from bondlm.runs.folder import BY_PYTHON, CONFIG_FILE, ENVIRONMENT_FILE, run_config, run_environment, write_whole
 from bondlm.runs.redact import redacted
 
-BY_PYTHON = "# written by BONDTrainer\n"
 INPUTS = ("model", "reward_funcs", "train_dataset", "eval_dataset")
 # Where an adapter began, and how it was made: its weights are the checkpoint's.
 NOT_OF_ITS_WEIGHTS = (
@@ -44,11 +43,23 @@ def compare_settings(
     if settings is not None and (on_file := run_config(source)):
         before |= {name: value for name, value in on_file.items() if name in SETTINGS}
         now |= {name: value for name, value in settings.items() if name in SETTINGS}
-        for name in ("model", "reward_funcs"):  # the data are compared by their contents
-            if name in on_file and name in settings:
-                before[name] = found_in(_directory(source), on_file[name])
-                now[name] = found_in(Path.cwd(), settings[name])
+        both = [name for name in ("model", "reward_funcs") if name in on_file and name in settings]  # data: by contents
+        before |= {name: on_file[name] for name in both}
+        now |= {name: settings[name] for name in both}
+        spell_alike(before, now, source)
     return changed_settings(before, now, source, allowed=allowed)
+
+
+def spell_alike(before: dict[str, Any], now: dict[str, Any], source: Path) -> None:
+    """Make names of inputs whole where those of the run in `source` and these differ as they are written."""
+    for name in INPUTS:
+        if name in before and name in now and before[name] != now[name]:
+            before[name] = found_in(_directory(source), _listed(before[name]))
+            now[name] = found_in(Path.cwd(), _listed(now[name]))
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _directory(source: Path) -> Path:

@@ -1,0 +1,49 @@
+"""Which settings a user gave: in the constructor of `BONDConfig`, or by setting an attribute later."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bondlm.errors import ConfigError
+
+# What transformers makes of a default ("none" becomes [], None an object), last seen. `dataclasses.replace` passes it
+# to the new object, and nobody gave it.
+_settled_defaults: dict[str, Any] = {}
+
+
+def given_settings(config: Any, defaults: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The settings of an object under construction that are not their defaults."""
+    values = {name: getattr(config, name) for name in names}
+    unasked = {n for n, v in values.items() if n in _settled_defaults and v == _settled_defaults[n]}
+    return {n: v for n, v in values.items() if v != defaults.get(n, []) and n not in unasked}
+
+
+def note_settled(config: Any, names: Iterable[str], derived: Iterable[str]) -> None:
+    """Remember what became of the settings; `derived` ones have defaults that depend on other settings."""
+    config.settled = {name: getattr(config, name) for name in names}
+    _settled_defaults.update({n: v for n, v in config.settled.items() if n not in config.given and n not in derived})
+
+
+def own_copy(config: Any) -> Any:
+    """A copy for a trainer, which fills in defaults; what was set by attribute so far is given, too."""
+    mine = copy.copy(config)
+    mine.given = config.given | _set_since(config, config.settled)
+    mine.settled, mine.copied_from = {name: getattr(config, name) for name in config.settled}, config
+    return mine
+
+
+def refuse_later(mine: Any) -> None:
+    """See that nothing was set on the original since it was copied.
+
+    Raises:
+        ConfigError: something was.
+    """
+    for name, value in _set_since(mine.copied_from, mine.settled).items():
+        raise ConfigError(
+            f"{name}={value!r} was set after the trainer was made, which has a copy of its args: set it before, or set "
+            f"trainer.args.{name}"
+        )
+
+
+def _set_since(config: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: now for name, value in before.items() if (now := getattr(config, name)) != value}
