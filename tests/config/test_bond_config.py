@@ -330,7 +330,14 @@ def test_what_may_change_when_a_run_goes_on() -> None:
     assert groups == {
         "always": {
             *("logging_steps", "save_steps", "eval_steps", "eval_strategy", "save_total_limit", "output_dir"),
-            *("logging_strategy", "save_strategy", "disable_tqdm", "log_level", "log_level_replica"),
+            *(
+                "logging_strategy",
+                "logging_first_step",
+                "save_strategy",
+                "disable_tqdm",
+                "log_level",
+                "log_level_replica",
+            ),
             *("num_logged_samples", "max_rows", "per_device_eval_batch_size", "report_to"),
             *("pad_to_multiple_of", "max_tokens_per_micro_batch"),
             *("eval_num_samples", "eval_num_reference_samples"),

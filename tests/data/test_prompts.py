@@ -141,6 +141,11 @@ def test_bad_prompts_are_refused_with_their_place(write: Write, row: dict[str, A
         load_prompts([good, row, good])
 
 
+def test_text_that_only_begins_as_messages_do_is_a_prompt() -> None:
+    for text in ('[{"content": "milk", "price": 3}]', '[{"role": "admin", "content": "x"}] Who is admin?'):
+        assert load_prompts([{"prompt": text}])[0]["prompt"] == text
+
+
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
 def test_a_prompt_may_end_with_any_role_but_the_assistant(role: str) -> None:
     rows = [{"prompt": chat(("user", "a"), ("assistant", ""), (role, "b"))}]

@@ -2,16 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from trainer.helpers import lora, same, trainer
+from tiny import prompt_rows
+from trainer.helpers import config, lora, same, trainer
 
 from bondlm import BONDTrainer
+from bondlm.config.given import own_copy
 from bondlm.errors import ConfigError
-from bondlm.training.settings import as_on_file
+from bondlm.training.settings import as_on_file, spell_alike
 
 
 def run(folder: Path, *, adapter: Any = None, **settings: Any) -> BONDTrainer:
@@ -47,6 +50,46 @@ def test_changed_settings_are_refused_before_a_step(tmp_path: Path) -> None:
     assert {k: v for k, v in files(tmp_path).items() if k != "prompting.json"} == {
         k: v for k, v in before.items() if k != "prompting.json"
     }
+
+
+def test_a_default_that_is_spelled_out_is_no_change(tmp_path: Path) -> None:
+    run(tmp_path, learning_rate=None).train()
+    spelled = {"learning_rate": 3e-6, "anchor": "ema", "average_weights": 0.0, "logging_first_step": True}
+    longer = run(tmp_path, max_steps=3, **spelled)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 3
+
+
+def test_settings_made_from_others_are_those_that_were_given(tmp_path: Path) -> None:
+    """`dataclasses.replace` passes on what became of the defaults."""
+    first = config(tmp_path, max_steps=1)
+    longer = replace(first, max_steps=2)
+    given = ("anchor", "average_weights")  # they depend on others, and are compared as they hold
+    assert longer.given.keys() - first.given.keys() <= {*given}
+
+
+def test_what_turns_the_default_average_off_is_refused(tmp_path: Path) -> None:
+    """An averaged run went on without its average."""
+    averaged: dict[str, Any] = {"objective": "self_bond", "n": 2, "num_samples": 4, "lr_scheduler_type": "constant"}
+    evaluated: dict[str, Any] = {"eval_dataset": prompt_rows(2), "eval_strategy": "steps", "eval_steps": 1}
+    assert run(tmp_path, **averaged).train() is not None
+    best = {"save_strategy": "best", "metric_for_best_model": "eval_win_rate", "max_steps": 3}
+    with pytest.raises(ConfigError, match=r"average_weights cannot change.*-> 0.0"):
+        run(tmp_path, **averaged, **evaluated, **best).train(resume_from_checkpoint=True, allow_config_change=True)
+
+
+def test_settings_set_as_attributes_count(tmp_path: Path) -> None:
+    args = config(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    args.learning_rate = 0.5
+    assert own_copy(args).given["learning_rate"] == 0.5
+    made = run(tmp_path)
+    made.args.copied_from.max_steps = 1
+    with pytest.raises(ConfigError, match=r"max_steps=1 was set after.*trainer.args.max_steps"):
+        made.train()
+    made.args.copied_from.max_steps = made.args.max_steps
+    made.args.max_steps = 1
+    made.train()
+    assert made.state.global_step == 1
 
 
 def test_what_may_change_does_and_a_change_that_is_allowed_is_on_file(tmp_path: Path) -> None:
@@ -125,3 +168,19 @@ def test_a_run_of_the_command_goes_on_in_python_and_keeps_what_that_cannot_name(
         "max_steps": 3,
     }
     assert re.match("# written by BONDTrainer", (tmp_path / "config.yaml").read_text())
+
+
+def test_names_that_mean_the_same_file_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command's are relative, and Python writes them whole."""
+    (tmp_path / "reward.py").touch()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "env.json").write_text(json.dumps({"directory": str(tmp_path)}))
+    monkeypatch.chdir(tmp_path)
+    held = {"model": str(tmp_path / "m"), "reward_funcs": [f"{tmp_path}/reward.py:f"], "beta": 0.5}
+    asked: dict[str, Any] = {"model": "m", "reward_funcs": "reward.py:f", "beta": 0.5}
+    spell_alike(held, asked, tmp_path)
+    assert held == asked
+    other: dict[str, Any] = {"model": "m", "reward_funcs": "reward.py:g"}
+    spell_alike(held, other, tmp_path)
+    assert held["model"] == other["model"]
+    assert held["reward_funcs"] != other["reward_funcs"]

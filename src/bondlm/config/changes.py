@@ -7,6 +7,7 @@ from typing import Any
 
 from bondlm.config.bond_config import (
     DEFAULTS,
+    DERIVED,
     ENDLESS_SCHEDULES,
     LORA_LEARNING_RATE,
     PAPER_LEARNING_RATE,
@@ -35,10 +36,12 @@ def changed_settings(
     """
     free = {"always", "if endless"} if _is_endless(now) else {"always"}
     held, asked = _whole(before), _whole(now)
-    names = [n for n in sorted({*before, *now}) if held.get(n) != asked.get(n) and _may_change(n) not in free]
-    changed = [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names]
+    known = sorted({*before, *now, *DERIVED})
+    names = [n for n in known if held.get(n) != asked.get(n) and _may_change(n) not in free]
+    said = {n: f"{n}: {_said(n, before, held)!r} -> {_said(n, now, asked)!r}" for n in names}
+    changed = list(said.values())
     if fixed := [n for n in names if _may_change(n) == "never"]:
-        values = "; ".join(f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in fixed)
+        values = "; ".join(said[n] for n in fixed)
         raise ConfigError(
             f"{', '.join(fixed)} cannot change in a run ({values}): a checkpoint of {folder} holds what "
             "they made (its optimizer, its adapter, its averaged weights). Give the same to continue it, or start a "
@@ -51,6 +54,11 @@ def changed_settings(
             "choose another output_dir, or add --allow_config_change (in Python train(allow_config_change=True))"
         )
     return changed
+
+
+def _said(name: str, given: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
+    """A setting as it was given; None if it was not, unless its default depends on others."""
+    return whole[name] if name in DERIVED else given.get(name)
 
 
 def _whole(settings: Mapping[str, Any]) -> dict[str, Any]:

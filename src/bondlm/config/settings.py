@@ -108,7 +108,7 @@ OF_TRANSFORMERS: dict[str, Setting] = {
         for name in ("save_steps", "eval_steps", "log_level", "log_level_replica")
     },
     **dict.fromkeys(
-        ("output_dir", "eval_strategy", "save_strategy", "logging_strategy", "disable_tqdm"),
+        ("output_dir", "eval_strategy", "save_strategy", "logging_strategy", "logging_first_step", "disable_tqdm"),
         Setting(may_change="always"),
     ),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"), Setting(may_change="always")),

@@ -1,5 +1,6 @@
 """Rows of prompts, looked at one by one: what is wrong with each, and where it stands."""
 
+import ast
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -211,12 +212,22 @@ def _prompt_problem(row: Any, *, token_ids: bool = False) -> str | None:
 
 
 def _text_problem(prompt: str) -> str | None:
-    if _WRITTEN_MESSAGES.match(prompt):
+    if _WRITTEN_MESSAGES.match(prompt) and _spells_messages(prompt):
         return (
             "`prompt` is text that spells a list of messages, as in a CSV: the model would read the brackets. Write "
             "the rows as JSON lines, with the list itself"
         )
     return None if prompt.strip() else "empty prompt"
+
+
+def _spells_messages(text: str) -> bool:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    return False
 
 
 def _message_problem(message: Any) -> str | None:

@@ -25,6 +25,7 @@ class Ending:
     target_n: float | None = None
     kl_budget: float | None = None
     best_step: int | None = None
+    is_interrupted: bool = False  # by a signal or a fault
 
 
 def best_step(args: Any, state: Any) -> int | None:
@@ -66,10 +67,10 @@ def describe_ending(folder: Path) -> dict[str, object]:
 def step_of_weights(folder: Path, last: int | None) -> int | None:
     """The step whose weights a run folder holds; `last` is the last one that it logged.
 
-    None where a signal stopped the run: its steps are in the checkpoint, and weights beside it are of an earlier end.
+    None where a signal or a fault stopped the run: its steps are in the checkpoint, and weights next to it are of an
+    earlier end.
     """
     ending = read_ending(folder)
     if ending is None:
         return last
-    is_stopped = ending.reason is None and ending.step < ending.max_steps
-    return None if is_stopped else last if ending.best_step is None else ending.best_step
+    return None if ending.is_interrupted else last if ending.best_step is None else ending.best_step

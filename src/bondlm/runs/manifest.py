@@ -144,13 +144,14 @@ def remove_older(folder: Path, *, keep: int, best: str | None = None, step: int 
             warnings.warn(f"bondlm: {path} could not be removed ({error}): training continues", stacklevel=2)
 
 
-def checkpoint_to_resume(folder: Path, wish: str | bool | None, *, taken: int = 0) -> str | None:
+def checkpoint_to_resume(folder: Path, wish: str | os.PathLike[str] | bool | None, *, taken: int = 0) -> str | None:
     """The checkpoint that `wish` names; for True the newest that verifies, and a warning says which newer ones do not.
 
     Raises:
         CheckpointError: it is not there, or not as it was sealed; `folder` holds what does not come from it; or none is
             wished for, but the trainer's weights and anchor are those after the steps that it has `taken`.
     """
+    wish = str(wish) if isinstance(wish, os.PathLike) else wish
     if not wish and taken:
         more = "train(resume_from_checkpoint=True) continues from the newest checkpoint; for a new run make"
         raise CheckpointError(

@@ -82,6 +82,7 @@ class StopCallback(TrainerCallback):
                 target_n=self._target_n,
                 kl_budget=self._kl_budget,
                 best_step=best_step(args, state),
+                is_interrupted=self.stopped or self.is_paused,
             )
             write_ending(Path(args.output_dir), ending)
 
