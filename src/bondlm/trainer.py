@@ -360,7 +360,7 @@ class BONDTrainer(SamplingTrainer):
             for name, part in sets.items():
                 logs |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
                 if self.stop.is_paused:
-                    return self.stop.unmeasured(self.args)
+                    return self.stop.unmeasured(self.args, self.state)
             return logs
         if dataset is None:
             raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
@@ -370,7 +370,7 @@ class BONDTrainer(SamplingTrainer):
             found, others = self.measured(dataset)
         except PAUSING as error:
             self.stop.pause(error, self.args, self.state, self.control)
-            return self.stop.unmeasured(self.args)
+            return self.stop.unmeasured(self.args, self.state)
         logs = found.metrics(metric_key_prefix, others)
         if metric_key_prefix == f"eval_{self.main_eval}":
             logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs

@@ -12,6 +12,7 @@ from tiny import prompt_rows
 from trainer.helpers import config, lora, same, trainer
 
 from bondlm import BONDTrainer
+from bondlm.config import changed_settings
 from bondlm.config.given import own_copy
 from bondlm.errors import ConfigError
 from bondlm.training.settings import as_on_file, spell_alike
@@ -180,6 +181,8 @@ def test_names_that_mean_the_same_file_are_one(tmp_path: Path, monkeypatch: pyte
     asked: dict[str, Any] = {"model": "m", "reward_funcs": "reward.py:f", "beta": 0.5}
     spell_alike(held, asked, tmp_path)
     assert held == asked
+    # Python also writes what a command leaves out.
+    assert changed_settings(held | {"use_peft": False}, asked, tmp_path, allowed=False) == []
     other: dict[str, Any] = {"model": "m", "reward_funcs": "reward.py:g"}
     spell_alike(held, other, tmp_path)
     assert held["model"] == other["model"]

@@ -63,7 +63,7 @@ def _said(name: str, given: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
 
 def _whole(settings: Mapping[str, Any]) -> dict[str, Any]:
     """All settings, those that are not given with the values that they have then."""
-    whole = {name: _of(settings, name) for name in {**SETTINGS, **settings}}
+    whole = {name: _of(settings, name) for name in (*SETTINGS, *FIXED_NAMES, *settings)}
     if whole["anchor"] is None:
         whole["anchor"] = default_anchor(whole["objective"])
     if whole["average_weights"] is None:

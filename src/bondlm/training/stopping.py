@@ -128,10 +128,13 @@ class StopCallback(TrainerCallback):
         """Whether the run ends for an error, of which all processes know."""
         return self._failure is not None
 
-    def unmeasured(self, args: Any) -> dict[str, float]:
-        """The metrics of an evaluation that paused the run: none, but for the one that Trainer looks up."""
-        metric = args.metric_for_best_model
-        return {} if metric is None else {f"eval_{metric.removeprefix('eval_')}": math.nan}  # never the best
+    def unmeasured(self, args: Any, state: Any) -> dict[str, float]:
+        """The metrics of an evaluation that paused the run: none, but for the one that Trainer looks up.
+
+        That has its best value so far: it is no new best one, and schedules that average it stay finite.
+        """
+        metric, best = args.metric_for_best_model, state.best_metric
+        return {} if metric is None else {f"eval_{metric.removeprefix('eval_')}": math.nan if best is None else best}
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch that a pause has cut short is not evaluated: that would wait for the same fault again."""
