@@ -21,5 +21,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The names of the module, those of a first use included."""
+    """The names of the module, including those imported on first use."""
     return sorted({*globals(), *__all__})

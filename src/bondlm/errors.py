@@ -14,12 +14,12 @@ class BondError(Exception):
 
     exit_code = 2
     known_to_all = (
-        False  # every process of the run raises the same at the same place, and can still save with the others
+        False  # every process of the run raises the same error at the same place, and can still save with the others
     )
 
 
 class Terminated(BaseException):
-    """SIGTERM where there is nothing to finish or to save; like KeyboardInterrupt it passes by what handles errors."""
+    """SIGTERM when there is nothing to finish or save; like KeyboardInterrupt, `except Exception` does not catch it."""
 
 
 class ConfigError(BondError, ValueError):
@@ -35,13 +35,13 @@ class DataError(BondError, ValueError):
 
 
 class RewardError(BondError, RuntimeError):
-    """A reward that raised or returned something that is not one finite number a completion (exit code 4)."""
+    """A reward that raised or returned something that is not one finite number per completion (exit code 4)."""
 
     exit_code = 4
 
 
 class RewardOutageError(RewardError):
-    """A reward server that is down for longer than the run waits; the run is saved (exit code 4)."""
+    """A reward server that was down for longer than the run waits; the run is saved (exit code 4)."""
 
 
 class NonFiniteError(BondError, ArithmeticError):
@@ -75,13 +75,13 @@ class WeightDesyncError(BondError, RuntimeError):
 
 
 class EngineError(BondError, RuntimeError):
-    """A generation server whose samples are not those of the weights that learn (exit code 5)."""
+    """A generation server that does not sample from the weights that are trained (exit code 5)."""
 
     exit_code = 5
 
 
 class LostRankError(BondError, RuntimeError):
-    """Another process of the run died, or answered nothing within ddp_timeout (exit code 6)."""
+    """Another process of the run died, or did not answer within ddp_timeout (exit code 6)."""
 
     exit_code = 6
 

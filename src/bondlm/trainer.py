@@ -97,22 +97,23 @@ class BONDTrainer(SamplingTrainer):
 
     Args:
         model: the policy, as a model, a folder or a hub name. It is also the reference and the first anchor.
-        reward_funcs: what a completion is worth: functions `f(prompts, completions, **columns) -> list[float]`,
-            names of sequence-classification models, `nli:`/`similarity:` models, addresses of servers, modules, or a
-            list of these (docs/rewards.md). None only when training from scored samples.
+        reward_funcs: the rewards of a completion: functions `f(prompts, completions, **columns) -> list[float]`, names
+            of sequence-classification models, `nli:`/`similarity:` models, server addresses, modules, or a list of
+            these (docs/rewards.md). None only when training from scored samples.
         args: settings.
         train_dataset: prompts (`{"prompt": str}` or `{"prompt": messages}`); other columns reach the rewards. Or scored
-            samples (`{"prompt", "completion", "reward"}`, from `bondlm score`) for an objective that learns from these.
-            A `datasets.IterableDataset` is streamed (docs/data.md).
-        eval_dataset: held-out prompts, or a dictionary of several such data sets by name (`main_eval`). Of a data set
-            with splits, the one that is not for training is used.
+            samples (`{"prompt", "completion", "reward"}`, from `bondlm score`) for an objective that learns from scored
+            samples. A `datasets.IterableDataset` is streamed (docs/data.md).
+        eval_dataset: held-out prompts, or a dictionary of several such data sets by name (`main_eval`). If a data set
+            has splits, the one that is not for training is used.
         processing_class: the policy's tokenizer; default: the model's own.
         reward_processing_classes: tokenizers of reward modules.
         callbacks: as in `transformers.Trainer`.
-        optimizers: as in `transformers.Trainer`; settings that they make useless, such as learning_rate, are refused.
+        optimizers: as in `transformers.Trainer`; settings that have no effect with them, such as learning_rate, are
+            refused.
         peft_config: train an adapter instead of all weights.
         quantization_config: how to quantise the base of that adapter (QLoRA), for a model given by name.
-        others: other arguments of TRL's trainers; each is refused, and the message says what to use instead.
+        others: other arguments of TRL's trainers. Each is refused with a message that says what to use instead.
 
     Raises:
         ConfigError: contradictory settings, or a model or reward that cannot be used.
@@ -144,13 +145,13 @@ class BONDTrainer(SamplingTrainer):
         refuse_own_folder(name, args.output_dir)
         require_metric_of(named_sets(eval_dataset), args.metric_for_best_model)
         check_own(optimizers, args)
-        set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
+        set_seed(args.seed)  # a fresh adapter is random, and Trainer would seed only after creating it
         data = RunData(args, train_dataset, eval_dataset, model=name, reward_funcs=reward_funcs)
         self._named = named(name, reward_funcs, train_dataset, eval_dataset)
         self.drops, self.main_eval = data.drops, data.main_eval
         self.objective: Objective = objective_of(args, num_logged=data.num_logged)
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
-        # The policy, its two companions, and the way between text and its tokens.
+        # The policy, the anchor and the reference, and the encoder between text and tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
         refuse_other_files(Path(str(args.output_dir)))
         if processing_class is None:
@@ -194,7 +195,7 @@ class BONDTrainer(SamplingTrainer):
         require_metric_of(named_sets(eval_dataset), args.metric_for_best_model, [each.name for each in self.rewards])
         check_room(self.rewards, longest_rows(self.train_dataset, self.eval_dataset), args.max_completion_length)
         longest = longest_prompt(self.train_dataset, self.eval_dataset)
-        self._check_model()  # before a server is started for it
+        self._check_model()  # before a server is started for the model
         with waiting_for_others(self.world, wait_s=args.ddp_timeout):
             self.engine = make_engine(args, model, self.roles, self.encoder, self.world, longest_prompt=longest)
         self._make_anchor_and_callbacks()
@@ -203,7 +204,7 @@ class BONDTrainer(SamplingTrainer):
     # -- stages of the constructor
 
     def _place_roles(self) -> None:
-        """Anchor and reference on the run's device, computing in what the policy learns in."""
+        """Move the anchor and the reference to the run's device, in the dtype that the policy learns in."""
         full_precision_outputs(self.accelerator, asked_for=uses_fsdp(self.args))
         self.roles.to(self.args.device)
         self.roles.autocast = settle_precision(self.accelerator, self.args)
@@ -260,7 +261,7 @@ class BONDTrainer(SamplingTrainer):
             share_prompts=self._share_prompts,
             seed=args.seed,
             missing_eos=args.missing_eos,
-            trainer_state=WatchedState(lambda: self.state),  # Trainer makes a new one when it trains
+            trainer_state=WatchedState(lambda: self.state),  # Trainer makes a new state when it trains
             gamma_ref=args.gamma_ref,
             multiple=args.pad_to_multiple_of or 1,
         )
@@ -271,11 +272,11 @@ class BONDTrainer(SamplingTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], Tensor]:
         """Draw, score and weigh the samples of one optimizer step; returns its micro-batches and number of prompts."""
-        self.clock.drain()  # what lies between two steps belongs to neither
+        self.clock.drain()  # time between two steps belongs to neither
         self.clock.start("other")  # until the step's end (AnchorCallback)
         try:
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        except (DataError, ConfigError) as error:  # of a stream: what was learned is saved first
+        except (DataError, ConfigError) as error:  # from a stream: what was learned is saved first
             self.stop.pause(error, self.args, self.state, self.control)
             self.clock.stop()
             return [], torch.zeros(1, device=device)
@@ -285,7 +286,7 @@ class BONDTrainer(SamplingTrainer):
         return micro_batches, num_prompts.to(device)
 
     def _learnable(self, batches: list[list[dict[str, Any]]]) -> tuple[list[MicroBatch], Tensor]:
-        """The micro-batches of a window of rows, and its number of prompts; none if the run is to end."""
+        """The micro-batches of a window of rows, and the window's number of prompts; empty if the run is to end."""
         rows, sizes = [row for batch in batches for row in batch], [len(batch) for batch in batches]
         data = self.train_dataset
         fills_up = isinstance(data, Sized) and not self.args.dataloader_drop_last
@@ -310,7 +311,7 @@ class BONDTrainer(SamplingTrainer):
         return self._smaller.agreed(packed, world), num_prompts
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one `MicroBatch`, timed; in smaller parts if the memory does not hold it."""
+        """Forward and backward of one `MicroBatch`, timed; split into smaller parts if it does not fit into memory."""
         learn = super().training_step
         step = stepping(self.accelerator, lambda part: learn(model, part, num_items_in_batch))
         with self.clock("learn"):
@@ -329,7 +330,7 @@ class BONDTrainer(SamplingTrainer):
     ) -> Any:
         """The objective's mean over the window's prompts: a pure function of the tensors of one micro-batch."""
         plan = self.objective.plan
-        with self.accelerator.autocast():  # an encoder that is called by itself is not in the model's own
+        with self.accelerator.autocast():  # an encoder that is called on its own is outside the model's own autocast
             logp_PLT = learned_logprobs(model, inputs, plan.learn, self._head)
         logp_PL = logp_PLT.sum(dim=2)
         loss = self.objective.loss(logp_PL, inputs["anchor_logp_PC"], inputs["signal_PC"], inputs["baseline_PC"])
@@ -351,8 +352,8 @@ class BONDTrainer(SamplingTrainer):
     ) -> dict[str, float]:
         """Reward, win rate, effective N and KL on held-out prompts at temperature 1, with 95% intervals.
 
-        With several data sets, each one's name is part of its metrics; `main_eval`'s are also logged without it.
-        With `average_weights`, these are the metrics of the averaged weights, which would be saved now.
+        With several data sets, the name of each is part of its metrics; those of `main_eval` are also logged without a
+        name. With `average_weights`, the metrics are those of the averaged weights, which are what would be saved now.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if (sets := named_sets(dataset)) is not None:
@@ -374,21 +375,21 @@ class BONDTrainer(SamplingTrainer):
         logs = found.metrics(metric_key_prefix, others)
         if metric_key_prefix == f"eval_{self.main_eval}":
             logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs
-        # Unlike machines may differ in a last digit, and all must stop, save and learn alike.
+        # Different machines may differ in the last digit, but all must stop, save and learn in the same way.
         logs = decided_by_main(lambda: logs, self.world, wait_s=self.args.ddp_timeout)
         self.log(logs)
-        if not self.is_in_train and self.is_world_process_zero():  # there a command or a callback shows it
+        if not self.is_in_train and self.is_world_process_zero():  # in training, a command or a callback shows it
             print_evaluation(wide_console(), self.state.global_step, logs, self.args.eval_num_reference_samples)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
     def report(self) -> Path:
-        """Evaluate the policy as `bondlm train` does at its end; writes eval.json, the model card and report.html.
+        """Evaluate the policy as `bondlm train` does at its end; write eval.json, the model card and report.html.
 
-        Returns the page's path. Every process must call.
+        Returns the path of report.html. Every process must call this.
 
         Raises:
-            ConfigError: there are no held-out prompts, or a package that the page needs is missing.
+            ConfigError: there are no held-out prompts, or a package that the report needs is missing.
         """
         from bondlm.report import write_report
 
@@ -399,7 +400,7 @@ class BONDTrainer(SamplingTrainer):
         return write_report([folder]) if self.is_world_process_zero() else folder / PAGE_FILE
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of all recorded since the last log, the loss included: Trainer's own forgets at a resume."""
+        """Add the means of what was recorded since the last log, with the loss: Trainer's own is lost at a resume."""
         if "loss" in logs:
             logs = with_noise_scale(logs | self._means.drain(self.world))
         super().log(logs, start_time)
@@ -414,12 +415,13 @@ class BONDTrainer(SamplingTrainer):
     ) -> Any:
         """Train; `resume_from_checkpoint=True` continues from the newest checkpoint, exactly, anchor included.
 
-        Where weights are averaged (`average_weights`) the model holds the average when this returns.
+        With `average_weights`, the model holds the averaged weights when this returns.
 
         Raises:
-            CheckpointError: no checkpoint, or one without its anchor; a named one, where `output_dir` holds newer ones
-                or another run; without `resume_from_checkpoint`, another run's, or a second call.
-            ConfigError: settings are others than the checkpoint's; some may be, with `allow_config_change`.
+            CheckpointError: there is no checkpoint, or it has no anchor; a checkpoint is named although `output_dir`
+                holds newer ones or another run; or, without `resume_from_checkpoint`, `output_dir` holds another run or
+                this is a second call.
+            ConfigError: settings differ from the checkpoint's; `allow_config_change` allows it for some of them.
         """
         refuse_later(self.args)
         folder = Path(str(self.args.output_dir))
@@ -437,7 +439,7 @@ class BONDTrainer(SamplingTrainer):
         return output
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Also take our part of sharded weights: just sharded, and not yet those of the checkpoint to resume from."""
+        """Also take our part of sharded weights: here they are sharded, and no checkpoint has been loaded yet."""
         if self.is_deepspeed_enabled:
             load_without_code(self.accelerator.deepspeed_engine_wrapped.engine)
         if shards_weights(self.args):

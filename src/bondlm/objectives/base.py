@@ -1,7 +1,7 @@
 """What an objective asks of a rollout, and what it hands back.
 
-Shapes: P prompts; M samples of a prompt, the policy's first, then the anchor's; L of them are learned from; the first
-C of those are compared, that is, their log-probability under the anchor is needed too.
+Shapes: P prompts; M samples per prompt, the policy's first, then the anchor's; L of them are learned from; the first C
+of these L are compared, that is, their log-probability under the anchor is needed too.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class SamplePlan:
     anchor: int
     learn: int
     compare: int
-    learned_quantile: bool = False  # whether a selection brings a `LearnedQuantile`
+    learned_quantile: bool = False  # whether a selection has a `LearnedQuantile`
     steered_to: int | None = None  # the N that a selection's `wins_P` steer the signal to
 
     @property
@@ -33,30 +33,30 @@ class SamplePlan:
 
 
 class LearnedQuantile(NamedTuple):
-    """What an objective whose quantiles a model estimates asks of the trainer (`bondlm.models.learned_quantile`)."""
+    """What the trainer needs if a model estimates the objective's quantiles (`bondlm.models.learned_quantile`)."""
 
     labels_P: Tensor  # in [0, 1]: what the model learns for the compared sample, from this step's rewards
     signal: Callable[[Tensor], Tensor]  # the signal (P, C) from the model's log-quantiles (P, C)
 
 
 class Selection(NamedTuple):
-    """What the rewards of a prompt's samples decide, before any gradient is computed."""
+    """What is decided from the rewards of a prompt's samples, before any gradient is computed."""
 
     rows_PL: Tensor  # long: which of the M samples are learned from, the compared ones first
     signal_PC: Tensor  # float: the reward part of each compared sample's return
-    learned: LearnedQuantile | None = None  # then the signal comes from there
-    wins_P: Tensor | None = None  # in [0, 1], against the reference: what a `SignalFactor` is steered by
+    learned: LearnedQuantile | None = None  # if set, the signal comes from it
+    wins_P: Tensor | None = None  # in [0, 1], win rate against the reference, which steers a `SignalFactor`
 
 
 class Loss(NamedTuple):
-    """The value to descend, for each prompt, and what to log."""
+    """The loss of each prompt, and what to log."""
 
     loss_P: Tensor
     metrics: dict[str, Tensor]  # name -> (P,), detached; the trainer averages over prompts
 
 
 class Objective(Protocol):
-    """The four things that the trainer asks of an objective; all of them are pure functions of tensors."""
+    """The methods that the trainer calls on an objective; apart from `plan`, all are pure functions of tensors."""
 
     @property
     def plan(self) -> SamplePlan:

@@ -6,14 +6,16 @@ h = log pi - log pi_anchor. With f = log, beta = 1/(n-1) and Z = beta/(1 + beta)
 
     1/2 (t(y) - h(y))^2,   t(y) = (n - 1) log u_(y) + log B_(y),
 
-B_ the collision term of Eq. 4: log n where nothing ties, and what keeps ties (0/1 rewards, repeated answers) exact.
+where B_ is the collision term of Eq. 4. Its logarithm is log n if nothing ties; with ties (0/1 rewards, repeated
+answers) it keeps the target exact.
 
-The scale: half the square of an error in nats. On the policy's own samples its gradient would be -(t - h) grad log pi,
-BOND's backward gradient, so the two share their learning rate. The estimate: u_ is taken among the *other* M - 1
-samples (a sample always reaches itself, which would add up to 1/M), and log u_ is "harmonic", since a regression learns
-the mean of its target: unbiased but for the tail of a series, where a clamp would teach its bias.
+Scale: the loss is half the square of an error in nats. On the policy's own samples its gradient would be -(t - h) grad
+log pi, which is BOND's backward gradient, so both can use the same learning rate. Estimate: u_ is taken among the
+*other* M - 1 samples (a sample always reaches itself, which would add up to 1/M). log u_ is the "harmonic" estimate
+because a regression learns the mean of its target: it is unbiased except for the tail of a series, whereas the bias of
+a clamp would be learned.
 
-Samples are the anchor's, drawn before; training draws nothing, so it runs from a file of scored completions.
+The samples are drawn from the anchor beforehand. Training draws nothing, so it runs from a file of scored completions.
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from bondlm.objectives.rules import check, whole
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestOfNRegression:
-    """Regression of the log-ratio onto Best-of-`n`, from M = `num_samples` scored samples a prompt, weighted alike."""
+    """Regression of the log-ratio onto Best-of-`n`; the M = `num_samples` scored samples per prompt weigh the same."""
 
     n: int
     num_samples: int
@@ -40,7 +42,7 @@ class BestOfNRegression:
 
     @property
     def plan(self) -> SamplePlan:
-        """M samples of the anchor, drawn before; learn from all."""
+        """M samples of the anchor, drawn beforehand; learn from all."""
         return SamplePlan(policy=0, anchor=self.num_samples, learn=self.num_samples, compare=self.num_samples)
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:

@@ -1,8 +1,9 @@
 """Best-of-n fine-tuning (RAFT: Dong et al. 2023, arXiv 2304.06767), the forward half of BOND (beta = 0).
 
-Each step, for each prompt: draw n samples of the anchor, raise the log-probability of the best. In the mean this is
+Each step, for each prompt: draw n samples of the anchor, raise the log-probability of the best. In expectation this is
 descent on KL(Best-of-n || pi), Sessa et al. 2024, arXiv 2407.14622, Eq. 13; Best-of-n is its only fixed point. The
-policy draws nothing: what it puts where the anchor's best never fall is pushed down only through the softmax.
+policy draws no samples: where the anchor's best samples never occur, its probability is pushed down only through the
+softmax.
 """
 
 from dataclasses import dataclass

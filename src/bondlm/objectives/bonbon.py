@@ -4,13 +4,13 @@ Each step, for each prompt: draw n samples of the anchor; with h = log pi - log 
 
     alpha * (-log pi(best)) + (1 - alpha) * (h(best) - h(worst) - c_n)^2,   c_n = 1 / (2 beta*) = (n - 1) H_{n-1},
 
-H the harmonic numbers (c_8 = 18.15, beta* = 0.02755). The first part is Best-of-n fine-tuning. The second is IPO; c_n
-is the mean of h(best) - h(worst) if pi is Best-of-n and rewards are continuous:
+with H the harmonic numbers (c_8 = 18.15, beta* = 0.02755). The first part is Best-of-n fine-tuning. The second is IPO:
+c_n is the mean of h(best) - h(worst) if pi is Best-of-n and rewards are continuous:
 (n - 1) (E log max u - E log min u) = (n - 1) (H_n - 1/n).
 
 One margin for all pairs does not determine the distribution: the minimum is not Best-of-n. For continuous rewards its
-KL to Best-of-n is 0.03 nats at n = 2, 0.05 at 4, 0.31 at 8, 1.58 at 16 (`bonbon_fixed_point`). Where all n rewards tie
-the pair is two different samples in random order, so the margin pulls neither way in the mean.
+KL to Best-of-n is 0.03 nats at n = 2, 0.05 at 4, 0.31 at 8, 1.58 at 16 (`bonbon_fixed_point`). If all n rewards tie,
+the pair consists of two different samples in random order, so the margin has no effect on average.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class BoNBoN:
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
         """Learn from the best and the worst; there is no signal."""
         best = argmax_random_ties(rewards_PM, noise_PM)
-        worst = argmax_random_ties(-rewards_PM, 1 - noise_PM)  # turned noise: never the best again, even if all tie
+        worst = argmax_random_ties(-rewards_PM, 1 - noise_PM)  # reversed noise: never the best again, even if all tie
         return Selection(torch.stack([best, worst], dim=1), torch.zeros_like(rewards_PM[:, :2]))
 
     def returns(self, signal_PC: Tensor, logp_PC: Tensor, anchor_logp_PC: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""BOND: Sessa et al. 2024, arXiv 2407.14622, section 4: the anchor's Best-of-n, any n, by Jeffreys divergence (Eq. 11).
+"""BOND, Sessa et al. 2024, arXiv 2407.14622, section 4: the anchor's Best-of-n, any n, by Jeffreys divergence (Eq. 11).
 
 Each step, for each prompt x:
 
@@ -8,16 +8,17 @@ Each step, for each prompt x:
 
        R = (n - 1) log p_(y) [+ log B(y)] - (log pi(y) - log pi_anchor(y)),
 
-   p_ the share of the first k of y' that y reaches (Eq. 10), minus the mean return of the other prompts' samples;
-4. optionally gamma * KL(pi || anchor), as in Eq. 19, with a plus (docs/theory.md, E1);
+   where p_ is the share of the first k of y' that y reaches (Eq. 10); subtract the mean return of the other prompts'
+   samples;
+4. optionally gamma * KL(pi || anchor), as in Eq. 19, with a plus sign (docs/theory.md, E1);
 5. descend (1 - beta) * [2] + beta * [3] + gamma * [4].
 
-B is the collision term of Eq. 4, which the paper drops: a constant n for continuous rewards, and what keeps 0/1 rewards
-exact. With a fixed anchor this is Best-of-n of the reference; with a copied or EMA anchor it is iterative BOND
-(Algorithm 1). With a learned quantile log p_ comes from a small model that is trained beside the policy (App. B.1, see
-`bondlm.models.learned_quantile`); then m = n, and the first k of y', one by default, label its training. The n
-candidates of [2] are among the k of [3]: they are different terms, so neither is biased by it.
-J-BOND is n = 2 with the two-level reward in place of log p_.
+B is the collision term of Eq. 4, which the paper drops. It is the constant n for continuous rewards, and keeps 0/1
+rewards exact. With a fixed anchor this is Best-of-n of the reference; with a copied or EMA anchor it is iterative BOND
+(Algorithm 1). With a learned quantile, log p_ comes from a small model trained together with the policy (App. B.1, see
+`bondlm.models.learned_quantile`); then m = n, and the first k of y' (one by default) give its training labels. The n
+candidates of [2] are among the k of [3]: this biases neither, since they are different terms. J-BOND is n = 2 with the
+two-level reward in place of log p_.
 """
 
 from dataclasses import dataclass

@@ -7,13 +7,13 @@ Each step, for each prompt:
 2. h_i = log pi(y_i) - log pi_anchor(y_i), minus the mean of the prompt's *other* h;
 3. descend the mean of -log pi(y_i) (A_i - beta_rl h_i).
 
-With one step per rollout all importance ratios are 1, so that nothing is clipped and this is GRPO's gradient whatever
-its clip range. The KL has the unbiased gradient of KL(pi || anchor), and a completion is one action: its tokens are
-summed, not averaged, so that long and short answers weigh alike.
+With one step per rollout all importance ratios are 1, so nothing is clipped and this is GRPO's gradient for every clip
+range. The KL has the unbiased gradient of KL(pi || anchor), and a completion is one action: the log-probabilities of
+its tokens are summed, not averaged, so long and short answers have equal weight.
 
-The reward's part is no policy gradient of a scalar: A_i knows the other rewards. Without std it is (m-1)/m times
-RLOO's. With std a prompt whose rewards are close counts as much as one whose rewards are far apart, and for m = 2 the
-order alone is left.
+The reward part is not the policy gradient of a scalar, because A_i depends on the other rewards. Without the std it is
+(m-1)/m times RLOO's. With the std, a prompt whose rewards are close counts as much as one whose rewards are far apart,
+and for m = 2 only the order matters.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from bondlm.objectives.terms import (
     with_share_without_signal,
 )
 
-STD_FLOOR = 1e-4  # as everyone has it: rewards that differ by rounding alone must not be blown up to 1
+STD_FLOOR = 1e-4  # the usual value: rewards that differ only by rounding must not be scaled up to 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ class GRPO:
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
         """Learn from all samples; the signal of each is (m-1)/m A_i, which the baseline below makes A_i."""
-        # The baseline would take the mean off, too, but in fp32: rewards of 1e6 and their differences do not fit there.
+        # The baseline would subtract the mean too, but in fp32, which cannot hold rewards of 1e6 and their differences.
         advantage_PM = rewards_PM - rewards_PM.mean(dim=1, keepdim=True)
         if self.scale_rewards == "group":
             advantage_PM = advantage_PM / (rewards_PM.std(dim=1, keepdim=True) + STD_FLOOR)
@@ -77,5 +77,5 @@ class GRPO:
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """Mean over the prompt's samples of -log pi (R - baseline)."""
         advantage_PC = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
-        all_tied_P = (signal_PC == signal_PC[:, :1]).all(dim=1)  # rounding leaves 1e-13 of them, where 0 would be right
+        all_tied_P = (signal_PC == signal_PC[:, :1]).all(dim=1)  # rounding leaves 1e-13 where 0 would be right
         return with_share_without_signal(policy_gradient(logp_PL, advantage_PC), all_tied_P)

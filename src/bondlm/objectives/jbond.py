@@ -13,9 +13,9 @@ Two notes. The paper prints G_Reg in Algorithm 2 with a minus sign, which would 
 text and Fig. 6 need plus (docs/theory.md, E1). The coefficient of the log-ratio is exactly 1 because n - 1 = 1.
 
 Two generalisations, off by default. With k > 2 anchor samples r(y) = 2^k log(1/2) if y is worse than all k; [2] still
-takes the better of the first 2, so that both parts aim at Best-of-2. That holds up to k = 4, where the backward part
-alone settles 0.1 nats from Best-of-2 (k = 2: 0.01; k = 16: a penalty of 45,426 nats, and only the worst are moved
-at all). "harmonic" is a finer r(y) for any k: `log_quantile`.
+takes the better of the first 2, so both parts aim at Best-of-2. This works up to k = 4, where the backward part on its
+own settles 0.1 nats from Best-of-2 (k = 2: 0.01). At k = 16 the penalty is 45,426 nats, and only the worst samples are
+moved at all. "harmonic" is a finer r(y) for any k: see `log_quantile`.
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class JBOND:
         advantage = signal_PC.squeeze(1) - log_ratio - baseline_PC.squeeze(1)
         forward = -logp_best
         backward = -logp * advantage
-        regulariser = logp * log_ratio  # its mean gradient is that of KL(pi || anchor): plus, see E1
+        regulariser = logp * log_ratio  # its mean gradient is that of KL(pi || anchor); plus sign: see E1
         loss = (1 - self.beta) * forward + self.beta * backward + self.gamma * regulariser
         below_all = log_quantile(torch.zeros(1, 1), torch.ones(1, self.num_anchor_samples), method=self.log_quantile)
         return Loss(

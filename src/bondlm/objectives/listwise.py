@@ -1,6 +1,6 @@
-"""Listwise BOND: a softmax over the samples' log-ratios is fitted to Best-of-n's weights of their ranks.
+"""Listwise BOND: fit a softmax over the samples' log-ratios to the weights that Best-of-n gives to their ranks.
 
-For each prompt draw y_1 .. y_K from the anchor. One that is better than a of them and ties with b gets the weight
+For each prompt draw y_1 .. y_K from the anchor. A sample that is better than a of them and ties with b gets the weight
 
     w = [((a+b+1)/K)^n - (a/K)^n] / (b+1),
 
@@ -8,10 +8,11 @@ the probability that Best-of-n of draws *from these K* returns it. With h = log 
 
     -sum_i w_i log softmax(h)_i,      gradient  sum_i (softmax(h)_i - w_i) grad log pi(y_i).
 
-The loss of InfoNCA (Chen et al. 2024, arXiv 2402.05369), which is ListNet's (Cao et al. 2007), with Best-of-n (Sessa et
-al. 2024, arXiv 2407.14622, Eq. 4) as its target instead of a softmax of rewards. softmax(h) is the policy, seen through
-samples of the anchor (self-normalised importance weights). All samples are learned from; what pushes a prompt's samples
-sums to zero. Convex in h: one fixed point, near Best-of-n (docs/theory.md, "Listwise").
+This is the loss of InfoNCA (Chen et al. 2024, arXiv 2402.05369), which is that of ListNet (Cao et al. 2007), but its
+target is Best-of-n (Sessa et al. 2024, arXiv 2407.14622, Eq. 4) instead of a softmax of rewards. softmax(h) is the
+policy's distribution over the anchor's samples (self-normalised importance weights). All samples are learned from, and
+the forces on a prompt's samples sum to zero. The loss is convex in h and has one fixed point, near Best-of-n
+(docs/theory.md, "Listwise").
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from bondlm.objectives.terms import learn_from_all, with_share_without_signal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listwise:
-    """Cross-entropy of the samples' log-ratios to Best-of-`n`'s weights, K = `num_samples` anchor samples a prompt."""
+    """Cross-entropy of the log-ratios to Best-of-`n`'s weights, with K = `num_samples` anchor samples per prompt."""
 
     n: int
     num_samples: int = 8
@@ -60,6 +61,6 @@ class Listwise:
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """Cross-entropy of softmax(log pi - log pi_anchor) to the weights, over the prompt's samples."""
         loss_P = -(signal_PC * (logp_PL - anchor_logp_PC).log_softmax(dim=1)).sum(dim=1)
-        entropy_P = torch.special.entr(signal_PC).sum(dim=1)  # the worst of many samples may weigh 0
+        entropy_P = torch.special.entr(signal_PC).sum(dim=1)  # the worst of many samples may have weight 0
         loss = Loss(loss_P, {"bond/listwise_kl": (loss_P - entropy_P).detach()})
         return with_share_without_signal(loss, (signal_PC == signal_PC[:, :1]).all(dim=1))

@@ -1,6 +1,6 @@
-"""All objectives by the name that `objective:` has in a config; what each looks at is what its dataclass holds.
+"""All objectives, by their name in `objective:` of a config; each uses the settings that its dataclass has as fields.
 
-A new objective is a file with a dataclass, and a line here.
+To add an objective, write a file with a dataclass and add a line here.
 """
 
 from collections.abc import Mapping
@@ -38,15 +38,15 @@ OBJECTIVES: dict[str, type[Any]] = {
 
 
 def make_objective(name: str, settings: Mapping[str, Any], *, num_logged: int | None = None) -> Objective:
-    """The objective of that name, with those of the settings that it has; None stands for its own default.
+    """The objective of that name, with the settings that it uses; None stands for the objective's own default.
 
     Args:
         name: a key of `OBJECTIVES`.
         settings: a run's settings, plain values by name.
-        num_logged: scored samples of each prompt that are on file, if it learns from a file.
+        num_logged: scored samples per prompt in the file, if the objective learns from a file.
 
     Raises:
-        ConfigError: no such objective, or a setting that it refuses.
+        ConfigError: there is no such objective, or it refuses a setting.
     """
     if (problem := one_of(*OBJECTIVES).problem("objective", name)) is not None:
         raise ConfigError(problem)
@@ -68,10 +68,10 @@ def _dependent_defaults(name: str, settings: Mapping[str, Any], num_logged: int 
 
 
 def anchor_may_move(name: str) -> bool:
-    """Whether the objective takes an anchor that moves; one with `anchor_moves = False` compares with the start."""
+    """Whether the anchor may move; an objective with `anchor_moves = False` compares with the initial model."""
     return bool(getattr(OBJECTIVES.get(name), "anchor_moves", True))
 
 
 def users(setting: str) -> tuple[str, ...]:
-    """The objectives that look at a setting; none if it is not about the objective."""
+    """The objectives that use a setting; empty if it is not a setting of objectives."""
     return tuple(name for name, kind in OBJECTIVES.items() if setting in {field.name for field in fields(kind)})

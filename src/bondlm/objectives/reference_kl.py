@@ -1,14 +1,14 @@
-"""A force back to the fixed reference: gamma_ref * KL(pi || pi_ref), for objectives whose anchor moves.
+"""A pull back to the fixed reference: gamma_ref * KL(pi || pi_ref), for objectives whose anchor moves.
 
-A moving anchor copies whatever KL a step wastes, and nothing pays it back. This term does. Its gradient is REINFORCE's,
+A moving anchor keeps whatever KL a step wastes; only this term wins it back. Its gradient is that of REINFORCE,
 
     gamma_ref * E_pi[grad log pi (h - b)],    h = log pi - log pi_ref,
 
-from the policy's own samples, whatever else the objective does with them. b is the objective's own baseline, of h
-instead of its returns: it looks at other samples alone, so the mean gradient stays. Far from the reference h is about
-the KL in every sample, and without b all of that is noise.
+estimated from the policy's own samples, whatever else the objective does with them. b is the objective's own baseline,
+applied to h instead of the returns. It uses only other samples, so the mean gradient is unchanged. Far from the
+reference, h is close to the KL for every sample; without b all of that would be noise.
 
-At rest, anchor = policy: the KL to the anchor has no force, and gamma_ref decides which N is kept
+At rest the anchor equals the policy, so the KL to the anchor has no effect, and gamma_ref decides which N is kept
 (`bestofn.oracle.reference_kl`).
 """
 
@@ -29,11 +29,11 @@ def reference_pull(log_ratio_PC: Tensor, baseline_PC: Tensor, gamma_ref: float) 
 
 
 def with_reference_kl(loss: Loss, logp_PL: Tensor, pull_PC: Tensor | None) -> Loss:
-    """The objective's loss, and the mean over a prompt's C policy samples of pull * log pi; without a pull itself.
+    """The objective's loss plus the mean of pull * log pi over a prompt's C policy samples; unchanged without a pull.
 
     Args:
-        loss: the objective's own.
-        logp_PL: (P, L) log-probabilities of what is learned from, the C policy samples first.
+        loss: the objective's loss.
+        logp_PL: (P, L) log-probabilities of the samples that are learned from, the C policy samples first.
         pull_PC: (P, C) as `reference_pull`.
     """
     if pull_PC is None:

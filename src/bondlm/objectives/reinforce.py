@@ -1,9 +1,10 @@
-"""REINFORCE with KL regularisation, the baseline that BOND is measured against: max E_pi[r] - beta_rl KL(pi || anchor).
+"""REINFORCE with KL regularisation, the baseline that BOND is compared with: max E_pi[r] - beta_rl KL(pi || anchor).
 
 Each step, for each prompt: draw y from the policy; its return is R = r(y) - beta_rl (log pi(y) - log pi_anchor(y)),
-minus the mean return of the other prompts' samples. Unlike in BOND the reward's own scale enters, so beta_rl must fit
-it. The fixed point is pi_anchor exp(r / beta_rl), normalised (Sessa et al. 2024, arXiv 2407.14622, section 3.3). With a
-fixed anchor it is the usual RLHF; with an EMA anchor it is the ablation that parts BOND's loss from its moving anchor.
+minus the mean return of the other prompts' samples. Unlike BOND, it depends on the scale of the reward, so beta_rl must
+fit that scale. The fixed point is pi_anchor exp(r / beta_rl), normalised (Sessa et al. 2024, arXiv 2407.14622, section
+3.3). With a fixed anchor it is the usual RLHF; with an EMA anchor it is the ablation that separates BOND's loss from
+its moving anchor.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 Each step, for each prompt: draw y_1 .. y_m from the policy; the return of each is R_i = r(y_i) - beta_rl (log pi(y_i) -
 log pi_anchor(y_i)), minus the mean of the *other* returns of the same prompt. Two samples and beta_rl in {0.001, .., 1}
-are the baseline of Sessa et al. 2024, arXiv 2407.14622, Fig. 7. Objective and fixed point are those of `Reinforce`; the
-prompt's own baseline also removes what differs between prompts, such as their mean reward.
+are the baseline of Sessa et al. 2024, arXiv 2407.14622, Fig. 7. The objective and the fixed point are those of
+`Reinforce`; the baseline inside each prompt also removes differences between prompts, such as their mean reward.
 """
 
 from dataclasses import dataclass

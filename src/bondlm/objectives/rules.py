@@ -1,4 +1,4 @@
-"""What a setting may be: the rules that objectives and `BONDConfig` state beside their settings, checked in one way."""
+"""Rules for the values of settings, stated by objectives and `BONDConfig` and all checked in the same way."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from bondlm.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What must hold of a value, and the words for it."""
+    """A condition on a value, and its description in words."""
 
     holds: Callable[[Any], bool]
     text: str

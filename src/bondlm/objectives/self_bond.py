@@ -1,18 +1,19 @@
-"""BOND with quantiles measured among the policy's own samples: Best-of-n as a fixed point, no anchor, `n` the dial.
+"""BOND with quantiles among the policy's own samples: no moving anchor, and Best-of-n of the reference as fixed point.
 
-If pi is Best-of-n of the reference then log(pi / pi_ref) is a known function f of the *policy's own* quantile of the
+If pi is Best-of-n of the reference, then log(pi / pi_ref) is a known function f of the *policy's own* quantile of the
 reward (Sessa et al. 2024, arXiv 2407.14622, Eq. 4 solved for p_pi). Each step, for each prompt:
 
-1. draw y_1 .. y_K from the policy; s_i = signal_table[a, b], a others worse than y_i and b tied with it;
+1. draw y_1 .. y_K from the policy; s_i = signal_table[a, b], for a other samples worse than y_i and b tied with it;
 2. return of each: R_i = s_i (K-1)/K - (log pi(y_i) - log pi_ref(y_i)), minus the mean return of the prompt's others;
 3. descend the mean of -log pi(y_i) (R_i - baseline_i), as RLOO does.
 
-Ranks are a zero-sum game: the others' signals know y_i's, and their mean as a baseline would multiply the signal by
-K/(K-1). The factor in 2. takes that back: what is left is exactly s_i - mean of all K signals.
+Ranks are a zero-sum game: the others' signals depend on the rank of y_i, so their mean as a baseline would multiply the
+signal by K/(K-1). The factor in step 2 undoes that: what is left is exactly s_i minus the mean of all K signals.
 
-Fixed point, rewards continuous: log(pi / pi_ref) = f_k(own quantile) + constant, with the win rate of Best-of-n, as the
-signal's strength was solved for it (`bondlm.bestofn.own_quantiles`). Tied rewards: the same formula, by levels; it is
-Best-of-n with ties (for "tilt": the tilt) as K grows. All tied: no signal.
+Fixed point for continuous rewards: log(pi / pi_ref) = f_k(own quantile) + constant, with the win rate of Best-of-n,
+because the strength of the signal is solved for that win rate (`bondlm.bestofn.own_quantiles`). For tied rewards the
+same formula holds by reward levels; it approaches Best-of-n with ties (for "tilt": the tilt) as K grows. If all samples
+tie, there is no signal.
 """
 
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ from bondlm.objectives.terms import (
     with_share_without_signal,
 )
 
-MAX_KL_RATIO = 2.0  # of what is paid for Best-of-n's win rate to Best-of-n's own KL: beyond it draw more samples
+MAX_KL_RATIO = 2.0  # KL spent to reach Best-of-n's win rate over Best-of-n's own KL; if it is larger, draw more samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +53,9 @@ class SelfBOND:
     n: int
     num_samples: int = 8
     log_quantile: OwnQuantile = "tilt"
-    adaptive_strength: bool = False  # whether the signal follows the N that is measured (`SignalFactor`)
+    adaptive_strength: bool = False  # whether the signal follows the measured N (`SignalFactor`)
 
-    anchor_moves: ClassVar[bool] = False  # its KL is to the model that it started from
+    anchor_moves: ClassVar[bool] = False  # its KL is to the initial model
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -73,13 +74,13 @@ class SelfBOND:
 
     @property
     def plan(self) -> SamplePlan:
-        """Draw K samples of the policy, learn from all; to measure N, one of the reference, which the anchor is."""
+        """Draw K samples of the policy, learn from all; to measure N, also one of the anchor (the reference)."""
         plan = own_samples(self.num_samples)
         return replace(plan, anchor=1, steered_to=self.n) if self.adaptive_strength else plan
 
     @property
     def strength(self) -> float:
-        """The solved strength of the signal, nats: lambda of "tilt", c of "harmonic", the worst's extra otherwise."""
+        """The solved strength of the signal, nats: lambda of "tilt", c of "harmonic", else the worst's penalty."""
         return solve_strength(self.n, self.num_samples, self.log_quantile)
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:

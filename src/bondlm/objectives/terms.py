@@ -9,7 +9,7 @@ from bondlm.objectives.base import Loss, SamplePlan, Selection
 def argmax_random_ties(values_PM: Tensor, noise_PM: Tensor) -> Tensor:
     """Index (P,) of the largest value of each row; a tie goes to the largest noise, never to the first position.
 
-    `argmax` alone would favour position 0, and would call NaN the largest: rewards are checked to be finite before.
+    `argmax` alone would favour position 0, and would call NaN the largest: rewards have been checked to be finite.
     """
     is_best = values_PM == values_PM.amax(dim=1, keepdim=True)
     return torch.where(is_best, noise_PM, -torch.ones_like(noise_PM)).argmax(dim=1)
@@ -50,5 +50,5 @@ def policy_gradient(logp_PL: Tensor, advantage_PL: Tensor) -> Loss:
 
 
 def with_share_without_signal(loss: Loss, no_signal_P: Tensor) -> Loss:
-    """The loss, and as a metric the prompts whose samples all tie, so that nothing is learned from their rewards."""
+    """The loss, with a metric: the share of prompts whose samples all tie, so nothing is learned from their rewards."""
     return loss._replace(metrics=loss.metrics | {"bond/frac_no_signal": no_signal_P.to(loss.loss_P.dtype)})

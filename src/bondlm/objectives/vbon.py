@@ -1,15 +1,16 @@
 """vBoN's lower bound: Amini, Vieira, Ash, Cotterell 2024, "Variational Best-of-N Alignment", arXiv 2407.06057.
 
 vBoN maximises E_pi[log pi_BoN] + H(pi), a backward KL. Its bound L1 replaces log pi_BoN by (n - 1) log F + log
-pi_anchor, F(y) the chance that an anchor sample is worse than y. Each step, for each prompt: draw y from the policy and
-M samples of the anchor; the return is
+pi_anchor, where F(y) is the chance that an anchor sample is worse than y. Each step, for each prompt: draw y from the
+policy and M samples of the anchor; the return is
 
     R = (n - 1) log F_(y) - (log pi(y) - log pi_anchor(y)),   F_ = (how many of the M are worse + 1) / (M + 1)
 
-(the estimate of the authors' code), minus the mean return of the other prompts' samples. It is BOND with beta = 1 and
-another estimate of the same quantile: theirs counts strictly worse samples and smooths by one, so it is never zero; the
-exact F of a tied lowest level would be. The authors cache the M rewards of each prompt (about 300) and use PPO with KL
-coefficient 1 / (n - 1); here the anchor may move, the update is REINFORCE, and the return is in nats as in BOND.
+(the estimate of the authors' code), minus the mean return of the other prompts' samples. This is BOND with beta = 1 and
+a different estimate of the same quantile: it counts strictly worse samples and smooths by one, so it is never zero,
+while the exact F of a tied lowest level would be. The authors cache the M rewards of each prompt (about 300) and use
+PPO with KL coefficient 1 / (n - 1); here the anchor may move, the update is REINFORCE, and the return is in nats as in
+BOND.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class VBON:
 
     @property
     def plan(self) -> SamplePlan:
-        """One sample of the policy, M of the anchor that are only compared with."""
+        """One sample of the policy, and M of the anchor that only serve as comparison."""
         return SamplePlan(policy=1, anchor=self.num_anchor_samples, learn=1, compare=1)
 
     def select(self, rewards_PM: Tensor, noise_PM: Tensor) -> Selection:
