@@ -1,6 +1,6 @@
 """The mathematics of Best-of-N: distribution, quantiles, order statistics, divergences, effective N, exact oracle.
 
-Pure functions of numpy arrays or torch tensors (the kind that comes in goes out), in float64. No models, no files.
+Pure functions of numpy arrays or torch tensors (the result is of the same kind), in float64. No models, no files.
 """
 
 from bondlm.bestofn.bootstrap import Estimate, bootstrap_mean

@@ -67,8 +67,8 @@ def check_order(n: float) -> float:
 def check_probs(probs: torch.Tensor, name: str) -> torch.Tensor:
     """Check probabilities over the last dimension, return them normalised in float64.
 
-    The sum may be off by 1e-4, which a float32 softmax over a vocabulary, or one of fewer bits, needs; it is then
-    divided out.
+    The sum may be off by 1e-4, as for a softmax over a vocabulary in float32 or lower precision; it is then divided
+    out.
 
     Raises:
         ValueError: on an empty or 0-dim input, negative or non-finite entries, or a sum that is not 1.

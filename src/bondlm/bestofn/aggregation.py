@@ -1,9 +1,9 @@
-"""Several rewards, one order: rewards of different scales combined by the order that each gives to a prompt's samples.
+"""Combine rewards of different scales by the order that each gives to a prompt's samples.
 
-Only comparisons enter `quantile` and `worst`, so an increasing map of any one reward changes no bit of the result. All
-counting is in whole numbers: what is equal in theory is equal to the last bit.
+`quantile` and `worst` use only comparisons, so an increasing map of any one reward changes no bit of the result. All
+counts are whole numbers: results that are equal in theory are equal to the last bit.
 
-Shape suffixes: J rewards, P prompts, M samples of a prompt, K samples that ranks are counted among.
+Shape suffixes: J rewards, P prompts, M samples of a prompt, K samples among which ranks are counted.
 """
 
 import math
@@ -20,10 +20,10 @@ from bondlm.bestofn.quantiles import count_below
 
 
 def mid_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
-    """Share of the K samples that each value exceeds, equal ones counting half: (P, M) in [0, 1].
+    """Share of the K samples that each value exceeds, with ties counting half: (P, M) in [0, 1].
 
     A sample that is itself among the K counts itself as equal: M different values among themselves have the ranks
-    1/(2M), 3/(2M), .., (2M-1)/(2M), and a single sample has 1/2. The mean is 1/2 whatever ties.
+    1/(2M), 3/(2M), .., (2M-1)/(2M), and a single sample has 1/2. The mean is 1/2, with or without ties.
 
     Raises:
         ValueError: on NaN, or shapes that do not fit.
@@ -34,17 +34,19 @@ def mid_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
 def mean_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) -> Tensor:
     """Weighted mean of each sample's mid-ranks under J rewards: (P, M) in [0, 1].
 
-    `Σ_j |w_j| u_j / Σ_j |w_j|`, u_j the mid-rank under reward j, or 1 − u_j where its weight is negative: less is
-    better. Weights count as the decimal fractions that they are written as, so 0.1 and 0.2 together weigh as much as
-    0.3, and samples with equal means tie exactly.
+    `Σ_j |w_j| u_j / Σ_j |w_j|`, u_j the mid-rank under reward j, or 1 − u_j if its weight is negative (less is better).
+    Weights are read as the decimal fractions that they are written as, so 0.1 and 0.2 add up to exactly 0.3, and
+    samples with equal means tie exactly.
 
     Args:
-        values_JPM: rewards of the samples. NaN in all of a prompt's: the reward does not apply and is left out there.
-        among_JPK: rewards of the samples that ranks are counted among; the same ones to rank them among themselves.
+        values_JPM: rewards of the samples. If all of a prompt's are NaN, the reward does not apply there and is left
+            out.
+        among_JPK: rewards of the samples among which ranks are counted; pass `values_JPM` to rank the samples among
+            themselves.
         weights: one finite number per reward; at least one that is not 0 must apply to each prompt.
 
     Raises:
-        ValueError: NaN for some of a prompt's samples alone.
+        ValueError: NaN for only some of a prompt's samples.
     """
     whole_J = _whole_numbers(weights)
     total: Any = 0  # arrays of whole numbers of any size
@@ -57,7 +59,7 @@ def mean_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) 
 
 
 def worst_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) -> Tensor:
-    """Lowest of each sample's mid-ranks under J rewards: (P, M) in [0, 1]. Samples with equal lowest ranks tie.
+    """The lowest of each sample's mid-ranks under J rewards: (P, M) in [0, 1]. Samples with equal lowest ranks tie.
 
     Args:
         values_JPM: as in `mean_ranks`.
@@ -76,18 +78,19 @@ def worst_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float])
 def lexicographic_ranks(
     values_JPM: Tensor, among_JPK: Tensor | None, weights: Sequence[float], tolerances: Sequence[float]
 ) -> Tensor:
-    """Mid-ranks in the order that the first reward gives, then the second within what is equal, and so on: (P, M).
+    """Mid-ranks in the order of the first reward, its ties broken by the second, and so on: (P, M).
 
-    Equal under reward j are the best sample and all that lie at most `tolerances[j]` below it; then the best of the
-    rest with all within its tolerance, and so on. (To call any two equal that are this near would be no order: a may
-    equal b and b equal c while a is better than c.) What is in one class under all rewards ties.
+    Under reward j, the best sample and all samples at most `tolerances[j]` below it count as equal; then the best of
+    the rest and those within its tolerance, and so on. (Calling any two samples equal that are this close would not
+    give an order: a may equal b, and b equal c, while a is better than c.) Samples that are in the same class under all
+    rewards tie.
 
     Args:
         values_JPM: as in `mean_ranks`.
-        among_JPK: other samples, which the ranks are counted among, and which alone make the classes. A sample is in
-            the first class whose best one lies at most the tolerance above or below it; if there is none, it is better
-            than the next class and worse than the one before. So a rank is a win rate against the K samples, as they
-            are ranked among themselves. None: the samples themselves.
+        among_JPK: other samples, among which the ranks are counted; only they form the classes. A sample belongs to the
+            first class whose best member is at most the tolerance above or below it; if there is none, it ranks between
+            two classes. So a rank is a win rate against the K samples, as they are ranked among themselves. None: the
+            samples themselves.
         weights: 1, −1 (less is better) or 0 (left out) per reward.
         tolerances: one number >= 0 per reward, in units of the reward.
     """
@@ -104,7 +107,7 @@ def lexicographic_ranks(
 
 
 def _places(levels: Sequence[tuple[list[float], float]], num_others: int) -> list[int]:
-    """A number for each sample of a prompt, higher is better, equal where they tie; the first ones make no classes."""
+    """A number for each sample of a prompt, higher is better, equal for ties; the first samples form no classes."""
     classes = [list(range(len(levels[0][0])))]
     for values_M, tolerance in levels:
         if not all(math.isnan(value) for value in values_M):
@@ -114,7 +117,7 @@ def _places(levels: Sequence[tuple[list[float], float]], num_others: int) -> lis
 
 
 def _cut(members: Sequence[int], values_M: Sequence[float], tolerance: float, num_others: int) -> list[list[int]]:
-    """Cut samples into classes, the best first; the others are put into these, or between them."""
+    """Cut samples into classes, the best first; the remaining samples are put into these or between them."""
     parts: list[list[int]] = []
     for i in sorted((i for i in members if i >= num_others), key=lambda i: -values_M[i]):
         if parts and values_M[parts[-1][0]] - values_M[i] <= tolerance:
@@ -131,20 +134,20 @@ def _cut(members: Sequence[int], values_M: Sequence[float], tolerance: float, nu
 
 
 def _directed(values_PM: Tensor, among_PK: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Twice the mid-rank counts (P, M), turned round for a negative weight; and which prompts it applies to (P, 1)."""
+    """Twice the mid-rank counts (P, M), reversed for a negative weight; and whether the reward applies (P, 1)."""
     applies_P1 = ~values_PM.isnan().all(dim=1, keepdim=True)
     found = _twice_ranks(values_PM.where(applies_P1, 0.0), among_PK.where(applies_P1, 0.0))
     return (2.0 * among_PK.shape[1] - found if weight < 0 else found), applies_P1
 
 
 def _twice_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
-    """Samples below and at most each value, added: whole numbers."""
+    """Number of samples below each value plus number of samples at most that value."""
     lower_PM, at_most_PM, _ = count_below(values_PM, among_PK)
     return lower_PM + at_most_PM
 
 
 def _whole_numbers(weights: Sequence[float]) -> list[int]:
-    """Weights in the same proportions as whole numbers."""
+    """Whole numbers in the same proportions as the weights."""
     fractions = [Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(fraction.denominator for fraction in fractions))
     return [int(fraction * scale) for fraction in fractions]

@@ -11,7 +11,7 @@ import torch
 
 from bondlm.bestofn._arrays import check_finite, to_float64
 
-# Cells (resample x prompt) drawn at once: keeps memory near 100 MB whatever P is.
+# Cells (resample x prompt) drawn at once: keeps memory near 100 MB for any P.
 _CELLS_PER_CHUNK = 1 << 22
 
 
@@ -33,7 +33,7 @@ def bootstrap_mean(values: object, *, confidence: float = 0.95, num_bootstrap: i
         seed: of the resampling.
 
     Returns:
-        The mean, and the interval's ends. With fewer than 2 prompts the ends are −inf and inf: nothing is known.
+        The mean, and the interval's ends. With fewer than 2 prompts the ends are −inf and inf.
 
     Raises:
         ValueError: on empty, non-finite or not 1-D values, or settings out of range.
@@ -51,9 +51,9 @@ def bootstrap_mean(values: object, *, confidence: float = 0.95, num_bootstrap: i
 
 
 def resample_means(values_PJ: torch.Tensor, num_bootstrap: int, seed: int) -> torch.Tensor:
-    """Return the (R, C) column means of `num_bootstrap` resamples of the rows.
+    """Return the (R, J) column means of `num_bootstrap` resamples of the rows.
 
-    Each resample is a row of counts, so a chunk of resamples is one matrix product; no (R, P, C) array exists.
+    Each resample is a row of counts, so a chunk of resamples is one matrix product; no (R, P, J) array exists.
     """
     num_prompts = values_PJ.shape[0]
     rng = np.random.default_rng(seed)

@@ -1,18 +1,18 @@
-"""All that samples of a policy and of its reference say about each other, with intervals from one set of resamples.
+"""Compare samples of a policy with samples of its reference, with all intervals from one set of resamples.
 
-What the estimates assume, and where they differ:
+Assumptions of the estimates, and differences between them:
 
-- Effective N is matched on three measures. On the win rate and on the log-quantile only the order of rewards counts; on
-  the reward its scale counts too, so a monotone transform changes that one. All three agree for a policy that *is*
-  Best-of-N. A policy that is narrow (always the 80th percentile, say) or wide has another N on each: the log-quantile
-  punishes rare bad answers most, the reward pays for rare excellent ones.
-- Ties count half in win rates. The curves of Best-of-n are made from the same tied rewards, so N stays right.
+- Effective N is matched on three measures. The win rate and the log-quantile depend only on the order of rewards; the
+  mean reward also depends on their scale, so a monotone transform changes it. All three agree for a policy that *is*
+  Best-of-N. A policy that is narrower (always the 80th percentile, say) or wider gets a different N from each: the
+  log-quantile penalises rare bad answers most, and the reward credits rare excellent ones.
+- Ties count half in win rates. The curves of Best-of-n come from the same tied rewards, so N stays right.
 - The KL divergences to Best-of-n use the harmonic estimate of the log-quantile and a plug-in for ties
-  (`log_collision_correction`): exact up to the terms that M samples cannot show where rewards do not tie. The forward
-  one is left out (NaN) beyond n = M/2, where too few other samples are left to place a winner.
+  (`log_collision_correction`). Without ties they are exact up to the terms that M samples cannot show. The forward KL
+  is NaN beyond n = M/2, where too few other samples are left to rank a winner.
 
 Shape suffixes: P prompts, m policy samples of a prompt (lower case in the text), M reference samples, R resamples,
-J columns: numbers whose means over prompts are wanted.
+J columns: quantities that are averaged over prompts.
 """
 
 import itertools
@@ -46,14 +46,14 @@ HISTOGRAM_BINS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """Best-of-n of the reference; NaN where M samples cannot tell. `kl` has the ties that the samples show."""
+    """Best-of-n of the reference; NaN where M samples do not determine it. `kl` accounts for ties among the samples."""
 
     n: int
     reward: Estimate
     win_rate: float
     log_quantile: float
     kl: float
-    policy_win_rate: float  # of the policy against it
+    policy_win_rate: float  # of the policy against Best-of-n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ class Against:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A policy beside its reference; `matched` has the effective N by "win_rate", "log_quantile" and "reward"."""
+    """A policy compared with its reference; `matched` has the effective N by "win_rate", "log_quantile", "reward"."""
 
     reward: Estimate
     reference_reward: Estimate
-    gain: Estimate  # of reward over the reference, prompt by prompt
+    gain: Estimate  # in reward over the reference, per prompt
     win_rate: Estimate
     log_quantile: Estimate
     matched: dict[str, EffectiveN]
@@ -80,7 +80,7 @@ class Comparison:
     kl_k3: Estimate
     kl_per_token: Estimate
     kl_k3_per_token: Estimate
-    kl_of_best_of_n: float  # what Best-of-N at the policy's N by win rate needs; at N = M where the policy is beyond
+    kl_of_best_of_n: float  # of Best-of-N at the policy's N by win rate, or at N = M if that is larger
     curve: list[CurvePoint]
     against: list[Against]
     histogram: list[float]
@@ -106,8 +106,8 @@ def compare_samples(
         ref_rewards: (P, M) rewards of M >= 2 reference samples.
         log_ratio: (P, m) log π(y) − log π_ref(y) of the policy samples, in nats.
         lengths: (P, m) tokens of the policy samples.
-        ref_log_ratio: (P, M) the same log-ratio of the *reference* samples, for the forward KL; None leaves it out.
-        orders: the Best-of-n to meet one by one, integers from 1 to M. None is 1, 2, 4, .. up to M.
+        ref_log_ratio: (P, M) the same log-ratio for the *reference* samples, for the forward KL; None omits it.
+        orders: the n of each Best-of-n to compare with, integers from 1 to M. None is 1, 2, 4, .. up to M.
         confidence: coverage of the intervals, in (0, 1).
         num_bootstrap: resamples of the prompts. With fewer than 2 prompts the intervals are infinite.
         seed: of the resampling.
@@ -156,12 +156,12 @@ _SIMPLE = ("reward", "reference_reward", "gain", "win_rate", "log_quantile", "kl
 
 
 def against_orders(num_ref: int) -> list[int]:
-    """Return the orders 1, 2, 4, .. up to M at which the policy meets Best-of-n."""
+    """Return the orders 1, 2, 4, .. up to M at which the policy is compared with Best-of-n."""
     return [1 << i for i in range(num_ref.bit_length()) if 1 << i <= num_ref]
 
 
 def _columns(mine: Tensor, refs: Tensor, ratio: Tensor, tokens: Tensor, orders: list[int]) -> dict[str, Tensor]:
-    """Return each wanted number of every prompt, (P, C) under its name; shapes are checked on the way."""
+    """Return each quantity for every prompt, (P, J) under its name; shapes are checked on the way."""
     singles = {
         "win_rate": win_rates(mine, refs),
         "reward": mine.mean(1),
@@ -193,11 +193,11 @@ def _kl_columns(
 
 
 def _forward_kl(refs: Tensor, ref_ratio: Tensor, n: int) -> Tensor:
-    """Return Σ_i w_i [log π_BoN(y_i) − log π(y_i)] over the reference's own samples, w_i their chance to win; (P,)."""
+    """Return Σ_i w_i [log π_BoN(y_i) − log π(y_i)] over the reference's own samples, w_i their chances to win; (P,)."""
     if 2 * n > refs.shape[1]:
         return torch.full_like(refs[:, 0], math.nan)
     lower, at_most, _ = count_below(refs, refs)
-    others = at_most - 1.0  # a winner must not count itself among those it ties with
+    others = at_most - 1.0  # a winner must not count itself among its ties
     tied_share = torch.where(others > 0, (others - lower) / others, torch.zeros_like(others))
     terms = (n - 1) * winner_log_quantile(refs, n) + log_collisions(tied_share, n) - ref_ratio
     return (best_of_n_weights(refs, n) * terms).sum(1)
@@ -226,7 +226,7 @@ class _Means:
         return self.estimate_of(lambda rows: rows(name)[:, column])
 
     def estimate_of(self, function: Callable[[Callable[[str], Tensor]], Tensor]) -> Estimate:
-        """Return a function of the means with its interval; it gets `rows(name)` (R, C) and returns (R,)."""
+        """Return a function of the means with its interval; it gets `rows(name)` (R, J) and returns (R,)."""
         value = float(function(partial(self._rows, self._mean_1C)))
         if math.isnan(value):
             return Estimate(value, value, value)
@@ -282,8 +282,9 @@ def _against(means: _Means, orders: list[int]) -> list[Against]:
 def quantile_histogram(rewards: Tensor, ref_rewards: Tensor, num_bins: int = HISTOGRAM_BINS) -> list[float]:
     """Return the shares of policy samples by quantile among the reference's, in equal bins of [0, 1].
 
-    A sample with L of M reference rewards below it and A at most equal could take the places L..A among the M+1, so its
-    mass is spread evenly over [L/(M+1), (A+1)/(M+1)]. The reference itself is then flat in expectation, ties or not.
+    A sample with L of M reference rewards below it and A at most equal could have any place from L to A among the M+1,
+    so its mass is spread evenly over [L/(M+1), (A+1)/(M+1)]. The histogram of the reference itself is then flat in
+    expectation, with or without ties.
 
     Args:
         rewards: (P, m) rewards of policy samples.
@@ -299,8 +300,8 @@ def quantile_histogram(rewards: Tensor, ref_rewards: Tensor, num_bins: int = HIS
 def within_prompt_correlation(rewards: Tensor, lengths: Tensor) -> float:
     """Return Pearson's correlation of reward and length (P, m) among the samples of the same prompt.
 
-    Each prompt's means are taken off first: prompts that invite long answers and pay well do not count. With one sample
-    a prompt nothing is taken off but the overall mean. NaN if either does not vary.
+    Each prompt's means are subtracted first, so differences between prompts (long answers with high rewards) do not
+    count. With one sample per prompt only the overall mean is subtracted. NaN if either does not vary.
     """
     dim = 1 if rewards.shape[1] > 1 else 0
     x, y = _centred(rewards, dim), _centred(lengths, dim)
@@ -309,6 +310,6 @@ def within_prompt_correlation(rewards: Tensor, lengths: Tensor) -> float:
 
 
 def _centred(values: Tensor, dim: int) -> Tensor:
-    """Values minus their mean; exactly 0 where they are equal, of which their mean may leave a rounding error."""
+    """Values minus their mean; exactly 0 where all are equal, although their mean may have a rounding error."""
     equal = (values == values.narrow(dim, 0, 1)).all(dim, keepdim=True)
     return (values - values.mean(dim, keepdim=True)).masked_fill(equal, 0.0)

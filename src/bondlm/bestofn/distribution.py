@@ -1,4 +1,4 @@
-"""The Best-of-N distribution of a finite outcome space, exactly, with ties as they are.
+"""The exact Best-of-N distribution on a finite outcome space, ties included.
 
 Best-of-N draws N outcomes from the reference and keeps the first one that reaches the highest reward. Breaking ties
 uniformly at random gives the same distribution.
@@ -16,12 +16,12 @@ from bondlm.bestofn._arrays import Array, back, check_finite, check_order, check
 def best_of_n_probs(ref_probs: Array, rewards: Array, n: float) -> Array:
     """Return the probability of each outcome under Best-of-N of the reference.
 
-    `π_BoN(y) = π_ref(y) · (p_≤^n − p_<^n) / (p_≤ − p_<)`, with p_≤ and p_< the reference's probability of a reward
-    at most, and below, that of y. Equal to Sessa et al. 2024, arXiv 2407.14622, Eq. 4, where rewards are distinct.
-    It is computed by reward level: the level's Best-of-N mass is shared in proportion to `ref_probs`.
+    `π_BoN(y) = π_ref(y) · (p_≤^n − p_<^n) / (p_≤ − p_<)`, where p_≤ and p_< are the reference's probabilities of a
+    reward at most, and below, that of y. Equal to Sessa et al. 2024, arXiv 2407.14622, Eq. 4, where rewards are
+    distinct. It is computed by reward level: the level's Best-of-N mass is shared in proportion to `ref_probs`.
 
     Args:
-        ref_probs: (..., K) reference probabilities, summing to 1 over K (to 1e-4; the rest is divided out).
+        ref_probs: (..., K) reference probabilities, summing to 1 over K (to within 1e-4; they are normalised).
         rewards: (..., K) finite rewards; equal rewards are ties.
         n: order, a real number >= 1. A fractional order is the smooth continuation `F -> F^n` of the reward's CDF.
 
@@ -83,8 +83,8 @@ def log_collisions(tied_share: torch.Tensor, n: float) -> torch.Tensor:
     log n (ρ = 1: nothing ties, as with continuous rewards).
 
     Args:
-        tied_share: 1 − ρ in [0, 1], float64: the share of p_≤ that ties. It is asked for in place of ρ because a
-            small share would be lost in 1 − ρ.
+        tied_share: 1 − ρ in [0, 1], float64: the share of p_≤ that ties. Passed instead of ρ because a small share
+            would be lost in 1 − ρ.
         n: order, a real number >= 1.
     """
     share = tied_share.clamp(min=torch.finfo(tied_share.dtype).tiny)  # no tie: the limit, log n, without 0/0
@@ -96,8 +96,8 @@ def _levels(ref_probs: object, rewards: object) -> tuple[torch.Tensor, torch.Ten
 
     Returns:
         The probabilities (..., K), the slot of each outcome's reward level (..., K), and the mass of each slot
-        (..., K) in increasing order of reward. A level sits at the sorted position of its first outcome; the other
-        slots stay empty with mass 0.
+        (..., K) in increasing order of reward. A level's slot is the sorted position of its first outcome; the other
+        slots are empty and have mass 0.
     """
     probs_K = check_probs(to_float64(ref_probs, "ref_probs"), "ref_probs")
     rewards_K = to_float64(rewards, "rewards")
@@ -116,7 +116,7 @@ def _log_level_ratio(mass_K: torch.Tensor, n: float) -> torch.Tensor:
     p_le_K = mass_K.cumsum(-1)
     above_K = torch.zeros_like(mass_K)
     above_K[..., :-1] = mass_K[..., 1:].flip(-1).cumsum(-1).flip(-1)
-    # Near 1 the mass above says more than p_≤ itself, which matters once n is large.
+    # Near 1 the mass above is more precise than p_≤ itself, which matters for large n.
     log_p_le_K = torch.where(p_le_K < 0.5, p_le_K.log(), torch.log1p(-above_K))
     log_best_K = n * log_p_le_K + torch.log(-torch.expm1(n * torch.log1p(-mass_K / p_le_K)))
     # Empty slots give log(0) or 0/0 above.

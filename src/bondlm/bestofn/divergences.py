@@ -1,10 +1,10 @@
 """Sample estimates of KL divergences from sequence log-probabilities (sums over tokens, in nats).
 
 All functions are elementwise and return one term per sample; the estimate is the mean over samples (average over a
-prompt's samples first, then over prompts). They differ in *who drew the samples*, which each function states. The
-log-probabilities are of completions: whoever sums them leaves the padding out (`bondlm.models.logprobs` does).
+prompt's samples first, then over prompts). They differ in *which distribution drew the samples*, which each function
+states. The log-probabilities are those of completions, summed without padding (as `bondlm.models.logprobs` does).
 
-What to expect, S samples of a prompt (`tests/bestofn/test_divergences.py` checks each line against the oracle):
+Bias and variance with S samples per prompt (`tests/bestofn/test_divergences.py` checks each line against the oracle):
 
 | estimate | samples from | bias | variance of the mean |
 |---|---|---|---|
@@ -14,11 +14,11 @@ What to expect, S samples of a prompt (`tests/bestofn/test_divergences.py` check
 | `backward_kl` | policy | −(n−1)·E[log p̂ − log p] | the same |
 
 With p̂ from M reference samples, E[log p̂ − log p] is Σ_{j>M} (1−p)^j / j for "harmonic", never negative; for "clamped"
-it is about −(1−p)/(2Mp) while M·p is large, and positive once p is far below the clamp 1/(2M). The error of p̂ is shared
-by all samples that use the same reference samples, so only more prompts or more reference samples make it smaller.
+it is about −(1−p)/(2Mp) while M·p is large, and positive if p is far below the clamp 1/(2M). The error of p̂ is shared
+by all samples that use the same reference samples, so only more prompts or more reference samples reduce it.
 
-Do not minimise them by differentiating through `logp` on the policy's own samples without thought: the mean gradient
-of `kl_k1` is then zero, and that of `kl_k3` is the gradient of the other KL.
+Do not simply minimise them by differentiating through `logp` on the policy's own samples: the mean gradient of `kl_k1`
+is then zero, and that of `kl_k3` is the gradient of KL(q‖π).
 """
 
 import torch
@@ -28,7 +28,7 @@ from bondlm.bestofn.distribution import log_collisions
 
 
 def kl_k1(logp: Array, other_logp: Array) -> Array:
-    """Return `log π(y) − log q(y)` of samples y drawn from the policy π: unbiased for KL(π‖q), noisy, of any sign.
+    """Return `log π(y) − log q(y)` of samples y drawn from the policy π: unbiased for KL(π‖q), noisy, of either sign.
 
     Args:
         logp: log-probability of each sample under the policy that drew it.
@@ -44,7 +44,7 @@ def kl_k1(logp: Array, other_logp: Array) -> Array:
 def kl_k3(logp: Array, other_logp: Array) -> Array:
     """Return `ρ − 1 − log ρ`, ρ = q(y)/π(y), of samples y from the policy π: unbiased for KL(π‖q), never negative.
 
-    Source: Schulman 2020, "Approximating KL divergence". Its variance is large where q puts mass that π misses.
+    Source: Schulman 2020, "Approximating KL divergence". Its variance is large where q has mass that π misses.
 
     Args:
         logp: log-probability of each sample under the policy that drew it.
@@ -68,7 +68,7 @@ def best_of_n_logprob(ref_logp: Array, p_le: Array, n: float, p_lt: Array | None
     Args:
         ref_logp: log-probability of each sample under the reference.
         p_le: its quantile p_≤ in [0, 1], same shape. An estimate of 0 gives −inf for n > 1; pass the exponential of
-            `log_quantile(..., method="harmonic")` or `"clamped"` where that is unwanted.
+            `log_quantile(..., method="harmonic")` or `"clamped"` to avoid that.
         n: order, a real number >= 1.
         p_lt: its quantile p_<, at most p_≤, same shape (`quantile(..., strict=True)`); exact distribution with ties.
 
@@ -86,7 +86,7 @@ def best_of_n_logprob(ref_logp: Array, p_le: Array, n: float, p_lt: Array | None
             raise ValueError("p_lt must not exceed p_le: it leaves out what ties")
         # p = 0 has no ties to count.
         tied_share = torch.where(p > 0, (p - below) / p, tied_share)
-    # xlogy: at n = 1 the quantile has no say, even where it is 0.
+    # xlogy: at n = 1 the quantile has no effect, even where it is 0.
     exponent = torch.tensor(order - 1.0, dtype=torch.float64)
     return back(ref + torch.xlogy(exponent, p) + log_collisions(tied_share, order), ref_logp, p_le)
 
@@ -113,8 +113,8 @@ def forward_kl(logp: Array, ref_logp: Array, p_le: Array, n: float, p_lt: Array 
 def backward_kl(logp: Array, ref_logp: Array, p_le: Array, n: float, p_lt: Array | None = None) -> Array:
     """Return the terms of KL(policy ‖ Best-of-N), for samples drawn from **the policy**.
 
-    `log π(y) − log π_BoN(y)` with `best_of_n_logprob`; it inherits the bias of the estimated quantile, and is inf
-    for a sample below all reference samples if p_le says 0.
+    `log π(y) − log π_BoN(y)` with `best_of_n_logprob`; it inherits the bias of the estimated quantile, and is inf for a
+    sample below all reference samples if its p_le is 0.
 
     Args:
         logp: log-probability of each policy sample under the policy.

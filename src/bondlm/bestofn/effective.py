@@ -1,4 +1,4 @@
-"""Win rates, and the effective N: which Best-of-N a policy is worth.
+"""Win rates, and the effective N: the N at which Best-of-N has a policy's win rate.
 
 Shape suffixes: P prompts, M reference samples of a prompt, m policy samples of a prompt (lower case in the text),
 R bootstrap resamples.
@@ -15,8 +15,9 @@ from bondlm.bestofn._arrays import Array, back, to_float64
 from bondlm.bestofn.bootstrap import check_settings, percentile_interval, resample_means
 from bondlm.bestofn.quantiles import count_below
 
-# A win rate this close (relative, in odds) counts as reached. It is for two ends that rounding would miss: a curve that
-# ties make flat, whose end a policy that always draws the best level equals in another sum; and N = M itself.
+# A win rate this close (relative, in odds) counts as reached. Rounding would otherwise miss two ends of a curve: the
+# flat end of a curve with ties, which a policy that always draws the best level equals but computes by another sum; and
+# N = M itself.
 _ODDS_TOLERANCE = 1e-12
 
 
@@ -29,7 +30,7 @@ class EffectiveN(NamedTuple):
     max_n: int
 
     def __str__(self) -> str:
-        """Return "6.3 [5.1, 7.8]", "6.3 [5.1, > 16]", "> 16 [12.1, > 16]", or "> 16" if the low end is beyond too."""
+        """Return "6.3 [5.1, 7.8]", "6.3 [5.1, > 16]", "> 16 [12.1, > 16]", or "> 16" if the low end is also beyond."""
         value, low, high = (f"{x:.1f}" if math.isfinite(x) else f"> {self.max_n}" for x in self[:3])
         return value if math.isinf(self.low) else f"{value} [{low}, {high}]"
 
@@ -103,9 +104,9 @@ def effective_n(
     """Return the real N >= 1 at which Best-of-N of the reference has the policy's mean win rate.
 
     The policy's win rate w is `win_rate`; that of Best-of-N is the mean over prompts of `best_of_n_win_rates`. The
-    curve is linear in the odds w/(1−w) between integers, and its last segment is prolonged to N = M. With continuous
-    rewards this is `N = w/(1−w)`. Where ties make the curve flat, the smallest N that reaches w counts. With M = 2
-    the curve is a single point, and the odds are taken to grow by one per draw, as with continuous rewards.
+    curve is linear in the odds w/(1−w) between integers, and its last segment is extended to N = M. With continuous
+    rewards this is `N = w/(1−w)`. Where ties make the curve flat, the result is the smallest N that reaches w. With
+    M = 2 the curve has a single point, and the odds are taken to grow by one per draw, as with continuous rewards.
 
     Args:
         rewards: (P, m) rewards of policy samples, or (m,) for one prompt.
@@ -115,9 +116,9 @@ def effective_n(
         seed: of the resampling.
 
     Returns:
-        `EffectiveN`. `value = 1.0` for w <= 1/2, and `inf` where w lies beyond N = M or above the end of a curve
-        that ties make flat. The interval is a percentile bootstrap over prompts, with numbers `inf` alike; with fewer
-        than 2 prompts it is [1, inf].
+        `EffectiveN`. `value = 1.0` for w <= 1/2, and `inf` if w is beyond N = M or above the end of a curve that ties
+        make flat. The interval is a percentile bootstrap over prompts, and its ends may be `inf` too; with fewer than 2
+        prompts it is [1, inf].
 
     Raises:
         ValueError: on NaN, empty input, shapes that do not fit, M < 2, or bootstrap settings out of range.
@@ -159,17 +160,18 @@ def _solve(table_RM: torch.Tensor) -> torch.Tensor:
     odds_RM = table_RM / (1.0 - table_RM)
     target_R = odds_RM[:, 0]
     max_n = table_RM.shape[1]
-    # The knot N = 0 with odds 0 gives M = 2 a segment. Otherwise it is below every answer, as the odds at N = 1 are 1.
+    # The knot N = 0 with odds 0 gives M = 2 a segment. Otherwise it is below every result, as the odds at N = 1 are 1.
     knots_RM = torch.cat([torch.zeros_like(odds_RM[:, :1]), odds_RM[:, 1:]], dim=1)
-    knots_RM = knots_RM.cummax(1).values  # it never decreases but for rounding
+    knots_RM = knots_RM.cummax(1).values  # it decreases only by rounding
     reached_R = torch.searchsorted(knots_RM, (target_R * (1.0 - _ODDS_TOLERANCE))[:, None])[:, 0]
     right_R = reached_R.clamp(1, max_n - 1)
     low_R = knots_RM.gather(1, right_R[:, None] - 1)[:, 0]
     high_R = knots_RM.gather(1, right_R[:, None])[:, 0]
     solution_R = right_R - 1 + (target_R - low_R) / (high_R - low_R)
-    # Within the tolerance of a knot the knot itself counts; past the last knot its segment is prolonged up to N = M.
+    # Within the tolerance of a knot, the result is the knot itself; past the last knot its segment is extended up to
+    # N = M.
     limit_R = torch.where(reached_R < max_n, right_R, max_n).double()
-    # A flat last segment divides by zero: beyond. A win rate of at most 1/2 is worth one sample.
+    # A flat last segment divides by zero, which gives inf. A win rate of at most 1/2 means N = 1.
     beyond_R = (reached_R == max_n) & ~(solution_R <= max_n * (1.0 + _ODDS_TOLERANCE))
     solution_R = torch.minimum(solution_R, limit_R).clamp(min=1.0)
     return torch.where(beyond_R, torch.full_like(solution_R, math.inf), solution_R)

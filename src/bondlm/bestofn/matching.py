@@ -1,6 +1,6 @@
-"""A policy beside Best-of-n of the reference: win rates, log-quantiles, and the N at which two curves meet.
+"""A policy compared with Best-of-n of the reference: win rates, log-quantiles, and the N at which two curves meet.
 
-All estimates are U-statistics over the M reference samples at hand: exact averages over all ways to choose n of them
+All estimates are U-statistics over the M available reference samples: exact averages over all ways to choose n of them
 (and others to compare with), so they are unbiased at every integer n, ties included.
 
 Shape suffixes: P prompts, M reference samples of a prompt, m policy samples of a prompt (lower case in the text), N
@@ -16,7 +16,7 @@ from torch import Tensor
 from bondlm.bestofn._arrays import Array, back, check_order
 from bondlm.bestofn.quantiles import count_below
 
-# A curve this close (relative) counts as reached: rounding must not decide at a flat end.
+# A curve this close (relative) counts as reached: rounding must not decide where a curve ends flat.
 _TOLERANCE = 1e-12
 
 
@@ -52,8 +52,8 @@ def truncated_log_quantiles(rewards: Array, ref_rewards: Array) -> Array:
     """Return each prompt's mean log-quantile of the policy, cut after M−n terms, for n = 1..M−1.
 
     The series is log p_≤ = −Σ_k (1−p_≤)^k / k; `C(G, k) / C(M, k)` estimates (1−p_≤)^k without bias from G of M
-    reference rewards that are better. Column n−1 is to be compared with that of `best_of_n_log_quantiles`, which can
-    only know M−n terms.
+    reference rewards that are better. Compare column n−1 with that of `best_of_n_log_quantiles`, which has only M−n
+    terms.
 
     Args:
         rewards: (P, m) rewards of policy samples.
@@ -78,7 +78,7 @@ def best_of_n_log_quantiles(ref_rewards: Array) -> Array:
     """Estimate the mean log-quantile of Best-of-n, cut after M−n terms, for n = 1..M−1.
 
     The best of n samples is compared with the M−n others, by the harmonic estimate of `log_quantile`. Without ties it
-    is exactly −1/n plus the tail of the series that is cut off; ties bring it closer to 0.
+    is exactly −1/n plus the tail that is cut off the series; ties bring it closer to 0.
 
     Args:
         ref_rewards: (P, M) rewards of M >= 2 independent reference samples of each prompt.
@@ -103,7 +103,7 @@ def best_of_n_log_quantiles(ref_rewards: Array) -> Array:
 
 
 def best_of_n_weights(ref_rewards: Array, n: int) -> Array:
-    """Return the probability of each of the M samples to be the best of n drawn from them, ties shared equally.
+    """Return the probability that each of the M samples is the best of n drawn from them, ties shared equally.
 
     Args:
         ref_rewards: (P, M) rewards of reference samples.
@@ -123,9 +123,9 @@ def best_of_n_weights(ref_rewards: Array, n: int) -> Array:
 
 
 def winner_log_quantile(ref_rewards: Array, n: int) -> Array:
-    """Return the log-quantile of each sample as the winner of n, by the harmonic estimate over the M−n others.
+    """Return the log-quantile of each sample when it is the winner of n, by the harmonic estimate over the M−n others.
 
-    All samples that are better than the winner are among the others, so counting itself does not bias it.
+    All samples better than the winner are among the others, and the winner itself is not, so it adds no bias.
 
     Args:
         ref_rewards: (P, M) rewards of reference samples.
@@ -147,10 +147,10 @@ def winner_log_quantile(ref_rewards: Array, n: int) -> Array:
 def solve_reward(value_R: Tensor, curve_RM: Tensor) -> Tensor:
     """Return the real N >= 1 at which each row's curve, linear between n = 1..M, reaches the value; inf beyond M.
 
-    Where the curve is flat the smallest N counts.
+    Where the curve is flat the result is the smallest N.
     """
     curve_RM = curve_RM.cummax(1).values  # it never decreases but for rounding
-    # Of the curve's rise, and of the rewards themselves: a flat curve has rounding alone.
+    # Relative to the curve's rise and to the rewards themselves: a flat curve differs only by rounding.
     scale_R = torch.maximum(curve_RM[:, -1] - curve_RM[:, 0], 0.01 * curve_RM.abs().amax(1))
     scale_R = scale_R.clamp(min=torch.finfo(torch.float64).tiny)  # all rewards 0
     gap_RM = (value_R[:, None] - curve_RM) / scale_R[:, None]
@@ -161,7 +161,7 @@ def solve_log_quantile(policy_RN: Tensor, curve_RN: Tensor) -> Tensor:
     """Return the real N >= 1 at which each row's Best-of-n log-quantile reaches the policy's; inf beyond M−1.
 
     Column n−1 of both is cut after M−n terms. Between integers −1/log-quantile is linear, which is exact for
-    continuous rewards (there it is N itself) up to the terms that are cut.
+    continuous rewards (there it is N itself) up to the terms that are cut off.
     """
     gap_RN = policy_RN - curve_RN
     product_RN = policy_RN * curve_RN
@@ -183,7 +183,7 @@ def _first_crossing(gap_RK: Tensor, share_RK: Tensor | None = None) -> Tensor:
         share_R = torch.zeros_like(gap_RK[:, 0])
     else:
         share_R = share_RK.gather(1, (first_R - 1).clamp(min=0)[:, None])[:, 0].clamp(0.0, 1.0)
-    # At n = 1 at once: worth one sample. Otherwise between the knot before and this one.
+    # If it crosses at n = 1, N is 1. Otherwise N is between the previous knot and this one.
     solution_R = torch.where(first_R == 0, torch.ones_like(share_R), first_R + share_R)
     return torch.where(reached_RK.any(1), solution_R, torch.full_like(solution_R, math.inf))
 

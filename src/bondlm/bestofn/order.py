@@ -1,4 +1,4 @@
-"""Order statistics: what Best-of-n would score, and what KL it would have, from samples at hand.
+"""Order statistics: the reward that Best-of-n would reach, and its KL, from given samples.
 
 Shape suffixes: P prompts, M samples of a prompt, K levels: sets of equal rewards of a prompt.
 """
@@ -43,7 +43,7 @@ def _weights(num_samples: int, n: int) -> torch.Tensor:
     Built from the top by the ratio w_i / w_(i+1) = (i+1−n) / i. No factorial appears, so nothing overflows.
     """
     ranks = torch.arange(num_samples - 1, 0, -1, dtype=torch.float64)
-    # Rank n−1 has ratio 0: from there down no sample can be the maximum of n, and the product stays 0.
+    # Rank n−1 has ratio 0: from there on down no sample can be the maximum of n, and the product stays 0.
     ratios = (ranks + 1 - n) / ranks
     from_top = torch.cat([torch.tensor([n / num_samples], dtype=torch.float64), ratios]).cumprod(0)
     return from_top.flip(0)
@@ -71,12 +71,12 @@ def best_of_n_curve(rewards: Array) -> Array:
 
 
 def best_of_n_kls(rewards: Array, orders: Sequence[float]) -> list[float]:
-    """Estimate the mean over prompts of KL(Best-of-n ‖ reference), in nats, with the ties that the samples show.
+    """Estimate the mean over prompts of KL(Best-of-n ‖ reference), in nats, with the ties among the samples.
 
     Σ_l (F_l^n − F_<^n) log[(F_l^n − F_<^n) / m_l] over the levels of two or more equal rewards, F_l and F_< the shares
-    of rewards at most, and below, and m_l = F_l − F_<. A reward that no other one equals is taken for continuous: its
-    part is ∫ n u^(n−1) log(n u^(n−1)) du from F_< to F_l. Without ties the sum is exactly `kl_bound(n)`; all tied: 0.
-    Atoms that are too rare to show twice count as continuous, so the estimate is rather too high than too low.
+    of rewards at most, and below, and m_l = F_l − F_<. A reward that occurs once is taken as continuous; its part is ∫
+    n u^(n−1) log(n u^(n−1)) du from F_< to F_l. Without ties the sum is exactly `kl_bound(n)`; all tied: 0. Atoms that
+    are too rare to occur twice count as continuous, so the estimate tends to be too high.
 
     Args:
         rewards: (P, M) rewards of M independent reference samples of each prompt, or (M,) for one prompt.
@@ -90,7 +90,7 @@ def best_of_n_kls(rewards: Array, orders: Sequence[float]) -> list[float]:
     """
     lower, at_most, num_samples = count_below(rewards, rewards)
     num_prompts = max(1, lower[..., 0].numel())
-    # A level is known by its two counts, and few pairs occur: what each contributes is computed once.
+    # A level is determined by its two counts, and few pairs of counts occur: the contribution of each is computed once.
     keys, samples_K = torch.unique(lower * (num_samples + 1) + at_most, return_counts=True)
     low_K, high_K = (keys // (num_samples + 1)) / num_samples, (keys % (num_samples + 1)) / num_samples
     size_K = (high_K - low_K) * num_samples

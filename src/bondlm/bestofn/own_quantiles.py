@@ -1,11 +1,12 @@
-"""Best-of-n as the fixed point of a rank signal among the policy's own samples: signals, strengths, what they reach.
+"""Best-of-n as the fixed point of a rank signal among the policy's own samples: signals, strengths, results.
 
 If the policy is Best-of-n of the reference, then own quantile = (reference quantile)^n, and the log-ratio to the
-reference is a function f of the own quantile: for continuous rewards log(pi / pi_ref) = (1 - 1/n) log p + log n. From
-K samples f is known as its Bernstein polynomial f_k(p) = sum_j f_j C(k, j) p^j (1-p)^(k-j) over the k = K - 1 others,
-f_j the signal of a sample that is better than j of them. One distribution alone has the log-ratio f_k(own quantile) +
-constant: with G the own quantile of the reference's quantile u, du/dG = Z exp(-f_k(G)). So the strength of a signal is
-*solved* here for a wanted win rate n / (n + 1), the one of Best-of-n. Derivation: docs/theory.md, "Own quantiles".
+reference is a function f of the own quantile: for continuous rewards log(pi / pi_ref) = (1 - 1/n) log p + log n. K
+samples determine f only as its Bernstein polynomial f_k(p) = sum_j f_j C(k, j) p^j (1-p)^(k-j) over the k = K - 1
+others, where f_j is the signal of a sample that is better than j of them. Exactly one distribution has the log-ratio
+f_k(own quantile) + constant: with G the own quantile as a function of the reference's quantile u, du/dG = Z
+exp(-f_k(G)). So the strength of a signal can be *solved* for the win rate of Best-of-n, n / (n + 1). Derivation:
+docs/theory.md, "Own quantiles".
 """
 
 import math
@@ -24,20 +25,20 @@ _Vector = NDArray[np.float64]
 
 
 class Reached(NamedTuple):
-    """What a rank signal reaches when rewards are continuous."""
+    """Win rate and KL that a rank signal reaches with continuous rewards."""
 
-    win_rate: float  # of a sample against one of the reference
+    win_rate: float  # of a policy sample against a reference sample
     kl: float  # to the reference, nats
 
 
 def rank_signal(n: float, num_samples: int, form: OwnQuantile, strength: float) -> _Vector:
-    """Return the signal (K,) of a sample that is better than j = 0 .. K-1 of the K - 1 others, none of which ties.
+    """Return the signal (K,) of a sample that is better than j = 0 .. K-1 of the K - 1 others, without ties.
 
     - ``"tilt"``: log(1 + j/k (e^strength - 1)). The exponential tilt of the reference quantile has the least KL for
       its win rate, and this is its log-ratio as a function of the own quantile.
     - ``"harmonic"``: -strength (H_k - H_j), H the harmonic numbers: strength times the unbiased estimate of log p.
-    - ``"best_of_n"``: log of 1/K over the share of the reference that Best-of-n puts into that K-th of its own mass,
-      ((j+1)/K)^(1/n) - (j/K)^(1/n); the worst loses `strength` more, for all that K samples cannot tell apart.
+    - ``"best_of_n"``: log of 1/K over the share of the reference that falls into that K-th of Best-of-n's own mass,
+      ((j+1)/K)^(1/n) - (j/K)^(1/n); the worst sample loses `strength` more, for what K samples cannot resolve.
 
     Args:
         n: order of Best-of-n, a real number > 1.
@@ -67,7 +68,7 @@ def rank_signal(n: float, num_samples: int, form: OwnQuantile, strength: float) 
 def solve_strength(n: float, num_samples: int, form: OwnQuantile) -> float:
     """Return the strength at which `rank_signal` reaches the win rate n / (n + 1) of Best-of-n, rewards continuous.
 
-    Bisection in float64, some milliseconds, then cached; inf if no strength below 600 nats does.
+    Bisection in float64, a few milliseconds, then cached; inf if no strength below 600 nats reaches it.
 
     Args:
         n: order of Best-of-n, a real number > 1.
@@ -125,19 +126,19 @@ def largest_order(n: int, num_samples: int, form: OwnQuantile, max_ratio: float)
 
 @lru_cache(maxsize=64)
 def signal_table(n: float, num_samples: int, form: OwnQuantile) -> _Vector:
-    """Return the signal (K, K) of a sample that is better than a and ties with b of the others; NaN where a + b >= K.
+    """Return the signal (K, K) of a sample that is better than a of the others and ties with b; NaN where a + b >= K.
 
-    The first column is `rank_signal` at the solved strength. A level of tied samples from the own share a/K up to
-    (a+b+1)/K gets the log-ratio that the form has on it in the limit of many samples, own share over reference share,
+    The first column is `rank_signal` at the solved strength. A level of tied samples from own quantile a/K to (a+b+1)/K
+    gets the log-ratio that the form has there in the limit of many samples, own share over reference share,
 
         F(a, b) = log [(b+1)/K] - log [q((a+b+1)/K) - q(a/K)],   q(p) the reference's share below the own quantile p,
 
-    q(p) = p^(1/n) for Best-of-n, log(1 + p (e^l - 1)) / l for the tilt of the same win rate; and what the rank signal
-    adds to F(j, 0), averaged over the orders in which the tied could stand:
+    q(p) = p^(1/n) for Best-of-n, log(1 + p (e^l - 1)) / l for the tilt of the same win rate. To this is added the
+    difference between the rank signal and F(j, 0), averaged over the places that the tied samples could have:
 
         s(a, b) = F(a, b) + mean over j = a .. a+b of (f_j - F(j, 0)).
 
-    So ties are exact in the limit of many samples, and all tied is one number for all: no signal.
+    So ties are exact in the limit of many samples. If all samples tie, all get the same number, which is no signal.
     """
     share_q = _reference_share(n, num_samples, form)
     rank_K = rank_signal(n, num_samples, form, solve_strength(n, num_samples, form))
@@ -153,16 +154,16 @@ def signal_table(n: float, num_samples: int, form: OwnQuantile) -> _Vector:
 
 @lru_cache(maxsize=64)
 def win_table(n: float, num_samples: int) -> _Vector:
-    """Return how often the policy wins (K+1, K+1) against a reference sample that beats a of K own samples and ties b.
+    """Return the policy's win rate (K+1, K+1) against a reference sample that beats a of K own samples and ties with b.
 
-    NaN where a + b > K. Without ties it is the share of own samples that are better, 1 - a/K. Tied ones are split as
-    Best-of-n splits a level between the own quantiles a/K and (a+b)/K, whose part below p has the reference share
-    q(p) - q(a/K), q(p) = p^(1/n): the mean of 1 - p over that share,
+    NaN where a + b > K. Without ties it is the share of own samples that are better, 1 - a/K. Ties are split as in
+    Best-of-n, for a level between the own quantiles a/K and (a+b)/K. The part of the level below p has the reference
+    share q(p) - q(a/K), with q(p) = p^(1/n), and the win rate is the mean of 1 - p over that share,
 
         w(a, b) = [W((a+b)/K) - W(a/K)] / [q((a+b)/K) - q(a/K)],   W(p) = p^(1/n) - p^(1 + 1/n) / (n + 1).
 
-    So if the policy is Best-of-n its mean over reference samples is n / (n + 1), the win rate of continuous rewards,
-    *whatever ties* (exact as K grows; without ties for every K), where half of the ties would give less.
+    So if the policy is Best-of-n, the mean over reference samples is n / (n + 1), the win rate for continuous rewards,
+    *for any ties* (exact as K grows; without ties for every K). Counting ties as half would give less.
     """
     own = np.arange(num_samples + 1) / num_samples
     share = np.power(own, 1.0 / n)
@@ -192,7 +193,7 @@ def _reference_share(n: float, num_samples: int, form: OwnQuantile) -> _Vector:
     """q(j/K) for j = 0 .. K: the share of the reference below the own quantile j/K."""
     own = np.arange(num_samples + 1) / num_samples
     share: _Vector = own ** (1.0 / n)
-    if form == "tilt":  # log(1 + p (e^l - 1)) / l, without e^l, which is too large from n = 700 on
+    if form == "tilt":  # log(1 + p (e^l - 1)) / l, without e^l, which overflows from n = 700 on
         tilt = tilt_of_order(n)
         share[1:] = 1.0 + np.log(own[1:] + (1.0 - own[1:]) * math.exp(-tilt)) / tilt
     return share

@@ -1,4 +1,4 @@
-"""Quantiles of rewards among reference rewards. Only comparisons enter: an increasing map of rewards changes no bit.
+"""Quantiles of rewards among reference rewards. Only comparisons are used: an increasing map of rewards changes no bit.
 
 Shape suffixes: P prompts, M reference samples of a prompt, m scored samples of a prompt (lower case in the text).
 """
@@ -25,8 +25,8 @@ def quantile(rewards: Array, ref_rewards: Array | None, strict: bool = False) ->
 
     Args:
         rewards: (P, m) rewards, or (m,) for one prompt.
-        ref_rewards: (P, M) rewards of the reference (or anchor) samples of the same prompts, or (M,). None: each
-            reward is compared with the others of its row, which are reference samples as well.
+        ref_rewards: (P, M) rewards of the reference (or anchor) samples of the same prompts, or (M,). None: each reward
+            is compared with the others in its row, which then serve as reference samples.
         strict: count reference rewards strictly below (p_<) instead of at most (p_≤).
 
     Returns:
@@ -46,11 +46,11 @@ def log_quantile(rewards: Array, ref_rewards: Array | None, method: LogQuantileM
 
     - ``"jbond"``: `2^M · log ½` if the reward is strictly below all M, else 0 (Sessa et al. 2024, arXiv 2407.14622,
       Eq. 17; −log 16 at M = 2). Its mean is `2^M · log ½ · (1−p)^M`, which meets log p at p = ½. Exact Eq. 17 at
-      M = 2; the factor grows so fast that a large M is of no use.
-    - ``"clamped"``: `log max(p̂_≤, 1/(2M))`. The clamp stands for p̂ = 0, where the log is −∞. At M = 16 and p = 0.25
-      the mean is −1.500 (true: −1.386).
+      M = 2; the factor grows so fast that a large M is useless.
+    - ``"clamped"``: `log max(p̂_≤, 1/(2M))`. The clamp replaces p̂ = 0, where the log is −∞. At M = 16 and p = 0.25 the
+      mean is −1.500 (true: −1.386).
     - ``"harmonic"``: `−(H_M − H_{M−L})`, H the harmonic numbers: the unbiased estimate of the first M terms of
-      log p = −Σ_j (1−p)^j / j. Never −∞, and the bias is the tail of that series only.
+      log p = −Σ_j (1−p)^j / j. Never −∞, and its only bias is the tail of that series.
 
     Args:
         rewards: (P, m) rewards, or (m,) for one prompt.
@@ -83,9 +83,9 @@ def log_collision_correction(rewards: Array, ref_rewards: Array | None, n: float
     """Estimate the logarithm of term (B) of Best-of-n, log Σ_{i=1..n} (p_</p_≤)^(i−1), from M reference samples.
 
     Source: Sessa et al. 2024, arXiv 2407.14622, Eq. 4 and 8; the paper drops it. Together with (n−1)·log p_≤ it is
-    log(π_BoN / π_ref), with ties as they are. A reward that no reference sample ties with gets log n, the value of
-    continuous rewards; this includes a reward below all of them, where p̂_</p̂_≤ would be 0/0. So rewards without
-    ties get a constant, which no baseline lets through.
+    log(π_BoN / π_ref), ties included. A reward that ties with no reference sample gets log n, the value for continuous
+    rewards; this includes a reward below all of them, where p̂_</p̂_≤ would be 0/0. So rewards without ties get a
+    constant, which any baseline cancels.
 
     Args:
         rewards: (P, m) rewards, or (m,) for one prompt.
@@ -93,7 +93,7 @@ def log_collision_correction(rewards: Array, ref_rewards: Array | None, n: float
         n: order, a real number >= 1.
 
     Returns:
-        (P, m) or (m,) values in [0, log n]; 0 where all that is not better ties.
+        (P, m) or (m,) values in [0, log n]; 0 if reference samples tie with the reward and none is worse.
 
     Raises:
         ValueError: on NaN, empty input, shapes that do not fit, or n < 1.
@@ -107,8 +107,8 @@ def log_collision_correction(rewards: Array, ref_rewards: Array | None, n: float
 def two_level_penalty(num_ref: int) -> float:
     """Return `2^k · log ½`, the penalty of J-BOND's two-level reward with k reference samples; −log 16 at k = 2.
 
-    It makes the mean penalty at the median, `2^k log ½ · ½^k`, equal log ½ (Sessa et al. 2024,
-    Appendix A.4, for k = 2).
+    With it, the mean penalty at the median, `2^k log ½ · ½^k`, equals log ½ (Sessa et al. 2024, Appendix A.4, for
+    k = 2).
 
     Raises:
         ValueError: unless k is between 1 and 1023.
@@ -126,7 +126,7 @@ def count_below(rewards: object, ref_rewards: object) -> tuple[torch.Tensor, tor
 
     Returns:
         The counts strictly below and at most, both shaped as `rewards`, float64; and M. With `ref_rewards` None, each
-        reward's own place is left out of its counts and of M.
+        reward is left out of its own counts and of M.
 
     Raises:
         ValueError: on NaN, empty input, shapes that do not fit, or None with fewer than 2 rewards in a row.

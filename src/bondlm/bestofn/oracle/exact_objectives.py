@@ -80,7 +80,7 @@ def bond_fixed_point(
     """Return the policy at which `bond_gradient` vanishes, for an anchor that does not move.
 
     With γ = 0 it is Best-of-n for every β if the quantiles are exact and corrected, and for β = 0 always; for β = 1 it
-    is ∝ anchor · exp(signal). Otherwise it lies between these two, by Newton's method.
+    is ∝ anchor · exp(signal). Otherwise it is between these two, found by Newton's method.
 
     Args:
         anchor_probs: (..., K) probabilities of the anchor, none of them zero.
@@ -105,13 +105,13 @@ def bond_fixed_point(
 
 
 def kl_reward_gradient(logits: Array, anchor_probs: Array, rewards: Array, beta_rl: float) -> Array:
-    """Return the gradient of −E_π[r] + beta_rl·KL(π‖anchor): that of REINFORCE and of RLOO, whatever their baseline.
+    """Return the gradient of −E_π[r] + beta_rl·KL(π‖anchor): that of REINFORCE and of RLOO, for any baseline.
 
     Args:
         logits: (..., K) logits of the policy.
         anchor_probs: (..., K) probabilities of the anchor, none of them zero.
         rewards: (..., K) finite rewards.
-        beta_rl: KL coefficient >= 0, in units of reward a nat.
+        beta_rl: KL coefficient >= 0, in units of reward per nat.
 
     Raises:
         ValueError: if the shapes differ, an input is not valid, or beta_rl is negative.
@@ -154,7 +154,7 @@ def regression_gradient(
         anchor_probs: (..., K) probabilities of the anchor, none of them zero.
         rewards: (..., K) finite rewards.
         n: order of Best-of-n, a real number >= 1.
-        num_samples: M samples of a prompt, M−1 of them behind each target; None: exact quantiles.
+        num_samples: M samples of a prompt, so that each target is estimated from M−1; None: exact quantiles.
 
     Raises:
         ValueError: if the shapes differ, or an input is not valid.
@@ -167,7 +167,8 @@ def regression_gradient(
 def regression_fixed_point(anchor_probs: Array, rewards: Array, n: float, num_samples: int | None = None) -> Array:
     """Return the policy at which `regression_gradient` vanishes: Best-of-n if the quantiles are exact.
 
-    The mean of an estimated target is no normalised log-ratio, so for finite `num_samples` it is only near it.
+    The mean of an estimated target is not a normalised log-ratio, so with finite `num_samples` the policy is only close
+    to Best-of-n.
 
     Args:
         anchor_probs: (..., K) probabilities of the anchor, none of them zero.
@@ -200,7 +201,8 @@ def regression_fixed_point(anchor_probs: Array, rewards: Array, n: float, num_sa
 def bonbon_gradient(logits: Array, anchor_probs: Array, rewards: Array, n: int, alpha: float) -> Array:
     """Return the gradient of α·E[−log π(best)] + (1−α)·E[(h(best) − h(worst) − (n−1)·H_{n−1})²], h = log π/anchor.
 
-    Gui et al. 2024, arXiv 2406.00832; best and worst of n anchor samples, two different samples even where all tie.
+    Gui et al. 2024, arXiv 2406.00832; the best and the worst of n anchor samples are two different samples even if all
+    tie.
 
     Args:
         logits: (..., K) logits of the policy.
@@ -249,10 +251,11 @@ def bonbon_fixed_point(anchor_probs: Array, rewards: Array, n: int, alpha: float
 
 
 def best_and_worst_probs(anchor_probs: Array, rewards: Array, n: int) -> Array:
-    """Joint distribution (..., K, K) of the best (rows) and the worst (columns) of n samples; ties fall by chance.
+    """Joint distribution (..., K, K) of the best (rows) and worst (columns) of n samples; ties are broken at random.
 
-    All samples lie in a range of reward levels with the range's mass to the power n; differences give the levels of
-    both. Inside its level each is drawn in proportion to the anchor. If all n tie, they are two different samples.
+    The probability that all samples are in a range of reward levels is the range's mass to the power n; differences of
+    these give the levels of both. Inside its level each is drawn in proportion to the anchor. If all n tie, they are
+    two different samples.
 
     Args:
         anchor_probs: (..., K) probabilities.
@@ -268,7 +271,7 @@ def best_and_worst_probs(anchor_probs: Array, rewards: Array, n: int) -> Array:
     anchor_K = check_probs(to_float64(anchor_probs, "anchor_probs"), "anchor_probs")
 
     def within(upper_K: Tensor, lower_K: Tensor) -> Tensor:
-        """Probability that all n lie between: 0 where the range is empty."""
+        """Probability that all n are in the range; 0 where it is empty."""
         return (upper_K.unsqueeze(-1) - lower_K.unsqueeze(-2)).clamp(min=0.0) ** n
 
     levels_KK = within(p_le_K, p_lt_K) - within(p_lt_K, p_lt_K) - within(p_le_K, p_le_K) + within(p_lt_K, p_le_K)

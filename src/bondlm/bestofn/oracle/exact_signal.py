@@ -1,7 +1,7 @@
 """The exact mean of the reward part of BOND's return over the k anchor samples that estimate it.
 
-A mean over samples is a finite sum here. The formulas are written from the distributions of the counts, not with the
-estimators' code in `quantiles`, so each checks the other.
+A mean over samples is a finite sum here. The formulas use the distributions of the counts, not the code of the
+estimators in `quantiles`, so each checks the other.
 
 Shape suffixes: K outcomes, J counts 0..k.
 """
@@ -37,12 +37,12 @@ def mean_signal(
         rewards: (..., K) finite rewards; equal rewards are ties.
         n: order of Best-of-n, a real number >= 1.
         estimate: how log p is estimated. "exact": known. "jbond", "clamped", "harmonic": as `log_quantile`.
-            "smoothed": log of (samples strictly below + 1) / (k + 1), that of vBoN.
-        k: number of anchor samples; None with "exact" alone.
+            "smoothed": log of (samples strictly below + 1) / (k + 1), as in vBoN.
+        k: number of anchor samples; None only with "exact".
         correction: add the collision term, exact or as `log_collision_correction` estimates it.
 
     Returns:
-        (..., K) means in nats. Exact and corrected it is log(Best-of-n / anchor).
+        (..., K) means in nats. With "exact" and `correction` it is log(Best-of-n / anchor).
 
     Raises:
         ValueError: if the shapes differ, an input is not valid, or k and estimate do not fit.

@@ -1,8 +1,8 @@
 """Exact expected gradient and fixed point of `objectives.GRPO` on a finite outcome space.
 
 As in `tabular`: the policy is a softmax over K outcomes, gradients are with respect to its logits, to be *descended*.
-The mean over a prompt's m samples is a finite sum: of the m - 1 samples beside one, only how often each outcome occurs
-matters, a multinomial distribution over C(K + m - 2, m - 1) cases.
+The mean over a prompt's m samples is a finite sum: for the other m - 1 samples, only the number of times that each
+outcome occurs matters, a multinomial distribution over C(K + m - 2, m - 1) cases.
 
 Shape suffixes: K outcomes, J cases of the other samples.
 """
@@ -31,8 +31,8 @@ def grpo_gradient(
 ) -> Array:
     """Return the expected gradient of one `GRPO` step: -E_pi[(E[A | y] - beta_rl log pi / anchor) grad log pi].
 
-    E[A | y] is the mean advantage of y among m - 1 other samples of the policy. It depends on the policy and is held
-    still, as in the objective: this is the gradient of no scalar.
+    E[A | y] is the mean advantage of y among m - 1 other samples of the policy. It depends on the policy but is treated
+    as constant, as in the objective, so this is not the gradient of a scalar.
 
     Args:
         logits: (..., K) logits of the policy.
@@ -57,8 +57,8 @@ def grpo_fixed_point(
 ) -> Array:
     """Return the policy at which `grpo_gradient` vanishes, for an anchor that does not move.
 
-    With scale "none" it is ∝ anchor · exp((m-1)/m r / beta_rl). With "group" the reward's scale is gone, and the policy
-    is its own measure: log(pi / anchor) = E[A | y] / beta_rl + constant.
+    With scale "none" it is ∝ anchor · exp((m-1)/m r / beta_rl). With "group" the reward's scale cancels, and the policy
+    satisfies log(pi / anchor) = E[A | y] / beta_rl + constant, where E[A | y] depends on the policy itself.
 
     Args:
         anchor_probs: (..., K) probabilities of the anchor, none of them zero.
@@ -84,7 +84,7 @@ def grpo_fixed_point(
 
 
 def _mean_advantage(probs_K: Tensor, rewards_K: Tensor, num_samples: int, scale: Scale) -> Tensor:
-    """E[A | y] (..., K) of each outcome y, by a sum over how often the others are each outcome."""
+    """E[A | y] (..., K) of each outcome y, by a sum over how often each outcome occurs among the others."""
     if num_samples < 2 or scale not in ("group", "none"):
         raise ValueError(f"num_samples must be >= 2 and scale 'group' or 'none'; got {num_samples!r}, {scale!r}")
     counts_JK, weight_J = cases_of_draws(probs_K, num_samples - 1)

@@ -1,7 +1,8 @@
 """Exact expected gradient and fixed point of `objectives.Listwise` on a finite outcome space.
 
 As in `tabular`: the policy is a softmax over K outcomes, gradients are with respect to its logits, to be *descended*.
-Of M samples of the anchor only how often each outcome occurs matters: a sum over C(K + M - 1, M) cases.
+For M samples of the anchor, only the number of times that each outcome occurs matters: a sum over C(K + M - 1, M)
+cases.
 
 Shape suffixes: K outcomes, J cases.
 """
@@ -47,7 +48,7 @@ def listwise_gradient(logits: Array, anchor_probs: Array, rewards: Array, n: flo
 def listwise_fixed_point(anchor_probs: Array, rewards: Array, n: float, num_samples: int) -> Array:
     """Return the policy at which `listwise_gradient` vanishes, for an anchor that does not move.
 
-    Unique, as the loss is convex in log pi / anchor; near Best-of-n, and Best-of-n as M grows.
+    It is unique, as the loss is convex in log pi / anchor. It is near Best-of-n, and tends to it as M grows.
 
     Args:
         anchor_probs: (..., K) probabilities of the anchor, none of them zero.
@@ -97,6 +98,6 @@ def _best_share(counts_JK: Tensor, weight_J: Tensor, rewards_K: Tensor, n: float
     order, num_samples = check_order(n), counts_JK[0].sum()
     same_KK = (rewards_K.unsqueeze(-1) == rewards_K.unsqueeze(-2)).double()
     at_most_KK = (rewards_K.unsqueeze(-1) >= rewards_K.unsqueeze(-2)).double()
-    level_JK, at_most_JK = counts_JK @ same_KK, counts_JK @ at_most_KK.mT  # samples that tie, and that are at most
+    level_JK, at_most_JK = counts_JK @ same_KK, counts_JK @ at_most_KK.mT  # counts of ties, and of those at most equal
     mass_JK = (at_most_JK / num_samples) ** order - ((at_most_JK - level_JK) / num_samples) ** order
     return _mean(weight_J, mass_JK * counts_JK / level_JK.clamp(min=1.0))

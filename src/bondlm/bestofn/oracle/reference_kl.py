@@ -1,10 +1,11 @@
 """Where BOND and J-BOND settle when the anchor moves and gamma_ref * KL(pi || reference) pulls back.
 
-At rest the anchor is the policy: the KL to it vanishes, and what is left of the expected gradient is, for each outcome,
+At rest the anchor equals the policy, so the KL to it vanishes, and the expected gradient is zero if for each outcome
 
     gamma_ref * log(pi / ref) = beta * signal + (1 - beta) * Best-of-n(pi) / pi + constant,
 
-both parts functions of the policy's own quantile. So gamma_ref > 0 gives every BOND a fixed point: an N that is kept.
+where both parts are functions of the policy's own quantile. So with gamma_ref > 0 every BOND has a fixed point: an N
+that is kept.
 
 Shape suffixes: K outcomes.
 """
@@ -31,7 +32,7 @@ def bond_resting_point(
     """Return the policy that BOND with a moving anchor and gamma_ref keeps: anchor = policy, expected gradient 0.
 
     The gradient is `bond_gradient(logits, pi, ...) + gamma_ref * backward_kl_gradient(logits, ref_probs)`. REINFORCE
-    and RLOO with a moving anchor rest at `kl_reward_optimum(ref_probs, rewards, gamma_ref)`.
+    and RLOO with a moving anchor settle at `kl_reward_optimum(ref_probs, rewards, gamma_ref)`.
 
     Args:
         ref_probs: (..., K) probabilities of the reference, none of them zero.

@@ -1,8 +1,8 @@
 """Exact expected gradient and fixed point of `objectives.SelfBOND` on a finite outcome space.
 
 As in `tabular`: the policy is a softmax over K outcomes, gradients are with respect to its logits, to be *descended*.
-The mean over a prompt's M samples is a finite sum: of the M - 2 samples beside a pair, a lie below one of the two and b
-at its level, a trinomial distribution.
+The mean over a prompt's M samples is a finite sum: of the M - 2 samples outside a pair, a are below one of the two and
+b at its level, a trinomial distribution.
 
 Shape suffixes: K outcomes, M samples of a prompt.
 """
@@ -23,19 +23,19 @@ def self_bond_signal(
 ) -> Array:
     """Return E[s_i - mean of the M signals | y_i = y] of each outcome y, all M samples drawn from `probs`.
 
-    With the signals' mean taken out only pairs of different levels count: with U_<(y), U_>(y) the mean signal of y if
-    one other sample is known to be worse, or better, it is
+    With the mean of the signals subtracted, only pairs of different levels count. Let U_<(y) and U_>(y) be the mean
+    signal of y if one other sample is known to be worse, or better; then the result is
 
         (M-1)/M * sum over y' of probs(y') * [U_<(y) - U_>(y') if y' is worse, U_>(y) - U_<(y') if y' is better].
 
-    Without `num_samples` it is the limit of many: log (own share of the level) - log (reference share that Best-of-n,
-    or the tilt, puts there), and nothing is estimated.
+    Without `num_samples` it is the limit of many samples: log (own share of the level) - log (reference share that
+    Best-of-n, or the tilt, has there), and nothing is estimated.
 
     Args:
         probs: (..., K) probabilities of the policy, all positive.
         rewards: (..., K) finite rewards; equal rewards are ties.
         n: order of Best-of-n, a real number > 1.
-        num_samples: M samples of a prompt, at least 2; None: the limit of many.
+        num_samples: M samples of a prompt, at least 2; None: the limit of many samples.
         form: as `own_quantiles.rank_signal`.
 
     Returns:
@@ -54,7 +54,8 @@ def self_bond_gradient(
 ) -> Array:
     """Return the expected gradient of one `SelfBOND` step: -E_pi[(signal - log pi / pi_ref) grad log pi].
 
-    The signal depends on the policy and is held still, as in the objective: this is the gradient of no scalar.
+    The signal depends on the policy but is treated as constant, as in the objective, so this is not the gradient of a
+    scalar.
 
     Args:
         logits: (..., K) logits of the policy.
@@ -77,7 +78,7 @@ def self_bond_fixed_point(
 ) -> Array:
     """Return the policy at which `self_bond_gradient` vanishes, by exact natural-gradient steps from the reference.
 
-    Without `num_samples` it is Best-of-n, ties as they are, or for "tilt" the exponential tilt of the same win rate.
+    Without `num_samples` it is Best-of-n, ties included, or for "tilt" the exponential tilt of the same win rate.
 
     Args:
         ref_probs: (..., K) probabilities of the reference, none of them zero.
@@ -121,7 +122,7 @@ def _signal(probs_K: Tensor, rewards_K: Tensor, n: float, num_samples: int | Non
 
 
 def _share_between(below_K: Tensor, at_most_K: Tensor, n: float, form: OwnQuantile) -> Tensor:
-    """The reference's share of what the policy has between two own quantiles, if it is Best-of-n or the tilt."""
+    """The reference's share of what is between two own quantiles of the policy, if it is Best-of-n or the tilt."""
     if form == "tilt":
         steep = math.expm1(tilt_of_order(n))
         return (torch.log1p(steep * at_most_K) - torch.log1p(steep * below_K)) / math.log1p(steep)

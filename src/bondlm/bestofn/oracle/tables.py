@@ -1,6 +1,6 @@
-"""What the exact oracle's functions share: gradients of a softmax policy over K outcomes, and Newton's method.
+"""Helpers of the exact oracle: gradients of a softmax policy over K outcomes, and Newton's method.
 
-Shape suffixes: K outcomes. Everything is float64 and checked before it comes here.
+Shape suffixes: K outcomes. All inputs are float64 and already checked.
 """
 
 import math
@@ -69,9 +69,9 @@ def newton(logits_K: Tensor, gradient: Callable[[Tensor], Tensor], step: Callabl
 
 
 def resting_point(start_K: Tensor, wanted: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the probabilities whose logarithm is `wanted` of itself, up to a constant, by natural-gradient steps.
+    """Return probabilities whose logarithm equals `wanted` at themselves, up to a constant, by natural-gradient steps.
 
-    For forces that depend on the policy, where no objective is minimised. A step goes half of the way; where that runs
+    For forces that depend on the policy, where no objective is minimised. Each step goes half of the way; if that runs
     in circles, a tenth, then a fiftieth.
 
     Raises:
@@ -98,9 +98,9 @@ def dense_newton_step(hessian_KK: Tensor, gradient_K: Tensor) -> Tensor:
 
 
 def cases_of_draws(probs_K: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
-    """All ways in which so many draws can fall on K outcomes: counts (J, K), and the probability (..., J) of each."""
+    """All ways to distribute the draws over K outcomes: counts (J, K), and the probability (..., J) of each."""
     num_outcomes = probs_K.shape[-1]
-    # itertools': torch.combinations makes all K^m tuples first.
+    # From itertools, since torch.combinations makes all K^m tuples first.
     cases = torch.tensor(list(combinations_with_replacement(range(num_outcomes), num_draws)), device=probs_K.device)
     counts_JK = torch.nn.functional.one_hot(cases, num_outcomes).sum(1).double()
     ways_J = math.factorial(num_draws) / torch.lgamma(counts_JK + 1.0).sum(-1).exp()
@@ -108,7 +108,7 @@ def cases_of_draws(probs_K: Tensor, num_draws: int) -> tuple[Tensor, Tensor]:
 
 
 def policy_and(logits: object, probs: object, name: str, *, positive: bool = False) -> tuple[Tensor, Tensor]:
-    """Check both, return the policy's log-probabilities and the other distribution's probabilities."""
+    """Check both; return the policy's log-probabilities and the other distribution's probabilities."""
     logits_K = to_float64(logits, "logits")
     probs_K = check_probs(to_float64(probs, name), name)
     check_same_shape(logits_K, "logits", probs_K, name)
@@ -150,7 +150,8 @@ def _newton_step(logits_K: Tensor, gradient_K: Tensor, forward_K: Tensor, streng
     """Return a damped Newton step in log π for the convex objective over probabilities that sum to 1.
 
     Its Hessian in π is diagonal, `forward/π² + strength/π`, so the step of `log π` is `−(gradient − ν·π)` over
-    `curvature = forward + strength·π`, up to the constant ν that keeps the sum. Steps are capped at 1 (a factor e).
+    `curvature = forward + strength·π`, up to the constant ν that keeps the sum at 1. Steps are capped at 1 (a factor
+    e).
     """
     probs_K = logits_K.softmax(-1)
     curvature_K = forward_K + strength * probs_K

@@ -1,10 +1,10 @@
 """The oracle: exact gradients and fixed points of BOND and J-BOND on a finite outcome space.
 
-The policy is a softmax over K outcomes; several prompts are leading batch dimensions. Every expectation over samples
-is a finite sum here, so a loss or a trainer can be checked against these functions with no sampling error.
-Gradients are with respect to the policy's logits, to be *descended*.
+The policy is a softmax over K outcomes; leading batch dimensions are prompts. Every expectation over samples is a
+finite sum here, so a loss or a trainer can be checked against these functions with no sampling error. Gradients are
+with respect to the policy's logits, to be *descended*.
 
-Two facts give all of them: E_{y~q}[∇ log π(y)] = q − π, and E_{y~π}[f(y) ∇ log π(y)] = π · (f − E_π f).
+All of them follow from two facts: E_{y~q}[∇ log π(y)] = q − π, and E_{y~π}[f(y) ∇ log π(y)] = π · (f − E_π f).
 
 Shape suffixes: K outcomes.
 """
@@ -44,7 +44,7 @@ def kl_divergence(probs: Array, other_probs: Array) -> Array:
 def iterated_best_of_n(ref_probs: Array, rewards: Array, n: float, times: int) -> Array:
     """Apply Best-of-n `times` times, each to the distribution before it.
 
-    Equal to Best-of-(n^times) of the reference (Sessa et al. 2024, arXiv 2407.14622, Eq. 16), with ties as well.
+    Equal to Best-of-(n^times) of the reference (Sessa et al. 2024, arXiv 2407.14622, Eq. 16), ties included.
 
     Args:
         ref_probs: (..., K) probabilities.
@@ -130,7 +130,7 @@ def mean_two_level_reward(anchor_probs: Array, rewards: Array, k: int = 2) -> Ar
     check_same_shape(anchor_K, "anchor_probs", rewards_K, "rewards")
     check_finite(rewards_K, "rewards")
     ordered_K, order_K = rewards_K.sort(-1)
-    # Mass of the outcomes from each sorted position up, and 0 above the last.
+    # Mass of the outcomes from each sorted position upwards, and 0 above the last.
     tail_K = anchor_K.gather(-1, order_K).flip(-1).cumsum(-1).flip(-1)
     tail_K = torch.cat([tail_K, torch.zeros_like(tail_K[..., :1])], dim=-1)
     above_K = tail_K.gather(-1, torch.searchsorted(ordered_K, rewards_K.contiguous(), right=True))
@@ -148,8 +148,8 @@ def jbond_gradient(
     - G_BW = −E_{y~π}[∇ log π(y) · ((n−1)·r(y) − (log π(y) − log π_anchor(y)))], r = `mean_two_level_reward`;
     - G_Reg = +∇ KL(π‖π_anchor). Algorithm 2 prints the opposite sign, which contradicts the paper's own Eq. 19.
 
-    The paper has n = 2 and k = 2. For other orders the factor n−1 is that of Eq. 15, so that both parts aim at the
-    same Best-of-n.
+    The paper has n = 2 and k = 2. For other orders the factor n−1 comes from Eq. 15, so that both parts aim at the same
+    Best-of-n.
 
     Args:
         logits: (..., K) logits of the policy.
@@ -175,7 +175,7 @@ def jbond_gradient(
 
 
 def jbond_backward_target(anchor_probs: Array, rewards: Array, k: int = 2, n: float = 2.0) -> Array:
-    """Return the fixed point of J-BOND's backward part alone: ∝ anchor · exp((n−1) · mean two-level reward).
+    """Return the fixed point of only J-BOND's backward part: ∝ anchor · exp((n−1) · mean two-level reward).
 
     At k = n = 2 it is within 0.01 nats of Best-of-2 (both KLs) when rewards are continuous.
 
@@ -199,8 +199,8 @@ def jbond_fixed_point(
     """Return the policy at which `jbond_gradient` vanishes, for an anchor that does not move.
 
     It is unique, as the objective is convex in the policy's probabilities. `beta = 1`:
-    ∝ anchor · exp((n−1)·r / (1+gamma)) in closed form (the KL inside the backward part counts once, gamma adds to
-    it). `beta = 0, gamma = 0`: Best-of-n of the anchor. Otherwise by Newton's method.
+    ∝ anchor · exp((n−1)·r / (1+gamma)) in closed form (the KL in the backward part has weight 1, to which gamma is
+    added). `beta = 0, gamma = 0`: Best-of-n of the anchor. Otherwise by Newton's method.
 
     Args:
         anchor_probs: (..., K) probabilities of the anchor, none of them zero.
