@@ -1,4 +1,4 @@
-"""Engines: who generates. `Engine` is the seam; `TransformersEngine` (in `bondlm.engines.local.engine`) the default."""
+"""Engines draw completions. `Engine` is the interface; `TransformersEngine` (`bondlm.engines.local`) is the default."""
 
 from bondlm.engines.base import Completion, Engine, RemoteEngine, Role
 

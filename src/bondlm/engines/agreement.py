@@ -1,4 +1,4 @@
-"""How far the sampler's log-probabilities lie from the learner's: beyond rounding they hold different weights.
+"""The gap between the sampler's and the learner's log-probabilities: beyond rounding, their weights differ.
 
 Shapes: P prompts, L completions of each, C of them compared, T tokens.
 """
@@ -26,10 +26,11 @@ def padded_logprobs(completions: Sequence[Sequence[Completion]], length: int) ->
 def logprob_gap(logp_PLT: Tensor, sampled_PCT: Tensor, step: int, *, strict: bool) -> float:
     """Mean absolute difference between learner and sampler over completion tokens, nats.
 
-    Above 0.1 it warns; above 0.5 it raises if `strict`. A learner with dropout is noisy by itself: not strict then.
+    A gap above 0.1 warns; above 0.5 it raises if `strict`. A learner with dropout is noisy by itself, so do not be
+    strict then.
 
     Raises:
-        EngineError: the samples come from other weights than those that learn.
+        EngineError: the samples come from other weights than those that are trained.
     """
     real = sampled_PCT.isfinite()
     gap = float((logp_PLT[:, : sampled_PCT.shape[1]].detach() - sampled_PCT)[real].abs().mean())

@@ -1,4 +1,4 @@
-"""The engine seam: token ids in, token ids out, for each role of the model."""
+"""The interface of engines: token ids in, token ids out, for each role of the model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Completion:
     """
 
     ids: list[int]  # the sampled tokens, up to and including the end-of-sequence token
-    logprobs: list[float]  # log-probability of each under the distribution it was drawn from, nats
+    logprobs: list[float]  # log-probability of each token under the distribution it was drawn from, nats
     finished: bool  # False: cut at `max_new_tokens` without an end-of-sequence token
 
     @property
@@ -25,16 +25,16 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Draws completions, of one role or of several at once: what the rest of bondlm asks of an engine, and no more."""
+    """Draws completions for one role or for several at once; this is all that bondlm needs from an engine."""
 
     on_prompts_done: Callable[[int], object] | None
     """Told, while it draws, how many more prompts have all their completions of a role; None: not told."""
 
     @property
     def exact(self) -> bool:
-        """Whether a completion's log-probabilities are those that the trainer's own model gives, up to rounding.
+        """Whether the log-probabilities of a completion equal those of the trainer's own model, up to rounding.
 
-        If not, the trainer computes them anew where they enter the loss.
+        If not, the trainer recomputes them where the loss needs them.
         """
 
     def generate_roles(
@@ -49,9 +49,9 @@ class Engine(Protocol):
 
         Args:
             prompts: P prompts as token ids.
-            wanted: role -> (completions of each prompt, one seed per prompt). A sample is a function of the role's
-                weights, its prompt, its seed and its number alone, not of the batch that it was drawn in.
-            max_new_tokens: most tokens of a completion, end-of-sequence included.
+            wanted: role -> (completions of each prompt, one seed per prompt). A sample depends only on the role's
+                weights, its prompt, its seed and its number, not on the batch that it is drawn in.
+            max_new_tokens: maximum tokens of a completion, end-of-sequence included.
             temperature: 1 samples the model's own distribution, 0 is greedy.
 
         Returns:
@@ -59,12 +59,12 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """End connections and processes that the engine holds; it draws nothing afterwards."""
+        """End the engine's connections and processes; it cannot draw afterwards."""
 
 
 @runtime_checkable
 class RemoteEngine(Engine, Protocol):
-    """An engine with weights of its own: it must be given ours before it draws."""
+    """An engine with its own copy of the weights, which must be synchronised with ours before it draws."""
 
     def sync(self) -> None:
-        """Take over the trainer's weights as they are now."""
+        """Take over the trainer's current weights."""

@@ -1,4 +1,4 @@
-"""Which engine a run's settings ask for."""
+"""Choose the engine that a run's settings ask for."""
 
 import logging
 import platform
@@ -45,14 +45,14 @@ PROBE_ANSWER = """Sunlight looks white, but it is made of all the colours of the
 light is scattered far more than red light. In 1871 Lord Rayleigh showed that it grows with the fourth power of the
 frequency: (700 / 450) ** 4 = 5.86."""
 PROBE_TOKENS = 128
-OWN_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # whoever gives one has done the sum
-HOST_SHARE = 0.25  # of main memory, which a container's limit may hold below what /dev/shm says
-HANDED_OVER = 1.5  # of the weights' size: a head that is an embedding, too, is written twice
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+OWN_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # a user who gives one has sized the memory
+HOST_SHARE = 0.25  # of main memory; a container's limit may be lower than what /dev/shm reports
+HANDED_OVER = 1.5  # of the weights' size: a head that is also the embedding is written twice
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
 
 
 def engine_choice(args: BONDConfig) -> str:
-    """Who samples, and why, in one line."""
+    """The engine that samples, and why, in one line."""
     if args.engine == "vllm":
         where = args.vllm_base_url if isinstance(args.vllm_base_url, list) else []
         several = f"{len(where)} servers" if len(where) > 1 else "the server"
@@ -75,12 +75,12 @@ def make_engine(
     *,
     longest_prompt: int = 0,
 ) -> Engine:
-    """The engine that `args` names; `roles` lend their models, `model` is the policy with its adapters.
+    """The engine that `args` names; `roles` lend the models, `model` is the policy with its adapters.
 
-    A server must have room for the `longest_prompt` (tokens) and a completion. Every process must call.
+    A server must have room for the `longest_prompt` (tokens) and a completion. Every process must call this.
 
     Raises:
-        ConfigError: vLLM cannot serve this run, or not from that server.
+        ConfigError: vLLM cannot serve this run, or that server cannot.
     """
     if args.engine != "vllm":
         _LOGGER.info(engine_choice(args))
@@ -127,7 +127,7 @@ def make_engine(
 
 
 def probe_ids(encoder: PromptEncoder) -> list[int]:
-    """A question as the run's prompts are given to the model, and an answer: there two models differ most."""
+    """A question in the format of the run's prompts, and an answer: this is where two models differ most."""
     tokenizer, prompt = encoder.tokenizer, PROBE_TEXT
     if encoder.rendering.kind_of(PROBE_TEXT, tokenizer) == "chat":
         prompt = [{"role": "user", "content": PROBE_TEXT}]  # type: ignore[assignment]
@@ -140,17 +140,17 @@ def probe_ids(encoder: PromptEncoder) -> list[int]:
 
 
 def sleeps(args: BONDConfig) -> bool:
-    """Whether the run's servers give their memory back while it learns: vLLM on a CPU cannot."""
+    """Whether the run's servers release their memory while the run learns; vLLM on a CPU cannot."""
     return args.vllm_server == "auto" and args.vllm_sleep == "auto" and args.device.type == "cuda"
 
 
 def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longest: int) -> LocalServer | None:
-    """The server that this process starts, if it does: one on each GPU that learns, or one for a machine's CPU.
+    """The server that this process starts, if any: one on each training GPU, or one per machine on the CPU.
 
-    `longest` is the most tokens of a prompt with its completion.
+    `longest` is the maximum number of tokens of a prompt with its completion.
 
     Raises:
-        ConfigError: it does not start, or does not fit beside the trainer.
+        ConfigError: it does not start, or does not fit into memory with the trainer.
     """
     on_cpu, is_alone = args.device.type == "cpu", args.world_size == 1
     if args.vllm_server != "auto" or (on_cpu and args.local_process_index > 0):
@@ -163,7 +163,7 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longe
     if (revision := loaded_revision(model, args)) is not None:
         options = ["--revision", revision, *options]
     if not on_cpu:
-        options = card_options(args, model, roles, longest) + options  # of an option that is there twice the last holds
+        options = card_options(args, model, roles, longest) + options  # of equal options the last counts
     return LocalServer(
         args.vllm_python or sys.executable,
         model.config._name_or_path,
@@ -176,9 +176,10 @@ def start_server(args: BONDConfig, model: Any, roles: Roles, folder: Path, longe
 
 
 def weights_folder(args: BONDConfig, roles: Roles, processes: Processes) -> Path | None:
-    """Shared memory for whole weights, where the servers are ours and on this machine; every process must call.
+    """A folder in shared memory for whole weights, if all servers are ours and local; every process must call this.
 
-    None: the run folder. An adapter is small, and another server may not see this machine's memory.
+    None means the run folder: an adapter is small, and a server that we did not start may not see this machine's
+    memory.
     """
     machines = set(processes.gather_objects([(platform.node(), uuid.getnode())]))
     if roles.is_peft or args.vllm_server != "auto" or len(machines) > 1:
@@ -190,10 +191,10 @@ def weights_folder(args: BONDConfig, roles: Roles, processes: Processes) -> Path
 
 
 def card_options(args: BONDConfig, model: Any, roles: Roles, longest: int) -> list[str]:
-    """Options of a server that shares a GPU with this process: its part of the memory, and that it sleeps.
+    """Options of a server that shares a GPU with this process: its share of the memory, and sleep mode.
 
     Raises:
-        ConfigError: they do not fit together.
+        ConfigError: server and trainer do not fit into memory together.
     """
     asleep = ["--enable-sleep-mode"] if sleeps(args) else []
     if any(word.replace("_", "-").startswith(OWN_SIZES) for word in args.vllm_server_args or []):
@@ -210,23 +211,23 @@ def card_options(args: BONDConfig, model: Any, roles: Roles, longest: int) -> li
     )
     if args.process_index == 0:
         _LOGGER.warning("%s", share)
-    return [*asleep, f"--gpu-memory-utilization={share.utilization:.3f}", "--max-model-len=-1"]  # as long as it fits
+    return [*asleep, f"--gpu-memory-utilization={share.utilization:.3f}", "--max-model-len=-1"]  # as long as fits
 
 
 def trainer_growth(args: BONDConfig, model: Any, roles: Roles, longest: int) -> Growth:
-    """What this process will need of its GPU when it trains, beyond what it has before its first step."""
+    """The GPU memory that this process will need for training, beyond what it uses before its first step."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_weights, size = roles.core.num_parameters(), (roles.autocast or model.dtype).itemsize
     per_trained = optimizer_bytes(str(getattr(args.optim, "value", args.optim))) + (4 if args.average_weights else 0)
     per_trained += 4 if zero_stage(args) else 0  # DeepSpeed's own fp32 copy
     shards, visiting, placed = 1, 0, 0
-    if shards_weights(args):  # anchor and reference are made when the policy is sharded
+    if shards_weights(args):  # anchor and reference are created when the policy is sharded
         shards, placed = args.world_size, num_weights * model.dtype.itemsize // args.world_size
         per_trained += 4 * (len(roles.adapter_roles) - 1 if roles.is_peft else 2)
         visiting = num_weights * (size if uses_fsdp(args) else model.dtype.itemsize)
     elif not roles.is_peft and args.anchor != "fixed":
-        visiting = num_weights * model.dtype.itemsize  # the reference rests on the CPU
-    cuts = args.world_size == 1 and not zero_stage(args)  # micro-batches, when the memory is too small for them
+        visiting = num_weights * model.dtype.itemsize  # the reference stays on the CPU
+    cuts = args.world_size == 1 and not zero_stage(args)  # micro-batches, if memory is too small for them
     per_prompt = objective_of(args).plan.learn * longest
     tokens = args.per_device_train_batch_size * per_prompt
     if args.max_tokens_per_micro_batch is not None:
@@ -234,7 +235,7 @@ def trainer_growth(args: BONDConfig, model: Any, roles: Roles, longest: int) -> 
     how: dict[str, Any] = {"checkpointing": bool(args.gradient_checkpointing)}
     return growth(
         staying=placed + trained * per_trained // shards,
-        gradients=(4 if args.world_size == 1 else 8) * trained // shards,  # of several processes in buckets, too
+        gradients=(4 if args.world_size == 1 else 8) * trained // shards,  # with several processes, also in buckets
         activations=activation_bytes(model.config, tokens, size, **how),
         least_activations=activation_bytes(model.config, longest if cuts else tokens, size, **how),
         visiting=visiting,
@@ -242,25 +243,25 @@ def trainer_growth(args: BONDConfig, model: Any, roles: Roles, longest: int) -> 
 
 
 def addresses(args: BONDConfig, processes: Processes, server: LocalServer | None) -> list[str]:
-    """The servers that this process draws from; every process must call."""
+    """The servers that this process draws from; every process must call this."""
     if args.vllm_server != "auto":
         return share_of(args.vllm_base_url, processes.rank, processes.size)
     started = processes.gather_objects([None if server is None else server.url])
-    # Ranks of a machine follow each other, and the first of them has started one.
+    # The ranks of a machine are consecutive, and the first of them has started a server.
     return [url for url in started[: processes.rank + 1] if url is not None][-1:]
 
 
 def share_of(urls: str | list[str] | None, rank: int, size: int) -> list[str]:
-    """The servers of process `rank` among `size`: several if there are more servers than processes, else one."""
+    """The servers of process `rank` among `size`: several if there are more servers than processes, otherwise one."""
     urls = urls if isinstance(urls, list) else [str(urls)]
     return urls[rank::size] or [urls[rank % len(urls)]]
 
 
 def check_vllm_can(args: BONDConfig, model: Any) -> None:
-    """Refuse what vLLM cannot sample from, before anything is started.
+    """Refuse models that vLLM cannot sample from, before anything is started.
 
     Raises:
-        ConfigError: with what to use instead.
+        ConfigError: vLLM cannot sample from the model; says what to use instead.
     """
     instead = "use engine='transformers'"
     if model.config.is_encoder_decoder:
@@ -311,13 +312,13 @@ def server_options(dtype: torch.dtype, rank: int, args: BONDConfig) -> list[str]
 
 
 def whole_model_options(roles: Roles, args: BONDConfig) -> list[str]:
-    """Options of a server that is given whole models, at the precision that the trainer computes in."""
-    options = ["--dtype", _dtype_name(served_dtype(roles)), "--load-format", "dummy"]  # it is given the weights
+    """Options of a server that receives whole models, at the trainer's compute precision."""
+    options = ["--dtype", _dtype_name(served_dtype(roles)), "--load-format", "dummy"]  # it receives the weights later
     return options + _law_options(args)
 
 
 def served_dtype(roles: Roles) -> torch.dtype:
-    """What a server computes in: as the trainer does."""
+    """The dtype that a server computes in, which is the trainer's."""
     return roles.autocast or roles.model.dtype  # type: ignore[no-any-return]
 
 
@@ -328,6 +329,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _law_options(args: BONDConfig) -> list[str]:
     options = ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
     if args.device.type == "cpu":
-        options.append("--enforce-eager")  # compiling takes minutes and gains little there
-        options.append("--no-enable-chunked-prefill")  # vLLM 0.32 ends when a prompt with a seed is cut in two there
+        options.append("--enforce-eager")  # compiling takes minutes and gains little on a CPU
+        options.append("--no-enable-chunked-prefill")  # on a CPU, vLLM 0.32 crashes when a prompt with a seed is split
     return options + list(args.vllm_server_args or [])

@@ -1,4 +1,4 @@
-"""What several processes do as one: an error of one is an error of all, and none waits for another that has left."""
+"""Errors of several processes: an error in one is raised in all, so none waits for a process that has left."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,23 +14,23 @@ class Processes(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of processes."""
 
     @property
     def rank(self) -> int:
-        """The number of this one, from 0; number 0 writes what is written once."""
+        """The number of this process, from 0; process 0 writes what is written once."""
 
     def gather_objects(self, items: list[_T]) -> list[_T]:
-        """The lists of all processes, one after the other in the order of their ranks."""
+        """The lists of all processes, concatenated in the order of their ranks."""
 
 
 @contextmanager
 def together(processes: Processes) -> Iterator[None]:
-    """What fails inside on one process is raised by every process, the same error; every one must come here.
+    """Raise an error that occurs inside on one process in every process; all processes must enter this.
 
     Raises:
-        BondError: that of the first process with one, `known_to_all`. Another exception becomes an EngineError, unless
-            the process is alone.
+        BondError: the error of the first process that has one, marked `known_to_all`. Other exceptions become an
+            EngineError, unless there is only one process.
     """
     failure: Exception | None = None
     try:
@@ -45,7 +45,7 @@ def together(processes: Processes) -> Iterator[None]:
 
 
 def shared(rank: int, error: BondError) -> BondError:
-    """The error of that process, as all raise it."""
+    """The error of that process, in the form that all processes raise."""
     told = type(error)(f"process {rank}: {error}")
     told.known_to_all = True
     return told

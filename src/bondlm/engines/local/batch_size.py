@@ -1,4 +1,4 @@
-"""How many rows are decoded together: what the memory holds, and less after an out-of-memory error."""
+"""How many rows are decoded together: as many as fit into memory, and fewer after an out-of-memory error."""
 
 import os
 import sys
@@ -9,20 +9,20 @@ import torch
 
 from bondlm.models.facts import decoder_config, hidden_size, layer_configs, vocabulary_size
 
-CPU_ROWS = 96  # measured (benchmarks/roofline.py): a CPU is busy with fewer, more rows only cost memory
+CPU_ROWS = 96  # measured (benchmarks/roofline.py): this many rows keep a CPU busy; more only cost memory
 MOST_ROWS = 1024
-# Of one row's next token, for each entry of the vocabulary: logits, their fp32 copy, tempered logits, probabilities (4
+# Bytes for one row's next token, for each vocabulary entry: logits, their fp32 copy, tempered logits, probabilities (4
 # bytes each) and float64 sums.
 SAMPLER_BYTES = 24
-HOST_SHARE = 0.5  # of main memory: weights, optimizer and other programs have the rest
+HOST_SHARE = 0.5  # of main memory: weights, optimizer and other programs use the rest
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CACHE_SHARE = 0.5  # of the free memory: the rest is for activations, logits and fragmentation
 
 
 def cache_bytes(config: Any, element_size: int) -> int:
-    """Bytes of keys and values of one token of one row; `config` is what `decoder_config` gives.
+    """Bytes of keys and values for one token of one row; `config` comes from `decoder_config`.
 
-    A recurrent layer counts as if it had keys and values: its state is larger, but does not grow.
+    A recurrent layer is counted as if it had keys and values: its state is larger but does not grow.
     """
     layers = list(layer_configs(config))
     numbers = sum(_numbers_per_token(layer) for layer in layers)
@@ -41,14 +41,14 @@ def _numbers_per_token(layer: Any) -> int:
 def rows_that_fit(config: Any, element_size: int, num_tokens: int, free_bytes: int) -> int:
     """Rows of `num_tokens` tokens whose cache and next-token distribution fill half of the free memory; 1 to 1024.
 
-    The cache is copied when it grows and when rows leave it, so that twice its size is needed for a moment.
+    The cache is copied when it grows and when rows leave it, which briefly needs twice its size.
     """
     row = 2 * num_tokens * cache_bytes(config, element_size) + SAMPLER_BYTES * vocabulary_size(config)
     return max(1, min(MOST_ROWS, int(CACHE_SHARE * free_bytes) // row))
 
 
 def automatic_rows(model: Any, num_tokens: int) -> int:
-    """Rows of `num_tokens` tokens to decode together on the model's device as it is now."""
+    """Rows of `num_tokens` tokens to decode together on the model's current device."""
     config, size = decoder_config(model), model.dtype.itemsize
     if model.device.type != "cuda":
         return min(CPU_ROWS, rows_that_fit(config, size, num_tokens, int(HOST_SHARE * host_memory())))
@@ -58,16 +58,16 @@ def automatic_rows(model: Any, num_tokens: int) -> int:
 
 
 def host_memory() -> int:
-    """Bytes of main memory that this process may have in all: what the machine has, or its container is given.
+    """Total bytes of main memory that this process may use: those of the machine, or the limit of its container.
 
-    Not what is free at the moment: the size of a batch, and with it the last bits of a log-probability, would depend on
-    what else runs, and a resumed run would not be the run that it continues.
+    Not the memory that is currently free: the batch size, and with it the last bits of a log-probability, would then
+    depend on other programs, and a resumed run would differ from the run that it continues.
     """
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # no such question on this system
+    except (AttributeError, ValueError, OSError):  # not available on this system
         return sys.maxsize
     try:
         return min(total, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
+    except (OSError, ValueError):  # no container, or a container without a limit ("max")
         return total

@@ -1,7 +1,7 @@
-"""A key-value cache with room to grow: a token is written into place instead of copying all that came before it.
+"""A key-value cache with room to grow: a new token is written in place, without copying the tokens before it.
 
-`DynamicCache` joins the old and the new keys at every token and indexes them whenever a row leaves, which copies the
-whole cache each time, into memory that the operating system has to find first (`benchmarks/tricks.py`).
+`DynamicCache` concatenates the old and the new keys at every token and indexes them whenever a row leaves. Each time
+this copies the whole cache into freshly allocated memory (`benchmarks/tricks.py`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 64  # tokens that a buffer which was too short gets beyond those that it must hold
+ROOM = 64  # spare tokens of a buffer that had to be enlarged
 
 
 class GrowingLayer(DynamicLayer):
@@ -21,7 +21,7 @@ class GrowingLayer(DynamicLayer):
     _buffers: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, room: int = ROOM) -> None:
-        """Selected rows get room for so many tokens more."""
+        """Selected rows get room for this many more tokens."""
         super().__init__()
         self._room = room
 
@@ -61,7 +61,7 @@ class GrowingLayer(DynamicLayer):
         for held in (cast(Tensor, self.keys), cast(Tensor, self.values)):
             _, heads, _, size = held.shape
             buffer = held.new_empty(len(indices), heads, length + room, size)
-            if held.device.type == "cpu":  # straight into its place
+            if held.device.type == "cpu":  # copied straight to its place
                 torch.index_select(held, 0, indices, out=buffer[:, :, :length])
             else:
                 buffer[:, :, :length] = held[indices]
@@ -78,7 +78,7 @@ class GrowingLayer(DynamicLayer):
         return self._is_buffered() and cast(Tensor, self.keys).device.type == "cpu"
 
     def _is_buffered(self) -> bool:
-        """Whether what is held is still a part of the buffers: others than this class make new tensors of it."""
+        """Whether keys and values are still views of the buffers: other classes may have made new tensors of them."""
         return self._buffers is not None and _is_view(cast(Tensor, self.keys), self._buffers[0])
 
     def _held_by_buffers(self) -> tuple[Tensor, Tensor]:
@@ -86,12 +86,12 @@ class GrowingLayer(DynamicLayer):
 
 
 def _fills_gaps(rows: Sequence[int]) -> bool:
-    """Whether row i stays where it is or comes from behind all that stay, so that no row overwrites one to come."""
+    """Whether each row stays or comes from behind all that stay, so that no row overwrites one that is still needed."""
     return all(row == i or row >= len(rows) for i, row in enumerate(rows)) and len(set(rows)) == len(rows)
 
 
 def gaps_filled(keep_B: Tensor) -> Tensor:
-    """Indices of the rows to keep (a mask), those at the end moved into the gaps of those that go."""
+    """Indices of the rows to keep (a mask), with rows from the end moved into the gaps of the dropped rows."""
     count = int(keep_B.sum())
     rows = torch.arange(count, device=keep_B.device)
     rows[~keep_B[:count]] = keep_B[count:].nonzero().squeeze(1) + count
@@ -104,9 +104,9 @@ def _is_view(held: Tensor, buffer: Tensor) -> bool:
 
 
 def growing_cache(config: Any, room: int = ROOM) -> DynamicCache:
-    """A `DynamicCache` whose full-attention layers grow in place; other kinds of layers are as they are.
+    """A `DynamicCache` whose full-attention layers grow in place; other kinds of layers are unchanged.
 
-    `room` is for how many tokens selected rows get memory at once.
+    `room` is the number of tokens that selected rows get memory for at once.
     """
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -114,16 +114,16 @@ def growing_cache(config: Any, room: int = ROOM) -> DynamicCache:
 
 
 def prompt_cache(config: Any) -> DynamicCache:
-    """For what a decoder reads of the encoder: all of it, in layers that see a window of their own tokens too."""
+    """A cache for the encoder's output: all of it, even in layers that see only a window of the decoder's tokens."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer(room=0) for _ in cache.layers]  # it does not grow
     return cache
 
 
 def select_rows(cache: Cache, rows: Tensor) -> None:
-    """Keep or repeat rows (long indices) of all that the layers hold: keys, values, and states of recurrent layers.
+    """Keep or repeat rows (long indices) of everything that the layers hold: keys, values, and recurrent states.
 
-    `reorder_cache` is what every layer has that holds more than keys and values.
+    Every layer that holds more than keys and values has `reorder_cache`.
     """
     if isinstance(cache, EncoderDecoderCache):
         select_rows(cache.self_attention_cache, rows)
@@ -137,17 +137,17 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
 
 
 def grows(cache: DynamicCache) -> bool:
-    """Whether all layers are growing ones, none shared with another or of another kind."""
+    """Whether every layer is a separate `GrowingLayer`."""
     return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
 
 
 def moves_rows_in_place(cache: DynamicCache) -> bool:
-    """Whether dropping a few rows costs no more than moving as many others."""
+    """Whether dropping a few rows costs no more than moving the same number of other rows."""
     return all(isinstance(layer, GrowingLayer) and layer.moves_in_place() for layer in cache.layers)
 
 
 def stacked(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """The rows of all caches, one below the other, in the first; shorter ones are filled up with zeros on the left."""
+    """The rows of all caches, stacked in the first one; shorter caches are padded with zeros on the left."""
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         width = max(layer.keys.shape[2] for layer in layers)
         for name in ("keys", "values"):

@@ -1,12 +1,12 @@
 """Decoding on CUDA: a step is recorded once as a CUDA graph and then replayed.
 
-A step of one token a row is some hundred small kernels, and launching them one by one from Python takes longer than
-they run. A graph needs every tensor at a fixed place with a fixed shape: the cache is as long as it will get, a mask
-says which of it counts, and where the next token goes is a number on the device.
+A step of one token per row is some hundred small kernels, and launching them one by one from Python takes longer than
+running them. A graph needs every tensor at a fixed address with a fixed shape: the cache has its final length from the
+start, a mask says which part of it is valid, and the position of the next token is a number on the device.
 
-Only a model that says that it can be compiled whole, and whose every layer sees every earlier token, is recorded; of
-encoder-decoder models T5 and its kin. The first rollout compares it with the ordinary way, and falls back to that, with
-a warning, where the two differ.
+Only a model that declares that it can be compiled as a whole, and in which every layer sees every earlier token, is
+recorded; among encoder-decoder models only the T5 family. The first rollout compares the recorded step with the
+ordinary one. If they differ, it warns and uses the ordinary step.
 
 Shapes: B rows, S columns of the cache, V vocabulary.
 """
@@ -26,30 +26,30 @@ from bondlm.engines.local.cache import select_rows
 from bondlm.models.facts import has_full_attention
 from bondlm.models.row_adapters import RowAdapters
 
-ROUND_TO = 8  # attention kernels want masks whose rows are a multiple of this long
-FEW_ROWS = 256  # dropping some of 192 rows cost more, for a new recording, than it saved (H200)
-# Encoder-decoder models whose decoders see every earlier token, and count positions by a number on the device.
+ROUND_TO = 8  # attention kernels want mask rows whose length is a multiple of this
+FEW_ROWS = 256  # dropping some of 192 rows saved less than the new recording cost (H200)
+# Encoder-decoder models whose decoders see every earlier token and take positions from a number on the device.
 COUNT_ON_DEVICE = ("t5", "mt5", "umt5")
-PROBED_STEPS = 3  # one unrecorded, one recorded, one replayed
+PROBED_STEPS = 3  # one not recorded, one recorded, one replayed
 MOST_DIFFERENCE = (
     0.1  # total variation between two ways to compute a distribution; bf16 stays below it, a wrong mask does not
 )
 Step = Callable[[Tensor], Tensor]
-Recording = tuple[torch.cuda.CUDAGraph, Tensor]  # and the logits that a replay writes
+Recording = tuple[torch.cuda.CUDAGraph, Tensor]  # the graph, and the logits that a replay writes
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
 class CudaGraphs:
-    """Whether an engine records its steps: wanted, possible, and seen to give the model's own distribution."""
+    """Whether an engine records its steps: if wanted, possible, and found to give the model's own distribution."""
 
     def __init__(self, *, wanted: bool = True) -> None:
         """Nothing has been probed yet."""
         self.wanted = wanted
         self._probed = False
-        self._stream: torch.cuda.Stream | None = None  # one for all: each keeps workspaces of its own
+        self._stream: torch.cuda.Stream | None = None  # one for all recordings: each stream keeps its own workspaces
 
     def usable(self, model: Any) -> bool:
-        """Whether `model` can be recorded at all; `agrees` says whether it should."""
+        """Whether `model` can be recorded at all; `agrees` tells whether it should be."""
         return (
             self.wanted
             and model.device.type == "cuda"
@@ -61,9 +61,9 @@ class CudaGraphs:
 
     @torch.no_grad()
     def agrees(self, copies: Callable[[], tuple[Step, Step]], token_B: Tensor) -> bool:
-        """Whether both ways to step give the same distributions; asked once, then remembered. Out of memory is raised.
+        """Whether both kinds of step give the same distributions; tested once, then kept. Out of memory is raised.
 
-        `copies` makes what is stepped, ordinary and recorded, of states that nobody needs.
+        `copies` makes the ordinary and the recorded step, of states that are used for nothing else.
         """
         if self._probed:
             return self.wanted
@@ -72,7 +72,7 @@ class CudaGraphs:
             for _ in range(PROBED_STEPS):
                 theirs, mine = (step(token_B).float().softmax(dim=-1) for step in ways)
                 difference = float((mine - theirs).abs().sum(dim=-1).max() / 2)
-                if not difference <= MOST_DIFFERENCE:  # NaN too
+                if not difference <= MOST_DIFFERENCE:  # also true for NaN
                     return self.refuse(
                         f"the distributions of the next token differ by {difference:.2f} in total variation"
                     )
@@ -85,14 +85,14 @@ class CudaGraphs:
         return True
 
     def refuse(self, reason: object) -> bool:
-        """Record no more, and say why."""
+        """Stop recording, and log why."""
         self._probed, self.wanted = True, False
         text = (str(reason).splitlines() or [type(reason).__name__])[0]
         warnings.warn(f"bondlm: this model decodes without CUDA graphs, which is slower ({text})", stacklevel=2)
         return False
 
     def record(self, work: Callable[[], Tensor], device: torch.device) -> Recording | None:
-        """What `work` launches, recorded and not run, and the tensor that a replay writes; None if it cannot be."""
+        """Record what `work` launches without running it; returns graph and output tensor, or None if that fails."""
         if not self.wanted or device.type != "cuda":
             return None
         for attempt in range(2):
@@ -106,12 +106,12 @@ class CudaGraphs:
                     return None
                 if attempt:
                     raise
-                torch.cuda.empty_cache()  # a recording cannot use what the allocator keeps
+                torch.cuda.empty_cache()  # a recording cannot use memory that the allocator keeps
         return None
 
 
 def _recorded(work: Callable[[], Tensor], stream: torch.cuda.Stream) -> Recording:
-    """Not `torch.cuda.graph`: that empties the allocator's cache first, which would be filled anew at every rollout."""
+    """Record without `torch.cuda.graph`, which empties the allocator's cache: every rollout would have to refill it."""
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -127,29 +127,29 @@ def _recorded(work: Callable[[], Tensor], stream: torch.cuda.Stream) -> Recordin
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """End a recording that failed; PyTorch itself leaves its allocator and its generator believing that it goes on."""
+    """End a failed recording; PyTorch itself leaves its allocator and its generator in recording mode."""
     with suppress(RuntimeError):
         graph.capture_end()
-    with suppress(RuntimeError):  # it did end
+    with suppress(RuntimeError):  # it has ended
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-    again = torch.cuda.CUDAGraph()  # only a recording that succeeds tells the generator that recording is over
+    again = torch.cuda.CUDAGraph()  # only a successful recording takes the generator out of recording mode
     again.capture_begin(capture_error_mode="thread_local")
     torch.zeros(1, device="cuda").add_(1)
     again.capture_end()
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values (B, H, S, D) of all tokens there will be; those of a step go to `column` (1,)."""
+    """Keys and values (B, H, S, D) for the full final length; those of a step are written to `column` (1,)."""
 
     def __init__(self, layer: Any, length: int, column: Tensor) -> None:
-        """Take over what `layer` holds, with room up to `length`; zeros, since a masked NaN would still be one."""
+        """Take over what `layer` holds, with room up to `length`; the rest is zeros, since a masked NaN stays NaN."""
         super().__init__()
         self._column = column
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
         self.keys, self.values = (_longer(held, length) for held in (layer.keys, layer.values))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Put one token of each row in its place; returns the whole, of which the mask hides the rest."""
+        """Write one token of each row to its place; returns the whole buffer, whose unused part is masked."""
         keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
         keys.index_copy_(2, self._column, key_states)
         values.index_copy_(2, self._column, value_states)
@@ -164,10 +164,10 @@ def _longer(held: Tensor, length: int) -> Tensor:
 
 
 class CountedLayer(FixedLayer):
-    """One that says on the device how many tokens it holds: of a model that computes positions from that."""
+    """A layer that reports its number of tokens on the device, for models that compute positions from it."""
 
     def get_seq_length(self) -> Any:
-        """The number of tokens (1,), not those that there is room for."""
+        """The number of tokens held (1,), not the capacity."""
         return self._column
 
 
@@ -187,7 +187,7 @@ class GraphedState:
         room: int,
         graphs: CudaGraphs,
     ) -> None:
-        """Go on from a cache of S tokens a row, with room for `room` more."""
+        """Continue from a cache of S tokens per row, with room for `room` more."""
         width = mask_BS.shape[1]
         length = -(-(width + room) // ROUND_TO) * ROUND_TO
         self._model, self._cache, self._adapters, self._graphs = model, cache, adapters, graphs
@@ -203,11 +203,11 @@ class GraphedState:
         self._is_warm = False
 
     def compact_below(self, num_rows: int) -> float:
-        """Rows leave when at most this share of them still runs: a recording costs two ordinary steps."""
+        """Rows are dropped when at most this share of them still runs: a new recording costs two ordinary steps."""
         return 0.5 if num_rows > FEW_ROWS else 0.0
 
     def select(self, rows: Tensor) -> None:
-        """Keep or repeat rows (long indices): other shapes, another recording."""
+        """Keep or repeat rows (long indices); the new shapes need a new recording."""
         if self._adapters is not None:
             self._adapters.select(rows)
         self._cache.batch_select_indices(rows)
@@ -215,12 +215,12 @@ class GraphedState:
         self._forget()
 
     def step(self, token_B: Tensor) -> Tensor:
-        """Feed one token a row; the logits (B, V) are good until the next step."""
+        """Feed one token per row; the logits (B, V) are valid until the next step."""
         self._token_B1.copy_(token_B.unsqueeze(1))
         if self._graph is None and self._is_warm:
             self._graph = self._graphs.record(self._forward, self._token_B1.device)
         if self._graph is None:
-            # The first step of a shape is not recorded: it makes what a recording may not, the adapters' masks.
+            # The first step of a shape is not recorded: it creates the adapters' masks, which a recording may not do.
             self._is_warm = True
             return self._forward()
         graph, logits_BV = self._graph
@@ -245,7 +245,7 @@ class GraphedState:
 
 
 class GraphedSeq2SeqState(GraphedState):
-    """The same of an encoder-decoder model: what it reads of the prompts stays where it is."""
+    """The same for an encoder-decoder model: the encoded prompts stay where they are."""
 
     layer = CountedLayer
 
@@ -260,7 +260,7 @@ class GraphedSeq2SeqState(GraphedState):
         room: int,
         graphs: CudaGraphs,
     ) -> None:
-        """Go on from a cache of a few tokens a row; `encoded` is what the encoder says of the prompts."""
+        """Continue from a cache of a few tokens per row; `encoded` is the encoder's output for the prompts."""
         rows, seen = len(prompt_mask_BS), cache.get_seq_length()
         mask_BS, position_B1 = prompt_mask_BS.new_ones(rows, seen), prompt_mask_BS.new_zeros(rows, 1)
         super().__init__(model, cache.self_attention_cache, mask_BS, position_B1, adapters, room=room, graphs=graphs)
@@ -268,7 +268,7 @@ class GraphedSeq2SeqState(GraphedState):
         self._prompt_mask_BS = prompt_mask_BS.bool()
 
     def select(self, rows: Tensor) -> None:
-        """Keep or repeat rows (long indices): other shapes, another recording."""
+        """Keep or repeat rows (long indices); the new shapes need a new recording."""
         super().select(rows)
         select_rows(self._both.cross_attention_cache, rows)
         self._hidden_BSD, self._prompt_mask_BS = self._hidden_BSD[rows], self._prompt_mask_BS[rows]

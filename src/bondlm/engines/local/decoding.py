@@ -1,9 +1,9 @@
 """The key-value cache of a batch that is being decoded, for causal and for encoder-decoder models.
 
-Both kinds have the same life: prefill P prompts once, `select` rows (to share a prompt among its samples, later to drop
-the rows that ended), and `step` by one token a row. What all prompts begin with (a system prompt, a chat template) is
-prefilled once for all of them, and on a CPU prompts of similar length are prefilled together. Many long prompts are
-prefilled a part at a time.
+Both kinds work the same way: prefill P prompts once, `select` rows (to share a prompt among its samples, later to drop
+rows that have ended), and `step` by one token per row. A common beginning of all prompts (a system prompt, a chat
+template) is prefilled once. On a CPU, prompts of similar length are prefilled together. Many long prompts are prefilled
+in several parts.
 """
 
 import copy
@@ -24,12 +24,13 @@ from bondlm.models.prefix import prefill_prefix, shared_prefix
 from bondlm.models.row_adapters import RowAdapters
 from bondlm.models.ways import ways_of
 
-# Where dropping a row moves at most one other, rows leave as they end. Copying the whole cache costs about as much as
-# one step of the rows that it drops: wait until a quarter has ended.
+# If dropping a row moves at most one other, rows are dropped as they end. If it copies the whole cache, that costs
+# about as much as one step of the rows that it drops, so wait until a quarter has ended.
 COMPACT_BELOW_IN_PLACE, COMPACT_BELOW = 1.0, 0.75
-# A forward pass of its own costs about as much as this many tokens of padding: the weights are read once more.
+# A separate forward pass costs about as much as this many tokens of padding, because the weights are read again.
 PADDING_WORTH_A_PASS = 64
-# Tokens of a forward pass over prompts: more keep no device busier, and only take memory, some ten vectors of a token.
+# Tokens of a forward pass over prompts: more do not keep a device busier and only take memory, about ten vectors per
+# token.
 PREFILL_TOKENS = 16_384
 STATES_ALONE = "cache_params"  # the cache's name in models that have no attention (Mamba)
 
@@ -41,10 +42,10 @@ class DecodingState(Protocol):
         """Keep or repeat rows (long indices)."""
 
     def step(self, token_B: Tensor) -> Tensor:
-        """Feed one token a row; returns the next logits (B, V), which are good until the next step."""
+        """Feed one token per row; returns the next logits (B, V), which are valid until the next step."""
 
     def compact_below(self, num_rows: int) -> float:
-        """The share of `num_rows` rows below which those that still run are worth a `select`."""
+        """The share of running rows, out of `num_rows`, below which a `select` pays off."""
 
 
 def start_decoding(
@@ -59,8 +60,8 @@ def start_decoding(
 ) -> tuple[DecodingState, Tensor]:
     """Prefill `prompts`; returns the state of P rows and the first logits (P, V).
 
-    With `adapters` prompt i is computed with adapter number `adapter_P[i]`. What the model is given together is what
-    `ways_of` allows; where prompts may not be padded they must be of one length.
+    With `adapters`, prompt i is computed with adapter number `adapter_P[i]`. `ways_of` decides what is computed
+    together; if it does not allow padding, all prompts must have the same length.
     """
     if not ways_of(model).cached:
         if adapters is not None:
@@ -80,7 +81,7 @@ def start_decoding(
 def _fastest(
     state: "_CausalState | _Seq2SeqState", logits_PV: Tensor, model: Any, room: int, graphs: CudaGraphs
 ) -> DecodingState:
-    """The state, or one that goes on from it by CUDA graphs, where these are usable and give the same distributions."""
+    """The state, or one that continues it with CUDA graphs if these are usable and give the same distributions."""
 
     def copies() -> tuple[Step, Step]:
         return state.copied().step, state.copied().graphed(room, graphs).step
@@ -100,9 +101,10 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, 
 
 
 def similar_lengths(lengths: Sequence[int], *, worth_a_pass: float, most_tokens: float = math.inf) -> Iterator[range]:
-    """Cut rows, which come longest first, into those that are prefilled together.
+    """Cut rows, given longest first, into groups that are prefilled together.
 
-    A group ends before its padding has more tokens than are worth a forward pass, or all of it more than `most_tokens`.
+    A group ends before its padding has more tokens than a forward pass is worth, or the whole group more than
+    `most_tokens`.
     """
     begin, padding = 0, 0
     for i, length in enumerate(lengths):
@@ -131,13 +133,13 @@ class _CausalState:
         *,
         room: int,
     ) -> tuple["_CausalState", Tensor]:
-        """Prefill: what all prompts begin with, then group by group; `room` is for how many tokens they may go on."""
+        """Prefill the common beginning, then group by group; `room` is the number of tokens that may follow."""
         prefix = shared_prefix(model.config, prompts) if ways_of(model).prefix else []
-        kinds = sorted(set(adapter_P))  # a common beginning is computed once an adapter
+        kinds = sorted(set(adapter_P))  # a common beginning is computed once per adapter
         if adapters is not None:
             adapters.set(kinds)
         cache_of_prefix = prefill_prefix(model, prefix, growing_cache(model.config, room), rows=len(kinds))
-        # Layers that see a part of the tokens cannot be joined. On an accelerator a pass costs what launching it costs.
+        # Layers that see only part of the tokens cannot be joined. On an accelerator a pass costs only its launch.
         joins = has_full_attention(model.config) and grows(cache_of_prefix)
         limits = {"most_tokens": PREFILL_TOKENS if joins else math.inf}
         limits["worth_a_pass"] = PADDING_WORTH_A_PASS if joins and model.device.type == "cpu" else math.inf
@@ -166,7 +168,7 @@ class _CausalState:
         seen: int,
         adapters: RowAdapters | None,
     ) -> tuple["_CausalState", Tensor]:
-        """Prefill what the prompts go on with after the `seen` tokens that the cache holds."""
+        """Prefill the rest of the prompts, after the `seen` tokens that the cache holds."""
         ids_PS, mask_PS = padded(prompts, pad_id, model.device, left=True)
         mask_PS = torch.cat([mask_PS.new_ones(len(prompts), seen), mask_PS], dim=1)
         positions_PS = (mask_PS.cumsum(dim=1) - 1).clamp(min=0)[:, seen:]  # padding is masked
@@ -176,8 +178,8 @@ class _CausalState:
             position_ids=positions_PS,
             use_cache=True,
             **{_cache_name(model): cache},
-            # An index and not "the last one": its result is contiguous. A slice of rows is not, and then PyTorch copies
-            # the whole head once a row (CPU; 1.7 of 9 seconds of a rollout of SmolLM2-135M).
+            # An index rather than a slice for the last column: its result is contiguous. A slice of rows is not, and
+            # PyTorch then copies the whole head once per row (CPU; 1.7 of 9 seconds of a rollout of SmolLM2-135M).
             logits_to_keep=torch.tensor([ids_PS.shape[1] - 1], device=ids_PS.device),
         )
         return cls(model, cache, mask_PS, positions_PS[:, -1:], adapters), out.logits[:, -1]
@@ -228,7 +230,7 @@ class _CausalState:
         self._position_B1 = self._position_B1 + 1
         out = self._model(
             input_ids=token_B.unsqueeze(1),
-            # A model without keys would apply the mask to its one new token, which is never padding.
+            # A model without keys would apply the mask to its single new token, which is never padding.
             attention_mask=None if self._cache_name == STATES_ALONE else self._mask_BS,
             position_ids=self._position_B1,
             use_cache=True,
@@ -239,7 +241,7 @@ class _CausalState:
 
 
 def _cache_name(model: Any) -> str:
-    """What the model calls the cache that it is given."""
+    """The name of the model's cache argument."""
     return STATES_ALONE if takes_argument(model, STATES_ALONE) else "past_key_values"
 
 
@@ -260,7 +262,7 @@ class _Seq2SeqState:
     def start(
         cls, model: Any, ids_PS: Tensor, mask_PS: Tensor, adapters: RowAdapters | None, *, room: int
     ) -> tuple["_Seq2SeqState", Tensor]:
-        """Encode the prompts and feed the token that decoders start with."""
+        """Encode the prompts and feed the decoder's start token."""
         encoded = model.get_encoder()(input_ids=ids_PS, attention_mask=mask_PS)
         config = decoder_config(model)
         cache = EncoderDecoderCache(growing_cache(config, room), prompt_cache(config))

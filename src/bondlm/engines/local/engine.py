@@ -1,10 +1,10 @@
 """Generation with a transformers model in this process: any causal or encoder-decoder model, any device.
 
-What it does that `model.generate(num_return_sequences=n)` does not: a prompt is prefilled once and its key-value cache
-shared by its samples, rows that have ended leave the batch, policy and anchor are drawn in one batch where both are
-adapters, and a sample does not depend on the batch it was drawn in (its random numbers belong to its row; in bf16 a
-product's rounding still depends on the shape of the batch, and can tip a token). The distribution is the model's own:
-no top-k, no top-p, no penalties.
+Unlike `model.generate(num_return_sequences=n)`, it prefills a prompt once and shares its key-value cache among the
+samples, drops rows that have ended, and draws policy and anchor in one batch if both are adapters. A sample does not
+depend on the batch it is drawn in, since its random numbers belong to its row (but in bf16 the rounding of a product
+depends on the shape of the batch, which can change a token). The distribution is the model's own: no top-k, no top-p,
+no penalties.
 
 Shapes: P prompts, B rows that still run, S prompt tokens, V vocabulary.
 """
@@ -28,23 +28,23 @@ from bondlm.models.memory import try_or_halve
 from bondlm.models.row_adapters import RowAdapters, RowsNotKnownError
 from bondlm.models.ways import ways_of
 
-Row = tuple[int, int]  # an index of what is wanted, a sample's number
+Row = tuple[int, int]  # index into the wanted prompts, number of the sample
 UseTogether = Callable[[Sequence[Role]], AbstractContextManager[tuple[Any, RowAdapters]] | None]
 
 
 class _Wanted(NamedTuple):
-    """What is to be drawn of one prompt for one role."""
+    """What to draw for one prompt and one role."""
 
     prompt: Sequence[int]
     num_samples: int
     seed: int
-    adapter: int = 0  # the role's number, where several are drawn in one batch
+    adapter: int = 0  # the role's number, if several are drawn in one batch
 
 
 class TransformersEngine:
     """Samples from `use(role)`, a context manager that yields the model of that role in eval mode.
 
-    `use_together(roles)` lends one model for several roles (`bondlm.models.roles`), or is None where that cannot be.
+    `use_together(roles)` lends one model for several roles (`bondlm.models.roles`); None if that is not possible.
     """
 
     exact = True  # the same weights, the same process
@@ -59,17 +59,17 @@ class TransformersEngine:
         use_together: UseTogether | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        """`eos_ids` end a completion; `pad_id` only fills; at most `max_rows` rows are decoded together.
+        """`eos_ids` end a completion; `pad_id` is only a filler; at most `max_rows` rows are decoded together.
 
-        None takes as many as the memory holds. After an out-of-memory error half as many are tried, with the same
-        samples, since a sample does not depend on the batch that it is drawn in.
+        None decodes as many as fit into memory. After an out-of-memory error half as many are tried; the samples are
+        the same, since a sample does not depend on its batch.
         """
         self._use, self._use_together = use, use_together
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
         self._max_rows = max_rows
         self._graphs = CudaGraphs(wanted=cuda_graphs)
-        self.on_prompts_done: Callable[[int], object] | None = None  # told how many more prompts are finished
+        self.on_prompts_done: Callable[[int], object] | None = None  # called with the number of newly finished prompts
 
     @torch.no_grad()
     def generate(
@@ -100,7 +100,7 @@ class TransformersEngine:
         max_new_tokens: int,
         temperature: float = 1.0,
     ) -> dict[Role, list[list[Completion]]]:
-        """See `Engine.generate_roles`: in one batch where the roles are adapters of one model, else one by one.
+        """See `Engine.generate_roles`: in one batch if the roles are adapters of one model, otherwise one by one.
 
         Raises:
             NonFiniteError: a log-probability that is not finite.
@@ -116,7 +116,7 @@ class TransformersEngine:
                 with together as (model, adapters):
                     drawn = self._draw(model, rows, adapters, max_new_tokens, temperature)
                 return {role: drawn[k * len(prompts) : (k + 1) * len(prompts)] for k, role in enumerate(wanted)}
-            except RowsNotKnownError:  # layers that see tokens and not rows (experts): role by role from now on
+            except RowsNotKnownError:  # layers that see tokens instead of rows (experts): role by role from now on
                 self._use_together = None
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         return {role: self.generate(prompts, k, role=role, seeds=s, **how) for role, (k, s) in wanted.items()}
@@ -133,7 +133,7 @@ class TransformersEngine:
         temperature: float,
     ) -> list[list[Completion]]:
         drawn: list[list[Completion | None]] = [[None] * each.num_samples for each in wanted]
-        # Longest first: out of memory? Then at once.
+        # Longest first, so that running out of memory happens at once.
         order = sorted(range(len(wanted)), key=lambda i: len(wanted[i].prompt), reverse=True)
         pending = [(i, j) for i in order for j in range(wanted[i].num_samples)]
         while pending:
@@ -182,7 +182,7 @@ class TransformersEngine:
         device = logits_PV.device
         place = {i: position for position, i in enumerate(owners)}
         alive = torch.tensor([place[i] for i, _ in chunk], device=device)
-        state.select(alive)  # every sample of a prompt continues from the same prefill
+        state.select(alive)  # all samples of a prompt continue from the same prefill
         logits_BV = logits_PV[alive]
 
         uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
@@ -227,9 +227,9 @@ def _of_one_length(wanted: Sequence[_Wanted], pending: list[Row]) -> int:
 
 
 def _whole_prompts(pending: list[Row], size: int) -> tuple[list[Row], list[Row]]:
-    """The first rows, at most `size`, and the rest; it cuts between prompts where it can, so each is prefilled once."""
+    """The first rows, at most `size`, and the rest; cut between prompts if possible, so that each is prefilled once."""
     if size < len(pending):
-        into_prompt = pending[size][1]  # the sample's number that would come next
+        into_prompt = pending[size][1]  # the number of the next sample
         size = size - into_prompt if size > into_prompt else size
     return pending[:size], pending[size:]
 
@@ -240,9 +240,9 @@ def row_uniforms(seed: int, sample: int, count: int) -> np.ndarray:
 
 
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw a token of each row by inverting its distribution function at one uniform number.
+    """Draw a token for each row by inverting its distribution function at one uniform number.
 
-    One random number a row: `torch.multinomial` draws one for every entry of B x V, serially on CPU. The sums are
+    One random number per row: `torch.multinomial` draws one for every entry of B x V, serially on a CPU. The sums are
     float64, so that a token of probability 1e-9 keeps its share. Temperature 0 takes the most probable token.
 
     Returns:

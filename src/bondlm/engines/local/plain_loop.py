@@ -1,4 +1,4 @@
-"""Decoding without a cache: the whole text at every token. Slow, and right for every model that computes a text at all.
+"""Decoding without a cache: the whole text at every token. Slow, but correct for every model that can process a text.
 
 Shapes: B rows that still run, S tokens of a row, V vocabulary.
 """
@@ -17,7 +17,7 @@ class PlainState:
     """Rows of one length that are being decoded; see `bondlm.engines.local.decoding.DecodingState`."""
 
     def __init__(self, model: Any, ids_BS: Tensor, prompt_BS: Tensor | None, adapters: RowAdapters | None) -> None:
-        """`ids_BS` are what goes on; `prompt_BS` what an encoder reads, None for a decoder-only model."""
+        """`ids_BS` are continued; `prompt_BS` is the encoder's input, None for a decoder-only model."""
         self._model, self._ids_BS, self._prompt_BS, self._adapters = model, ids_BS, prompt_BS, adapters
 
     @classmethod
@@ -34,7 +34,7 @@ class PlainState:
         return state, state._logits()
 
     def compact_below(self, num_rows: int) -> float:
-        """Each row costs as much as the next: drop them as they end."""
+        """All rows cost the same: drop them as they end."""
         return 1.0
 
     def select(self, rows: Tensor) -> None:
@@ -45,7 +45,7 @@ class PlainState:
         self._prompt_BS = None if self._prompt_BS is None else self._prompt_BS[rows]
 
     def step(self, token_B: Tensor) -> Tensor:
-        """Feed one token a row; returns the next logits (B, V)."""
+        """Feed one token per row; returns the next logits (B, V)."""
         self._ids_BS = torch.cat([self._ids_BS, token_B.unsqueeze(1)], dim=1)
         return self._logits()
 

@@ -1,4 +1,4 @@
-"""How this model may be decoded: together, one prompt length at a time, or without a cache; tried when a run starts."""
+"""Test at the start of a run how a model can be decoded: batched, one prompt length at a time, or without a cache."""
 
 import logging
 from collections.abc import Sequence
@@ -40,10 +40,10 @@ FASTEST_FIRST: tuple[tuple[dict[str, bool], str], ...] = (
 
 @torch.no_grad()
 def find_decoding(model: Any) -> Ways:
-    """Find the fastest way to decode that gives the plain distributions; it is said where that is not the usual one.
+    """Find the fastest way to decode that gives the plain distributions; log it if it is not the usual one.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: no way does.
     """
     check_decoder(model)
     with in_eval_mode(model):
@@ -75,7 +75,7 @@ def _found(model: Any) -> Ways:
 
 
 def _prompts(model: Any) -> list[list[int]]:
-    """Longest first, with a common beginning; a CPU prefills some together and joins the others to them."""
+    """Prompts, longest first, with a common beginning; a CPU prefills some together and joins the others to them."""
     longest = reach(model)
     beginning = probe_ids(model, min(LEAST_SHARED, longest - 1))
     lengths = [longest, longest - min(MOST_PADDING, longest // 2), *[min(longest, len(beginning) + 2)] * NUM_SHORT]
@@ -84,7 +84,7 @@ def _prompts(model: Any) -> list[list[int]]:
 
 
 def _decoded(model: Any, prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> Logits:
-    """Logits (T, V) before each of the tokens, by the engine's own means; rows are repeated and dropped on the way."""
+    """Logits (T, V) before each token, computed by the engine's own code; rows are repeated and dropped on the way."""
     lengths = [len(prompt) for prompt in prompts]
     together = (
         [range(len(prompts))] if ways_of(model).padded else [_indices(lengths, n) for n in dict.fromkeys(lengths)]

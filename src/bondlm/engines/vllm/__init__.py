@@ -1,1 +1,1 @@
-"""Generation by a vLLM server that is given the trainer's weights. Imported only when a run asks for it."""
+"""Generation by a vLLM server that receives the trainer's weights. Imported only when a run asks for it."""

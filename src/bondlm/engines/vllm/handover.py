@@ -1,4 +1,4 @@
-"""Where whole weights lie between trainer and server: in shared memory, if both are on one machine and it has room."""
+"""Hand whole weights from trainer to server through shared memory, if both are on one machine and it has room."""
 
 import atexit
 import shutil
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-SHARED = Path("/dev/shm")  # noqa: S108  a folder of our own in it, for us alone
+SHARED = Path("/dev/shm")  # noqa: S108  we make a private folder in it
 START, LOCK = "bondlm-weights-", "lock"
-_held: list[FileLock] = []  # as long as this process lives
+_held: list[FileLock] = []  # held as long as this process lives
 
 
 def shared_folder(needed: int, shared: Path = SHARED) -> Path | None:
-    """A new folder in shared memory with room for `needed` bytes, gone with this process; None if there is none.
+    """A new folder in shared memory with room for `needed` bytes, removed when this process ends; else None.
 
-    What processes that were killed have left there is removed.
+    Leftovers of processes that were killed are removed.
     """
     try:
         for left in _left(shared):
@@ -27,7 +27,7 @@ def shared_folder(needed: int, shared: Path = SHARED) -> Path | None:
         folder = Path(tempfile.mkdtemp(prefix=START, dir=shared))
         lock = FileLock(folder / LOCK, blocking=False)
         lock.acquire()
-    except (OSError, Timeout):  # no such memory here, or none for us
+    except (OSError, Timeout):  # no shared memory here, or not accessible
         return None
     _held.append(lock)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -35,7 +35,7 @@ def shared_folder(needed: int, shared: Path = SHARED) -> Path | None:
 
 
 def _left(shared: Path) -> Iterator[Path]:
-    """Folders whose process has ended; one that has no lock yet is just being made."""
+    """Folders whose process has ended; a folder without a lock is just being created."""
     for folder in shared.glob(f"{START}*"):
         if (folder / LOCK).exists():
             with suppress(OSError, Timeout), FileLock(folder / LOCK, blocking=False):  # another user's, or in use

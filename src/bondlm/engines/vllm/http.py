@@ -1,4 +1,4 @@
-"""The few calls of vLLM's HTTP interface that we use: time limits on all, few retries with jitter, plain errors."""
+"""The calls of vLLM's HTTP interface that we use, with time limits, a few jittered retries and clear errors."""
 
 import math
 import os
@@ -22,9 +22,9 @@ from tenacity import (
 from bondlm.errors import ConfigError, EngineError, NonFiniteError, ResourceError
 
 RETRIED = (429, 500, 502, 503, 504)
-PASSING = (502, 503, 504)  # where 500 is how vLLM says that it will not
+PASSING = (502, 503, 504)  # retried; 500 is not, since vLLM uses it to refuse
 LORA_OPTIONS = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "64")
-WHOLE_OPTIONS = ("--load-format", "dummy")  # without weights until it is given ours
+WHOLE_OPTIONS = ("--load-format", "dummy")  # started without weights, until it receives ours
 ATTEMPTS = 4
 CONNECT_TIMEOUT = 5.0  # seconds
 
@@ -35,13 +35,13 @@ class VLLMClient:
     def __init__(
         self, url: str, *, timeout: float, max_wait: float = 10.0, start_options: Sequence[str] = LORA_OPTIONS
     ) -> None:
-        """No call waits longer than `timeout` seconds for an answer, no retry begins later than that.
+        """No call waits longer than `timeout` seconds for an answer, and no retry begins later than that.
 
         Args:
-            url: of the server, such as http://127.0.0.1:8000.
+            url: the server's address, such as http://127.0.0.1:8000.
             timeout: seconds.
-            max_wait: longest pause between two tries, seconds; it is drawn at random.
-            start_options: what a user who must start the server is told to start it with.
+            max_wait: longest pause between two tries, seconds; pauses are random.
+            start_options: options that error messages suggest for starting the server.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._max_wait = timeout, max_wait
@@ -53,7 +53,7 @@ class VLLMClient:
             timeout=httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            trust_env=False,  # a proxy for the web is none for a server of ours
+            trust_env=False,  # proxies are for the web, not for our own server
         )
 
     def close(self) -> None:
@@ -64,7 +64,7 @@ class VLLMClient:
         """Name and context length of the model that the server serves.
 
         Raises:
-            ConfigError: no server there, or not vLLM.
+            ConfigError: there is no server, or it is not vLLM.
         """
         try:
             models = self._answer("GET", "/v1/models").get("data")
@@ -76,20 +76,20 @@ class VLLMClient:
         raise ConfigError(f"{self.url}/v1/models lists no base model with its max_model_len: is this a vLLM server?")
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load the adapter in `folder` under `name`, in place of what had that name.
+        """Load the adapter in `folder` under `name`, replacing any adapter of that name.
 
-        vLLM's own `load_inplace` would read the folder again at each step of the model, for every request.
+        vLLM's own `load_inplace` would read the folder again at every step of the model, for every request.
 
         Raises:
-            ConfigError: the server will not: its rank is too small, say.
+            ConfigError: the server refuses, for example because its maximum rank is too small.
         """
-        with suppress(ConfigError):  # there was none of that name; a server without adapters says so below
+        with suppress(ConfigError):  # there was none of that name; a server without adapter support fails below
             self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, retried=PASSING)
         body = {"lora_name": name, "lora_path": str(folder.resolve())}
         try:
             response = self._send("POST", "/v1/load_lora_adapter", body, retried=PASSING)
         except ConfigError as error:
-            if "already been loaded" in str(error):  # an answer was lost, and this is the second try: the probe tells
+            if "already been loaded" in str(error):  # a retry after a lost answer: the probe will tell
                 return
             raise ConfigError(
                 f"{error}. Adapters need a server that was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, "
@@ -115,31 +115,31 @@ class VLLMClient:
             ) from error
 
     def is_asleep(self) -> bool:
-        """Whether the server has given its memory back; one without that route cannot."""
+        """Whether the server has released its memory; False for a server without that route."""
         try:
             return self._answer("GET", "/is_sleeping").get("is_sleeping") is True
         except ConfigError:
             return False
 
     def sleep(self) -> None:
-        """Have the server give its memory back: its cache is dropped, its weights wait in main memory."""
+        """Make the server release its memory: its cache is dropped, its weights are kept in main memory."""
         self._send("POST", "/sleep?level=1")
 
     def wake_up(self) -> None:
-        """Have it take its memory again.
+        """Make the server take its memory again.
 
         Raises:
-            ResourceError: it cannot: something else has that memory.
+            ResourceError: it cannot, because that memory is in use.
         """
         self._send("POST", "/wake_up")
         if self.is_asleep():
             raise ResourceError(f"the vLLM server at {self.url} does not wake up; see its log")
 
     def prompt_logprobs(self, model: str, ids: Sequence[int], salt: str) -> list[float]:
-        """Log-probability of each of `ids` but the first.
+        """Log-probability of each of `ids` except the first.
 
         Raises:
-            EngineError: the answer has not one number for each, or is an older vLLM's.
+            EngineError: the answer does not have one number for each, or comes from an older vLLM.
             NonFiniteError: one of them is not finite.
         """
         body = {
@@ -152,7 +152,7 @@ class VLLMClient:
             "cache_salt": salt,
         }
         (choice,) = self.complete(body)[:1]
-        of_answer(choice, "prompt_token_ids")  # all samples are checked by theirs: said before any is drawn
+        of_answer(choice, "prompt_token_ids")  # samples are checked by it: fail before any is drawn
         rows = choice.get("prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(ids):
             raise EngineError(f"{self.url} sent no log-probabilities of a probe text of {len(ids)} tokens")
@@ -165,7 +165,7 @@ class VLLMClient:
         return values
 
     def complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """The choices that /v1/completions answers with."""
+        """The choices in the answer of /v1/completions."""
         choices = self._answer("POST", "/v1/completions", body).get("choices")
         if not isinstance(choices, list) or not choices or not all(isinstance(c, dict) for c in choices):
             raise EngineError(f"{self.url}/v1/completions sent no choices: is this a vLLM server?")
@@ -184,7 +184,7 @@ class VLLMClient:
     def _send(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, retried: Sequence[int] = RETRIED
     ) -> Any:
-        """One call, tried again after a fault that may pass; repeating is harmless, since every sample has its seed."""
+        """Make one call and retry after transient faults, which is harmless, since every sample has its own seed."""
         trial = Retrying(
             stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(self._timeout),
             wait=lambda state: self._random.uniform(0, min(self._max_wait, 0.2 * 2 ** (state.attempt_number - 1))),
@@ -203,7 +203,7 @@ class VLLMClient:
             raise ResourceError(f"no answer from the vLLM server at {self.url}{path}: {error!r}") from error
         if response.status_code in (401, 403):
             raise ConfigError(f"{self.url} refuses access (HTTP {response.status_code}): set VLLM_API_KEY to its key")
-        if response.status_code >= 500 and response.status_code not in retried:  # it will not, and says why
+        if response.status_code >= 500 and response.status_code not in retried:  # the server refuses and says why
             raise ConfigError(f"{self.url}{path}: {_message(response)}")
         if response.status_code in RETRIED:
             raise ResourceError(
@@ -216,7 +216,7 @@ class VLLMClient:
 
 
 def _last_outcome(state: RetryCallState) -> Any:
-    """The last answer or failure, as it is."""
+    """The last answer or failure, unchanged."""
     return None if state.outcome is None else state.outcome.result()
 
 
@@ -225,7 +225,7 @@ def _failed(statuses: Sequence[int]) -> Callable[[Any], bool]:
 
 
 def _message(response: Any) -> str:
-    """What the server says is wrong, in one line."""
+    """The server's error message, in one line."""
     try:
         answer = response.json()
         error = answer.get("error", answer) if isinstance(answer, dict) else answer
@@ -236,10 +236,10 @@ def _message(response: Any) -> str:
 
 
 def of_answer(answer: Any, key: str) -> Any:
-    """What vLLM's answer has under `key`.
+    """The value of `key` in vLLM's answer.
 
     Raises:
-        EngineError: nothing.
+        EngineError: the key is missing.
     """
     if not isinstance(answer, dict) or answer.get(key) is None:
         raise EngineError(f"the vLLM server's answer has no {key!r}: bondlm needs vLLM 0.22 or newer")

@@ -3,17 +3,17 @@
 (Whole models: `bondlm.engines.vllm.whole`.)
 
 After every optimizer step `sync` writes both adapters to new folders, and each server reloads them under their names; a
-probe text says whether it has (`bondlm.engines.vllm.served`).
+probe text verifies the reload (`bondlm.engines.vllm.served`).
 
-A reference that is the base model is an adapter too, of zeros: on a CPU vLLM 0.32 gives a row without an adapter that
-of its last slot, wherever another row of the batch has one.
+A reference that is the base model is also served as an adapter, of zeros: on a CPU, vLLM 0.32 gives a row without an
+adapter the adapter of its last slot if another row of the batch has an adapter.
 
-A new folder and a cache salt for each version: prefix-cache blocks that an adapter's old weights computed must not
-serve the new ones. The salt is also each run's own, since versions are counted from 1 again by a run that goes on with
-the same server.
+Each version has its own folder and cache salt, because prefix-cache blocks computed with an adapter's old weights must
+not be used with the new ones. The salt is also different for each run, since a run that continues with the same server
+counts versions from 1 again.
 
-Of several processes the main one writes; each server is given the weights, and is probed, by the first process that
-draws from it; what it finds is known to all before anybody goes on (`bondlm.engines.together`).
+With several processes, the main one writes. The first process that draws from a server gives it the weights and probes
+it; all processes know the result before any of them continues (`bondlm.engines.together`).
 
 Shapes: P prompts, T tokens.
 """
@@ -44,7 +44,7 @@ from bondlm.models.facts import vocabulary_size
 
 ADAPTERS: dict[Role, str] = {role: f"bondlm-{role}" for role in ("policy", "anchor", "reference")}
 MOVING: tuple[Role, ...] = ("policy", "anchor")
-MAX_REQUESTS = 256  # at a time; the server queues what it cannot run yet
+MAX_REQUESTS = 256  # at a time; the server queues those that it cannot run yet
 
 
 class VLLMEngine:
@@ -73,16 +73,16 @@ class VLLMEngine:
         """Check that the servers serve this model, and give them the adapters.
 
         Args:
-            clients: connections to the servers that this process draws from; another process may draw from them, too.
+            clients: connections to the servers that this process draws from; other processes may use the same servers.
             model: the PEFT model.
-            adapters: the roles that are adapters; the reference may be none, which is then the base model.
+            adapters: the roles that are adapters; a reference that is not among them is the base model.
             use: lends the model of a role in eval mode.
             processes: of the run.
             eos_ids: end a completion.
-            probe_ids: a short text whose log-probabilities server and trainer are compared by.
-            folder: where adapters are written; every server must see it under the same path.
-            server: the process to end with `close`, if it is ours.
-            sleeps: the servers share a GPU with the trainer, and give their memory back while nothing is drawn.
+            probe_ids: a short text; its log-probabilities on server and trainer are compared.
+            folder: where adapters are written; every server must see the folder under the same path.
+            server: the server process that `close` ends, if it is ours.
+            sleeps: the servers share a GPU with the trainer, and release their memory while nothing is drawn.
 
         Raises:
             ConfigError: a server cannot be reached, serves another model or cannot take the adapters.
@@ -93,7 +93,7 @@ class VLLMEngine:
         self._sleeps, self._is_asleep = sleeps, False
         self._version, self._run = 0, processes.gather_objects([secrets.token_hex(4)])[0]
         self.probe_gap: dict[Role, float] = {}  # largest mean gap of the servers probed here, nats per token
-        self.on_prompts_done: Callable[[int], object] | None = None  # told how many more prompts are finished
+        self.on_prompts_done: Callable[[int], object] | None = None  # called with the number of newly finished prompts
         with together(processes):
             self._servers = [Served(client, self._probe_ids) for client in clients]
         drawing = processes.gather_objects([(s.client.url, processes.rank) for s in self._servers])
@@ -101,14 +101,14 @@ class VLLMEngine:
         self._kept = [s for s in self._servers if first[s.client.url] == processes.rank]  # those we give weights to
         contexts = processes.gather_objects([(s.max_model_len, s.client.url) for s in self._servers])
         self.max_model_len, self.shortest = min(contexts)
-        del self._probe_ids[self.max_model_len - 1 :]  # the servers have the same list; one token more is drawn
+        del self._probe_ids[self.max_model_len - 1 :]  # the servers hold the same list; one more token is drawn
         for served in self._servers if getattr(model.config, "quantization_config", None) else ():
-            served.gap_limit = GAP_LIMIT  # the trainer's base is rounded as no server's
+            served.gap_limit = GAP_LIMIT  # no server rounds its base as the trainer does
         self._start()
         self._sleep()
 
     def _start(self) -> None:
-        """The first probe of each role: a mismatch now is a wrong server, not a stale one."""
+        """The first probe of each role: a mismatch now means a wrong server, not a stale one."""
         if "reference" not in self._adapters:
             with self._use("reference") as model:
                 ours = self._own_logprobs(model)
@@ -121,11 +121,11 @@ class VLLMEngine:
         self.sync()
 
     def sync(self) -> None:
-        """Give the servers the weights of policy and anchor as they are now.
+        """Give the servers the current weights of policy and anchor.
 
         Raises:
-            EngineError: after two tries a server still scores the probe text otherwise than the trainer.
-            ResourceError: a server does not answer any more, or the disk is full.
+            EngineError: after two tries a server still scores the probe text differently from the trainer.
+            ResourceError: a server no longer answers, or the disk is full.
         """
         self._wake()
         self._version += 1
@@ -133,7 +133,7 @@ class VLLMEngine:
             self._reload(role)
 
     def _wake(self) -> None:
-        """Have the servers take their memory again, if they sleep: first the trainer gives back what it only keeps."""
+        """Wake the servers, if they sleep; before that the trainer releases the memory that it only caches."""
         if not self._is_asleep:
             return
         if torch.cuda.is_available():
@@ -143,7 +143,7 @@ class VLLMEngine:
         self._is_asleep = False
 
     def _sleep(self) -> None:
-        """Have the servers give their memory back, until they are woken."""
+        """Make the servers release their memory until they are woken."""
         if not self._sleeps:
             return
         self._is_asleep = True
@@ -151,7 +151,7 @@ class VLLMEngine:
             _at_once(lambda server: server.client.sleep(), self._kept)
 
     def _give_again(self, roles: Iterable[Role]) -> None:
-        """Give the servers what they may have lost in their sleep, with a probe of each role."""
+        """Reload what the servers may have lost while asleep, with a probe of each role."""
         for role in roles:
             self._reload(role)
 
@@ -162,7 +162,7 @@ class VLLMEngine:
         self._give(role, path, ours)
 
     def _written(self, role: Role, model: Any) -> Path:
-        """The folder with the role's weights as `model` has them; the main process has written it."""
+        """The folder with the role's weights from `model`, written by the main process."""
         path = self._folder / f"{role}-{self._version:06d}-1"
         with together(self._processes):
             if self._processes.rank == 0:
@@ -175,10 +175,10 @@ class VLLMEngine:
         return path
 
     def _give(self, role: Role, path: Path, ours: np.ndarray) -> None:
-        """Have every server load the folder, and see that it scores the probe text as the trainer does (`ours`)."""
+        """Make every server load the folder, and check that it scores the probe text as the trainer does (`ours`)."""
         left = self._kept
         for attempt in (1, 2):
-            if attempt == 2:  # under a new name: nothing that is known of the old one can be taken for it
+            if attempt == 2:  # under a new name, so that nothing cached for the old one can be used
                 path = self._renamed(path)
             with together(self._processes):
                 found = self._reloaded(left, role, path, ours)
@@ -202,7 +202,7 @@ class VLLMEngine:
     def _reloaded(
         self, servers: Sequence[Served], role: Role, path: Path, ours: np.ndarray
     ) -> list[tuple[Served, str]]:
-        """Those that do not hold the role's weights although they have loaded the folder, and why."""
+        """The servers that do not hold the role's weights although they have loaded the folder, and why."""
 
         def reload(server: Served) -> tuple[Served, str]:
             self._load(role, server, path)
@@ -214,7 +214,7 @@ class VLLMEngine:
         again = path.with_name(f"{path.name[:-1]}2")
         with together(self._processes):
             if self._processes.rank == 0:
-                shutil.rmtree(again, ignore_errors=True)  # of a run that failed here
+                shutil.rmtree(again, ignore_errors=True)  # left by a run that failed here
                 try:
                     path.rename(again)
                 except OSError as error:
@@ -223,13 +223,13 @@ class VLLMEngine:
 
     @torch.no_grad()
     def _own_logprobs(self, model: Any) -> np.ndarray:
-        """Log-probabilities (T - 1) of the probe text under the model of a role."""
+        """Log-probabilities (T - 1) of the probe text under a role's model."""
         ids = torch.tensor([self._probe_ids], device=model.device)
         logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(dim=-1)
         return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).double().cpu().numpy()
 
     def _write(self, role: Role, model: Any, path: Path) -> None:
-        """Write the role's adapter as PEFT loads it: as `model` has it, in the policy's place; of the base, zeros."""
+        """Write the role's adapter in PEFT's format, with the weights of `model`; zeros if the role is the base."""
         path.mkdir(parents=True, exist_ok=True)
         name = self._model.active_adapter
         config: PeftConfig = copy.deepcopy(self._model.peft_config[name])
@@ -250,7 +250,7 @@ class VLLMEngine:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _names(self, role: Role, server: Served) -> tuple[str, str]:
-        """Of the role's model on the server, and its cache salt."""
+        """The name of the role's model on the server, and its cache salt."""
         return ADAPTERS[role], f"{self._run}-{role}-{self._version if role in MOVING else 0}"
 
     # -- drawing
@@ -279,15 +279,15 @@ class VLLMEngine:
         max_new_tokens: int,
         temperature: float = 1.0,
     ) -> dict[Role, list[list[Completion]]]:
-        """Draw for several roles at once: role -> (samples of a prompt, a seed for each prompt); afterwards sleep.
+        """Draw for several roles at once: role -> (samples per prompt, a seed for each prompt); then sleep.
 
-        All requests are under way together, so that the server decodes both adapters' rows in one batch. A sample's
-        numbers are repeatable up to the rounding of such a batch.
+        All requests are sent together, so that the server decodes both adapters' rows in one batch. A sample's numbers
+        are repeatable up to the rounding of such a batch.
 
         Raises:
             DataError: a prompt does not fit into the server's context.
             ResourceError: the server does not answer in time, after retries.
-            EngineError: an answer that is not one to the request.
+            EngineError: the answer does not fit the request.
             NonFiniteError: a log-probability that is not finite.
         """
         if self._is_asleep:
@@ -340,7 +340,7 @@ class VLLMEngine:
         max_new_tokens: int,
         temperature: float,
     ) -> dict[str, Any]:
-        """The model's own distribution: what a server may take from generation_config.json is set off, one by one."""
+        """Request the model's own distribution: all options that could come from generation_config.json are set off."""
         return {
             "model": name,
             "prompt": list(prompt),
@@ -354,7 +354,7 @@ class VLLMEngine:
             "repetition_penalty": 1.0,
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,
-            "ignore_eos": True,  # the server's own list; ours follows
+            "ignore_eos": True,  # that is the server's own list; ours follows
             "stop_token_ids": self._eos_ids,
             "logprobs": 0,
             "return_token_ids": True,
@@ -366,7 +366,7 @@ class VLLMEngine:
     def _completions(
         self, url: str, choices: list[Any], prompt: Sequence[int], count: int, max_new_tokens: int
     ) -> list[Completion]:
-        """The answer's samples in their order, each checked: a wrong one must not be learned from."""
+        """The samples of the answer in order, each checked, since a wrong sample must not be learned from."""
         where = f"the vLLM server at {url}"
         if sorted(of_answer(c, "index") for c in choices) != list(range(count)):
             raise EngineError(f"{where} sent {len(choices)} samples, {count} were asked for")
@@ -401,13 +401,13 @@ class VLLMEngine:
 
 
 def _at_once(work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
-    """What `work` returns for each job, in any order, all under way together.
+    """The results of `work` for all jobs, run at the same time, in any order.
 
-    Daemon threads: after an error nobody waits for the other answers, not even the interpreter at its exit (it would
-    for an executor's threads, up to `vllm_timeout`).
+    It uses daemon threads: after an error nothing waits for the other answers, not even the interpreter at exit (which
+    would wait up to `vllm_timeout` for an executor's threads).
     """
     pool = ThreadPool(max(1, min(MAX_REQUESTS, len(jobs))))
     try:
-        return list(pool.imap_unordered(work, jobs))  # whichever comes first, so that the first error ends it
+        return list(pool.imap_unordered(work, jobs))  # in order of completion, so that the first error ends it
     finally:
         pool.terminate()

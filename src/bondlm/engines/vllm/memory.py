@@ -1,7 +1,7 @@
-"""One card for a trainer and its vLLM server: what the trainer will need comes first, the server gets the rest.
+"""Share one card between a trainer and its vLLM server: reserve what the trainer will need; the server gets the rest.
 
-Arithmetic alone; sizes are bytes. What is only roughly known is counted high: a server with a smaller cache is slower,
-a trainer without memory ends.
+Only arithmetic; sizes are bytes. Rough estimates are on the high side: a server with a smaller cache is slower, but a
+trainer without memory fails.
 """
 
 import math
@@ -14,37 +14,37 @@ from bondlm.models.facts import hidden_size, layer_kinds, text_config
 from bondlm.models.head import LOGITS_BUDGET
 
 GIB = 2**30
-MARGIN = 0.03  # of the card: fragments, and what its driver takes
+MARGIN = 0.03  # of the card: fragmentation, and the driver
 OVERHEAD = 3 * GIB  # of a server: its context, CUDA graphs, and the activations and logits of its largest batch
-ASLEEP = 2 * GIB  # what it keeps while it sleeps: context and CUDA graphs
-LOGITS = 3 * LOGITS_BUDGET  # of a piece of the head: logits, their softmax and its gradient
-# Optimizer states by the beginning of an optimizer's name, as bytes of a trained number; two fp32 moments otherwise.
+ASLEEP = 2 * GIB  # what a server keeps while it sleeps: context and CUDA graphs
+LOGITS = 3 * LOGITS_BUDGET  # for one piece of the head: logits, their softmax and its gradient
+# Bytes of optimizer states per trained parameter, by the prefix of the optimizer's name; otherwise two fp32 moments.
 STATES = {"sgd": 0, "adafactor": 1, "lion": 4, "adagrad": 4, "rmsprop": 4}
 TWO_MOMENTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """What a trainer takes beyond what it has when the server starts."""
+    """The memory that a trainer takes beyond what it has when the server starts."""
 
-    resting: int  # while the server draws, or is given weights
-    learning: int  # at most, that included: gradients and activations, or a whole copy that scores
-    at_least: int  # the same with the smallest micro-batches that it can cut its own into
+    resting: int  # while the server draws or receives weights
+    learning: int  # at most, including `resting`: gradients and activations, or a whole copy that scores
+    at_least: int  # the same with the smallest micro-batches that its own can be cut into
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What of a card a server gets, and why."""
+    """The share of a card that a server gets, and why."""
 
     total: int
     server: int
     growth: Growth
     sleeps: bool
-    cuts: bool  # whether micro-batches do not fit as they are
+    cuts: bool  # whether micro-batches must be cut to fit
 
     @property
     def utilization(self) -> float:
-        """As --gpu-memory-utilization takes it, rounded down."""
+        """The value for --gpu-memory-utilization, rounded down."""
         return math.floor(1000 * self.server / self.total) / 1000
 
     def __str__(self) -> str:
@@ -57,16 +57,16 @@ class Share:
 
 
 def optimizer_bytes(name: str) -> int:
-    """Bytes of an optimizer's states for each number that trains, from its name in `optim`."""
+    """Bytes of an optimizer's states per trained parameter, from its name in `optim`."""
     found = next((size for start, size in STATES.items() if name.startswith(start)), TWO_MOMENTS)
     return math.ceil(found / 4) if "8bit" in name else found
 
 
 def activation_bytes(config: Any, tokens: int, element_size: int, *, checkpointing: bool) -> int:
-    """What a forward pass over so many tokens keeps for the backward pass.
+    """Bytes that a forward pass over this many tokens keeps for the backward pass.
 
-    Of each layer and token 10 vectors of the hidden size and 4 of the inner one, of attention that makes no matrix of
-    scores; with checkpointing one vector, and one layer as a whole.
+    For each layer and token, 10 vectors of the hidden size and 4 of the inner size, assuming attention without a matrix
+    of scores; with checkpointing one vector per layer and token, and one layer in full.
     """
     text = text_config(config)
     width, layers = hidden_size(config), int(getattr(text, "num_hidden_layers", len(layer_kinds(config))))
@@ -76,16 +76,16 @@ def activation_bytes(config: Any, tokens: int, element_size: int, *, checkpointi
 
 
 def growth(*, staying: int, gradients: int, activations: int, least_activations: int, visiting: int) -> Growth:
-    """What the trainer will take.
+    """The memory that the trainer will take.
 
     Args:
-        staying: what comes with the first step and stays: the optimizer's states, averaged weights; of a sharded model
-            also this process's part of the roles.
-        gradients: of this process.
-        activations: of one micro-batch.
-        least_activations: of the smallest that the trainer can cut it into.
-        visiting: a whole copy of the weights that comes to be sent or to score, and leaves: a full reference that rests
-            on the CPU, or sharded weights that are gathered.
+        staying: what is allocated in the first step and stays: the optimizer's states, averaged weights; for a sharded
+            model also this process's part of the roles.
+        gradients: those of this process.
+        activations: those of one micro-batch.
+        least_activations: those of the smallest micro-batch that the trainer can cut it into.
+        visiting: a temporary whole copy of the weights, to be sent or to score: a full reference that is kept on the
+            CPU, or sharded weights that are gathered.
     """
     learning, at_least = (
         staying + max(gradients + size, visiting) + LOGITS for size in (activations, least_activations)
@@ -94,22 +94,22 @@ def growth(*, staying: int, gradients: int, activations: int, least_activations:
 
 
 def server_needs(config: Any, num_weights: int, element_size: int, longest: int) -> int:
-    """The least that a server can work with: weights, the cache of one sequence of `longest` tokens, overhead."""
+    """The minimum for a server: weights, the cache of one sequence of `longest` tokens, overhead."""
     return num_weights * element_size + longest * cache_bytes(config, element_size) + OVERHEAD
 
 
 def share_card(*, total: int, free: int, growth: Growth, least: int, sleeps: bool) -> Share:
-    """What of a card's `free` bytes the server gets, now that the trainer's weights lie there.
+    """The part of a card's `free` bytes that the server gets; the trainer's weights are already on the card.
 
     Args:
-        total: of the card.
-        free: of it, at the server's start.
-        growth: what the trainer will take beyond that.
-        least: what the server cannot do without.
-        sleeps: whether the server gives its memory back while the trainer learns.
+        total: bytes of the card.
+        free: free bytes at the server's start.
+        growth: what the trainer will take from then on.
+        least: the minimum for the server.
+        sleeps: whether the server releases its memory while the trainer learns.
 
     Raises:
-        ConfigError: they do not fit together; it says by how much.
+        ConfigError: they do not fit together; the message says by how much.
     """
     usable = free - int(MARGIN * total)
     missing = least - (usable - (growth.resting if sleeps else growth.at_least))
@@ -125,7 +125,7 @@ def share_card(*, total: int, free: int, growth: Growth, least: int, sleeps: boo
             "on another card (vllm_base_url)"
         )
     server = usable - (growth.resting if sleeps else growth.learning)
-    if not sleeps:  # where micro-batches must be cut anyway each has half of what neither cannot do without
+    if not sleeps:  # if micro-batches must be cut anyway, each gets half of what is left beyond the minimum of both
         server = max(server, least + (usable - growth.at_least - least) // 2)
     cuts = growth.learning + (ASLEEP if sleeps else server) > usable
     return Share(total=total, server=server, growth=growth, sleeps=sleeps, cuts=cuts)

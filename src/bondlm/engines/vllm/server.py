@@ -1,4 +1,4 @@
-"""A vLLM server of our own: started for a run, watched until it answers, ended with it."""
+"""A vLLM server of our own: started for a run, watched until it answers, and ended with the run."""
 
 import atexit
 import os
@@ -26,7 +26,7 @@ kill -0 $server 2>/dev/null && wait $server  # a signal has interrupted the firs
 kill -KILL $guard 2>/dev/null
 exit $code
 """
-# Of another Python, and of a launcher: the server would take itself for one of the run's processes.
+# Not passed on: variables of our Python, and of a launcher, by which the server would seem a process of the run.
 LAUNCHERS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS_START = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 STOP_GRACE = 10.0  # seconds between asking a server to end and killing it
@@ -46,19 +46,20 @@ class LocalServer:
         on_cpu: bool,
         gpu: int | None = None,
     ) -> None:
-        """Start it and wait until it is healthy.
+        """Start the server and wait until it is healthy.
 
         Args:
             python: interpreter of the environment that vLLM is installed in.
             model: folder or hub name of the base model.
-            options: of vLLM's api_server.
-            log: file for what the server prints.
-            start_timeout: seconds until it must answer.
-            on_cpu: it computes on the CPU.
-            gpu: number of the GPU that it has to itself, or shares with the trainer; None: all that this process sees.
+            options: arguments of vLLM's api_server.
+            log: file for the server's output.
+            start_timeout: seconds within which it must answer.
+            on_cpu: whether it computes on the CPU.
+            gpu: number of the GPU that it uses, alone or together with the trainer; None: all GPUs that this process
+                sees.
 
         Raises:
-            ConfigError: it ended or did not answer in time.
+            ConfigError: it exited or did not answer in time.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -114,7 +115,7 @@ class LocalServer:
 
     @property
     def pid(self) -> int:
-        """The server's process, leader of a group of its own."""
+        """The server's process id; the process leads its own process group."""
         return self._process.pid
 
     def stop(self) -> None:
@@ -133,10 +134,10 @@ class LocalServer:
 
 
 def _environment(on_cpu: bool, gpu: int | None, options: Sequence[str]) -> dict[str, str]:
-    """Ours without what a launcher of several processes tells them, and what a server with these options needs.
+    """Our environment without the variables of a multi-process launcher, plus what a server with these options needs.
 
-    No usage statistics leave the machine. Routes for whole models' weights and for sleep exist in development mode
-    alone. It also lets whoever reaches the server run its workers' methods: the server listens on the loopback
+    No usage statistics leave the machine. The routes for whole models' weights and for sleep exist only in development
+    mode. That mode also lets any client run the methods of the server's workers, so the server listens on the loopback
     interface.
     """
     ours = {k: v for k, v in os.environ.items() if k not in LAUNCHERS and not k.startswith(LAUNCHERS_START)}
@@ -144,7 +145,7 @@ def _environment(on_cpu: bool, gpu: int | None, options: Sequence[str]) -> dict[
     for_lora, sleeps = "--enable-lora" in options, "--enable-sleep-mode" in options
     needed |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if for_lora else {}
     needed |= {"VLLM_SERVER_DEV_MODE": "1"} if sleeps or not for_lora else {}
-    if sleeps:  # its allocator cannot sleep with segments that grow
+    if sleeps:  # its allocator cannot sleep with expandable segments
         ours = {k: v for k, v in ours.items() if "expandable_segments" not in v}
     if gpu is not None:
         visible = [name for name in ours.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

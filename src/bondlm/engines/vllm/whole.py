@@ -1,10 +1,11 @@
 """Full fine-tuning over vLLM servers, whose weights are replaced before each role draws.
 
-Policy's weights, its samples; anchor's weights, its samples. Two servers would need twice the memory and draw no faster
-on the device that they share. The weights go through a folder: `reload_weights(weights_path=...)`, by vLLM's route
-`/collective_rpc`, needs no GPU that both sides reach and was observed to do what it says (docs/vllm.md); its routes for
-NCCL and CUDA IPC do. Each reload is checked by the log-probabilities of the probe text, as an adapter's is, and here
-the gap may hardly grow, either: a reload of a part of the weights was seen, too.
+A server gets the policy's weights and draws its samples, then the anchor's weights and its samples. Two servers would
+need twice the memory and draw no faster on the device that they share. The weights go through a folder:
+`reload_weights(weights_path=...)`, called by vLLM's route `/collective_rpc`, works without a GPU that both sides can
+reach, unlike vLLM's routes for NCCL and CUDA IPC, and was found to work as documented (docs/vllm.md). Each reload is
+checked by the log-probabilities of the probe text, as for an adapter. Here the gap must also stay nearly constant,
+because partial reloads have been observed.
 """
 
 import shutil
@@ -24,25 +25,25 @@ from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.served import GAP_LIMIT, Served
 from bondlm.errors import ConfigError
 
-GAP_GROWTH = 4.0  # times the first reload's gap, which is that of two programs' rounding
-LEAST_GAP_LIMIT = 1e-3  # nats per token: below, fp32 rounds
+GAP_GROWTH = 4.0  # times the gap of the first reload, which comes from the rounding of two programs
+LEAST_GAP_LIMIT = 1e-3  # nats per token; smaller gaps are rounding in fp32
 DIGEST_WORDS = 2**20  # at a time
-ONE_FILE = "100TB"  # with an index of several vLLM would read none beside them
+ONE_FILE = "100TB"  # vLLM would not read another file next to a sharded checkpoint with an index
 
 
 class WholeModelEngine(VLLMEngine):
-    """Samples from servers whose weights are, in turn, those of the role that draws.
+    """Samples from servers that hold the weights of one role at a time, the one that draws.
 
-    No process goes on to the next role while another one still draws.
+    No process continues with the next role while another process still draws.
     """
 
     sends = "weights"
 
     def _start(self) -> None:
-        """The first reload, of servers that hold random weights if they were started as told: it must work."""
+        """The first reload must work; until then servers started as recommended hold random weights."""
         self._held: tuple[int, ...] | None = None  # digest of the weights on the servers
         with together(self._processes):
-            for server in self._kept:  # one that was started without weights would look for none
+            for server in self._kept:  # a server that was started without weights would not look for any
                 server.client.rpc("update_config", args=[{"load_config": {"load_format": "auto"}}])
         self._hold("policy")
         for server in self._kept:
@@ -50,20 +51,20 @@ class WholeModelEngine(VLLMEngine):
             server.gap_limit = min(GAP_LIMIT, max(LEAST_GAP_LIMIT, GAP_GROWTH * server.gap))
 
     def sync(self) -> None:
-        """Nothing yet: one role's weights are on a server at a time, and go there when it draws."""
+        """Do nothing yet: a server holds one role's weights at a time, and gets them when the role draws."""
 
     def _give_again(self, roles: Iterable[Role]) -> None:
-        """Nothing: `_hold` probes what is about to draw."""
+        """Do nothing: `_hold` probes the role that is about to draw."""
 
     def _hold(self, role: Role) -> None:
-        """Have the servers hold the role's weights; nothing is sent if all of them hold these already.
+        """Make the servers hold the role's weights; nothing is sent if all of them already do.
 
         Raises:
-            EngineError: after two tries a server still scores the probe text otherwise than the trainer.
-            ConfigError: one cannot take them.
-            ResourceError: one does not answer any more, or the disk is full.
+            EngineError: after two tries a server still scores the probe text differently from the trainer.
+            ConfigError: a server cannot take them.
+            ResourceError: a server no longer answers, or the disk is full.
         """
-        with self._use(role) as model:  # once: the weights of a sharded model are gathered for it
+        with self._use(role) as model:  # only once, because the weights of a sharded model are gathered for it
             ours, digest = self._own_logprobs(model), weights_digest(model)
             if not self._must_send(role, digest, ours):
                 return
@@ -74,10 +75,10 @@ class WholeModelEngine(VLLMEngine):
         self._held = digest
 
     def _must_send(self, role: Role, digest: tuple[int, ...], ours: np.ndarray) -> bool:
-        """Whether a server holds other weights than these, by what it was given and by what it scores."""
+        """Whether a server holds other weights than these, judged by what it was given and by its scores."""
         must = digest != self._held
         with together(self._processes):
-            for server in () if must else self._kept:  # has anybody else changed them?
+            for server in () if must else self._kept:  # has something else changed them?
                 server.probe(*self._names(role, server), ours)
                 must = must or not server.gap <= server.gap_limit
                 self._note_gap(role)
@@ -98,7 +99,7 @@ class WholeModelEngine(VLLMEngine):
             ) from error
 
     def _keep_only(self, role: Role, path: Path) -> None:
-        """None: the servers have read them, and they are large."""
+        """Keep none: the servers have read the files, and they are large."""
         for old in self._folder.glob("*-*-*"):
             shutil.rmtree(old, ignore_errors=True)
 
@@ -112,7 +113,7 @@ class WholeModelEngine(VLLMEngine):
         max_new_tokens: int,
         temperature: float,
     ) -> dict[Role, list[list[Completion]]]:
-        """Role after role."""
+        """Draw role by role."""
         drawn: dict[Role, list[list[Completion]]] = {}
         for role, ask in wanted.items():
             self._hold(role)
@@ -122,14 +123,15 @@ class WholeModelEngine(VLLMEngine):
 
 @torch.no_grad()
 def weights_digest(model: nn.Module) -> tuple[int, ...]:
-    """Numbers of each parameter's bits and their order: who changed it, and how, does not matter.
+    """Numbers that depend on each parameter's bits and their order, whatever has changed them.
 
-    Sums of 64-bit words, each times an odd number of its own, modulo 2**64: one changed word always changes its sum.
+    Each is a sum of 64-bit words, each word times its own odd number, modulo 2**64: a change of one word always changes
+    the sum.
     """
     digest: list[int] = []
     for parameter in model.parameters():
         raw = parameter.detach().contiguous().view(-1).view(torch.uint8)
-        if raw.storage_offset() % 8:  # a part of a larger tensor, which cannot be read as words where it lies
+        if raw.storage_offset() % 8:  # a part of a larger tensor that is not aligned to words
             raw = raw.clone()
         whole = len(raw) // 8 * 8
         odd = 2 * torch.arange(min(whole // 8, DIGEST_WORDS), device=raw.device) + 1
@@ -140,9 +142,9 @@ def weights_digest(model: nn.Module) -> tuple[int, ...]:
 
 
 def write_weights(model: Any, path: Path) -> None:
-    """Write the weights as a checkpoint, and a tied head by its own name too.
+    """Write the weights as a checkpoint, with a tied head also under its own name.
 
-    On a CPU vLLM computes with a packed copy of the head, and packs it again only if it has read a head.
+    On a CPU, vLLM computes with a packed copy of the head, and repacks it only when it has read a head.
     """
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
