@@ -1,4 +1,4 @@
-"""Rewards: functions, classifiers, entailment and similarity models, servers, and `score`, the only door to them."""
+"""Rewards: functions, classifiers, entailment and similarity models, servers, and `score`, which calls all of them."""
 
 from bondlm.rewards.aggregation import SUM, Aggregation, aggregation_of
 from bondlm.rewards.batching import map_micro_batches, micro_batches

@@ -1,4 +1,4 @@
-"""How several rewards become one: the weighted sum, or an order that needs no common scale (docs/rewards.md)."""
+"""Combine several rewards into one: by a weighted sum, or by an order that needs no common scale (docs/rewards.md)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ class Aggregation:
         return self.how != "sum"
 
     def check(self, weights: Sequence[float], count: int) -> None:
-        """Refuse what does not fit so many rewards with these weights.
+        """Refuse options that do not fit the number of rewards and their weights.
 
         Raises:
             ConfigError: an unknown name, tolerances that are not one number >= 0 per reward, or a weight that the
-                aggregation has no use for.
+                aggregation cannot use.
         """
         if self.how not in AGGREGATIONS:
             raise ConfigError(f"reward_aggregation={self.how!r}: choose one of {', '.join(AGGREGATIONS)}")
@@ -65,13 +65,13 @@ class Aggregation:
     def combine(
         self, rewards: Sequence[NamedReward], by_name: Mapping[str, Tensor], among: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """What each sample is worth, from each reward's values.
+        """The combined reward of each sample, from the values of each reward.
 
         Args:
             rewards: in the order of their priority, with their weights.
-            by_name: (P, M) values of each; NaN in all of a prompt's where it does not apply.
-            among: (P, K) values of the samples that ranks are counted among; None: the samples themselves. The sum
-                does not look at them.
+            by_name: (P, M) values of each reward; if it does not apply to a prompt, all of the prompt's values are NaN.
+            among: (P, K) values of the samples among which ranks are counted; None: the samples themselves. Not used by
+                the sum.
 
         Returns:
             (P, M): the weighted sum, or ranks in [0, 1].
@@ -95,7 +95,7 @@ SUM = Aggregation()
 
 
 def aggregation_of(options: Mapping[str, Any], weights: Sequence[float] | None, count: int) -> Aggregation:
-    """What a command's options say of `count` rewards.
+    """The aggregation of `count` rewards that a command's options describe.
 
     Raises:
         ConfigError: they do not fit.

@@ -1,4 +1,4 @@
-"""From what a reward function returns to numbers: one for each completion, or an error that says which is none.
+"""Turn what a reward function returns into numbers: one per completion, or an error that names the bad one.
 
 Shapes: B rows (one prompt with one completion each).
 """
@@ -21,15 +21,15 @@ _ADVICE = "Return one finite number a completion, and a low one for completions 
 
 @dataclass(frozen=True)
 class Failure:
-    """In place of a number: why there is none. Its prompt is dropped, or the reward fails."""
+    """Stands for a missing number and says why it is missing. Its prompt is dropped, or the reward fails."""
 
     reason: str
 
 
 def checked(name: str, answer: Any, prompts: Sequence[Any], bad: dict[int, str] | None) -> tuple[Tensor, set[int]]:
-    """Turn an answer into a float64 tensor (B,), and the rows that it leaves out with None: these are NaN.
+    """Turn an answer into a float64 tensor (B,), and the set of rows for which it has None; these rows are NaN.
 
-    All others are finite, or RewardError is raised, or the row noted in `bad`.
+    All other values are finite; otherwise RewardError is raised or the row is noted in `bad`.
     """
     source = f"reward {name!r}"
     missing: set[int] = set()
@@ -84,7 +84,7 @@ def _refuse_wrong_count(source: str, seen: int, wanted: int) -> None:
 
 
 def _number(source: str, value: Any, row: int, prompts: Sequence[Any], bad: dict[int, str] | None) -> float:
-    """One element of a list as a float, booleans as 0 and 1; what is not a real number is refused."""
+    """One element of a list as a float, booleans as 0 and 1; anything that is not a real number is refused."""
     if isinstance(value, np.bool_) or (isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1):
         value = value.item()
     if not isinstance(value, numbers.Real):
@@ -107,7 +107,7 @@ def _number(source: str, value: Any, row: int, prompts: Sequence[Any], bad: dict
 def refuse_non_finite(
     source: str, values: Tensor, prompts: Sequence[Any], bad: dict[int, str] | None, but: Set[int] = frozenset()
 ) -> None:
-    """Raise RewardError for the first value (B,) that is not finite, or note all in `bad`; rows `but` may be NaN."""
+    """Raise RewardError for the first value (B,) that is not finite, or note all in `bad`; rows in `but` may be NaN."""
     bad_rows = [row for row in torch.nonzero(~torch.isfinite(values))[:, 0].tolist() if row not in but]
     if bad is not None:
         for row in bad_rows:

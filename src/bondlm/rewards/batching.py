@@ -1,4 +1,4 @@
-"""Length-sorted micro-batches for reward models: less padding, bounded memory, the order of the rows restored.
+"""Length-sorted micro-batches for reward models: less padding, bounded memory, and results in the order of the rows.
 
 Shapes: B rows, T tokens (padded).
 """
@@ -16,15 +16,15 @@ TokenRows = Mapping[str, Sequence[Sequence[int]]]
 def micro_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> list[list[int]]:
     """Split row numbers into batches of similar length, the longest rows first.
 
-    Longest first, so that a batch that does not fit in memory fails at once and not after an hour.
+    The longest come first, so that a batch that does not fit into memory fails at once and not after an hour.
 
     Args:
         lengths: Tokens of each of the B rows.
-        max_rows: Most rows in a batch, at least 1.
-        max_tokens: Most tokens in a batch, padding included. A single row above it gets a batch of its own.
+        max_rows: Maximum rows in a batch, at least 1.
+        max_tokens: Maximum tokens in a batch, padding included. A longer row gets a batch of its own.
 
     Returns:
-        Lists of row numbers: every row once.
+        Lists of row numbers; every row occurs once.
     """
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -44,8 +44,8 @@ def map_micro_batches(
     Args:
         lengths: Tokens of each of the B rows, B >= 1.
         run: Row numbers (b,) -> tensor (b, ...).
-        max_rows: Most rows in a batch.
-        max_tokens: Most tokens in a batch, padding included.
+        max_rows: Maximum rows in a batch.
+        max_tokens: Maximum tokens in a batch, padding included.
 
     Returns:
         Tensor (B, ...).
@@ -59,7 +59,7 @@ def map_micro_batches(
 
 
 def pad_right(encoded: TokenRows, rows: Sequence[int], pad_id: int, device: torch.device | str) -> dict[str, Tensor]:
-    """Pad the named rows on the right to the longest of them; the mask comes from lengths, never from token ids.
+    """Pad the given rows on the right to the longest of them; the mask comes from lengths, never from token ids.
 
     Returns:
         Tensors (b, T): every entry of ``encoded``, and ``attention_mask``.
@@ -76,11 +76,12 @@ def pad_right(encoded: TokenRows, rows: Sequence[int], pad_id: int, device: torc
 
 
 def head_pad_id(model: Any, tokenizer: Any) -> int | None:
-    """Pad id with which a classification head finds each row's last token, or None: score row by row.
+    """Pad id by which a classification head finds each row's last token; None means that rows are scored one by one.
 
     Decoder-type classifiers of transformers read the logit at the last token that differs from ``config.pad_token_id``.
-    The config's value is how the model was trained. Where it has none, the tokenizer's is written into the config,
-    unless it is the end-of-sequence token: a final end-of-sequence would then be skipped in a batch and read alone.
+    The config's value is the one that the model was trained with. If there is none, the tokenizer's is written into the
+    config, unless it is the end-of-sequence token: a final end-of-sequence token would then be skipped in a batch but
+    read for a single row.
     """
     config = model.config.get_text_config()
     if config.pad_token_id is None and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):

@@ -1,4 +1,4 @@
-"""What a judge has answered, on disk."""
+"""A cache on disk for the answers of a judge."""
 
 import os
 import sqlite3
@@ -15,7 +15,7 @@ SELECT = "SELECT said, prompt_tokens, completion_tokens FROM answers WHERE key =
 
 
 def default_cache() -> Path:
-    """Where answers are kept if nothing is said.
+    """The default folder for answers.
 
     Raises:
         RuntimeError: there is no home folder.
@@ -24,13 +24,13 @@ def default_cache() -> Path:
 
 
 class Cache:
-    """Answers by the hash of what was asked, in a file that processes may share. It holds ids, and no texts."""
+    """Answers by the hash of the question, in a file that processes may share. It holds ids, but no texts."""
 
     def __init__(self, folder: str | None = None) -> None:
-        """Open it in a folder, by default the user's cache folder.
+        """Open the cache in a folder, by default the user's cache folder.
 
         Raises:
-            ConfigError: no file can be kept there.
+            ConfigError: no file can be written there.
         """
         try:
             self._path = (Path(folder).expanduser() if folder else default_cache()) / CACHE_FILE
@@ -47,7 +47,7 @@ class Cache:
             ) from error
 
     def get(self, key: str) -> tuple[str, int, int] | None:
-        """What was said, and the tokens that it cost, in and out; if anything was.
+        """The answer and its tokens, in and out; None if there is none.
 
         Raises:
             ResourceError: the file cannot be read.
@@ -57,7 +57,7 @@ class Cache:
         return found
 
     def put(self, key: str, said: str, tokens: Sequence[int]) -> None:
-        """Keep it.
+        """Store an answer.
 
         Raises:
             ResourceError: the file cannot be written.
@@ -67,7 +67,7 @@ class Cache:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """Such a fault passes (a full disk, a folder that is away): the run is saved, and continues with the cache."""
+        """Turn temporary faults (full disk, missing folder) into a ResourceError: the run is saved and can continue."""
         try:
             with closing(self._connect()) as connection, connection:
                 yield connection
@@ -78,5 +78,5 @@ class Cache:
             ) from error
 
     def _connect(self) -> sqlite3.Connection:
-        """A connection of its own for each use: it belongs to a thread, and the file to several processes."""
+        """A new connection for each use, since a connection belongs to one thread and the file to several processes."""
         return sqlite3.connect(self._path, timeout=60.0)

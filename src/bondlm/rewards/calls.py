@@ -1,4 +1,4 @@
-"""Call reward functions: hand each the arguments that it accepts, and await the asynchronous ones together."""
+"""Call reward functions: pass each the arguments that it accepts, and await the asynchronous ones together."""
 
 import asyncio
 import inspect
@@ -29,8 +29,8 @@ def call_all(
     Args:
         named: (name, function) pairs.
         offered: ``prompts``, ``completions`` and the columns, each a list of B.
-        extras: Further arguments that are no lists of B.
-        limits: Seconds that an asynchronous function may take, by name; a plain one cannot be interrupted.
+        extras: Further arguments that are not lists of B.
+        limits: Seconds that an asynchronous function may take, by name; a plain function cannot be interrupted.
 
     Raises:
         ConfigError: A function wants an argument that is not offered.
@@ -51,7 +51,7 @@ def call_all(
     except BaseException:
         for awaitable in pending.values():
             if inspect.iscoroutine(awaitable):
-                awaitable.close()  # else Python warns that it was never awaited, on top of the real error
+                awaitable.close()  # otherwise Python also warns that it was never awaited, on top of the real error
         raise
     if pending:
         names = {index: named[index][0] for index in pending}
@@ -66,10 +66,10 @@ def call_all(
 def accepted_arguments(
     name: str, function: RewardFunction, offered: Mapping[str, list[Any]], extras: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Keep the offered arguments that the function's signature accepts: all of them when it has ``**kwargs``.
+    """Keep the offered arguments that the function's signature accepts; with ``**kwargs`` that is all of them.
 
-    Lists and dicts are copied, also those inside of them (messages), for each row by itself: a function that changes
-    its arguments cannot disturb the next one, or another row.
+    Lists and dicts are copied for each row, including nested ones (messages), so a function that changes its arguments
+    cannot affect the next function or another row.
 
     Raises:
         ConfigError: The signature demands an argument that is not offered, or takes arguments by position only.
@@ -108,7 +108,7 @@ def _copied(value: Any) -> Any:
 
 
 def _hint(offered: Mapping[str, list[Any]]) -> str:
-    """What a function that expects text must know of conversations."""
+    """A hint for functions that expect text but get conversations."""
     if not offered.get("completions") or isinstance(offered["completions"][0], str):
         return ""
     return (
@@ -119,7 +119,7 @@ def _hint(offered: Mapping[str, list[Any]]) -> str:
 def _call(name: str, function: RewardFunction, arguments: Mapping[str, list[Any]], hint: str = "") -> Any:
     try:
         return function(**arguments)
-    except (Exception, SystemExit) as error:  # sys.exit(0) would end the command as if all were done
+    except (Exception, SystemExit) as error:  # sys.exit(0) would end the command as if it had succeeded
         raise _failure(name, error, hint) from error
 
 
@@ -128,7 +128,7 @@ async def _named_await(name: str, awaitable: Awaitable[Any], limit: float | None
         async with asyncio.timeout(limit) as watch:
             return await awaitable
     except TimeoutError as error:
-        if not watch.expired():  # the function's own
+        if not watch.expired():  # a timeout of the function itself
             raise _failure(name, error, hint) from error
         raise RewardOutageError(
             f"reward {name!r} did not answer within {limit:g} s (reward_timeout_s): see what it waits for, or raise "
@@ -139,7 +139,7 @@ async def _named_await(name: str, awaitable: Awaitable[Any], limit: float | None
 
 
 def _failure(name: str, error: BaseException, hint: str = "") -> BondError:
-    """Say which reward failed; keep our own classes (their exit code is already right) and tell memory from bugs."""
+    """Say which reward failed; keep our own classes (their exit code is right) and tell memory errors from bugs."""
     if isinstance(error, BondError):
         return type(error)(f"reward {name!r}: {error}")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -153,7 +153,7 @@ def _failure(name: str, error: BaseException, hint: str = "") -> BondError:
 
 
 def _await_all(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    """Await all together in the rewards' own thread, so that it also works inside a notebook's running loop."""
+    """Await all together in a separate thread for rewards, so that it also works inside a notebook's running loop."""
     future = asyncio.run_coroutine_threadsafe(await_together(awaitables), _event_loop(os.getpid()))
     try:
         return future.result()
@@ -175,10 +175,10 @@ async def await_together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 @cache
 def _event_loop(process_id: int) -> asyncio.AbstractEventLoop:
-    """Start the loop that lives as long as the process (a forked child, with another id, starts its own).
+    """Start an event loop that lives as long as the process (a forked child, with another id, starts its own).
 
-    One loop for all calls, because an HTTP client that the user keeps between calls is bound to the loop that first
-    used it: with ``asyncio.run`` its second use fails with "Event loop is closed".
+    There is one loop for all calls, because an HTTP client that the user keeps between calls is bound to the loop that
+    first used it: with ``asyncio.run`` its second use fails with "Event loop is closed".
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name=f"bondlm-rewards-{process_id}", daemon=True).start()

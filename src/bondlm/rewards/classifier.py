@@ -21,8 +21,8 @@ from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import bad_lengths, check_batch_bounds, check_choice, token_limit, with_failures
 
-FACTS_FILE = "reward.json"  # beside a reward model that bondlm has trained
-# What a base without a chat template gets when it becomes a reward model, so that it can score conversations.
+FACTS_FILE = "reward.json"  # in the folder of a reward model that bondlm has trained
+# The chat template for a base model without one that becomes a reward model, so that it can score conversations.
 FALLBACK_TEMPLATES = {
     "encoder": "{{ cls_token }}{% for message in messages %}{{ message['content'] }}{{ sep_token }}{% endfor %}",
     "decoder": (
@@ -36,10 +36,11 @@ _logger = logging.getLogger(__name__)
 class SequenceClassifierReward:
     """Score prompt and completion with a sequence classifier that has one label.
 
-    The text is always built with the *reward* model's tokenizer: chats are rendered with its own chat template, and so
-    is a plain prompt with its completion if it has one, as a message of the user and an answer. Else plain texts are
-    prompt + completion. Rows are scored in micro-batches of similar length, padded on the right; a row's
-    score does not depend on its neighbours, but for rounding: in bf16 by about 0.02 of itself, or of 1 if that is more.
+    The text is always built with the *reward* model's tokenizer. Chats are rendered with its chat template. If it has
+    one, a plain prompt and its completion are also rendered with it, as a user message and an answer; otherwise plain
+    texts are prompt + completion. Rows are scored in micro-batches of similar length, padded on the right. A row's
+    score does not depend on its neighbours except for rounding: in bf16, by about 0.02 of its value, or 0.02 for values
+    below 1.
     """
 
     def __init__(
@@ -54,19 +55,19 @@ class SequenceClassifierReward:
         batch_size: int = 16,
         batch_tokens: int = 16_384,
     ) -> None:
-        """Wrap a model that is already on its device; it is put in eval mode and frozen.
+        """Wrap a model that is already on its device; it is set to eval mode and frozen.
 
         Args:
             model: An ``AutoModelForSequenceClassification`` with ``num_labels == 1``.
             tokenizer: The reward model's own tokenizer.
             append_eos: End each plain or rendered text with the end-of-sequence token. "auto" does so when the
                 tokenizer has no chat template; a text that already ends with the token never gets a second one.
-            prompt_format: What plain text is to the model: "chat" makes messages of it, "plain" joins prompt and
-                completion, and "auto" does the first if the tokenizer has a chat template that is not bondlm's own.
-            max_length: Most tokens of a row; None takes the limit that tokenizer and config state.
+            prompt_format: How the model gets plain text: "chat" turns it into messages, "plain" joins prompt and
+                completion, and "auto" means "chat" if the tokenizer has a chat template other than bondlm's own.
+            max_length: Maximum tokens of a row; None takes the limit stated by tokenizer and config.
             truncate: None refuses longer rows; "left" drops their oldest tokens and keeps a leading special token.
-            batch_size: Most rows in a forward pass.
-            batch_tokens: Most tokens in a forward pass, padding included.
+            batch_size: Maximum rows in a forward pass.
+            batch_tokens: Maximum tokens in a forward pass, padding included.
 
         Raises:
             ConfigError: More than one label, or an option that is not one of those above.
@@ -90,7 +91,7 @@ class SequenceClassifierReward:
         self._pad_id = head_pad_id(model, tokenizer)
         wants_eos = tokenizer.chat_template is None if append_eos == "auto" else append_eos
         self._eos_id: int | None = tokenizer.eos_token_id if wants_eos else None
-        # A KV cache is of no use to one forward pass; only decoder-type models know the argument.
+        # A KV cache is useless in a single forward pass; only decoder-type models have the argument.
         self._options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
         self._is_logged = False
 
@@ -107,7 +108,8 @@ class SequenceClassifierReward:
         """Load a folder or hub id; ``options`` are those of the constructor.
 
         Raises:
-            ConfigError: The model cannot be loaded, has other than one label, or its head is not in the checkpoint.
+            ConfigError: The model cannot be loaded, does not have exactly one label, or its head is not in the
+                checkpoint.
         """
         from transformers import AutoModelForSequenceClassification
 
@@ -119,11 +121,11 @@ class SequenceClassifierReward:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
         """Score B rows (strings, or chats); B numbers, or a `Failure` for a row that cannot be scored.
 
-        Such a row has no token, is longer than the limit while ``truncate`` is None, or is a conversation that the
-        chat template refuses.
+        A row cannot be scored if it has no token, is longer than the limit while ``truncate`` is None, or is a
+        conversation that the chat template refuses.
 
         Raises:
-            ConfigError: Chats, and the reward model's tokenizer has no chat template.
+            ConfigError: The rows are chats, and the reward model's tokenizer has no chat template.
         """
         failed: dict[int, Failure] = {}
         rows_B: list[list[int]] = []
@@ -149,11 +151,11 @@ class SequenceClassifierReward:
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of a row; None if there is no limit, or longer rows are cut."""
+        """Maximum tokens of a row; None if there is no limit, or if longer rows are cut."""
         return self._limit if self.truncate is None else None
 
     def num_tokens(self, row: Mapping[str, Any], completion_tokens: int) -> int:
-        """Tokens that a row of the data set comes to with a completion of so many.
+        """Tokens of a row of the data set with a completion of `completion_tokens`.
 
         Raises:
             ConfigError: A chat, and the tokenizer has no chat template.
@@ -180,7 +182,7 @@ class SequenceClassifierReward:
         return ids
 
     def render(self, prompt: Any, completion: Any) -> tuple[str, bool]:
-        """Text that is scored, and whether the chat template wrote it (then it holds its special tokens already).
+        """The text to score, and whether the chat template wrote it (then it already holds its special tokens).
 
         Raises:
             ConfigError: A chat, and the tokenizer has no chat template.
@@ -197,11 +199,11 @@ class SequenceClassifierReward:
             )
         chat = as_chat(prompt)
         answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-        if chat[-1]["role"] == "assistant":  # the completion goes on with it
+        if chat[-1]["role"] == "assistant":  # the completion continues it
             answer[0] = {**answer[0], "content": chat.pop()["content"] + answer[0]["content"]}
         try:
             return render_chat([*chat, *answer], self.tokenizer, place="an answer that a reward model scores"), True
-        except ConfigError:  # a ValueError, too
+        except ConfigError:  # also a ValueError
             raise
         except (*TEMPLATE_ERRORS, TemplateError) as error:
             raise DataError(
@@ -216,7 +218,7 @@ class SequenceClassifierReward:
         return logits[:, 0].cpu().double()  # CPU first: some devices have no float64
 
     def _log_ending(self, ids: list[int]) -> None:
-        """Say once which tokens end a scored row: a missing or doubled end-of-sequence shows at a glance."""
+        """Log once which tokens end a scored row, so that a missing or doubled end-of-sequence token is easy to see."""
         if not self._is_logged:
             self._is_logged = True
             tokens = self.tokenizer.convert_ids_to_tokens(ids[-5:])
@@ -228,7 +230,7 @@ def _format_of_text(tokenizer: Any) -> Literal["chat", "plain"]:
 
 
 def trained_format(path: str) -> Literal["auto", "chat", "plain"]:
-    """What plain text was to a reward model that `bondlm reward-model` has trained, as far as its folder says."""
+    """The `prompt_format` that `bondlm reward-model` trained a reward model with, if its folder states it."""
     facts = Path(path) / FACTS_FILE
     if not facts.is_file():
         return "auto"

@@ -1,8 +1,8 @@
-"""Requests that ride out what passes: JSON over HTTP, every wait bounded.
+"""JSON over HTTP that survives transient faults, with every wait bounded.
 
-A fault that may pass (no connection, 429, 5xx, half an answer) is tried again, with growing random pauses, until
-`outage` seconds have gone by without any answer; one that cannot (401, 404, a wrong answer) is not. While the server is
-down one call at a time asks whether it is back.
+After a transient fault (no connection, 429, 5xx, half an answer) a request is tried again, with growing random pauses,
+until `outage` seconds have passed without any answer. A permanent fault (401, 404, a wrong answer) is not retried.
+While the server is down, one call at a time checks whether it is back.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ PLAIN_VARIABLE, CA_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP", "SSL_CERT_FILE"
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 MAX_REQUESTS = 8  # in flight together
 LONGEST_CONNECT, LONGEST_PAUSE = 10.0, 30.0  # seconds
-LEAST_BYTES = 65_536  # of an answer: more is not what we asked for
-MOST_SAID = 4096  # bytes, of a refusal
+LEAST_BYTES = 65_536  # of an answer: a longer one is not what we asked for
+MOST_SAID = 4096  # bytes of a refusal that are kept
 
 
 class RefusedError(RewardError):
-    """A status that will not pass; `said` is the beginning of what came with it."""
+    """A status that retrying will not change; `said` is the beginning of its body."""
 
     def __init__(self, message: str, status: int = 0, said: bytes = b"") -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class RefusedError(RewardError):
 
 
 class _TransientError(Exception):
-    """A fault that may pass; `after` seconds if the server says so."""
+    """A transient fault; `after` is the pause in seconds that the server asked for, if any."""
 
     def __init__(self, message: str, after: float = 0.0) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ def _fault(state: RetryCallState) -> BaseException | None:
 
 
 class Client:
-    """Posts to one address, a bounded number of requests at a time."""
+    """Posts to one address, with a bounded number of requests at a time."""
 
     def __init__(
         self,
@@ -66,25 +66,25 @@ class Client:
         max_requests: int = MAX_REQUESTS,
         is_final: Callable[[int, bytes], bool] = lambda status, said: False,
     ) -> None:
-        """Say whom to ask, and how long to wait.
+        """Set the address and the time limits.
 
         Args:
             url: where requests go.
-            name: how messages call it, without secrets.
-            headers: of each request; secrets go here alone.
+            name: its name in messages, without secrets.
+            headers: headers of each request, the only place for secrets.
             what: "reward server", for messages.
-            advice: what to check when it refuses.
-            timeout: seconds of one request.
-            outage: seconds without any answer, after which it is given up.
-            max_requests: in flight together.
-            is_final: whether a status that usually passes will not, by what came with it.
+            advice: what to check if it refuses.
+            timeout: time limit of one request, seconds.
+            outage: seconds without any answer after which the client gives up.
+            max_requests: maximum requests in flight.
+            is_final: whether a status that is usually transient is permanent, judged by its body.
         """
         self.name = name
         self._url, self._headers, self._what, self._advice = url, headers, what, advice
         self._timeout, self._outage, self._is_final = timeout, outage, is_final
         self._client: httpx.AsyncClient | None = None
         self._max_requests, self._slots = max_requests, asyncio.Semaphore(max_requests)
-        self._failing_since: float | None = None  # shared by all requests: this is the breaker
+        self._failing_since: float | None = None  # shared by all requests: the circuit breaker
         self._probing = asyncio.Lock()
         self._random = random.Random()  # noqa: S311 (spreads retries; the run's own generators must not move)
 
@@ -93,24 +93,24 @@ class Client:
 
         Raises:
             RefusedError: the server refuses it.
-            RewardError: it answers something else than JSON, or too much, or its certificate is not trusted.
+            RewardError: its answer is not JSON or too long, or its certificate is not trusted.
             RewardOutageError: it did not answer for `outage` seconds.
         """
-        if self._client is None:  # made here, where the event loop of all later calls runs
+        if self._client is None:  # created here, inside the event loop of all later calls
             self._client = httpx.AsyncClient(
-                # The slots bound the requests; the pool must neither bound them again nor count waiting as a fault.
+                # The slots limit the requests; the pool must neither limit them again nor count waiting as a fault.
                 timeout=httpx.Timeout(self._timeout, connect=min(LONGEST_CONNECT, self._timeout), pool=None),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._max_requests),
                 headers=self._headers,
                 verify=_trusted(),
-                trust_env=False,  # a proxy for the web is none for a server of ours
-                follow_redirects=False,  # another host is not the one that was asked, and must not see the token
+                trust_env=False,  # proxies are for the web, not for our own server
+                follow_redirects=False,  # another host must not see the token
             )
-        async with self._slots:  # waiting for a turn is not waiting for the server: no time limit runs yet
+        async with self._slots:  # no time limit runs while a request waits for a slot
             return await self._persist(self._client, body, limit)
 
     async def _persist(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
-        """Ask until there is an answer; while no request gets any, one at a time asks."""
+        """Ask until there is an answer; while no request gets one, only one at a time is sent."""
         trial = AsyncRetrying(
             retry=retry_if_exception_type(_TransientError),
             wait=self._pause,
@@ -121,11 +121,11 @@ class Client:
         return answer
 
     def _left(self) -> float:
-        """Seconds until the server has been down for too long."""
+        """Seconds left until the server has been down for too long."""
         return self._outage - (0.0 if self._failing_since is None else time.monotonic() - self._failing_since)
 
     def _pause(self, state: RetryCallState) -> float:
-        """However long the server asks for: it is asked once more before the run is given up."""
+        """The pause before the next try; however long it should be, the server is asked once more before giving up."""
         after = getattr(_fault(state), "after", 0.0)
         grown = min(LONGEST_PAUSE, 0.5 * 2 ** (state.attempt_number - 1))
         return min(max(after, self._random.uniform(0.5, 1.0) * grown), self._left())
@@ -139,7 +139,7 @@ class Client:
     async def _ask_in_turn(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
         if self._failing_since is not None:
             async with self._probing:
-                if self._failing_since is not None:  # else it came back while this one waited, as many others may
+                if self._failing_since is not None:  # otherwise the server came back while this request waited
                     return await self._ask_and_note(client, body, limit)
         return await self._ask_and_note(client, body, limit)
 
@@ -187,14 +187,14 @@ class Client:
 
 
 def _trusted() -> ssl.SSLContext:
-    """The authorities that certifi knows, or those in `SSL_CERT_FILE` or `SSL_CERT_DIR`; and the system's."""
+    """Certificate authorities: those of certifi, or in `SSL_CERT_FILE` or `SSL_CERT_DIR`, and those of the system."""
     context = httpx.create_ssl_context()
     context.load_default_certs()
     return context
 
 
 def _distrust(error: BaseException | None) -> str | None:
-    """Why the server's certificate is refused, if that is behind the error: it will be refused again."""
+    """Why the server's certificate is refused, if that caused the error; a retry would not help."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return error.verify_message
@@ -206,7 +206,7 @@ def parts_of(url: str) -> SplitResult:
     """The parts of an address.
 
     Raises:
-        ConfigError: it has a port that is no number, or half an IPv6 address.
+        ConfigError: its port is not a number, or its IPv6 address is incomplete.
     """
     try:
         parts = urlsplit(url)
@@ -217,10 +217,10 @@ def parts_of(url: str) -> SplitResult:
 
 
 def checked_name(url: str, variable: str) -> str:
-    """Host, port and path of the server's address, which are safe to show; the token is in `variable`.
+    """Host, port and path of the server's address, which are safe to show; the token comes from `variable`.
 
     Raises:
-        ConfigError: it is none, holds a password, or would send prompts over a network in clear.
+        ConfigError: it is not an address, holds a password, or would send prompts over a network unencrypted.
     """
     parts = parts_of(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -247,24 +247,24 @@ def _is_loopback(host: str) -> bool:
 
 
 def bearer(variable: str) -> dict[str, str]:
-    """Headers of a request, with the token that the environment's `variable` holds, if any.
+    """Headers of a request, with the token from the environment variable `variable`, if it is set.
 
     Raises:
-        ConfigError: no header can carry it.
+        ConfigError: the token cannot be sent in a header.
     """
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # so that the cap is on what is sent
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # so that the cap is on bytes sent
     token = os.environ.get(variable)
     if token is None:
         return headers
-    if not re.fullmatch(r"[\x21-\x7e]+", token):  # httpx would quote it in its error
+    if not re.fullmatch(r"[\x21-\x7e]+", token):  # httpx would show it in its error
         raise ConfigError(f"{variable} holds spaces, line ends or other characters that no header can carry")
     return headers | {"Authorization": f"Bearer {token}"}
 
 
 async def _beginning(response: httpx.Response) -> bytes:
-    """The first bytes of what came with a status that is no answer."""
+    """The first bytes of the body of an error status."""
     received = bytearray()
-    with suppress(httpx.TransportError):  # the status is there, which is what counts
+    with suppress(httpx.TransportError):  # the status has arrived, and that is enough
         async for part in response.aiter_bytes():
             received += part
             if len(received) >= MOST_SAID:
@@ -275,5 +275,5 @@ async def _beginning(response: httpx.Response) -> bytes:
 def _retry_after(headers: Mapping[str, str]) -> float:
     try:
         return max(0.0, float(headers.get("retry-after", 0)))
-    except ValueError:  # a date: our own pauses will do
+    except ValueError:  # a date: we use our own pauses
         return 0.0

@@ -1,4 +1,4 @@
-"""Rewards that do not tell the completions of a prompt apart: nothing can be learned from them, or chosen by them."""
+"""Detect rewards that are equal for all completions of a prompt, which cannot teach or select anything."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,10 @@ NEARLY_ALL = 0.9
 
 
 def constant_rewards(rewards_PM: Tensor, texts: Sequence[Sequence[str]], prompts: Sequence[Any]) -> str | None:
-    """One sentence if nearly all prompts have one reward for all their samples, with the likely cause; else None.
+    """A sentence with the likely cause if nearly all prompts have the same reward for all their samples; else None.
 
     Args:
-        rewards_PM: rewards of P prompts with M samples each; NaN where there is none.
+        rewards_PM: rewards of P prompts with M samples each; NaN if missing.
         texts: the samples, as text.
         prompts: P strings or conversations.
     """

@@ -1,4 +1,4 @@
-"""What TRL hands to reward functions beside data: the state of training, and two ways to log from inside of one."""
+"""What TRL passes to reward functions in addition to data: the training state, and two functions for logging."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -10,10 +10,11 @@ NAMES = ("trainer_state", "log_extra", "log_metric")
 
 
 class WatchedState:
-    """The state of training as reward functions see it, which notes that one of them has looked.
+    """The training state for reward functions, which notes whether one of them has used it.
 
-    Functions with `**kwargs` get it whether they use it or not, and one that never looks scores an answer alike at
-    every step: only those that look are worth asking again. It stands for the state that `current` returns.
+    Functions with `**kwargs` get it whether they use it or not. A function that never uses it gives an answer the same
+    score at every step, so only functions that use it need to be called again. It is a proxy for the state that
+    `current` returns.
     """
 
     __slots__ = ("_current", "was_read")
@@ -22,23 +23,23 @@ class WatchedState:
         self._current, self.was_read = current, False
 
     def __getattr__(self, name: str) -> Any:
-        """What the state itself has under this name."""
+        """The attribute of the state itself."""
         self.was_read = True
         return getattr(self._current(), name)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """For `isinstance`."""
+        """The class of the state, for `isinstance`."""
         return type(self._current())
 
     def __reduce__(self) -> Any:
-        """A copy, or what goes to another process, is the state itself."""
+        """Copying or pickling gives the state itself."""
         self.was_read = True
         return copy.copy, (self._current(),)
 
 
 class Extras:
-    """Takes what reward functions log while they score B completions; a function gets what its signature accepts."""
+    """Collects what reward functions log while they score B completions; a function gets the loggers it accepts."""
 
     def __init__(self, count: int, trainer_state: Any = None) -> None:
         """`count` is B; `trainer_state` is None outside training."""
@@ -53,7 +54,7 @@ class Extras:
         return {name: sum(values) / len(values) for name, values in self._metrics.items()}
 
     def _extra(self, column: str, values: Iterable[Any]) -> None:
-        """Keep one value for each completion: it goes beside them into samples.jsonl and the tables of loggers."""
+        """Keep one value per completion, to be written next to it in samples.jsonl and the loggers' tables."""
         plain = [value.item() if hasattr(value, "item") else value for value in values]
         if len(plain) != self._count:
             raise RewardError(
@@ -63,7 +64,7 @@ class Extras:
         self.columns[str(column)] = [v if isinstance(v, str | int | float | None) else str(v) for v in plain]
 
     def _metric(self, name: str, value: Any) -> None:
-        """Keep a number: its mean over calls and steps is logged under its name."""
+        """Keep a number; its mean over calls and steps is logged under its name."""
         try:
             self._metrics.setdefault(str(name), []).append(float(value))
         except (TypeError, ValueError) as error:

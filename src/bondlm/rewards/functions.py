@@ -17,7 +17,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     A file's path is relative to the working directory. A module is looked up as ``import`` does.
 
     Raises:
-        ConfigError: The spec has another form, the module or file cannot be loaded, or holds no such callable.
+        ConfigError: The spec has another form, or the module or file cannot be loaded or has no such callable.
     """
     source, _, name = spec.rpartition(":")
     if not source or not name.isidentifier():
@@ -55,9 +55,9 @@ def _load_file(spec: str, path: Path) -> ModuleType:
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"reward {spec!r}: Python cannot load {resolved} as a module.")
     if module_spec.name in sys.modules:
-        return sys.modules[module_spec.name]  # two functions of one file share its state, as an import would
+        return sys.modules[module_spec.name]  # two functions of one file share its state, as with an import
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickle look a class's module up there
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look up a class's module there
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:

@@ -14,7 +14,7 @@ from bondlm.rewards.extras import NAMES as EXTRAS
 
 TOKEN_VARIABLE = "BONDLM_REWARD_TOKEN"  # noqa: S105 (the name of a variable, not a token)
 VERSION = 1
-BYTES_AN_ITEM = 4096  # of an answer
+BYTES_AN_ITEM = 4096  # per item of an answer
 _ADVICE = f"check its address (redirects are not followed), {TOKEN_VARIABLE}, and what it says of the request"
 
 
@@ -27,7 +27,7 @@ class HTTPReward:
         The bearer token comes from the environment variable BONDLM_REWARD_TOKEN.
 
         Raises:
-            ConfigError: the address is not one, holds a password, or would send prompts over a network in clear; or
+            ConfigError: it is not an address, holds a password, or would send prompts over a network unencrypted; or
                 the token cannot be sent.
         """
         self.name, self._batch_size = checked_name(url, TOKEN_VARIABLE), batch_size
@@ -36,11 +36,11 @@ class HTTPReward:
         self.client = Client(url, self.name, self._headers, what="reward server", advice=_ADVICE, **limits)
 
     async def __call__(self, prompts: list[Any], completions: list[Any], **columns: list[Any]) -> list[Any]:
-        """One reward a completion, in order; what is not a number is for the door to judge.
+        """One reward per completion, in order; `score` checks that each is a number.
 
         Raises:
             ConfigError: a column cannot be sent as JSON.
-            RewardError: the server refuses us or answers something else.
+            RewardError: the server refuses the request or answers something else.
             RewardOutageError: it did not answer for `outage` seconds.
         """
         rows = [
@@ -65,10 +65,10 @@ class HTTPReward:
 
 
 def _by_id(name: str, answer: bytes, ids: Sequence[str]) -> list[Any]:
-    """The rewards in the order of `ids`; NaN and infinity become NaN, which the door refuses like any other.
+    """The rewards in the order of `ids`; NaN and infinity become NaN, which `score` refuses as usual.
 
     Raises:
-        RewardError: not the JSON that was asked for, or other ids.
+        RewardError: the answer is not the requested JSON, or has other ids.
     """
     try:
         data = json.loads(answer, parse_constant=lambda word: float("nan"), object_pairs_hook=_without_repetition)

@@ -1,7 +1,7 @@
 """`judge:URL?model=NAME`: a chat model behind an OpenAI-compatible endpoint ranks a prompt's samples in one question.
 
-What goes over the wire is in `bondlm.rewards.question`; what it costs is counted in `Usage`. An answer that ranks is
-kept on disk, so a run that goes on from a checkpoint gets the same rankings again, and pays for none of them twice.
+The messages are made in `bondlm.rewards.question`; the costs are counted in `Usage`. Valid rankings are cached on disk,
+so a run that continues from a checkpoint gets the same rankings and does not pay for them twice.
 """
 
 import asyncio
@@ -25,35 +25,35 @@ from bondlm.rewards.ranking import in_order, rows_of
 from bondlm.rewards.texts import column_text, completion_text
 
 KEY_VARIABLE, OPENAI_HOST, OPENAI_VARIABLE = "BONDLM_JUDGE_KEY", "api.openai.com", "OPENAI_API_KEY"
-TRIES = 3  # of a question whose answer is no ranking, each with other ids and in another order
-MOST_BYTES = 1 << 20  # of an answer, its thoughts included
+TRIES = 3  # for a question whose answer is not a ranking, each with other ids and in another order
+MOST_BYTES = 1 << 20  # of an answer, including its reasoning
 _AGAIN = "the same command continues the run with as much again"
-CHARS_A_TOKEN = 4  # roughly, where a server does not count
+CHARS_A_TOKEN = 4  # roughly, for servers that do not count tokens
 
 
 @dataclass
 class Usage:
-    """What a judge was asked, and what that cost."""
+    """The number of questions to a judge, and their cost."""
 
     calls: int = 0  # to the server
-    tokens: int = 0  # of these calls, in and out
+    tokens: int = 0  # tokens of these calls, in and out
     cached: int = 0  # questions that were answered from disk
-    is_counted: bool = True  # by the server; else tokens are a guess
-    # Of all that was answered, from disk too: the rate at which questions cost.
+    is_counted: bool = True  # whether the server counts tokens; otherwise they are estimated
+    # Totals over all answers, including those from disk: they give the cost per question.
     prompt_tokens: int = 0
     completion_tokens: int = 0
     characters: int = 0
     answers: int = 0
 
     def add(self, question: Question, tokens: Sequence[int]) -> None:
-        """Note what one question cost, in and out, now or when it was first asked."""
+        """Add the tokens of one question, in and out, now or when it was first asked."""
         self.prompt_tokens += tokens[0]
         self.completion_tokens += tokens[1]
         self.characters += question.length
         self.answers += len(question.ids)
 
     def expected_tokens(self, characters: float, answers: float) -> int:
-        """What questions of so many characters, with so many answers to rank, will cost at the rate so far."""
+        """The expected tokens of questions with this many characters and answers to rank, at the rate so far."""
         per_character = self.prompt_tokens / max(1, self.characters)
         return round(per_character * characters + self.completion_tokens / max(1, self.answers) * answers)
 
@@ -82,24 +82,24 @@ class JudgeReward:
         timeout: float = 60.0,
         outage: float = 600.0,
     ) -> None:
-        """See where the judge is and what it is to judge by; nothing is asked yet.
+        """Check the address, the criterion and the limits; no question is asked yet.
 
         Args:
             url: of the API, such as https://api.openai.com/v1.
-            model: its name there.
+            model: the model's name there.
             criterion: what makes an answer better.
-            rounds: questions per prompt, each in another order; their ranks are averaged.
-            reference: the data's column with a good answer.
-            seed: of the order of presentation.
-            temperature: None sends none.
-            concurrency: requests in flight together.
-            max_calls: stop the run after so many calls of this process.
-            max_tokens: stop the run after so many tokens, in and out.
-            answer_tokens: most tokens of the judge's answer. Default: what a ranking needs, 64 + 24 per answer.
+            rounds: questions per prompt, each with the answers in a different order; their ranks are averaged.
+            reference: the column of the data that has a good answer.
+            seed: seed of the order of presentation.
+            temperature: None leaves it to the server.
+            concurrency: maximum requests in flight.
+            max_calls: stop the run after this many calls of this process.
+            max_tokens: stop the run after this many tokens, in and out.
+            answer_tokens: maximum tokens of the judge's answer. Default: what a ranking needs, 64 + 24 per answer.
             cache: folder of the cache; "off" for none. Default: in the user's cache folder.
             key: environment variable with the API key. Default: BONDLM_JUDGE_KEY; OPENAI_API_KEY for api.openai.com.
             timeout: seconds that a request may take.
-            outage: seconds without any answer after which the judge is given up.
+            outage: seconds without any answer after which the run gives up.
 
         Raises:
             ConfigError: an address, key, limit or folder that cannot be used.
@@ -131,7 +131,7 @@ class JudgeReward:
             is_final=lambda status, said: status == 429 and b"insufficient_quota" in said,
         )
         self._cache = None if cache == "off" else Cache(cache)
-        self._is_structured = True  # until the server says that it cannot
+        self._is_structured = True  # until the server says that it does not support that
         self._shuffles = True
         self._slots = asyncio.Semaphore(concurrency)
         self.usage = Usage()
@@ -142,20 +142,20 @@ class JudgeReward:
         return self._cache is not None
 
     def in_given_order(self) -> "JudgeReward":
-        """The same judge, asked once about answers in the order in which they are given; calls are counted together."""
+        """The same judge, asked once, with the answers in the given order; calls are counted together."""
         other = copy.copy(self)
         other._shuffles, other.rounds = False, 1
         return other
 
     def __call__(self, prompt: Any, completions: Sequence[Any]) -> Any:
-        """Scores of the completions, larger is better, or a `Failure`: to be awaited."""
+        """An awaitable of the completions' scores (larger is better) or a `Failure`."""
         return self.rank(prompt, [completion_text(completion) for completion in completions])
 
     def over(self, offered: Mapping[str, Sequence[Any]], groups: Sequence[int]) -> Callable[..., Any]:
         """A reward function without data arguments that ranks these B rows, group by group (`RankReward.over`).
 
         Raises:
-            ConfigError: the data have no column of the reference's name.
+            ConfigError: the data have no column with the name `reference`.
         """
         if self.reference is not None and self.reference not in offered:
             raise ConfigError(f"judge {self.model!r}: the data have no column {self.reference!r} (reference)")
@@ -189,8 +189,8 @@ class JudgeReward:
         """A score per text, larger is better: minus the mean place over the rounds. Or a `Failure`.
 
         Raises:
-            RewardError: the server refuses us, or is no chat endpoint.
-            RewardOutageError: it is down, out of quota, or the budget is spent.
+            RewardError: the server refuses the request, or is not a chat endpoint.
+            RewardOutageError: the server is down or out of quota, or the budget is spent.
         """
         if isinstance(reference, Failure):
             return reference
@@ -208,11 +208,11 @@ class JudgeReward:
         return [scores[text] for text in texts]
 
     async def _round(self, prompt: Any, texts: Sequence[str], reference: str | None, number: int) -> Any:
-        """One ranking, best first; a judge that answers nonsense is asked again."""
+        """One ranking, best first; after an invalid answer the judge is asked again."""
         how: dict[str, Any] = {"criterion": self._criterion, "reference": reference, "shuffle": self._shuffles}
         salts = [(self._seed, number, attempt) for attempt in range(TRIES)]
         questions = [ask_about(prompt, texts, salt=salt, **how) for salt in salts]
-        for question in questions:  # nonsense is not kept, but the answer to the question after it is
+        for question in questions:  # invalid answers are not cached, but the answer to the next question is
             if (known := self._known(question)) is not None:
                 said, *tokens = known
                 self.usage.cached += 1
@@ -227,12 +227,12 @@ class JudgeReward:
         return Failure(f"got no ranking from the judge in {TRIES} tries: {problem}")
 
     async def _answer(self, question: Question) -> str:
-        """The judge's words, which are kept if they rank.
+        """The judge's answer, which is cached if it is a ranking.
 
         Raises:
-            ValueError: it refuses to judge this, or does not rank.
+            ValueError: the judge refuses, or its answer is not a ranking.
         """
-        async with self._slots:  # the budget is looked at when its turn comes
+        async with self._slots:  # the budget is checked when its turn comes
             answer = _parsed(await self._post(self._request(question), question))
             if answer is None:
                 raise RewardError(
@@ -261,7 +261,7 @@ class JudgeReward:
         return request if self._temperature is None else request | {"temperature": self._temperature}
 
     async def _post(self, request: dict[str, Any], question: Question) -> bytes:
-        """The server's answer; asked without a schema if it takes none."""
+        """The server's answer; the question is repeated without a schema if the server does not accept one."""
         self._spend()
         schema = {"name": "ranking", "strict": True, "schema": question.schema}
         structured: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": schema}}
@@ -280,13 +280,13 @@ class JudgeReward:
         raise AssertionError("the last request is answered or refused")
 
     def _explained(self, error: RefusedError) -> RewardError:
-        """With what the server says, without our key."""
+        """The error with the server's message, without our key."""
         said = error.said.decode("utf-8", "replace").replace(os.environ.get(self._key, "\0"), "<secret>")[:300]
         kind = RewardOutageError if error.status == 429 else RewardError
         return kind(f"{error}. It says: {said!r}")
 
     def _spend(self) -> None:
-        """One more call, if the budget allows it."""
+        """Count one more call, if the budget allows it."""
         used = self.usage
         if self._max_calls is not None and used.calls >= self._max_calls:
             raise RewardOutageError(f"judge {self.model!r} has used its {self._max_calls} calls (max_calls); {_AGAIN}")
@@ -297,7 +297,7 @@ class JudgeReward:
         used.calls += 1
 
     def _note_cost(self, usage: Any, question: Question, said: Any) -> list[int]:
-        """Tokens in and out, as the server counts them or as we guess."""
+        """Tokens in and out, counted by the server or estimated."""
         counted = usage if isinstance(usage, dict) else {}
         tokens: list[Any] = [counted.get(name) for name in ("prompt_tokens", "completion_tokens")]
         if not all(type(count) is int and count >= 0 for count in tokens):
@@ -309,7 +309,7 @@ class JudgeReward:
 
 
 def _parsed(answer: bytes) -> tuple[Any, Any, Any] | None:
-    """What is said, why not, and what it cost, of an answer of the chat API; None if it is none."""
+    """Text, refusal and usage of an answer of the chat API; None if it is not one."""
     try:
         data = json.loads(answer)
         message = data["choices"][0]["message"]
@@ -319,7 +319,7 @@ def _parsed(answer: bytes) -> tuple[Any, Any, Any] | None:
 
 
 def agreement(places: Sequence[Sequence[int]]) -> float:
-    """Share of the pairs of answers that two rounds put in the same order, over all pairs of rounds."""
+    """Share of pairs of answers that two rounds put in the same order, over all pairs of rounds."""
     same = [
         (one[i] < one[j]) == (other[i] < other[j])
         for one, other in itertools.combinations(places, 2)

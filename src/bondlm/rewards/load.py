@@ -1,4 +1,4 @@
-"""Turn what users write for a reward (a string, a function, a model, or a list of them) into named rewards."""
+"""Turn users' reward specs (a string, a function, a model, or a list of these) into named rewards."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -89,25 +89,25 @@ def load_rewards(
 
     MODEL is a folder or hub id. Options of the class follow it as in a web address, such as
     ``"nli:models/t5?template=flan&premise_prefix=summarize: "`` (``%26`` for ``&``, ``%20`` for a space that a shell
-    would eat). All take ``max_length``, ``truncate``, ``batch_size``, ``batch_tokens``; ``classifier`` also
-    ``append_eos`` and ``prompt_format``; ``nli`` also ``template``, ``positive``, ``negative`` (answers with a comma
-    between), ``entailment_label``, ``premise_column``, ``premise_prefix``, ``output``.
+    would split at). All take ``max_length``, ``truncate``, ``batch_size``, ``batch_tokens``; ``classifier`` also
+    ``append_eos`` and ``prompt_format``; ``nli`` also ``template``, ``positive``, ``negative`` (comma-separated
+    answers), ``entailment_label``, ``premise_column``, ``premise_prefix``, ``output``.
 
     Args:
         specs: One spec or a list.
-        weights: One weight a reward; None gives each 1.
-        processing_classes: Tokenizer of a reward model, one for each spec or None where the model's own is meant; for
-            a single spec the bare tokenizer will do.
+        weights: One weight per reward; None means 1 for each.
+        processing_classes: Tokenizers of reward models, one for each spec, or None for the model's own; for a single
+            spec, the tokenizer itself is accepted too.
         device: Where models go.
-        dtype: Dtype of models that are loaded here; "auto" is that of the checkpoint.
+        dtype: Dtype of models that are loaded here; "auto" takes that of the checkpoint.
         timeout: Seconds that a request to a server, or a call of an asynchronous function, may take.
-        outage: Seconds without any answer of a server after which the run is given up.
+        outage: Seconds without any answer from a server after which the run gives up.
 
     Returns:
-        Rewards named after the function or the last part of the model's path; a second of the same name gets "_2".
+        Rewards named after the function or the last part of the model's path; a second one of the same name gets "_2".
 
     Raises:
-        ConfigError: A spec, option, weight or processing class that cannot be used; see the classes for models.
+        ConfigError: A spec, option, weight or processing class that cannot be used; for models, see their classes.
     """
     spec_list: list[Any] = list(specs) if isinstance(specs, (list, tuple)) else [specs]
     if not spec_list:
@@ -121,7 +121,7 @@ def load_rewards(
             _refuse_tokenizer(name, "a server", tokenizer)
         else:
             name, function = _load_one(spec, tokenizer, device, dtype)
-        # A server has limits for each request, and rides out a fault: its whole call may take longer.
+        # A server has limits per request, and transient faults are retried, so a whole call may take longer.
         limit = None if isinstance(function, JudgeReward | HTTPReward) else timeout
         rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight, limit))
     return rewards
@@ -139,7 +139,7 @@ def load_judge(spec: str, **limits: Any) -> JudgeReward:
     """The judge that ``"judge:URL?model=NAME&..."`` names; `limits` are its timeout and outage.
 
     Raises:
-        ConfigError: no model, an option that it has not, or a criterion that cannot be read.
+        ConfigError: there is no model, an option is unknown, or the criterion cannot be read.
     """
     url, _, query = spec.removeprefix("judge:").partition("?")
     options = dict(_option("judge", part, _OF_JUDGES) for part in query.split("&") if part)
@@ -164,10 +164,10 @@ def _criterion(name: str) -> str:
 
 
 def rewards_of_run(specs: Any, args: Any, processing_classes: Any) -> list[NamedReward]:
-    """The rewards of a training run with these settings; none if it learns from samples that are scored already.
+    """The rewards of a training run with these settings; empty if it learns from samples that are already scored.
 
     Raises:
-        ConfigError: as `load_rewards`, or tokenizers of rewards that are not there.
+        ConfigError: as `load_rewards`, or tokenizers without a reward.
     """
     if specs is None:
         if processing_classes is not None:
@@ -179,7 +179,7 @@ def rewards_of_run(specs: Any, args: Any, processing_classes: Any) -> list[Named
 
 
 def is_model(spec: str) -> bool:
-    """Whether a spec names a model: no function to import and no server to send to."""
+    """Whether a spec names a model, not a function to import or a server."""
     kind, _, rest = spec.partition(":")
     return kind in _KINDS or not rest
 
@@ -263,7 +263,7 @@ def _option(kind: str, text: str, known: dict[str, Callable[[str], Any]]) -> tup
     if name not in known or not equals:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
-        shown = name if kind == "judge" else text  # what follows may be a key
+        shown = name if kind == "judge" else text  # the rest may contain a key
         raise ConfigError(f"reward option {shown!r}: '{kind}:' takes name=value, and {hint}")
     try:
         return name, known[name](unquote(value))

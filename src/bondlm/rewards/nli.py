@@ -1,4 +1,4 @@
-"""Entailment as a reward: how sure is a model that the completion (hypothesis) follows from the premise?
+"""Entailment as a reward: how sure a model is that the completion (hypothesis) follows from the premise.
 
 Shapes: B rows, V vocabulary, K labels.
 """
@@ -38,12 +38,12 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 
 
 class NLIReward:
-    """Reward a completion for being entailed by its premise: a cross-encoder, or a T5 that answers in words.
+    """Reward a completion for being entailed by its premise, using a cross-encoder or a T5 that answers in words.
 
     With "margin" the reward is the log-odds of entailment: for a cross-encoder ``z_entail - logsumexp(z_others)`` over
     its K labels, for a T5 ``z_positive - logsumexp(z_negatives)`` over the answers' first tokens at the first decoder
-    step. "log_prob" is ``logsigmoid(margin)``, the log-probability among the labels or answers. One is an increasing
-    map of the other; the margin keeps its resolution where the probability is near 1.
+    step. "log_prob" is ``logsigmoid(margin)``, the log-probability among the labels or answers. Each is an increasing
+    function of the other; the margin keeps its resolution where the probability is near 1.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class NLIReward:
         batch_size: int = 16,
         batch_tokens: int = 16_384,
     ) -> None:
-        """Wrap a model that is already on its device; it is put in eval mode and frozen.
+        """Wrap a model that is already on its device; it is set to eval mode and frozen.
 
         Args:
             model: Sequence classifier with an entailment label, or encoder-decoder language model.
@@ -75,10 +75,10 @@ class NLIReward:
             premise_column: Dataset column with the premises; None takes the prompt (of a chat: the last user message).
             premise_prefix: Removed from the start of a premise, such as "summarize: ".
             output: "margin" or "log_prob".
-            max_length: Most tokens of a row; None takes the limit that tokenizer and config state.
+            max_length: Maximum tokens of a row; None takes the limit stated by tokenizer and config.
             truncate: None refuses longer rows; "premise" drops the end of their premise.
-            batch_size: Most rows in a forward pass.
-            batch_tokens: Most tokens in a forward pass, padding included.
+            batch_size: Maximum rows in a forward pass.
+            batch_tokens: Maximum tokens in a forward pass, padding included.
 
         Raises:
             ConfigError: Labels or answers that cannot be told apart, or an option that does not fit the model.
@@ -121,7 +121,7 @@ class NLIReward:
         """Load a folder or hub id; ``options`` are those of the constructor.
 
         Raises:
-            ConfigError: The model cannot be loaded, misses weights, or does not fit the options.
+            ConfigError: The model cannot be loaded, lacks weights, or does not fit the options.
         """
         from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -130,14 +130,15 @@ class NLIReward:
         if config.is_encoder_decoder and not is_classifier:
             model = load_model(AutoModelForSeq2SeqLM, path, device=device, dtype=dtype)
         else:
-            _entailment_id(config, options.get("entailment_label"))  # before gigabytes are read
+            _entailment_id(config, options.get("entailment_label"))  # checked before gigabytes are read
             model = load_model(AutoModelForSequenceClassification, path, device=device, dtype=dtype)
         return cls(model, load_tokenizer(path) if tokenizer is None else tokenizer, **options)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Sequence[Any]) -> list[Any]:
         """Score B rows (strings, or chats); B numbers, or a `Failure` for a row that cannot be scored.
 
-        Such a row is longer than the limit and may not be shortened, or has no text in ``premise_column``.
+        A row cannot be scored if it is longer than the limit and may not be shortened, or has no text in
+        ``premise_column``.
 
         Raises:
             ConfigError: ``premise_column`` is not among the columns.
@@ -167,11 +168,11 @@ class NLIReward:
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of a row; None if there is no limit, or longer rows are cut."""
+        """Maximum tokens of a row; None if there is no limit, or if longer rows are cut."""
         return self._limit if self.truncate is None else None
 
     def num_tokens(self, row: Mapping[str, Any], completion_tokens: int) -> int:
-        """Tokens that a row of the data set comes to with a completion of so many.
+        """Tokens of a row of the data set with a completion of `completion_tokens`.
 
         Raises:
             ConfigError: ``premise_column`` is not among the columns.
@@ -180,7 +181,7 @@ class NLIReward:
         (premise,) = self._premises([row["prompt"]], {name: [value] for name, value in row.items()})
         if isinstance(premise, Failure):
             raise DataError(f"it {premise.reason}")
-        mark = "."  # without a hypothesis there would be no separator behind it
+        mark = "."  # without a hypothesis there would be no separator after it
         other = len(self.tokenizer(mark, add_special_tokens=False, verbose=False)["input_ids"])
         return len(self._tokenize(premise, mark)["input_ids"]) - other + completion_tokens
 
@@ -205,7 +206,7 @@ class NLIReward:
                 break
             ids = self.tokenizer(premise, add_special_tokens=False, verbose=False)["input_ids"]
             shorter = self.tokenizer.decode(ids[: max(len(ids) - excess, 0)])
-            # Text that is cut anew may split into more tokens than before; each round must still make it shorter.
+            # Cut text may split into more tokens than before; each round must still make it shorter.
             premise = shorter if len(shorter) < len(premise) else premise[: len(premise) // 2]
             encoded = self._tokenize(premise, hypothesis)
         return encoded
@@ -238,7 +239,7 @@ def _refuse_options(kind: str, **options: Any) -> None:
 
 
 def _entailment_id(config: Any, entailment_label: str | None) -> int:
-    """Index of the entailment label; ConfigError with the labels when there is not exactly one."""
+    """Index of the entailment label; ConfigError that lists the labels unless there is exactly one."""
     labels = {str(label): int(index) for label, index in config.label2id.items()}
     if entailment_label is not None:
         found = [label for label in labels if label.lower() == entailment_label.lower()]
@@ -261,7 +262,7 @@ def _answers(
     text, default_positive, default_negative = TEMPLATES.get(name, (name, ("1",), ("0",)))
     try:
         fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-    except ValueError:  # a brace without its pair
+    except ValueError:  # an unmatched brace
         fields = set()
     if fields != {"premise", "hypothesis"}:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Load reward models safely: no remote code, safetensors only, and never a head that was not trained."""
+"""Load reward models safely: no remote code, safetensors only, and never an untrained head."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,10 +24,10 @@ def frozen(model: nn.Module) -> Any:
 
 
 def with_fp32_head(model: Any) -> Any:
-    """Let the last layer compute in fp32: rewards are compared, and bf16 knows 32 values between 4 and 8 only.
+    """Let the last layer compute in fp32: rewards are compared, and bf16 has only 32 values between 4 and 8.
 
-    The head gets weights of its own if it shares them with the embedding. It is the last linear layer outside of the
-    base model: every family has another name for it.
+    A head that shares its weights with the embedding gets its own copy. The head is the last linear layer outside the
+    base model, since its name differs between model families.
     """
     inside = set(model.base_model.modules())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
@@ -70,9 +70,10 @@ def load_tokenizer(path: str) -> Any:
 def load_model(
     auto_class: Any, path: str, *, device: torch.device | str, dtype: torch.dtype | str, may_miss: str | None = None
 ) -> Any:
-    """Read a model and refuse it when any of its weights is not in the checkpoint.
+    """Load a model and refuse it if any of its weights is not in the checkpoint.
 
-    transformers only warns of missing weights and draws them at random: a reward model with such a head is noise.
+    transformers only warns about missing weights and initialises them at random, and a reward model with a random head
+    is noise.
 
     Args:
         auto_class: A transformers Auto class.
@@ -82,7 +83,7 @@ def load_model(
         may_miss: Weights whose name contains this are not used and may be missing.
 
     Returns:
-        The model; its last layer computes in fp32 whatever the dtype.
+        The model; its last layer computes in fp32 for any dtype.
 
     Raises:
         ConfigError: The model cannot be loaded, or weights are missing.
@@ -91,7 +92,7 @@ def load_model(
     with _refused(path):
         model, info = from_safetensors(auto_class, path, dtype=dtype)
     if getattr(model, "peft_config", None) is not None:
-        raise _adapter_error(path)  # the loading info is then the adapter's, and says nothing of the head
+        raise _adapter_error(path)  # the loading info is then that of the adapter and does not cover the head
     refuse_missing(f"reward model {path!r}", model, info, may_miss)
     return with_fp32_head(model.to(device))
 

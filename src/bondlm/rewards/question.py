@@ -1,7 +1,7 @@
-"""What a judge is asked, and what counts as an answer: pure functions of texts.
+"""The question to a judge, and the parsing of its answer: pure functions of texts.
 
-Answers are data. Each stands between tags whose id is a hash of all that is asked, which a text would have to contain
-itself to be able to name; a closing tag inside of one is broken up, and a ranking counts only with these very ids.
+Answers are treated as data. Each is enclosed in tags whose id is a hash of the whole question, so no answer can know
+its id. Closing tags inside an answer are broken up, and a ranking is valid only with exactly these ids.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ _FENCED = re.compile(r"^```(?:json)?\s*(.*?)\s*```$", re.DOTALL)
 
 @dataclass(frozen=True)
 class Question:
-    """Messages for the judge, and the id of each answer in the order in which the answers were given."""
+    """Messages for the judge, and the ids of the answers in the given order."""
 
     messages: list[dict[str, str]]
     ids: list[str]
 
     @property
     def length(self) -> int:
-        """Characters."""
+        """Length in characters."""
         return sum(len(message["content"]) for message in self.messages)
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of the answer, for servers that can hold the judge to one."""
+        """The JSON schema of the answer, for servers that support structured output."""
         count, entry = len(self.ids), {"type": "string", "enum": self.ids}
         ranking = {"type": "array", "items": entry, "minItems": count, "maxItems": count}
         named = {"type": "object", "properties": {"ranking": ranking}, "required": ["ranking"]}
@@ -57,15 +57,15 @@ def ask_about(
     salt: Sequence[int] = (),
     shuffle: bool = True,
 ) -> Question:
-    """The question which of the answers is best.
+    """Ask which of the answers is best.
 
     Args:
         prompt: text, or messages.
         answers: two or more different texts.
         criterion: what makes an answer better, in the user's words.
-        reference: a good answer that the data have.
-        salt: numbers; others give other ids, and another order of presentation.
-        shuffle: present the answers in a random order, or in the one given.
+        reference: a good answer from the data.
+        salt: numbers that change the ids and the order of presentation.
+        shuffle: present the answers in a random order instead of the given one.
     """
     asked = json.dumps([list(salt), prompt, list(answers), criterion, reference])
     draw = random.Random(hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest())  # noqa: S311 (no secret)
@@ -83,11 +83,11 @@ def read_ranking(said: str, ids: Sequence[str]) -> list[int]:
     """Positions of the answers, the best first.
 
     Args:
-        said: the judge's words: the JSON alone, or fenced, or behind its thoughts.
+        said: the judge's answer: JSON on its own, in a fence, or after its reasoning.
         ids: of the question.
 
     Raises:
-        ValueError: anything else than each id once; says what.
+        ValueError: the answer is anything but each id once; the message says what.
     """
     text = said.rpartition("</think>")[2].strip()
     fenced = _FENCED.match(text)

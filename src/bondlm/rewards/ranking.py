@@ -1,4 +1,4 @@
-"""Rewards that compare: a function that is asked once per prompt, with all its samples, and says which are better.
+"""Rewards that compare: a function is called once per prompt with all samples, and says which are better.
 
 Shapes: B rows (one prompt with one completion each); rows of one prompt are a group.
 """
@@ -19,15 +19,15 @@ PER_COMPLETION = ("completions", "completion_ids", "truncated")
 class RankReward:
     """Asks `f(prompt, completions, **columns) -> ranking or scores` once per prompt.
 
-    The answer is one number per completion, larger is better and equal ones tie; or
-    `{"ranking": [best, .., worst]}` with each completion's position in the list once; or None where the reward does not
-    apply to the prompt. Numbers of different prompts are never compared. An invalid ranking fails for its prompt.
+    The answer is one number per completion, where larger is better and equal numbers tie; or `{"ranking": [best, ..,
+    worst]}`, which contains the position of each completion once; or None if the reward does not apply to the prompt.
+    Numbers of different prompts are never compared. An invalid ranking is a failure for its prompt.
     """
 
     ranks = True
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
-        """`function` may be async; `name` is what metrics and errors call it."""
+        """`function` may be async; `name` is used in metrics and errors."""
         self.function = function
         self.__name__: str = name or str(getattr(function, "__name__", type(function).__name__))
 
@@ -39,7 +39,8 @@ class RankReward:
         """A reward function without data arguments that ranks these B rows, group by group.
 
         Args:
-            offered: `prompts`, `completions` and columns, B each; a column's value is that of the group's first row.
+            offered: `prompts`, `completions` and columns, B each; for columns, the value in the group's first row is
+                used.
             groups: the group of each row.
         """
         members = rows_of(groups)
@@ -61,23 +62,23 @@ class RankReward:
 
 
 def is_ranking(spec: Any) -> bool:
-    """Whether what a user writes for a reward compares a prompt's samples."""
+    """Whether a reward spec compares the samples of a prompt."""
     return spec.startswith(("rank:", "judge:")) if isinstance(spec, str) else getattr(spec, "ranks", False) is True
 
 
 def by_pairs(compare: Callable[..., Any]) -> RankReward:
-    """A rank function from one that compares two answers, asked about every ordered pair of a prompt's samples.
+    """Make a rank function from one that compares two answers, called for every ordered pair of a prompt's samples.
 
-    A sample's score is its mean chance to beat another one, over both orders of the pair.
+    A sample's score is its mean chance to beat another sample, over both orders of each pair.
 
     Args:
-        compare: `f(prompt, first, second, **columns)`: for each pair of the two lists the chance, in [0, 1], that the
-            first answer is better. A cross-encoder's sigmoid will do.
+        compare: `f(prompt, first, second, **columns)`: returns for each pair of the two lists the chance, in [0, 1],
+            that the first answer is better, such as a cross-encoder's sigmoid.
     """
 
     def rank(prompt: Any, completions: list[Any], **columns: Any) -> list[float]:
         count = len(completions)
-        columns.pop("truncated", None)  # of completions, not of pairs
+        columns.pop("truncated", None)  # it belongs to completions, not to pairs
         pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
         arguments = {"first": [completions[i] for i, _ in pairs], "second": [completions[j] for _, j in pairs]}
         name = getattr(compare, "__name__", type(compare).__name__)
@@ -111,7 +112,7 @@ def rows_of(groups: Sequence[int]) -> list[list[int]]:
 
 
 def in_order(members: Sequence[Sequence[int]], answers: Sequence[Any]) -> list[Any]:
-    """Each group's answer as one value per row, B in all; what is no ranking is a `Failure` of the whole group."""
+    """The groups' answers as one value per row (B); an invalid ranking becomes a `Failure` for the whole group."""
     values: dict[int, Any] = {}
     for rows, answer in zip(members, answers, strict=True):
         values |= zip(rows, _values(answer, len(rows)), strict=True)

@@ -1,4 +1,4 @@
-"""Whether rewards can take a run's rows, their length and columns: looked up when prompts and models are there."""
+"""Check that rewards can take a run's rows (length and columns), once prompts and models are loaded."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,21 +14,21 @@ from bondlm.rewards.ranking import RankReward
 from bondlm.rewards.scoring import NamedReward
 from bondlm.rewards.similarity import SimilarityReward
 
-LOOKED_AT = 32  # of the longest prompts: the reward model's own tokens may order them otherwise
+LOOKED_AT = 32  # of the longest prompts, since the reward model's tokenizer may order them differently
 
 _log = logging.getLogger(__name__)
 
 
 def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]], max_completion_length: int) -> None:
-    """See that reward models that refuse long rows take the longest of these encoded prompts, and find their columns.
+    """Check that reward models that refuse long rows accept the longest of these prompts, and find their columns.
 
-    A warning says where a long completion would be too much.
+    It warns if a long completion would exceed the limit.
 
     Raises:
-        ConfigError: a prompt is too long without any completion, or a reward wants a column that the rows lack.
-        DataError: a prompt that a reward model cannot score: its chat template refuses it, or it lacks a text.
+        ConfigError: a prompt is too long even without a completion, or a reward needs a column that the rows lack.
+        DataError: a reward model cannot score a prompt, because its chat template refuses it or a text is missing.
     """
-    for names in {tuple(row) for row in rows if LOGGED_IDS not in row}:  # what is scored already is not asked about
+    for names in {tuple(row) for row in rows if LOGGED_IDS not in row}:  # rows that are already scored need no reward
         for reward in rewards:
             _check_columns(reward, [name for name in names if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)])
     longest = sorted(rows, key=lambda row: -len(row[PROMPT_IDS]))[:LOOKED_AT]
@@ -55,7 +55,7 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
 
 
 def _check_columns(reward: NamedReward, columns: Sequence[str]) -> None:
-    """Whether the signature of a user's function can be served with what it is offered (`score_samples`)."""
+    """Check that the offered arguments satisfy the signature of a user's function (`score_samples`)."""
     given = dict.fromkeys(columns)
     if isinstance(reward.function, RankReward):
         lists = {name: list[Any]() for name in ("completions", "truncated")}
@@ -67,7 +67,7 @@ def _check_columns(reward: NamedReward, columns: Sequence[str]) -> None:
 
 
 def _tokens(reward: NamedReward, row: Mapping[str, Any]) -> int:
-    """Of a prompt without any completion."""
+    """Tokens of a prompt without a completion."""
     try:
         return int(reward.function.num_tokens(row, 0))  # type: ignore[attr-defined]
     except DataError as error:

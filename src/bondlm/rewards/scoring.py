@@ -1,6 +1,6 @@
-"""The only door through which rewards enter: one finite number a completion, or an error that says which is not.
+"""The only entry point for rewards: one finite number per completion, or an error that names the bad one.
 
-torch and numpy both call NaN the largest element, so one NaN that slipped through would be distilled as the winner.
+torch and numpy both treat NaN as the largest element, so an unnoticed NaN would be distilled as the winner.
 
 Shapes: B rows (one prompt with one completion each).
 """
@@ -33,7 +33,7 @@ class NamedReward:
     name: str
     function: RewardFunction
     weight: float = 1.0
-    timeout: float | None = None  # seconds, of an asynchronous function; a server has time limits of its own
+    timeout: float | None = None  # seconds, for asynchronous functions; a server has its own time limits
 
     def __post_init__(self) -> None:
         is_real = isinstance(self.weight, numbers.Real) and not isinstance(self.weight, bool)
@@ -42,17 +42,17 @@ class NamedReward:
 
     @property
     def ranks(self) -> bool:
-        """Whether it compares a prompt's samples (`RankReward`): its values mean nothing beside another prompt's."""
-        return getattr(self.function, "ranks", False) is True  # an object of the user may have something of that name
+        """Whether it compares a prompt's samples (`RankReward`); its values cannot be compared between prompts."""
+        return getattr(self.function, "ranks", False) is True  # a user's object may have another attribute of that name
 
 
 @dataclass(frozen=True)
 class Scores:
     """Rewards of B rows: ``total`` (B,), the weighted sum, and ``by_name``, each reward (B,) before its weight.
 
-    All are float64 on the CPU. A reward that does not apply to a row is NaN there, and not in the row's total. What a
-    reward that ranks is worth is the rank among the rows of the group, in [0, 1] (`mid_ranks`). ``bad`` says of each
-    row without a finite value why, and is empty unless asked for.
+    All are float64 on the CPU. A reward that does not apply to a row is NaN there and left out of the row's total. The
+    value of a reward that ranks is the rank among the rows of the group, in [0, 1] (`mid_ranks`). ``bad`` gives the
+    reason for each row without a finite value; it is empty unless requested.
     """
 
     total: Tensor
@@ -76,25 +76,25 @@ def score(
 ) -> Scores:
     """Score B completions with every reward and check each value.
 
-    A reward that returns None for all rows of a group does not apply to it, and is left out of their sum.
+    A reward that returns None for all rows of a group does not apply to the group and is left out of its sums.
 
     Args:
         rewards: At least one, with different names.
         prompts: B strings, or B lists of chat messages.
         completions: B strings, or B lists of chat messages.
-        columns: Further arguments by name, each a sequence of B; a function gets those that its signature accepts.
-        allow_bad_rows: Note a row whose reward is not one finite real number in ``bad`` instead of raising.
-        groups: Which rows are completions of one prompt, B numbers. Default: each row by itself.
-        trainer_state: What functions that ask for it get.
-        num_beside: So many of the last rows are there to be compared with: rewards that rank see them, others do not
-            and are NaN there, and the total does not reach so far. Each belongs to the group of an earlier row.
-        add: Whether ``total`` is wanted; without, a sum that is not finite is no fault, and there is 0.
+        columns: Further arguments by name, each a sequence of B; a function gets the ones that its signature accepts.
+        allow_bad_rows: Instead of raising, note rows whose reward is not one finite real number in ``bad``.
+        groups: B numbers that say which rows belong to the same prompt. Default: each row is its own group.
+        trainer_state: Passed to functions that ask for it.
+        num_beside: This many of the last rows are only for comparison: rewards that rank see them, other rewards do not
+            and are NaN there, and the total leaves them out. Each belongs to the group of an earlier row.
+        add: Whether ``total`` is wanted. If not, it is 0, and a sum that is not finite is not an error.
 
     Raises:
-        ConfigError: No reward, two rewards of one name, one that ranks without ``groups``, or a reward that wants an
-            argument that is not there.
-        DataError: Prompts, completions and columns differ in length, or a column is called like an argument.
-        RewardError: A reward raised or did not return one finite real number a row.
+        ConfigError: No reward, two rewards of the same name, a reward that ranks without ``groups``, or a reward that
+            needs a missing argument.
+        DataError: Prompts, completions and columns differ in length, or a column has the name of an argument.
+        RewardError: A reward raised or did not return one finite real number per row.
         ResourceError: A reward ran out of memory.
     """
     offered = _offered_arguments(prompts, completions, columns or {})
@@ -128,7 +128,7 @@ def _values(
     extras: Extras,
     bad: dict[int, str] | None,
 ) -> tuple[dict[str, Tensor], dict[str, set[int]]]:
-    """Each reward's values (B,), checked, and the rows that it does not apply to."""
+    """Each reward's checked values (B,), and the rows that it does not apply to."""
     functions = [r.function.over(offered, groups) if r.ranks else r.function for r in rewards]  # type: ignore[attr-defined]
     answers = call_all(
         list(zip([reward.name for reward in rewards], functions, strict=True)),
@@ -158,16 +158,16 @@ def _ranked(values: Tensor, groups: Sequence[int]) -> Tensor:
 
 
 def _rows(missing: Mapping[str, set[int]], reward: NamedReward, count: int) -> Tensor:
-    """Which of the first rows a reward does not apply to (count,) bool."""
+    """Which of the first `count` rows a reward does not apply to, (count,) bool."""
     left_out = missing.get(reward.name, set())
     return torch.tensor([row in left_out for row in range(count)], dtype=torch.bool)
 
 
 def applies_everywhere(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rewards themselves, of judges: each is compared on all prompts, and cannot leave any out.
+    """Return the rewards of judges after checking that each applies to all prompts, on which judges are compared.
 
     Raises:
-        RewardError: one of them does.
+        RewardError: a judge leaves out a prompt.
     """
     for name, values in by_name.items():
         if values.isnan().any():
@@ -182,9 +182,9 @@ def _refuse_partly_missing(
     groups: Sequence[int],
     bad: dict[int, str] | None,
 ) -> None:
-    """None is for a reward that does not apply to a prompt: to no sample of it, while another one does apply.
+    """Refuse None for only some samples of a prompt, or from all rewards: None means that a reward does not apply.
 
-    Left out of some samples alone it would change which of them is best.
+    A reward that is left out for only some samples would change which of them is best.
     """
     weighed = [reward.name for reward in rewards if reward.weight] or [reward.name for reward in rewards]
     for rows in rows_of(groups):

@@ -1,4 +1,4 @@
-"""Cosine similarity of sentence embeddings as a reward: does the completion stay with the prompt's subject?
+"""Cosine similarity of sentence embeddings as a reward: whether the completion stays on the prompt's subject.
 
 Shapes: B rows, T tokens (padded), D embedding dimensions.
 """
@@ -28,9 +28,9 @@ from bondlm.rewards.texts import (
 
 ADVICE = "set max_length, shorten the texts, or allow truncate='right'"
 
-LENGTH_FILE = "sentence_bert_config.json"  # of an encoder of any kind
+LENGTH_FILE = "sentence_bert_config.json"  # for encoders of any kind
 
-# What Pooling is called in a sentence encoder's folder: the root of the length is a factor, which no cosine sees.
+# Names of poolings in a sentence encoder's folder; the factor of root-of-length does not change a cosine.
 POOLING: dict[str, Literal["mean", "cls"]] = {
     **dict.fromkeys(("mean", "mean_tokens", "mean_sqrt_len_tokens"), "mean"),
     **dict.fromkeys(("cls", "cls_token"), "cls"),
@@ -40,8 +40,8 @@ POOLING: dict[str, Literal["mean", "cls"]] = {
 class SimilarityReward:
     """Cosine, in [-1, 1], between the embeddings of the prompt and of the completion.
 
-    The prompt is the string itself, or the last user message of a chat. Each distinct text is embedded once a call:
-    the samples of a prompt share its embedding.
+    The prompt is the string itself, or the last user message of a chat. Each distinct text is embedded once per call,
+    so the samples of a prompt share its embedding.
     """
 
     def __init__(
@@ -55,16 +55,16 @@ class SimilarityReward:
         batch_size: int = 32,
         batch_tokens: int = 16_384,
     ) -> None:
-        """Wrap an encoder that is already on its device; it is put in eval mode and frozen.
+        """Wrap an encoder that is already on its device; it is set to eval mode and frozen.
 
         Args:
-            model: An ``AutoModel`` whose answer has ``last_hidden_state``, such as MiniLM.
+            model: An ``AutoModel`` whose output has ``last_hidden_state``, such as MiniLM.
             tokenizer: The encoder's own tokenizer.
             pooling: A text's embedding: the mean of its tokens' last hidden states, or that of the first token.
-            max_length: Most tokens of a text; None takes the limit that tokenizer and config state.
+            max_length: Maximum tokens of a text; None takes the limit stated by tokenizer and config.
             truncate: None refuses longer texts; "right" drops their end and keeps a final special token.
-            batch_size: Most texts in a forward pass.
-            batch_tokens: Most tokens in a forward pass, padding included.
+            batch_size: Maximum texts in a forward pass.
+            batch_tokens: Maximum tokens in a forward pass, padding included.
 
         Raises:
             ConfigError: An option that is not one of those above.
@@ -79,7 +79,7 @@ class SimilarityReward:
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self._limit = token_limit(model, tokenizer, max_length)
-        # Only a filler: padding is masked out of the attention and of the mean.
+        # Only a filler: padding is masked in the attention and in the mean.
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     @classmethod
@@ -94,12 +94,12 @@ class SimilarityReward:
     ) -> Self:
         """Load a folder or hub id; ``options`` are those of the constructor.
 
-        Of a Sentence Transformers folder the pooling is the one that it states, and so is the longest text unless
-        ``max_length`` is given.
+        A Sentence Transformers folder determines the pooling, and also the maximum length unless ``max_length`` is
+        given.
 
         Raises:
-            ConfigError: The model cannot be loaded, misses weights (other than a pooler, which is not used), or pools
-                or goes on in a way that is not supported here.
+            ConfigError: The model cannot be loaded, lacks weights (other than those of a pooler, which is not used), or
+                has a pooling or a further module that is not supported here.
         """
         from transformers import AutoModel
 
@@ -114,7 +114,7 @@ class SimilarityReward:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
         """Score B rows (strings, or chats); B cosines, or a `Failure` for a row that cannot be scored.
 
-        Such a row has a text without a token, or one that is longer than the limit while ``truncate`` is None.
+        A row cannot be scored if one of its texts has no token, or is longer than the limit while ``truncate`` is None.
 
         Raises:
             DataError: A chat without a user message.
@@ -134,15 +134,15 @@ class SimilarityReward:
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of a text; None if there is no limit, or longer texts are cut."""
+        """Maximum tokens of a text; None if there is no limit, or if longer texts are cut."""
         return self._limit if self.truncate is None else None
 
     def num_tokens(self, row: Mapping[str, Any], completion_tokens: int) -> int:
-        """Tokens of the longer text, of a row's prompt and a completion of so many: each is embedded alone."""
+        """Tokens of the longer of prompt and completion, since each is embedded separately."""
         return max(len(self._encode(prompt_text(row["prompt"]))), completion_tokens)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Each text's mean of the last hidden states, or the first one: (B, D), float64 on the CPU.
+        """The mean of each text's last hidden states, or the first of them: (B, D), float64 on the CPU.
 
         Raises:
             RewardError: A text is longer than the limit and ``truncate`` is None.
@@ -177,16 +177,16 @@ class SimilarityReward:
 
 
 def _stated_pooling(path: str) -> Literal["mean", "cls"]:
-    """How a Sentence Transformers folder makes one vector of a text's; the mean if it is no such folder.
+    """The pooling of a Sentence Transformers folder; the mean for other folders.
 
     Raises:
-        ConfigError: it does what this reward does not, or its files cannot be read.
+        ConfigError: its pooling is not supported by this reward, or its files cannot be read.
     """
     modules = _json_of(path, "modules.json")
     if modules is None:
         return "mean"
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:  # a cosine normalises anyway
+    if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:  # a cosine normalises in any case
         raise ConfigError(
             f"similarity model {path!r} is made of {', '.join(kinds)} (modules.json), and this reward knows "
             "Transformer, Pooling and Normalize: take another encoder, or write a reward function with "
@@ -212,7 +212,7 @@ def _stated_pooling(path: str) -> Literal["mean", "cls"]:
 
 
 def _stated_length(path: str) -> int | None:
-    """`max_seq_length` of a Sentence Transformers folder: MiniLM was trained on 256 tokens, and takes 512."""
+    """`max_seq_length` of a Sentence Transformers folder: MiniLM was trained on 256 tokens but accepts 512."""
     modules = _json_of(path, "modules.json")
     if not modules:
         return None
@@ -223,7 +223,7 @@ def _stated_length(path: str) -> int | None:
 
 
 def _json_of(path: str, name: str) -> Any:
-    """A JSON file of a model, or None if it has none of this name."""
+    """A JSON file of a model; None if there is no file of this name."""
     from transformers.utils import cached_file
 
     try:

@@ -1,4 +1,4 @@
-"""Texts and token limits that the model rewards share."""
+"""Texts and token limits, shared by the rewards that use models."""
 
 import math
 import numbers
@@ -14,7 +14,7 @@ def prompt_text(prompt: Any) -> str:
     """Text of a prompt: the string itself, or the content of the last user message of a chat.
 
     Raises:
-        DataError: A chat without a user message, or with content that is not text.
+        DataError: A chat has no user message, or content that is not text.
     """
     if isinstance(prompt, str):
         return prompt
@@ -45,7 +45,7 @@ def _content(message: Any) -> str:
 
 
 def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | None:
-    """Most tokens of a row: ``max_length``, or the smaller of what tokenizer and model config state (None: no limit).
+    """Maximum tokens of a row: ``max_length``, or the smaller limit of tokenizer and model config (None: no limit).
 
     Raises:
         ConfigError: ``max_length`` is below 1.
@@ -57,12 +57,12 @@ def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | Non
     config_limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [limit for limit in (tokenizer.model_max_length, config_limit, _table_rows(model)) if limit is not None]
     limit = min(limits, default=None)
-    # Tokenizers that know no limit state 10**30.
+    # Tokenizers without a limit state 10**30.
     return None if limit is None or limit > 10**9 else int(limit)
 
 
 def _table_rows(model: Any) -> int | None:
-    """Rows of a table of positions that are for tokens: RoBERTa and its kin count from behind the padding's row."""
+    """Rows of a position table that tokens can use: RoBERTa and related models start after the padding row."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.num_embeddings - module.padding_idx - 1)
@@ -70,7 +70,7 @@ def _table_rows(model: Any) -> int | None:
 
 
 def column_text(column: str, value: Any) -> str | Failure:
-    """What a row of the data has in a column that is to be text; numbers, such as answers of sums, are written out."""
+    """The text of a row's column; numbers, such as answers to sums, become text."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
     if isinstance(value, str) or is_number:
         return str(value)
@@ -95,7 +95,7 @@ def refuse_bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice:
 
 
 def with_failures(values: Sequence[float], failed: Mapping[int, Failure], count: int) -> list[Any]:
-    """One entry for each of so many rows: the next of the values, or why the row has none."""
+    """One entry for each of `count` rows: the next of the values, or the row's `Failure`."""
     rest = iter(values)
     return [failed[row] if row in failed else next(rest) for row in range(count)]
 
