@@ -1,4 +1,4 @@
-"""Samples with their rewards: drawn, scored, and treated where they were cut. What training and evaluation start from.
+"""Samples with their rewards, for training and evaluation: drawn, scored, and treated if they were truncated.
 
 No objective and no gradient.
 """

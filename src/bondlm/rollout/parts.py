@@ -1,4 +1,4 @@
-"""Samples of some of the prompts, and those of all prompts again: several processes score a part each."""
+"""Split samples by prompts and join them again, so that each of several processes scores a part."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ _NUMBERS = ("rewards_PM", "lengths_PM", "finished_PM", "logprobs_PM")
 
 
 def part_of(samples: Samples, places: Sequence[int]) -> Samples:
-    """The samples of the prompts at these places, in this order; scored and not yet judged."""
+    """The samples of the prompts at these places, in this order; scored but not yet judged."""
     lists: dict[str, Any] = {name: _at(getattr(samples, name), places) for name in _OF_PROMPTS}
     numbers: dict[str, Any] = {name: getattr(samples, name)[list(places)] for name in _NUMBERS}
     new_place = {place: i for i, place in enumerate(places)}
@@ -28,10 +28,10 @@ def part_of(samples: Samples, places: Sequence[int]) -> Samples:
 
 
 def joined(parts: Sequence[tuple[Sequence[int], Samples]]) -> Samples:
-    """The samples of all prompts, in order, from parts with the places of theirs; a part may have no prompts.
+    """The samples of all prompts, in order, from parts and the places of their prompts; a part may have no prompts.
 
-    What rewards logged by `log_metric` is the mean over prompts, and what only some parts logged of each sample
-    (`log_extra`) is None in the others.
+    Values logged by `log_metric` are averaged over prompts. Values per sample (`log_extra`) that only some parts logged
+    are None in the others.
     """
     parts = [(places, part) for places, part in parts if places]
     places = [place for own, _ in parts for place in own]

@@ -1,4 +1,4 @@
-"""A model to sample from, without training: what `sample` and `score` use."""
+"""A model to sample from without training, for `sample` and `score`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,14 +30,14 @@ class Sampler:
         dtype: str = "auto",
         max_rows: int | None = None,
         init_kwargs: Mapping[str, Any] | None = None,
-        rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
+        rendering: Rendering = Rendering(),  # noqa: B008  frozen, so safe as a default
     ) -> None:
-        """Load the model (an adapter on its base, too) and its tokenizer; `rendering` is what prompts become.
+        """Load the model (or an adapter on its base) and its tokenizer; `rendering` says how prompts are rendered.
 
         `init_kwargs` are for `from_pretrained` of the model, or of the adapter's base.
 
         Raises:
-            ConfigError: the model cannot be loaded, or never ends an answer.
+            ConfigError: the model cannot be loaded, or has no token that ends an answer.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         how = dict(init_kwargs or {})
@@ -48,7 +48,7 @@ class Sampler:
         self.tokenizer = load_tokenizer(model, how.get("revision"))
         self.encoder = PromptEncoder.of_model(core, self.tokenizer, rendering=rendering)
         find_decoding(self.model)
-        check_model(self.model, self.device, is_noise_allowed=True)  # nobody trains it here
+        check_model(self.model, self.device, is_noise_allowed=True)  # it is not trained here
         self.engine = TransformersEngine(
             self._use, eos_ids=self.encoder.eos_ids, pad_id=self.encoder.pad_id, max_rows=max_rows
         )
@@ -104,7 +104,7 @@ class Sampler:
     ) -> Samples:
         """Score completions of encoded rows; ranks are counted among the samples of `reference`, if given.
 
-        The last `num_judges` rewards are asked alone.
+        The last `num_judges` rewards are judges, scored separately.
         """
         how: dict[str, Any] = {"aggregation": aggregation, "reference": reference, "num_judges": num_judges}
         return score_samples(rewards, rows, completions, encoder=self.encoder, **how)

@@ -1,4 +1,4 @@
-"""Sampling and scoring: what a training step and an evaluation both start from.
+"""Sampling and scoring, for both training steps and evaluations.
 
 Shapes: P prompts, M completions of each.
 """
@@ -26,27 +26,27 @@ class Samples:
     """M scored completions of each of P prompts: just drawn, or read back from a file; numbers are (P, M) float64."""
 
     prompts: list[Any]  # text or messages
-    texts: list[list[str]]  # of each prompt all M, or of a file's the first few
+    texts: list[list[str]]  # all M of each prompt, or the first few if read from a file
     rewards_PM: Tensor
     lengths_PM: Tensor  # tokens, end-of-sequence included
-    finished_PM: Tensor  # 0 where a completion was cut at its budget
+    finished_PM: Tensor  # 0 where a completion was truncated
     logprobs_PM: Tensor  # of the whole completion, under the distribution that it was drawn from
-    prompt_ids: list[list[int]] = field(default_factory=list)  # these two of samples just drawn
+    prompt_ids: list[list[int]] = field(default_factory=list)  # these two only for samples just drawn
     completions: list[list[Completion]] = field(default_factory=list)
-    by_name: dict[str, Tensor] = field(default_factory=dict)  # each reward function's own; NaN: it does not apply
-    extras: dict[str, list[list[Any]]] = field(default_factory=dict)  # what they said of each sample by `log_extra`
-    metrics: dict[str, float] = field(default_factory=dict)  # and of all by `log_metric`
+    by_name: dict[str, Tensor] = field(default_factory=dict)  # values of each reward function; NaN: it does not apply
+    extras: dict[str, list[list[Any]]] = field(default_factory=dict)  # what they logged for each sample by `log_extra`
+    metrics: dict[str, float] = field(default_factory=dict)  # and for all samples by `log_metric`
     judges: dict[str, Tensor] = field(default_factory=dict)  # rewards that were not optimised
-    log_ratio_PM: Tensor | None = None  # log pi(y) - log pi_ref(y), whichever drew y
+    log_ratio_PM: Tensor | None = None  # log pi(y) - log pi_ref(y), whichever model drew y
     dropped: dict[int, str] = field(default_factory=dict)  # prompts that a reward failed for, and why; rewards are 0
-    left_out: frozenset[int] = frozenset()  # other prompts, with a completion that was cut
-    reranked_PM: Tensor | None = None  # what the objective sees instead of the rewards, if anything
+    left_out: frozenset[int] = frozenset()  # other prompts, with a truncated completion
+    reranked_PM: Tensor | None = None  # what the objective sees instead of the rewards, if set
 
     @classmethod
     def of_rows(
         cls, rows: Sequence[Mapping[str, Any]], completions: list[list[Completion]], rewards_PM: Tensor, **more: Any
     ) -> "Samples":
-        """Completions of encoded rows with their rewards; `more` are other fields."""
+        """Completions of encoded rows with their rewards; `more` sets other fields."""
 
         def numbers(value: Callable[[Completion], float]) -> Tensor:
             return torch.tensor([[float(value(c)) for c in row] for row in completions], dtype=torch.float64)
@@ -64,7 +64,7 @@ class Samples:
 
     @property
     def kept(self) -> Tensor:
-        """Which prompts are learned from (P,) bool."""
+        """Which prompts are learned from, (P,) bool."""
         return torch.tensor([i not in self.dropped and i not in self.left_out for i in range(len(self.prompts))])
 
     @property
@@ -73,9 +73,9 @@ class Samples:
         return self.rewards_PM if self.reranked_PM is None else self.reranked_PM
 
     def goals(self, reference: "Samples") -> dict[str, tuple[Tensor, Tensor]]:
-        """Each of several rewards' own values, of these samples (P, m) and of the reference's (P, M).
+        """With several rewards, the values of each, for these samples (P, m) and for the reference's (P, M).
 
-        Only of the prompts that it applies to; a reward that applies to none is left out.
+        They cover only the prompts that the reward applies to; a reward that applies to none is left out.
         """
         found = {}
         for name in self.by_name if len(self.by_name) > 1 else ():
@@ -110,8 +110,8 @@ def draw(
 ) -> list[list[Completion]]:
     """P lists of completions of encoded rows, role by role in the order of `num_samples`.
 
-    `positions` are the rows' places in their data set, which their samples' seeds depend on. The engine is asked
-    `num_parts` times, for as many rows each time, up to one; perhaps for none at last.
+    `positions` are the rows' places in their data set, on which the seeds of their samples depend. The engine is called
+    `num_parts` times, for equal parts of the rows; the last parts may be smaller or empty.
     """
     if isinstance(engine, RemoteEngine):
         engine.sync()
@@ -133,18 +133,18 @@ def draw(
 
 
 def longest_prompt(*datasets: Any) -> int:
-    """Tokens of the longest encoded prompt of the data sets (dictionaries of them, and None, too); 0 without any."""
+    """Tokens of the longest encoded prompt of the data sets (also dictionaries of them, and None); 0 without any."""
     longest = 0
     for dataset in datasets:
         if isinstance(dataset, dict):
             longest = max(longest, longest_prompt(*dataset.values()))
-        elif isinstance(dataset, Dataset):  # of a stream it is not known
+        elif isinstance(dataset, Dataset):  # for a stream it is not known
             longest = max([longest, *(len(ids) for ids in dataset[PROMPT_IDS])])
     return longest
 
 
 def longest_rows(*datasets: Any, count: int = 32) -> list[dict[str, Any]]:
-    """The rows with the longest encoded prompts, `count` of each data set (dictionaries of them, and None, too)."""
+    """The rows with the longest encoded prompts, `count` from each data set (also dictionaries of them, and None)."""
     rows: list[dict[str, Any]] = []
     for dataset in datasets:
         if isinstance(dataset, dict):
@@ -167,21 +167,21 @@ def score_samples(
     reference: Samples | None = None,
     num_judges: int = 0,
 ) -> Samples:
-    """Decode the completions and score each text once: equal answers to a prompt share their reward.
+    """Decode the completions and score each distinct text once: equal answers to a prompt share their reward.
 
     Args:
         rewards: in the order of their priority, with their weights.
         rows: P encoded prompts.
         completions: M of each.
         encoder: turns tokens into text.
-        drop: mark a prompt as dropped when a reward fails for one of its completions, instead of raising.
+        drop: if a reward fails for a completion, mark its prompt as dropped instead of raising.
         trainer_state: for reward functions that ask for it.
         aggregation: how several rewards become one.
-        reference: scored samples of the same prompts that ranks are counted among, so that ranks of several such calls
-            can be compared. None: among the completions themselves. Where nothing ranks it is not looked at.
-        num_judges: so many of the last rewards are asked alone, and not combined with the others.
+        reference: scored samples of the same prompts, among which ranks are counted, so that ranks from several calls
+            can be compared. None: ranks among the completions themselves. Not used if nothing ranks.
+        num_judges: this many of the last rewards are judges: scored separately and not combined with the others.
     """
-    if not rows:  # this process's part of fewer prompts than there are processes
+    if not rows:  # there are fewer prompts than processes, and none is left for this one
         return Samples.of_rows([], [], torch.zeros(0, 0, dtype=torch.float64), texts=[])
     texts = encoder.decode([[c.ids for c in row] for row in completions])
     distinct = _Distinct(texts, [[c.finished for c in row] for row in completions])
@@ -220,7 +220,7 @@ def score_samples(
 
 
 class _Distinct:
-    """The different answers to each prompt, numbered: an answer that was cut is not the one that ended there."""
+    """The distinct answers to each prompt, numbered; a truncated one differs from a finished one of the same text."""
 
     def __init__(self, texts: Sequence[Sequence[str]], finished: Sequence[Sequence[bool]]) -> None:
         self._keys: dict[tuple[int, str, bool], int] = {}
@@ -235,7 +235,7 @@ class _Distinct:
 
     @property
     def owner(self) -> list[int]:
-        """The prompt of each."""
+        """The prompt of each distinct answer."""
         return [i for i, _, _ in self._keys]
 
     @property
@@ -254,7 +254,7 @@ def _ask(
     distinct: _Distinct,
     **how: Any,
 ) -> Scores:
-    """Ask the rewards about the different answers."""
+    """Score the distinct answers."""
     owner, answers = distinct.owner, distinct.texts
     prompts = [rows[i]["prompt"] for i in owner]
     conversational = bool(prompts) and not isinstance(prompts[0], str)
@@ -278,9 +278,9 @@ def _ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
 
 
 def logged_samples(rows: Sequence[Mapping[str, Any]], encoder: PromptEncoder) -> Samples:
-    """The scored samples that the rows hold (`bondlm.data.scored`), those without an end token cut at their budget.
+    """The scored samples in the rows (`bondlm.data.scored`); completions without an end token count as truncated.
 
-    Files keep no log-probabilities, so these are 0.
+    Files have no log-probabilities, so these are 0.
     """
     completions = []
     for row in rows:

@@ -1,6 +1,6 @@
-"""Completions that ran into `max_completion_length` without an end: what `missing_eos` makes of them before they teach.
+"""Apply `missing_eos` to completions that reached `max_completion_length` without an end, before they are learned from.
 
-Rewards are logged, and evaluations made, with the rewards as they are; the objective alone sees what is made here.
+Only the objective sees the result; logs and evaluations use the original rewards.
 
 Shapes: P prompts, M completions of each.
 """
@@ -16,23 +16,23 @@ REASON = "a completion did not end within max_completion_length (missing_eos='dr
 
 
 def treat_truncated(samples: Samples, missing_eos: str) -> Samples:
-    """Samples as the objective is to see them: as they are, with cut ones ranked last, or without their prompts."""
+    """Samples for the objective: unchanged, with truncated ones ranked last, or without prompts that have any."""
     if missing_eos == "keep":
         return samples
     finished_PM = samples.finished_PM.bool()
     if missing_eos == "worst":
         return replace(samples, reranked_PM=rank_truncated_last(samples.rewards_PM, finished_PM))
-    # Whole prompts, as for a reward that failed: a set short of a sample would have another n.
+    # Whole prompts are dropped, as after a failed reward: a set with fewer samples would have a different n.
     cut = torch.nonzero(~finished_PM.all(dim=1))[:, 0].tolist()
     return replace(samples, left_out=frozenset(cut) - samples.dropped.keys())
 
 
 def rank_truncated_last(rewards_PM: Tensor, finished_PM: Tensor) -> Tensor:
-    """Rewards (P, M) in which a prompt's truncated samples lie below all its finished ones.
+    """Rewards (P, M) in which a prompt's truncated samples are below all its finished ones.
 
-    They move down together, until the best of them is as far below the lowest finished one as the prompt's rewards are
-    apart (by 1 if all are equal). So their order stays, and for objectives that look at the value and not at the order
-    (rloo, grpo) it is of the reward's own scale. Where none is finished, or all lie below already, nothing moves.
+    They move down together until the distance of the best of them to the lowest finished one equals the range of the
+    prompt's rewards (1 if all are equal). So their order stays, and for objectives that use values instead of ranks
+    (rloo, grpo) the shift is on the reward's own scale. If none is finished, or all are below already, nothing moves.
     """
     lowest_P1 = rewards_PM.masked_fill(~finished_PM, torch.inf).amin(dim=1, keepdim=True)
     highest_P1 = rewards_PM.masked_fill(finished_PM, -torch.inf).amax(dim=1, keepdim=True)
