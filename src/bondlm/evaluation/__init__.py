@@ -1,4 +1,4 @@
-"""Evaluation of a trained policy: numbers with intervals, honest baselines, samples side by side."""
+"""Evaluation of a trained policy: numbers with intervals, fair baselines, and samples to compare."""
 
 from bondlm.evaluation.run import evaluate_run
 

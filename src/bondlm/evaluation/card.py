@@ -28,8 +28,8 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
     """Write README.md: base model, data, objective, the measured numbers, the paper.
 
     Args:
-        folder: a run folder; its config.yaml, where there is one, says what the run was made with.
-        result: what `eval.json` holds.
+        folder: a run folder; its config.yaml, if there is one, has the run's settings.
+        result: the contents of `eval.json`.
     """
     config, objective = run_config(folder), dict(result["objective"])
     base = str(config.get("model") or result["reference"])
@@ -96,7 +96,7 @@ def _worth(result: Mapping[str, Any]) -> str:
 
 
 def _eval_results(result: Mapping[str, Any], dataset: str) -> list[EvalResult]:
-    """The measured numbers as model hubs read them; one that is not finite has no place there."""
+    """The measured numbers in the format of model hubs, without those that are not finite."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -156,7 +156,7 @@ def _held(config: Mapping[str, Any], objective: Mapping[str, Any], result: Mappi
 
 
 def _steps(result: Mapping[str, Any]) -> str:
-    """Steps taken, of how many, and why no more, as far as the run says."""
+    """Steps taken, the planned number, and why the run stopped earlier, as far as the run states it."""
     planned, reason = result.get("planned_steps"), result.get("stopped")
     steps = result.get("last_step", result["steps"])
     if steps is None:
@@ -166,18 +166,18 @@ def _steps(result: Mapping[str, Any]) -> str:
 
 
 def _length(config: Mapping[str, Any]) -> int:
-    """Most tokens of an answer in training, which `generation_config.json` has, too."""
+    """Maximum tokens of an answer in training, which is also in `generation_config.json`."""
     return int(config.get("max_completion_length", MAX_COMPLETION_LENGTH))
 
 
 def _at_most(result: Mapping[str, Any]) -> str:
-    """The longest answers that were measured, where the result says it."""
+    """The maximum length of the measured answers, if the result states it."""
     length = result.get("max_completion_length")
     return "" if length is None else f" with answers of at most {length} tokens"
 
 
 def _held_out(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """The prompts that were measured; a result of bondlm 0.1 does not say, and is of the run's own."""
+    """The evaluated prompts; results of bondlm 0.1 do not state them and always use the run's own prompts."""
     if "dataset" not in result:
         return _list(config.get("eval_dataset"))
     name = f"{result['held_out']} " if "held_out" in result else ""

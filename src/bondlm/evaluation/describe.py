@@ -1,4 +1,4 @@
-"""What a run was made with, in the words of `eval.json` and of the model card: only what its objective looks at."""
+"""The settings of a run for `eval.json` and the model card: only those that its objective uses."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from bondlm.config import (
 
 
 def describe_objective(name: str, objective: Any) -> dict[str, Any]:
-    """The objective's name, its settings that are plain values, and the strength that it has solved for them."""
+    """The objective's name, its settings that are plain values, and the strength that was solved for them."""
     settings = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
     settings = {"n": getattr(objective, "n", None)} | settings
     settings["strength"] = getattr(objective, "strength", None)
@@ -26,7 +26,7 @@ def describe_objective(name: str, objective: Any) -> dict[str, Any]:
 
 
 def describe_settings(args: Any, objective: Any) -> dict[str, Any]:
-    """`describe_objective`, the anchor with what moves it, the learning rate; `gamma_ref`, `average_weights` if set."""
+    """`describe_objective`, the anchor and its schedule, the learning rate; `gamma_ref`, `average_weights` if set."""
     of_anchor = [name for name, setting in SETTINGS.items() if setting.needs == ("anchor", args.anchor)]
     names = ["anchor", *of_anchor, *(["gamma_ref"] if args.gamma_ref else []), "learning_rate"]
     names += ["average_weights"] if args.average_weights else []
@@ -34,9 +34,9 @@ def describe_settings(args: Any, objective: Any) -> dict[str, Any]:
 
 
 def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`describe_settings` of a run's `config.yaml`, which holds only what was set: the rest are the defaults.
+    """`describe_settings` of a run's `config.yaml`, which has only the settings that were set; the rest are defaults.
 
-    Of a merge of runs, which has no settings of its own, what it was merged of and how.
+    For a merge of runs, which has no settings of its own, it lists the runs and the method.
     """
     if isinstance(merge := config.get("merge"), Mapping):
         runs = f"{len(merge['runs'])} {config.get('objective', 'BOND')} runs"
@@ -51,5 +51,5 @@ def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
         args.learning_rate = LORA_LEARNING_RATE if config.get("use_peft") else PAPER_LEARNING_RATE
     described = describe_settings(args, objective_of(args))
     if args.objective in OFF_POLICY and args.num_samples is None:
-        described.pop("num_samples", None)  # as many as the data has of each prompt: the settings do not know
+        described.pop("num_samples", None)  # as many as the data has per prompt, which the settings do not tell
     return described

@@ -1,7 +1,7 @@
-"""Sample files of an evaluation: what was drawn and scored once is never drawn again.
+"""Sample files of an evaluation: samples that were drawn and scored once are never drawn again.
 
-A file has one JSON object a line, the samples of a prompt together, prompts in the order of the data set. What they
-depend on is kept beside them in `manifest.json`; files that were made from anything else are refused.
+A file has one JSON object per line, with the samples of a prompt together and prompts in the order of the data set.
+`manifest.json`, in the same folder, states what the samples depend on; files made from anything else are refused.
 """
 
 import json
@@ -19,7 +19,7 @@ def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], ma
     """Write the manifest of a fresh folder, or check that the samples in it have this fingerprint.
 
     Raises:
-        ConfigError: samples of something else are there, each difference is named.
+        ConfigError: the folder holds samples of something else; the message names each difference.
     """
     path = folder / manifest
     present = [name for name in files if (folder / name).exists()]
@@ -45,7 +45,7 @@ def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], ma
 
 
 def finished_prompts(path: Path, prompts: Sequence[Any], num_samples: int) -> int:
-    """How many prompts the file has all samples of; what comes after them (a torn line, half a group) is cut off.
+    """How many prompts have all their samples in the file; anything after them (a torn line, half a group) is cut off.
 
     Raises:
         DataError: a row belongs to another prompt, or the file has too many.
@@ -54,7 +54,7 @@ def finished_prompts(path: Path, prompts: Sequence[Any], num_samples: int) -> in
         return 0
     rows = 0
     kept = whole = 0
-    for line in path.read_bytes().splitlines(keepends=True):  # bytes: only line ends are separators there
+    for line in path.read_bytes().splitlines(keepends=True):  # bytes, since only line ends separate lines there
         if not line.endswith(b"\n"):
             break
         try:
@@ -77,7 +77,7 @@ def finished_prompts(path: Path, prompts: Sequence[Any], num_samples: int) -> in
 
 
 def read_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file that `finished_prompts` has been through, one at a time: it may be larger than memory.
+    """Rows of a file checked by `finished_prompts`, one at a time, since the file may be larger than memory.
 
     Raises:
         DataError: a line is not a JSON object.

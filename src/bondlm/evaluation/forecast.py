@@ -1,4 +1,4 @@
-"""What `bondlm check` says of a run before it starts: how long it will take, its memory, and what N could buy."""
+"""The forecast of `bondlm check` before a run starts: its time, its memory, and the gain from larger N."""
 
 import math
 import sys
@@ -15,11 +15,11 @@ from torch import Tensor
 from bondlm.bestofn import Estimate, best_of_n_win_rates, bootstrap_mean, expected_best_of_n, kl_bound
 from bondlm.evaluation.table import narrow_table
 
-PROMPTS, SAMPLES = 16, 9  # one sample more than the largest N: it is the opponent
+PROMPTS, SAMPLES = 16, 9  # one sample more than the largest N, as the opponent
 
 
 def print_frontier(console: Console, trainer: Any) -> Tensor:
-    """Draw from the untouched model, show what Best-of-N of it is worth, and return the rewards (P, M).
+    """Draw from the untouched model, show the gain of its Best-of-N, and return the rewards (P, M).
 
     Raises:
         ConfigError, RewardError: the reward fails.
@@ -47,7 +47,7 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
 
 
 def forecast(rewards_PM: Tensor) -> dict[str, Any]:
-    """What the table of `print_frontier` says, for a program."""
+    """The table of `print_frontier` as data, for programs."""
     rows = [
         {"n": row.n, "win_rate": row.win_rate._asdict(), "reward": row.reward._asdict(), "kl_at_most": row.kl_at_most}
         for row in frontier(rewards_PM)
@@ -56,7 +56,7 @@ def forecast(rewards_PM: Tensor) -> dict[str, Any]:
 
 
 class Worth(NamedTuple):
-    """What Best-of-n of a model is worth, and the KL that it needs at most, in nats."""
+    """The gain of Best-of-n of a model, and an upper bound on its KL, in nats."""
 
     n: int
     win_rate: Estimate
@@ -76,14 +76,14 @@ def frontier(rewards_PM: Tensor) -> Iterator[Worth]:
 
 
 def tie_rate(rewards_PM: Tensor) -> float:
-    """Share of the pairs of a prompt's samples whose rewards are equal."""
+    """Share of pairs of samples of the same prompt whose rewards are equal."""
     equal_PMM = rewards_PM[:, :, None] == rewards_PM[:, None, :]
     num_samples = rewards_PM.shape[1]
     return float((equal_PMM.sum() - rewards_PM.numel()) / (len(rewards_PM) * num_samples * (num_samples - 1)))
 
 
 def print_cost(console: Console, trainer: Any, args: Any, seconds: float) -> None:
-    """Time of all steps of the run that `args` describe, if one takes `seconds`, and the memory that was needed."""
+    """Print the time of all steps of the run that `args` describe, at `seconds` per step, and the memory used."""
     steps = num_steps(args, trainer.train_dataset)
     peak = _peak_memory()
     console.print(
@@ -118,7 +118,7 @@ def _print_evaluation(console: Console, trainer: Any, seconds: float) -> None:
 
 
 def _peak_memory() -> str | None:
-    """The most memory that this process has had; None where nobody counts it."""
+    """The peak memory of this process; None if it is not measured."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the card"
     if sys.platform == "win32":

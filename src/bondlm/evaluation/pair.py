@@ -1,4 +1,4 @@
-"""Policy and reference side by side: samples of either, and what each says of the other's samples."""
+"""Policy and reference together: samples of each, and the log-probabilities of both for these samples."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,18 +28,18 @@ CHUNK = 16  # prompts between two writes
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSet:
-    """Whose samples, how many of each prompt, and how they are drawn."""
+    """The model that draws samples, the number per prompt, and how they are drawn."""
 
     name: str  # its row in the table
     file: str
     role: Role
     num_samples: int
     temperature: float = 1.0
-    of_opponent: bool = False  # another policy, which the policy only meets
+    of_opponent: bool = False  # another policy, only for comparison with the policy
 
     @property
     def is_main(self) -> bool:
-        """Whether both models score its samples: temperature 1, where the distribution is the model's own."""
+        """Whether both models score its samples: those at temperature 1, which follow the model's own distribution."""
         return self.temperature == 1.0 and not self.of_opponent
 
 
@@ -47,7 +47,7 @@ OPPONENT_FILE = "opponent.jsonl"
 
 
 def sample_sets(num_samples: int, num_reference_samples: int, *, opponent: bool = False) -> list[SampleSet]:
-    """Reference and policy at temperature 1, the baselines that an honest sceptic would ask for, and an opponent."""
+    """Reference and policy at temperature 1, baselines at other temperatures, and an opponent."""
     return [
         SampleSet(name="reference", file="reference.jsonl", role="reference", num_samples=num_reference_samples),
         SampleSet(name="policy", file="policy.jsonl", role="policy", num_samples=num_samples),
@@ -74,7 +74,7 @@ def sample_sets(num_samples: int, num_reference_samples: int, *, opponent: bool 
 
 
 class Pair:
-    """Two models over the same tokens, and perhaps another policy, which may have tokens of its own."""
+    """Two models over the same tokens, and optionally another policy, which may have a different tokenizer."""
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class Pair:
         dtype: str = "auto",
         max_rows: int | None = None,
         init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
-        rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
+        rendering: Rendering = Rendering(),  # noqa: B008  frozen, so safe as a default
     ) -> None:
-        """Load them; `rendering` is what prompts become, `init_kwargs` are for `from_pretrained`, by role.
+        """Load the models; `rendering` says how prompts are rendered, `init_kwargs` are for `from_pretrained`, by role.
 
         Raises:
-            ConfigError: one cannot be loaded, or policy and reference do not share tokenizer, vocabulary and kind.
+            ConfigError: a model cannot be loaded, or policy and reference do not share tokenizer, vocabulary and kind.
         """
         how: dict[str, Any] = {"dtype": dtype, "max_rows": max_rows, "rendering": rendering}
         of = init_kwargs or {}
@@ -100,7 +100,7 @@ class Pair:
         _refuse_other_tokens(self.samplers["policy"], policy, self.samplers["reference"], reference)
 
     def sampler(self, wanted: SampleSet) -> Sampler:
-        """Who draws these samples."""
+        """The sampler that draws these samples."""
         return self.opponent if wanted.of_opponent and self.opponent is not None else self.samplers[wanted.role]
 
     def rows(
@@ -169,21 +169,21 @@ def fill(
     aggregation: Aggregation = SUM,
     beside: tuple[Path, int] | None = None,
 ) -> None:
-    """Append the samples that the file still lacks, a chunk of prompts at a time.
+    """Append the samples that are missing in the file, one chunk of prompts at a time.
 
     Args:
-        path: its file.
+        path: the file.
         wanted: what to draw.
         pair: the models.
         rows: encoded prompts.
-        rewards: those that count, then `num_judges` judges.
-        number: its place, which its seeds depend on.
+        rewards: the optimised rewards, then `num_judges` judges.
+        number: the number of the sample set, on which the seeds depend.
         num_judges: how many of the rewards are judges.
-        seed: of the samples.
-        max_completion_length: most tokens of a completion.
-        on_prompts_done: told how many more prompts are on file.
+        seed: seed of the samples.
+        max_completion_length: maximum tokens of a completion.
+        on_prompts_done: called with the number of prompts added to the file.
         aggregation: how several rewards become one.
-        beside: the file of the reference's samples, so many of each prompt, that ranks are counted among.
+        beside: the file of the reference's samples among which ranks are counted, and their number per prompt.
     """
     done = finished_prompts(path, [row["prompt"] for row in rows], wanted.num_samples)
     on_prompts_done(done)

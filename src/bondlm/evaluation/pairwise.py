@@ -1,6 +1,6 @@
-"""Judges that rank, as judges of an evaluation: one sample of the policy against one of the reference, pair by pair.
+"""Ranking judges in an evaluation: one sample of the policy against one of the reference, pair by pair.
 
-Every pair is asked about in both orders, so that a judge who likes what comes first gains nothing: it ties with itself.
+Every pair is judged in both orders, so that a preference for the first answer cancels to a tie.
 
 Shapes: P prompts.
 """
@@ -22,16 +22,16 @@ from bondlm.rewards import NamedReward, score
 from bondlm.rollout.samples import Samples
 
 REFERENCE = "reference"
-LEAST_AGREEMENT, BY_PLACE = 0.7, 0.3  # with itself, in the opposite order: chance is 0.5, and place alone gives 0
+LEAST_AGREEMENT, BY_PLACE = 0.7, 0.3  # between both orders: chance gives 0.5, judging only by place 0
 
 
 def in_given_order(reward: NamedReward) -> NamedReward:
-    """The same reward; one that shuffles what it is shown (`JudgeReward`) then keeps the order, and asks once."""
+    """The same reward; one that shuffles the answers (`JudgeReward`) keeps their order instead, and asks once."""
     return replace(reward, function=getattr(reward.function, "in_given_order", lambda: reward.function)())
 
 
 def why_unsteady(agreement: float) -> str | None:
-    """What is wrong with a ranking that so often stays the same in the opposite order; None where nothing is."""
+    """What is wrong with a ranking of this `agreement` between the two orders; None if nothing is."""
     if agreement < BY_PLACE:
         return "goes by the order in which answers are shown more than by the answers: chance is 50%"
     return "hardly agrees with itself: chance is 50%" if agreement < LEAST_AGREEMENT else None
@@ -39,9 +39,9 @@ def why_unsteady(agreement: float) -> str | None:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The different pairs to ask about, and for each opponent which pair stands for it at each prompt.
+    """The distinct pairs to judge, and for each opponent the index of its pair at each prompt.
 
-    None is a tie that need not be asked about: the two texts are equal.
+    An index of None is a tie without a question, since the two texts are equal.
     """
 
     prompt_rows: list[int]
@@ -77,7 +77,7 @@ def compared(
     result: Mapping[str, Any],
     on_pairs: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """What these judges add to `eval.json`: `judge_pairs`, and a warning where they contradict the optimised reward."""
+    """What these judges add to `eval.json`: `judge_pairs`, and a warning if they contradict the optimised reward."""
     if not judges:
         return {}
     found = judge_pairs(judges, rows, policy, reference, on_pairs)
@@ -104,14 +104,14 @@ def judge_pairs(
     reference: Samples,
     on_pairs: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """How often the policy wins before each judge, in the form of `eval.json`'s `pairwise`.
+    """The policy's win rate according to each judge, in the format of `pairwise` in `eval.json`.
 
     Args:
         judges: rewards that rank.
-        rows: P prompts, with the columns that judges ask for.
-        policy: their samples, of which the first is compared.
-        reference: samples of the reference, with the rewards that were optimised: these choose its best.
-        on_pairs: told how many pairs each judge will be asked about, in both orders, before it is asked.
+        rows: P prompts, with the columns that the judges need.
+        policy: samples of the policy; the first of each prompt is compared.
+        reference: samples of the reference, with the optimised rewards, which select the best samples.
+        on_pairs: called with the number of pairs that each judge will get, in both orders, before it is asked.
 
     Raises:
         RewardError: a judge ranks none of the pairs.
@@ -123,7 +123,7 @@ def judge_pairs(
 
 def _judged(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs) -> dict[str, Any]:
     wins_2K = _wins(judge, rows, pairs)
-    mean_K = wins_2K.mean(dim=0)  # NaN where an order was not ranked
+    mean_K = wins_2K.mean(dim=0)  # NaN if one of the orders was not ranked
     known_K = ~mean_K.isnan()
     if len(mean_K) and not known_K.any():
         raise RewardError(f"judge {judge.name!r} ranked none of {len(mean_K)} pairs")
@@ -143,7 +143,7 @@ def _judged(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs)
 
 
 def _wins(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs) -> Tensor:
-    """What the policy's text wins (2, K), in either order: 1, 1/2 or 0, NaN where there is no ranking."""
+    """The result of the policy's text (2, K) in both orders: 1, 1/2 or 0; NaN if there is no ranking."""
     count = len(pairs.first)
     if not count:
         return torch.zeros(2, 0, dtype=torch.float64)
@@ -163,4 +163,4 @@ def _wins(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs) -
     ranks[list(scores.bad)] = torch.nan
     ranks_2K2 = ranks.view(2, count, 2)
     gaps_2K = torch.stack([ranks_2K2[0, :, 0] - ranks_2K2[0, :, 1], ranks_2K2[1, :, 1] - ranks_2K2[1, :, 0]])
-    return ((gaps_2K.sign() + 1) / 2).masked_fill(gaps_2K.isnan(), torch.nan)  # NaN has the sign 0
+    return ((gaps_2K.sign() + 1) / 2).masked_fill(gaps_2K.isnan(), torch.nan)  # the sign of NaN is 0

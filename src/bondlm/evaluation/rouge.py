@@ -23,7 +23,7 @@ def rouge_l(text: str, reference: str) -> float:
 
 
 def common_subsequence(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """Length of the longest common subsequence, with one big integer for a row of the table (Hyyrö 2004)."""
+    """Length of the longest common subsequence, with one big integer per row of the table (Hyyrö 2004)."""
     places: dict[Hashable, int] = {}
     for i, item in enumerate(first):
         places[item] = places.get(item, 0) | 1 << i
@@ -36,10 +36,10 @@ def common_subsequence(first: Sequence[Hashable], second: Sequence[Hashable]) ->
 
 
 def rouge_judge(rows: Sequence[Any], column: str) -> NamedReward:
-    """A judge that compares completions with the text column of the data.
+    """A judge that compares completions with a text column of the data.
 
     Raises:
-        DataError: the column is not there, or holds something that is neither text nor a number.
+        DataError: the column is missing, or has a value that is neither text nor a number.
     """
     for i, row in enumerate(rows):
         if isinstance(column_text(column, row.get(column)), Failure):

@@ -1,8 +1,8 @@
 """The evaluation that ends a run: `eval.json`, `eval_samples.jsonl`, a table, and the model card.
 
-Every row of the table is judged by the same two measures, against the same M reference samples at temperature 1: the
-mean reward, and the win rate with the N that it is worth. The untouched model at lower temperatures is there because
-sharpening alone also raises the reward: a sceptic's first question. `bondlm eval` asks more of them.
+Every row of the table has the same two measures, against the same M reference samples at temperature 1: the mean
+reward, and the win rate with its effective N. The table includes the untouched model at lower temperatures, because
+sharpening on its own also raises the reward. `bondlm eval` has more such baselines.
 """
 
 import json
@@ -36,8 +36,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate the trainer's policy on its held-out prompts and write the run folder's `eval.json`.
 
-    Of several data sets that is the one of `main_eval`; the others have folders of their own, `eval-NAME`. `reporter`
-    shows how far the work is; a caller with one says what was reached. `judges` are rewards that were not optimised;
+    With several data sets this is the one of `main_eval`; each other set has its own folder, `eval-NAME`. `reporter`
+    shows progress; a caller that passes one prints the headline itself. `judges` are rewards that were not optimised;
     they score the samples of policy and reference, or compare them.
     """
     sets = trainer.eval_dataset
@@ -97,13 +97,13 @@ def _evaluate_set(
 
 
 def _name_of_set(folder: Path, name: str | None) -> Any:
-    """What the run's settings call the held-out prompts; None where they were given as rows."""
+    """The name of the held-out prompts in the run's settings; None if they were given as rows."""
     given = run_config(folder).get("eval_dataset")
     return given.get(name) if isinstance(given, Mapping) else given
 
 
 def _steps_of_weights(trainer: Any) -> int:
-    """Steps behind the policy as it is: at the end of a run the best checkpoint may have been loaded again."""
+    """Training steps of the current policy: at the end of a run the best checkpoint may have been loaded."""
     best = best_step(trainer.args, trainer.state)
     return int(trainer.state.global_step if best is None else best)
 
@@ -125,7 +125,7 @@ def _baseline(
 
 
 def write_results(folder: Path, result: Mapping[str, Any], policy: Samples, reference: Samples) -> None:
-    """Write `eval.json` and `eval_samples.jsonl`; each appears whole or not at all."""
+    """Write `eval.json` and `eval_samples.jsonl`; each is written atomically."""
     write_whole(folder / EVAL_FILE, json.dumps(plain(result), indent=2, allow_nan=False) + "\n")
     with whole(folder / EVAL_SAMPLES_FILE) as partial:
         append_jsonl(partial, list(side_by_side(policy, reference)))
@@ -133,7 +133,7 @@ def write_results(folder: Path, result: Mapping[str, Any], policy: Samples, refe
 
 @contextmanager
 def _counted(trainer: Any, reporter: Any, description: str, total: int) -> Iterator[None]:
-    """Show progress over `total` prompts, if there is a reporter."""
+    """Show progress over `total` prompts if there is a reporter."""
     if reporter is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Scored samples read back from a file, and what their texts say.
+"""Scored samples read from a file, and metrics of their texts.
 
 Shapes: P prompts, M samples of each.
 """
@@ -15,13 +15,13 @@ from bondlm.bestofn.comparison import within_prompt_correlation
 from bondlm.errors import DataError
 from bondlm.rollout.samples import Samples
 
-KEPT_TEXTS = 8  # of a prompt: what is shown and counted; the others stay on file
+KEPT_TEXTS = 8  # per prompt, to show and to measure; the others stay only in the file
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]], num_samples: int, *, num_texts: int | None = KEPT_TEXTS) -> Samples:
-    """Rows of a sample file (`bondlm.evaluation.files`), `num_samples` in a row for each prompt; one is held at a time.
+    """Rows of a sample file (`bondlm.evaluation.files`), `num_samples` consecutive ones per prompt, read one by one.
 
-    Of each prompt the first `num_texts` texts are kept, or all.
+    The first `num_texts` texts of each prompt are kept, or all with None.
 
     Raises:
         DataError: a row lacks a number.
@@ -60,15 +60,16 @@ _COLUMNS = {"reward": "rewards_PM", "tokens": "lengths_PM", "finished": "finishe
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     names = (*_COLUMNS, "log_ratio")
     own = {name: float(row[name]) for name in names if isinstance(row.get(name), bool | int | float)}
-    for kind in ("rewards", "judges"):  # a reward that does not apply is null
+    for kind in ("rewards", "judges"):  # null if the reward does not apply
         own |= {f"{kind}/{name}": math.nan if v is None else float(v) for name, v in row.get(kind, {}).items()}
     return own
 
 
 def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
-    """Different n-grams of words over all n-grams, in the first sample of each prompt; NaN if there is none.
+    """Distinct n-grams of words over all n-grams, in the first sample of each prompt; NaN if there are none.
 
-    Source: Li et al. 2016, arXiv 1510.03055. One sample per prompt, so that all are measured on as much text.
+    Source: Li et al. 2016, arXiv 1510.03055. One sample per prompt, so that all sets are measured on the same amount of
+    text.
     """
     grams = [gram for row in texts for gram in _grams(words(row[0]), n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
@@ -84,7 +85,7 @@ def _grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def text_metrics(samples: Samples) -> dict[str, float]:
-    """Length, truncation, entropy and variety: where verbosity, sharpening and collapse show."""
+    """Length, truncation, entropy and diversity, which reveal verbosity, sharpening and collapse."""
     return {
         "completions/mean_length": float(samples.lengths_PM.mean()),
         "completions/min_length": float(samples.lengths_PM.min()),

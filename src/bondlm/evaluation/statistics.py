@@ -26,14 +26,14 @@ def summarize(
     orders: Sequence[int] | None = None,
     opponent: Samples | None = None,
 ) -> dict[str, Any]:
-    """Everything that the samples say, in the form of `eval.json`.
+    """All statistics of the samples, in the format of `eval.json`.
 
     Args:
         policy: m samples of each of P prompts, with their log-ratios.
-        reference: M samples of each. Their log-ratios, if there, give the forward KL to Best-of-n.
-        others: baselines by name; they are judged against the same reference samples.
-        orders: the Best-of-n that the policy meets one by one; None is 1, 2, 4, .. up to M.
-        opponent: samples of another policy, which the policy meets as well.
+        reference: M samples of each. If they have log-ratios, these give the forward KL to Best-of-n.
+        others: baselines by name, compared with the same reference samples.
+        orders: the n of each Best-of-n that the policy is compared with; None is 1, 2, 4, .. up to M.
+        opponent: samples of another policy to compare with.
 
     Raises:
         ValueError: the policy's log-ratios are missing, or numbers are not finite.
@@ -62,13 +62,13 @@ def summarize(
 
 
 def interval(estimate: Estimate | EffectiveN) -> dict[str, Any]:
-    """`{value, low, high}`, and the text of an effective N."""
+    """`{value, low, high}`, plus a text for an effective N."""
     ends = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     return ends | {"text": str(estimate)} if isinstance(estimate, EffectiveN) else ends
 
 
 def versions() -> dict[str, str]:
-    """What computed the numbers."""
+    """Versions of the packages that computed the numbers."""
     names = ("torch", "transformers")
     return {"bondlm": bondlm.__version__} | {name: importlib.metadata.version(name) for name in names}
 
@@ -119,7 +119,7 @@ def _baselines(result: Comparison, reference: Samples, others: Mapping[str, Samp
 
 
 def _texts_of(name: str, samples: Samples) -> dict[str, float]:
-    """`text_metrics`; without an entropy of greedy answers, whose log-probabilities are those of temperature 1."""
+    """`text_metrics`, without the entropy for greedy answers, whose log-probabilities are those of temperature 1."""
     found = text_metrics(samples)
     return {key: value for key, value in found.items() if key != "entropy"} if name.endswith("greedy") else found
 
@@ -138,7 +138,7 @@ def _opponent(policy: Samples, opponent: Samples) -> dict[str, Any]:
 
 
 def _goal(mine: Any, refs: Any) -> dict[str, Any]:
-    """One of several rewards by itself, on the prompts that it applies to."""
+    """One of several rewards on its own, on the prompts that it applies to."""
     return _judge(mine, refs) | {"effective_n": interval(effective_n(mine, refs)), "num_prompts": len(mine)}
 
 
@@ -152,9 +152,9 @@ def _judge(mine: Any, refs: Any) -> dict[str, Any]:
 
 
 def _cost(policy: Samples, reference: Samples, worth: float) -> dict[str, float]:
-    """Tokens of an answer; Best-of-n draws n of the reference.
+    """Tokens per answer; Best-of-n draws n answers of the reference.
 
-    No seconds: samples are drawn in batches of other sizes for policy and reference, and their times do not compare.
+    There are no times: policy and reference draw in batches of different sizes, so their times are not comparable.
     """
     n = math.ceil(min(worth, reference.rewards_PM.shape[1]) - 1e-9)
     return {
@@ -165,7 +165,7 @@ def _cost(policy: Samples, reference: Samples, worth: float) -> dict[str, float]
 
 
 def _warnings(result: Comparison, numbers: Mapping[str, Any], policy: Samples, reference: Samples) -> list[str]:
-    """What a reader must know before believing the headline."""
+    """Caveats that a reader must know about the headline."""
     worth = result.matched["win_rate"]
     length, ref_length = float(policy.lengths_PM.mean()), float(reference.lengths_PM.mean())
     found = [
@@ -192,7 +192,7 @@ def _warnings(result: Comparison, numbers: Mapping[str, Any], policy: Samples, r
 
 
 def _over_optimised(result: Comparison, numbers: Mapping[str, Any]) -> list[str]:
-    """The optimised reward rose for certain and a judge's fell for certain, prompt by prompt."""
+    """Warn if the optimised reward rose and a judge's reward fell, both significantly, per prompt."""
     if not result.gain.low > 0:
         return []
     fallen = [name for name, judge in numbers["judges"].items() if judge["gain"]["high"] < 0]
@@ -204,7 +204,7 @@ def _over_optimised(result: Comparison, numbers: Mapping[str, Any]) -> list[str]
 
 
 def _sharpened(numbers: Mapping[str, Any]) -> list[str]:
-    """The untouched model at a lower temperature does as well: no training is needed for that."""
+    """Warn if the untouched model at a lower temperature does as well, since that needs no training."""
     rows = {k: v for k, v in numbers["baselines"].items() if k.startswith("reference, ") and "win_rate" in v}
     if not rows:
         return []

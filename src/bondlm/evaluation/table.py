@@ -1,4 +1,4 @@
-"""Tables for the terminal; completions are shown as text, whatever control characters they hold."""
+"""Tables for the terminal; control characters in completions are made visible."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from bondlm.runs import redact
 from bondlm.runs.worth import below
 
 NUM_SHOWN = 4
-PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which breaks tables and lines in log files
+PIPE_WIDTH = 120  # without a terminal, rich assumes 80 columns, which breaks tables and lines in log files
 
 
 def visible(text: str) -> Text:
@@ -23,7 +23,7 @@ def visible(text: str) -> Text:
 
 
 def wide_console() -> Console:
-    """On stdout; where that is neither a terminal nor a notebook it is as wide as the tables."""
+    """A console on stdout; if that is neither a terminal nor a notebook, it is as wide as the tables."""
     console = Console(markup=False)
     return console if console.is_terminal or console.is_jupyter else Console(width=PIPE_WIDTH, markup=False)
 
@@ -37,9 +37,9 @@ def narrow_table(title: str, *columns: str, left: int = 1) -> Table:
 
 
 def print_table(console: Console, result: Mapping[str, Any], *, headline: bool = True) -> None:
-    """The policy and its baselines, each against the same reference samples; then what lies behind the headline.
+    """Print the policy and its baselines, all against the same reference samples, and then the details.
 
-    Without `headline` the caller says what was reached.
+    Without `headline`, the caller prints the headline.
     """
     title = f"Held-out prompts: {result['num_prompts']}. 95% intervals, bootstrap over prompts."
     table = narrow_table(title, "", "reward", "win rate", "effective N", "KL")
@@ -80,13 +80,13 @@ def _add_distributions(
 
 
 def _untouched(name: str) -> str:
-    """What a baseline of the reference is called; the longest of these names sets the width of two tables."""
+    """The name of a baseline of the reference; the longest of these names sets the width of two tables."""
     how = name.removeprefix("reference, ")
     return f"{how} untouched" if how.startswith("best of") else f"untouched, {how}"
 
 
 def _print_details(console: Console, result: Mapping[str, Any]) -> None:
-    """What the distributions say of order and verbosity, and the policy before Best-of-n at each n."""
+    """Print measures of the distributions and of verbosity, and the policy against Best-of-n for each n."""
     columns = ("", "log-quantile", "tokens", "cut off", "distinct-2", "reward-length\ncorrelation")
     table = narrow_table("Order and length (mean log-quantile of Best-of-N: -1/N)", *columns)
     _add_distributions(table, result, _detail_row)
@@ -139,7 +139,7 @@ def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
 def print_evaluation(
     console: Console, step: int, metrics: Mapping[str, float], max_n: int, prefix: str | None = None
 ) -> None:
-    """A compact table of an evaluation in training: flat numbers under their logged names, behind `prefix` (if any)."""
+    """Print a compact table of an evaluation in training from its logged numbers, whose names begin with `prefix`."""
     if prefix is None:
         prefix = next(name for name in metrics if name.endswith("_effective_n")).removesuffix("_effective_n")
     name = prefix.removeprefix("eval").removeprefix("_")
@@ -160,7 +160,7 @@ ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
 def print_curve(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row for each point between a merge of runs and their reference."""
+    """Print one row for each point between a merge of runs and their reference."""
     columns = ("toward\nreference", "win rate", "effective N", "KL", "KL of\nBest-of-N", "reward")
     title = "From the merge (0) to the reference (1). 95% intervals over prompts."
     table = narrow_table(title, *columns, left=0)
@@ -186,7 +186,7 @@ def _number(numbers: Mapping[str, Any], key: str, shape: str) -> str:
 
 
 def _print_goals(console: Console, goals: Mapping[str, Any]) -> None:
-    """Each of several rewards: what did the gain cost the others?"""
+    """Print each of several rewards, to show what the gain cost the others."""
     if not goals:
         return
     columns = ("reward", "untouched", "trained", "win rate", "effective N", "prompts")
@@ -198,7 +198,7 @@ def _print_goals(console: Console, goals: Mapping[str, Any]) -> None:
 
 
 def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:
-    """Rewards that were not optimised: does the gain hold before others?"""
+    """Print rewards that were not optimised, to show whether they confirm the gain."""
     if not judges:
         return
     table = narrow_table("Judges that were not optimised", "judge", "untouched", "trained", "win rate")
@@ -209,7 +209,7 @@ def _print_judges(console: Console, judges: Mapping[str, Any]) -> None:
 
 
 def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
-    """Judges that compare two answers: one sample of the trained model against one of the untouched."""
+    """Print judges that compare two answers: one sample of the trained model against one of the untouched model."""
     for name, numbers in judges.items():
         title = f"Before the judge {visible(name)}: one answer against another, in both orders"
         table = narrow_table(title, "against", "win rate", "prompts")
@@ -226,7 +226,7 @@ def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
 
 
 def spread(numbers: Mapping[str, float], digits: int) -> str:
-    """The value with half its interval; nothing where it is not known."""
+    """The value with half the width of its interval, if that is known; empty if the value is not finite."""
     if not math.isfinite(numbers["value"]):
         return ""
     half = (numbers["high"] - numbers["low"]) / 2
@@ -236,7 +236,7 @@ def spread(numbers: Mapping[str, float], digits: int) -> str:
 
 
 def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A few prompts side by side: evenly spread over the set, not chosen."""
+    """Print samples for a few prompts, evenly spread over the set and not hand-picked."""
     chosen = rows[:: max(1, len(rows) // NUM_SHOWN)][:NUM_SHOWN]
     table = Table(title="Before and after (one random sample each; every so-many-th prompt)", show_lines=True)
     for key in rows[0]:
@@ -249,7 +249,7 @@ def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
-# The completion tokens that a phase works through, by the metric that counts them.
+# The metric that counts the completion tokens of each phase.
 PHASE_TOKENS = {"generate": "num_tokens", "reward": "num_tokens", "reference": "num_tokens/compared"}
 PHASE_TOKENS |= {"learn": "num_tokens/learned"}
 PHASE_NAMES = {"reward": "score (rewards)", "reference": "anchor and reference log-probs", "learn": "forward, backward"}
@@ -258,7 +258,7 @@ PHASE_NAMES = {"reward": "score (rewards)", "reference": "anchor and reference l
 def print_phases(
     console: Console, seconds: Mapping[str, float], tokens: Mapping[str, float], evaluation: float = 0.0
 ) -> None:
-    """Where a mean training step's time went, with completion tokens per second; and the evaluations' total seconds."""
+    """Print the phases of a mean training step, with completion tokens per second, and the evaluations' total time."""
     total = sum(seconds.values())
     if total == 0:
         return

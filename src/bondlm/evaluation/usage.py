@@ -1,4 +1,4 @@
-"""The lines of Python with which a stranger loads a run folder and asks it something, for its model card."""
+"""Python code for the model card that loads a run folder and asks the model a question."""
 
 import json
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ PLAIN = """inputs = tokenizer("What is rain?", return_tensors="pt")
 
 
 def usage(folder: Path, config: Mapping[str, Any]) -> str:
-    """A Markdown block of code; the folder is named as on the hub if the run is there, else by its path if relative."""
+    """A Markdown code block; the folder has its hub name if the run is on the hub, otherwise its path if relative."""
     place = str(config.get("hub_model_id") or (folder if not folder.is_absolute() else folder.name))
     kind, answer = "AutoModelForCausalLM", 'output[0, inputs["input_ids"].shape[1] :]'
-    if _is_encoder_decoder(folder):  # its output does not begin with the prompt
+    if _is_encoder_decoder(folder):  # its output does not include the prompt
         kind, answer = "AutoModelForSeq2SeqLM", "output[0]"
     about = "  # with peft installed: it is an adapter" if (folder / "adapter_config.json").is_file() else ""
     return f"""```python
