@@ -1,4 +1,4 @@
-"""The policy and its two companions: loading, roles, the moving anchor, log-probabilities, sharding.
+"""Policy, anchor and reference: loading, roles, the moving anchor, log-probabilities, sharding.
 
-Nothing here samples, and nothing knows of rewards or objectives.
+Nothing here samples or depends on rewards or objectives.
 """

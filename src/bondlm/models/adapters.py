@@ -1,4 +1,4 @@
-"""Adapters of any kind (PEFT): which of them can be trained exactly, and how they are put on, compared and saved."""
+"""Adapters of any kind (PEFT): checks that they can be trained exactly; attaching, comparing and saving them."""
 
 import copy
 import logging
@@ -21,18 +21,18 @@ from bondlm.models.sharding import whole
 
 _LOGGER = logging.getLogger(__name__)
 IN, OUT = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")  # LoRA's factors; a fresh one has OUT = 0
-REPEATED = ("pissa", "olora")  # take from the base what loading the adapter takes again, the same each time
-LOST = ("pissa_niter", "loftq", "corda", "lora_ga")  # take what depends on chance, data or a quantiser
+REPEATED = ("pissa", "olora")  # initialised from the base, in the same way each time the adapter is loaded
+LOST = ("pissa_niter", "loftq", "corda", "lora_ga")  # initialised from chance, data or a quantiser
 
 
 # -- refusals
 
 
 def require_trainable(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """See that a user's optimizer has all trainable weights: made before the adapter, it has those of the base.
+    """Check that a user's optimizer has all trainable weights: one made before the adapter has those of the base.
 
     Raises:
-        ConfigError: some are in none of its groups, and would never move.
+        ConfigError: some weights are in none of its groups, and would never change.
     """
     if optimizer is None:
         return
@@ -49,7 +49,7 @@ def require_trainable(optimizer: torch.optim.Optimizer | None, model: nn.Module)
 
 
 def check_config(config: PeftConfig, *, to_train: bool = True) -> None:
-    """Refuse, by name, a kind of adapter that cannot be computed, trained or loaded again exactly.
+    """Refuse kinds of adapters, named in the message, that cannot be computed, trained or reloaded exactly.
 
     Raises:
         ConfigError: it is such a kind.
@@ -80,7 +80,7 @@ def check_config(config: PeftConfig, *, to_train: bool = True) -> None:
 
 
 def check_adapter(model: Any) -> None:
-    """Refuse a model whose adapter is not all that trains, or not what its forward pass uses.
+    """Refuse a model that trains more than its adapter, or whose forward pass does not use the adapter.
 
     Raises:
         ConfigError: see above.
@@ -116,7 +116,7 @@ def _initialisation(config: PeftConfig) -> str:
 
 
 def change_of_base(config: PeftConfig) -> str:
-    """The setting by which putting the adapter on changes the base; empty if none does."""
+    """The setting with which attaching the adapter changes the base; empty if there is none."""
     if getattr(config, "layer_replication", None):
         return "layer_replication"
     start = _initialisation(config)
@@ -127,23 +127,23 @@ def change_of_base(config: PeftConfig) -> str:
 
 
 def wrap_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
-    """Put a fresh adapter on `model`, its weights in fp32 whatever the base's dtype.
+    """Put a fresh adapter on `model`, with weights in fp32 for any dtype of the base.
 
     Raises:
         ConfigError: PEFT refuses it.
     """
     try:
-        # A copy: PEFT writes into it which layers "all-linear" means.
+        # A copy, because PEFT writes the layers that "all-linear" means into it.
         return get_peft_model(model, copy.deepcopy(peft_config), autocast_adapter_dtype=True)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise ConfigError(f"peft_config: PEFT refuses this {_kind(peft_config)}: {error}") from error
 
 
 def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> PeftModel:
-    """`wrap_adapter`, for a policy: with the adapter the model must be the given one as yet.
+    """`wrap_adapter` for a policy: the fresh adapter must not change the model's outputs.
 
     Raises:
-        ConfigError: it is another one, or this kind of adapter cannot be trained.
+        ConfigError: the adapter changes the model, or this kind of adapter cannot be trained.
     """
     if isinstance(model, PeftModel):
         raise ConfigError("peft_config was given, but the model has an adapter already: remove one of them")
@@ -176,7 +176,7 @@ def _logits(model: Any) -> list[Tensor]:
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Take off what an earlier `get_peft_model` has put into this model: a cell of a notebook may be run twice.
+    """Remove what an earlier `get_peft_model` has put into this model: a notebook cell may be run twice.
 
     Raises:
         ConfigError: the earlier adapter has changed the base.
@@ -199,7 +199,7 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def silence_adapter(model: PeftModel) -> None:
-    """Set the adapter's own dropout to 0, in its config too, which is saved: what is learned is what was sampled."""
+    """Set the adapter's dropout to 0, also in its config, which is saved: it must learn as it samples."""
     config: Any = model.peft_config[model.active_adapter]
     rates = dropout_rates(config)
     for name in rates:
@@ -216,7 +216,7 @@ def silence_adapter(model: PeftModel) -> None:
 
 
 def dropout_rates(config: PeftConfig) -> dict[str, float]:
-    """The rates of noise that an adapter's config asks for."""
+    """The noise rates in an adapter's config."""
     return {n: v for n, v in vars(config).items() if "dropout" in n and isinstance(v, float | int) and v > 0}
 
 
@@ -224,7 +224,7 @@ def dropout_rates(config: PeftConfig) -> dict[str, float]:
 
 
 def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    """Parameters and buffers that a folder of the active adapter holds, by the names that they have in it."""
+    """Parameters and buffers of the active adapter's folder, by their names in it."""
     every = model.state_dict(keep_vars=True)
     return get_peft_model_state_dict(  # type: ignore[no-any-return]
         model, state_dict=every, adapter_name=model.active_adapter, save_embedding_layers=False
@@ -232,7 +232,7 @@ def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 def adds_nothing(model: PeftModel) -> bool:
-    """Whether the model with its adapters off is the same model: of LoRA, as yet, with B = 0 in every layer."""
+    """Whether the model is the same with its adapters off; for LoRA, if B = 0 in every layer."""
     fully_trained = set()
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -252,22 +252,22 @@ def _is_any(name: str, parts: tuple[str, ...]) -> bool:
 
 
 def without_wrapper(model: PeftModel) -> Any:
-    """The transformers model that computes with the adapter, to be sampled from.
+    """The transformers model with the adapter inside, to sample from.
 
-    In fp32 LoRA on linear layers is merged, which decodes faster. In bf16 the sum would be rounded, which moves the
-    distribution by tenths of a nat per text: there, and for other kinds, the adapter stays beside its layers.
+    In fp32, LoRA on linear layers is merged, which decodes faster. In bf16 the sum would be rounded, which changes the
+    distribution by tenths of a nat per text. In that case, and for other kinds of adapters, the adapter stays separate.
     """
     is_fp32 = all(p.dtype == torch.float32 for p in model.parameters())
     return model.merge_and_unload() if is_fp32 and can_join(model) else model.get_base_model()
 
 
 def edits_base(model: PeftModel) -> bool:
-    """Whether the base in memory has other weights than the one on file."""
+    """Whether the base in memory differs from the base on file."""
     return bool(change_of_base(model.peft_config[model.active_adapter]))
 
 
 def check_start(model: PeftModel, use: Callable[[str], AbstractContextManager[Any]], *, sharded: bool) -> None:
-    """Before step 1 what learns, what samples, the anchor and the reference must be one model.
+    """Check that before step 1 the model that learns, the one that samples, the anchor and the reference are the same.
 
     Raises:
         ConfigError: they are not.
@@ -294,13 +294,13 @@ def check_start(model: PeftModel, use: Callable[[str], AbstractContextManager[An
 
 
 def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write the active adapter, whatever its name, into `folder` itself; `state` holds weights that lie elsewhere."""
+    """Write the active adapter, whatever its name, into `folder` itself; `state` holds weights that are elsewhere."""
     name, card = model.active_adapter, Path(folder) / "README.md"
     had_card = card.exists()
     model.save_pretrained(str(folder), selected_adapters=[name], state_dict=state)
-    if not had_card:  # PEFT's is a form to fill in
+    if not had_card:  # PEFT's card is an empty form
         card.unlink(missing_ok=True)
-    if name != "default":  # PEFT gives those a folder of their own
+    if name != "default":  # PEFT puts these into a subfolder
         for path in (Path(folder) / name).iterdir():
             path.replace(Path(folder) / path.name)
         (Path(folder) / name).rmdir()

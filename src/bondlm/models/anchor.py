@@ -1,7 +1,8 @@
 """The moving anchor (Sessa et al. 2024, sections 4.3 and 5).
 
-The anchor's master copy is fp32 whatever the weights are: in bf16 an average with mixing rate 0.02 does not move at all
-(each step is smaller than half the spacing of the numbers), and J-BOND would silently become BOND with a fixed anchor.
+The anchor's master copy is fp32 for any dtype of the weights: in bf16 an average with mixing rate 0.02 does not move at
+all (each step is smaller than half the spacing of the numbers), and J-BOND would silently become BOND with a fixed
+anchor.
 """
 
 import math
@@ -28,8 +29,8 @@ Pairs = Sequence[tuple[str, Tensor, nn.Parameter]]  # (name, anchor weight, poli
 class Anchor:
     """Moves the anchor's parameters towards the policy's.
 
-    With LoRA the factors A and B are averaged apart: the anchor's product is not exactly the average of the products.
-    Of sharded weights each process averages its own part; only two sums, for the metrics, are exchanged.
+    With LoRA the factors A and B are averaged separately, so the anchor's product is not exactly the average of the
+    products. With sharded weights each process averages its own part; only two sums, for the metrics, are exchanged.
     """
 
     def __init__(self, pairs: Pairs, *, schedule: AnchorSchedule, eta: float, update_every: int) -> None:
@@ -39,10 +40,10 @@ class Anchor:
         self.bind(pairs)
 
     def bind(self, pairs: Pairs) -> None:
-        """Couple these weights from now on: a model that is wrapped to be sharded has new ones."""
+        """Use these weights from now on: wrapping a model to shard it replaces its weights."""
         self._pairs = list(pairs)
         self._master: dict[str, Tensor] = {
-            # Itself, not its `.data`: FSDP may give a sharded parameter other memory.
+            # The parameter itself, not its `.data`: FSDP may move a sharded parameter to other memory.
             name: anchor if anchor.dtype == torch.float32 else copied(anchor, torch.float32)
             for name, anchor, _ in pairs
         }
@@ -50,7 +51,7 @@ class Anchor:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The fp32 master copy as it lies here, sharded or not."""
+        """This process's fp32 master copy, sharded or not."""
         return list(self._master.values())
 
     @property
@@ -77,12 +78,12 @@ class Anchor:
         for name, anchor, policy in self._pairs:
             copies = num_copies(self._master[name])
             master = local(self._master[name])
-            target = local(policy).detach().to(master.device, master.dtype)  # the anchor may rest on the CPU
+            target = local(policy).detach().to(master.device, master.dtype)  # the anchor may be on the CPU
             gap_sq += float((target - master).square().sum()) / copies
             if rate == 0:
                 continue
             before = master.clone()
-            master.lerp_(target, rate)  # exact at rate 1: a copy is a copy
+            master.lerp_(target, rate)  # exact at rate 1, where it copies
             if anchor.dtype != torch.float32:
                 local(anchor).copy_(master)
             moved_sq += float((master - before).square().sum()) / copies
@@ -98,8 +99,8 @@ class Anchor:
     def state_dict(self, *, is_main: bool = True) -> dict[str, Tensor]:
         """The fp32 master copy, by parameter name.
 
-        If it is sharded every process must call this: it is gathered, tensor by tensor, on the CPU of the one that says
-        `is_main`; the others get nothing.
+        If it is sharded, every process must call this: it is gathered, tensor by tensor, on the CPU of the process with
+        `is_main`; the others get an empty dictionary.
         """
         if self._is_sharded:
             return gather_to_main(self._master, is_main=is_main)

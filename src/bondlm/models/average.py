@@ -1,4 +1,4 @@
-"""The average of the weights along a run: near a fixed point a step is mostly noise, and the mean of many has less."""
+"""The average of the weights over a run: near a fixed point steps are mostly noise, which averaging reduces."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,20 +18,21 @@ from bondlm.models.sharding import (
 
 
 class WeightAverage:
-    """A running average of what trains, right at every step and not only at a last one that must be known beforehand.
+    """A running average of the trained weights, valid at every step, so the last step need not be known in advance.
 
     After step t, from 1: average += (p + 1) / (t + p) * (weights - average) with p = 2 / fraction - 2, so that step s
-    has a weight of about s^p (polynomial-decay averaging, Shamir and Zhang 2013, arXiv 1212.1824). It is as old, in the
-    mean, as the plain average over the last `fraction` of the steps so far; `fraction` 1 is the plain average of all.
+    has a weight proportional to about s^p (polynomial-decay averaging, Shamir and Zhang 2013, arXiv 1212.1824). The
+    mean age of the weights is that of a plain average over the last `fraction` of the steps so far; `fraction` 1 is the
+    plain average of all steps.
 
-    With LoRA the factors A and B are averaged apart, as by the anchor. Of sharded weights each process averages its own
-    part. It is fp32, and lies where the weights do.
+    With LoRA the factors A and B are averaged separately, as in the anchor. With sharded weights each process averages
+    its own part. The average is fp32, on the same device as the weights.
     """
 
     def __init__(self, model: nn.Module, fraction: float) -> None:
-        """Of the weights of `model` that train; `fraction` in [0, 1], 0 averages nothing."""
+        """Average the trained weights of `model`; `fraction` in [0, 1], where 0 averages nothing."""
         self._model, self.fraction = model, fraction
-        self._values: dict[str, Tensor] = {}  # by name; none before the first step, and when it is done
+        self._values: dict[str, Tensor] = {}  # by name; empty before the first step and after `settle`
         self._is_in_place = False
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -39,11 +40,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the weights after optimizer step number `step` (from 1) into the average."""
+        """Add the weights after optimizer step number `step` (from 1) to the average."""
         if not self.fraction:
             return
         power = 2 / self.fraction - 2
-        rate = (power + 1) / (step + power)  # 1 at the first step: a run that begins again forgets the one before
+        rate = (power + 1) / (step + power)  # 1 at the first step: a restarted run forgets the previous one
         for name, parameter in self._trained().items():
             if name in self._values:
                 mine = local(self._values[name])
@@ -53,7 +54,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Have the average in the place of the weights, bit by bit the same again afterwards; nothing without one."""
+        """Put the average in place of the weights, restored exactly afterwards; no effect without an average."""
         if not self._values or self._is_in_place:
             yield
             return
@@ -66,7 +67,7 @@ class WeightAverage:
             self._exchange()
 
     def settle(self) -> None:
-        """Leave the average in the model, for good: what the run has made."""
+        """Put the average into the model permanently, as the result of the run."""
         if self._values:
             self._exchange()
             self._values = {}
@@ -78,16 +79,16 @@ class WeightAverage:
             kept = theirs.clone()
             theirs.copy_(mine)
             mine.copy_(kept)
-        torch.clear_autocast_cache()  # it knows a weight by its parameter
+        torch.clear_autocast_cache()  # its keys are parameters, not values
 
     def state_dict(self, *, is_main: bool = True) -> dict[str, Tensor]:
-        """The average, by parameter name; of sharded weights as of `Anchor.state_dict`."""
+        """The average, by parameter name; sharded weights are gathered as in `Anchor.state_dict`."""
         if any(is_sharded(tensor) for tensor in self._values.values()):
             return gather_to_main(self._values, is_main=is_main)
         return {name: tensor.contiguous() for name, tensor in self._values.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from the average of a checkpoint; names and shapes must match exactly. There may be none as yet."""
+        """Continue from the average in a checkpoint, which may be empty; names and shapes must match exactly."""
         if not state:
             self._values = {}
             return

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO (stages 1 to 3): what of them bondlm takes, and where they differ from other kinds of training.
+"""DeepSpeed's ZeRO (stages 1 to 3): what bondlm supports of it, and how it differs from other kinds of training.
 
-DeepSpeed steps its optimizer inside `backward` of the last micro-batch. What must be kept from the weights is kept by
-its own check of the gradient's norm, over all processes; `step_was_skipped` says what came of it.
+DeepSpeed steps its optimizer inside `backward` of the last micro-batch. Its own check of the gradient's norm, over all
+processes, keeps bad gradients from the weights; `step_was_skipped` reports the outcome.
 """
 
 import math
@@ -18,16 +18,16 @@ _CONFIGS = "examples/accelerate/zero2.yaml or zero3.yaml"
 
 
 def zero_stage(args: Any) -> int:
-    """1 to 3; 0 without DeepSpeed. Known before the model is wrapped."""
+    """The ZeRO stage, 1 to 3; 0 without DeepSpeed. Known before the model is wrapped."""
     plugin = getattr(args, "deepspeed_plugin", None)
     return 0 if plugin is None else int(plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
 def check_zero(args: Any) -> list[str]:
-    """Refuse, before any work, what anchor or reference could not follow; returns what bondlm was never run with.
+    """Refuse, before any work, settings that anchor or reference do not support; returns the untested ones.
 
     Raises:
-        ConfigError: with what to set instead.
+        ConfigError: a setting is not supported; says what to set instead.
     """
     plugin = args.deepspeed_plugin
     config, zero = plugin.deepspeed_config, plugin.deepspeed_config["zero_optimization"]
@@ -64,10 +64,10 @@ def check_zero(args: Any) -> list[str]:
 
 
 def settle_precision(accelerator: Any, args: Any) -> torch.dtype | None:
-    """The dtype that autocast computes in, weights and gradients staying fp32; None: no autocast.
+    """The compute dtype of autocast, with weights and gradients in fp32; None: no autocast.
 
-    DeepSpeed's own bf16 would put rounded weights into the model, from which steps of 1e-6 vanish. Its `torch_autocast`
-    is what Trainer does elsewhere.
+    DeepSpeed's own bf16 mode would put rounded weights into the model, in which steps of 1e-6 vanish. Its
+    `torch_autocast` does what Trainer does elsewhere.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
@@ -77,20 +77,20 @@ def settle_precision(accelerator: Any, args: Any) -> torch.dtype | None:
     in_bf16 = accelerator.mixed_precision == "bf16"
     if in_bf16:
         del plugin.deepspeed_config["bf16"]
-        # Of no module may gradients be averaged in bf16.
+        # No module's gradients may be averaged in bf16.
         autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         plugin.deepspeed_config["torch_autocast"] = autocast
-        propagate_args_to_deepspeed(accelerator, args)  # else Trainer rounds our tensors to bf16
-        accelerator.native_amp = False  # accelerate's autocast would now take the device's default, fp16 on CUDA
-    unset_hf_deepspeed_config()  # while it is set `from_pretrained` partitions reward models, too
+        propagate_args_to_deepspeed(accelerator, args)  # otherwise Trainer rounds our tensors to bf16
+        accelerator.native_amp = False  # accelerate's autocast would now use the device's default, fp16 on CUDA
+    unset_hf_deepspeed_config()  # while it is set, `from_pretrained` also partitions reward models
     return torch.bfloat16 if in_bf16 else None
 
 
 def step_was_skipped(optimizer: Any) -> bool:
-    """Whether DeepSpeed kept a gradient that is not finite from the weights; the same answer on all processes.
+    """Whether DeepSpeed skipped a step because of a gradient that is not finite; the same on all processes.
 
     Raises:
-        NonFiniteError: the gradient's norm is not finite, or nobody knows it, and it stepped all the same.
+        NonFiniteError: it took a step although the gradient's norm is not finite or not known.
     """
     skipped, norm = bool(optimizer.step_was_skipped), optimizer.optimizer._global_grad_norm
     if not skipped and (norm is None or not math.isfinite(norm)):
@@ -102,7 +102,7 @@ def step_was_skipped(optimizer: Any) -> bool:
 
 
 def stepping(accelerator: Any, learn: Callable[[Any], Tensor]) -> Callable[[Any, bool], Tensor]:
-    """`learn` with a flag for a micro-batch's last part: behind that one alone may DeepSpeed step."""
+    """`learn` with a flag for the last part of a micro-batch: DeepSpeed may step only after that part."""
     state = accelerator.gradient_state
 
     def step(part: Any, is_last: bool) -> Tensor:
@@ -117,13 +117,13 @@ def stepping(accelerator: Any, learn: Callable[[Any], Tensor]) -> Callable[[Any,
 
 
 def require_same_sharding(checkpoint: Path, args: Any) -> None:
-    """Raise ConfigError unless DeepSpeed, with as many processes, wrote the optimizer's state that it shall read now.
+    """Raise ConfigError unless DeepSpeed wrote the checkpoint's optimizer state with the same number of processes.
 
-    Trainer would begin with a fresh optimizer where it finds no file that it knows.
+    Trainer would start with a fresh optimizer if it finds no file that it knows.
     """
     num_parts = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
     stage = 0 if not num_parts else 2 if list(checkpoint.glob("global_step*/mp_rank_00_model_states.pt")) else 3
-    own = max(2, zero_stage(args)) if zero_stage(args) else 0  # on file ZeRO-1 looks like ZeRO-2
+    own = max(2, zero_stage(args)) if zero_stage(args) else 0  # on disk ZeRO-1 looks like ZeRO-2
     now = (own, args.world_size if own else 0)
     if (stage, num_parts) != now:
         said = [f"ZeRO-{s} with {n} processes" if s else "no DeepSpeed" for s, n in ((stage, num_parts), now)]
@@ -134,7 +134,7 @@ def require_same_sharding(checkpoint: Path, args: Any) -> None:
 
 
 def load_without_code(engine: Any) -> None:
-    """Let this engine read its checkpoints with `weights_only=True`: DeepSpeed would run any code that they hold."""
+    """Make this engine read its checkpoints with `weights_only=True`: DeepSpeed would run any code in them."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -1,7 +1,7 @@
-"""Facts of a model's text: one place that asks its config, whatever else the model sees, hears or encodes.
+"""Facts about a model's text part from its config, also for models that see, hear or encode something else.
 
-A model that sees images keeps the facts of its language model in a config within its config, an encoder-decoder model
-those of its decoder, and some models have other values in each layer.
+A model that sees images has the facts of its language model in a nested config, an encoder-decoder model has those of
+its decoder, and some models have different values in each layer.
 """
 
 import inspect
@@ -9,17 +9,17 @@ from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Any
 
-# Layers whose state has no column for each token; padding that enters it stays in it.
+# Layers whose state has no column per token, so padding that enters the state stays in it.
 RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
 
 
 def text_config(config: Any) -> Any:
-    """The config of what writes text: the model's own, that of its language model, or that of its decoder."""
+    """The config of the part that writes text: the model's own, that of its language model, or that of its decoder."""
     return config.get_text_config(decoder=True)
 
 
 def decoder_config(model: Any) -> Any:
-    """The config of what decodes: of an encoder-decoder model the decoder's own, which may have other layers.
+    """The config of the part that decodes: for an encoder-decoder model the decoder's, which may have other layers.
 
     T5's own config counts the encoder's layers, and a cache made from it would be too short for a deeper decoder.
     """
@@ -34,13 +34,13 @@ def vocabulary_size(config: Any) -> int:
 
 
 def hidden_size(config: Any) -> int:
-    """Numbers of a last hidden state."""
+    """Dimensions of the last hidden state."""
     text = text_config(config)
     return int(getattr(text, "hidden_size", None) or text.d_model)
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """What each layer does with earlier tokens, as `layer_types` names it; ["full_attention"] where nothing is said."""
+    """What each layer does with earlier tokens, as named in `layer_types`; by default ["full_attention"]."""
     return list(getattr(text_config(config), "layer_types", None) or ["full_attention"])
 
 
@@ -57,7 +57,7 @@ def has_full_attention(config: Any) -> bool:
 
 
 def layer_configs(config: Any) -> Iterator[Any]:
-    """The text's config as each layer sees it; once where all layers are alike."""
+    """The text config for each layer; only one if all layers are alike."""
     text = text_config(config)
     if getattr(text, "is_heterogeneous", False):
         yield from text.per_layer_config
@@ -66,7 +66,7 @@ def layer_configs(config: Any) -> Iterator[Any]:
 
 
 def takes_argument(model: Any, name: str) -> bool:
-    """Whether the transformers model, inside whatever wraps it, names this argument of its forward pass."""
+    """Whether the forward pass of the transformers model, inside any wrappers, has this argument."""
     while inner := vars(model).get("_modules", {}).get("module") or vars(model).get("_modules", {}).get("_orig_mod"):
         model = inner  # DDP, DeepSpeed, torch.compile
     core = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,9 +1,9 @@
-"""The language-model head on the tokens that count alone, and in pieces: its logits never outgrow a fixed budget.
+"""Apply the language-model head only to the tokens that count, in pieces, so that logits stay within a fixed budget.
 
-A head makes V numbers of every position, for a vocabulary of 50,000 to 250,000 the largest tensors of a step by far,
-and of those a log-probability needs two: the token's logit and the sum. So while `chosen_tokens` is open the head
-returns log-probabilities of given tokens instead of logits. It does so inside the model's own forward pass, so that
-what wraps the model (adapters, DDP, FSDP) sees an ordinary call.
+A head makes V numbers for every position, with a vocabulary of 50,000 to 250,000 by far the largest tensors of a step,
+but a log-probability needs only two of them: the token's logit and the sum. So inside `chosen_tokens` the head returns
+log-probabilities of given tokens instead of logits. This happens inside the model's own forward pass, so that wrappers
+(adapters, DDP, FSDP) see an ordinary call.
 
 Shapes: F tokens, S positions that the head is called with, D hidden size, V vocabulary.
 """
@@ -22,7 +22,7 @@ LOGITS_BUDGET = 2**28  # bytes of fp32 logits at a time
 
 
 def positions_in_budget(vocab_size: int) -> int:
-    """Positions whose logits fit into the budget, at least one."""
+    """Number of positions whose logits fit into the budget, at least one."""
     return max(1, LOGITS_BUDGET // (4 * vocab_size))
 
 
@@ -36,7 +36,7 @@ def chosen_tokens(head: nn.Module, position_F: Tensor, ids_F: Tensor) -> Iterato
     """Let `head` return the log-probabilities (F, 1) of the tokens `ids_F`, fp32.
 
     Token i is predicted at `position_F[i]` of the flattened positions (S) that the head is called with. With a gradient
-    and more than one piece, a piece's logits are computed anew in the backward pass instead of kept.
+    and more than one piece, the logits of a piece are recomputed in the backward pass instead of kept.
     """
     plain = head.forward
     size = positions_in_budget(cast(int, head.out_features))
@@ -59,7 +59,7 @@ def chosen_tokens(head: nn.Module, position_F: Tensor, ids_F: Tensor) -> Iterato
 def exact_head(model: Any, device: torch.device) -> nn.Module | None:
     """The head of a model whose logits are what its head returns; None for one that alters them (caps, scales).
 
-    Asked of the model itself: it gets a head that returns known numbers, which must come out as they are.
+    This is tested on the model: it gets a head that returns known numbers, which must come out unchanged.
     """
     head = model.get_output_embeddings()
     if not hasattr(head, "out_features"):
@@ -70,7 +70,7 @@ def exact_head(model: Any, device: torch.device) -> nn.Module | None:
     with _replaced(head, lambda hidden: known):
         try:
             seen = model(input_ids=ids, use_cache=False, **inputs).logits
-        except (RuntimeError, IndexError):  # it does more with its logits than hand them on
+        except (RuntimeError, IndexError):  # it does more with its logits than pass them on
             return None
     return head if seen.shape == known.shape and torch.equal(seen.float(), known) else None
 

@@ -1,9 +1,9 @@
 """The learned quantile: Sessa et al. 2024, arXiv 2407.14622, appendix B.1.
 
 A small model p_theta(x, y) of the chance that a sample of the anchor is at most as good as y. Its label is one
-comparison, 1{r(y') <= r(y)}, and its loss the binary cross-entropy (Eq. 25), minimised beside the policy: one step a
-rollout. The paper makes it a second language model. Here it is a small network on features that the frozen
-reference gives for free of training: its last hidden states, averaged over the completion, and at the last token.
+comparison, 1{r(y') <= r(y)}, and its loss is the binary cross-entropy (Eq. 25), minimised together with the policy: one
+step per rollout. In the paper it is a second language model. Here it is a small network on features of the frozen
+reference, which need no training: its last hidden states, averaged over the completion, and at the last token.
 
 Shapes: B completions, D hidden size.
 """
@@ -24,16 +24,16 @@ WIDTH = 128
 
 
 class QuantileModel(nn.Module):
-    """log p_theta(x, y) from the reference's features; it has an optimizer of its own."""
+    """log p_theta(x, y) from the reference's features; it has its own optimizer."""
 
     def __init__(self, hidden_size: int, *, learning_rate: float, seed: int) -> None:
-        """`hidden_size` is the reference's; the first weights depend on `seed` alone."""
+        """`hidden_size` is the reference's; the initial weights depend only on `seed`."""
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would set the accelerators', too
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
             last = nn.Linear(WIDTH, 1)
             self.net = nn.Sequential(nn.LayerNorm(2 * hidden_size), nn.Linear(2 * hidden_size, WIDTH), nn.GELU(), last)
-        nn.init.zeros_(last.weight)  # it begins at p = 1/2 for everything
+        nn.init.zeros_(last.weight)  # it starts with p = 1/2 everywhere
         nn.init.zeros_(last.bias)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate, weight_decay=0.01)
 
@@ -45,7 +45,7 @@ class QuantileModel(nn.Module):
     def update(self, features_BD: Tensor, labels_B: Tensor) -> float:
         """One step on the binary cross-entropy against `labels_B` in [0, 1]; returns the loss before it, in nats.
 
-        If loss or gradient is not finite there is no step: one would spoil the model for good.
+        If the loss or the gradient is not finite, it takes no step, since that would ruin the model permanently.
         """
         with torch.enable_grad():
             loss = binary_cross_entropy_with_logits(self.net(features_BD).squeeze(1), labels_B)
@@ -64,7 +64,7 @@ class QuantileModel(nn.Module):
         return state
 
     def load_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` gave; names and shapes must match exactly (KeyError, RuntimeError)."""
+        """Restore the state from `tensors`; names and shapes must match exactly (KeyError, RuntimeError)."""
         self.net.load_state_dict({n.removeprefix("net."): t for n, t in state.items() if n.startswith("net.")})
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.items():
@@ -86,8 +86,8 @@ def completion_features(
 ) -> Tensor:
     """Features (B, 2 D) fp32 of (prompt, completion) rows: last hidden states, their mean and the last one.
 
-    At most `batch_rows` go through the model together; fewer after an out-of-memory error, or where a model that makes
-    the logits of all columns would make too many of them.
+    At most `batch_rows` rows go through the model together; fewer after an out-of-memory error, or if the model makes
+    logits of all columns and these would be too many.
 
     Raises:
         ResourceError: not even one row fits into the memory.
@@ -124,7 +124,7 @@ def _chunk_features(
     batch = collate(groups, pad_id, start_id=start_id)
     mask_BT = batch.pop("completion_mask")[:, 0].to(device)
     del batch["completion_ids"]
-    if start_id is None:  # a token's own column comes right after the one that predicts it
+    if start_id is None:  # a token's own column comes right after the column that predicts it
         column_BT = batch.pop("predictor")[:, 0].to(device) + 1
         columns = batch.pop("logits_to_keep")
         if takes_argument(model, "logits_to_keep"):
@@ -134,7 +134,7 @@ def _chunk_features(
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     out = model(**inputs, output_hidden_states=True, use_cache=False)
     states = out.hidden_states if start_id is None else out.decoder_hidden_states
-    column_BT = column_BT.clamp(max=states[-1].shape[1] - 1)  # beyond the row there is padding alone
+    column_BT = column_BT.clamp(max=states[-1].shape[1] - 1)  # beyond the row there is only padding
     hidden_BTD = states[-1].gather(1, column_BT.unsqueeze(2).expand(-1, -1, states[-1].shape[2])).float()
     mean_BD = (hidden_BTD * mask_BT.unsqueeze(2)).sum(1) / mask_BT.sum(1, keepdim=True)
     last_B = mask_BT.sum(1).long() - 1
@@ -143,5 +143,5 @@ def _chunk_features(
 
 
 def quantile_model(hidden_size: int, args: Any) -> QuantileModel:
-    """A fresh one, on the run's device."""
+    """A fresh quantile model on the run's device."""
     return QuantileModel(hidden_size, learning_rate=args.quantile_learning_rate, seed=args.seed).to(args.device)

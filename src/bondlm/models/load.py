@@ -1,4 +1,4 @@
-"""Loading a policy, and what must hold of it before it is trained."""
+"""Load a policy and check it before training."""
 
 import copy
 import re
@@ -37,8 +37,8 @@ from bondlm.models.adapters import (
 from bondlm.models.precision import check_precision, settle_head, take_dtype, train_in_fp32
 from bondlm.models.sharding import check_parallelism, shards_weights, uses_fsdp
 
-# What transformers, PEFT and safetensors raise of files that are damaged or do not fit each other. RuntimeErrors are
-# wrong shapes, LookupErrors unknown names of a part (an activation, a kind of adapter).
+# Errors that transformers, PEFT and safetensors raise for damaged or inconsistent files. RuntimeErrors are wrong
+# shapes, LookupErrors are unknown names of parts (an activation, a kind of adapter).
 _LOAD_ERRORS = (
     *(OSError, ValueError, TypeError, ImportError, RuntimeError, LookupError, AttributeError),
     *(SafetensorError, StrictDataclassError),
@@ -47,7 +47,7 @@ _LOAD_ERRORS = (
 
 @contextmanager
 def refused(say: Callable[[Exception], str]) -> Iterator[None]:
-    """Files that cannot be loaded are a ConfigError with what `say` makes of it; out of memory stays what it is.
+    """Turn errors of loading files into a ConfigError with the message from `say`; out of memory is not changed.
 
     Raises:
         ConfigError: they cannot be loaded.
@@ -63,10 +63,10 @@ def refused(say: Callable[[Exception], str]) -> Iterator[None]:
 def load_model(path: str | Path, *, dtype: torch.dtype | str, **init_kwargs: Any) -> PreTrainedModel | PeftModel:
     """Load a causal or encoder-decoder model, or an adapter folder on its base model, by folder or hub name.
 
-    Weights are read from safetensors only and code that comes with a model is never run.
+    Weights are read only from safetensors, and code that comes with a model is never run.
 
     Raises:
-        ConfigError: nothing that can be loaded lies there, or some of its weights are missing.
+        ConfigError: there is no model that can be loaded, or some of its weights are missing.
     """
     if init_kwargs.pop("trust_remote_code", False):
         raise ConfigError(
@@ -86,7 +86,7 @@ def _load_adapter(path: Path, dtype: torch.dtype | str, init_kwargs: dict[str, A
     base = adapter.base_model_name_or_path
     if base is None:
         raise ConfigError(f"adapter {path!s}: adapter_config.json names no base model")
-    if not (path / "adapter_model.safetensors").is_file():  # PEFT would read a pickle instead
+    if not (path / "adapter_model.safetensors").is_file():  # PEFT would load a pickle instead
         raise ConfigError(f"adapter {path!s}: no adapter_model.safetensors; save it as safetensors")
     of_base = {} if adapter.revision is None else {"revision": adapter.revision}
     model = load_model(base, dtype=dtype, **(of_base | init_kwargs))
@@ -98,7 +98,7 @@ def _load_adapter(path: Path, dtype: torch.dtype | str, init_kwargs: dict[str, A
     unfit = f"the adapter {str(path)!r} does not fit its base {base!r}: "
     with refused(lambda error: f"{unfit}{' '.join(str(error).split())[:300]}; {advice}"):
         loaded = PeftModel.from_pretrained(model, str(path), is_trainable=True)
-        info = loaded.load_adapter(str(path), loaded.active_adapter, is_trainable=True)  # once more, for what it says
+        info = loaded.load_adapter(str(path), loaded.active_adapter, is_trainable=True)  # again, for its report
     held = loaded.state_dict(keep_vars=True)
     found = {id(weight) for key, weight in held.items() if key not in info.missing_keys}
     missing = [key for key in info.missing_keys if id(held.get(key)) not in found]  # layers may share a weight
@@ -115,28 +115,28 @@ def _load_whole(path: str | Path, dtype: torch.dtype | str, init_kwargs: dict[st
 
 
 def from_safetensors(auto_class: Any, path: str | Path, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """A model, and what `from_pretrained` says of its weights, for `refuse_missing`; no pickle and no code is run."""
+    """A model, and the loading report of `from_pretrained` for `refuse_missing`; no pickle is read and no code run."""
     return auto_class.from_pretrained(  # type: ignore[no-any-return]
         path,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused by name, as missing ones are
+        ignore_mismatched_sizes=True,  # they are refused by name, like missing ones
         **kwargs,
     )
 
 
 def refuse_missing(what: str, model: Any, info: Mapping[str, Any], may_miss: str | None = None) -> None:
-    """Refuse a checkpoint that lacks weights, or has some of other shapes: transformers draws those at random.
+    """Refuse a checkpoint with missing weights or wrong shapes, which transformers would initialise at random.
 
     Args:
         what: the checkpoint.
-        model: as it was loaded.
-        info: what `from_pretrained` says with `output_loading_info`.
-        may_miss: weights whose name contains this are not used.
+        model: the loaded model.
+        info: the report of `from_pretrained` with `output_loading_info`.
+        may_miss: weights whose names contain this are not used.
 
     Raises:
-        ConfigError: it is such a checkpoint.
+        ConfigError: weights are missing or have wrong shapes.
     """
     missing = sorted(key for key in info["missing_keys"] if may_miss is None or may_miss not in key)
     shapes = [f"{key} (shape {tuple(a)}, not {tuple(b)})" for key, a, b in sorted(info["mismatched_keys"])]
@@ -155,7 +155,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def loaded_revision(model: Any, args: BONDConfig) -> str | None:
-    """The revision of a hub's model: as it was asked for, else the commit that it was loaded from."""
+    """The revision of a hub model: the requested one, else the commit that it was loaded from."""
     asked = (args.model_init_kwargs or {}).get("revision")
     return asked or getattr(model.config, "_commit_hash", None)
 
@@ -171,7 +171,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     try:
         of_hub = {} if revision is None else {"revision": revision}
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **of_hub)
-    except Exception as error:  # a damaged file is a KeyError, or of a class of tokenizers'
+    except Exception as error:  # a damaged file raises a KeyError or a class of `tokenizers`
         files = [path.name for path in Path(name).iterdir()] if Path(name).is_dir() else []
         has_none = bool(files) and not any(re.match("tok|vocab|merges|sp|sentencep", file) for file in files)
         why = "the folder has none" if has_none else why_not_loaded(name, error)
@@ -182,7 +182,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 
 def _resize_as(adapter: Path, model: Any) -> None:
-    """Give the base the vocabulary that it was trained with: PEFT keeps a resized embedding beside the adapter."""
+    """Resize the base's vocabulary to that of training: PEFT saves a resized embedding with the adapter."""
     embedding = next((name for name, m in model.named_modules() if m is model.get_input_embeddings()), None)
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         kept = f"base_model.model.{embedding}.weight"
@@ -192,7 +192,7 @@ def _resize_as(adapter: Path, model: Any) -> None:
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
-    """Some models that see images are known by that alone; their text is what is trained."""
+    """The Auto class; some models that see images have no other one, though only their text part is trained."""
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     sees = (
@@ -203,9 +203,9 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively, else fp32.
+    """bf16 if the hardware multiplies it natively, else fp32.
 
-    On a CPU without AVX512-BF16 or AMX bf16 products are emulated: measured 9 times slower than fp32 on AVX2.
+    On a CPU without AVX512-BF16 or AMX, bf16 products are emulated: measured 9 times slower than fp32 on AVX2.
     """
     if device.type == "cpu":
         features = torch.cpu.get_capabilities()
@@ -216,13 +216,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-NOISE = re.compile(r"drop|jitter")  # how modules call the rates of dropout, layer drop and a router's noise
+NOISE = re.compile(r"drop|jitter")  # names that modules give to the rates of dropout, layer drop and router noise
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set all noise of training to 0: what is learned from must have the log-probabilities that it was sampled with.
+    """Set all training noise to 0: a sample must be learned from with the log-probabilities that it was drawn with.
 
-    Dropout is a module, or a number that a module keeps under one of many names. What this does not find, a probe does
+    Dropout is a module, or a number that a module has under one of many names. A probe finds what this misses
     (`bondlm.models.probe`).
     """
     for module in model.modules():
@@ -235,7 +235,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _silence_configs(model: nn.Module) -> None:
-    """Layers that ask their config for a rate get one without noise; the model's own, which is saved, stays."""
+    """Give layers that read rates from their config one without noise; the saved config of the model is unchanged."""
     silent: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -256,9 +256,9 @@ def prepare_policy(
     peft_config: PeftConfig | None,
     quantization_config: Any = None,
 ) -> PreTrainedModel | PeftModel:
-    """The model that trains: loaded if it is given by name, with a fresh adapter if one is asked for, without dropout.
+    """The model to train: loaded if given by name, with a fresh adapter if one is requested, without dropout.
 
-    What trains is fp32. `quantization_config` is for a base model under an adapter (QLoRA).
+    Trained weights are fp32. `quantization_config` is for the base model of an adapter (QLoRA).
 
     Raises:
         ConfigError: it cannot be loaded, has nothing to train, or the settings contradict it.
@@ -281,7 +281,7 @@ def prepare_policy(
         raise ConfigError(
             "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
         )
-    for adapter in getattr(model, "peft_config", {}).values():  # it is saved with the adapter
+    for adapter in getattr(model, "peft_config", {}).values():  # saved with the adapter
         adapter.base_model_name_or_path = located(str(adapter.base_model_name_or_path or "")) or None
         adapter.revision = loaded_revision(model, args) or adapter.revision
         refuse_own_folder(str(adapter.base_model_name_or_path or ""), args.output_dir)
@@ -296,7 +296,7 @@ def prepare_policy(
 
 
 def _check_encoder_decoder(model: Any, args: BONDConfig) -> None:
-    """Refuse what such a model cannot have."""
+    """Refuse settings that an encoder-decoder model does not support."""
     if uses_fsdp(args):
         raise ConfigError(
             f"{model.config.model_type} under FSDP2: encoder and decoder share an embedding, which PyTorch and "
@@ -312,7 +312,7 @@ def _check_encoder_decoder(model: Any, args: BONDConfig) -> None:
 def _load_policy(
     name: str, args: BONDConfig, quantization_config: Any, *, is_base: bool
 ) -> PreTrainedModel | PeftModel:
-    """`is_base`: an adapter will be put on it."""
+    """Load the policy by name; with `is_base`, an adapter will be put on it."""
     init_kwargs = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         if "quantization_config" in init_kwargs:
@@ -325,7 +325,7 @@ def _load_policy(
 
 
 def _check_arguments(args: BONDConfig, peft_config: PeftConfig | None) -> None:
-    """An adapter's config, and noise that would do nothing, or be in what learns and not in what samples."""
+    """Check an adapter's config, and refuse noise that would have no effect, or act in learning but not in sampling."""
     if not isinstance(peft_config, PeftConfig | None):
         raise ConfigError(f"peft_config={peft_config!r}: give a config of peft, such as LoraConfig(r=16)")
     if args.neftune_noise_alpha is not None:
@@ -342,7 +342,7 @@ def _check_arguments(args: BONDConfig, peft_config: PeftConfig | None) -> None:
 
 
 def _load_dtype(args: BONDConfig, *, frozen: bool) -> torch.dtype:
-    """Weights that train are fp32 (bf16 steps of 1e-6 would vanish); frozen ones may be bf16."""
+    """Trained weights are fp32 (in bf16, steps of 1e-6 would vanish); frozen ones may be bf16."""
     if not frozen:
         if args.dtype == "bfloat16":
             raise ConfigError("dtype=bfloat16 with full fine-tuning would lose small updates: use bf16=True (autocast)")

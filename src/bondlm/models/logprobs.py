@@ -1,4 +1,4 @@
-"""Log-probabilities of given completions: what is learned on, and what the anchor and the reference say of a sample.
+"""Log-probabilities of given completions, under the policy for learning, and under the anchor and the reference.
 
 Shapes: P prompts, L completions of each, S columns of a row, T tokens of a completion, F completion tokens in all.
 """
@@ -26,9 +26,10 @@ def collate(
 ) -> dict[str, Tensor]:
     """Tensors of one forward pass; every mask comes from lengths, since `pad_id` may be an end-of-sequence id.
 
-    A causal row is [prompt | completion 1 | ... | completion L], padded right. Each completion sees the prompt and
-    itself alone, so that the prompt is computed once for all of them. `start_id` is given for encoder-decoder models:
-    the prompts' rows (P) and the completions' (P * L) part ways. A causal row has a `multiple` of so many columns.
+    A causal row is [prompt | completion 1 | ... | completion L], padded right. Each completion sees only the prompt and
+    itself, so that the prompt is computed once for all of them. For encoder-decoder models `start_id` is given, and
+    prompts (P rows) and completions (P * L rows) are separate. The number of columns of a causal row is a multiple of
+    `multiple`.
 
     Returns:
         The model's inputs, `completion_ids` and `completion_mask` (P, L, T), and for causal models `predictor`
@@ -48,7 +49,7 @@ def collate(
     rows = [[*prompt, *(token for c in completions for token in c)] for prompt, completions in groups]
     input_ids, mask_PS = _padded(rows, pad_id, multiple)
     prompt_P1 = torch.tensor([[len(prompt)] for prompt, _ in groups])
-    # A completion begins after the prompt and the completions before it, and counts its positions from the prompt on.
+    # A completion comes after the prompt and the previous completions, but its positions continue from the prompt.
     lengths_PL = mask_PLT.sum(dim=2).long()
     begins_PL = prompt_P1 + lengths_PL.cumsum(dim=1) - lengths_PL
     steps_T = torch.arange(length)
@@ -56,7 +57,7 @@ def collate(
     column_S = torch.arange(input_ids.shape[1])
     block_PS = (column_S >= begins_PL.unsqueeze(2)).sum(dim=1)  # 0 in the prompt, l in completion l
     shift_PS = (begins_PL - prompt_P1).gather(1, (block_PS - 1).clamp(min=0)) * (block_PS > 0)
-    last = int((prompt_P1 + lengths_PL).max()) - 1  # padding stays in the model's table of positions
+    last = int((prompt_P1 + lengths_PL).max()) - 1  # keeps padding inside the model's position table
     num_completions = ids_PLT.shape[1]
     return batch | {
         "input_ids": input_ids,
@@ -68,7 +69,7 @@ def collate(
 
 
 def by_length(groups: Sequence[Group]) -> list[int]:
-    """Indices in order of length, so that a batch of neighbours holds little padding."""
+    """Indices in order of length, so that a batch of neighbours has little padding."""
     return sorted(range(len(groups)), key=lambda i: len(groups[i][0]) + sum(map(len, groups[i][1])))
 
 
@@ -80,9 +81,9 @@ def _padded(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tu
 
 
 def _shared_prompt_mask(block_PS: Tensor) -> Tensor:
-    """Who may attend to whom, (P, 1, S, S): causal, the prompt for all, and no completion sees another one.
+    """The attention mask (P, 1, S, S): causal, with the prompt visible to all, and no completion to another.
 
-    Padding comes last, so that no real column sees it; it sees itself, for softmax over nothing would be NaN.
+    Padding comes last, so that no real column sees it. It sees itself, because softmax over nothing would be NaN.
     """
     size = block_PS.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool).tril()
@@ -102,8 +103,9 @@ def token_logprobs(
 ) -> Tensor:
     """Log pi of each token of the completions in nats, (P, L, T) fp32, 0 at padding.
 
-    `cache` holds what comes before the batch's first column (`row_logprobs`). With `head` (`exact_head`) logits are
-    of the completions' tokens alone, within a fixed budget of memory; without, of all columns from the first.
+    `cache` holds what comes before the batch's first column (`row_logprobs`). With `head` (`exact_head`), logits are
+    made only for the completions' tokens, within a fixed memory budget; without it, for all columns from the first of
+    these.
     """
     ids_PLT, mask_PLT = batch["completion_ids"], batch["completion_mask"]
     real_PLT = mask_PLT.bool()
@@ -118,9 +120,9 @@ def token_logprobs(
 
 
 def completion_logits(model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None = None) -> Tensor:
-    """Logits of each token of the completions (P, L, T, V); what stands at padding means nothing.
+    """Logits of each token of the completions (P, L, T, V); values at padding are meaningless.
 
-    Mask and positions may be missing: the model then makes its own.
+    Mask and positions may be missing; the model then makes its own.
     """
     call, position_PLT = _model_call(model, batch, cache)
     flat = model(**call).logits.flatten(0, 1)
@@ -128,7 +130,7 @@ def completion_logits(model: Any, batch: Mapping[str, Tensor], cache: DynamicCac
 
 
 def _model_call(model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | None) -> tuple[dict[str, Any], Tensor]:
-    """The model's arguments, and where among its flattened logits each token is predicted (P, L, T)."""
+    """The model's arguments, and the index in its flattened logits that predicts each token (P, L, T)."""
     ids_PLT = batch["completion_ids"]
     if "decoder_input_ids" in batch:
         return _decoder_inputs(model, batch), torch.arange(ids_PLT.numel(), device=ids_PLT.device).view(ids_PLT.shape)
@@ -140,14 +142,14 @@ def _model_call(model: Any, batch: Mapping[str, Tensor], cache: DynamicCache | N
     columns, width = batch["logits_to_keep"], batch["input_ids"].shape[1]
     if takes_argument(model, "logits_to_keep"):
         call["logits_to_keep"] = columns
-    else:  # it makes the logits of all columns
+    else:  # it makes logits for all columns
         columns = torch.arange(width, device=columns.device)
     row_P11 = torch.arange(len(ids_PLT), device=ids_PLT.device).view(-1, 1, 1)
     return call, row_P11 * len(columns) + batch["predictor"] - columns[0]
 
 
 def _decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What an encoder-decoder model takes; each prompt is encoded once."""
+    """The inputs of an encoder-decoder model; each prompt is encoded once."""
     num_completions, mask = batch["completion_ids"].shape[1], batch.get("attention_mask")
     if mask is None:
         return {"decoder_input_ids": batch["decoder_input_ids"], "input_ids": batch["input_ids"], "use_cache": False}
@@ -172,10 +174,10 @@ def group_logprobs(
 ) -> Tensor:
     """`sequence_logprobs` of any number of prompts with L completions each, without gradient, (P, L) fp32 on CPU.
 
-    What all prompts begin with is computed once. At most `batch_rows` completions go through the model together (None:
-    16, or more where they are short); fewer after an out-of-memory error, or where a model that alters its logits would
-    make too many of them. With L > 1 completions share their prompt's row (see `bondlm.models.probe`), as long as the
-    memory holds it. Rows are padded to a `multiple` (`collate`).
+    A common beginning of all prompts is computed once. At most `batch_rows` completions go through the model together
+    (None: 16, or more if they are short); fewer after an out-of-memory error, or if a model that alters its logits
+    would make too many of them. With L > 1, completions share their prompt's row (see `bondlm.models.probe`) as long as
+    that fits into memory. Rows are padded to a `multiple` (`collate`).
 
     Raises:
         ResourceError: not even one completion fits into the memory.
@@ -188,7 +190,7 @@ def group_logprobs(
     num_completions = len(groups[0][1])
     result = torch.empty(len(groups), num_completions, dtype=torch.float32)
     collated = partial(collate, pad_id=pad_id, start_id=start_id, multiple=multiple)
-    pending = by_length(groups)[::-1]  # longest first: out of memory? At once.
+    pending = by_length(groups)[::-1]  # longest first, so that running out of memory happens at once
     size = max(1, (batch_rows or _rows_together(n, groups[pending[0]])) // num_completions)
     while pending:
         chunk = pending[:size]
@@ -207,7 +209,7 @@ def group_logprobs(
             result[chunk], pending = scores, pending[len(chunk) :]
             continue
         size = fitting // num_completions
-        if size == 0:  # not even those of one prompt: each in a row of its own
+        if size == 0:  # not even one prompt fits: put each completion into its own row
             apart: list[Group] = [(whole[i][0], [completion]) for i in pending for completion in whole[i][1]]
             how: dict[str, Any] = {"start_id": start_id, "device": device, "multiple": multiple}
             logp = group_logprobs(model, apart, pad_id, batch_rows=fitting, **how)
@@ -216,7 +218,7 @@ def group_logprobs(
 
 
 def _rows_together(num_before: int, longest: Group) -> int:
-    """Rows of a few tokens each take a pass no longer than its overhead: then up to 256, of 2,048 tokens in all."""
+    """Rows per pass: with rows so short that overhead dominates, up to 256 rows with 2,048 tokens in total."""
     prompt, completions = longest
     return min(256, max(16, 2048 // (num_before + len(prompt) + max(map(len, completions)))))
 
@@ -239,7 +241,7 @@ def _chunk_logprobs(
 
 
 def within_budget(model: Any, groups: Sequence[Group], multiple: int = 1) -> int:
-    """How many of these groups, at least one, a model that makes all of their logits can score within the budget."""
+    """How many of these groups, at least one, fit into the budget of a model that makes all logits."""
     num_positions = positions_in_budget(vocabulary_size(model.config))
     fitting = (n for n in range(len(groups), 1, -1) if logit_positions(model, groups[:n], multiple) <= num_positions)
     return next(fitting, 1)
@@ -254,7 +256,7 @@ def padded_tokens(groups: Sequence[Group], *, is_encoder_decoder: bool, multiple
 
 
 def logit_positions(model: Any, groups: Sequence[Group], multiple: int = 1) -> int:
-    """Positions that a forward pass over these rows makes logits of, without a head for the chosen tokens alone."""
+    """Positions for which a forward pass over these rows makes logits, without a head for only the chosen tokens."""
     if model.config.is_encoder_decoder:
         return sum(len(cs) for _, cs in groups) * max(len(c) for _, cs in groups for c in cs)
     columns = _width(groups, multiple)
@@ -268,7 +270,7 @@ def _width(groups: Sequence[Group], multiple: int) -> int:
 
 
 def batch_behind_prefix(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """The batch behind `n` tokens that all may attend to; columns stay: they count from the end of those."""
+    """The batch after `n` tokens that all may attend to; columns count from the end of these and are unchanged."""
     mask = batch["attention_mask"]
     if mask.dim() == 2:
         mask = torch.cat([mask.new_ones(len(mask), n), mask], dim=1)

@@ -1,4 +1,4 @@
-"""Out of memory: half as many at a time, and the same work again. Drawing, scoring and learning all do this."""
+"""After running out of memory, repeat the work with half as many items at a time; for drawing, scoring and learning."""
 
 import warnings
 from collections.abc import Callable
@@ -15,15 +15,15 @@ _T = TypeVar("_T")
 def try_or_halve(
     work: Callable[[], _T], size: int, things: str, *, doing: str, advice: str, may_halve: bool = True
 ) -> tuple[_T | None, int]:
-    """What `work` returns, and `size`; if the memory was too small for it, None and half the size.
+    """The result of `work`, and `size`; if memory was too small for it, None and half the size.
 
     Args:
-        work: does something with `size` things at once; it must be possible to do it anew, with fewer.
+        work: does something with `size` things at once; it must be repeatable with fewer.
         size: how many.
-        things: their name.
+        things: what they are called.
         doing: what the work is.
         advice: what to change if not even one fits.
-        may_halve: False if others wait for this very work.
+        may_halve: False if other processes wait for exactly this work.
 
     Raises:
         ResourceError: not even one fits, or `may_halve` is False.
@@ -34,7 +34,7 @@ def try_or_halve(
         if not should_reduce_batch_size(error):
             raise
         reason = str(error).splitlines()[0]
-    # Behind the `except`: the error's traceback holds the tensors that filled the memory.
+    # After the `except` block, because the error's traceback holds the tensors that filled the memory.
     happened = f"out of memory while {doing} {size} {things if size > 1 else things.removesuffix('s')}"
     if size == 1 or not may_halve:
         raise ResourceError(f"{happened} ({reason}): {advice}")

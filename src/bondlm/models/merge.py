@@ -23,7 +23,7 @@ from bondlm.models.load import load_model, load_tokenizer, refused
 from bondlm.models.task_vectors import LowRank, Merging, Method, Vector, dot, plus, scaled
 
 _FACTORS = ((".lora_B.weight", ".lora_A.weight"), (".lora_embedding_B", ".lora_embedding_A"))
-# Of LoRA's relatives, those whose change of a layer is not the product of two factors.
+# Variants of LoRA whose change of a layer is not the product of two factors.
 _NOT_A_PRODUCT = (
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "arrow_config"),
     *("monteclora_config", "alora_invocation_tokens", "target_parameters", "trainable_token_indices"),
@@ -32,27 +32,27 @@ _NOT_A_PRODUCT = (
 
 @dataclass(kw_only=True)
 class Merge:
-    """What the runs' task vectors merge to, tensor by tensor; `write` puts it on the base again.
+    """The runs' task vectors, merged tensor by tensor; `write` adds the result to the base.
 
-    `norms` are the lengths of the runs' task vectors, `norm` that of the merged one, `digests` hashes of the runs'
-    weights. `full_rank` is the rank that holds a merged adapter exactly; None: whole models.
+    `norms` are the lengths of the runs' task vectors, `norm` is that of the merged one, `digests` are hashes of the
+    runs' weights. `full_rank` is the rank that represents a merged adapter exactly; None for whole models.
     """
 
     folders: Sequence[Path]
     digests: Sequence[str]
     vectors: dict[str, Vector]
-    start: dict[str, Vector]  # theta_0's own, where it has any
+    start: dict[str, Vector]  # values of theta_0, where it has any
     norms: list[float]
     norm: float
     full_rank: int | None = None
     rank: int | None = None
-    model: Any = field(default=None, repr=False)  # whole models: one of the runs', to write files with
-    adapter: Any = field(default=None, repr=False)  # adapters: the config to write
+    model: Any = field(default=None, repr=False)  # for whole models: one run's model, to write files with
+    adapter: Any = field(default=None, repr=False)  # for adapters: the config to write
 
     def write(self, folder: Path, *, toward_reference: float) -> float:
-        """Write theta_0 + (1 - toward_reference) * (merged task vector), with its tokenizer, as a run folder has them.
+        """Write theta_0 + (1 - toward_reference) * (merged task vector), and the tokenizer, like a run folder.
 
-        Returns the relative error (Frobenius, all layers together) of the adapter's rank; 0.0 for whole models.
+        Returns the relative error (Frobenius, over all layers) due to the adapter's rank; 0.0 for whole models.
         """
         tensors = {name: self._at(name, 1 - toward_reference) for name in self.vectors}
         error = self._write_model(folder, tensors) if self.adapter is None else self._write_adapter(folder, tensors)
@@ -92,7 +92,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What the runs were trained from."""
+    """The model that the runs were trained from."""
 
     reference: str
     init_kwargs: Mapping[str, Any]
@@ -112,15 +112,15 @@ def merge_folders(
     """Merge policies that were trained from one model.
 
     Args:
-        folders: of the policies, at least two.
-        references: what each was trained from, a folder or a name on the hub.
+        folders: folders of the policies, at least two.
+        references: the model that each was trained from, a folder or a hub name.
         method: "mean" or "slerp" (`bondlm.models.task_vectors`).
-        rank: of a merged LoRA adapter; None is the rank that holds it exactly.
-        init_kwargs: for `from_pretrained` of what they were trained from.
+        rank: rank of a merged LoRA adapter; None is the rank that represents it exactly.
+        init_kwargs: for `from_pretrained` of the models that they were trained from.
 
     Raises:
-        ConfigError: they have different bases, tokenizers, kinds, layers or ranks, are fewer than two, or one of them
-            comes twice; `rank` is out of its range.
+        ConfigError: they have different bases, tokenizers, kinds, layers or ranks, there are fewer than two, or one is
+            given twice; or `rank` is out of range.
     """
     is_adapter = _are_adapters(folders)
     digests = _refuse_twice(folders)
@@ -135,11 +135,11 @@ def merge_folders(
     return _merged_models(folders, start, method, how)
 
 
-# -- what must hold of the folders
+# -- checks of the folders
 
 
 def _are_adapters(folders: Sequence[Path]) -> bool:
-    """Whether all are adapters, or all whole models."""
+    """Whether all are adapters; False if all are whole models."""
     if len(folders) < 2:
         raise ConfigError(
             f"{len(folders)} run is given: a merge needs at least 2, `bondlm merge RUN RUN --output_dir OUT`"
@@ -197,7 +197,7 @@ def _refuse_other_tokens(folders: Sequence[Path]) -> None:
 
 
 def _merged_models(folders: Sequence[Path], began: _Start, method: Method, how: dict[str, Any]) -> Merge:
-    """Holds theta_0, one run's model and the sum in memory, all fp32; for slerp a second sum."""
+    """Merge whole models; theta_0, one run's model and the sum are in memory in fp32, and for slerp a second sum."""
     start = began.weights()
     sums = {name: Merging(method) for name in start}
     norms = []
@@ -234,7 +234,7 @@ def _finished(sums: dict[str, Merging], norms: list[float], **more: Any) -> Merg
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Adapter:
-    """A LoRA adapter's file: products by the name of B, with the scaling in them; and whole weights beside them."""
+    """A LoRA adapter's file: products by the name of B, including the scaling, and whole weights."""
 
     config: Any
     products: dict[str, LowRank]
@@ -271,7 +271,7 @@ def _minus(vector: Vector, start: Vector | None) -> Vector:
 
 
 def _plain_config(config: Any, rank: int, began: _Start) -> Any:
-    """LoRA of one rank whose factors hold all of the product: scaling 1."""
+    """A LoRA config of one rank with scaling 1, so that the factors hold the whole product."""
     made = copy.deepcopy(config)
     made.r = made.lora_alpha = rank
     made.rank_pattern, made.alpha_pattern, made.use_rslora, made.init_lora_weights = {}, {}, False, True
@@ -309,7 +309,7 @@ def _read_adapter(folder: Path) -> _Adapter:
 
 
 def _scaling(config: Any, module: str, rank: int) -> float:
-    name = module.removeprefix("base_model.model.")  # as PEFT matches it when it puts the adapter on
+    name = module.removeprefix("base_model.model.")  # as PEFT matches it when attaching the adapter
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
     return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
 
@@ -333,7 +333,7 @@ def _shapes(adapter: _Adapter) -> dict[str, Any]:
 
 
 def _start_of(adapter: _Adapter, folder: Path, began: _Start) -> dict[str, Vector]:
-    """Theta_0 of what an adapter trains: nothing for a fresh one's products; else those that it started with."""
+    """Theta_0 of what an adapter trains: no products for a fresh adapter, otherwise those that it started with."""
     reference = began.reference
     if (Path(reference) / "adapter_config.json").is_file():
         start = _read_adapter(Path(reference))
@@ -354,5 +354,5 @@ def _start_of(adapter: _Adapter, folder: Path, began: _Start) -> dict[str, Vecto
 
 
 def _name_in_base(name: str) -> str:
-    """PEFT keeps an embedding whole beside its factors, and under the layer that it has wrapped."""
+    """The name in the base: PEFT keeps an embedding whole next to its factors, under the layer that it has wrapped."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

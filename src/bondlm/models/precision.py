@@ -1,6 +1,6 @@
-"""In which dtype weights are loaded and train.
+"""The dtypes in which weights are loaded and trained.
 
-What trains is fp32: a step of 1e-6 is lost in a bf16 weight of 0.1, whose neighbours are 5e-4 away.
+Trained weights are fp32: a step of 1e-6 is lost in a bf16 weight of 0.1, whose neighbours are 5e-4 away.
 """
 
 import logging
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_precision(args: Any) -> None:
-    """Refuse fp16 where it has no loss scale that all processes share: there small gradients would vanish.
+    """Refuse fp16 where no loss scale is shared by all processes, because small gradients would vanish.
 
     Raises:
         ConfigError: fp16 on a CPU, or under FSDP2 (`bondlm.models.deepspeed` refuses it under DeepSpeed).
@@ -31,10 +31,10 @@ def check_precision(args: Any) -> None:
 
 
 def take_dtype(init_kwargs: dict[str, Any], *, setting: str) -> torch.dtype | str | None:
-    """Take `dtype`, or `torch_dtype` as it was called, out of `model_init_kwargs`; None: it is not there.
+    """Take `dtype`, or its old name `torch_dtype`, out of `model_init_kwargs`; None if it is not there.
 
     Raises:
-        ConfigError: it is no dtype of floats, or the setting `dtype` says something else.
+        ConfigError: it is not a floating-point dtype, or it contradicts the setting `dtype`.
     """
     asked = [init_kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in init_kwargs]
     found = {value if isinstance(value, torch.dtype) else _by_name(value) for value in asked if value is not None}
@@ -48,7 +48,7 @@ def take_dtype(init_kwargs: dict[str, Any], *, setting: str) -> torch.dtype | st
 
 def _by_name(value: Any) -> torch.dtype | str:
     dtype = getattr(torch, str(value).removeprefix("torch."), None)
-    if value == "auto":  # as everywhere in transformers: the checkpoint's own
+    if value == "auto":  # as everywhere in transformers: the dtype of the checkpoint
         return "auto"
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"model_init_kwargs.dtype={value!r}: use float32, bfloat16, float16 or auto")
@@ -56,13 +56,13 @@ def _by_name(value: Any) -> torch.dtype | str:
 
 
 def train_in_fp32(model: PreTrainedModel | PeftModel, *, autocast: bool) -> None:
-    """Make the weights that train fp32, and say so.
+    """Convert trained weights to fp32, and log it.
 
-    An adapter's layers cast what comes in, so their frozen base keeps its dtype. Other trained weights beside a base
-    in half precision (`modules_to_save`) need autocast; without it the whole model becomes fp32.
+    An adapter's layers cast their inputs, so the frozen base keeps its dtype. Other trained weights with a base in half
+    precision (`modules_to_save`) need autocast; without it the whole model becomes fp32.
 
     Raises:
-        ConfigError: the weights are quantised, or partitioned already, and cannot be made fp32.
+        ConfigError: the weights are quantised or already partitioned, and cannot be converted to fp32.
     """
     if isinstance(model, PeftModel):
         for name in model.peft_config:
@@ -91,7 +91,7 @@ def train_in_fp32(model: PreTrainedModel | PeftModel, *, autocast: bool) -> None
 
 
 class Fp32Head(nn.Linear):
-    """A head whose logits are computed in fp32, under autocast too: a bf16 logit near 20 is a multiple of 1/8."""
+    """A head that computes logits in fp32, even under autocast: a bf16 logit near 20 is a multiple of 1/8."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) fp32 of hidden states (..., D) of any dtype."""
@@ -100,16 +100,17 @@ class Fp32Head(nn.Linear):
 
 
 def settle_head(model: PreTrainedModel | PeftModel, args: Any) -> None:
-    """With `cast_lm_head_to_fp32`, a head that computes in fp32; copies of the model have it, too.
+    """With `cast_lm_head_to_fp32`, make the head compute in fp32, also in copies of the model.
 
     Raises:
-        ConfigError: the head is no plain linear layer, is the embedding in half precision, or would be gathered in it.
+        ConfigError: the head is not a plain linear layer, is tied to an embedding in half precision, or would be
+            gathered in half precision.
     """
     if not args.cast_lm_head_to_fp32:
         return
     core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head, refused = core.get_output_embeddings(), "cast_lm_head_to_fp32=True: "
-    if type(head) not in (nn.Linear, Fp32Head):  # the second of a model that was given before
+    if type(head) not in (nn.Linear, Fp32Head):  # the second if the model was used before
         raise ConfigError(
             f"{refused}the head is a {type(head).__name__} and no plain linear layer; remove the setting, or leave the "
             "head out of the adapter and of the quantisation"
@@ -122,7 +123,7 @@ def settle_head(model: PreTrainedModel | PeftModel, args: Any) -> None:
             "bf16=True to compute the other layers in bfloat16"
         )
     head.float()
-    head.__class__ = Fp32Head  # not a forward function of its own: a copy of the model would call the first one's
+    head.__class__ = Fp32Head  # not a replaced `forward`, with which a copy of the model would call the original's
 
 
 def _num_bytes(model: nn.Module) -> int:

@@ -1,9 +1,8 @@
-"""A look at the user's own model before step 1: are its numbers the same, however they are computed?
+"""Test the user's model before step 1: its numbers must not depend on how they are computed.
 
-Everything is held against plain passes: one text at a time, no cache, no mask, no padding. The differences are in nats
-per token, as a sample would see them: the expected difference of a token's log-probability under the plain
-distribution. The texts are short, a few dozen tokens, and longer where the config names a window or a block that such
-texts would not fill.
+Everything is compared with plain passes: one text at a time, no cache, no mask, no padding. Differences are in nats per
+token, as a sample would have them: the expected difference of a token's log-probability under the plain distribution.
+The texts are short, a few dozen tokens, but longer if the config has a window or a block that they would not fill.
 
 Shapes: P prompts, L completions of each, T tokens of a completion, V vocabulary.
 """
@@ -30,8 +29,8 @@ from bondlm.models.ways import remember, ways_of
 _LOGGER = logging.getLogger(__name__)
 # Nats per token. Rounding in fp32 stays below 1e-4; in bf16 and fp16 it reaches some hundredths.
 TOLERANCE, LEAST_TOLERANCE, LOW_PRECISION_TOLERANCE = 2e-3, 5e-5, 0.1
-REFUSED_IN_LOW_PRECISION = 0.5  # there a router that rounds to another expert is no fault
-SHORT, LONGEST = 24, 520  # tokens of a probed prompt: where nothing limits what a token sees, and at most
+REFUSED_IN_LOW_PRECISION = 0.5  # a router may round to another expert, which is not an error
+SHORT, LONGEST = 24, 520  # tokens of a probed prompt: without limits on what a token sees, and at most
 LIMITS = re.compile(r"window|chunk|local|block_size|topk|radius|keep|extent|budget|bucket")
 NO_LIMITS = re.compile(r"max_window_layers|topk_group|moe|expert|chunk_size_feed_forward|lm_head|dropout|n_top|routed")
 NOISE = re.compile(r"drop|jitter|noise")
@@ -44,9 +43,9 @@ Logits = list[Tensor]  # logits (T, V) of each completion
 def check_model(model: Any, device: torch.device, *, is_noise_allowed: bool = False, distributed: bool = False) -> bool:
     """Refuse a model whose numbers depend on how they are computed; returns whether completions may share a row.
 
-    Completions that share their prompt's row need a 4-dimensional mask (SDPA takes one, eager attention does not) and
-    positions that are given. An encoder-decoder model can always encode a prompt once, but calls its encoder by itself
-    then, which sharded engines do not expect.
+    Completions that share their prompt's row need a 4-dimensional mask (accepted by SDPA, but not by eager attention)
+    and explicit positions. An encoder-decoder model can always encode a prompt once, but then calls its encoder
+    separately, which sharded engines do not expect.
 
     Raises:
         ConfigError: it is noisy in training mode, attends to later tokens, or cannot be computed in batches.
@@ -84,7 +83,7 @@ def _checked(model: Any, device: torch.device, *, is_noise_allowed: bool, distri
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """A model is asked as it samples, whatever mode it is in."""
+    """Put the model into eval mode, in which it samples, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -97,15 +96,15 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def limits(config: Any) -> dict[str, int]:
-    """Fields of the config that say how far a token sees, by their names: windows, chunks, blocks, budgets."""
+    """Fields of the config that limit how far a token sees, by name: windows, chunks, blocks, budgets."""
     fields = {key: value for key, value in text_config(config).to_dict().items() if isinstance(key, str)}
     names = (key for key in fields if LIMITS.search(key) and not NO_LIMITS.search(key))
-    values = {key: fields[key] for key in names if key not in SELECTED}  # those limit a text's length
+    values = {key: fields[key] for key in names if key not in SELECTED}  # those limit the length of a text
     return {k: v for k, v in values.items() if isinstance(v, int) and not isinstance(v, bool) and v > 1}
 
 
 def reach(model: Any) -> int:
-    """How long a probed prompt is: beyond every limit of the config that is not too long to be tried."""
+    """The length of a probed prompt: beyond every limit of the config that is short enough to be tested."""
     crossed = [limit for limit in limits(model.config).values() if limit <= LONGEST - SHORT]
     wanted = SHORT + max(crossed, default=0)
     most = context_length(model.config)
@@ -113,12 +112,12 @@ def reach(model: Any) -> int:
 
 
 def sees_all(model: Any) -> bool:
-    """Whether the config promises that all tokens see all earlier ones, as far as a probe could not tell."""
+    """Whether, where a probe cannot tell, the config promises that all tokens see all earlier ones."""
     return has_full_attention(model.config) and all(v <= LONGEST - SHORT for v in limits(model.config).values())
 
 
 def probe_ids(model: Any, count: int, seed: int = 0) -> list[int]:
-    """Ordinary tokens: none that the config gives a meaning."""
+    """Ordinary tokens, without those that have a special meaning in the config."""
     size = min(vocabulary_size(model.config), 1000)
     special = {
         v
@@ -141,10 +140,10 @@ def probe_groups(model: Any) -> list[Group]:
 
 
 def plain_logits(model: Any, groups: Sequence[Group], device: torch.device) -> Logits:
-    """Of each completion, one pass over the whole text.
+    """Logits of each completion, from one pass over the whole text.
 
     Raises:
-        ConfigError: the model takes no plain text, or gives no distribution.
+        ConfigError: the model does not accept plain text, or gives no distribution.
     """
     ones: list[Group] = [(prompt, [c]) for prompt, completions in groups for c in completions]
     try:
@@ -153,7 +152,7 @@ def plain_logits(model: Any, groups: Sequence[Group], device: torch.device) -> L
         if _is_memory(error):
             raise
         raise ConfigError(f"{type(model).__name__} cannot compute a text of tokens alone: {error}") from error
-    if not all(torch.isfinite(each.float().logsumexp(-1)).all() for each in plain):  # a -inf bans a token, no more
+    if not all(torch.isfinite(each.float().logsumexp(-1)).all() for each in plain):  # a -inf only bans a token
         raise ConfigError(
             f"{type(model).__name__}: weights or logits are not finite, in {plain[0].dtype} on a text of a few tokens. "
             "Save the model again from weights that are finite, or try dtype=float32"
@@ -167,7 +166,7 @@ def _is_memory(error: Exception) -> bool:
 
 @torch.no_grad()
 def batched_logits(model: Any, groups: Sequence[Group], device: torch.device, *, is_plain: bool = False) -> Logits:
-    """Of each completion, all in one batch, as they are learned and scored."""
+    """Logits of each completion, all in one batch, as in learning and scoring."""
     batch = {k: v.to(device) for k, v in collate(groups, 0, start_id=start_id(model)).items()}
     if is_plain:
         for name in ("attention_mask", "position_ids"):
@@ -193,9 +192,9 @@ def _cut(logits_PLTV: Tensor, groups: Sequence[Group]) -> Logits:
 
 
 def nats_apart(seen: Tensor, plain: Tensor, *, is_low: bool) -> float:
-    """Expected difference of a token's log-probability; the largest of the given positions (N, V).
+    """Expected difference of a token's log-probability; the maximum over the given positions (N, V).
 
-    In low precision (`is_low`) the mean over them.
+    In low precision (`is_low`) it is the mean over them.
     """
     mine, theirs = seen.float().log_softmax(-1), plain.float().log_softmax(-1)
     weighed = torch.where(theirs > -torch.inf, theirs.exp() * (mine - theirs).abs(), 0.0).sum(-1)
@@ -204,17 +203,17 @@ def nats_apart(seen: Tensor, plain: Tensor, *, is_low: bool) -> float:
 
 
 def is_low_precision(model: Any) -> bool:
-    """Whether it computes in bf16 or fp16, by its weights or by autocast; its logits may be fp32 all the same."""
+    """Whether the model computes in bf16 or fp16, by its weights or by autocast; its logits may still be fp32."""
     return model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(model.device.type)
 
 
 def tolerance(*, is_low: bool) -> float:
-    """Nats per token that two ways may differ by."""
+    """The difference in nats per token that is allowed between two ways."""
     return LOW_PRECISION_TOLERANCE if is_low else TOLERANCE
 
 
 def refused_beyond(*, is_low: bool) -> float:
-    """Nats per token beyond which a model is refused."""
+    """The difference in nats per token above which a model is refused."""
     return REFUSED_IN_LOW_PRECISION if is_low else TOLERANCE
 
 
@@ -224,7 +223,7 @@ def difference(logits: Logits, plain: Logits, *, is_low: bool) -> float:
 
 
 def agrees(compute: Callable[[], Logits], plain: Logits, *, is_low: bool) -> bool:
-    """Whether this way gives the plain distributions; one that the model cannot take does not. OOM is raised."""
+    """Whether this way gives the plain distributions; False if the model does not support it. OOM is raised."""
     try:
         logits = compute()
     except FAILURES as error:
@@ -235,10 +234,10 @@ def agrees(compute: Callable[[], Logits], plain: Logits, *, is_low: bool) -> boo
 
 
 def tolerance_of(plain: Logits, *, is_low: bool) -> float:
-    """Nats per token that two ways may differ by; less for a model whose tokens hardly depend on its prompt.
+    """The allowed difference in nats per token; less for a model whose tokens hardly depend on the prompt.
 
-    The first and the last of `plain` follow other prompts. A fresh model is nearly flat: what is wrong in it would show
-    in its numbers only later.
+    The first and the last of `plain` follow different prompts. A freshly initialised model is nearly flat, so an error
+    would show in its numbers only later.
     """
     usual = tolerance(is_low=is_low)
     if is_low:
@@ -250,7 +249,7 @@ def tolerance_of(plain: Logits, *, is_low: bool) -> float:
 
 
 def check_decoder(model: Any) -> None:
-    """An encoder-decoder model must say how its decoder begins.
+    """Check that an encoder-decoder model states its decoder's start token.
 
     Raises:
         ConfigError: it does not.
@@ -262,7 +261,7 @@ def check_decoder(model: Any) -> None:
 
 
 def check_causal(model: Any, groups: Sequence[Group], plain: Logits, device: torch.device, name: str) -> None:
-    """A token's distribution must not change with what follows.
+    """Check that a token's distribution does not depend on what follows.
 
     Raises:
         ConfigError: it does.
@@ -281,7 +280,7 @@ def check_causal(model: Any, groups: Sequence[Group], plain: Logits, device: tor
 
 @torch.no_grad()
 def _check_noise(model: Any, groups: Sequence[Group], device: torch.device, name: str) -> None:
-    """Two passes in training mode must agree, and with eval mode: what is learned must be what was sampled."""
+    """Check that two passes in training mode agree with each other and with eval mode, which samples."""
     one: list[Group] = [(groups[-1][0], [groups[-1][1][0]])]
     passes = []
     try:
@@ -305,7 +304,7 @@ def _check_noise(model: Any, groups: Sequence[Group], device: torch.device, name
 
 
 def noise_of(model: nn.Module) -> list[str]:
-    """Rates of dropout and the like that are not 0, as `name=value`."""
+    """Noise rates (such as dropout) that are not 0, as `name=value`."""
     found = {}
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
@@ -323,7 +322,7 @@ def noise_of(model: nn.Module) -> list[str]:
 
 
 def _check_batches(model: Any, groups: Sequence[Group], plain: Logits, device: torch.device, name: str) -> None:
-    """In a batch, padded right, each text must be what it is alone."""
+    """Check that each text has the same logits in a batch, padded right, as on its own."""
     alone: list[Group] = [(prompt, [c]) for prompt, cs in groups for c in cs]
     is_low = is_low_precision(model)
     try:

@@ -1,10 +1,10 @@
 """The three roles that training needs: policy, anchor, reference.
 
-With adapters the three share one set of base weights, and a role is a set of values for what trains: the anchor's and,
-where the adapter is not empty at the start, the reference's take the policy's place while they are used. A fresh LoRA
-adapter adds nothing: there the reference is the base with its adapters off. With full fine-tuning the anchor and the
-reference are frozen copies. Under FSDP2 and ZeRO-3 each process holds its part of all three, and a role that samples or
-scores gets them gathered in a plain twin (`bondlm.models.sharding`).
+With adapters the three roles share one set of base weights, and a role is a set of values for the trained weights. The
+anchor's values, and the reference's if the adapter is not empty at the start, replace the policy's while they are used.
+A fresh LoRA adapter adds nothing, so its reference is the base with the adapters off. With full fine-tuning the anchor
+and the reference are frozen copies. Under FSDP2 and ZeRO-3 each process holds its part of all three roles, and for
+sampling or scoring a role's weights are gathered in an unsharded twin (`bondlm.models.sharding`).
 """
 
 import copy
@@ -28,27 +28,27 @@ Values = dict[int, Tensor]  # by the identity of the policy's parameter
 class Roles:
     """The models of the three roles; `use(role)` lends one for sampling or scoring.
 
-    `model` is what the trainer trains. `anchor_pairs` lists the (anchor, policy) parameters that an update couples.
+    `model` is what the trainer trains. `anchor_pairs` lists the pairs of anchor and policy parameters for an update.
     """
 
     def __init__(
         self, model: Any, *, sharded: bool = False, anchor_moves: bool = True, offload_anchor: bool = False
     ) -> None:
-        """Create the anchor and the reference, both equal to the policy as it is now.
+        """Create the anchor and the reference, both equal to the current policy.
 
         A model that will be `sharded` gets them in `on_sharded`; until then all three are the policy. With
-        `offload_anchor` a full copy rests on the CPU between its uses, as the reference's always does. An anchor that
-        never moves and the reference are one copy.
+        `offload_anchor` the anchor's full copy stays on the CPU between uses, as the reference's always does. An anchor
+        that never moves and the reference share one copy.
 
         Raises:
             ConfigError: the model has no copy to offload.
         """
         self.model = model
         self.is_peft = isinstance(model, PeftModel)
-        self._adapters_off = self.is_peft and adds_nothing(model)  # whether that is the reference
+        self._adapters_off = self.is_peft and adds_nothing(model)  # whether the base without adapters is the reference
         self._copies: dict[str, nn.Module] = {}
-        self._values: dict[str, Values] = {}  # a role's own, beside those of the policy's that it shares
-        self.autocast: torch.dtype | None = None  # what Trainer's mixed precision learns in: all roles compute in it
+        self._values: dict[str, Values] = {}  # values of each role; it shares the other weights with the policy
+        self.autocast: torch.dtype | None = None  # dtype of Trainer's mixed precision, in which all roles compute
         self._device: torch.device | None = None
         self._is_placed = not sharded  # whether anchor and reference exist
         if self.is_peft and not sharded:
@@ -66,9 +66,9 @@ class Roles:
 
     @torch.no_grad()
     def on_sharded(self, dtype: torch.dtype | None) -> None:
-        """Take this process's part of anchor and reference; its weights, not yet trained, have just been sharded.
+        """Take this process's part of anchor and reference from the weights, just sharded and not yet trained.
 
-        `dtype` is that of the forward pass in mixed precision: what samples must compute as what learns.
+        `dtype` is that of the forward pass in mixed precision, so that sampling computes as learning does.
         """
         if self._replica is None or self._is_placed:  # not sharded, or a second `train`
             return
@@ -93,12 +93,12 @@ class Roles:
 
     @property
     def adapter_roles(self) -> list[str]:
-        """The roles that are adapters; where the reference is none it is the base model."""
+        """The roles that are adapters; a reference that is not among them is the base model."""
         return ["policy", "anchor", *([] if self._adapters_off else ["reference"])] if self.is_peft else []
 
     @property
     def anchor_pairs(self) -> list[tuple[str, Tensor, nn.Parameter]]:
-        """(name, anchor weight, policy parameter) of all that trains; none before a model to shard is sharded."""
+        """(name, anchor weight, policy parameter) of all trained weights; empty until a model to shard is sharded."""
         if not self._is_placed:
             return []
         trained = {n: p for n, p in named_weights(self.model).items() if p.requires_grad}
@@ -108,9 +108,9 @@ class Roles:
         return [(n, self._values["anchor"][id(p)], p) for n, p in trained.items()]
 
     def use_together(self, roles: Sequence[str]) -> AbstractContextManager[tuple[Any, RowAdapters]] | None:
-        """Lend one model for several roles, and what says which row is whose; None if they are not adapters of one."""
+        """Lend one model for several roles, with the adapter of each row; None if they do not share a model."""
         others = [self._values[role] for role in roles if role in self._values]
-        # The policy's values are the model's own: it comes first.
+        # The policy comes first, because the model holds its values.
         if not self.is_peft or roles[0] != "policy" or len(others) < len(roles) - 1 or not can_join(self.model):
             return None
         return self._use_joined(others)
@@ -130,15 +130,15 @@ class Roles:
 
     @contextmanager
     def use(self, role: str) -> Iterator[Any]:
-        """Lend the model of `role` in eval mode; the policy is active and trainable again afterwards, come what may.
+        """Lend the model of `role` in eval mode; afterwards, even on errors, the policy is active and trainable.
 
-        Of a sharded model every process must ask for the same roles in the same order.
+        If the model is sharded, every process must ask for the same roles in the same order.
         """
         if self._replica is not None:
             weights = _instead(named_weights(self.model, every_name=True), self._values.get(role, {}))
             with self._replica.holding(weights) as twin, self._adapters_of(twin, role):
                 core = twin.get_base_model() if self.is_peft else twin
-                # FSDP's forward pass casts weights, as the replica then does; ZeRO-3 learns under autocast.
+                # FSDP's forward pass casts weights, and so does the replica here; ZeRO-3 learns under autocast.
                 with computing_in(core, self.autocast if self._replica.dtype is None else None):
                     yield core
             return
@@ -158,11 +158,12 @@ class Roles:
 
     @contextmanager
     def _adapters_of(self, model: Any, role: str) -> Iterator[None]:
-        """Adapters on or off."""
+        """Switch the adapters on or off."""
         if not (self._adapters_off and role == "reference"):
             yield
             return
-        # PEFT makes all of an adapter trainable that it activates, also what the user has frozen (A of LoRA, say).
+        # PEFT makes every weight of an adapter that it activates trainable, even those that the user has frozen (such
+        # as LoRA's A).
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
             with model.disable_adapter():
@@ -172,29 +173,29 @@ class Roles:
                 parameter.requires_grad_(name in trainable)
 
     def to(self, device: torch.device) -> None:
-        """Move the anchor (the trainer moves the policy) unless it waits on the CPU, as the reference's copy does."""
+        """Move the anchor (the trainer moves the policy) unless it is kept on the CPU, as the reference's copy is."""
         self._device = device
         if "anchor" in self._copies and "anchor" not in self._at_rest_on_cpu:
             self._copies["anchor"].to(device)
         if self._replica is not None:
             self._replica.device = device
             return
-        for parameter in self.model.parameters():  # one that is on an accelerator stays there: it may be one of several
+        for parameter in self.model.parameters():  # one already on an accelerator stays: there may be several
             place = device if parameter.device.type == "cpu" else parameter.device
             for values in self._values.values():
                 if id(parameter) in values:
                     values[id(parameter)] = values[id(parameter)].to(place)
 
     def keep_reference(self) -> None:
-        """Give the reference a copy of its own if it shares the anchor's, which is about to get other weights."""
+        """Give the reference its own copy if it shares the anchor's, which is about to get other weights."""
         if self._copies and self._copies["anchor"] is self._copies["reference"]:
             self._copies["reference"] = _frozen_copy(self._copies["anchor"]).to("cpu")
             self._at_rest_on_cpu.add("reference")
 
     def save(self, folder: str, *, is_main: bool) -> None:
-        """Write the policy, or its adapter alone, as `from_pretrained` reads it; a sharded one is gathered for that.
+        """Write the policy, or only its adapter, in the format of `from_pretrained`; a sharded one is gathered first.
 
-        If it is sharded every process must call this; only the main one writes, and only it holds all of the weights.
+        If it is sharded, every process must call this; only the main process writes and holds all weights.
         """
         model, state = self.model, None
         if self._replica is not None:
@@ -211,10 +212,10 @@ class Roles:
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast to `dtype`, linear layers' weights cast once and not at every call: the same numbers, for less.
+    """Autocast to `dtype`, with linear layers' weights cast once instead of at every call: same numbers, less work.
 
-    Autocast keeps a cast weight only if it trains, and only within one call of the model: decoding would cast all
-    weights at every token.
+    Autocast caches a cast weight only if it is trained, and only within one call of the model, so decoding would cast
+    all weights at every token.
     """
     if dtype is None:
         yield
@@ -234,9 +235,9 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def _visiting(model: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Have the model on `device` for as long as it is used: a third full model would crowd an accelerator.
+    """Put the model on `device` only while it is used, since a third full model would take too much accelerator memory.
 
-    Its weights stay where they rest too, so that nothing needs to be copied back: nobody changes them there.
+    Its weights also stay at their usual place, where nothing changes them, so nothing needs to be copied back.
     """
     if device is None or device.type == "cpu":
         yield
@@ -270,18 +271,18 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def _instead(weights: Mapping[str, Tensor], values: Values) -> dict[str, Tensor]:
-    """Weights by name, a role's own where it has some."""
+    """Weights by name, with the role's own values where it has them."""
     return {name: values.get(id(weight), weight) for name, weight in weights.items()}
 
 
 @contextmanager
 def _holding(model: nn.Module, values: Values) -> Iterator[None]:
-    """Have these values in the place of the policy's, which are left as they are."""
+    """Put these values in place of the policy's, which are not changed."""
     at_rest = [(p, p.data) for p in model.parameters() if id(p) in values]
     try:
         for parameter, _ in at_rest:
             parameter.data = values[id(parameter)].to(parameter.device, parameter.dtype)
-        torch.clear_autocast_cache()  # it knows a weight by its parameter
+        torch.clear_autocast_cache()  # its keys are parameters, not values
         yield
     finally:
         for parameter, data in at_rest:

@@ -1,9 +1,9 @@
-"""Several values of a LoRA adapter in one batch: each row computes with those of the role that it belongs to.
+"""Several values of a LoRA adapter in one batch: each row is computed with the values of its role.
 
-Decoding a few rows takes nearly as long as decoding many, so policy and anchor are drawn together. Their factors stand
-side by side, A as (K*r, in) and B as (out, K*r), and between the two each row keeps the r numbers of its own adapter:
-to a layer this is one adapter of rank K*r and one multiplication. (PEFT's `adapter_names` cuts the batch in every layer
-instead, which on a CPU costs what the common batch saves.)
+Decoding a few rows takes nearly as long as decoding many, so policy and anchor are drawn together. Their factors are
+concatenated, A as (K*r, in) and B as (out, K*r), and between the two each row keeps only the r numbers of its own
+adapter. For a layer this is one adapter of rank K*r and one multiplication. (PEFT's `adapter_names` splits the batch in
+every layer instead, which on a CPU costs as much as the common batch saves.)
 
 Shapes: B rows, K adapters, r their rank.
 """
@@ -22,19 +22,19 @@ from bondlm.models.sharding import whole
 
 
 class RowsNotKnownError(RuntimeError):
-    """A layer was called with something else than the batch's rows (experts that take tokens, for instance)."""
+    """A layer was called with something other than the batch's rows (for example experts that take tokens)."""
 
 
 class RowAdapters:
     """Which of the K adapters each row of the batch computes with."""
 
     def __init__(self, num_adapters: int, device: torch.device) -> None:
-        """One row, of the first adapter."""
+        """Start with one row, of the first adapter."""
         self._num_adapters, self._device = num_adapters, device
         self.set([0])
 
     def set(self, adapter_of_row: Sequence[int]) -> None:
-        """The rows are these from now on."""
+        """Set the adapter of each row."""
         self._adapter_B = torch.tensor(list(adapter_of_row), device=self._device)
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -44,7 +44,7 @@ class RowAdapters:
         self._masks = {}
 
     def mask(self, rank: int, hidden: Tensor) -> Tensor:
-        """1 where a row's own factor lies, else 0: (B, 1, K*r), of `hidden`'s dtype."""
+        """1 at the row's own factor, else 0: (B, 1, K*r), with the dtype of `hidden`."""
         if hidden.dim() != 3 or len(hidden) != len(self._adapter_B):
             raise RowsNotKnownError(f"{len(self._adapter_B)} rows, but a layer was called with {tuple(hidden.shape)}")
         key = (rank, hidden.dtype)
@@ -55,7 +55,7 @@ class RowAdapters:
 
 
 class _Factors(nn.Linear):
-    """The A factors of K adapters, one below the other; each row keeps its own adapter's numbers."""
+    """The A factors of K adapters, stacked; each row keeps its own adapter's numbers."""
 
     def __init__(self, weight: Tensor, rank: int, rows: RowAdapters) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -68,7 +68,7 @@ class _Factors(nn.Linear):
 
 
 def can_join(model: Any) -> bool:
-    """Whether all that trains are factors of plain LoRA on linear layers: no DoRA, biases or trained modules."""
+    """Whether all trained weights are factors of plain LoRA on linear layers: no DoRA, biases or trained modules."""
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if any(isinstance(m, AuxiliaryTrainingWrapper) for m in model.modules()):
         return False
@@ -93,7 +93,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 @contextmanager
 def joined(model: Any, others: Sequence[Mapping[str, Tensor]], rows: RowAdapters) -> Iterator[None]:
-    """Let the active adapter have several values: its own for the rows of number 0, then those of `others`, by name."""
+    """Give the active adapter several values: its own for rows of number 0, then those of `others`, by name."""
     first = model.active_adapter
     layers: list[tuple[str, Any]] = [
         (name, m) for name, m in model.named_modules() if isinstance(m, LoraLinear) and first in m.lora_A

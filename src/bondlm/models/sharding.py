@@ -1,12 +1,12 @@
-"""Weights that several processes share: gathering them, working on one process's part, a plain twin of a model.
+"""Weights sharded over processes: gathering them, working on one process's part, an unsharded twin of a model.
 
-FSDP2 makes a `DTensor` of a weight. ZeRO-3 leaves an empty parameter that has a `ds_tensor`, this process's even share
-of the flattened weight, and its `ds_shape`; copies of such a part are kept in the same form.
+FSDP2 turns a weight into a `DTensor`. ZeRO-3 leaves an empty parameter with a `ds_tensor`, this process's equal share
+of the flattened weight, and a `ds_shape`; copies of such a part have the same form.
 
-A process that generates calls its model as often as its longest completion needs, another process more or less often.
-A sharded model gathers weights inside its forward pass, so that processes with different numbers of calls would wait
-for each other for ever. So the sharded model never generates: its weights are gathered once, into a plain twin
-(`Replica`) that gives them back afterwards.
+A process that generates calls its model once per token of its longest completion, so the number of calls differs
+between processes. A sharded model gathers weights inside its forward pass, so processes with different numbers of calls
+would wait for each other forever. The sharded model therefore never generates: its weights are gathered once, into an
+unsharded twin (`Replica`) that releases them afterwards.
 """
 
 import copy
@@ -27,7 +27,7 @@ from bondlm.errors import ConfigError
 from bondlm.models.deepspeed import check_zero, zero_stage
 
 _TRUE = ("1", "true", "yes", "y", "on", "t")
-# What activation checkpointing and `torch.compile` put into the names of parameters.
+# Parts that activation checkpointing and `torch.compile` add to the names of parameters.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -42,15 +42,15 @@ def shards_weights(args: Any) -> bool:
 
 
 def trained_in_parallel(args: Any) -> bool:
-    """Whether Trainer wraps the model (DDP, FSDP): also where torchrun started a single process."""
+    """Whether Trainer wraps the model (DDP, FSDP), even if torchrun started a single process."""
     return bool(args.parallel_mode != ParallelMode.NOT_PARALLEL)
 
 
 def check_parallelism(args: Any) -> None:
-    """Refuse, before any work, what the anchor could not follow, and warn of what bondlm was never run with.
+    """Refuse, before any work, settings that the anchor does not support, and warn of untested settings.
 
     Raises:
-        ConfigError: several GPUs in one process, FSDP version 1, or what `check_zero` refuses.
+        ConfigError: several GPUs in one process, FSDP version 1, or settings that `check_zero` refuses.
     """
     if args.n_gpu > 1:
         raise ConfigError(
@@ -80,9 +80,9 @@ def check_parallelism(args: Any) -> None:
 
 
 def full_precision_outputs(accelerator: Any, *, asked_for: bool) -> None:
-    """Let FSDP pass on outputs in fp32, and average gradients in fp32, as DDP and ZeRO do.
+    """Make FSDP return outputs in fp32 and average gradients in fp32, as DDP and ZeRO do.
 
-    accelerate sets both to the compute dtype: a log-probability in bf16 is off by up to 0.4%, and so is each sum of
+    accelerate sets both to the compute dtype, but a log-probability in bf16 is off by up to 0.4%, and so is each sum of
     two processes' gradients.
 
     Raises:
@@ -100,18 +100,18 @@ def full_precision_outputs(accelerator: Any, *, asked_for: bool) -> None:
 
 
 def forward_dtype(accelerator: Any) -> torch.dtype | None:
-    """The dtype that FSDP's mixed precision casts weights to; None: they stay as they are, as under ZeRO-3."""
+    """The dtype that FSDP's mixed precision casts weights to; None: they are not cast, as under ZeRO-3."""
     policy = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
     return None if policy is None else policy.param_dtype
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part of this tensor."""
+    """Whether each process holds only a part of this tensor."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor")
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of all of a tensor."""
+    """The shape of the whole tensor."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
@@ -121,12 +121,12 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
     if hasattr(tensor, "ds_tensor"):
         begin, end = _zero_range(tensor)
-        return tensor.ds_tensor[: end - begin]  # without the last ones' padding, which is uninitialized memory
+        return tensor.ds_tensor[: end - begin]  # without the last ones' padding (uninitialised memory)
     return tensor
 
 
 def whole(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """All of a tensor. If it is sharded every process must call this."""
+    """The whole tensor. If it is sharded, every process must call this."""
     if hasattr(tensor, "ds_tensor"):
         part = tensor.ds_tensor.detach() if device is None else tensor.ds_tensor.detach().to(device)
         parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
@@ -156,7 +156,7 @@ def num_copies(tensor: Tensor) -> int:
 
 
 def refuse_other_tensors(what: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise KeyError or ValueError unless a state read from a file has the names and whole shapes of our own."""
+    """Raise KeyError or ValueError unless a state from a file has the names and whole shapes of our own."""
     if state.keys() != own.keys():
         missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
         raise KeyError(f"{what} does not fit: missing {sorted(missing)[:3]}, unexpected {sorted(extra)[:3]}")
@@ -168,7 +168,7 @@ def refuse_other_tensors(what: str, state: Mapping[str, Tensor], own: Mapping[st
 
 @torch.no_grad()
 def assign(target: Tensor, source: Tensor) -> None:
-    """Copy a whole tensor into `target`; a sharded one takes its part, without communication."""
+    """Copy a whole tensor into `target`; a sharded target takes its part, without communication."""
     if isinstance(target, DTensor):
         mesh, placements = target.device_mesh, target.placements
         source = distribute_tensor(source.to(target.device), mesh, placements, src_data_rank=None).to_local()
@@ -179,14 +179,14 @@ def assign(target: Tensor, source: Tensor) -> None:
 
 
 def _zero_range(tensor: Any) -> tuple[int, int]:
-    """What of the flattened weight lies here."""
+    """The range of the flattened weight that this process holds."""
     size, total = tensor.ds_tensor.numel(), whole_shape(tensor).numel()
     begin = min(torch.distributed.get_rank() * size, total)
     return begin, min(begin + size, total)
 
 
 def gather_to_main(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor]:
-    """All tensors whole, on the CPU of the main process; one at a time, so that no other process holds all of them."""
+    """Gather all tensors on the CPU of the main process, one at a time, so that no other process holds all of them."""
     gathered = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -196,7 +196,7 @@ def gather_to_main(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str,
 
 
 def named_weights(model: nn.Module, *, every_name: bool = False) -> dict[str, nn.Parameter]:
-    """Parameters by the names that they had before the model was wrapped; a tied one once, or under `every_name`."""
+    """Parameters by their names before the model was wrapped; a tied one once, or with `every_name` under each name."""
     weights = {}
     for name, parameter in model.named_parameters(remove_duplicate=not every_name):
         for wrapper in _WRAPPERS:
@@ -206,23 +206,23 @@ def named_weights(model: nn.Module, *, every_name: bool = False) -> dict[str, nn
 
 
 class Replica:
-    """A plain twin of a model that is sharded later: no weights of its own, it borrows them while somebody uses it."""
+    """An unsharded twin of a model that is sharded later; it has no own weights and borrows them while in use."""
 
     def __init__(self, model: nn.Module) -> None:
         """Copy everything but the weights."""
         empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
         self._model = copy.deepcopy(model, dict(empty)).eval()
         self.device = torch.device("cpu")
-        self.dtype: torch.dtype | None = None  # of the weights in use; None: as they are
+        self.dtype: torch.dtype | None = None  # dtype of the weights in use; None: unchanged
 
     @property
     def plain(self) -> Any:
-        """The twin, without weights: of the model's own class, to write its files with."""
+        """The twin without weights, of the model's own class, to write its files with."""
         return self._model
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[Any]:
-        """Lend the twin with these weights, gathered from all processes: each of them must call this."""
+        """Lend the twin with these weights, gathered from all processes; every process must call this."""
         before = dict(self._model.named_parameters(remove_duplicate=False))
         try:
             self._fill(weights)

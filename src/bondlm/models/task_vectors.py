@@ -1,6 +1,7 @@
 """Task vectors, theta - theta_0, merged tensor by tensor (WARP: Ramé et al. 2024, arXiv 2406.16768).
 
-LoRA's task vector is the product B A. The factors are never averaged apart: a product of means is no mean of products.
+LoRA's task vector is the product B A. The factors are never averaged separately, since a product of means is not the
+mean of products.
 """
 
 import math
@@ -23,9 +24,9 @@ class LowRank(NamedTuple):
     down: Tensor
 
     def of_rank(self, rank: int) -> tuple["LowRank", float, float]:
-        """The nearest matrix of this rank, and the squared norms of what is left out and of the whole (Frobenius).
+        """The nearest matrix of this rank, and the squared Frobenius norms of the remainder and of the whole.
 
-        Both factors get the square roots of the singular values; what the rank does not need is zeros.
+        Both factors get the square roots of the singular values; unused ranks are zeros.
         """
         left, left_r = torch.linalg.qr(self.up)
         right, right_r = torch.linalg.qr(self.down.T)
@@ -42,10 +43,10 @@ Vector = Tensor | LowRank
 
 
 def dot(v: Vector, d: Vector) -> float:
-    """Inner product of two task vectors of one tensor; of low-rank ones from products of the size of their ranks."""
+    """Inner product of two task vectors of one tensor; for low-rank ones from products of the size of their ranks."""
     if isinstance(v, LowRank) and isinstance(d, LowRank):
         return float(((v.up.T @ d.up) * (v.down @ d.down.T)).sum())
-    assert not isinstance(v, LowRank)  # noqa: S101  of one tensor, and so of one kind
+    assert not isinstance(v, LowRank)  # noqa: S101  both belong to one tensor, so they are of one kind
     assert not isinstance(d, LowRank)  # noqa: S101
     return float((v.double() * d.double()).sum())
 
@@ -56,7 +57,7 @@ def scaled(v: Vector, a: float) -> Vector:
 
 
 def plus(v: Vector, d: Vector) -> Vector:
-    """The sum v + d; the ranks of low-rank ones add up."""
+    """The sum v + d; the ranks of low-rank vectors add up."""
     if isinstance(v, LowRank) and isinstance(d, LowRank):
         return LowRank(torch.cat([v.up, d.up], dim=1), torch.cat([v.down, d.down]))
     assert not isinstance(v, LowRank)  # noqa: S101
@@ -65,34 +66,34 @@ def plus(v: Vector, d: Vector) -> Vector:
 
 
 class Merging:
-    """The task vectors of one tensor, summed as they come, and merged at the end.
+    """Sums the task vectors of one tensor one by one, and merges them at the end.
 
     "mean": (d_1 + .. + d_K) / K. "slerp": the same direction, divided by the length of the mean of d_i / |d_i|. For two
-    vectors at the angle w that is 1 / cos(w / 2), which gives WARP's spherical interpolation at its middle,
-    (d_1 sin(w / 2) + d_2 sin(w / 2)) / sin(w). Unlike a chain of such steps it does not depend on the order of more
-    than two. Unrelated vectors keep their length so; their mean is shorter by sqrt(K).
+    vectors at angle w that length is cos(w / 2), which gives WARP's spherical interpolation at its midpoint,
+    (d_1 sin(w / 2) + d_2 sin(w / 2)) / sin(w). Unlike a chain of such steps, it does not depend on the order of more
+    than two vectors. With it, unrelated vectors keep their length, while their mean is shorter by a factor of sqrt(K).
     """
 
     def __init__(self, method: Method) -> None:
-        """Start without any."""
+        """Start without vectors."""
         self._method = method
         self._sum: Vector | None = None
         self._units: Vector | None = None  # slerp: the sum of d_i / |d_i|
         self._num = self._num_moved = 0
 
     def add(self, vector: Vector) -> float:
-        """Take one more; returns its squared norm."""
+        """Add a vector; returns its squared norm."""
         norm_sq = dot(vector, vector)
         self._num += 1
         self._sum = vector if self._sum is None else plus(self._sum, vector)
-        if self._method == "slerp" and norm_sq > 0:  # a tensor that a run has left alone has no direction
+        if self._method == "slerp" and norm_sq > 0:  # a tensor that a run did not change has no direction
             unit = scaled(vector, 1 / math.sqrt(norm_sq))
             self._num_moved += 1
             self._units = unit if self._units is None else plus(self._units, unit)
         return norm_sq
 
     def merged(self) -> Vector:
-        """What the vectors merge to.
+        """The merged vector.
 
         Raises:
             ConfigError: "slerp" of vectors that cancel.
@@ -103,5 +104,5 @@ class Merging:
             length = math.sqrt(max(0.0, dot(self._units, self._units))) / self._num_moved
         if length < _OPPOSED:
             raise ConfigError("method='slerp': task vectors point in opposite directions, use method='mean'")
-        self._units = None  # done with: it is as large as the sum
+        self._units = None  # free it: it is as large as the sum
         return scaled(self._sum, 1 / (self._num * length))

@@ -1,8 +1,7 @@
-"""What may be computed together without changing a number, for each kind of model: found by probes, kept here.
+"""Which computations can be batched without changing results, for each kind of model; found by probes, stored here.
 
-A kind is a class with a config, so that policy, anchor and reference are one. `bondlm.models.probe` and
-`bondlm.engines.local.probe` ask a model once, when a run starts; a model that nobody asked gets what its config
-promises.
+A kind is a class with a config, so policy, anchor and reference are of the same kind. `bondlm.models.probe` and
+`bondlm.engines.local.probe` test a model once, when a run starts; for a model that was not tested, its config decides.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ Kind = tuple[str, str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Ways:
-    """Each one is faster than doing without; all False is the plain loop, which is right for every model."""
+    """Each way is faster than without it; all False is the plain loop, which is correct for every model."""
 
     prefix: bool = True  # what all prompts begin with is computed once
     padded: bool = True  # prompts of different lengths are decoded in one batch
@@ -30,7 +29,7 @@ _FOUND: dict[Kind, Ways] = {}
 
 
 def ways_of(model: Any) -> Ways:
-    """What was found for models of this kind, or what the config promises."""
+    """The result for models of this kind, or what the config promises."""
     found = _FOUND.get(_kind(model))
     if found is not None:
         return found
@@ -38,7 +37,7 @@ def ways_of(model: Any) -> Ways:
 
 
 def remember(model: Any, **found: bool) -> Ways:
-    """Keep what a probe found for all models of this kind."""
+    """Store what a probe found, for all models of this kind."""
     _FOUND[_kind(model)] = ways = replace(ways_of(model), **found)
     return ways
 
