@@ -1,4 +1,4 @@
-"""What happens around an optimizer step: the anchor moves, the run folder is written, the run stops in good order."""
+"""Work around an optimizer step: moving the anchor, writing the run folder, stopping the run in good order."""
 
 import json
 import math
@@ -49,7 +49,7 @@ from bondlm.training.stopping import StopCallback
 
 
 class HasState(Protocol):
-    """Some numbers that a checkpoint holds, as JSON."""
+    """An object with numbers that a checkpoint stores as JSON."""
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -59,7 +59,7 @@ class HasState(Protocol):
 
 
 class AnchorCallback(TrainerCallback):
-    """Moves anchor and averaged weights after every step; every checkpoint has them, and what else has a state."""
+    """Moves anchor and averaged weights after every step; checkpoints store these and all other states."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class AnchorCallback(TrainerCallback):
         average: WeightAverage,
         states: Mapping[str, HasState],
     ) -> None:
-        """`means` takes the metrics of a step, `run_folder` the prompts of one that is skipped.
+        """`means` takes the metrics of a step, `run_folder` the prompts of a skipped step.
 
-        `states` by the names of their files.
+        `states` maps file names to the objects whose state they store.
         """
         self._states = states
         self._anchor, self._quantile_model, self._clock, self._average = anchor, quantile_model, clock, average
@@ -86,14 +86,14 @@ class AnchorCallback(TrainerCallback):
         self._skips_in_a_row = 0
 
     def restore_from(self, checkpoint: str | None) -> None:
-        """Continue from this checkpoint's anchor when training begins; without one the anchor is as it is."""
+        """Continue from this checkpoint's anchor when training begins; with None the anchor is not changed."""
         self._restore = None if checkpoint is None else Path(checkpoint)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Load our part of the checkpoint, after Trainer has loaded the policy; see that there is room for more."""
-        # How often a run logs, saves and evaluates: a checkpoint brings the steps of the run that wrote it.
+        """Load our part of the checkpoint, after Trainer has loaded the policy; check that there is room for more."""
+        # How often the run logs, saves and evaluates: a checkpoint restores the values of the run that wrote it.
         state.compute_steps(args, state.max_steps)
-        # Trainer would remove the oldest checkpoint before the newest is sealed: we do it afterwards.
+        # Trainer would remove the oldest checkpoint before the newest is sealed, so we do it afterwards.
         self._keep, args.save_total_limit = args.save_total_limit or self._keep, None
         if (loader := kwargs.get("train_dataloader")) is not None:
             self._stream = loader.dataset if isinstance(loader.dataset, PromptStream) else None
@@ -120,12 +120,12 @@ class AnchorCallback(TrainerCallback):
             self._restore = None
 
     def compare_data(self, checkpoint: Path) -> None:
-        """Compare the prompts with what a checkpoint says; of a stream when it has been read again up to there.
+        """Compare the prompts with a checkpoint's record; for a stream, once it has been read again up to there.
 
         Raises:
-            DataError: they are others.
-            ConfigError: they make other tokens, come in another order, or so many at a time.
-            CheckpointError: the checkpoint does not say.
+            DataError: the prompts differ.
+            ConfigError: their tokens, their order or their number per step differ.
+            CheckpointError: the checkpoint has no record.
         """
         if not self._data:
             return
@@ -145,21 +145,21 @@ class AnchorCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Start timing the optimizer; take from it a gradient that is not finite."""
+        """Start timing the optimizer; remove a gradient that is not finite."""
         self._clock.start("optimizer")
-        # DeepSpeed has stepped already, within `backward`, unless it saw the same.
+        # DeepSpeed has already stepped, within `backward`, unless it found the same.
         self.skipped = step_was_skipped(optimizer) if zero_stage(args) else not _finite_on_all_ranks(model, args)
         self._record({"skipped_steps": float(self.skipped)})
         scaler = getattr(optimizer, "scaler", None)
         is_empty = self.skipped and self._run_folder.is_left_with_nothing(args)  # a mean over no prompts
         if self.skipped and not is_empty and _finds_its_scale(scaler) and not self._run_folder.has_bad_loss(args):
-            return  # the scaler takes no step either
+            return  # the scaler does not step either
         self._skips_in_a_row = self._skips_in_a_row + 1 if self.skipped else 0
         if not self.skipped:
             return
         if scaler is None:
             for parameter in model.parameters():
-                parameter.grad = None  # an optimizer leaves a parameter without gradient as it is
+                parameter.grad = None  # an optimizer does not change a parameter without gradient
         if not is_empty:
             self._run_folder.write_skipped(args, state, control)
         if self._skips_in_a_row <= args.max_skipped_steps:
@@ -176,7 +176,7 @@ class AnchorCallback(TrainerCallback):
             self._run_folder.stop.pause(error, args, state, control)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Eq. 18: the anchor moves right after the policy has; a copy that is due is made after a skipped step, too."""
+        """Eq. 18: the anchor moves right after the policy has; a copy that is due is also made after a skipped step."""
         self._clock.stop()
         step = state.global_step + 1
         if self.skipped and not self._anchor.is_copied_at(step):
@@ -188,7 +188,7 @@ class AnchorCallback(TrainerCallback):
         self._record(metrics)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the step's books: every second of it belongs to one phase."""
+        """Record the step's times: every second of it belongs to one phase."""
         self._clock.stop()
         phases = self._clock.drain()
         self._record(
@@ -200,17 +200,17 @@ class AnchorCallback(TrainerCallback):
         world = World.of(args)
         world.barrier()  # every rank has written its part
         require_same_weights(kwargs["model"], self._anchor.weights, world, step=state.global_step)
-        anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if it is sharded
+        anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if sharded
         average = self._average.state_dict(is_main=args.should_save)
         means = world.gather_objects([self._means.state()])
         if args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_tensors(anchor, folder / ANCHOR_FILE)
-            if self._average.fraction:  # empty as long as every step was skipped
+            if self._average.fraction:  # empty if every step so far was skipped
                 save_tensors(average, folder / AVERAGE_FILE)
             if self._quantile_model is not None:
                 save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads, tokens in it
+            (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle that contains tokens
             data = self._data
             if self._stream is not None:
                 data = data | self._stream.digest_at(state.global_step * data["prompts_per_step"])
@@ -223,7 +223,7 @@ class AnchorCallback(TrainerCallback):
                 remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint, step=state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove what a run that was killed at its end could not; give the setting back."""
+        """Remove checkpoints that a run killed at its end could not remove; restore the setting."""
         if args.should_save and self._keep is not None:
             remove_older(
                 Path(args.output_dir), keep=self._keep, best=state.best_model_checkpoint, step=state.global_step
@@ -239,17 +239,17 @@ class RunFolderCallback(TrainerCallback):
         self._folder, self._rendering, self.stop = folder, rendering, stop
         self.rollout: Rollout | None = None  # of the step that is under way
         self._num_logged = 0
-        self._bad: dict[int, float] = {}  # losses of this process's prompts that are not finite, by their place
-        self._failure: str | None = None  # what could not be written; nothing more is then
+        self._bad: dict[int, float] = {}  # non-finite losses of this process's prompts, by place
+        self._failure: str | None = None  # what could not be written; after that nothing more is written
         self.write_settings: Callable[[], None] = lambda: None
 
     def note_step(self, rollout: Rollout, num_logged: int) -> None:
-        """Remember a step's samples; those of its first prompts are written if the step is logged (and made them)."""
+        """Keep a step's samples; those of its first prompts are written if the step is logged and drew them itself."""
         self.rollout, self._bad = rollout, {}
         self._num_logged = 0 if LOGGED_IDS in rollout.rows[0] else num_logged
 
     def note_losses(self, row_P: Tensor, loss_P: Tensor) -> Tensor:
-        """Remember which prompts have a loss that is not finite; returns which have a finite one (P,) bool."""
+        """Note the prompts whose loss is not finite; returns which losses are finite, (P,) bool."""
         is_finite_P = torch.isfinite(loss_P)
         if not is_finite_P.all():
             losses = zip(row_P.tolist(), loss_P.tolist(), strict=True)
@@ -257,18 +257,18 @@ class RunFolderCallback(TrainerCallback):
         return is_finite_P
 
     def has_bad_loss(self, args: Any) -> bool:
-        """Whether the step's loss is not finite, on any process; all must call."""
+        """Whether the step's loss is not finite on any process; all processes must call this."""
         return World.of(args).any(bool(self._bad))
 
     def is_left_with_nothing(self, args: Any) -> bool:
-        """Whether no prompt of the step counts, on any process; all must call."""
+        """Whether no prompt of the step counts on any process; all processes must call this."""
         counts = self.rollout is not None and bool(self.rollout.is_counted_P.any())
         return not World.of(args).any(counts)
 
     def write_skipped(self, args: Any, state: Any, control: Any) -> None:
-        """Write the prompts whose loss is not finite; if all losses are, and the gradient is not, all of the step.
+        """Write the prompts whose loss is not finite; if only the gradient is not finite, all prompts of the step.
 
-        Every process must call, and writes its own.
+        Every process must call this, and writes its own prompts.
         """
         by_loss, step = self.has_bad_loss(args), state.global_step + 1
         which = sorted(self._bad) if by_loss else range(0 if self.rollout is None else len(self.rollout.rows))
@@ -279,13 +279,13 @@ class RunFolderCallback(TrainerCallback):
             self.stop.pause(unwritable(failure, step, state.max_steps), args, state, control)
 
     def samples(self) -> list[dict[str, Any]]:
-        """The first prompts of the last step, as many as are logged, with their completions and rewards."""
+        """The first prompts of the last step (as many as are logged) with their completions and rewards."""
         count = 0 if self.rollout is None else min(self._num_logged, len(self.rollout.rows))
         return [self._sampled(i) for i in range(count)]
 
     def _sampled(self, place: int) -> dict[str, Any]:
         """One prompt of the step with its completions and rewards."""
-        assert self.rollout is not None  # noqa: S101  asked for its prompts alone
+        assert self.rollout is not None  # noqa: S101  only called for its prompts
         samples, num_policy = self.rollout.samples, self.rollout.plan.policy
         rewards = samples.rewards_PM[place].tolist()
         scored: list[dict[str, Any]] = [
@@ -297,7 +297,7 @@ class RunFolderCallback(TrainerCallback):
         return {"prompt": prompt, "policy": scored[:num_policy], "anchor": scored[num_policy:]}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget what was logged beyond the step that the run starts from; keep what it now has."""
+        """Remove log rows beyond the step that the run starts from, and store the current rendering."""
         self._failure = None
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -314,7 +314,7 @@ class RunFolderCallback(TrainerCallback):
                 files[SAMPLES_FILE] = [{"step": state.global_step, **row} for row in self.samples()]
             for name, rows in files.items():
                 self._failure = self._failure or append(self._folder / name, rows)
-        if "loss" in (logs or {}):  # another row may be one process's alone
+        if "loss" in (logs or {}):  # another row may belong to a single process
             self._pause_if_unwritten(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -322,13 +322,13 @@ class RunFolderCallback(TrainerCallback):
         self._pause_if_unwritten(args, state, control)
 
     def _pause_if_unwritten(self, args: Any, state: Any, control: Any) -> None:
-        """What was learned is saved first; every process must call."""
+        """Pause the run after saving what was learned; every process must call this."""
         self._failure = first_failure(self._failure, World.of(args))
         if self._failure is not None and not self.stop.is_paused:
             self.stop.pause(unwritable(self._failure, state.global_step, state.max_steps), args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the last steps logged, too; without its folder a run would be written to a place that nobody knows."""
+        """Log the last steps too; raise an error if the folder is gone, since nobody would find a new one."""
         if logs_at(state.global_step, args, state):
             control.should_log = True
         if state.is_world_process_zero and not self._folder.is_dir():
@@ -338,29 +338,29 @@ class RunFolderCallback(TrainerCallback):
             )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the epoch's last step logged before it is evaluated."""
+        """Log the epoch's last step before it is evaluated."""
         if control.should_evaluate and not control.should_training_stop:
             control.should_log = control.should_log or logs_at(state.global_step, args, state, ends_epoch=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last row is written: it is the run's summary."""
+        """Check that the last row, the run's summary, was written."""
         self._pause_if_unwritten(args, state, control)
         self._failure = None
 
 
 def logs_at(step: int, args: Any, state: Any, *, ends_epoch: bool = False) -> bool:
-    """Whether a step is logged: as often as asked for, and where the run ends, or may end by an evaluation."""
+    """Whether a step is logged: as often as asked for, and where the run ends or an evaluation may end it."""
     if step == 1 and args.logging_first_step:
         return True
     if args.logging_strategy == "no":
         return False
-    # Steps of the state: there a share of the run is a number of steps.
+    # Steps come from the state, in which shares of the run are numbers of steps.
     is_due = ends_epoch if args.logging_strategy == "epoch" else step % state.logging_steps == 0
     return bool(is_due or step >= state.max_steps or _may_end(step, args, state, ends_epoch=ends_epoch))
 
 
 def _may_end(step: int, args: Any, state: Any, *, ends_epoch: bool) -> bool:
-    """Whether an evaluation follows that may end the run: by a goal, or by the metric of an EarlyStoppingCallback."""
+    """Whether an evaluation follows that may end the run by a goal or by an EarlyStoppingCallback."""
     if args.target_n is None and args.kl_budget is None and args.metric_for_best_model is None:
         return False
     if args.eval_strategy == "epoch":
@@ -384,15 +384,16 @@ def _nothing_left(step: int, steps: int, args: Any) -> str:
 
 
 def _finds_its_scale(scaler: Any) -> bool:
-    """Whether a loss scaler (fp16) has room to halve its scale: gradients that overflow are how it finds the largest.
+    """Whether a loss scaler (fp16) can still halve its scale: it finds the largest scale by overflowing gradients.
 
-    From its first value, 65,536, that is sixteen steps at most; what is not finite at scale 1 is no overflow of its.
+    From its initial value, 65,536, that takes at most sixteen steps; a gradient that is not finite at scale 1 is not
+    its overflow.
     """
     return scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1.0
 
 
 def _finite_on_all_ranks(model: Any, args: Any) -> bool:
-    # Of a sharded gradient each rank looks at its part.
+    # With a sharded gradient, each rank checks its part.
     grads = [g for p in model.parameters() if p.grad is not None and (g := local(p.grad)).numel()]
     norms = torch._foreach_norm(grads) if grads else ()
     return not World.of(args).any(not all(torch.isfinite(norm) for norm in norms))

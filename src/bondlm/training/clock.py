@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Measure the time of a step's phases."""
 
 import math
 import time
@@ -12,10 +12,10 @@ from bondlm.training.processes import World
 
 
 class Clock:
-    """Sums seconds by phase until `drain`; a phase inside another counts for the inner one alone."""
+    """Sums seconds by phase until `drain`; time in a nested phase counts only for the inner one."""
 
     def __init__(self) -> None:
-        """Start with no time on any phase."""
+        """Start with no time in any phase."""
         self._seconds: dict[str, float] = defaultdict(float)
         self._stack: list[str] = []
         self._since = 0.0
@@ -32,13 +32,13 @@ class Clock:
         self._stack.append(phase)
 
     def stop(self) -> None:
-        """Leave the phase entered last."""
+        """Leave the phase that was entered last."""
         self._charge()
         self._stack.pop()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Charge the body to `phase`."""
+        """Count the time of the body for `phase`."""
         self.start(phase)
         try:
             yield
@@ -47,7 +47,7 @@ class Clock:
 
     @contextmanager
     def apart(self) -> Iterator[dict[str, float]]:
-        """Lend the seconds by phase of the body alone: no phase outside counts them, nor does the next `drain`."""
+        """Yield the seconds by phase of the body only; neither outer phases nor the next `drain` count them."""
         self._charge()
         outside = self._seconds, self._stack
         self._seconds, self._stack = defaultdict(float), []
@@ -72,14 +72,14 @@ class StepMeans:
         self._sums: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
 
     def record(self, metrics: Mapping[str, float], *, weight: float = 1.0) -> None:
-        """Keep metrics that are means of `weight` things; of one that is NaN, or of no things, the name alone."""
+        """Record metrics that are means of `weight` things; if one is NaN or the weight is 0, only its name is kept."""
         for name, value in metrics.items():
             total, weights = self._sums[name]
             defined = weight > 0 and not math.isnan(value)
             self._sums[name] = (total + value * weight, weights + weight) if defined else (total, weights)
 
     def record_of_each(self, metrics: Mapping[str, torch.Tensor], counted_P: torch.Tensor) -> None:
-        """Keep metrics that have a value (or a row of values) for each prompt; only `counted_P` prompts count."""
+        """Record metrics with a value (or a row of values) per prompt; only `counted_P` prompts count."""
         for name, values_P in metrics.items():
             of_each = values_P[counted_P]
             of_each = of_each if of_each.dim() == 1 else of_each.flatten(1).mean(dim=1)
@@ -91,7 +91,7 @@ class StepMeans:
         return dict(self._sums)
 
     def load_state(self, of_ranks: Sequence[Mapping[str, Sequence[float]]], world: World) -> None:
-        """Continue from what the ranks had recorded; if there are more or fewer now, the first takes all."""
+        """Continue from the records of all ranks; if the number of ranks has changed, the first rank takes all."""
         self._sums.clear()
         mine = of_ranks if len(of_ranks) != world.size else of_ranks[world.rank : world.rank + 1]
         for state in mine:
@@ -101,7 +101,7 @@ class StepMeans:
                 self._sums[name] = (before[0] + share * total, before[1] + share * weight)
 
     def drain(self, world: World) -> dict[str, float]:
-        """The means since the last call, of all names that any process has; every process must call."""
+        """The means since the last call, for all names on any process; every process must call this."""
         names = sorted(set(world.gather_objects(list(self._sums))))
         sums = torch.tensor([self._sums[n] for n in names], dtype=torch.float64).reshape(-1, 2)
         self._sums.clear()

@@ -1,4 +1,4 @@
-"""The data of a run: prompts or scored samples to train on, prompts held out, and what of them is left out."""
+"""The data of a run: prompts or scored samples to train on, held-out prompts, and rows that are left out."""
 
 import copy
 import logging
@@ -20,13 +20,13 @@ _log = logging.getLogger(__name__)
 
 
 class RunData:
-    """Reads what a run trains on, and says before a model is loaded what cannot be used."""
+    """Reads a run's data, and reports unusable data before a model is loaded."""
 
     def __init__(self, args: Any, source: Any, held_out: Any, *, model: str, reward_funcs: Any) -> None:
-        """Data as the constructor of the trainer takes them; `model` is the policy's name.
+        """Take the data arguments of the trainer's constructor; `model` is the policy's name.
 
         Raises:
-            ConfigError: settings and data do not fit.
+            ConfigError: settings and data do not fit together.
             DataError: rows that cannot be used.
         """
         self._args, self._held_out = args, held_out
@@ -49,7 +49,7 @@ class RunData:
         self.drawn = time_of(self._origins)
 
     def encoded(self, encoder: PromptEncoder) -> Dataset | PromptStream | None:
-        """The training prompts with their ids, scored ones with their samples; `num_logged` is then that of these.
+        """The training prompts with their ids and, if scored, their samples, whose number per prompt is `num_logged`.
 
         Raises:
             ConfigError, DataError: prompts that cannot be used, or too few for a step.
@@ -79,7 +79,7 @@ class RunData:
         return stream
 
     def encoded_for_evaluation(self, encoder: PromptEncoder) -> Any:
-        """The held-out prompts, or each named set of them; None without any.
+        """The held-out prompts, or a dictionary of named sets; None if there are none.
 
         Raises:
             ConfigError, DataError: prompts that cannot be used.
@@ -92,7 +92,7 @@ class RunData:
 
 
 def check_streaming(args: Any) -> None:
-    """See that one process reads the stream, for a number of steps that is known.
+    """Check that a single process reads the stream, for a known number of steps.
 
     Raises:
         ConfigError: there are several processes, or no `max_steps`.
@@ -110,16 +110,16 @@ def check_streaming(args: Any) -> None:
             args.dataloader_num_workers,
         )
         args.dataloader_num_workers, args.dataloader_persistent_workers = 0, False
-        args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None  # of workers alone
-    args.accelerator_config = copy.copy(args.accelerator_config)  # the caller's stays as it is
+        args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None  # only for workers
+    args.accelerator_config = copy.copy(args.accelerator_config)  # the caller's is not changed
     args.accelerator_config.dispatch_batches = False  # rows of text cannot be dispatched as tensors
 
 
 def require_a_batch(rows: int, args: Any, what: str = "prompts") -> None:
-    """See that an epoch has a step.
+    """Check that an epoch has at least one step.
 
     Raises:
-        ConfigError: `dataloader_drop_last` leaves out its only batch.
+        ConfigError: `dataloader_drop_last` drops its only batch.
     """
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:

@@ -1,9 +1,9 @@
-"""What a run leaves out, bad rows of its data and prompts whose reward failed: counted, listed, and never many.
+"""Bad rows and prompts whose reward failed, which a run leaves out: counted, listed and limited in number.
 
-Prompts that `missing_eos='drop'` leaves out are counted and listed, too; nothing failed there, so they have no limit.
+Prompts that `missing_eos='drop'` leaves out are also counted and listed, but nothing failed, so they have no limit.
 
-A prompt is dropped whole. The expected quantile of the best of N is N / (N + 1), so to go on with the samples that are
-left would change the target of that prompt.
+A prompt is dropped as a whole. The expected quantile of the best of N is N / (N + 1), so continuing with its remaining
+samples would change the target of that prompt.
 """
 
 import json
@@ -30,24 +30,24 @@ _log = logging.getLogger(__name__)
 
 
 class DropBudget:
-    """Counts what is left out, on all processes and over the whole run, resumed or not."""
+    """Counts what is left out, on all processes and over the whole run, across resumes."""
 
     def __init__(self, fraction: float, folder: Path, *, skips_rows: bool = False) -> None:
-        """At most `fraction` may be left out: of the rows of the data, and of the prompts seen so far.
+        """At most `fraction` may be left out, both of the rows of the data and of the prompts seen so far.
 
-        One may be in any case unless `fraction` is 0: the first prompts of a run would otherwise have no budget, since
-        1% of ten prompts is less than one. Bad rows of the data are refused, unless the budget `skips_rows`.
+        Unless `fraction` is 0, one is always allowed: otherwise the first prompts of a run would have no budget, since
+        1% of ten prompts is less than one. Bad rows of the data are refused unless `skips_rows`.
         """
         self._skips_rows = skips_rows
         self._fraction, self._path = fraction, folder / DROPPED_FILE
         self.skipped_rows: list[str] = []
         self._num_rows = 0
-        self._places: list[str] = []  # of the rows that are left, until they are encoded
+        self._places: list[str] = []  # of the remaining rows, until they are encoded
         self.seen = self.dropped = self.left_out = 0
         self._counted = False
 
     def state(self) -> dict[str, int]:
-        """What was seen and left out so far, for a checkpoint."""
+        """The counts of prompts seen and left out so far, for a checkpoint."""
         return {"seen": self.seen, "dropped": self.dropped, "left_out": self.left_out}
 
     def load_state(self, state: Mapping[str, int]) -> None:
@@ -56,7 +56,7 @@ class DropBudget:
         self.seen, self.dropped, self.left_out = state["seen"], state["dropped"], state["left_out"]
 
     def load(self, source: Any, *, token_ids: bool = False) -> Dataset:
-        """Read prompts, which may be `token_ids`.
+        """Read prompts; with `token_ids` they may be lists of token ids.
 
         Raises:
             DataError: prompts that cannot be used, or too many bad rows.
@@ -66,7 +66,7 @@ class DropBudget:
         )
 
     def usable(self, scored: Dataset, args: Any) -> Dataset:
-        """Scored samples that can be used, of prompts that have enough of them.
+        """Usable scored samples of prompts that have enough of them.
 
         Raises:
             DataError: see `usable_scored`, or too many bad rows.
@@ -82,7 +82,7 @@ class DropBudget:
         return self._without_bad(lambda skipped: group_scored(scored, encoder, args, self._places, skipped))
 
     def encode(self, prompts: Dataset, encoder: PromptEncoder) -> Dataset:
-        """Encode prompts; those that are too long, or that the chat template refuses, are bad rows like others.
+        """Encode prompts; those that are too long or refused by the chat template count as bad rows.
 
         Raises:
             ConfigError: the tokenizer or the settings do not fit.
@@ -92,7 +92,7 @@ class DropBudget:
         return self._without_bad(lambda skipped: encoder.with_ids(prompts, skipped, where))
 
     def _without_bad(self, read: Callable[[list[str] | None], Dataset]) -> Dataset:
-        """What `read` leaves of the data, whose rows were counted by the first call: grouped samples are fewer rows."""
+        """The data that `read` keeps; only the first call counts rows, since grouped samples are fewer rows."""
         skipped = list[str]()
         dataset = read(skipped if self._skips_rows else None)
         self._num_rows = self._num_rows or len(dataset) + len(skipped)
@@ -101,10 +101,10 @@ class DropBudget:
         return dataset
 
     def note_rows(self, skipped: Sequence[str], num_good: int) -> None:
-        """Remember the bad rows of the data that were left out, each with its place and reason.
+        """Record the bad rows of the data that were left out, each with its place and reason.
 
         Raises:
-            DataError: they are too many.
+            DataError: there are too many.
         """
         self.skipped_rows = list(skipped)
         total = num_good + len(skipped)
@@ -117,13 +117,13 @@ class DropBudget:
     def note(
         self, rows: Sequence[Mapping[str, Any]], samples: Samples, step: int, is_real_P: Tensor, world: World
     ) -> dict[str, float]:
-        """Write down the prompts of this process that a step drops; returns its metric, which is that of all.
+        """Write the prompts of this process that a step drops; returns the metric over all processes.
 
-        Rows that are not `is_real_P` have had their turn. Every process must call.
+        Rows that are not `is_real_P` were used before. Every process must call this.
 
         Raises:
             RewardError: on all processes, if too many rewards failed; the step is then not counted.
-            ResourceError: on all processes, if one cannot write its prompts; the same.
+            ResourceError: on all processes, if one cannot write its prompts; the step is then not counted either.
         """
         dropped = {i: reason for i, reason in samples.dropped.items() if is_real_P[i]}
         left_out = [i for i in sorted(samples.left_out) if is_real_P[i]]
@@ -131,7 +131,7 @@ class DropBudget:
         ranks = world.gather(torch.tensor([[int(is_real_P.sum()), len(dropped), len(left_out), *before]]))
         num_rows, num_dropped, num_left_out = ranks[:, :3].sum(dim=0).tolist()
         so_far = torch.tensor([self.seen, self.dropped, self.left_out])
-        if not self._counted:  # a run of bondlm 0.1 that is resumed: about what it saw, and what is on file
+        if not self._counted:  # a resumed run of bondlm 0.1: estimate what it saw from its step and its files
             so_far = torch.tensor([(step - 1) * num_rows, *ranks[0, 3:].tolist()])
         seen, all_dropped, all_left_out = (so_far + torch.tensor([num_rows, num_dropped, num_left_out])).tolist()
         lost = dropped | dict.fromkeys(left_out, REASON)
@@ -155,7 +155,7 @@ class DropBudget:
         return {"bond/frac_dropped": (num_dropped + num_left_out) / num_rows}
 
     def summary(self) -> list[str]:
-        """What to say at the end of a run: one line for each kind of thing left out."""
+        """The summary at the end of a run: one line for each kind of omission."""
         lines = []
         if self.skipped_rows:
             lines.append(f"left out: {len(self.skipped_rows)} bad rows of train_dataset, first {self.skipped_rows[0]}")
@@ -173,7 +173,7 @@ class DropBudget:
         return count > (max(1.0, self._fraction * total) if self._fraction > 0 else 0.0)
 
     def _in_file(self, *, before: int) -> tuple[int, int]:
-        """Prompts on file from the steps before: those whose reward failed, and those that did not end."""
+        """Prompts in the file from earlier steps: those whose reward failed, and those with a truncated completion."""
         if not self._path.is_file():
             return 0, 0
         rows = [json.loads(line) for line in self._path.read_bytes().splitlines()]

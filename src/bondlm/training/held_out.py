@@ -1,4 +1,4 @@
-"""What a set of held-out prompts says of the policy: reward, win rate, effective N, KL, each with its interval.
+"""Measures of the policy on held-out prompts: reward, win rate, effective N and KL, each with its interval.
 
 Shapes: P prompts, m policy samples and M reference samples of each.
 """
@@ -21,10 +21,10 @@ class HeldOut:
     win_rate: Estimate
     effective_n: EffectiveN
     kl: Estimate
-    goals: dict[str, tuple[Estimate, EffectiveN]] = field(default_factory=dict)  # of several rewards: win rate and N
+    goals: dict[str, tuple[Estimate, EffectiveN]] = field(default_factory=dict)  # win rate and N of several rewards
 
     def metrics(self, prefix: str, others: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Flat numbers for loggers: the value under its name, the interval under `_low` and `_high`; and `others`."""
+        """Flat numbers for loggers: each value under its name, its interval under `_low` and `_high`; and `others`."""
         flat = {f"{prefix}_{name}": value for name, value in (others or {}).items()}
         names = ("reward", "reference_reward", "win_rate", "effective_n", "kl")
         estimates: dict[str, Estimate | EffectiveN] = {name: getattr(self, name) for name in names}

@@ -1,4 +1,4 @@
-"""Rows of the run folder's logs: what one process cannot write is an error of all, and the run is saved first."""
+"""Rows of the run folder's logs: if one process cannot write, all raise the error, after the run is saved."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from bondlm.training.processes import World
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]], *, makes_folder: bool = False) -> str | None:
-    """Append rows, a second time if the first fails; what is wrong if the second fails, too."""
+    """Append rows, with one retry; returns what is wrong if both tries fail."""
     failure = None
     for _ in range(2):
         try:
@@ -24,17 +24,17 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]], *, makes_folder: bool 
 
 
 def append_by_each(path: Path, rows: Sequence[Mapping[str, Any]], world: World) -> str | None:
-    """Each process appends its rows, if any, on its own machine; returns what the first failure says, on all."""
+    """Each process appends its rows, if any, on its own machine; returns the first failure, on all processes."""
     return first_failure(append(path, rows, makes_folder=True) if rows else None, world)
 
 
 def first_failure(failure: str | None, world: World) -> str | None:
-    """What the first process with a failure says; every process must call."""
+    """The failure of the first process that has one; every process must call this."""
     return next(iter(world.gather_objects([] if failure is None else [failure])), None)
 
 
 def unwritable(failure: str, step: int, max_steps: int | None = None) -> ResourceError:
-    """The error that all processes raise, once the run is saved."""
+    """The error that all processes raise after the run is saved."""
     then = "" if step == max_steps else ", then the same command continues"
     error = ResourceError(
         f"step {step}: {failure}. What was learned is saved: make the file writable or free some space{then}"

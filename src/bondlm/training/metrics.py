@@ -1,4 +1,4 @@
-"""What a step logs of its samples, under TRL's names where the meaning is the same (docs/metrics.md)."""
+"""Metrics of a step's samples, under TRL's names where the meaning is the same (docs/metrics.md)."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ TAKEN = (
 
 
 def record(rollout: Rollout, means: StepMeans, world: World) -> None:
-    """Add a step's metrics, which are those of all processes together; every process must call."""
+    """Add a step's metrics, over all processes; every process must call this."""
     samples, plan, counted_P = rollout.samples, rollout.plan, rollout.is_counted_P
     if plan.policy:
         means.record_of_each({"anchor/kl": rollout.sampled_logp_PC - rollout.anchor_logp_PC}, counted_P)
@@ -35,12 +35,12 @@ def record(rollout: Rollout, means: StepMeans, world: World) -> None:
     means.record(own, weight=float(is_counted_P.sum()))
     for place, name in enumerate(samples.by_name if plan.policy else ()):
         record_reward(name, by_name[is_counted_P, : plan.policy, place], means)
-    # Of what was drawn, dropped prompts count; rows that only fill up a last batch do not.
+    # Among drawn samples, dropped prompts count, but rows that only fill up a last batch do not.
     lengths_PM, finished_PM, logprobs_PM = (tensor[is_real_P, :, 0] for tensor in drawn)
-    measured = slice(plan.policy or None)  # without the policy's samples, the anchor's
+    measured = slice(plan.policy or None)  # if there are no policy samples, those of the anchor
     work = completion_numbers(lengths_PM[:, measured], finished_PM[:, measured], logprobs_PM[:, measured])
     work |= {"num_tokens": float(lengths_PM.sum())} | worked_tokens(rollout, world)
-    if LOGGED_IDS in rollout.rows[0]:  # samples on file: nobody has drawn them here, from whichever distribution
+    if LOGGED_IDS in rollout.rows[0]:  # samples from a file were not drawn here, and their distribution is unknown
         del work["entropy"], work["num_tokens"]
     means.record(work)
     if taken := sorted(samples.metrics.keys() & (own | work | dict.fromkeys(TAKEN)).keys()):
@@ -57,7 +57,7 @@ def record_gap(logp_PLT: Tensor, sampled_PCT: Tensor, counted_P: Tensor, means: 
 
 
 def record_reward(name: str, values_Pm: Tensor, means: StepMeans) -> None:
-    """Mean and spread of one reward over the samples of the prompts that it applies to; elsewhere it is NaN."""
+    """Record mean and spread of one reward over the prompts that it applies to; it is NaN for the others."""
     applies_Pm = values_Pm[~values_Pm.isnan().any(dim=1)]
     means.record({f"rewards/{name}/mean": float(applies_Pm.mean())}, weight=float(len(applies_Pm)))
     spread = float(applies_Pm.std()) if applies_Pm.numel() > 1 else math.nan
@@ -65,13 +65,13 @@ def record_reward(name: str, values_Pm: Tensor, means: StepMeans) -> None:
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Lengths in tokens and the fraction cut at the budget, under TRL's names; and the fraction that says nothing."""
+    """Lengths in tokens and the truncated fraction, under TRL's names; and the fraction of empty completions."""
     of_each = [(len(c.ids), c.finished, c.logprob) for c in completions]
     return completion_numbers(*torch.tensor(of_each, dtype=torch.float64).unbind(dim=1))
 
 
 def completion_numbers(lengths: Tensor, finished: Tensor, logprobs: Tensor) -> dict[str, float]:
-    """`completion_metrics` of completions with these lengths, ends (1: by themselves) and log-probabilities."""
+    """`completion_metrics` of completions with these lengths, `finished` flags and log-probabilities."""
     return {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
@@ -84,7 +84,7 @@ def completion_numbers(lengths: Tensor, finished: Tensor, logprobs: Tensor) -> d
 
 
 def reward_metrics(rewards_PM: Tensor, ranked_PM: Tensor, num_policy: int) -> dict[str, float]:
-    """What a step logs of the rewards of the prompts that count; the policy's samples come first."""
+    """Reward metrics of the prompts that count; the policy's samples come first."""
     policy, anchor = rewards_PM[:, :num_policy], rewards_PM[:, num_policy:]
     ordered = ranked_PM.sort(dim=1).values
     tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
@@ -100,7 +100,7 @@ def reward_metrics(rewards_PM: Tensor, ranked_PM: Tensor, num_policy: int) -> di
 
 
 def worked_tokens(rollout: Rollout, world: World) -> dict[str, float]:
-    """The completion tokens that all processes learn from, and that roles score: what a step's phases work through."""
+    """The completion tokens that all processes learn from and that roles score: the workload of a step's phases."""
     learned = [row for row, is_real in zip(rollout.learned, rollout.is_real_P.tolist(), strict=True) if is_real]
     compared = [row[: rollout.plan.compare] for row in learned]
     counts = [float(sum(len(c.ids) for row in rows for c in row)) for rows in (learned, compared)]

@@ -1,4 +1,4 @@
-"""Micro-batches of a step, learned from in parts where they are too large: from the same samples, the same gradient."""
+"""Micro-batches of a step, split into parts if they are too large: same samples, same gradient."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,24 +30,24 @@ ADVICE_TOGETHER = (
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Some prompts of a rollout, and how any of them become tensors."""
+    """Some prompts of a rollout, with the means to turn any of them into tensors."""
 
     rollout: Rollout
-    groups: Sequence[Group]  # the rollout's
+    groups: Sequence[Group]  # those of the rollout
     chosen: Sequence[int]  # places in it
     pad_id: int
     start_id: int | None = None
     share_prompts: bool = True
-    multiple: int = 1  # of columns of a row
-    num_parts: int = 1  # into which it is cut at least: as many as another process needs
+    multiple: int = 1  # of the columns of a row
+    num_parts: int = 1  # minimum number of parts: as many as another process needs
 
     @property
     def num_counted(self) -> int:
-        """Prompts that have a weight in the loss."""
+        """Number of prompts with a weight in the loss."""
         return int(self.rollout.is_counted_P[list(self.chosen)].sum())
 
     def rows(self, chosen: Sequence[int]) -> list[Group]:
-        """What goes through the model together: a prompt with all of its completions, or with one of them."""
+        """Rows of the model's input: a prompt with all of its completions, or with one of them."""
         groups = [self.groups[i] for i in chosen]
         if self.share_prompts:
             return groups
@@ -58,7 +58,7 @@ class MicroBatch:
         return padded_tokens(rows, is_encoder_decoder=self.start_id is not None, multiple=self.multiple)
 
     def part(self, chosen: Sequence[int], max_tokens: int | None = None) -> Part:
-        """These prompts as tensors; a single one with more than `max_tokens` comes in `pieces`, by its completions."""
+        """These prompts as tensors; a single one with more than `max_tokens` is split by completions into `pieces`."""
         rows, picked = self.rows(chosen), list(chosen)
         tensors = {name: tensor[picked] for name, tensor in self.rollout.tensors.items()}
         length = max(len(c) for _, completions in rows for c in completions)
@@ -79,35 +79,35 @@ class MicroBatch:
 
 
 class SmallerBatches:
-    """Cuts the micro-batches of a step to what the memory holds, and remembers the size for the rest of the run.
+    """Cuts the micro-batches of a step to fit into memory, and keeps the size for the rest of the run.
 
-    The size is a number of tokens, since it is these that fill the memory: many short prompts learn together, and a
-    longer batch than the one that failed is cut before it fails. An error in the backward pass leaves gradients of some
-    parameters added and others not. So the gradients of the step are thrown away, and all of its micro-batches up to
-    here are learned from again.
+    The size is a number of tokens, because tokens fill the memory: many short prompts are learned from together, and a
+    batch longer than the one that failed is cut before it fails. An error in the backward pass leaves gradients of only
+    some parameters added. So the gradients of the step are discarded, and all of its micro-batches so far are learned
+    from again.
     """
 
     def __init__(self, max_tokens: int | None = None) -> None:
-        """At most so many tokens a pass, padding included; None: whole micro-batches until an error."""
+        """At most `max_tokens` per pass, padding included; None: whole micro-batches until an error."""
         self.asked, self.max_tokens = max_tokens, max_tokens
         self._all_logits: nn.Module | None = None
         self._window: list[MicroBatch] = []
 
     def within_budget(self, model: nn.Module) -> None:
-        """Only as many prompts at a time as make logits of a fixed size: `model` makes those of all columns."""
+        """Limit prompts per pass by the size of the logits, if `model` makes logits for all columns."""
         self._all_logits = model
 
     def state(self) -> dict[str, int | None]:
-        """The size that was found, for a checkpoint."""
+        """The size found so far, for a checkpoint."""
         return {"asked": self.asked, "max_tokens": self.max_tokens}
 
     def load_state(self, state: dict[str, int | None]) -> None:
-        """Go on with the size that was found, unless another one is asked for now."""
+        """Continue with the size found before, unless another one is requested now."""
         if state["asked"] == self.asked:
             self.max_tokens = state["max_tokens"]
 
     def agreed(self, batches: list[MicroBatch], world: World) -> list[MicroBatch]:
-        """Every process makes as many passes as the one that needs most: they exchange weights and gradients in each.
+        """Give every process as many passes as the one that needs most: each exchanges weights and gradients.
 
         Every process must call.
         """
@@ -120,8 +120,8 @@ class SmallerBatches:
         """Forward and backward of one micro-batch by `step(part, whether it is the last one)`; returns its loss.
 
         Raises:
-            ResourceError: not even one completion fits, or other processes wait for this one's gradients, or DeepSpeed
-                keeps them.
+            ResourceError: not even one completion fits; or other processes wait for this one's gradients; or DeepSpeed
+                holds them.
         """
         if len(self._window) == args.gradient_accumulation_steps or all(p.grad is None for p in model.parameters()):
             self._window = []  # a new step
@@ -169,14 +169,14 @@ class SmallerBatches:
             return [batch.chosen]
         order = by_length([batch.groups[i] for i in batch.chosen])
         parts = cut([batch.chosen[i] for i in order], fits)
-        while len(parts) < batch.num_parts:  # no more than there are prompts: all processes have as many
+        while len(parts) < batch.num_parts:  # at most one per prompt: all processes have as many prompts
             longest = parts.pop(max(range(len(parts)), key=lambda i: len(parts[i])))
             parts += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
         return parts
 
 
 def cut(items: Sequence[_T], fits: Callable[[Sequence[_T]], bool]) -> list[Sequence[_T]]:
-    """Neighbours together as long as they fit, one by one where not even two do."""
+    """Group neighbours as long as they fit; single items if not even two fit."""
     parts, begin = [], 0
     for end in range(2, len(items) + 1):
         if not fits(items[begin:end]):
@@ -186,7 +186,7 @@ def cut(items: Sequence[_T], fits: Callable[[Sequence[_T]], bool]) -> list[Seque
 
 
 def size_of(part: Part) -> tuple[int, int]:
-    """Completions and tokens, padding included, of a part, or of its largest piece: the largest that can be cut."""
+    """Completions and tokens (padding included) of a part, or of its largest piece."""
     names, pieces = ("input_ids", "decoder_input_ids"), part.get("pieces", [part])
     sizes = [
         (piece["completion_ids"].shape[:2].numel(), sum(piece[name].numel() for name in names if name in piece))
@@ -198,8 +198,8 @@ def size_of(part: Part) -> tuple[int, int]:
 def learned_logprobs(model: Any, part: Part, num_learned: int, head: nn.Module | None) -> Tensor:
     """`token_logprobs` of a part (P, L, T), with gradient.
 
-    Of `pieces` each is computed once more in the backward pass, so that the memory holds the activations of one alone,
-    whatever the loss makes of all of them together.
+    Each of the `pieces` is recomputed in the backward pass, so that memory holds the activations of only one, however
+    the loss combines them.
     """
     if "pieces" not in part:
         return token_logprobs(model, part, head=head).flatten(0, 1).unflatten(0, (-1, num_learned))

@@ -1,8 +1,8 @@
-"""The gradient's noise scale: the number of prompts a step at which noise and signal are even.
+"""The gradient's noise scale: the number of prompts per step at which noise and signal are equal.
 
 McCandlish et al. 2018 (arXiv 1812.06162), the simple noise scale tr(S) / |G|^2: G is the mean gradient, S the
-covariance of one prompt's. Well below it twice the prompts per step are worth nearly twice the steps, well above it
-nearly nothing.
+covariance of a single prompt's gradient. Well below this scale, twice the prompts per step are worth nearly twice the
+steps; well above it they gain almost nothing.
 """
 
 import math
@@ -16,22 +16,22 @@ from bondlm.models.sharding import shards_weights
 from bondlm.training.clock import StepMeans
 
 EVERY = (
-    10  # optimizer steps: the first micro-batch of a measured one is a random part, and so has a little more padding
+    10  # optimizer steps: in a measured step the first micro-batch is a random part, which has a little more padding
 )
 TRACE, SQUARE, SCALE = "noise/trace", "noise/gradient_sq", "noise/scale"
 
 
 class NoiseScale:
-    """Compares the gradient of a step's first micro-batch with that of the whole step, where both come anyway."""
+    """Compares the gradient of a step's first micro-batch with that of the whole step, which both exist anyway."""
 
     def __init__(self, args: Any, accelerator: Any, means: StepMeans) -> None:
-        """`means` takes what is measured. Sharded gradients, and those of a loss scaler, are left alone."""
+        """`means` records the results. Sharded gradients, and those with a loss scaler, are not measured."""
         self._means, self._world_size = means, args.world_size
         together = args.world_size > 1 and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         is_whole = not shards_weights(args) and zero_stage(args) == 0 and not args.fp16
         self._is_free = args.gradient_accumulation_steps > 1 and is_whole and not together
         self.every = EVERY
-        self.is_measured = False  # the step at hand
+        self.is_measured = False  # whether the current step is
         self._small: tuple[float, float] | None = None  # |gradient|^2 of the first micro-batch, and its prompts
 
     def starts(self, step: int, num_micro_batches: int) -> bool:
@@ -41,18 +41,19 @@ class NoiseScale:
         return self.is_measured
 
     def note(self, model: nn.Module, prompts: float, total: float, *, is_last: bool) -> None:
-        """Look at the gradients behind a micro-batch's backward pass, before they are clipped.
+        """Measure the gradients after a micro-batch's backward pass, before they are clipped.
 
         Args:
-            model: with the sum so far of this process's gradients, and behind the last the mean of all processes'.
-            prompts: those of this micro-batch that count.
-            total: those of the step, on all processes: what each prompt's gradient was divided by.
-            is_last: whether it is the step's last.
+            model: has the sum of this process's gradients so far, and after the last micro-batch the mean over all
+                processes.
+            prompts: number of prompts of this micro-batch that count.
+            total: the same for the step on all processes, by which each prompt's gradient was divided.
+            is_last: whether it is the last micro-batch of the step.
         """
         if total <= prompts:
             return
         if self._small is None:
-            # The loss carries the number of processes, whose gradients are to be averaged.
+            # The loss has the number of processes as a factor, because their gradients are averaged.
             rescale = total / (self._world_size * prompts) if prompts else math.nan
             self._small = (_square(model) * rescale**2, prompts)
         elif is_last:
@@ -63,7 +64,7 @@ class NoiseScale:
 
 
 def with_noise_scale(logs: dict[str, float]) -> dict[str, float]:
-    """`logs` with the noise scale, a ratio of means, if its parts are there and the gradient stands out of noise."""
+    """`logs` with the noise scale, a ratio of means, if its parts are there and the gradient exceeds the noise."""
     if logs.get(SQUARE, 0.0) > 0:
         return logs | {SCALE: max(0.0, logs[TRACE]) / logs[SQUARE]}
     return logs

@@ -1,4 +1,4 @@
-"""What a run warns of where its numbers look well: at its start, at its first step, and when rewards tie."""
+"""Warnings about problems that the numbers of a run do not show: at its start, at its first step, and on ties."""
 
 import logging
 from typing import Any
@@ -19,14 +19,14 @@ LONG_WARMUP = 0.5  # share of a run
 
 
 class FirstStepCallback(TrainerCallback):
-    """Warns at the start of a run that never learns at its learning rate, has no baseline, or a constant reward."""
+    """Warns at the start of a run that never reaches its learning rate, has no baseline, or has a constant reward."""
 
     def __init__(self, objective: Objective, run_folder: RunFolderCallback) -> None:
-        """`run_folder` knows the step that is under way."""
+        """`run_folder` has the samples of the current step."""
         self._objective, self._run_folder, self._has_looked = objective, run_folder, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What the settings say, once the length of the run is known."""
+        """Check the settings once the length of the run is known."""
         self._has_looked = not state.is_world_process_zero
         if self._has_looked:
             return
@@ -42,7 +42,7 @@ class FirstStepCallback(TrainerCallback):
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The first step is drawn and scored, and not learned from yet."""
+        """Check the first step, which is drawn and scored but not learned from yet."""
         rollout = self._run_folder.rollout
         if self._has_looked or rollout is None:
             return
@@ -55,7 +55,7 @@ class FirstStepCallback(TrainerCallback):
 
 
 def warmup_warning(args: Any, max_steps: int, *, begun: int = 0) -> str | None:
-    """What to say of a warm-up that takes half of a run of `max_steps` or more; nothing once it is over."""
+    """A warning if the warm-up takes half of a run of `max_steps` or more; None once it is over."""
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     warmup = args.get_warmup_steps(max_steps)
     if schedule == "constant" or begun >= warmup or warmup < LONG_WARMUP * max_steps or warmup <= 1:
@@ -70,7 +70,7 @@ def warmup_warning(args: Any, max_steps: int, *, begun: int = 0) -> str | None:
 
 
 def needs_other_prompts(objective: Objective) -> bool:
-    """Whether the objective's baseline of a prompt is made of other prompts' returns, and is 0 without any."""
+    """Whether the objective's baseline of a prompt comes from other prompts' returns, and is 0 without any."""
     compared = objective.plan.compare
     if objective.plan.policy == 0 or compared == 0:
         return False
@@ -79,10 +79,10 @@ def needs_other_prompts(objective: Objective) -> bool:
 
 
 class TiesCallback(TrainerCallback):
-    """Warns of rewards that tie: a run learns nothing from them, and all its other numbers look well."""
+    """Warns of rewards that tie: a run learns nothing from them, although all its other numbers look fine."""
 
     def __init__(self) -> None:
-        """A warning takes ten times as many steps as the one before it."""
+        """Each further warning needs ten times as many steps as the previous one."""
         self._untied, self._enough = 0, TIED_STEPS
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -90,8 +90,8 @@ class TiesCallback(TrainerCallback):
         self._untied = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Look at the steps since the last log whose rewards were apart."""
-        seen = logs or {}  # where ties are learned from, only prompts without any signal count
+        """Check how many prompts tied since the last log."""
+        seen = logs or {}  # if ties also teach, only prompts without any signal count
         tied = seen.get("bond/frac_no_signal", seen.get("bond/frac_tied"))
         if tied is None or not state.is_world_process_zero:
             return
@@ -109,13 +109,13 @@ class TiesCallback(TrainerCallback):
 
 
 class OutOfReachCallback(TrainerCallback):
-    """Warns once where an adaptive signal has long been at its largest, and the measured N is still below n.
+    """Warns once if an adaptive signal has long been at its maximum while the measured N is still below n.
 
-    And once where so many samples tie that N is not measured, and the signal does not adapt.
+    It also warns once if so many samples tie that N is not measured and the signal does not adapt.
     """
 
     def __init__(self, objective: Objective) -> None:
-        """`objective` says which N is wanted, if any."""
+        """`objective` has the target N, if any."""
         self._wanted, self._below, self._measured = objective.plan.steered_to, 0, True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -123,7 +123,7 @@ class OutOfReachCallback(TrainerCallback):
         self._below = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Look at the means of the steps since the last log."""
+        """Check the means of the steps since the last log."""
         factor = (logs or {}).get("bond/signal_factor")
         if self._wanted is None or factor is None or not state.is_world_process_zero:
             return

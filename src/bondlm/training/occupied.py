@@ -1,4 +1,4 @@
-"""A run's hold on its folder, whoever starts it: no two at a time, no second one over a first, its settings on file."""
+"""A run's claim on its folder: only one run at a time, no second run over a first, and its settings stored there."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +20,11 @@ _log = logging.getLogger(__name__)
 
 
 def refuse_other_files(folder: Path) -> None:
-    """See that a run writes over nothing that is not a run's.
+    """Check that a run overwrites nothing that does not belong to a run.
 
     Raises:
-        CheckpointError: another command has left a model there, and no run a log or a checkpoint; or there is a file of
-            a name that a run writes, and nothing says that a run was there.
+        CheckpointError: the folder has a model of another command but no log or checkpoint of a run; or it has a file
+            with a name that a run writes, but no sign of an earlier run.
     """
     name = weights_file(folder)
     if name is not None and not (folder / METRICS_FILE).exists() and newest_checkpoint(folder)[0] is None:
@@ -48,14 +48,14 @@ def held(
     *,
     allowed: bool,
 ) -> Iterator[Callable[[], None]]:
-    """Hold the folder for a run; one that begins without a `checkpoint` must not find another run's.
+    """Hold the folder for a run; without a `checkpoint` the folder must not hold another run.
 
-    One that goes on must have the `settings` and the `adapter` that it was begun with. Without `settings` a command has
-    compared its own. Yields what writes them, for when nothing else refuses the run.
+    A continued run must have the `settings` and the `adapter` that it started with. With `settings` None, a command has
+    compared its own. Yields a function that writes the settings, to be called when nothing else refuses the run.
 
     Raises:
         CheckpointError: the folder is in use, or holds a run.
-        ConfigError: it cannot be written, or settings are others than the run's and that is not `allowed`.
+        ConfigError: it cannot be written, or settings differ from the run's and this is not `allowed`.
     """
     now = None if settings is None else as_on_file({**settings, "use_peft": adapter is not None})
 
@@ -84,7 +84,7 @@ def _refuse_a_run(folder: Path) -> None:
 
 
 def named(*inputs: Any) -> dict[str, Any]:
-    """Of a trainer's `INPUTS` those that a file of settings can name."""
+    """Those of a trainer's `INPUTS` that a settings file can name."""
     return {name: value for name, value in zip(INPUTS, inputs, strict=True) if _is_name(value) and value}
 
 

@@ -1,7 +1,7 @@
-"""What several processes of a run must agree on, and how they find out that they do not.
+"""What the processes of a run must agree on, and the checks that they do.
 
-A disagreement never raises an error of its own: gradients are averaged over different data or different weights, and
-the run goes on. So it is asked for: data and settings at every step, weights at every save.
+A disagreement raises no error by itself: gradients are averaged over different data or different weights, and the run
+continues. So it is checked: data and settings at every step, weights at every save.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _OURS = str(Path(__file__).parent)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """The processes of a run, and what they tell each other. A process that is alone sends nothing.
+    """The processes of a run, and their communication. A single process sends nothing.
 
     Every process must make the same calls in the same order.
     """
@@ -44,12 +44,12 @@ class World:
 
     @classmethod
     def of(cls, args: Any) -> "World":
-        """As the run's settings have it, once the launcher's variables are read."""
+        """The processes according to the run's settings, once the launcher's variables are read."""
         return cls(size=args.world_size, rank=args.process_index, device=args.device)
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other process."""
+        """Whether this is the only process."""
         return self.size == 1
 
     @property
@@ -58,7 +58,7 @@ class World:
         return self.rank == 0
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, in order of their ranks, on the CPU; each brings as many."""
+        """The rows of all processes, in order of their ranks, on the CPU; all have the same number of rows."""
         return tensor.cpu() if self.is_alone else gather(tensor.to(self.device).contiguous()).cpu()
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -66,11 +66,11 @@ class World:
         return self._reduced(tensor, torch.distributed.ReduceOp.SUM)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest value of each number over all processes."""
+        """The elementwise maximum over all processes."""
         return self._reduced(tensor, torch.distributed.ReduceOp.MAX)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any process."""
+        """Whether the flag is set on any process."""
         return bool(self.max(torch.tensor(float(flag))).item())
 
     def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
@@ -81,7 +81,7 @@ class World:
         return reduced
 
     def gather_objects(self, items: list[_T]) -> list[_T]:
-        """The lists of all processes, one after the other."""
+        """The lists of all processes, concatenated."""
         return items if self.is_alone else list(gather_object(items))
 
     def barrier(self) -> None:
@@ -95,7 +95,7 @@ class World:
 
 
 def work_digest(args: Any, dataset: Any) -> int:
-    """A number (63 bits) that stands for the settings and all encoded prompts; 0 if there is nobody to compare with."""
+    """A 63-bit digest of the settings and all encoded prompts; 0 if there is no other process to compare with."""
     if args.world_size == 1:
         return 0
     digest = hashlib.sha256(json.dumps(args.shared_settings(), sort_keys=True, default=str).encode())
@@ -105,7 +105,7 @@ def work_digest(args: Any, dataset: Any) -> int:
 
 
 def count_prompts(world: World, is_real: Sequence[bool], *, step: int, digest: int) -> Tensor:
-    """Number of prompts of a step on all ranks together; they must be at the same step of the same work.
+    """Number of prompts of a step over all ranks, which must be at the same step of the same work.
 
     Raises:
         DataDesyncError: they are not.
@@ -123,9 +123,9 @@ def count_prompts(world: World, is_real: Sequence[bool], *, step: int, digest: i
 
 
 def decided_by_main(decide: Callable[[], _T], world: World, *, wait_s: float | None) -> _T:
-    """What `decide` returns on the main process, on all; an error that it raises there ends all alike.
+    """The result of `decide` on the main process, for all; an error that it raises there is raised by all.
 
-    For what is read from the run folder while the main process may change it.
+    It is for data in the run folder that the main process may change.
     """
     outcome: list[Any] = [None]
     if world.is_main:
@@ -143,10 +143,10 @@ def decided_by_main(decide: Callable[[], _T], world: World, *, wait_s: float | N
 
 @contextmanager
 def waiting_for_others(world: World, *, wait_s: float | None) -> Iterator[None]:
-    """Say which rank waited in vain, and where, when a collective fails.
+    """If a collective fails, say which rank waited in vain, and where.
 
     Raises:
-        LostRankError: another process died, or answered nothing within `ddp_timeout`.
+        LostRankError: another process died, or did not answer within `ddp_timeout`.
     """
     try:
         yield
@@ -170,28 +170,28 @@ def gather_in_order(world: World, numbers: Sequence[int], items: Sequence[Any]) 
 
 
 def real_rows(accelerator: Any, batch_sizes: Sequence[int], num_rows: int) -> list[bool]:
-    """Which rows of this rank's window are the data's own, which has `num_rows` in an epoch.
+    """Which rows of this rank's window belong to the data, which has `num_rows` per epoch.
 
-    At the end of an epoch the loader fills the ranks' last batches with prompts from its beginning, so that all ranks
-    have as many; those have been learned from already and get no weight. (accelerate's own count of them, `remainder`,
-    is -1 behind a resume in the middle of an epoch.)
+    At the end of an epoch the loader fills the ranks' last batches with prompts from the epoch's beginning, so that all
+    ranks have the same number; these have already been learned from and get no weight. (accelerate's own count,
+    `remainder`, is -1 after a resume in the middle of an epoch.)
     """
     is_real = [True] * sum(batch_sizes)
     if accelerator.num_processes == 1 or not batch_sizes or not ends_epoch(accelerator):
         return is_real
     last = batch_sizes[-1]
     own = num_rows % (last * accelerator.num_processes) or last * accelerator.num_processes
-    first = accelerator.process_index * last  # the data's own come first, in order of ranks
+    first = accelerator.process_index * last  # rows of the data come first, in order of ranks
     return is_real[last:] + [first + i < own for i in range(last)]
 
 
 def ends_epoch(accelerator: Any) -> bool:
-    """Whether the window of rows that was just read is the last of its epoch."""
+    """Whether the window of rows just read is the last of its epoch."""
     return bool(accelerator.gradient_state.end_of_dataloader)
 
 
 def weights_digest(tensors: Iterable[Tensor]) -> int:
-    """A number that changes when a bit of a tensor does: the sums of their bit patterns, each times its place."""
+    """A number that changes with any bit of a tensor: sums of the bit patterns, each times its place."""
     total = 0
     for place, tensor in enumerate(tensors):
         bits = tensor.detach().contiguous().view(-1).view(torch.uint8 if tensor.element_size() == 1 else torch.int16)
@@ -202,7 +202,7 @@ def weights_digest(tensors: Iterable[Tensor]) -> int:
 def require_same_weights(model: nn.Module, anchor: Iterable[Tensor], world: World, *, step: int) -> None:
     """Raise WeightDesyncError unless policy and anchor are the same on all ranks.
 
-    Sharded weights are not asked for: each part exists once.
+    Sharded weights are not checked, since each part exists only once.
     """
     if world.is_alone:
         return

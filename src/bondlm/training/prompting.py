@@ -1,4 +1,4 @@
-"""How a run's prompts are rendered: as its settings say, and as its folder says if it goes on."""
+"""How a run's prompts are rendered: according to its settings and, if it continues, its folder."""
 
 from datetime import datetime
 from pathlib import Path
@@ -10,9 +10,9 @@ from bondlm.training.processes import World, decided_by_main
 
 
 def rendering_of_run(args: Any, *, drawn: datetime | None = None) -> Rendering:
-    """The rendering that the settings ask for, with the time that the folder's run began.
+    """The rendering that the settings ask for, with the start time of the folder's run.
 
-    A new run begins now, or when the samples were `drawn` that it learns from.
+    For a new run this is now, or the time when the samples that it learns from were `drawn`.
     """
     folder = Path(str(args.output_dir))
 
@@ -30,7 +30,7 @@ def rendering_of_run(args: Any, *, drawn: datetime | None = None) -> Rendering:
 
 
 def note_rendering(folder: Path, rendering: Rendering, *, replace: bool = True) -> None:
-    """Keep it in the run folder; that of a run of 0.1 stays as it is, and so is known again."""
+    """Store the rendering in the run folder; for a run of bondlm 0.1 nothing is stored, by which it is recognised."""
     if rendering.now is None or rendering.leaves_text or (not replace and read_prompting(folder) is not None):
         return
     write_prompting(folder, rendering.prompt_format, rendering.variables, rendering.now)

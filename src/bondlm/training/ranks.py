@@ -1,4 +1,4 @@
-"""Rewards that are ranks: how several become one, and which objectives may learn from them."""
+"""Rewards that are ranks: combining several, and the objectives that can learn from them."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from bondlm.rewards import Aggregation, is_ranking
 
 
 def aggregation_of_run(args: Any, reward_funcs: Any, objective: Objective) -> Aggregation:
-    """How the rewards of a run become one; what its objective cannot learn from is refused.
+    """How the rewards of a run are combined; refuses rewards that its objective cannot learn from.
 
     Raises:
-        ConfigError: settings that do not fit the rewards, or ranks for an objective that reads the values of rewards.
+        ConfigError: settings do not fit the rewards, or the objective uses the values of rewards but they are ranks.
     """
     specs = reward_funcs if isinstance(reward_funcs, list | tuple) else [] if reward_funcs is None else [reward_funcs]
     aggregation = Aggregation(args.reward_aggregation, args.reward_tolerances)

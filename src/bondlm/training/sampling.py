@@ -1,4 +1,4 @@
-"""Samples and log-probabilities of a trainer's models outside of its steps."""
+"""Samples and log-probabilities of a trainer's models outside its steps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from bondlm.training.step import Step
 
 
 class SamplingTrainer(SavingTrainer):
-    """Trainer, whose policy, anchor and reference answer prompts and score answers."""
+    """A Trainer whose policy, anchor and reference can answer prompts and score answers."""
 
     step: Step
     world: World
@@ -41,15 +41,15 @@ class SamplingTrainer(SavingTrainer):
         reference: Samples | None = None,
         drop: bool = False,
     ) -> Samples:
-        """Draw and score completions of encoded rows outside training; the prompts are shared among the processes.
+        """Draw and score completions of encoded rows outside training; the prompts are divided among the processes.
 
-        Each process draws for `per_device_eval_batch_size` prompts together, and asks the rewards about its own alone.
-        Rewards that rank do so among the samples of `reference`, if given; `drop` marks prompts whose reward fails
+        Each process draws for `per_device_eval_batch_size` prompts at a time, and scores only its own. Rewards that
+        rank do so among the samples of `reference`, if given; with `drop`, prompts whose reward fails are marked
         instead of raising.
         """
         mine = self.world.mine(len(rows))
         seeds = Seeds.of_evaluation(self.args.seed, temperature)
-        most = max(1, math.ceil(len(rows) / self.world.size))  # of a process: all make the same number of calls
+        most = max(1, math.ceil(len(rows) / self.world.size))  # per process, since all make the same number of calls
         num_parts = math.ceil(most / (self.args.per_device_eval_batch_size or most))
         drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature, num_parts)
         return self._scored(rows, mine, drawn, reference=reference, drop=drop)
@@ -60,7 +60,7 @@ class SamplingTrainer(SavingTrainer):
         completions: list[list[Any]],
         rewards: Sequence[NamedReward] | None = None,
     ) -> Samples:
-        """Decode and score completions of encoded rows, by `rewards` if given instead of the run's own."""
+        """Decode and score completions of encoded rows, by the run's rewards or by `rewards`, if given."""
         mine = self.world.mine(len(rows))
         return self._scored(rows, mine, [completions[i] for i in mine], rewards=rewards)
 
@@ -73,13 +73,13 @@ class SamplingTrainer(SavingTrainer):
         reference: Samples | None = None,
         **how: Any,
     ) -> Samples:
-        """All processes' scored samples of all rows, from this one's completions of its own."""
+        """The scored samples of all rows from all processes; each scores the completions of its own rows."""
         beside = None if reference is None else part_of(reference, mine)
         part = self.step.score([rows[i] for i in mine], completions, reference=beside, **how)
         return joined(self.world.gather_objects([(mine, part)]))
 
     def log_probability(self, samples: Samples, role: Role) -> Tensor:
-        """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats; shared among the processes."""
+        """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats; divided among the processes."""
         mine = self.world.mine(len(samples.prompts))
         groups: list[Group] = [(samples.prompt_ids[i], [c.ids for c in samples.completions[i]]) for i in mine]
         with together(self.world):
@@ -91,9 +91,9 @@ class SamplingTrainer(SavingTrainer):
         return self.log_probability(samples, "policy") - self.log_probability(samples, role)
 
     def held_out_samples(self, dataset: Dataset) -> tuple[Samples, Samples]:
-        """Policy and reference samples of encoded prompts; the reference's are drawn once a run, it never moves.
+        """Policy and reference samples of encoded prompts; the reference's are drawn once per run, as it never changes.
 
-        Where a reward has looked at the state of training, the rewards are asked about them again.
+        If a reward has used the training state, the rewards score them again.
         """
         rows, key = list(dataset), dataset._fingerprint
         if key not in self._reference_samples:
@@ -105,7 +105,7 @@ class SamplingTrainer(SavingTrainer):
         return self.sample(rows, "policy", self.args.eval_num_samples, reference=reference), reference
 
     def measured(self, dataset: Dataset) -> tuple[HeldOut, dict[str, float]]:
-        """What encoded prompts say of the policy, and what is known of its samples beside that."""
+        """The measures of the policy on encoded prompts, and further metrics of its samples."""
         with self.average.in_place(), self.step.clock.apart() as seconds:
             policy, reference = self.held_out_samples(dataset)
             log_ratio = self.log_ratio(policy)
@@ -114,5 +114,5 @@ class SamplingTrainer(SavingTrainer):
 
     @cached_property
     def _reference_samples(self) -> dict[str, Samples]:
-        """By the fingerprint of their prompts."""
+        """The reference's samples, by the fingerprint of their prompts."""
         return {}

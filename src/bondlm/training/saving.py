@@ -1,4 +1,4 @@
-"""What a run leaves: its model, and the upload of its folder, at the end and without users' texts unless asked."""
+"""Save a run's model and upload its folder, at the end and without users' texts unless requested."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,35 +14,37 @@ from bondlm.errors import ConfigError
 from bondlm.runs.folder import ENVIRONMENT_FILE, LOCK_FILE, METRICS_FILE, OWNER_FILE
 from bondlm.runs.manifest import SEALED_FILE
 
-# With the HTTP library's own: httpx's or httpx2's, by the age of huggingface_hub, when the hub cannot be reached.
+# Errors if the hub cannot be reached, including those of the HTTP library: httpx or httpx2, depending on the version of
+# huggingface_hub.
 HUB_ERRORS: Any = (*HfHubHTTPError.__bases__, ValueError)
-PAGE_FILE, CARD_FILE = "report.html", "README.md"  # the page shows prompts and completions
+PAGE_FILE, CARD_FILE = "report.html", "README.md"  # the report shows prompts and completions
 
 
 class SavingTrainer(Trainer):
-    """Trainer, whose saves and uploads are those of a run folder."""
+    """A Trainer that saves and uploads a run folder."""
 
     roles: Any
     average: Any
     encoder: Any
-    writes_settings: Callable[[], None] | None = None  # a command's, which has compared them
+    writes_settings: Callable[[], None] | None = None  # set by a command that has compared them
 
     def __init__(self, model: Any, **arguments: Any) -> None:
-        """As `Trainer`, which turns the model's `use_cache` off: each pass here says what it wants."""
+        """As `Trainer`, but restore the `use_cache` that it turns off: each pass here sets it explicitly."""
         config = model.config
         is_cached = getattr(config, "use_cache", None)
         super().__init__(model=model, **arguments)
-        if is_cached is not None:  # or what is saved would not generate as what was given
+        if is_cached is not None:  # otherwise the saved model would not generate like the given one
             config.use_cache = is_cached
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: a rollout's work is not that of one forward pass."""
+        """Return 0: a rollout costs more than the one forward pass that Trainer assumes."""
         return 0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a folder that `from_pretrained` loads; of the adapters the policy's alone.
+        """Save a folder that `from_pretrained` loads, with only the policy's adapter.
 
-        Averaged weights, where there are such; a checkpoint holds the last step's, and the average beside them.
+        It has the averaged weights, if there are any; a checkpoint has the last step's weights and the average
+        separately.
         """
         with nullcontext() if _internal_call else self.average.in_place():
             self._save_policy(output_dir, _internal_call)
@@ -61,25 +63,25 @@ class SavingTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def init_hf_repo(self, token: str | None = None, *more: Any, **named: Any) -> None:
-        """Make the repository, at start: a run whose result has nowhere to go ends before it begins.
+        """Create the repository at the start, so that a run that could not upload its result fails at once.
 
-        What else there is depends on the version of transformers.
+        Further arguments depend on the version of transformers.
 
         Raises:
-            ConfigError: it cannot be made.
+            ConfigError: it cannot be created.
         """
         with _asking_the_hub(str(self.args.hub_model_id or self.args.output_dir)):
             super().init_hf_repo(token, *more, **named)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's card, unless there is one that says what was measured."""
+        """Write Trainer's card, unless there is already a card with measured results."""
         if (Path(str(self.args.output_dir)) / CARD_FILE).is_file():
             return
         if "dataset_name" in kwargs:  # TRL's name
             kwargs["dataset"] = kwargs.pop("dataset_name")
         settings: Any = self.args
         given = settings.per_device_eval_batch_size
-        if given is None:  # the card multiplies it: all held-out prompts are answered together
+        if given is None:  # the card multiplies it, but all held-out prompts are answered together
             held_out: Any = self.eval_dataset
             settings.per_device_eval_batch_size = len(held_out) if isinstance(held_out, Dataset) else 0
         try:
@@ -88,7 +90,7 @@ class SavingTrainer(Trainer):
             settings.per_device_eval_batch_size = given
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """There is nothing to predict: completions have no labels.
+        """Not available, since completions have no labels.
 
         Raises:
             ConfigError: always.
@@ -111,7 +113,7 @@ class SavingTrainer(Trainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            # Older versions of transformers do not take `private`.
+            # Older versions of transformers do not accept `private`.
             self.init_hf_repo(token, **({} if private is None else {"private": private}))
         self.save_model(_internal_call=True)
         self.create_model_card(**card)
@@ -133,7 +135,7 @@ class SavingTrainer(Trainer):
 
 
 def answering(encoder: Any) -> GenerationConfig:
-    """How whoever loads the folder answers as the evaluated policy did: from its own distribution, to the same ends."""
+    """A generation config to answer as in the evaluation: by the model's own distribution, to the same end tokens."""
     return GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -148,9 +150,9 @@ def answering(encoder: Any) -> GenerationConfig:
 
 
 def kept_back(folder: Path, *, samples: bool) -> list[str]:
-    """Patterns of what stays here: checkpoints, locks, pickles; and, unless `samples`, files with users' texts."""
+    """Patterns of files not to upload: checkpoints, locks, pickles; and, unless `samples`, files with users' texts."""
     patterns = [f"{LOCK_FILE}*", OWNER_FILE, SEALED_FILE, "_*", "*.tmp", "checkpoint-*", "training_args.bin"]
-    patterns.append(ENVIRONMENT_FILE)  # it has a path of this machine
+    patterns.append(ENVIRONMENT_FILE)  # it contains a path of this machine
     if not samples:
         texts = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jsonl"))
         patterns += [name for name in texts if name != METRICS_FILE] + [PAGE_FILE]

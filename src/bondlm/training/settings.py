@@ -1,4 +1,4 @@
-"""The settings of a run on file: written where no command does it, and compared when the run goes on."""
+"""The settings file of a run: written if no command does so, and compared when the run continues."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from bondlm.runs.folder import BY_PYTHON, CONFIG_FILE, ENVIRONMENT_FILE, run_con
 from bondlm.runs.redact import redacted
 
 INPUTS = ("model", "reward_funcs", "train_dataset", "eval_dataset")
-# Where an adapter began, and how it was made: its weights are the checkpoint's.
+# Fields about an adapter's initialisation, which do not matter since its weights come from the checkpoint.
 NOT_OF_ITS_WEIGHTS = (
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
     *("init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -23,19 +23,19 @@ NOT_OF_ITS_WEIGHTS = (
 
 
 def as_on_file(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as config.yaml has them."""
+    """Settings in the form of config.yaml."""
     return dict(redacted({name: _plain(value) for name, value in settings.items() if name != "hub_token"}))
 
 
 def compare_settings(
     checkpoint: Path, settings: Mapping[str, Any] | None, adapter: PeftConfig | None, *, allowed: bool
 ) -> list[str]:
-    """What differs from the run that wrote a checkpoint: its adapter, and its `settings` unless these are None.
+    """The differences to the run that wrote a checkpoint: in its adapter, and in its `settings` unless these are None.
 
-    An input that is an object, then or now, has no name to compare.
+    Inputs that are objects, then or now, have no name to compare.
 
     Raises:
-        ConfigError: something does that is not `allowed` to, see `changed_settings`.
+        ConfigError: a difference is not `allowed`, see `changed_settings`.
         CheckpointError: the run's settings cannot be read.
     """
     source = checkpoint.resolve().parent
@@ -63,12 +63,12 @@ def _listed(value: Any) -> Any:
 
 
 def _directory(source: Path) -> Path:
-    """Where the relative names in a run's settings begin."""
+    """The directory that relative names in a run's settings refer to."""
     return Path(str(run_environment(source).get("directory") or Path.cwd())).absolute()
 
 
 def _adapters(checkpoint: Path, adapter: PeftConfig | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of the checkpoint's adapter and of this one that decide what its weights are."""
+    """The fields that determine the weights of the checkpoint's adapter and of this one."""
     path = checkpoint / "adapter_config.json"
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     before, now = {"use_peft": bool(kept)}, {"use_peft": adapter is not None}
@@ -83,9 +83,9 @@ def _in_order(value: Any) -> Any:
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any], changes: Sequence[str], *, goes_on: bool) -> None:
-    """Write what holds now, and the `changes` that were allowed; of a run that `goes_on` stays what Python cannot name.
+    """Write the current settings and the allowed `changes`; if the run `goes_on`, keep inputs that Python cannot name.
 
-    Names beside those of a command are whole, wherever that was called.
+    If a command began the run, the paths of inputs are made absolute.
     """
     content = dict(settings)
     if goes_on and "directory" in run_environment(folder):
@@ -100,7 +100,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any], changes: Sequence[
 
 
 def _plain(value: Any) -> Any:
-    """As YAML has it; objects by their names."""
+    """The value in YAML types, with objects replaced by their names."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):

@@ -1,11 +1,12 @@
-"""What self_bond's signal is multiplied by for this model: it grows while the measured N is below n.
+"""A factor for self_bond's signal that adapts to the model: it grows while the measured N is below n.
 
-The strength that is solved for n holds for a policy that can move freely; one that pays more KL for its win rate comes
-to rest below n. Like the adaptive KL coefficient of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) the factor
-follows the error by at most 2% a step. It also looks at where N is going, and waits while the policy cannot move.
+The strength solved for n is right for a policy that can move freely; a policy that pays more KL for its win rate
+settles below n. Like the adaptive KL coefficient of Ziegler et al. 2019 (arXiv 1909.08593, section 2.2), the factor
+follows the error by at most 2% per step. It also takes the trend of N into account, and waits while the policy cannot
+move.
 
-Where many samples tie, N cannot be measured without bias: from K samples and one of the reference it reads too high, by
-up to a third of n with 0/1 rewards (docs/theory.md, "Wins with ties"). The factor then stays as it is.
+If many samples tie, N cannot be measured without bias: from K samples and one of the reference it comes out too high,
+by up to a third of n with 0/1 rewards (docs/theory.md, "Wins with ties"). The factor is then not changed.
 """
 
 import math
@@ -16,28 +17,28 @@ from bondlm.bestofn.quantiles import count_below
 from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
 
-MAX_CHANGE = 0.02  # of the factor, in a step
-MAX_FACTOR = 4.0  # a model that needs more does not get to n at a KL that anyone would pay
+MAX_CHANGE = 0.02  # of the factor, per step
+MAX_FACTOR = 4.0  # a model that needs more cannot reach n at an acceptable KL
 FAST, SLOW = 0.1, 0.03  # weights of a step's win rate in the two running means
-MAX_TIED = 0.2  # of the pairs of a prompt's samples: up to there the measured N is at most 8% too high
-AHEAD = 2.0  # of the difference between the means' log N: without it N overshoots a policy that follows slowly
+MAX_TIED = 0.2  # of the pairs of a prompt's samples: up to this share the measured N is at most 8% too high
+AHEAD = 2.0  # weight of the difference between the means' log N: without it N overshoots if the policy follows slowly
 
 
 class SignalFactor:
     """The factor, and the win rate against the reference that steers it."""
 
     def __init__(self, n: int) -> None:
-        """Start as the policy does: at the reference, with the solved strength."""
+        """Start like the policy, at the reference, with the solved strength."""
         self._n, self.factor, self._fast, self._slow = n, 1.0, 0.5, 0.5
         self._tied: float | None = None
 
     @property
     def measured_n(self) -> float | None:
-        """Effective N of the policy on the prompts of about the last ten steps; None where too many samples tie."""
+        """Effective N of the policy on the prompts of about the last ten steps; None if too many samples tie."""
         return None if (self._tied or 0.0) > MAX_TIED else math.exp(_log_odds(self._fast))
 
     def update(self, win_rate: float, pace: float, tied: float = 0.0) -> None:
-        """Take in a step.
+        """Update the factor with a step.
 
         Args:
             win_rate: of the policy against the reference, in [0, 1].
@@ -55,8 +56,8 @@ class SignalFactor:
         self.factor = max(1.0 / MAX_FACTOR, min(MAX_FACTOR, self.factor * (1.0 + change)))
 
     def steer(self, rollout: Rollout, world: World, pace: float) -> dict[str, float]:
-        """Take in a step's rollout, the same on every process; what to log of it."""
-        assert rollout.wins_P is not None  # noqa: S101  selected where the plan is `steered_to`
+        """Update the factor with a step's rollout, equally on every process; returns the metrics to log."""
+        assert rollout.wins_P is not None  # noqa: S101  set by `select` if the plan is `steered_to`
         worse_PK, at_most_PK, others = count_below(rollout.samples.ranked[:, : rollout.plan.policy], None)
         tied_P = (at_most_PK - worse_PK).mean(dim=1) / others
         wins, tied, counted = (world.gather(each) for each in (rollout.wins_P, tied_P, rollout.is_counted_P))
@@ -76,13 +77,14 @@ class SignalFactor:
 
 
 def learning_pace(optimizer: Any) -> float:
-    """The learning rate of the step at hand over the run's largest, in [0, 1]."""
+    """The learning rate of the current step over the run's largest, in [0, 1]."""
     group = optimizer.param_groups[0]
-    # Most schedulers note it. One that looks at a metric does not, and begins with the largest: checkpoints keep it.
+    # Most schedulers store the largest one. A scheduler that follows a metric does not, but starts with the largest,
+    # which checkpoints keep.
     largest = group.setdefault("initial_lr", group["lr"])
     return min(1.0, float(group["lr"]) / float(largest)) if largest else 1.0
 
 
 def _log_odds(share: float) -> float:
-    """Log N of Best-of-N's win rate N / (N + 1)."""
+    """Log odds of a win rate: log N for Best-of-N's N / (N + 1)."""
     return math.log(max(share, 1e-9)) - math.log(max(1.0 - share, 1e-9))

@@ -1,4 +1,4 @@
-"""What a training step does before any gradient, in the order of Algorithm 2 (Sessa et al. 2024, arXiv 2407.14622).
+"""The part of a training step before any gradient, in the order of Algorithm 2 (Sessa et al. 2024, arXiv 2407.14622).
 
 Shapes: P prompts of this process, M samples of each, C of them compared with the anchor.
 """
@@ -34,7 +34,7 @@ from bondlm.training.signal_factor import SignalFactor
 
 @dataclass(kw_only=True)
 class Step:
-    """The parts that a rollout is made with, and its order."""
+    """The components of a rollout, and the order in which they are used."""
 
     objective: Objective
     engine: Engine
@@ -53,12 +53,12 @@ class Step:
     missing_eos: str
     trainer_state: WatchedState
     gamma_ref: float = 0.0
-    multiple: int = 1  # of tokens, that rows are padded to
+    multiple: int = 1  # number of tokens to whose multiples rows are padded
 
     def roll_out(
         self, rows: Sequence[Mapping[str, Any]], step: int, is_real_P: Tensor, *, with_reference: bool
     ) -> Rollout:
-        """Everything about step number `step` that needs no gradient; rows that are not `is_real_P` get no weight."""
+        """Do everything in step number `step` that needs no gradient; rows that are not `is_real_P` get no weight."""
         plan, seeds = self.objective.plan, Seeds(self.seed, step)
         positions = [row[PROMPT_ROW] for row in rows]
         # Draw completions of the policy and of the anchor, and score them.
@@ -68,7 +68,8 @@ class Step:
         selection = self.objective.select(samples.ranked, seeds.tie_noise(positions, plan.total))
         learned = [[samples.completions[i][j] for j in chosen] for i, chosen in enumerate(selection.rows_PL.tolist())]
         compared = [cs[: plan.compare] for cs in learned]
-        # Log-probabilities of the compared ones; a server's rounding must not enter the returns.
+        # Log-probabilities of the compared samples, computed here so that a server's rounding does not enter the
+        # returns.
         anchor_logp_PC = self._logprob("anchor", rows, compared)
         if self.engine.exact:
             sampled_logp_PC = torch.tensor([[c.logprob for c in cs] for cs in compared])
@@ -77,17 +78,18 @@ class Step:
         is_measured = plan.policy > 0 and (with_reference or self.gamma_ref > 0)
         reference_logp_PC = self._logprob("reference", rows, compared) if is_measured else None
         features = None if selection.learned is None else self._features(rows, compared)
-        # All that may pause the run lies before: it takes the step again, and nothing of it is to count twice.
+        # Everything that may pause the run comes before this line: the step is then repeated, and nothing may count
+        # twice.
         self.means.record(self.drops.note(rows, samples, step, is_real_P, self.world))
         # Returns, and their baseline over the prompts of all processes.
-        signal_PC = selection.signal_PC.double()  # until the baseline is off: fp32 rounds large rewards
+        signal_PC = selection.signal_PC.double()  # until the baseline is subtracted, since fp32 rounds large rewards
         if selection.learned is not None and features is not None:
             signal_PC = self._learned_signal(selection.learned, features, is_counted_P)
         if self.signal_factor is not None:
             signal_PC = signal_PC * self.signal_factor.factor
         returns_PC = self.objective.returns(signal_PC, sampled_logp_PC, anchor_logp_PC)
         pull_PC = None
-        if self.gamma_ref > 0 and reference_logp_PC is not None:  # back to the reference, with the same baseline
+        if self.gamma_ref > 0 and reference_logp_PC is not None:  # pull back to the reference, with the same baseline
             log_ratio_PC = sampled_logp_PC - reference_logp_PC
             pull_PC = reference_pull(log_ratio_PC, self._baseline(log_ratio_PC, is_counted_P), self.gamma_ref)
         return Rollout(
@@ -108,10 +110,10 @@ class Step:
         )
 
     def pack(self, rollout: Rollout, sizes: Sequence[int], *, mixed_first: bool = False) -> list[MicroBatch]:
-        """The rollout as micro-batches of these numbers of prompts.
+        """Split the rollout into micro-batches of these numbers of prompts.
 
-        Prompts of similar length learn together: their sum does not depend on which of them share a batch. With
-        `mixed_first` the first batch has the first prompts instead, a random part of them.
+        Prompts of similar length share a batch, since the sum does not depend on which prompts do. With `mixed_first`
+        the first batch has the first prompts instead, which are a random part.
         """
         first, groups = sizes[0] if mixed_first else 0, rollout.groups
         order = iter([*range(first), *(place for place in by_length(groups) if place >= first)])
@@ -133,7 +135,7 @@ class Step:
         temperature: float = 1.0,
         num_parts: int = 1,
     ) -> list[list[Completion]]:
-        """Completions of each encoded row, so many of each role, in so many calls of the engine."""
+        """Draw completions of each encoded row, with the given numbers per role and of engine calls."""
         params = SamplingParams(max_new_tokens=self.encoder.max_completion_length, seeds=seeds, temperature=temperature)
         with self.clock("generate"):
             return draw(self.engine, rows, counts, params, positions, num_parts)
@@ -147,10 +149,10 @@ class Step:
         drop: bool = False,
         reference: Samples | None = None,
     ) -> Samples:
-        """Decode and score completions of encoded rows, by the run's rewards or others.
+        """Decode and score completions of encoded rows, by the run's rewards or by others.
 
-        Ranks are counted among the samples of `reference`, if given; `drop` marks prompts whose reward fails instead
-        of raising.
+        Ranks are counted among the samples of `reference`, if given; with `drop`, prompts whose reward fails are marked
+        instead of raising.
         """
         with self.clock("reward"), together(self.world):
             how: dict[str, Any] = {"encoder": self.encoder, "trainer_state": self.trainer_state}
@@ -167,7 +169,7 @@ class Step:
             "device": self.world.device,
             "multiple": self.multiple,
         }
-        with self.clock("reference"), self.roles.use(role) as model:  # all processes come here, also one without groups
+        with self.clock("reference"), self.roles.use(role) as model:  # all processes come here, even without groups
             if not groups:
                 return torch.zeros(0, 0)
             return group_logprobs(model, asked, self.encoder.pad_id, **how).view(len(groups), -1)
@@ -179,7 +181,7 @@ class Step:
         return self.logprob(role, [(row[PROMPT_IDS], [c.ids for c in cs]) for row, cs in pairs])
 
     def _samples(self, rows: Sequence[Mapping[str, Any]], seeds: Seeds, positions: Sequence[int]) -> Samples:
-        """Logged samples where the data has them, else fresh ones, scored."""
+        """The logged samples if the data has them, otherwise newly drawn and scored ones."""
         if LOGGED_IDS in rows[0]:
             return logged_samples(rows, self.encoder)
         plan = self.objective.plan
@@ -187,7 +189,7 @@ class Step:
         return treat_truncated(self.score(rows, completions, drop=True), self.missing_eos)
 
     def _baseline(self, returns_PC: Tensor, is_counted_P: Tensor) -> Tensor:
-        """The baseline of this process's prompts, from the returns of all that count."""
+        """The baseline of this process's prompts, from the returns of all prompts that count."""
         everyone, counted = self.world.gather(returns_PC), self.world.gather(is_counted_P)
         baseline = torch.zeros_like(everyone)
         baseline[counted] = self.objective.baseline(everyone[counted])
@@ -195,15 +197,15 @@ class Step:
         return baseline[first : first + len(returns_PC)]
 
     def _features(self, rows: Sequence[Mapping[str, Any]], compared: Sequence[Sequence[Completion]]) -> Tensor:
-        """What the learned quantile reads of each prompt's completion."""
+        """The features of each prompt's completion for the learned quantile."""
         pairs = [(row[PROMPT_IDS], c.ids) for row, cs in zip(rows, compared, strict=True) for c in cs]
         how: dict[str, Any] = {"start_id": self.encoder.start_id, "device": self.world.device}
         with self.clock("quantile"), self.roles.use("reference") as reference:
             return completion_features(reference, pairs, self.encoder.pad_id, **how)
 
     def _learned_signal(self, learned: LearnedQuantile, features: Tensor, is_counted_P: Tensor) -> Tensor:
-        """The signal (P, 1) from log p_theta; then one step of p_theta, the same on every process."""
-        assert self.quantile_model is not None  # noqa: S101  made where the plan asks for it
+        """The signal (P, 1) from log p_theta, followed by one training step of p_theta, equal on every process."""
+        assert self.quantile_model is not None  # noqa: S101  created if the plan asks for it
         device, counted = self.world.device, self.world.gather(is_counted_P)
         with self.clock("quantile"):
             log_p = self.quantile_model.log_quantile(features)

@@ -1,4 +1,4 @@
-"""When a run stops before its last step, or at once: by a signal, a goal, a fault; and what it says of that."""
+"""Stop a run early or at once, because of a signal, a goal or a fault, and report why."""
 
 import logging
 import math
@@ -16,38 +16,38 @@ from bondlm.training.processes import World, decided_by_main
 
 _log = logging.getLogger(__name__)
 
-# Faults of a reward, a server or a disk, or memory that is spent: the weights are as the last step left them, and worth
-# a checkpoint.
+# Faults of a reward, a server or a disk, or lack of memory: the weights are those of the last step, and worth a
+# checkpoint.
 PAUSING = (RewardError, EngineError, ResourceError, ConfigError)
 
 
 class StopCallback(TrainerCallback):
-    """Stops on a signal (the step is finished and saved), at the effective N asked for, or when the KL is spent."""
+    """Stops on a signal (after finishing and saving the step), at the target effective N, or when the KL is spent."""
 
     def __init__(self, target_n: float | None, kl_budget: float | None = None) -> None:
         """Stop when the lower end of an evaluation's effective N reaches `target_n`, or its KL passes `kl_budget`.
 
-        A goal must be certain to be reached. A budget must not wait until it is certain to be overspent.
+        A goal must be reached with certainty; a budget must not wait until it is overspent with certainty.
         """
         self._target_n, self._kl_budget = target_n, kl_budget
         self.signal: int | None = None
         self.save_requested = False
         self._failure: Exception | None = None
-        self.stopped = False  # by a signal, on all ranks, and saved
-        self.finished = False  # all is saved: a signal need not wait for anything
+        self.stopped = False  # stopped by a signal on all ranks, and saved
+        self.finished = False  # all is saved, so a signal need not wait
         self._reason: str | None = None  # why a goal ended the run
         self._is_training = False
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """A run of `train`, however it ends: behind it an error is not saved for later."""
+        """Mark a run of `train`: after it, errors are no longer kept for later."""
         try:
             yield
         finally:
             self._is_training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that is resumed at its last step, or at its goal, is done: Trainer would take one more step."""
+        """End a run that is resumed at its last step or at its goal, since Trainer would take one more step."""
         self._is_training = True
         folder, world = Path(args.output_dir), World.of(args)
         before = decided_by_main(lambda: read_ending(folder), world, wait_s=args.ddp_timeout)
@@ -60,7 +60,7 @@ class StopCallback(TrainerCallback):
             (folder / ENDING_FILE).unlink(missing_ok=True)
 
     def _is_where(self, before: Ending, step: int) -> bool:
-        """Whether the run has stopped by a goal at this step, and has the same goals."""
+        """Whether the run stopped by a goal at this step, and still has the same goals."""
         goals = (before.target_n, before.kl_budget)
         return before.reason is not None and before.step == step and goals == (self._target_n, self._kl_budget)
 
@@ -73,7 +73,7 @@ class StopCallback(TrainerCallback):
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep how far the run has come, and why."""
+        """Store how far the run has come, and why it ended."""
         if state.is_world_process_zero:
             ending = Ending(
                 step=state.global_step,
@@ -87,7 +87,7 @@ class StopCallback(TrainerCallback):
             write_ending(Path(args.output_dir), ending)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a signal: save, and stop if it was one to stop; on every rank if any rank got it."""
+        """After a signal on any rank, save on every rank, and stop if the signal asks for it."""
         stop, save = self.agree(args)
         self.save_requested = False
         if stop or save:
@@ -96,14 +96,14 @@ class StopCallback(TrainerCallback):
             control.should_training_stop = self.stopped = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A signal that came during the save: what it asks for is done."""
+        """Handle a signal that came during the save, which has done what it asks for."""
         stop, _ = self.agree(args)
         self.save_requested = False
         if stop:
             control.should_training_stop = self.stopped = True
 
     def agree(self, args: Any) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save: what any rank was asked."""
+        """Whether to stop, and whether to save, if any rank was asked to."""
         wanted = World.of(args).max(torch.tensor([float(self.signal or 0), float(self.save_requested)]))
         stop, save = (int(flag) for flag in wanted.tolist())
         if stop:
@@ -111,10 +111,10 @@ class StopCallback(TrainerCallback):
         return stop > 0, save > 0
 
     def pause(self, error: Exception, args: Any, state: Any, control: Any) -> None:
-        """Save and stop without a further step; `error` is for `raise_failure`, when all is saved.
+        """Save and stop without a further step; `raise_failure` raises `error` when all is saved.
 
-        Several processes must raise it alike. Of another error the others could not know: there such a one ends the
-        run, at its last checkpoint.
+        With several processes, all must raise the same error. Any other error ends the run at its last checkpoint,
+        since the other processes cannot know of it.
         """
         is_known = World.of(args).is_alone or getattr(error, "known_to_all", False)
         if not (is_known and self._is_training):
@@ -125,7 +125,7 @@ class StopCallback(TrainerCallback):
 
     @property
     def is_paused(self) -> bool:
-        """Whether the run ends for an error, of which all processes know."""
+        """Whether the run ends because of an error that all processes know."""
         return self._failure is not None
 
     def unmeasured(self, args: Any, state: Any) -> dict[str, float]:
@@ -137,7 +137,7 @@ class StopCallback(TrainerCallback):
         return {} if metric is None else {f"eval_{metric.removeprefix('eval_')}": math.nan if best is None else best}
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An epoch that a pause has cut short is not evaluated: that would wait for the same fault again."""
+        """Do not evaluate an epoch that a pause has cut short, as that would run into the same fault again."""
         if self.is_paused:
             self._save_alone(args, state, control)
 
@@ -146,14 +146,14 @@ class StopCallback(TrainerCallback):
         control.should_save = state.global_step > 0 and not self._has_checkpoint(args, state)
 
     def _has_checkpoint(self, args: Any, state: Any) -> bool:
-        """Of this step; every process must call."""
+        """Whether this step has a checkpoint; every process must call this."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         return decided_by_main(folder.is_dir, World.of(args), wait_s=args.ddp_timeout)
 
     def raise_failure(self, args: Any, state: Any, save: Callable[[], None]) -> None:
-        """Raise what the run was paused for, if anything; the next call of `train` is another attempt.
+        """Raise the error that paused the run, if any; the next call of `train` is a new attempt.
 
-        A run that was paused behind its last save has no checkpoint of its last step: `save` keeps the weights.
+        A run that was paused after its last save has no checkpoint of its last step, so `save` saves the weights.
         """
         failure, self._failure = self._failure, None
         if failure is None:
@@ -163,7 +163,7 @@ class StopCallback(TrainerCallback):
         raise failure
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Compare with `target_n` and `kl_budget`; afterwards an evaluation decides nothing."""
+        """Compare with `target_n` and `kl_budget`; after the end of training, evaluations decide nothing."""
         if not self._is_training:
             return
         n, kl = ((metrics or {}).get(f"eval_{name}") for name in ("effective_n_low", "kl"))

@@ -1,4 +1,4 @@
-"""The samples of a logged step as a table, in the loggers that a run reports to: wandb, trackio, TensorBoard."""
+"""Send the samples of a logged step as a table to the run's loggers: wandb, trackio, TensorBoard."""
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -13,14 +13,14 @@ NAME = "completions"  # TRL's
 
 
 class TablesCallback(TrainerCallback):
-    """Sends what goes to samples.jsonl to the loggers of `report_to`, too; without such loggers it does nothing."""
+    """Also sends the rows of samples.jsonl to the loggers of `report_to`, if there are any."""
 
     def __init__(self, run_folder: RunFolderCallback, callback_handler: Any) -> None:
-        """`callback_handler` knows the loggers; it may get more of them later."""
+        """`callback_handler` has the loggers; more may be added later."""
         self._run_folder, self._handler = run_folder, callback_handler
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """One table per logged step."""
+        """Send one table per logged step."""
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
         samples = self._run_folder.samples()
@@ -38,7 +38,7 @@ class TablesCallback(TrainerCallback):
 
 
 def table_of(samples: Sequence[Mapping[str, Any]], step: int) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows, one row per completion: step, prompt, whose it is, text, reward, and what `log_extra` added."""
+    """Columns and rows, one row per completion: step, prompt, role, text, reward, and what `log_extra` added."""
     extra = sorted({n for s in samples for who in ("policy", "anchor") for c in s[who] for n in c.get("extra", {})})
     rows = [
         [step, _text(s["prompt"]), who, c["text"], c["reward"], *(c.get("extra", {}).get(name) for name in extra)]
@@ -50,7 +50,7 @@ def table_of(samples: Sequence[Mapping[str, Any]], step: int) -> tuple[list[str]
 
 
 def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table that TensorBoard shows; a cell's own bars and line ends would be the table's."""
+    """A Markdown table for TensorBoard, with bars and line ends in cells escaped."""
     lines = [list(columns), ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -61,12 +61,12 @@ def _cell(value: Any) -> str:
 
 
 def _text(prompt: Any) -> str:
-    """A prompt as one text; of a conversation each message behind its role."""
+    """A prompt as one text; in a conversation each message follows its role."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
 
 
 def _trackio_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    frame = import_module("pandas").DataFrame(rows, columns=list(columns), dtype=object)  # None and 2 stay so
+    frame = import_module("pandas").DataFrame(rows, columns=list(columns), dtype=object)  # None and 2 are not converted
     return import_module("trackio").Table(dataframe=frame)
