@@ -1,4 +1,4 @@
 """The run folder: its files, checkpoints, manifests and lock.
 
-No model and no data set: `bondlm report` needs nothing else, and no torch.
+It has no models or data sets and needs no torch; `bondlm report` uses nothing else.
 """

@@ -1,4 +1,4 @@
-"""Our part of a checkpoint: the anchor, and what else a run has: averaged weights, quantile model, signal factor.
+"""Our part of a checkpoint: the anchor and, if a run has them, averaged weights, quantile model, signal factor.
 
 `transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state.
 """
@@ -26,20 +26,20 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ANCHOR_FILE = "anchor.safetensors"
 AVERAGE_FILE = "average.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
-DROPS_FILE = "drops.json"  # how many prompts were seen, and how many dropped
-CUTS_FILE = "cuts.json"  # how many tokens are learned from at a time
-FACTOR_FILE = "signal_factor.json"  # where the signal follows the measured N
+DROPS_FILE = "drops.json"  # numbers of prompts seen and dropped
+CUTS_FILE = "cuts.json"  # number of tokens learned from at a time
+FACTOR_FILE = "signal_factor.json"  # if the signal follows the measured N
 MEANS_FILE = "means.json"  # metrics of the steps since the last log, of each process
 
 
 def require_space(
     folder: Path, anchor_bytes: int, *, num_checkpoints: int, by_deepspeed: bool = False, averaged: bool = False
 ) -> None:
-    """Raise ResourceError unless `folder` has room for its checkpoints; asked before the first step, not at the last.
+    """Raise ResourceError unless `folder` has room for its checkpoints; checked before the first step.
 
-    A checkpoint is the policy, its anchor in fp32 (`anchor_bytes`) and two moments of the optimizer: four times the
-    trained weights, and once more where they are `averaged`. DeepSpeed writes the policy twice more, as it is and in
-    fp32.
+    A checkpoint has the policy, its anchor in fp32 (`anchor_bytes`) and two moments of the optimizer: four times the
+    trained weights, and once more if they are `averaged`. DeepSpeed writes the policy twice more, in its own dtype and
+    in fp32.
     """
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -53,16 +53,17 @@ def require_space(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, under its final name only when whole."""
+    """Write a safetensors file, which gets its final name only when complete."""
     with whole(path) as partial:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
-    """Give the file's tensors to `load`.
+    """Pass the file's tensors to `load`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another model: a run must never go on with a fresh anchor.
+        CheckpointError: the file is missing, damaged, or of another model: a run must never continue with a fresh
+            anchor.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -76,7 +77,7 @@ def load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 def prompts_per_step(args: Any) -> dict[str, Any]:
-    """How many prompts all processes together learn from in a step, and of what that is the product."""
+    """The number of prompts that all processes learn from per step, and its factors."""
     parts = (args.world_size, args.train_batch_size, args.gradient_accumulation_steps)
     return {
         "prompts_per_step": math.prod(parts),
@@ -85,7 +86,7 @@ def prompts_per_step(args: Any) -> dict[str, Any]:
 
 
 def streamed_to(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of the prompts of a stream that it has learned from; None if they were read whole.
+    """A checkpoint's record of the prompts from a stream; None if the data were read as a whole.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -98,12 +99,12 @@ def streamed_to(path: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
-    """Compare the digest that a checkpoint holds with that of the data `now`.
+    """Compare the data digest in a checkpoint with that of the data `now`.
 
     Raises:
-        DataError: the data are not those that the run was trained on.
-        ConfigError: they are, but the tokenizer or its template makes other tokens of them, or a step takes more or
-            fewer prompts: a checkpoint counts steps, so some would be left out or taken twice.
+        DataError: the run was trained on other data.
+        ConfigError: the data are the same, but the tokenizer or its template gives other tokens, or the number of
+            prompts per step has changed: a checkpoint counts steps, so some prompts would be left out or used twice.
     """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -131,11 +132,11 @@ def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into `folder` into one clear error; the checkpoint that was cut short is removed.
+    """Turn a failure to write into `folder` into one clear error, and remove the incomplete checkpoint.
 
     Raises:
         ResourceError: the disk is full.
-        CheckpointError: the folder cannot be written any more.
+        CheckpointError: the folder can no longer be written.
     """
     try:
         yield
@@ -166,10 +167,10 @@ def _is_full(error: Exception, folder: Path) -> bool | None:
         inside = name is not None and Path(name).resolve().is_relative_to(folder.resolve())
         return False if inside else None
     text = str(error)
-    if isinstance(error, SafetensorError) or "I/O error" in text:  # raised by Rust, with the number in its text
+    if isinstance(error, SafetensorError) or "I/O error" in text:  # raised by Rust, with the error number in its text
         found = re.search(r"os error (\d+)", text)
         return None if found is None else int(found.group(1)) in NO_SPACE
-    # torch's writer does not say why it failed; a folder that is still there has no space left.
+    # torch's writer does not say why it failed; if the folder still exists, the disk is full.
     return folder.is_dir() if "PytorchStreamWriter" in text or "inline_container" in text else None
 
 

@@ -1,4 +1,4 @@
-"""How far a run has come and why it stopped there, kept in its folder for who asks later."""
+"""How far a run has come and why it stopped, stored in its folder for later commands."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,10 +13,10 @@ ENDING_FILE = "ending.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """Steps taken and planned; `reason` is one sentence if the run stopped before, or at, its last step by a goal.
+    """Steps taken and planned; `reason` is one sentence if a goal stopped the run.
 
-    `target_n` and `kl_budget` are the goals that it had. `best_step` is the step whose weights were brought back at the
-    end, by `load_best_model_at_end`; None where the last step's were kept.
+    `target_n` and `kl_budget` are the run's goals. `best_step` is the step whose weights were restored at the end by
+    `load_best_model_at_end`; None if the last step's were kept.
     """
 
     step: int
@@ -29,18 +29,18 @@ class Ending:
 
 
 def best_step(args: Any, state: Any) -> int | None:
-    """The step whose weights Trainer has brought back at the end of the run (`load_best_model_at_end`), if it has."""
+    """The step whose weights Trainer restored at the end of the run (`load_best_model_at_end`), if any."""
     is_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
     return int(state.best_global_step) if is_back else None
 
 
 def write_ending(folder: Path, ending: Ending) -> None:
-    """Write what `read_ending` reads."""
+    """Write the file that `read_ending` reads."""
     write_whole(folder / ENDING_FILE, json.dumps(asdict(ending), indent=1) + "\n")
 
 
 def read_ending(folder: Path) -> Ending | None:
-    """The ending of a run folder; None if there is none: the run goes on, was killed, or is of bondlm 0.1.
+    """The ending of a run folder; None if there is none: the run is still active, was killed, or is of bondlm 0.1.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -55,7 +55,7 @@ def read_ending(folder: Path) -> Ending | None:
 
 
 def describe_ending(folder: Path) -> dict[str, object]:
-    """For `eval.json`: the steps that were planned, why the run stopped, and the last where an earlier one is kept."""
+    """For `eval.json`: the planned steps, why the run stopped, and its last step if earlier weights are kept."""
     ending = read_ending(folder)
     if ending is None:
         return {}
@@ -65,7 +65,7 @@ def describe_ending(folder: Path) -> dict[str, object]:
 
 
 def step_of_weights(folder: Path, last: int | None) -> int | None:
-    """The step whose weights a run folder holds; `last` is the last one that it logged.
+    """The step whose weights a run folder holds; `last` is its last logged step.
 
     None where a signal or a fault stopped the run: its steps are in the checkpoint, and weights next to it are of an
     earlier end.

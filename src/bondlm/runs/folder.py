@@ -30,16 +30,16 @@ CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the run folder; known before the processes have found each other."""
+    """Whether this process writes the run folder; known before the processes are connected."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this run; of several processes of a run the main one holds it for all.
+    """Lock the folder for this run; with several processes the main one holds the lock for all.
 
-    The lock is the operating system's: it goes with its process, however that ends, so there is none that is stale.
-    What stands beside it is for the message alone.
+    The lock belongs to the operating system and ends with its process in any case, so there are no stale locks. The
+    file next to it is only for the message.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -53,7 +53,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / LOCK_FILE, blocking=False, is_singleton=True)
-        is_ours = lock.is_locked  # the command whose run this is holds it
+        is_ours = lock.is_locked  # held by the command that started this run
         if not is_ours:
             _take(lock, folder)
             (folder / OWNER_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
@@ -68,8 +68,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         (folder / OWNER_FILE).unlink(missing_ok=True)
-        with suppress(PermissionError):  # Windows, where filelock removes it as soon as it may
-            (folder / LOCK_FILE).unlink(missing_ok=True)  # while it is held: who opens this one sees that it is gone
+        with suppress(PermissionError):  # on Windows, filelock removes it as soon as possible
+            (folder / LOCK_FILE).unlink(missing_ok=True)  # while held: whatever opens this file sees that it is gone
         lock.release()
 
 
@@ -98,7 +98,7 @@ def _owner(folder: Path) -> str:
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append rows, one JSON object a line; numbers that JSON cannot write (infinity, NaN) become null."""
+    """Append rows, one JSON object per line; numbers that JSON cannot represent (infinity, NaN) become null."""
     text = "".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
@@ -116,7 +116,7 @@ def plain(value: Any) -> Any:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Forget logged rows beyond `step` (and a torn last line): a resumed run writes them again."""
+    """Remove logged rows beyond `step` (and a torn last line), which a resumed run writes again."""
     if not path.exists():
         return
     kept = [line + b"\n" for line, logged in _logged(path) if logged <= step]
@@ -125,13 +125,14 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def has_steps(path: Path, *, up_to: int) -> bool:
-    """Whether a log has rows of the first steps, up to this one."""
+    """Whether a log has rows of steps up to `up_to`."""
     return path.is_file() and any(step <= up_to for _, step in _logged(path))
 
 
 def _logged(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Each whole line of a log with its step."""
-    # Bytes, because text may hold separators that only `str.splitlines` knows, and a torn line half a character.
+    """Each complete line of a log, with its step."""
+    # Read as bytes, because text may have separators that only `str.splitlines` treats as line ends, and a torn line
+    # may end inside a character.
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
@@ -142,7 +143,7 @@ def _logged(path: Path) -> Iterator[tuple[bytes, int]]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Lend a path to write to: `path` appears whole, and on the disk, when the block ends, or not at all."""
+    """Yield a path to write to; when the block ends, `path` appears complete and synced to disk, or not at all."""
     partial = path.with_name(path.name + ".tmp")
     partial.unlink(missing_ok=True)
     try:
@@ -157,7 +158,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
+    """Write a text file atomically."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -169,17 +170,17 @@ def weights_file(folder: Path) -> str | None:
 
 
 def run_of(folder: Path) -> Path:
-    """The folder that says how the model in `folder` was trained: of a run's checkpoint the run folder."""
+    """The folder with the settings of the model in `folder`: for a run's checkpoint, the run folder."""
     around = folder.resolve().parent
     is_checkpoint = CHECKPOINT.fullmatch(folder.resolve().name) and not (folder / CONFIG_FILE).is_file()
     return around if is_checkpoint and (around / METRICS_FILE).is_file() else folder
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Say that a run folder holds no model yet.
+    """Refuse a run folder that has no model yet.
 
     Raises:
-        ConfigError: there are its logs and no weights.
+        ConfigError: the folder has logs but no weights.
     """
     if (folder / METRICS_FILE).is_file() and weights_file(folder) is None:
         found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
@@ -193,10 +194,10 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def run_config(folder: Path) -> dict[str, Any]:
-    """The settings that a run folder was made with; none if it does not say, or is no run folder.
+    """The settings of a run folder; empty if it has none or is not a run folder.
 
     Raises:
-        CheckpointError: they are there, but cannot be read.
+        CheckpointError: they exist but cannot be read.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -215,7 +216,7 @@ def run_config(folder: Path) -> dict[str, Any]:
 
 
 def run_environment(folder: Path) -> dict[str, Any]:
-    """What a run was made with beside its settings; nothing if the folder does not say."""
+    """The environment of a run (other than its settings); empty if the folder does not have it."""
     try:
         content = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Files of a user's own that stand where a run would write."""
+"""Users' own files that are in the way of a run."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ WRITTEN = (
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The name of a file that a run would replace or add to, in a folder where no run was; None if there is none."""
+    """The name of a file that a run would replace or append to, in a folder without a run; None if there is none."""
     return None if _was_a_run(folder) else next((name for name in WRITTEN if (folder / name).exists()), None)
 
 

@@ -1,4 +1,4 @@
-"""Whole or absent: a checkpoint counts only if its manifest verifies.
+"""A checkpoint is valid only if its manifest verifies.
 
 The manifest is written last and lists every file with its size and SHA-256.
 """
@@ -17,14 +17,14 @@ from bondlm.errors import CheckpointError
 from bondlm.runs.folder import METRICS_FILE, has_steps, write_whole
 
 MANIFEST_FILE = "manifest.json"
-SEALED_FILE = ".sealed"  # in the run folder: a checkpoint was finished here once
+SEALED_FILE = ".sealed"  # in the run folder: a checkpoint was completed here at some time
 FORMAT = 1
 _CHUNK = 1 << 20
 _OTHER_FORMAT = f"{MANIFEST_FILE} has format"
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of a checkpoint whose files are all there, after they have reached the disk."""
+    """Write the manifest of a complete checkpoint, after its files have been synced to disk."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST_FILE:
@@ -40,7 +40,7 @@ def seal(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None if every byte of it is as it was sealed."""
+    """Why a checkpoint cannot be trusted; None if every byte is unchanged since it was sealed."""
     if folder.is_symlink() or (folder / MANIFEST_FILE).is_symlink():
         return f"{folder.name} or its {MANIFEST_FILE} is a link"
     try:
@@ -63,7 +63,7 @@ def fault(folder: Path) -> str | None:
 
 def _file_fault(folder: Path, name: str, entry: Any) -> str | None:
     path = folder / name
-    # A name must not lead out of the folder, by `..`, an absolute path or a link.
+    # A name must not leave the folder by `..`, an absolute path or a link.
     if folder.resolve() not in path.resolve().parents or path.is_symlink():
         return f"{name!r} leads out of the folder"
     if not path.is_file():
@@ -78,18 +78,18 @@ def _file_fault(folder: Path, name: str, entry: Any) -> str | None:
 
 
 def newest_checkpoint(folder: Path, *, but: Sequence[Path] = ()) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run folder that verifies, and why newer ones were rejected; `but` some do not count.
+    """The newest checkpoint of a run folder that verifies, and why newer ones were rejected; `but` are ignored.
 
     Raises:
-        CheckpointError: there are checkpoints, but none that verifies, or the newest is of another format, or there
-            were some and all are gone. A run must never start afresh by accident.
+        CheckpointError: there are checkpoints but none verifies, or the newest has another format, or there were
+            checkpoints and all are gone. A run must never restart by accident.
     """
     rejected: list[str] = []
     for path in reversed([path for path in _checkpoints(folder) if path not in but]):
         reason = fault(path)
         if reason is None:
             return path, rejected
-        if reason.startswith(_OTHER_FORMAT):  # going back behind it would train its steps twice
+        if reason.startswith(_OTHER_FORMAT):  # continuing from an older one would train its steps twice
             raise CheckpointError(f"{path}: {reason}. Continue with the bondlm that wrote it, or another output_dir.")
         rejected.append(f"{path}: {reason}")
     if rejected:
@@ -106,11 +106,11 @@ def newest_checkpoint(folder: Path, *, but: Sequence[Path] = ()) -> tuple[Path |
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What a save that was cut short left behind.
+    """What an interrupted save left behind.
 
-    That is a checkpoint without a manifest which is newer than every sealed one (the run will write it again), and
-    temporary folders. Where no save was ever finished nothing is lost by it; where one was, and all manifests are gone,
-    nothing is touched: `newest_checkpoint` then says that no checkpoint can be trusted.
+    This means temporary folders, and checkpoints without a manifest that are newer than every sealed one (the run will
+    write them again). If no save was ever completed, removing them loses nothing. If one was, and all manifests are
+    gone, nothing is listed, and `newest_checkpoint` reports that no checkpoint can be trusted.
     """
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and not path.is_symlink()]
     sealed = [_step(path) for path in found if (path / MANIFEST_FILE).exists()]
@@ -122,7 +122,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def remove_unfinished(folder: Path) -> list[str]:
-    """Remove what a save that was cut short left behind, and say so, one line each."""
+    """Remove what an interrupted save left behind; returns one line for each."""
     stale = unfinished(folder)
     for path in stale:
         shutil.rmtree(path)
@@ -130,9 +130,9 @@ def remove_unfinished(folder: Path) -> list[str]:
 
 
 def remove_older(folder: Path, *, keep: int, best: str | None = None, step: int | None = None) -> None:
-    """Remove the oldest checkpoints beyond `keep`; `best` stays. What cannot be removed is tried again later.
+    """Remove the oldest checkpoints beyond `keep`, except `best`. Those that cannot be removed are tried again later.
 
-    Those beyond `step`, where the run is, do not count: a resume has passed them over, since they are damaged.
+    Checkpoints beyond the current `step` do not count: a resume has skipped them because they are damaged.
     """
     found = [path for path in _checkpoints(folder) if step is None or _step(path) <= step]
     for path in found[: max(0, len(found) - keep)]:
@@ -148,8 +148,8 @@ def checkpoint_to_resume(folder: Path, wish: str | os.PathLike[str] | bool | Non
     """The checkpoint that `wish` names; for True the newest that verifies, and a warning says which newer ones do not.
 
     Raises:
-        CheckpointError: it is not there, or not as it was sealed; `folder` holds what does not come from it; or none is
-            wished for, but the trainer's weights and anchor are those after the steps that it has `taken`.
+        CheckpointError: it is missing or has changed since it was sealed; `folder` has steps that do not come from it;
+            or no checkpoint is requested although the trainer has already `taken` steps.
     """
     wish = str(wish) if isinstance(wish, os.PathLike) else wish
     if not wish and taken:
@@ -175,14 +175,14 @@ def checkpoint_to_resume(folder: Path, wish: str | os.PathLike[str] | bool | Non
 
 
 def refuse_other_steps(folder: Path, checkpoint: Path) -> None:
-    """See that a run that goes on in `folder` from `checkpoint` does not mix with steps that do not come from it.
+    """Refuse to continue in `folder` from `checkpoint` if the folder has steps that do not come from it.
 
-    Newer checkpoints of the same folder would be taken by a later resume, with the weights of the steps that the run
-    has left. Another run's checkpoints and logs would stand beside its own. Newer ones that do not verify do not count:
-    every resume passes them over.
+    A later resume would take newer checkpoints of the same folder, with weights of abandoned steps. Checkpoints and
+    logs of another run would mix with the run's own. Newer checkpoints that do not verify do not matter, since every
+    resume skips them.
 
     Raises:
-        CheckpointError: there are such.
+        CheckpointError: there are such steps.
     """
     step = _step_of(checkpoint)
     if checkpoint.resolve().parent == folder.resolve():
@@ -204,7 +204,7 @@ def refuse_other_steps(folder: Path, checkpoint: Path) -> None:
 
 
 def _checkpoints(folder: Path, *, above: int = -1) -> list[Path]:
-    """The checkpoints of a run folder beyond a step, the oldest first."""
+    """The checkpoints of a run folder beyond step `above`, the oldest first."""
     found = [(_step(path), path) for path in folder.glob("checkpoint-*") if path.is_dir()]
     return [path for step, path in sorted(found) if step > above]
 
@@ -215,7 +215,7 @@ def _would_be_taken(path: Path) -> bool:
 
 
 def _step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, whatever its folder is called."""
+    """The step of a checkpoint, for any name of its folder."""
     if (step := _step(checkpoint)) >= 0:
         return step
     path = checkpoint / "trainer_state.json"
@@ -228,7 +228,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def verify(folder: Path) -> None:
-    """Raise CheckpointError unless the checkpoint is as it was sealed."""
+    """Raise CheckpointError if the checkpoint has changed since it was sealed."""
     reason = fault(folder)
     if reason is not None:
         raise CheckpointError(f"{folder} cannot be resumed from: {reason}. Resume from an older checkpoint.")
@@ -250,7 +250,7 @@ def _digest(path: Path, *, sync: bool = False) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""How a run's prompts are rendered, kept in its folder: another day, or another command, must make the same tokens."""
+"""How a run's prompts are rendered, stored in its folder so that later commands produce the same tokens."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ PROMPTING_FILE = "prompting.json"
 
 
 def read_prompting(folder: Path) -> dict[str, Any] | None:
-    """`prompt_format`, `chat_template_kwargs` and `now` of a run folder; None if it does not say.
+    """`prompt_format`, `chat_template_kwargs` and `now` of a run folder; None if it has no such file.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -36,19 +36,19 @@ def read_prompting(folder: Path) -> dict[str, Any] | None:
 
 
 def write_prompting(folder: Path, prompt_format: str, variables: Mapping[str, Any], now: datetime) -> None:
-    """Write what `read_prompting` reads."""
+    """Write the file that `read_prompting` reads."""
     content = {"prompt_format": prompt_format, "chat_template_kwargs": dict(variables), "now": now.isoformat()}
     write_whole(folder / PROMPTING_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def adopt_prompting(source: Path, folder: Path) -> None:
-    """Go on in `folder` with the rendering of the run in `source`."""
+    """Continue in `folder` with the rendering of the run in `source`."""
     if folder.resolve() != source.resolve() and (before := read_prompting(source)) is not None:
         write_prompting(folder, before["prompt_format"], before["chat_template_kwargs"], before["now"])
 
 
 def begun_by_0_1(folder: Path) -> bool:
-    """Whether the folder holds a run of bondlm 0.1, which gave text to chat models as it is."""
+    """Whether the folder has a run of bondlm 0.1, which gave text to chat models unchanged."""
     if (folder / PROMPTING_FILE).is_file():
         return False
     return (folder / CONFIG_FILE).is_file() or (folder / METRICS_FILE).is_file() or any(folder.glob("checkpoint-*"))

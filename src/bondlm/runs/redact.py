@@ -1,6 +1,6 @@
-"""Secrets never reach a file or a message: what looks like one is replaced before it is written.
+"""Keep secrets out of files and messages: text that looks like a secret is replaced before it is written.
 
-Neither do control characters reach a terminal or a page: they are written as escapes.
+Control characters are written as escapes, so that they do not reach a terminal or a page.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 HIDDEN = "<secret>"
 _NAMES = r"(?:[a-z0-9]+[_-])*(?:token|secret|password|passwd|api[_-]?key|access[_-]?key|authorization)"
 _PATTERNS = (
-    (re.compile(r"(:/{1,2})[^/\s@]+(?=@)"), rf"\g<1>{HIDDEN}"),  # user, password in an address; a path has one slash
+    (re.compile(r"(:/{1,2})[^/\s@]+(?=@)"), rf"\g<1>{HIDDEN}"),  # user and password in an address; a path has one slash
     (re.compile(rf"(?i)([?&;]{_NAMES}=)[^&\s#'\";]+"), rf"\g<1>{HIDDEN}"),
     (re.compile(rf"(?i)(--{_NAMES}['\"]?[\s,=]+['\"]?)[^\s'\",\]]+"), rf"\g<1>{HIDDEN}"),
     (re.compile(r"(?i)\b(bearer|basic)(\s+)[a-z0-9._~+/=-]{8,}"), rf"\g<1>\g<2>{HIDDEN}"),
@@ -26,7 +26,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def visible(text: str) -> str:
-    r"""Return `text` with control, format and separator characters as escapes (`\x1b`); new lines and tabs stay."""
+    r"""Return `text` with control, format and separator characters as escapes (`\x1b`); newlines and tabs are kept."""
     return _NOT_PLAIN.sub(lambda match: _shown(match.group()), text)
 
 
@@ -44,7 +44,7 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """`value` with every text in it redacted, and every entry whose name says that it is a secret."""
+    """`value` with all its texts redacted, and all entries whose names mark them as secrets."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
@@ -53,7 +53,7 @@ def redacted(value: Any) -> Any:
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        after = [isinstance(item, str) and _SECRET_OPTION.match(item) for item in value]  # --api-key, and then the key
+        after = [isinstance(item, str) and _SECRET_OPTION.match(item) for item in value]  # --api-key, then the key
         pairs = zip(value, [None, *after], strict=False)
         return [HIDDEN if secret and isinstance(item, str) else redacted(item) for item, secret in pairs]
     return value
