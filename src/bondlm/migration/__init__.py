@@ -1,4 +1,4 @@
-"""Names that users bring from TRL and older transformers: what each is called here, or why there is no such thing."""
+"""Names from TRL and older transformers: what each is called here, or why it does not exist."""
 
 from bondlm.migration.names import Keywords, NoOption, OwnNames, Texts, own_arguments, own_names
 from bondlm.migration.tables import ARGUMENTS, COMMAND_LINE, SETTINGS, UNSAFE_CODE, Foreign

@@ -1,4 +1,4 @@
-"""What becomes of a name that bondlm does not have: dropped if it asks for what happens anyway, else one sentence."""
+"""Names that bondlm does not have are dropped if they ask for what happens anyway, and otherwise explained."""
 
 import difflib
 import inspect
@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bondlm.errors import ConfigError
 from bondlm.migration.tables import ARGUMENTS, COMMAND_LINE, SETTINGS, STAGES, Foreign
 
-# Types of fields as `HfArgumentParser` must see them.
+# Types of fields in the form that `HfArgumentParser` needs.
 if TYPE_CHECKING:
     Keywords: TypeAlias = dict[str, Any] | None
     Texts: TypeAlias = str | list[str] | None
     NoOption: TypeAlias = str
 else:
     Keywords = dict[str, Any] | str | None  # JSON on a command line, which TrainingArguments reads
-    Texts = None | str | list[str]  # it takes the second for the type of the option
-    NoOption = InitVar[str]  # TRL's ModelConfig has an option of that name: one parser cannot have two
+    Texts = None | str | list[str]  # it uses the second as the type of the option
+    NoOption = InitVar[str]  # TRL's ModelConfig has an option of that name, and a parser cannot have two
 
 
 class OwnNames(type):
-    """Metaclass of a dataclass of settings: `own_names` goes before its constructor, of subclasses, too."""
+    """Metaclass for dataclasses of settings and their subclasses: runs `own_names` before the constructor."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
-        """Build it from the names that bondlm has."""
+        """Build the object from the names that bondlm has."""
         fields: Mapping[str, Any] = cls.__dataclass_fields__  # type: ignore[attr-defined]  # perhaps a parent's
         constructor = inspect.signature(cls.__init__)  # type: ignore[misc]  # perhaps a subclass's own
         more = set(constructor.parameters) - {"self"}
@@ -40,7 +40,7 @@ def own_names(given: Mapping[str, Any], known: Collection[str], *, command: str 
         command: the command whose options these are; None in Python.
 
     Raises:
-        ConfigError: a foreign name with a value that bondlm cannot follow, or a name that nobody knows.
+        ConfigError: a foreign name has a value that bondlm does not support, or a name is unknown.
     """
     table, what, more = SETTINGS, "setting", ""
     if command is not None:
@@ -59,7 +59,7 @@ def own_arguments(given: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """For a message: the known name that is most like this one, if any is."""
+    """For a message: the known name that is most similar to this one, if any is."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

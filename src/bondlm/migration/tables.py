@@ -6,9 +6,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A name that bondlm does not have: the sentence for it, and values that ask for what bondlm does anyway.
+    """A name that bondlm does not have, with its explanation and the values that ask for what bondlm does anyway.
 
-    None asks for nothing, whatever the name.
+    None asks for nothing, for every name.
     """
 
     text: str
@@ -199,7 +199,7 @@ STAGES: dict[str, Foreign] = {
     **{name: COMMAND_LINE[name] for name in ("model_name_or_path", "dataset_name")},
 }
 
-# Of a trainer's constructor.
+# Arguments of a trainer's constructor.
 ARGUMENTS: dict[str, Foreign] = {
     "tools": Foreign(
         "a completion is one answer of the model, and no tool is called; score what it would do", ([], ())

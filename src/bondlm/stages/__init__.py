@@ -1,1 +1,1 @@
-"""What comes before BOND: supervised fine-tuning, and a reward model from preferences."""
+"""The stages before BOND: supervised fine-tuning, and a reward model from preferences."""

@@ -30,8 +30,8 @@ from bondlm.stages.trainer import StageTrainer
 def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
     """A pretrained encoder or language model with a fresh head of one output, and its tokenizer.
 
-    The head is the one thing here that may be random: it is what will be trained. A tokenizer without a chat template
-    gets a plain one, so that the saved reward can score conversations.
+    Only the head may be random, since it will be trained. A tokenizer without a chat template gets a plain one, so that
+    the saved reward can score conversations.
 
     Raises:
         ConfigError: the model cannot be loaded, or weights below the head are missing.
@@ -60,7 +60,7 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
 
 
 class Pairs:
-    """Encodes preference pairs exactly as `SequenceClassifierReward` will encode what it scores."""
+    """Encodes preference pairs exactly as `SequenceClassifierReward` will when it scores."""
 
     def __init__(
         self,
@@ -69,20 +69,20 @@ class Pairs:
         max_length: int | None = None,
         prompt_format: Literal["auto", "chat", "plain"] = "auto",
     ) -> None:
-        """Borrow the reward's own encoding."""
+        """Set up with the encoding of the reward."""
         was_trainable = [parameter.requires_grad for parameter in model.parameters()]
         self._reward = SequenceClassifierReward(model, tokenizer, max_length=max_length, prompt_format=prompt_format)
-        self.prompt_format = self._reward.prompt_format  # what plain text is to the model
+        self.prompt_format = self._reward.prompt_format  # how the model gets plain text
         for parameter, trainable in zip(model.parameters(), was_trainable, strict=True):
-            parameter.requires_grad_(trainable)  # the reward has frozen it
+            parameter.requires_grad_(trainable)  # the reward froze it
         self._pad_id = int(model.config.pad_token_id)
         self._limit = token_limit(model, tokenizer, max_length)
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
-        """Token ids of both answers, each behind its prompt.
+        """Token ids of both answers, each after its prompt.
 
         Raises:
-            RewardError: a row is longer than the model takes.
+            RewardError: a row is too long for the model.
         """
         encoded = [{name: self._ids(row["prompt"], row[name]) for name in ("chosen", "rejected")} for row in rows]
         for name in ("chosen", "rejected"):
@@ -120,7 +120,7 @@ def margins(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """How often the reward agrees with people on pairs that it has not seen."""
+    """How often the reward agrees with people on unseen pairs."""
 
     accuracy: Estimate  # interval over prompts, ties count half
     pairs: int
@@ -141,7 +141,7 @@ def margins_of(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], *, b
 def in_batches(
     pairs: Pairs, rows: Sequence[Mapping[str, Any]], batch_size: int, device: Any
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """The places of rows of similar length in `rows`, and the model's inputs for these."""
+    """Batches of rows of similar length: their places in `rows`, and the model's inputs."""
     encoded = pairs.encode(rows)
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i]["chosen"]) + len(encoded[i]["rejected"]))
     for start in range(0, len(rows), batch_size):
@@ -181,17 +181,17 @@ def preference_trainer(
     max_length: int | None = None,
     prompt_format: Literal["auto", "chat", "plain"] = "auto",
 ) -> tuple[PreferenceTrainer, Pairs]:
-    """A trainer on rows `{"prompt", "chosen", "rejected"}`, and the encoder that it shares with the evaluation.
+    """A trainer for rows `{"prompt", "chosen", "rejected"}`, and its encoder, which the evaluation also uses.
 
     Raises:
         ConfigError: the model cannot be used.
-        RewardError: a row is longer than the model takes.
+        RewardError: a row is too long for the model.
     """
     pairs = Pairs(model, tokenizer, max_length, prompt_format)
     train = pairs.encode(train_rows)
     if peft_config is not None:
-        set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
-        peft_config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # it keeps the head trainable
+        set_seed(args.seed)  # a fresh adapter is random, and Trainer would seed only after creating it
+        peft_config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # this keeps the head trainable
         model = wrap_adapter(model, peft_config)
     model.train()
     trainer = PreferenceTrainer(

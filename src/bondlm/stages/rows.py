@@ -1,6 +1,6 @@
-"""Rows that people have written or judged: answers to imitate, and pairs of which one was preferred.
+"""Rows that people have written or judged: answers to imitate, and pairs of a preferred and a rejected answer.
 
-Read from files and checked as a whole before any model is loaded; every bad row is named as `path:line`.
+They are read from files and all checked before any model is loaded; every bad row is named as `path:line`.
 """
 
 import random
@@ -16,10 +16,10 @@ Row = dict[str, Any]
 
 
 def read_answers(source: Any, column: str = "completion") -> list[Row]:
-    """Rows `{"prompt", "completion"}` for supervised fine-tuning, of a file or several; `column` names the answer.
+    """Rows `{"prompt", "completion"}` for supervised fine-tuning, from one or several files; `column` names the answer.
 
     Raises:
-        DataError: the file cannot be read, or has rows without prompt or with an empty answer.
+        DataError: the file cannot be read, or has rows without a prompt or with an empty answer.
     """
     rows = _checked(source, lambda row: _text_problem(row, column))
     return [{"completion": text_of(row[column]), **_prompt_of(row)} for row in rows]
@@ -31,8 +31,8 @@ def read_preferences(source: Any) -> list[Row]:
     Rows of `bondlm prefer` in which nothing was preferred (ties, skipped pairs) are left out.
 
     Raises:
-        DataError: the file cannot be read, or has rows without prompt, with an empty answer, or with two equal ones; or
-            nothing was preferred in any row.
+        DataError: the file cannot be read, or has rows without a prompt, with an empty answer, or with two equal
+            answers; or no row has a preference.
     """
     all_rows = _checked(source, _preference_problem)
     rows = [row for row in all_rows if not _is_undecided(row)]
@@ -44,13 +44,13 @@ def read_preferences(source: Any) -> list[Row]:
 
 
 def _prompt_of(row: Mapping[str, Any]) -> Row:
-    """The prompt, its messages' content as text, and what the chat template looks at beside it."""
+    """The prompt, with the content of messages as text, and the other columns that the chat template uses."""
     beside = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name) is not None}
     return {"prompt": row["prompt"] if isinstance(row["prompt"], str) else with_text(row["prompt"])} | beside
 
 
 def text_of(answer: Any) -> str:
-    """An answer is text, or a list of one assistant message."""
+    """The text of an answer, given as text or as a list of one assistant message."""
     return answer if isinstance(answer, str) else str(answer[0]["content"])
 
 
@@ -94,7 +94,7 @@ def hold_out(rows: Sequence[Row], every: int = 10) -> tuple[list[Row], list[Row]
     """Split by prompt, so that no prompt is in both parts: each `every`-th distinct prompt is held out.
 
     Raises:
-        DataError: fewer distinct prompts than that.
+        DataError: there are fewer distinct prompts than `every`.
     """
     number: dict[str, int] = {}
     for row in rows:
@@ -111,10 +111,10 @@ def hold_out(rows: Sequence[Row], every: int = 10) -> tuple[list[Row], list[Row]
 
 
 def flip_labels(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], int]:
-    """The rows with `chosen` and `rejected` exchanged in this share of them, drawn by the seed, and how many these are.
+    """The rows, with `chosen` and `rejected` swapped in a random share of them, and the number of swapped rows.
 
     Raises:
-        ConfigError: a share outside [0, 0.5), or one that flips none of so few rows.
+        ConfigError: the share is outside [0, 0.5), or too small to flip any row.
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 0.5:
         raise ConfigError(f"flip_labels={share!r}: must be at least 0 and below 0.5, a share of the training pairs")

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the stage before BOND. Cross entropy of the answer's tokens alone, given the prompt.
+"""Supervised fine-tuning: the stage before BOND. Cross-entropy of only the answer's tokens, given the prompt.
 
 Shapes: B rows, T tokens (padded), V words of the vocabulary.
 """
@@ -23,11 +23,11 @@ from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import load_model, load_tokenizer
 from bondlm.stages.trainer import StageTrainer
 
-IGNORED = -100  # a label that counts for nothing, in every transformers model
+IGNORED = -100  # a label that every transformers model ignores
 
 
 def prepare_model(name: str, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-    """Load a model to fine-tune: fp32 weights, with a fresh adapter if one is asked for.
+    """Load a model to fine-tune: fp32 weights, with a fresh adapter if one is requested.
 
     Raises:
         ConfigError: it cannot be loaded, or has an adapter already.
@@ -39,7 +39,7 @@ def prepare_model(name: str, peft_config: PeftConfig | None) -> PreTrainedModel 
 
 
 class Examples:
-    """Encodes rows as the policy will see and write them later: same prompt ids, same end of an answer."""
+    """Encodes rows as the policy will later read and write them: same prompt ids, same end of an answer."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Examples:
         max_completion_length: int,
         rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
     ) -> None:
-        """Look up what the model's prompts and answers end with.
+        """Determine how the model's prompts and answers end.
 
         Raises:
             ConfigError: the tokenizer has no end-of-sequence token.
@@ -58,15 +58,15 @@ class Examples:
         limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
         self._encoder = PromptEncoder.of_model(model, tokenizer, rendering=rendering, **limits)
         self.is_encoder_decoder = self._encoder.start_id is not None
-        padding = copy.deepcopy(tokenizer)  # on the right, and with an id, whatever the tokenizer that is saved says
+        padding = copy.deepcopy(tokenizer)  # padded right, with a padding id, regardless of the saved tokenizer
         padding.padding_side, padding.pad_token_id = "right", self._encoder.pad_id
         self.collate = DataCollatorForSeq2Seq(padding, model=model, label_pad_token_id=IGNORED)
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
-        """Rows `{"prompt", "completion"}` as what the model takes; the labels are the answers' tokens.
+        """The model's inputs for rows `{"prompt", "completion"}`; the labels are the answers' tokens.
 
         Raises:
-            DataError: prompts that cannot be used, or answers longer than `max_completion_length`, by row number.
+            DataError: prompts that cannot be used, or answers longer than `max_completion_length`, named by row number.
         """
         texts = [row["prompt"] for row in rows]
         prompts = self._encoder.encode(texts, rows)
@@ -89,24 +89,24 @@ class Examples:
 
 
 class SFTTrainer(StageTrainer):
-    """`transformers.Trainer` whose evaluation is a mean over tokens: Trainer's is a mean over batches."""
+    """`transformers.Trainer` whose evaluation is a mean over tokens, where Trainer's is a mean over batches."""
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor, None]:
-        """Sum of `-log p` over the tokens of each row's answer, and how many these are (B, 2)."""
+        """Sum of `-log p` over the tokens of each row's answer, and the number of these tokens (B, 2)."""
         inputs = self._prepare_inputs(inputs)
         labels_BT = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits_BTV = model(**inputs).logits[:, -labels_BT.shape[1] :]  # without the virtual tokens of an adapter
+            logits_BTV = model(**inputs).logits[:, -labels_BT.shape[1] :]  # without an adapter's virtual tokens
         if not self.model.config.is_encoder_decoder:  # type: ignore[union-attr]
             logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
-        # Row by row, so that no copy of all logits is made in fp32.
+        # Row by row, to avoid an fp32 copy of all logits.
         sums = [cross_entropy(row.float(), to, reduction="sum") for row, to in zip(logits_BTV, labels_BT, strict=True)]
         return None, torch.stack([torch.stack(sums), (labels_BT != IGNORED).sum(dim=1).float()], dim=1), None
 
     def evaluation_loop(self, *args: Any, **more: Any) -> EvalLoopOutput:
-        """Trainer's, with `eval_loss` as the mean of `-log p` over all tokens of all rows, however they are batched."""
+        """Trainer's loop, with `eval_loss` as the mean of `-log p` over all tokens of all rows, for any batch size."""
         output: Any = super().evaluation_loop(*args, **more)
         total, tokens = np.asarray(output.predictions, dtype=np.float64).sum(axis=0)
         output.metrics[f"{more.get('metric_key_prefix', 'eval')}_loss"] = float(total / tokens)
@@ -128,7 +128,7 @@ def sft_trainer(
 
     Raises:
         ConfigError: the model cannot be used.
-        DataError: rows that do not fit.
+        DataError: rows cannot be used.
     """
     set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
     model: Any = prepare_model(name, peft_config)

@@ -1,4 +1,4 @@
-"""What the trainers of both stages before BOND share: what they save."""
+"""Saving, shared by the trainers of both stages before BOND."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from bondlm.errors import NonFiniteError
 
 
 class StageTrainer(Trainer):
-    """`transformers.Trainer` that saves no weights that are not finite, and no pickle of its settings."""
+    """`transformers.Trainer` that refuses to save non-finite weights, and saves no pickle of its settings."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save a checkpoint or the trained model.
@@ -29,4 +29,4 @@ class StageTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads, tokens in it
+            (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle that contains access tokens

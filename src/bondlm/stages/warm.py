@@ -1,11 +1,11 @@
-"""Weight-averaged reward models: several of one start, whose mean is one reward model (WARM, arXiv 2401.12187).
+"""Weight-averaged reward models: several from one start, averaged into one reward model (WARM, arXiv 2401.12187).
 
     r(x, y) = r_w(x, y)   with   w = (w_1 + ... + w_M) / M
 
-The members begin with one head, fitted to the features of the untouched model ("linear probing"), so that they stay
-close enough to be averaged. They differ in the order of the pairs, the learning rate and dropout, and, if they are
-given, in the checkpoints of a fine-tuning run that they begin with. What one member alone has learned of a wrong label
-the mean keeps a share of; what all have learned it keeps whole.
+The members start with the same head, fitted to the features of the untouched model ("linear probing"), so that they
+stay close enough to be averaged. They differ in the order of the pairs, the learning rate and dropout and, if given, in
+the checkpoints of a fine-tuning run that they start from. The mean keeps only a share of what a single member has
+learned from a wrong label, but all of what every member has learned.
 
 Shapes: B pairs, D features that the head reads.
 """
@@ -22,12 +22,12 @@ from bondlm.errors import ConfigError
 from bondlm.stages.reward_model import Pairs, in_batches, load_base
 
 RATES = (1.0, 0.5)  # of the learning rate, in turn
-DROPOUTS = (0.05, 0.1, 0.0)  # in turn: six members are six different pairs of both
+DROPOUTS = (0.05, 0.1, 0.0)  # in turn: six members have six different combinations of both
 
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """What one reward model is trained with."""
+    """The settings of one reward model's training."""
 
     start: str
     seed: int
@@ -36,10 +36,10 @@ class Member:
 
 
 def members_of(options: Mapping[str, Any], learning_rate: float) -> list[Member]:
-    """The members that the options of `bondlm reward-model` ask for; one, trained as ever, by default.
+    """The members that the options of `bondlm reward-model` ask for; by default a single, ordinary one.
 
     Raises:
-        ConfigError: a value that cannot be, lists longer than there are members, or lists that do nothing.
+        ConfigError: a value is invalid, a list is longer than the number of members, or a list has no effect.
     """
     count, seed = options.get("members", 1), int(options.get("seed", 42))
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -89,7 +89,7 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
     """Name and module of the layer that makes the reward.
 
     Raises:
-        ConfigError: the model has none with one output.
+        ConfigError: the model has no layer with one output.
     """
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == 1]
     if not found:
@@ -99,11 +99,11 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
 
 @torch.no_grad()
 def _feature_gaps(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], batch_size: int) -> Tensor:
-    """What the head reads of the chosen answer less what it reads of the rejected one (B, D), float64."""
+    """The head's input for the chosen answer minus that for the rejected one (B, D), float64."""
     name, _ = last_linear(model)
     parent, head = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     kept, order, gaps = getattr(parent, head), [], []
-    setattr(parent, head, nn.Identity())  # the model then returns, as its logits, what the head would have read
+    setattr(parent, head, nn.Identity())  # the model then returns the input of the head as its logits
     try:
         for chunk, inputs in in_batches(pairs, rows, batch_size, model.device):
             order += chunk
@@ -115,9 +115,9 @@ def _feature_gaps(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], b
 
 
 def probe_head(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> None:
-    """Fit the head alone to the pairs, in place: Bradley-Terry on the features of the untouched model.
+    """Fit only the head to the pairs, in place: Bradley-Terry on the features of the untouched model.
 
-    The loss is convex: its mean over B pairs, and |w|^2 / (2B) for features of a mean square of 1.
+    The objective is convex: the mean loss over B pairs, plus |w|^2 / (2B) for features with a mean square of 1.
     """
     model.eval()
     gaps_BD = _feature_gaps(model, pairs, rows, batch_size)
@@ -137,20 +137,20 @@ def probe_head(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], *, b
     with torch.no_grad():
         head.weight.copy_((w_D / scale).unsqueeze(0))
         if head.bias is not None:
-            head.bias.zero_()  # no pair tells
+            head.bias.zero_()  # pairs do not determine it
 
 
 def load_member(member: Member, base: Any, tokenizer: Any, *, seed: int) -> Any:
-    """A model to train: the weights of the member's start under the head of `base`, with the member's dropout.
+    """A model to train: the weights of the member's start with the head of `base` and the member's dropout.
 
     Args:
-        member: what it is trained with.
-        base: the model that all members share their head with.
-        tokenizer: of `base`.
-        seed: the one that `base` was loaded with: weights that no checkpoint has are the same in all members.
+        member: the settings of its training.
+        base: the model whose head all members share.
+        tokenizer: the tokenizer of `base`.
+        seed: the seed that `base` was loaded with, so that weights that no checkpoint has are the same in all members.
 
     Raises:
-        ConfigError: the start is no model of the same shape and vocabulary as `base`.
+        ConfigError: the start is not a model of the same shape and vocabulary as `base`.
     """
     model, own = load_base(member.start, seed=seed)
     weights = base.state_dict()
@@ -166,7 +166,7 @@ def load_member(member: Member, base: Any, tokenizer: Any, *, seed: int) -> Any:
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Give every dropout of the model this rate, in the modules alone: the config, which is saved, stays."""
+    """Set every dropout of the model to this rate, only in the modules: the saved config is not changed."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate

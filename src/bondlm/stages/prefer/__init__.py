@@ -1,1 +1,1 @@
-"""Preferences of a person: pairs of answers to choose from, the file of choices, and a page on this machine."""
+"""Collect a person's preferences: pairs of answers to choose from, the file of choices, and a local page."""

@@ -1,4 +1,4 @@
-"""The file of a person's choices: a row for each, on the disk before the next pair is shown."""
+"""The file of a person's choices: one row each, synced to disk before the next pair is shown."""
 
 import json
 import os
@@ -18,13 +18,13 @@ VERDICTS = get_args(Verdict)
 
 
 class Choices:
-    """The choices that a file holds; new ones are appended."""
+    """The choices in a file; new ones are appended."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; what is left of a line that was cut off in the middle is removed.
+        """Read the existing choices; an incomplete last line is removed.
 
         Raises:
-            DataError: a row is no choice.
+            DataError: a row is not a choice.
         """
         self.path = path
         _mend(path)
@@ -32,17 +32,17 @@ class Choices:
         self._keys = {_key(line.row, line.place, line.problem) for line in lines}
 
     def left_of(self, pairs: Iterable[Pair]) -> list[Pair]:
-        """The pairs that nobody has decided on yet."""
+        """The pairs that are not decided yet."""
         return [pair for pair in pairs if pair.key not in self._keys]
 
     def add(self, pair: Pair, verdict: Verdict) -> None:
-        """Keep a choice; it is on the disk when this returns.
+        """Store a choice; it is synced to disk when this returns.
 
-        A row is `{"prompt", "chosen", "rejected", "verdict"}`, with `left` and `right` in the place of the middle two
-        if nothing was chosen; `verdict` says on which side the chosen one stood.
+        A row is `{"prompt", "chosen", "rejected", "verdict"}`, with `left` and `right` instead of the middle two if
+        nothing was chosen; `verdict` says on which side the chosen answer was.
 
         Raises:
-            OSError: it could not be written, and nothing of it is in the file.
+            OSError: it could not be written, and no part of it is in the file.
         """
         names = {"left": ("chosen", "rejected"), "right": ("rejected", "chosen")}.get(verdict, ("left", "right"))
         row = prompt_of(pair.row) | dict(zip(names, (pair.left, pair.right), strict=True)) | {"verdict": verdict}
@@ -68,7 +68,7 @@ def _key(row: Any, place: str, problem: str | None) -> str:
 
 
 def _mend(path: Path) -> None:
-    """Remove half a line at the end, which nobody was told was kept; end a whole one that an editor left open."""
+    """Remove an incomplete last line, which was never confirmed; add the line end to a complete one that lacks it."""
     content = path.read_bytes() if path.exists() else b""
     tail = content.rpartition(b"\n")[2]
     if not tail.strip():
@@ -84,10 +84,10 @@ def _mend(path: Path) -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold the file of choices: two pages that write into one would ask everything twice.
+    """Lock the file of choices: two pages that write to it would ask everything twice.
 
     Raises:
-        ConfigError: its folder is not there, or cannot be written.
+        ConfigError: its folder does not exist or cannot be written.
         CheckpointError: another process holds it.
     """
     if path.is_dir() or not path.parent.is_dir():

@@ -1,6 +1,6 @@
-"""Which two answers of a prompt are shown beside each other.
+"""Select the two answers to a prompt that are shown next to each other.
 
-A pair, and which of its answers stands on the left, depend on the seed, the prompt and its answers alone.
+A pair, and which of its answers is on the left, depend only on the seed, the prompt and its answers.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from bondlm.data.files import rows_of_files
 from bondlm.errors import ConfigError, DataError
 from bondlm.runs.folder import SAMPLES_FILE
 
-BESIDE = (TOOLS, TEMPLATE_VARIABLES)  # what the chat template looks at beside the prompt
+BESIDE = (TOOLS, TEMPLATE_VARIABLES)  # columns other than the prompt that the chat template uses
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to a prompt; `row` holds the prompt, and what the chat template looks at beside it."""
+    """Two answers to a prompt; `row` has the prompt and the other columns that the chat template uses."""
 
     row: Mapping[str, Any]
     left: str
@@ -30,25 +30,25 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """The same for the same two answers to the same prompt, whichever is on the left."""
+        """A key for the two answers to the prompt, whichever is on the left."""
         return key_of(self.row, self.left, self.right)
 
 
 def key_of(row: Mapping[str, Any], one: str, other: str) -> str:
-    """What a pair is known by."""
+    """The key of a pair."""
     return json.dumps([prompt_of(row), sorted((one, other))], sort_keys=True)
 
 
 def prompt_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The prompt, and what the chat template looks at beside it."""
+    """The prompt, and the other columns that the chat template uses."""
     return {"prompt": row["prompt"]} | {name: row[name] for name in BESIDE if row.get(name) is not None}
 
 
 def samples_file(source: Path) -> Path:
-    """The file of samples that is meant: itself, or the samples that a training run has logged.
+    """The file of samples: `source` itself, or the samples that a training run has logged.
 
     Raises:
-        ConfigError: there is no such file, or no samples in the run folder.
+        ConfigError: there is no such file, or the run folder has no samples.
     """
     path = source / SAMPLES_FILE if source.is_dir() else source
     if not path.is_file():
@@ -62,15 +62,15 @@ def samples_file(source: Path) -> Path:
 
 
 def read_pairs(path: Path, pairs_per_prompt: int, seed: int) -> list[Pair]:
-    """The pairs of a file of samples: one of every prompt, then a second of every prompt, and so on.
+    """The pairs in a file of samples: one for every prompt, then a second for every prompt, and so on.
 
     Args:
         path: rows `{"prompt", "completion"}`, several of a prompt, or the `samples.jsonl` of a run.
-        pairs_per_prompt: most pairs of a prompt.
-        seed: decides which answers meet, on which side, and in which order prompts come.
+        pairs_per_prompt: maximum pairs per prompt.
+        seed: determines the pairs, the sides, and the order of prompts.
 
     Raises:
-        DataError: it cannot be read, a row is no sample, or no prompt has two different answers.
+        DataError: the file cannot be read, a row is not a sample, or no prompt has two different answers.
     """
     texts: dict[str, list[str]] = {}
     rows: dict[str, Mapping[str, Any]] = {}

@@ -1,7 +1,7 @@
-"""A page on this machine that shows two answers, and takes which one is better.
+"""A local page that shows two answers and asks which is better.
 
-It listens on the loopback interface alone. All addresses begin with a random token, so that no other page in the
-browser, and no other user of the machine, can read or choose.
+It listens only on the loopback interface. All addresses begin with a random token, so that other pages in the browser
+and other users of the machine cannot read or choose.
 """
 
 import base64
@@ -27,15 +27,15 @@ LONGEST = 1024  # bytes of a request's body
 
 
 class PreferServer(ThreadingHTTPServer):
-    """Shows pairs one after the other; `serve_forever` returns when all are decided, or when the person ends it."""
+    """Shows pairs one by one; `serve_forever` returns when all are decided, or when the person ends it."""
 
     daemon_threads = True
 
     def __init__(self, choices: Choices, pairs: Sequence[Pair], port: int = 0) -> None:
-        """Listen on 127.0.0.1; port 0 is any free one.
+        """Listen on 127.0.0.1; port 0 means any free port.
 
         Raises:
-            OSError: the port is taken, or may not be listened on.
+            OSError: the port is in use or not permitted.
         """
         self._choices, self._pairs, self._lock = choices, pairs, Lock()
         self._left = choices.left_of(pairs)
@@ -45,7 +45,7 @@ class PreferServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where the page is; whoever has this address can choose."""
+        """The address of the page, which includes the token."""
         return f"http://127.0.0.1:{self.server_address[1]}/{self.token}/"
 
     @property
@@ -54,7 +54,7 @@ class PreferServer(ThreadingHTTPServer):
         return len(self._left)
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: the pair that is next, if there is one, and how many are decided."""
+        """The data for the page: the next pair, if there is one, and the number of decided pairs."""
         with self._lock:
             return self._state()
 
@@ -67,9 +67,9 @@ class PreferServer(ThreadingHTTPServer):
         return counts | {"pair": _name(pair)} | {name: visible(text) for name, text in texts.items()}
 
     def decide(self, name: Any, verdict: Any) -> tuple[int, dict[str, Any]]:
-        """Keep a verdict on the pair that is shown; the HTTP status, and what to show next.
+        """Store a verdict on the shown pair; returns the HTTP status and what to show next.
 
-        A pair that was decided already, in another tab or by a key that was pressed twice, is not decided again.
+        A pair that was already decided, in another tab or by a key pressed twice, is not decided again.
         """
         if verdict not in VERDICTS:
             return 400, {"error": f"verdict must be one of {', '.join(VERDICTS)}"}
@@ -85,11 +85,11 @@ class PreferServer(ThreadingHTTPServer):
             return 200, self._state()
 
     def end(self) -> None:
-        """Let `serve_forever` return, after the answer that is under way."""
+        """Make `serve_forever` return, after the current answer."""
         Thread(target=self.shutdown, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a browser that went away."""
+        """Ignore a browser that closed the connection."""
 
 
 def _name(pair: Pair) -> str:
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(400, {"error": "not a request of this page"})
 
     def _path(self) -> str | None:
-        """What follows the token; None for anybody who does not know it, or who asks by another host's name."""
+        """The path after the token; None for requests without the token or with another host name."""
         host = re.sub(r":\d+$", "", self.headers.get("Host", ""))
         parts = self.path.split("/")
         if len(parts) != 3 or host not in HOSTS:
@@ -134,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         return parts[2] if hmac.compare_digest(parts[1].encode(), self.server.token.encode()) else None
 
     def _body(self) -> dict[str, Any] | None:
-        """The JSON object that was sent; a form of another page cannot send this content type unasked."""
+        """The JSON object that was sent; a form on another page cannot send this content type without permission."""
         length = self.headers.get("Content-Length", "")
         if self.headers.get("Content-Type") != "application/json" or not length.isdecimal() or int(length) > LONGEST:
             return None
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _policy(page: str) -> str:
-    """Scripts and styles are those of the page itself, and it speaks to this server alone."""
+    """The policy: only the page's own scripts and styles, and connections only to this server."""
     hashes = {}
     for tag in ("script", "style"):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
