@@ -1,4 +1,4 @@
-"""What comes in: prompts, scored samples, chat templates, and the way from text to token ids and back.
+"""The inputs of a run: prompts, scored samples, chat templates, and conversion between text and token ids.
 
-No model and no device: a tokenizer is all that this package is given.
+This package needs no model and no device, only a tokenizer.
 """

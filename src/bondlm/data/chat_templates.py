@@ -1,6 +1,6 @@
-"""Chat templates come with a model and are programs: rendered in transformers' sandbox, and within limits.
+"""Render chat templates, which are programs that come with a model, in transformers' sandbox and within limits.
 
-The sandbox keeps a template from reaching outside, not from running on: its ranges end at 100,000, but loops nest.
+The sandbox keeps a template from reaching outside, but not from running forever: ranges end at 100,000, but loops nest.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 MAX_ADDED = 1 << 20  # characters beyond those of the messages, which may be long themselves
 MAX_SECONDS = 5.0
-LINES_A_LOOK = 64  # the clock costs more than a line
+LINES_A_LOOK = 64  # reading the clock costs more than a line
 
 
 class _OutOfTimeError(BaseException):
-    """No `Exception`: Jinja's filters catch those, and the template would go on."""
+    """Not an `Exception`, which Jinja's filters would catch, so that the template would continue."""
 
 
 def render_chat(
@@ -38,21 +38,21 @@ def render_chat(
     now: datetime | None = None,
     place: str = "a conversation",
 ) -> str:
-    """The text that the tokenizer's chat template makes of messages.
+    """Render messages as text with the tokenizer's chat template.
 
     Args:
         chat: The messages.
         tokenizer: Its `chat_template` is used.
-        add_generation_prompt: Whether the text ends where the assistant is to speak.
-        continue_last: Whether it ends within the last message, which the assistant is to go on with.
-        tools: What the assistant may call, as JSON schemas.
-        variables: What else the template looks at (`chat_template_kwargs`).
-        now: What the template is told of the time; None for the time that it is.
-        place: Where the conversation stands, for messages.
+        add_generation_prompt: Whether the text ends where the assistant's answer begins.
+        continue_last: Whether it ends inside the last message, for the assistant to continue.
+        tools: The tools that the assistant may call, as JSON schemas.
+        variables: Other variables of the template (`chat_template_kwargs`).
+        now: The time that the template gets; None for the current time.
+        place: The place of the conversation, for messages.
 
     Raises:
-        ConfigError: The template writes more than 1 MB around the messages, or takes more than 5 s of CPU time. What it
-            raises itself is passed on.
+        ConfigError: The template writes more than 1 MB around the messages, or takes more than 5 s of CPU time. Errors
+            that it raises itself are passed on.
     """
     template = str(tokenizer.get_chat_template(tools=tools))  # type: ignore[arg-type]
     clean = messages_for(template, chat)
@@ -84,10 +84,10 @@ def render_chat(
 
 
 def messages_for(template: str, chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as a template of text expects them.
+    """The messages in the form that templates for text expect.
 
-    `datasets` fills keys that other rows have with None, and templates print None as text. Parts of text become one
-    text. `developer` is OpenAI's newer name of `system`, which most templates alone know.
+    `datasets` fills keys that only other rows have with None, which templates would print as text. Parts of text are
+    joined. `developer` is OpenAI's newer name for `system`; most templates know only `system`.
     """
     clean = [without_none(message) for message in chat]
     for message in clean:
@@ -104,20 +104,20 @@ def joined_text(parts: Sequence[Any]) -> str:
 
 
 def without_none(value: Any) -> Any:
-    """`value` without the keys of dictionaries, however deep, that are None."""
+    """`value` without dictionary entries that are None, at any depth."""
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-# What a template may ask of the time, by the directive of strftime.
+# The parts of the time that a template may ask for, by strftime directive.
 _DIRECTIVE = re.compile("%-?[A-Za-z]")
 
 
 def pinned(template: str, now: datetime | None) -> str:
-    """The template with `strftime_now` answering for `now`: another day's prompts would be other tokens.
+    """The template with `strftime_now` fixed to `now`: prompts of another day would have different tokens.
 
-    transformers lends templates the function and no way to set it; a macro of that name comes first.
+    transformers gives templates the function but no way to set it; a macro of that name takes precedence.
     """
     if now is None or "strftime_now" not in template:
         return template
@@ -140,7 +140,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _within_time(render: Callable[[], Any]) -> Any:
-    """Call `render` and look at the clock every few of its lines.
+    """Call `render` and check the clock every few of its lines.
 
     A trace function works on every thread, and what it raises leaves the template at once; a signal would need the main
     thread. The clock is that of the thread, so neither a busy nor a suspended machine makes a template slow.

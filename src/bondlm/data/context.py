@@ -1,19 +1,19 @@
-"""How a text begins, and how long it may be for a model, by its config."""
+"""The start token and the maximum length of texts for a model, from its config."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from bondlm.errors import ConfigError
 
-SELECTED = ("index_topk", "keep_window_size")  # how many earlier tokens a layer of sparse attention keeps
+SELECTED = ("index_topk", "keep_window_size")  # number of earlier tokens that a sparse-attention layer keeps
 
 
 def context_length(config: Any) -> int | None:
-    """Most tokens of a text, where the config says so; of an encoder-decoder model most tokens of a prompt.
+    """Maximum tokens of a text, if the config states it; for an encoder-decoder model, of a prompt.
 
-    Of a rope that changes once a text is longer than it was trained for (longrope, dynamic NTK) that length: beyond it
-    a token's distribution depends on the length of its batch, and no two ways to compute it agree. Likewise of layers
-    that keep only the best so many tokens: which ones is a matter of rounding.
+    For a rope that changes once a text is longer than in training (longrope, dynamic NTK), it is the training length:
+    beyond it a token's distribution depends on the length of its batch, and different ways to compute it disagree. The
+    same holds for layers that keep only a number of best tokens, since rounding decides which.
     """
     if config.is_encoder_decoder:
         return _positions(config, "encoder")
@@ -25,7 +25,7 @@ def context_length(config: Any) -> int | None:
 
 
 def check_completion_length(config: Any, max_completion_length: int) -> None:
-    """A decoder with a table of positions cannot write beyond it.
+    """Check that a decoder with a position table does not have to write beyond it.
 
     Raises:
         ConfigError: it would have to.
@@ -39,7 +39,7 @@ def check_completion_length(config: Any, max_completion_length: int) -> None:
 
 
 def start_id(model: Any) -> int | None:
-    """The token that the decoder of an encoder-decoder model begins with; None for a decoder-only model."""
+    """The first token of an encoder-decoder model's decoder; None for a decoder-only model."""
     if not model.config.is_encoder_decoder:
         return None
     places = (model.config, model.generation_config)
@@ -48,7 +48,7 @@ def start_id(model: Any) -> int | None:
 
 
 def _positions(config: Any, end: str) -> int | None:
-    """Positions of the encoder or the decoder; None where they are relative (T5)."""
+    """Positions of the encoder or the decoder; None if they are relative (T5)."""
     for name in (f"max_{end}_position_embeddings", "max_position_embeddings"):
         limit = getattr(config, name, None)
         if isinstance(limit, int) and limit > 0:
@@ -57,7 +57,7 @@ def _positions(config: Any, end: str) -> int | None:
 
 
 def _changing_ropes(text: Any) -> Iterator[int | None]:
-    """Lengths from which on a rope is another one."""
+    """Lengths from which a rope changes."""
     parameters = getattr(text, "rope_parameters", None) or {}
     ropes = [parameters] if "rope_type" in parameters else [r for r in parameters.values() if isinstance(r, dict)]
     for rope in ropes:

@@ -1,4 +1,4 @@
-"""What a prompt's own text may not write: control tokens, and the markers of a chat template."""
+"""Text that a prompt must not contain: control tokens, and the markers of a chat template."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 # Rows tokenised in one call: enough for the tokenizer's threads, few enough to keep memory flat.
 CHUNK = 1024
-# Markers that some templates write as plain text: <|user|>, [INST], <<SYS>>. They have no id of their own, yet a
-# model reads them as structure, so a prompt must not be able to write them either.
+# Markers that some templates write as plain text: <|user|>, [INST], <<SYS>>. They have no id of their own, but a model
+# reads them as structure, so a prompt must not contain them either.
 _PLAIN_MARKER = re.compile(r"<\|[^<>|\s]+\|>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
-# What separates a template's own tokens (<think>, [INST]) from added words and runs of spaces.
+# Distinguishes a template's own tokens (<think>, [INST]) from added words and runs of spaces.
 _BRACKETED = re.compile(r"[<\[].+[>\]]")
 
 
@@ -49,9 +49,9 @@ def refuse_special_tokens(
     template: str,
     problems: Problems,
 ) -> None:
-    """Refuse prompts whose own text would become control ids or structural markers of the template.
+    """Refuse prompts whose text would become control ids or structural markers of the template.
 
-    The ids are looked at, not the characters: a tokenizer's normaliser may turn harmless-looking text into a token.
+    Ids are checked rather than characters: a tokenizer's normaliser may turn harmless-looking text into a token.
     """
     control = control_ids(tokenizer, template)
     markers = set(_PLAIN_MARKER.findall(template))
@@ -79,7 +79,8 @@ def control_ids(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[int, 
     """Map each id that prompt text must not produce to its token.
 
     These are the special tokens, and the added tokens in brackets that the template writes (Qwen's `<tool_call>` is
-    added, but not special) or builds from pieces (`<|user|>`). An unknown-token id only says that text was not known.
+    added, but not special) or builds from pieces (`<|user|>`). The unknown-token id is allowed, since it only means
+    unknown text.
     """
     control = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     for token_id, token in tokenizer.added_tokens_decoder.items():
@@ -104,9 +105,9 @@ def plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_s
 
 
 def _texts(prompt: Any) -> list[str]:
-    """List every text that a row brings, and for messages also all of them joined.
+    """List every text of a row, and for messages also all of them joined.
 
-    The joined text shows a token that is cut into two messages, for templates that put nothing between them.
+    The joined text reveals a token split between two messages, for templates that put nothing between them.
     """
     if isinstance(prompt, str):
         return [prompt]

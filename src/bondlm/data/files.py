@@ -1,6 +1,6 @@
-"""Files of rows: JSON lines, JSON, CSV and Parquet, also compressed, several at once or by a pattern.
+"""Files of rows: JSON lines, JSON, CSV and Parquet, also compressed, as a list or a pattern.
 
-JSON lines are read strictly, by bondlm itself: every bad line is named.
+bondlm reads JSON lines itself, strictly, and names every bad line.
 """
 
 import bz2
@@ -27,14 +27,14 @@ LINES = (".jsonl", ".jsonlines", ".json-lines", ".ndjson")
 JSON, TABLES = (*LINES, ".json"), (".csv", ".tsv", ".parquet")
 _OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _KNOWN = "Give .jsonl, .json, .csv, .tsv or .parquet; all but the last may be compressed (.gz, .bz2, .xz)."
-# What a number would not be written as again: 007 is one's name, and a float has 15 digits.
+# Texts that would not survive conversion to a number: 007 is a name, and a float has 15 digits.
 _LEADING_ZERO, _ROUNDED = r"^[+-]?0\d", r"^[+-]?\d{16,}$"
-# Text in any file, however it looks: an answer 12 is no number.
+# Columns that are text in every file, whatever they look like: an answer 12 is not a number.
 _TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected")
 
 
 def suffix_of(path: str) -> str:
-    """The kind of a file by its name, whatever it is compressed with."""
+    """The kind of a file by its name, for any compression."""
     name = Path(path)
     packed = name.suffix.lower() in _OPENERS
     suffix = (Path(name.stem) if packed else name).suffix.lower()
@@ -42,10 +42,10 @@ def suffix_of(path: str) -> str:
 
 
 def files_of(source: Any) -> list[str] | None:
-    """The files that a path, a pattern or a list of these names; None if it names something else.
+    """The files named by a path, a pattern or a list of these; None if `source` is something else.
 
     Raises:
-        DataError: a pattern that no file matches, a list with something else in it, or files of different kinds.
+        DataError: no file matches a pattern, a list contains something else, or files are of different kinds.
     """
     if isinstance(source, str | Path):
         return _matching(expanded(str(source)))
@@ -72,16 +72,16 @@ def _matching(path: str) -> list[str] | None:
         if suffix_of(path) not in (*JSON, *TABLES):
             raise DataError(f"{path}: unknown kind of file. {_KNOWN}")
         return [path]
-    if glob.has_magic(path.partition(":")[0]):  # behind a colon there may be a slice of a split
+    if glob.has_magic(path.partition(":")[0]):  # after a colon there may be a slice of a split
         found = sorted(each for each in glob.glob(path, recursive=True) if Path(each).is_file())
         if not found:
             raise DataError(f"{path}: no file matches this pattern")
         return [each for one in found for each in _matching(one) or ()]
-    return [path] if suffix_of(path) in (*JSON, *TABLES) else None  # it is not there, and reading it will say so
+    return [path] if suffix_of(path) in (*JSON, *TABLES) else None  # it does not exist, which reading it will report
 
 
 def rows_of_files(source: Any) -> list[Line]:
-    """The rows of one file or of several, all of them with a prompt that can be used.
+    """The rows of one or several files, all with a usable prompt.
 
     Raises:
         DataError: no file is named, one cannot be read, or rows are bad.
@@ -107,7 +107,7 @@ def _table_rows(path: str) -> Iterator[Line]:
 
 
 def json_rows(paths: Sequence[str]) -> Iterator[Line]:
-    """The rows of JSON files, one after the other.
+    """The rows of JSON files, one by one.
 
     Raises:
         DataError: a file cannot be read.
@@ -117,11 +117,10 @@ def json_rows(paths: Sequence[str]) -> Iterator[Line]:
 
 
 def json_lines(path: str) -> Iterator[Line]:
-    """One row for each line that is not blank, at `path:line`, read strictly.
+    """One row for each non-blank line, with its place `path:line`, read strictly.
 
-    The file is UTF-8; a byte-order mark may stand at its start and nowhere else. Lines end with LF or CRLF. Not
-    accepted: NaN and infinities, numbers beyond float64, a key twice in one object, and lone surrogates, which no UTF-8
-    file can hold.
+    The file is UTF-8; a byte-order mark is allowed only at its start. Lines end with LF or CRLF. Not accepted: NaN and
+    infinities, numbers beyond float64, a key twice in one object, and lone surrogates, which no UTF-8 file can hold.
     """
     for number, line in enumerate(_binary_lines(path), start=1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -135,7 +134,7 @@ def json_lines(path: str) -> Iterator[Line]:
 
 
 def read_table(path: str) -> tuple[pyarrow.Table, list[Line]]:
-    """A CSV or Parquet file, and lines of it that have too few or too many values.
+    """A CSV or Parquet file, and its lines with too few or too many values.
 
     Raises:
         DataError: it cannot be read.
@@ -165,7 +164,7 @@ def _open(path: str) -> IO[bytes]:
 
 
 def _is_array(path: str) -> bool:
-    """Whether a .json file holds one list; many have an object a line."""
+    """Whether a .json file holds a single list; many have one object per line."""
     for line in _binary_lines(path):
         if start := line.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n"):
             return start.startswith(b"[")
@@ -223,7 +222,7 @@ def _read_csv(path: str) -> tuple[pyarrow.Table, list[Line]]:
 
 
 def _loses(kind: pyarrow.DataType) -> str | None:
-    """A pattern of texts that are not as they were written once they have this type; None if it has none."""
+    """A pattern of texts that would change when converted to this type; None if there are none."""
     if pyarrow.types.is_temporal(kind):
         return ""
     if pyarrow.types.is_integer(kind):
@@ -264,7 +263,7 @@ def _parse(data: bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError("invalid JSON: nested too deeply") from error
-    # Escapes are the only way for a surrogate to pass the UTF-8 decoder.
+    # Only escapes can bring a surrogate past the UTF-8 decoder.
     if "\\u" in text and isinstance(value, dict) and has_surrogate(value):
         raise ValueError("lone surrogate: half of a character, which UTF-8 cannot hold")
     return value

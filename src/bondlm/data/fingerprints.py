@@ -1,4 +1,4 @@
-"""What a file of samples was made from: names, and hashes of the files behind them."""
+"""Fingerprints of the sources of sample files: names, and hashes of their files."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def model_fingerprint(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def weights_digest(folder: Path) -> str:
-    """Hash of a model folder's weights alone, whatever their files are called."""
+    """Hash of only a model folder's weights, for any file names."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         _add_file(digest, path)
@@ -36,7 +36,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def reward_fingerprint(spec: Any) -> Any:
-    """The reward as it was written, with a hash of the file or of the weights that it names."""
+    """The reward's spec, with a hash of the file or the weights that it names."""
     text = str(spec)
     if (file := _source_file(expanded(text.removeprefix("rank:").rpartition(":")[0]))) is not None:
         return {"spec": text, "sha256": _hash_of(file)}
@@ -64,7 +64,7 @@ def _source_file(source: str) -> Path | None:
 
 
 def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints are of the same weights: by hash where both have one, else by name."""
+    """Whether two fingerprints are of the same weights: by hash if both have one, otherwise by name."""
     key = "sha256" if "sha256" in one and "sha256" in other else "name"
     return bool(one.get(key) == other.get(key))
 

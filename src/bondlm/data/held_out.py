@@ -1,4 +1,4 @@
-"""Several held-out data sets: their names, and which of them a run is led by."""
+"""Several held-out data sets: their names, and the one that decides in a run."""
 
 import re
 from typing import Any
@@ -14,7 +14,8 @@ def main_set(args: BONDConfig, source: Any) -> str | None:
     """The name of the set that `main_eval` names, by default the first; None if the held-out prompts are one data set.
 
     Raises:
-        ConfigError: there is no such name, it is none for a metric, or a run would stop by a set that was not chosen.
+        ConfigError: there is no such name, the name cannot be part of a metric, or a run would stop by a set that was
+            not chosen.
     """
     sets = named_sets(source)
     if sets is None:

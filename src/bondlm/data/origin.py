@@ -1,4 +1,4 @@
-"""What a file of scored samples was made from: `bondlm score` writes it beside the file, and training compares."""
+"""The origin of a file of scored samples: `bondlm score` writes it next to the file, and training checks it."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ from bondlm.errors import ConfigError, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Who drew the samples of a file, who scored them, and how their prompts were rendered, if it says that."""
+    """The model that drew a file's samples, the rewards that scored them, and the rendering of prompts, if known."""
 
     path: str
     model: Mapping[str, Any]
@@ -28,21 +28,21 @@ class Origin:
 
 
 def origin_file(path: Path) -> Path:
-    """Where `bondlm score` notes what a file of scored samples was made from."""
+    """The file in which `bondlm score` stores the origin of a file of scored samples."""
     return path.with_name(f"{path.name}.meta.json")
 
 
 def prompting_of(rendering: Rendering) -> dict[str, Any]:
-    """What `bondlm score` notes of its prompts."""
+    """The rendering of prompts, in the form that `bondlm score` stores."""
     now = None if rendering.now is None else rendering.now.isoformat()
     return {"prompt_format": rendering.prompt_format, "chat_template_kwargs": dict(rendering.variables), "now": now}
 
 
 def origins_of(source: Any) -> list[Origin]:
-    """Of each file of the source that says it.
+    """The origins of the source's files, as far as they are stored.
 
     Raises:
-        DataError: what stands beside a file cannot be read.
+        DataError: a stored origin cannot be read.
     """
     found = []
     for path in files_of(source) or ():
@@ -60,7 +60,7 @@ def origins_of(source: Any) -> list[Origin]:
 
 
 def check_origin(origin: Origin, model: str, reward_funcs: Any, args: BONDConfig) -> None:
-    """Compare with the model that drew the samples, and the rewards that scored them.
+    """Compare the run with the model that drew the samples, and the rewards that scored them.
 
     Raises:
         ConfigError: another model drew them, and the objective compares with the one that did.
@@ -70,7 +70,7 @@ def check_origin(origin: Origin, model: str, reward_funcs: Any, args: BONDConfig
             f"model={model!r}: the samples of {origin.path!r} were drawn by another one, {origin.model.get('name')!r} "
             f"({_hash(origin.model)} against {_hash(mine)})"
         )
-        if objective_of(args).plan.compare:  # plain fine-tuning may well learn from another model's answers
+        if objective_of(args).plan.compare:  # plain fine-tuning may learn from another model's answers
             raise ConfigError(
                 f"{text}: {args.objective} compares with the model that drew them. Train that one, or score again"
             )
@@ -85,16 +85,16 @@ def check_origin(origin: Origin, model: str, reward_funcs: Any, args: BONDConfig
 
 
 def time_of(origins: Sequence[Origin]) -> datetime | None:
-    """The time that templates were told when the samples were drawn, of the first file that says it."""
+    """The time that templates were told when the samples were drawn, from the first file that has it."""
     known = (origin.rendering.now for origin in origins if origin.rendering is not None)
     return next((now for now in known if now is not None), None)
 
 
 def check_rendering(origins: Sequence[Origin], encoder: PromptEncoder, prompt: Any) -> None:
-    """The samples must be learned behind the prompts that they were drawn behind; `prompt` is one of these.
+    """Check that samples are learned after the same rendered prompts as when they were drawn; `prompt` is one of these.
 
     Raises:
-        ConfigError: a setting makes other tokens of them, or so does the day.
+        ConfigError: a setting or the date would give them different tokens.
     """
     mine = encoder.rendering
     for origin in origins:

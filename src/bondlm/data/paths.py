@@ -14,24 +14,24 @@ _CRITERION = re.compile(r"(?<=[?&]prompt=)[^&]+")  # the file of a judge's crite
 
 
 def expanded(value: Any) -> Any:
-    """With `~` at the beginning of a text replaced by the home folder, in lists too; anything else stays as it is."""
+    """`value` with a leading `~` replaced by the home folder, also in lists; anything else is unchanged."""
     if isinstance(value, list):
         return [expanded(part) for part in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def located(name: str) -> str:
-    """With the whole path of a folder that is there, so that it is found from everywhere; any other name as it is."""
+    """The absolute path of an existing folder, so that it is found from everywhere; any other name is unchanged."""
     return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
 def as_seen_from(directory: Path, value: Any) -> Any:
-    """Names of files, folders and rewards as they were meant in `directory`; what is not found there stays as it is."""
+    """Names of files, folders and rewards relative to `directory`; names that are not found there are unchanged."""
     return value if directory.resolve() == Path.cwd().resolve() else found_in(directory, value)
 
 
 def found_in(directory: Path, value: Any) -> Any:
-    """The same with whole paths, also from the directory itself."""
+    """The same with absolute paths, also from the directory itself."""
     if isinstance(value, list):
         return [found_in(directory, part) for part in value]
     if isinstance(value, Mapping):
@@ -55,10 +55,10 @@ def found_in(directory: Path, value: Any) -> Any:
 
 
 def refuse_absent_folder(name: str, what: str) -> None:
-    """Say that a folder is not there, instead of asking the hub for a name that it cannot hold.
+    """Refuse a folder that does not exist, instead of asking the hub for an impossible name.
 
     Raises:
-        ConfigError: `name` can only be a folder (or lies in one that exists), and there is none; or it is an address.
+        ConfigError: `name` can only be a folder (or its parent folder exists), and there is none; or it is an address.
     """
     if "://" in name:
         raise ConfigError(f"{what} {name!r}: an address is neither a folder nor a name on the hub")
@@ -70,10 +70,10 @@ def refuse_absent_folder(name: str, what: str) -> None:
 
 
 def refuse_own_folder(model: str, output_dir: Any) -> None:
-    """See that a run does not write its weights over those that it starts from: they are the reference, too.
+    """Check that a run does not overwrite the weights that it starts from, which are also the reference.
 
     Raises:
-        ConfigError: the model lies in the output folder.
+        ConfigError: the model is in the output folder.
     """
     if model and os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(str(output_dir)):
         raise ConfigError(
@@ -83,7 +83,7 @@ def refuse_own_folder(model: str, output_dir: Any) -> None:
 
 
 def why_not_loaded(name: str, error: Exception) -> str:
-    """Why a folder or a name of the hub is not loaded; libraries speak of the internet, or advise to run its code."""
+    """Why a folder or hub name cannot be loaded; libraries blame the internet, or advise to run the model's code."""
     if isinstance(error, OSError) and not Path(name).exists():
         first = str(error).partition("\n")[0]
         return f"there is no file or folder of that name here, and the hub gives none: {first}"

@@ -1,4 +1,4 @@
-"""Between text and token ids for one model: its tokenizer, its end-of-sequence ids, its limits."""
+"""Conversion between text and token ids for one model: its tokenizer, its end-of-sequence ids, its limits."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -23,36 +23,36 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoder:
-    """Encodes prompts as a model expects them, and decodes its completions as rewards see them."""
+    """Encodes prompts for a model, and decodes its completions for rewards."""
 
     tokenizer: Any
-    config: Any  # of the model
-    eos_ids: tuple[int, ...]  # they end a completion; never empty
-    pad_id: int  # fills the unused cells of a batch; may be one of `eos_ids`, so no mask is ever made from it
+    config: Any  # the model's config
+    eos_ids: tuple[int, ...]  # ids that end a completion; never empty
+    pad_id: int  # fills the unused cells of a batch; may be one of `eos_ids`, so masks are never made from it
     start_id: int | None  # the decoder's first token; None for a decoder-only model
     sizes: Sizes = field(default_factory=Sizes)
     rendering: Rendering = field(default_factory=Rendering)
     max_prompt_length: int | None = None
     max_completion_length: int = 256
     truncate_prompt: str = "never"
-    _said: set[str] = field(default_factory=set, repr=False, compare=False)  # each message once, whatever the limits
+    _said: set[str] = field(default_factory=set, repr=False, compare=False)  # each message once, for any limits
 
     @classmethod
     def of_model(cls, model: Any, tokenizer: Any, **more: Any) -> "PromptEncoder":
-        """For a transformers model without adapters around it; `more` are the rendering and the limits.
+        """The encoder for a transformers model without an adapter wrapper; `more` are the rendering and the limits.
 
         Raises:
-            ConfigError: no end-of-sequence token, or tokenizer, embedding and head do not fit together.
+            ConfigError: there is no end-of-sequence token, or tokenizer, embedding and head do not fit together.
         """
         text = check_tokenizer(tokenizer, model.generation_config.eos_token_id)
         sizes = check_vocabulary(model, tokenizer, text.eos_ids)
         known = [size for size in (sizes.prompt, sizes.completion) if size is not None]
-        pad_id = text.pad_id if all(text.pad_id < size for size in known) else text.eos_ids[0]  # it is never looked at
+        pad_id = text.pad_id if all(text.pad_id < size for size in known) else text.eos_ids[0]  # it is never read
         ids: dict[str, Any] = {"eos_ids": text.eos_ids, "pad_id": pad_id, "start_id": start_id(model)}
         return cls(tokenizer=tokenizer, config=model.config, sizes=sizes, **ids, **more)
 
     def limited_to(self, **limits: Any) -> "PromptEncoder":
-        """The same with other limits."""
+        """The same encoder with other limits."""
         return replace(self, **limits)
 
     def encode(
@@ -62,12 +62,12 @@ class PromptEncoder:
         skipped: dict[int, str] | None = None,
         where: Callable[[int], str] = "row {}".format,
     ) -> list[list[int]]:
-        """Token ids of each prompt; `beside` are their rows, `skipped` takes the reason of each that cannot be used.
+        """Token ids of each prompt; `beside` are their rows, and `skipped` takes the reason for each unusable one.
 
-        `where` is what a row is called in messages, by its number.
+        `where` gives the name of a row in messages, by its number.
 
         Raises:
-            ConfigError, DataError: see `encode_prompts`; or a token that the model does not know.
+            ConfigError, DataError: see `encode_prompts`; or the model does not know a token.
         """
         if prompts:
             self._say_how(prompts[0])
@@ -80,7 +80,7 @@ class PromptEncoder:
     def encoded(self, source: Any, skipped: list[str] | None = None, *, held_out: bool = False) -> Dataset:
         """Prompts from a data set, rows or a file, with their ids and their numbers as columns.
 
-        Rows that cannot be used are left out if `skipped` takes their reasons. Prompts given as token ids become text.
+        Unusable rows are left out if `skipped` is given to take their reasons. Prompts given as token ids become text.
         `held_out` prompts come from the split that is not for training.
         """
         places: list[str] = []
@@ -91,7 +91,7 @@ class PromptEncoder:
     def with_ids(
         self, prompts: Dataset, skipped: list[str] | None = None, where: Callable[[int], str] = "row {}".format
     ) -> Dataset:
-        """The same of prompts that are loaded; `where` is what a row is called in messages, by its number."""
+        """The same for loaded prompts; `where` gives the name of a row in messages, by its number."""
         bad: dict[int, str] | None = None if skipped is None else {}
         columns = [name for name in (TOOLS, TEMPLATE_VARIABLES) if name in prompts.column_names]
         beside = list(prompts.select_columns(columns)) if columns else None
@@ -107,10 +107,10 @@ class PromptEncoder:
         return prompts.add_column(PROMPT_IDS, ids).add_column(PROMPT_ROW, list(range(len(ids))))
 
     def encode_answers(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of whole answers, each with the token that ends one: of a conversation what its template writes.
+        """Token ids of whole answers with their end token; in a conversation, that is the one the template writes.
 
         Raises:
-            DataError: a token that the model does not write.
+            DataError: the model cannot write a token.
         """
         rows = plain_ids(texts, self.tokenizer, add_special_tokens=False) if texts else []
         ends = [self.end_id(prompt) for prompt in prompts]
@@ -119,13 +119,13 @@ class PromptEncoder:
         return answers
 
     def end_id(self, prompt: Prompt) -> int:
-        """The token that ends an answer to this prompt, where an answer is learned that the model has not sampled."""
+        """The token that ends an answer to this prompt, for learning answers that the model did not sample."""
         if self._kind(prompt) == "plain" or not has_template(self.tokenizer):
             return self.eos_ids[0]
         return self.eos_ids[0] if self._turn_end is None else self._turn_end
 
     def decode(self, completions: Sequence[Sequence[Sequence[int]]]) -> list[list[str]]:
-        """Completions of each prompt, as ids, to the text that rewards see."""
+        """The text that rewards get, from the ids of each prompt's completions."""
         return [decode_completions(ids, self.tokenizer, self.eos_ids) for ids in completions]
 
     def _kind(self, prompt: Prompt) -> str:
@@ -135,12 +135,12 @@ class PromptEncoder:
     def _turn_end(self) -> int | None:
         try:
             control = control_ids(self.tokenizer, template_source(self.tokenizer))
-        except ConfigError:  # several templates, and none that a conversation alone would take
+        except ConfigError:  # several templates, and none for a plain conversation
             return None
         return turn_end(self.tokenizer, control, self.eos_ids, self.rendering)
 
     def _say_how(self, prompt: Prompt) -> None:
-        """Say once what is done with text, and that a turn does not end where the model does."""
+        """Log once how text is treated, and whether a turn ends with a token that is not the model's end."""
         kind = self._kind(prompt)
         if isinstance(prompt, str) and self.rendering.prompt_format == "auto" and has_template(self.tokenizer):
             if kind == "chat":

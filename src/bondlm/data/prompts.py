@@ -1,7 +1,7 @@
-"""Prompt datasets: read from anywhere, checked row by row before anything is trained.
+"""Prompt data sets: read from any source, and checked row by row before training.
 
 A row is `{"prompt": str, ...}` (standard) or `{"prompt": [{"role", "content"}, ...], ...}` (conversational). All other
-columns travel to the reward functions. Bad rows are refused together, each with its place.
+columns go to the reward functions. Bad rows are refused together, each with its place.
 """
 
 import json
@@ -37,19 +37,20 @@ def load_prompts(
         source: A file (JSON lines, JSON, CSV, Parquet), a pattern or a list of files, a folder written by
             `Dataset.save_to_disk`, the name of a data set on the hub (`NAME:CONFIG:SPLIT`), a `datasets.Dataset` (or a
             dictionary of splits), or a list of rows. Held-out prompts may also be an `IterableDataset`.
-        held_out: Whether the prompts are for an evaluation: of several splits the one that is not `train`.
-        skipped: A list that takes the reason of each bad row, which is then left out; None refuses bad rows.
+        held_out: Whether the prompts are for an evaluation; then, of several splits, the one that is not `train` is
+            used.
+        skipped: A list that takes the reason for each bad row, which is then left out; None refuses bad rows.
         token_ids: Whether prompts may be lists of token ids.
         places: A list that takes the place of each row that is returned.
 
     Returns:
-        The data set with its columns as they are, but for messages whose content is a list of parts: their text is
-        joined. Columns that some rows lack are None there.
+        The data set with its columns unchanged, except that messages whose content is a list of parts get their joined
+        text. Columns that some rows lack are None there.
 
     Raises:
         DataError: If the source cannot be read, has no rows, has bad rows (the first 10 are named as `path:line`,
             `path: row i` or `row i`, counted from 0), mixes standard and conversational prompts, or has a reserved
-            column or none that is called `prompt`.
+            column or no column `prompt`.
     """
     kept: list[str] = [] if places is None else places
     check = RowCheck(token_ids=token_ids)
@@ -97,10 +98,10 @@ def _checked(
     check: RowCheck,
     odd: Sequence[Line] = (),
 ) -> Dataset:
-    """The good rows of a table, to which `places` are cut down; `odd` are lines that did not get into it."""
+    """The good rows of a table; `places` is reduced to them, and `odd` are lines that did not get into the table."""
     check_columns(dataset.column_names, name)
     check.typed = True
-    # The other columns may hold images or long answers, and no check looks at them.
+    # Other columns may hold images or long answers, and no check uses them.
     names = ("prompt",) if set(ANSWERS) & set(dataset.column_names) else ("prompt", "id")
     looked_at = dataset.select_columns([column for column in names if column in dataset.column_names])
     good = good_rows(chain(map(Line, places, looked_at), odd), check, name, skipped)
@@ -114,14 +115,14 @@ def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> int:
 
 
 def check_overlap(train: Any, evaluation: Dataset | dict[str, Dataset] | None, *, strict: bool = False) -> None:
-    """Log how many held-out prompts are also training prompts: on those an evaluation says little.
+    """Log how many held-out prompts are also training prompts, on which an evaluation means little.
 
     Raises:
         DataError: there are some, and `strict` forbids it; the first 10 are named.
     """
     parts = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
     for name, part in parts.items():
-        if not isinstance(train, Dataset) or part is None:  # a stream is not looked through
+        if not isinstance(train, Dataset) or part is None:  # a stream is not searched
             continue
         where = f" of {name}" if isinstance(evaluation, dict) else ""
         common = _common_rows(train.select_columns("prompt"), part.select_columns("prompt"))
@@ -141,12 +142,12 @@ def _common_rows(train: Iterable[Row], evaluation: Iterable[Row]) -> list[int]:
 
 
 def _prompt_key(prompt: Any) -> str:
-    """One text for each prompt; keys that are None are as good as absent."""
+    """A text that identifies a prompt; keys that are None count as absent."""
     if isinstance(prompt, str):
         return json.dumps(prompt)
     return json.dumps([{k: v for k, v in message.items() if v is not None} for message in prompt], sort_keys=True)
 
 
 def keep_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch is its rows: tokens become tensors only when the completions are known."""
+    """A batch is a list of rows: tokens become tensors only when the completions are known."""
     return {"rows": rows}

@@ -1,4 +1,4 @@
-"""What a prompt is to a model: text as it is, a user's message, messages, or what a template has rendered already."""
+"""How a model gets a prompt: as plain text, as a user's message, as messages, or as already rendered text."""
 
 import json
 import re
@@ -12,23 +12,23 @@ from bondlm.data.columns import TEMPLATE_VARIABLES, TOOLS
 from bondlm.errors import ConfigError
 
 FORMATS = ("auto", "chat", "plain", "rendered")
-# Variables of a template that are not the user's.
+# Template variables that the user cannot set.
 _OWN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
-# What a template can raise beside Jinja's own errors: those of the Python operators that it uses.
+# Errors of a template in addition to Jinja's own: those of the Python operators that it uses.
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """How prompts become the text that a model reads; the same in every command."""
+    """How prompts become the text that a model reads, in the same way for every command."""
 
     prompt_format: str = "auto"
     variables: Mapping[str, Any] = field(default_factory=dict)  # chat_template_kwargs
-    now: datetime | None = None  # what templates are told of the time; None: the time that it is
-    leaves_text: bool = False  # "auto" leaves text as it is, as bondlm 0.1 did
+    now: datetime | None = None  # the time that templates get; None: the current time
+    leaves_text: bool = False  # "auto" leaves text unchanged, as bondlm 0.1 did
 
     def kind_of(self, prompt: Any, tokenizer: Any) -> str:
-        """What is done with prompts like this one: "chat", "plain", "rendered" or "ids".
+        """How prompts like this one are treated: "chat", "plain", "rendered" or "ids".
 
         Raises:
             ConfigError: the prompt format, or the tokenizer, does not allow it.
@@ -51,7 +51,7 @@ class Rendering:
         return "plain" if self.leaves_text or not has_template(tokenizer) else "chat"
 
     def render(self, chat: Sequence[Mapping[str, Any]], tokenizer: Any, row: "Beside", place: str) -> str:
-        """A conversation up to where the assistant is to speak, or to go on with what its last message begins."""
+        """Render a conversation up to the assistant's next message, or to the end of its last one, to be continued."""
         continues = chat[-1]["role"] == "assistant"
         return render_chat(
             chat,
@@ -67,7 +67,7 @@ class Rendering:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beside:
-    """What a row says of its prompt beside it, in columns named as TRL names them."""
+    """Further columns of a row that concern its prompt, with TRL's names."""
 
     tools: list[Any] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -99,7 +99,7 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer is a chat model's."""
+    """Whether the tokenizer belongs to a chat model."""
     return getattr(tokenizer, "chat_template", None) is not None
 
 
@@ -109,7 +109,7 @@ def is_token_ids(prompt: Any) -> bool:
 
 
 def as_chat(prompt: Any) -> list[Mapping[str, Any]]:
-    """Text as one message of the user; messages as they are."""
+    """Text as one user message; messages are unchanged."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
@@ -130,7 +130,7 @@ def template_source(tokenizer: Any, tools: Any = None) -> str:
 
 
 def unknown_variable(template: str, row: Beside) -> str | None:
-    """What a row asks of a template that does not look at it; a setting that does nothing is a mistake."""
+    """A variable of the row that the template does not use, which is a mistake; None if there is none."""
     if row.tools and not _mentions(template, "tools"):
         return f"`{TOOLS}`: the chat template does not look at tools. Remove the column, or rename it"
     for name in row.variables:
@@ -144,9 +144,9 @@ def _mentions(template: str, name: str) -> bool:
 
 
 def turn_end(tokenizer: Any, control: Mapping[int, str], eos_ids: Sequence[int], rendering: Rendering) -> int | None:
-    """The token that the chat template writes where an assistant's turn ends; None where it writes none.
+    """The token that the chat template writes at the end of an assistant's turn; None if it writes none.
 
-    Some templates write nothing there, and what begins the next turn ends this one (GLM): that counts if it is an end
+    Some templates write nothing there, and the start of the next turn ends this one (GLM); it counts if it is an end
     token of the model.
     """
     from jinja2 import TemplateError
@@ -155,7 +155,7 @@ def turn_end(tokenizer: Any, control: Mapping[int, str], eos_ids: Sequence[int],
     for chat, allowed in (([question, answer], control), ([question, answer, question], set(eos_ids))):
         try:
             text = render_chat(chat, tokenizer, variables=rendering.variables, now=rendering.now)
-        except (*TEMPLATE_ERRORS, TemplateError):  # it does not take such a conversation; prompts will say why
+        except (*TEMPLATE_ERRORS, TemplateError):  # it refuses such a conversation; prompts will show why
             return None
         _, found, tail = text.rpartition(answer["content"])
         ids = tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"] if found else []

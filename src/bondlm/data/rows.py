@@ -1,4 +1,4 @@
-"""Rows of prompts, looked at one by one: what is wrong with each, and where it stands."""
+"""Check rows of prompts one by one: what is wrong with each, and its place."""
 
 import ast
 import json
@@ -14,15 +14,15 @@ from bondlm.data.rendering import is_token_ids
 from bondlm.errors import DataError, listed
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# Arguments that reward functions get beside the columns of the data set, and bondlm's own columns.
+# Arguments that reward functions get in addition to the columns of the data set, and bondlm's own columns.
 RESERVED = (
     *("prompts", "completions", "completion_ids", "truncated", "trainer_state", "log_extra", "log_metric"),
     *(PROMPT_IDS, PROMPT_ROW, LOGGED_IDS, LOGGED_REWARDS),
 )
-# Rows with one of these may share an `id`, which is then their prompt's: samples, and pairs of them.
+# Rows with one of these columns (samples, and pairs of them) may share an `id`, which is then that of their prompt.
 ANSWERS = ("completion", "chosen")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Messages as `json.dumps` or `str` writes them.
+# Messages as written by `json.dumps` or `str`.
 _WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:\s*["']""")
 _INT64, _TOO_LARGE = range(-(2**63), 2**63), "an integer beyond 64 bits"
 
@@ -30,7 +30,7 @@ Row = Mapping[str, Any]
 
 
 class Line(NamedTuple):
-    """A row as it was read; `problem` says why there is none."""
+    """A row as read from its source; `problem` says why there is none."""
 
     place: str  # `path:line`, or `row i`
     row: Any = None
@@ -39,10 +39,10 @@ class Line(NamedTuple):
 
 @dataclass
 class RowCheck:
-    """Finds what is wrong with a row, by itself and beside those before it."""
+    """Finds what is wrong with a row, by itself and in comparison with earlier rows."""
 
     token_ids: bool = False  # whether prompts may be lists of token ids
-    typed: bool = False  # whether the columns have types already, so that no two rows can differ in one
+    typed: bool = False  # whether the columns already have types, so that rows cannot differ in them
     _first: tuple[type, str] | None = field(default=None, init=False)
     _ids: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
     _kinds: dict[str, tuple[str, str]] = field(default_factory=dict, init=False)
@@ -75,7 +75,7 @@ class RowCheck:
         return None if place == line.place else f"duplicate id {own!r} (first at {place})"
 
     def _other_type(self, line: Line) -> str | None:
-        """A column must hold values of one type: a table, and the rewards that read it, know no other."""
+        """A fault if a column has values of different types, which tables and rewards do not support."""
         kinds = {str(name): column_kind(value) for name, value in line.row.items() if value is not None}
         for name, kind in kinds.items():
             known, place = self._kinds.get(name, (kind, ""))
@@ -116,7 +116,7 @@ def raise_or_note(problems: Sequence[str], skipped: list[str] | None) -> None:
 
 
 def check_columns(columns: Iterable[str], name: str, *, typed: bool = True) -> None:
-    """Refuse columns that could not be told from bondlm's own; a table (`typed`) needs a prompt, too.
+    """Refuse columns that could be confused with bondlm's own; a table (`typed`) also needs a prompt.
 
     Raises:
         DataError: see above.
@@ -133,7 +133,7 @@ def check_columns(columns: Iterable[str], name: str, *, typed: bool = True) -> N
 
 
 def kind_of(value: Any) -> str:
-    """Name a value's type in JSON's words."""
+    """The JSON name of a value's type."""
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
@@ -141,7 +141,7 @@ def kind_of(value: Any) -> str:
 
 
 def has_surrogate(value: Any) -> bool:
-    """Whether any text in a JSON value, keys too, has a surrogate that is not half of a pair."""
+    """Whether any text in a JSON value, including keys, has an unpaired surrogate."""
     if isinstance(value, str):
         return _SURROGATE.search(value) is not None
     if isinstance(value, Mapping):
@@ -156,7 +156,7 @@ def text_of(message: Row) -> str:
 
 
 def with_text(prompt: Sequence[Row]) -> list[dict[str, Any]]:
-    """The messages; content that is a list of parts becomes their text."""
+    """The messages, with content given as a list of parts replaced by its text."""
     return [
         {**message, "content": text_of(message)} if isinstance(message.get("content"), list | tuple) else dict(message)
         for message in prompt
@@ -164,7 +164,7 @@ def with_text(prompt: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def conversation_text(prompt: str | Sequence[Row]) -> str:
-    """A prompt for a reader: the text, or the turns that led to the answer."""
+    """A prompt in readable form: the text, or the turns before the answer."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and prompt[0].get("role") == "user":
@@ -173,7 +173,7 @@ def conversation_text(prompt: str | Sequence[Row]) -> str:
 
 
 def _said(message: Row) -> str:
-    """Its text, and the calls of tools that it makes."""
+    """The text of a message, and its tool calls."""
     calls = message.get("tool_calls")
     return text_of(message) + (json.dumps(calls, ensure_ascii=False) if calls else "")
 

@@ -1,7 +1,7 @@
-"""Scored samples on file, as `bondlm score` writes them: what an objective that draws nothing itself learns from.
+"""Scored samples in files, as `bondlm score` writes them, for objectives that draw no samples themselves.
 
-A row is `{"prompt", "completion", "reward"}`, one sample; `"finished": false` says that it was cut at its budget, and
-`token_ids` are its tokens. Rows of the same prompt belong together, wherever they stand.
+A row is `{"prompt", "completion", "reward"}`, one sample; `"finished": false` says that it was truncated, and
+`token_ids` are its tokens. Rows of the same prompt belong together, wherever they are.
 """
 
 import json
@@ -22,7 +22,7 @@ from bondlm.errors import ConfigError, DataError, listed
 
 _log = logging.getLogger(__name__)
 
-_BESIDE = (TOOLS, TEMPLATE_VARIABLES)  # two prompts are the same if the template makes the same of them
+_BESIDE = (TOOLS, TEMPLATE_VARIABLES)  # two prompts are the same if the template renders them the same
 
 
 def is_scored(dataset: Dataset) -> bool:
@@ -40,15 +40,15 @@ def check_inputs(
     has_prompts: bool,
     has_held_out: bool,
 ) -> None:
-    """Refuse what the settings and the data say alone, before a model is loaded.
+    """Refuse problems that settings and data show before a model is loaded.
 
     Args:
         args: the run's settings.
-        prompts: the training data, if they are read whole.
-        origins: of its files, where these are scored samples that say it.
+        prompts: the training data, if they are read as a whole.
+        origins: the origins of its files, if these are scored samples with a stored origin.
         model: the policy's name.
-        reward_funcs: None, or what the trainer was given.
-        has_prompts: whether there are training data, read whole or not.
+        reward_funcs: the trainer's argument, or None.
+        has_prompts: whether there are training data, streamed or not.
         has_held_out: whether there are held-out prompts.
 
     Raises:
@@ -70,7 +70,7 @@ def check_inputs(
 
 
 def samples_per_prompt(dataset: Dataset | None) -> int | None:
-    """How many scored samples every prompt has at least, grouped or not; None if the rows are no scored samples."""
+    """The minimum number of scored samples per prompt, grouped or not; None if the rows are not scored samples."""
     if dataset is not None and LOGGED_IDS in dataset.column_names:
         return min(map(len, dataset[LOGGED_IDS]))
     if dataset is None or not is_scored(dataset):
@@ -81,10 +81,10 @@ def samples_per_prompt(dataset: Dataset | None) -> int | None:
 def usable_scored(dataset: Dataset, args: BONDConfig, places: list[str], skipped: list[str] | None = None) -> Dataset:
     """The scored samples without bad ones, and without prompts that have too few.
 
-    `places` says where each row stands, and is cut down to the rows that are left.
+    `places` has the place of each row, and is reduced to the remaining rows.
 
     Raises:
-        DataError: there are some, and `skipped` does not take their reasons.
+        DataError: there are bad rows, and `skipped` is not given to take their reasons.
     """
     bad: dict[int, str] = {}
     groups: dict[str, list[int]] = {}
@@ -112,18 +112,18 @@ def group_scored(
     places: list[str],
     skipped: list[str] | None = None,
 ) -> Dataset:
-    """One row per prompt, with as many of its first scored samples as the objective takes (see `usable_scored`).
+    """One row per prompt, with its first scored samples, as many as the objective takes (see `usable_scored`).
 
     Args:
         dataset: rows of `bondlm score`.
-        encoder: the policy's. Samples that come with their `token_ids` are learned as they were drawn. Text is encoded
-            again, and what ends an answer is put behind each that is not marked `finished: false`.
+        encoder: the policy's encoder. Samples with `token_ids` are learned as they were drawn. Text is encoded again,
+            and an end token is appended to each answer that is not marked `finished: false`.
         args: the run's settings.
-        places: where each row stands, for messages; afterwards, where the first sample of each prompt does.
-        skipped: takes the reason of each sample that cannot be used, and of each prompt that has too few then.
+        places: the place of each row, for messages; afterwards, that of the first sample of each prompt.
+        skipped: takes the reason for each unusable sample, and for each prompt that then has too few.
 
     Returns:
-        Columns `prompt`, `logged_ids`, `logged_rewards`, and those that the chat template looks at.
+        Columns `prompt`, `logged_ids`, `logged_rewards`, and those that the chat template uses.
 
     Raises:
         DataError: completions that are empty or too long.
@@ -162,7 +162,7 @@ def group_scored(
 
 
 def _number_learned(args: BONDConfig, counts: Mapping[str, int], first: Mapping[str, Mapping[str, Any]]) -> int:
-    """How many samples of each prompt the objective learns from: one that takes all, as many as every prompt has."""
+    """How many samples per prompt the objective learns from; if it takes all, as many as every prompt has."""
     least = min(counts.values())
     number, wanted = (objective_of(args, num_logged=most).plan.total for most in (least, max(counts.values())))
     if number < wanted:
@@ -185,7 +185,7 @@ def _refuse_all(problems: Sequence[str]) -> None:
 
 
 def _ids_of_samples(dataset: Dataset, encoder: PromptEncoder) -> list[list[int]]:
-    """Each sample as it was drawn, if the file says that, else as its text is read."""
+    """The token ids of each sample as drawn, if the file has them, otherwise from its text."""
     found, reread = [], 0
     for row in _rows(dataset):
         ids = _drawn_ids(row, encoder)
@@ -202,7 +202,7 @@ def _ids_of_samples(dataset: Dataset, encoder: PromptEncoder) -> list[list[int]]
 def _leave_out_short(
     groups: Mapping[str, list[int]], prompts: Mapping[str, Any], least: int, bad: dict[int, str], *, each: bool
 ) -> None:
-    """Note prompts with fewer samples than are needed: each of their rows, or the first."""
+    """Note prompts with too few samples: each of their rows, or the first."""
     for key, rows in groups.items():
         if len(rows) < least:
             reason = (
@@ -213,7 +213,7 @@ def _leave_out_short(
 
 
 def _drawn_ids(row: Mapping[str, Any], encoder: PromptEncoder) -> list[int] | None:
-    """The ids that were drawn, if they are those of the completion for this model."""
+    """The drawn ids, if they match the completion for this model."""
     ids = row.get(DRAWN_IDS)
     if not ids or any(not 0 <= i < (encoder.sizes.head or len(encoder.tokenizer)) for i in ids):
         return None
@@ -238,7 +238,7 @@ def _key(row: dict[str, Any]) -> str:
 
 
 def _least(args: BONDConfig) -> int:
-    """How many scored samples a prompt must have."""
+    """The minimum number of scored samples per prompt."""
     return max(args.n, args.num_samples or 0)
 
 

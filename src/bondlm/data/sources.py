@@ -1,4 +1,4 @@
-"""Where rows come from: data sets on the hub, saved folders, and objects of `datasets`, each with its split.
+"""Sources of rows: data sets on the hub, saved folders, and objects of `datasets`, each with its split.
 
 A name is `NAME`, `NAME:CONFIG`, `NAME:CONFIG:SPLIT` or, without a config, `NAME::SPLIT`.
 """
@@ -20,10 +20,10 @@ from bondlm.data.paths import why_not_loaded
 from bondlm.data.table import unformatted
 from bondlm.errors import DataError
 
-# A hub name: `name` or `owner/name`. Everything else that is text is a path.
+# A hub name: `name` or `owner/name`. All other text is a path.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
-MOST_STREAMED = 10_000  # held-out prompts of a stream: it may have no end
+MOST_STREAMED = 10_000  # held-out prompts of a stream, which may be endless
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 def named_sets(source: Any) -> dict[str, Any] | None:
     """The held-out data sets of a dictionary, by name; None if the source is one data set.
 
-    Of a `DatasetDict` these are the splits that are not for training, unless it is one alone.
+    In a `DatasetDict` these are the splits that are not for training, unless there is only one.
     """
     if not isinstance(source, Mapping):
         return None
@@ -43,10 +43,10 @@ def named_sets(source: Any) -> dict[str, Any] | None:
 
 
 def read_whole(source: Any) -> Any:
-    """The rows of a stream of held-out prompts, which are answered several times; another source as it is.
+    """The rows of a stream of held-out prompts, which are needed several times; other sources are unchanged.
 
     Raises:
-        DataError: it does not end, or has no split that is meant.
+        DataError: it does not end, or has no matching split.
     """
     if isinstance(source, IterableDatasetDict):
         source = source[choose_split(source, "the data set", held_out=True)]
@@ -62,10 +62,10 @@ def read_whole(source: Any) -> Any:
 
 
 def open_source(source: Any, *, held_out: bool) -> Dataset:
-    """The rows of a data set that is no file; `held_out` ones are not the training split.
+    """The rows of a data set that is not a file; with `held_out`, not those of the training split.
 
     Raises:
-        DataError: it cannot be read, or has no split that is meant.
+        DataError: it cannot be read, or has no matching split.
     """
     if isinstance(source, str):
         source = open_name(source, held_out=held_out)
@@ -105,10 +105,10 @@ def _held_out(splits: Iterable[str]) -> list[str]:
 
 
 def open_name(source: str, *, held_out: bool, streaming: bool = False) -> Any:
-    """The data set that a name means: of the hub, or of a folder; `streaming` reads it as it is asked for.
+    """The data set of a name, on the hub or in a folder; with `streaming` it is read on demand.
 
     Raises:
-        DataError: there is none, or it has no split that is meant.
+        DataError: there is none, or it has no matching split.
     """
     name, config, split = _parts(source)
     path = Path(name)
@@ -134,14 +134,14 @@ def open_name(source: str, *, held_out: bool, streaming: bool = False) -> Any:
 
 
 def cause_of(error: Exception) -> Exception:
-    """What was wrong with the data: `datasets` raises from it an error which says that there was one."""
+    """The actual fault in the data, from which `datasets` raises a generic error."""
     while isinstance(error, DatasetGenerationError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
 def _split_of(saved: Any, source: str, config: str | None, split: str | None) -> Any:
-    """The split of a saved folder that its name asks for."""
+    """The requested split of a saved folder."""
     if config is not None:
         raise DataError(f"{source}: a folder of `save_to_disk` has no configs. Write FOLDER::SPLIT")
     if split is None:

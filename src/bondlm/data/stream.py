@@ -1,7 +1,7 @@
-"""Prompts that are read as a run goes: each is checked and encoded when its turn comes.
+"""Prompts that are read during a run: each is checked and encoded when it is needed.
 
-The order is the stream's own, over and over again, so that a place in it is a number of prompts, and a run that goes on
-passes over those that it has learned from.
+The order is the stream's own, repeated endlessly, so a position in it is a number of prompts, and a resumed run skips
+those that it has learned from.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ from bondlm.data.sources import cause_of, choose_split, open_name
 from bondlm.data.table import is_flat
 from bondlm.errors import BondError, ConfigError, DataError
 
-CHUNK = 32  # rows that are encoded together; those of the first one say which columns there are
-_KEPT = 1 << 16  # places of which the digest is known
+CHUNK = 32  # rows that are encoded together; the first chunk determines the columns
+_KEPT = 1 << 16  # number of positions whose digest is kept
 
 
 def is_stream(source: Any) -> bool:
-    """Whether this data set is one that streams by itself."""
+    """Whether the source is a streaming data set."""
     return isinstance(source, IterableDataset | IterableDatasetDict)
 
 
 class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """Encoded prompts without end: behind the last row the first one comes again."""
+    """Encoded prompts without end: after the last row it starts again with the first."""
 
     def __init__(
         self, source: Any, encoder: PromptEncoder, note: Callable[[list[str], int], None], *, skips_rows: bool
     ) -> None:
-        """`note` is told all bad rows so far and the number of good ones; they are refused unless it `skips_rows`.
+        """`note` gets all bad rows so far and the number of good ones; bad rows are refused unless `skips_rows`.
 
         Raises:
             ConfigError: the source cannot be streamed.
@@ -51,21 +51,21 @@ class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._digests: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_KEPT)
         self._checks: dict[int, Callable[[Mapping[str, Any]], None]] = {}
         self.columns: list[str] = []
-        self.first = next(iter(self))  # what is wrong with all rows is seen before a run begins
+        self.first = next(iter(self))  # a fault in all rows is found before a run begins
 
     def digest_at(self, position: int) -> dict[str, Any]:
-        """Number and hashes of the prompts before this place, which has just been passed."""
+        """Number and hashes of the prompts before this position, which has just been passed."""
         return next(digest for place, digest in self._digests if place == position)
 
     def check_at(self, position: int, check: Callable[[Mapping[str, Any]], None]) -> None:
-        """When the place is reached again, `check` is given its digest."""
+        """Call `check` with the digest of this position when it is reached again."""
         self._checks[position] = check
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The prompts from the first one on.
+        """Iterate over the prompts from the first one on.
 
         Raises:
-            DataError: bad rows, or none at all.
+            DataError: there are bad rows, or no rows at all.
         """
         text, tokens = hashlib.sha256(), hashlib.sha256()
         skipped: list[str] = []
@@ -96,7 +96,7 @@ class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             check(digest)
 
     def _encoded(self, chunk: list[Line], check: RowCheck, skipped: list[str]) -> list[dict[str, Any]]:
-        """The good rows of a chunk with their ids; the others are noted, or refused."""
+        """The good rows of a chunk with their ids; bad ones are noted or refused."""
         problems = [self._problem(line, check) for line in chunk]
         good = [line for line, problem in zip(chunk, problems, strict=True) if problem is None]
         if not self.columns and good:
@@ -128,7 +128,7 @@ class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
 
 def _reader(source: Any) -> tuple[Callable[[int], Iterator[Line]], bool]:
-    """How a pass over the source is begun, and whether its columns have types."""
+    """A function that starts a pass over the source, and whether the columns have types."""
     source = expanded(str(source)) if isinstance(source, str | Path) else source
     files = None if isinstance(source, Dataset) else files_of(source)
     if files is None and not isinstance(source, str | IterableDataset | IterableDatasetDict):
@@ -148,14 +148,14 @@ def _reader(source: Any) -> tuple[Callable[[int], Iterator[Line]], bool]:
     plain = opened.with_format(None)
 
     def read(number: int) -> Iterator[Line]:
-        plain.set_epoch(number)  # what the user has asked to be shuffled is shuffled anew
+        plain.set_epoch(number)  # a shuffled source is shuffled again
         return (Line(f"row {i}", row) for i, row in enumerate(plain))
 
     return read, True
 
 
 def _readable(lines: Iterator[Line]) -> Iterator[Line]:
-    """The lines; whatever fails in reading them is an error of the data: the run pauses for it, and saves.
+    """The lines, with any failure to read them turned into a DataError, for which the run pauses and saves.
 
     Raises:
         DataError: they cannot be read to the end.

@@ -1,4 +1,4 @@
-"""Rows as a table (`datasets.Dataset`) that gives each of them back as it was."""
+"""Rows as a table (`datasets.Dataset`) that returns each of them unchanged."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,12 +13,12 @@ from bondlm.errors import DataError
 
 
 def to_dataset(rows: Sequence[Row], name: str) -> Dataset:
-    """Make checked rows into a table, with None where a row lacks a column.
+    """Turn checked rows into a table, with None where a row lacks a column.
 
-    Objects within a column keep their own keys: Arrow would give each of them those of all the others.
+    Objects in a column keep their own keys; Arrow would give each of them the keys of all others.
 
     Raises:
-        DataError: a column that no table can hold.
+        DataError: a table cannot hold a column.
     """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     check_columns(columns, name, typed=False)
@@ -41,7 +41,7 @@ def _column(column: str, values: list[Any], name: str) -> Dataset:
 
 
 def _is_even(values: Iterable[Any]) -> bool:
-    """Whether Arrow gives the values of a column back as they are: one type, and objects all with the same keys."""
+    """Whether Arrow returns the values of a column unchanged: one type, and the same keys in all objects."""
     known = [value for value in values if value is not None]
     if len({column_kind(value) for value in known}) > 1:
         return False
@@ -54,7 +54,7 @@ def _is_even(values: Iterable[Any]) -> bool:
 
 
 def with_text_contents(dataset: Dataset) -> Dataset:
-    """Content that is a list of parts becomes its text: what rewards and reports expect."""
+    """Replace content given as a list of parts by its text, which rewards and reports expect."""
     if is_flat(dataset[0]["prompt"]):
         return dataset
     prompts = dataset["prompt"][:]
@@ -71,15 +71,15 @@ def with_prompts(dataset: Dataset, prompts: Sequence[Any]) -> Dataset:
 
 
 def is_flat(prompt: Any) -> bool:
-    """Whether a prompt is text or token ids, and no messages."""
+    """Whether a prompt is text or token ids instead of messages."""
     return isinstance(prompt, str) or is_token_ids(prompt)
 
 
 def unformatted(dataset: Dataset) -> Dataset:
-    """The rows as plain Python values, whatever `with_format` makes of them.
+    """The rows as plain Python values, without any format set by `with_format`.
 
     Raises:
-        DataError: a transform makes the rows as they are read.
+        DataError: a transform generates the rows while they are read.
     """
     if dataset.format["type"] == "custom":
         raise DataError("a data set with set_transform or with_transform has no fixed rows: use `map` instead")

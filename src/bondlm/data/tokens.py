@@ -1,7 +1,7 @@
-"""Between text and token ids: end-of-sequence ids, chat templates, prompt lengths, and completions as text.
+"""Conversion between text and token ids: end-of-sequence ids, chat templates, prompt lengths, completions as text.
 
-Prompts are tokenised here once, and never truncated unless asked for. Completions are only ever decoded: the trainer
-learns on the sampled ids themselves. Masks follow from lengths, so the padding id may be equal to an EOS id.
+Prompts are tokenised here once, and truncated only on request. Completions are only decoded: the trainer learns from
+the sampled ids themselves. Masks come from lengths, so the padding id may equal an EOS id.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class TextInfo:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, generation_eos_ids: int | Sequence[int] | None) -> TextInfo:
-    """Find the ids that end a completion and the id that fills a batch.
+    """Find the ids that end a completion and the padding id.
 
     Args:
-        tokenizer: The policy's.
+        tokenizer: The policy's tokenizer.
         generation_eos_ids: `eos_token_id` of the policy's generation config: one id, several, or None.
 
     Returns:
-        All EOS ids, each once, and the padding id (the first EOS id where the tokenizer has no padding token).
+        All EOS ids, each once, and the padding id (the first EOS id if the tokenizer has no padding token).
 
     Raises:
         ConfigError: If there is no EOS id at all, or one that is not a token id.
@@ -76,7 +76,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, generation_eos_ids: int 
 def length_limits(
     config: Any, max_prompt_length: int | None, max_completion_length: int, truncate_prompt: str = "never"
 ) -> dict[str, Any]:
-    """What `encode_prompts` must know of the model with this config, as its keyword arguments.
+    """Keyword arguments of `encode_prompts` for the model with this config.
 
     Raises:
         ConfigError: the model cannot write completions of that length.
@@ -106,36 +106,36 @@ def encode_prompts(
     skipped: dict[int, str] | None = None,
     where: Callable[[int], str] = "row {}".format,
 ) -> list[list[int]]:
-    """Turn prompts into token ids, whole: a prompt that does not fit is refused, or cut only where that is asked for.
+    """Turn whole prompts into token ids; a prompt that does not fit is refused, or truncated if requested.
 
-    Text gets the tokenizer's usual special tokens, except that a decoder-only model gets no EOS behind its prompt.
-    Conversations are rendered with the chat template and its generation prompt, or up to the end of a last message of
-    the assistant, which is continued; the template alone decides on BOS. Two BOS at the start become one in both cases.
-    A chat model gets text as one message of the user (see `Rendering`).
+    Text gets the tokenizer's usual special tokens, except that a decoder-only model gets no EOS after its prompt.
+    Conversations are rendered with the chat template and its generation prompt, or up to the end of a last assistant
+    message, which is continued; only the template decides on BOS. Two BOS at the start become one in both cases. A chat
+    model gets text as one user message (see `Rendering`).
 
     Args:
         prompts: All text, all lists of messages (`{"role", "content"}`), or all token ids.
         tokenizer: Tokenizer of the policy.
-        max_prompt_length: Longest prompt wanted, in tokens; None for no limit.
+        max_prompt_length: Maximum prompt length in tokens; None for no limit.
         context_length: Positions of the model, in tokens; None for no limit (T5). A decoder-only model must fit the
             prompt and the completion into it, an encoder-decoder model only the prompt.
         max_completion_length: Longest completion, in tokens.
         is_encoder_decoder: Whether the prompt goes into an encoder, and so keeps the EOS that its tokenizer adds.
-        truncate_prompt: What is done with a text that does not fit: "never" refuses it, "left" leaves out its beginning
-            (but BOS) and warns with the number of such texts.
-        allow_special_tokens_in_text: Let text such as `<|im_end|>` inside a prompt become the control token. With
-            False such prompts are refused: data could otherwise write system messages.
-        rendering: What is done with text, and what the template is told.
-        beside: The rows of the prompts, whose columns `tools` and `chat_template_kwargs` the template looks at.
-        skipped: Takes the reason of each row that cannot be used, whose ids are then empty; None refuses such rows.
-        where: What a row is called in messages, by its number.
+        truncate_prompt: How to treat a text that does not fit: "never" refuses it, "left" removes its beginning (except
+            BOS) and warns with the number of such texts.
+        allow_special_tokens_in_text: Let text such as `<|im_end|>` inside a prompt become the control token. If False,
+            such prompts are refused, because data could otherwise write system messages.
+        rendering: How text is treated, and the variables of the template.
+        beside: The rows of the prompts, whose columns `tools` and `chat_template_kwargs` the template uses.
+        skipped: Takes the reason for each unusable row, whose ids are then empty; None refuses such rows.
+        where: The name of a row in messages, by its number.
 
     Returns:
         The ids of each prompt, in order.
 
     Raises:
-        ConfigError: If a chat template is needed and there is none, or one that is not valid Jinja or takes too long or
-            writes too much, or that does not look at what it is told. If conversations are to be truncated.
+        ConfigError: If a chat template is needed but missing, not valid Jinja, too slow, writes too much, or does not
+            use its variables; or if conversations are to be truncated.
         DataError: If rows are too long, empty, hold special tokens or are refused by the template. Up to 10 are named.
     """
     if not prompts:
@@ -182,7 +182,7 @@ def _extras(beside: Sequence[Mapping[str, Any]] | None, count: int, problems: Pr
 def _refuse_unread(
     tokenizer: PreTrainedTokenizerBase, rendering: Rendering, extras: Sequence[Beside], where: Callable[[int], str]
 ) -> None:
-    """Refuse what is said to a template that does not look at it."""
+    """Refuse variables that the template does not use."""
     for place, asked in (
         ("", Beside(variables=rendering.variables)),
         *((f"{where(i)}: ", e) for i, e in enumerate(extras) if e),
@@ -215,7 +215,7 @@ def _encoded(
     problems: Problems,
     where: Callable[[int], str],
 ) -> list[list[int]]:
-    """Token ids of prompts of one kind, before anything is looked at; rows that the template refuses have none."""
+    """Token ids of prompts of one kind, before any check; rows that the template refuses have none."""
     if kind == "ids":
         return [list(prompt) for prompt in prompts]
     ids: list[list[int]] = []
@@ -230,7 +230,7 @@ def _encoded(
             rows = range(start, start + len(chunk))
             chats = {row: as_chat(prompts[row]) for row in rows}
             texts = [_rendered(chats[i], tokenizer, rendering, extras[i], i, refused, where) for i in rows]
-        ids += plain_ids(texts, tokenizer, add_special_tokens=False)  # the template has written them
+        ids += plain_ids(texts, tokenizer, add_special_tokens=False)  # the template wrote them
     problems.found(refused, "the chat template refuses these prompts. Change the messages or the template:")
     return ids
 
@@ -244,7 +244,7 @@ def _rendered(
     refused: dict[int, str],
     where: Callable[[int], str],
 ) -> str:
-    """A conversation as text; why the template refuses it goes to `refused`."""
+    """A conversation as text; if the template refuses it, the reason goes to `refused`."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
@@ -254,7 +254,7 @@ def _rendered(
             f"the tokenizer's chat template is not valid Jinja (line {error.lineno}: {error.message}). "
             "Correct `tokenizer.chat_template`."
         ) from error
-    except ConfigError:  # a ValueError, too
+    except ConfigError:  # also a ValueError
         raise
     except (*TEMPLATE_ERRORS, TemplateError) as error:
         refused[row] = f"{type(error).__name__}: {error}"
@@ -273,9 +273,9 @@ def strip_after_eos(ids: Sequence[int], eos_ids: Iterable[int]) -> tuple[list[in
 def decode_completions(
     ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]
 ) -> list[str]:
-    """Decode completions to the text that rewards see: cut before the first EOS, without special tokens.
+    """Decode completions to the text that rewards get: cut before the first EOS, without special tokens.
 
-    Spaces stay as they are: the tokenizer's clean-up would change what the model wrote.
+    Spaces are unchanged: the tokenizer's clean-up would change what the model wrote.
     """
     ends = frozenset(eos_ids)
     cut = (strip_after_eos(row, ends) for row in ids)
@@ -287,12 +287,12 @@ def decode_completions(
 
 
 def as_messages(texts: Iterable[str]) -> list[list[dict[str, str]]]:
-    """Wrap completions as conversational rewards expect them: one assistant message each."""
+    """Wrap completions for conversational rewards: one assistant message each."""
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def _encode_texts(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, keep_eos: bool) -> list[list[int]]:
-    """Tokenise standard prompts; a text that gives no token of its own becomes an empty list."""
+    """Tokenise standard prompts; a text without tokens of its own becomes an empty list."""
     (nothing,) = plain_ids([""], tokenizer, add_special_tokens=True)
     drops_eos = not keep_eos and _appends_eos(tokenizer)
     rows = plain_ids(texts, tokenizer, add_special_tokens=True)
@@ -300,7 +300,7 @@ def _encode_texts(texts: Sequence[Any], tokenizer: PreTrainedTokenizerBase, *, k
 
 
 def _appends_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether an EOS is put behind every text: seen on one that has none of its own, as an unknown word may have."""
+    """Whether the tokenizer appends an EOS to every text; tested on a text that has none (an unknown word may)."""
     eos = tokenizer.eos_token_id
     if eos is None:
         return False
@@ -321,7 +321,7 @@ def _single_bos(ids: list[int], bos_id: int | None) -> list[int]:
 
 
 def _longest(max_prompt_length: int | None, context_length: int | None, completion_length: int) -> int | None:
-    """Most tokens of a prompt with `completion_length` tokens after it; None for no limit."""
+    """Maximum tokens of a prompt with `completion_length` tokens after it; None for no limit."""
     room = None if context_length is None else context_length - completion_length
     return min((limit for limit in (max_prompt_length, room) if limit is not None), default=None)
 
@@ -329,7 +329,7 @@ def _longest(max_prompt_length: int | None, context_length: int | None, completi
 def _cut_left(
     ids: list[list[int]], limit: int | None, bos_id: int | None, where: Callable[[int], str]
 ) -> list[list[int]]:
-    """The last `limit` tokens of longer prompts; a BOS stays, because a model has seen no text without it."""
+    """The last `limit` tokens of longer prompts; a BOS is kept, because the model has never seen a text without it."""
     too_long = [row for row, own in enumerate(ids) if limit is not None and 0 < limit < len(own)]
     if limit is None or not too_long:
         return ids

@@ -1,4 +1,4 @@
-"""Whether a tokenizer's ids, a model's embedding and its head fit together."""
+"""Check that a tokenizer's ids, a model's embedding and its head fit together."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from bondlm.errors import ConfigError, DataError, listed
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How many token ids a model reads in a prompt and in a completion, and how many it writes; None: not known."""
+    """How many token ids a model reads in a prompt and in a completion, and how many it writes; None: unknown."""
 
     prompt: int | None = None
     completion: int | None = None
@@ -17,7 +17,7 @@ class Sizes:
 
     @classmethod
     def of_model(cls, model: Any) -> "Sizes":
-        """Of a transformers model; of an encoder-decoder model the decoder reads completions."""
+        """The sizes of a transformers model; in an encoder-decoder model the decoder reads completions."""
         prompt = completion = _rows(model.get_input_embeddings())
         if model.config.is_encoder_decoder:
             find = getattr(model.get_decoder(), "get_input_embeddings", None)
@@ -28,12 +28,11 @@ class Sizes:
 def check_vocabulary(model: Any, tokenizer: Any, eos_ids: Sequence[int]) -> Sizes:
     """Compare the sizes of tokenizer, embedding, head and config before anything is sampled.
 
-    A tokenizer may know more tokens than the model (Gemma's image token): prompts that have them are refused by
-    `check_ids`.
+    A tokenizer may have more tokens than the model (Gemma's image token); `check_ids` refuses prompts with these.
 
     Raises:
         ConfigError: a sampled token could not be read back, the model could never write an end-of-sequence token, or
-            what a run saves could not be loaded again.
+            the saved model could not be loaded again.
     """
     sizes = Sizes.of_model(model)
     said = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
@@ -92,7 +91,7 @@ def _name(token_id: int, tokenizer: Any) -> str:
 
 
 def _rows(module: Any) -> int | None:
-    """Entries of an embedding or outputs of a head, whatever wraps it; None where it does not say."""
+    """Entries of an embedding or outputs of a head, inside any wrapper; None if unknown."""
     for name in ("base_layer", "original_module"):
         module = getattr(module, name, module)
     for name in ("num_embeddings", "out_features"):
