@@ -1,4 +1,4 @@
-"""One page about one or several runs: numbers, figures and samples, in one HTML file that needs nothing else."""
+"""A page about one or several runs: numbers, figures and samples in one self-contained HTML file."""
 
 from bondlm.report.write import write_report
 

@@ -1,4 +1,4 @@
-"""From a matplotlib figure to files and to SVG that sits in the page and follows its light or dark theme."""
+"""Save matplotlib figures as files, and as inline SVG that follows the light or dark theme of the page."""
 
 import io
 import re
@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers; in the page each is a CSS variable (page.css).
+# Okabe and Ito's colours, distinguishable for colour-blind readers; in the page each is a CSS variable (page.css).
 COLOURS = {
     "vermillion": "#d55e00",
     "blue": "#0072b2",
@@ -51,7 +51,7 @@ _SETTINGS: Any = {  # matplotlib types the keys one by one
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style of all figures, for the body of a `with`."""
+    """Apply the style of all figures to the body of a `with`."""
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the PNG's font lacks
         yield
@@ -73,7 +73,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 
 def inline(svg: str, name: str) -> str:
-    """Return the `<svg>` element for an HTML page: unique ids, the theme's colours, the width of its place."""
+    """Return the `<svg>` element for an HTML page: unique ids, the theme's colours, full container width."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\b(id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", svg)

@@ -1,4 +1,4 @@
-"""The figures of a report about training: curves by step, and what a step's seconds go to.
+"""The figures of a report about training: curves by step, and the time of a step by phase.
 
 Each function returns a matplotlib figure, or None where the runs hold nothing to draw.
 """
@@ -17,13 +17,13 @@ from bondlm.report.canvas import COLOURS, HEIGHT, INK, new_axes
 from bondlm.report.figures import run_style
 from bondlm.report.read import Run
 
-MAX_POINTS = 300  # a longer curve is drawn as the means of this many groups of steps
-FEW_POINTS = 12  # a curve of no more gets a mark at each: a line of one point cannot be seen
+MAX_POINTS = 300  # longer curves are drawn as means of this many groups of steps
+FEW_POINTS = 12  # curves with at most this many points get markers, since a line of one point is invisible
 PHASE_PREFIX = "time/"
 
 
 def curve_figure(runs: Sequence[Run], name: str, label: str, *, evaluated: str | None = None) -> Figure | None:
-    """A metric by step, one line a run; with `evaluated`, also the points that evaluations measured, with intervals."""
+    """A metric by step, one line per run; with `evaluated`, also the points from evaluations, with intervals."""
     figure, axes = new_axes(0.8 * HEIGHT)
     drawn: list[float] = []
     for i, run in enumerate(runs):
@@ -50,17 +50,17 @@ def curve_figure(runs: Sequence[Run], name: str, label: str, *, evaluated: str |
 
 
 def _plot_points(axes: Axes, points: NDArray[np.float64], colour: str, marker: str, label: str | None) -> None:
-    """Evaluations with their intervals; where only a bound from below is known, an arrow up from there."""
+    """Evaluations with their intervals; if only a lower bound is known, an arrow upwards from it."""
     x, value, low, high = points
     known = ~np.isnan(value)
-    arms = np.maximum(0.0, [value - low, high - value])[:, known]  # an interval need not hold the estimate
+    arms = np.maximum(0.0, [value - low, high - value])[:, known]  # an interval need not contain the estimate
     style: Any = {"color": colour, "markersize": 5, "linestyle": "", "zorder": 3}
     axes.errorbar(x[known], value[known], yerr=arms, marker=marker, label=label, **style)
     axes.plot(x[~known], low[~known], marker=r"$\uparrow$", **style | {"markersize": 10})
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of a metric, as means of groups of neighbours where there are more than `MAX_POINTS`."""
+    """Steps and values of a metric, as means of groups of neighbours if there are more than `MAX_POINTS`."""
     points = np.array([(row["step"], row[name]) for row in rows if None not in (row.get("step"), row.get(name))], float)
     if not points.size:
         return np.empty(0), np.empty(0)
@@ -70,7 +70,7 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[np.flo
 
 
 def _evaluated(rows: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-    """(4, points): step, value, low, high of an evaluation's measure; the value is NaN where only `low` is known."""
+    """(4, points): step, value, low, high of an evaluation's measure; the value is NaN if only `low` is known."""
     keys = ("step", name, f"{name}_low", f"{name}_high")
     found = []
     for row in rows:
@@ -92,7 +92,7 @@ def mean_phases(run: Run) -> dict[str, float]:
 
 
 def phase_figure(runs: Sequence[Run]) -> Figure | None:
-    """Mean seconds of a step by phase, one group of bars a phase, one bar a run."""
+    """Mean seconds of a step by phase, with a group of bars per phase and a bar per run."""
     timed = [(i, run, mean_phases(run)) for i, run in enumerate(runs) if mean_phases(run)]
     if not timed:
         return None

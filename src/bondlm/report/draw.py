@@ -1,4 +1,4 @@
-"""All figures of a report, drawn and saved, with what is written under each."""
+"""Draw and save all figures of a report, with their captions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ def draw_figures(runs: Sequence[Run], folder: Path) -> list[Drawn]:
 
 
 def _plan(runs: Sequence[Run]) -> list[tuple[str, str, str, Callable[[], Figure | None], bool]]:
-    """Name, title, caption, how it is drawn, and whether it is about training."""
+    """Name, title, caption and drawing function of each figure, and whether it is about training."""
     first = runs[0]
     return [
         (

@@ -16,8 +16,8 @@ from bondlm.report.numbers import baseline_rows, best_of_n_kl, best_of_n_win_rat
 from bondlm.report.read import Run
 
 MARKERS = "osD^vPX"
-# What RLOO paid when beta_RL was swept (.3, .45, .6; the rate falls to 0): its end points' win rates, and their KL in
-# units of exact Best-of-N's. T5 on Debian descriptions, benchmarks/paper/results/frontier.jsonl.
+# The cost of RLOO in a sweep of beta_RL (.3, .45, .6; the rate falls to 0): win rates at the end points, and their KL
+# in units of exact Best-of-N's. T5 on Debian descriptions, benchmarks/paper/results/frontier.jsonl.
 RLOO_WIN_RATES, RLOO_KL_RATIOS = (0.750, 0.876), (1.74, 1.86)
 
 
@@ -62,7 +62,7 @@ def best_of_n_figure(run: Run) -> Figure | None:
 
 
 def _plot_policy(axes: Axes, result: Mapping[str, Any], end: int) -> None:
-    """The policy at (effective N, reward); an arrow at the curve's end where N is beyond it."""
+    """The policy at (effective N, reward); an arrow at the curve's end if N is beyond it."""
     effective, reward = result["effective_n"], result["reward"]
     if reward["value"] is None:
         return
@@ -117,7 +117,7 @@ def reward_plane_figure(runs: Sequence[Run]) -> Figure | None:
 
 
 def _plot_runs(axes: Axes, runs: Sequence[Run], measure: str) -> None:
-    """Each run at (KL, measure) with its intervals, and its way there through the evaluations during training."""
+    """Each run at (KL, measure) with its intervals, and its path through the evaluations during training."""
     for i, run in enumerate(runs):
         colour, marker = run_style(i)
         points = [p for p in evaluation_points(run) if None not in (p["kl"]["value"], p[measure]["value"])]
@@ -130,7 +130,7 @@ def _plot_runs(axes: Axes, runs: Sequence[Run], measure: str) -> None:
 
 
 def _cross(axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], colour: str, marker: str, label: str) -> None:
-    """A point with both of its intervals; an end that is not known is left out."""
+    """A point with both of its intervals; unknown ends are left out."""
     axes.errorbar(
         x["value"],
         y["value"],
@@ -149,7 +149,7 @@ def _cross(axes: Axes, x: Mapping[str, Any], y: Mapping[str, Any], colour: str, 
 
 def _arms(value: Mapping[str, Any]) -> list[list[float]]:
     ends = [value["value"] if value[end] is None else value[end] for end in ("low", "high")]
-    # A percentile interval need not hold the estimate itself; matplotlib refuses negative arms.
+    # A percentile interval need not contain the estimate, and matplotlib refuses negative arms.
     return [[max(0.0, value["value"] - ends[0])], [max(0.0, ends[1] - value["value"])]]
 
 

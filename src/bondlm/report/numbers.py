@@ -1,4 +1,4 @@
-"""The numbers of a report: its headline, its tables, and how a number is written."""
+"""The numbers of a report: headline, data for its tables, and formatting of numbers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ NONE = "–"
 def best_of_n_kl(n: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return KL(Best-of-N ‖ reference) = log N − (N−1)/N nats of continuous rewards (Beirami et al. 2024, 2401.01879).
 
-    It is `bondlm.bestofn.kl_bound` for arrays, here again so that a report does not wait for PyTorch.
+    The same as `bondlm.bestofn.kl_bound`, for arrays, and repeated here so that a report does not import PyTorch.
     """
     return np.log(n) - (n - 1) / n
 
@@ -27,7 +27,7 @@ def best_of_n_win_rate(n: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def number(value: Any) -> str:
-    """Write a number with three digits that count; None (not finite, or absent) as a dash."""
+    """Write a number with three significant digits; None (not finite, or absent) as a dash."""
     if value is None:
         return NONE
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -39,11 +39,11 @@ def percent(value: Any) -> str:
 
 
 def estimate(value: Mapping[str, Any] | None, decimals: int | None = None) -> str:
-    """Write `{value, low, high}` as "0.86 [0.84, 0.88]"; an effective N brings its own text.
+    """Write `{value, low, high}` as "0.86 [0.84, 0.88]"; an effective N has its own text.
 
     Args:
         value: the estimate.
-        decimals: of all three numbers; None is `interval_decimals`.
+        decimals: decimals of all three numbers; None uses `interval_decimals`.
     """
     if not value:
         return NONE
@@ -61,7 +61,7 @@ def estimate(value: Mapping[str, Any] | None, decimals: int | None = None) -> st
 
 
 def interval_decimals(value: Mapping[str, Any]) -> int | None:
-    """Decimals that show two digits of the interval's half width; None where it has no width."""
+    """Decimals that show two digits of half the interval's width; None if it has no width."""
     known = [value[name] for name in ("value", "low", "high") if value[name] is not None]
     spread = max(known) - min(known) if len(known) > 1 else 0.0
     return None if spread == 0.0 else min(max(1 - math.floor(math.log10(spread / 2)), 0), 6)
@@ -70,7 +70,7 @@ def interval_decimals(value: Mapping[str, Any]) -> int | None:
 def kl_ratio(result: Mapping[str, Any]) -> float | None:
     """Return the policy's KL in units of the KL that Best-of-N needs at its effective N; None for N = 1 or unknown."""
     if result["effective_n"]["value"] is None:
-        return None  # beyond the reference's samples: only a bound of N is known
+        return None  # beyond the reference's samples, only a bound of N is known
     if "kl_ratio" in result:
         return _number_or_none(result["kl_ratio"])
     kl, needed = result["kl"]["value"], result.get("kl_of_best_of_n")
@@ -94,7 +94,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def curve(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the reference's Best-of-n rewards, `[{"n", "reward"}]`; from the baselines where there is no curve."""
+    """Return the reference's Best-of-n rewards, `[{"n", "reward"}]`; from the baselines if there is no curve."""
     if result.get("curve"):
         return [dict(row) for row in result["curve"] if row.get("n") and row.get("reward")]
     baselines = result.get("baselines", {})
@@ -109,7 +109,7 @@ def curve(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def untouched_reward(result: Mapping[str, Any]) -> float | None:
-    """Return the mean reward of the reference's samples, where the evaluation holds it."""
+    """Return the mean reward of the reference's samples, if the evaluation has it."""
     first = next(iter(curve(result)), None)
     return _number_or_none(first["reward"]["value"]) if first and first["n"] == 1 else None
 
@@ -120,7 +120,7 @@ def baseline_rows(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Say in which of the things that numbers depend on a run differs from the first one, where both are known."""
+    """List how runs differ from the first one in things that the numbers depend on, if both values are known."""
     first, found = runs[0], []
     for other in runs[1:]:
         for keys, name, hit, show in COMPARED:
@@ -143,7 +143,7 @@ def _shown_prompts(result: Mapping[str, Any]) -> str:
     return f"{_listed(result['dataset'])}, {count}" if result.get("dataset") else count
 
 
-# By the first of the keys that both have: a file of bondlm 0.1 has no hash of its prompts.
+# Compared by the first key that both have, since files of bondlm 0.1 have no hash of prompts.
 COMPARED = (
     (("rewards",), "their rewards", "mean rewards, win rates and effective N", _shown("rewards")),
     (("reference",), "their reference", "win rates, effective N and KL", _shown("reference")),
@@ -164,7 +164,7 @@ def _listed(value: Any) -> str:
 def evaluation_points(run: Run) -> list[dict[str, Any]]:
     """Return the evaluations of a run in order: step, and each measure as `{value, low, high}`.
 
-    The last is that of eval.json; those before it are the trainer's own, on its own (smaller) number of samples.
+    The last one is from eval.json; the earlier ones are from the trainer, with its own (smaller) number of samples.
     """
     names = ("effective_n", "win_rate", "kl", "reward")
     points = [
@@ -179,7 +179,7 @@ _TAILS = {"value": "", "low": "_low", "high": "_high"}
 
 
 def report_numbers(runs: Sequence[Run], version: str) -> dict[str, Any]:
-    """Return what `report.json` holds: each run's eval.json unchanged, its headline and its evaluations."""
+    """Return the contents of `report.json`: each run's eval.json unchanged, its headline and its evaluations."""
     return {
         "bondlm": version,
         "differences": differences(runs),

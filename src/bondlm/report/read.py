@@ -1,4 +1,4 @@
-"""A run folder as a report sees it: its evaluation, its log, its samples, its settings."""
+"""The parts of a run folder that a report uses: evaluation, log, samples, settings."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What one run folder holds."""
+    """The contents of one run folder."""
 
     name: str
     folder: Path
@@ -43,10 +43,10 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders, with a name for each: the folder's own where that is unique, else the whole path.
+    """Read run folders, each with a name: the folder's own if that is unique, otherwise the whole path.
 
     Raises:
-        ConfigError: no folder, the same one twice, or one that holds no evaluation.
+        ConfigError: there is no folder, the same one twice, or one without an evaluation.
         DataError: a file that is not what it should be.
         CheckpointError: a run's config.yaml cannot be read.
     """
@@ -79,7 +79,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise ConfigError(f"{str(folder)!r} has no {EVAL_FILE}{'' if logged else f' and no {METRICS_FILE}'}: {todo}")
     logs = _read_jsonl(folder / METRICS_FILE)
     samples, best_of = _read_samples(folder / EVAL_SAMPLES_FILE)
-    config = redacted(run_config(folder))  # a page is passed around more freely than a run folder
+    config = redacted(run_config(folder))  # a page is shared more freely than a run folder
     return Run(
         name=name,
         folder=folder,
@@ -116,7 +116,7 @@ def _read_result(path: Path) -> Mapping[str, Any]:
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows; a last line without its line end is a write that is under way, and is left out."""
+    """All rows; a last line without a line end is still being written, and is left out."""
     if not path.is_file():
         return []
     try:
@@ -136,7 +136,7 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_samples(path: Path) -> tuple[list[Sample], str]:
-    """The samples side by side, and the name of the reference's best-of-n."""
+    """The samples to compare, and the name of the reference's best-of-n."""
     rows = _read_jsonl(path)
     prefix = "reference_best_of_"
     best = next((key for key in (rows[0] if rows else {}) if key.startswith(prefix)), "")

@@ -7,14 +7,14 @@ from bondlm.errors import DataError
 from bondlm.report.read import Run, Sample
 from bondlm.report.safe import script_json, visible
 
-BUDGET = 4_000_000  # bytes of all samples, so that the page stays under 5 MB
-# Tried in this order: whole texts, then texts cut at so many characters.
+BUDGET = 4_000_000  # bytes of all samples, to keep the page under 5 MB
+# Tried in this order: whole texts, then texts cut at this many characters.
 CUTS = (None, 4000, 2000, 1000, 500, 250)
 CUT_MARK = " […]"
 
 
 def samples_block(runs: Sequence[Run]) -> tuple[str, str]:
-    """Return the JSON block for the page, and what the page says where texts or rows were left out ("" if none)."""
+    """Return the JSON block for the page, and the note on texts or rows that were left out ("" if none)."""
     attempts = [(cut, 1) for cut in CUTS] + [(CUTS[-1], 2**k) for k in range(1, 32)]
     for cut, every in attempts:
         block = script_json([_run_data(run, cut, every) for run in runs])

@@ -1,4 +1,4 @@
-"""The shape of the files that a report reads, and the check against it.
+"""The shapes of the files that a report reads, and the check against them.
 
 A shape is `"number"` (a number or null), `"text"`, `"estimate"` (`{value, low, high}`), `[shape]` for a list, a mapping
 for an object whose keys may be absent, or a mapping with the one key `"*"` for an object with any keys.
@@ -49,7 +49,7 @@ ANSWER_SHAPE: dict[str, Any] = {"text": "text", "reward": "number"}
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Raise `DataError` that names the first place where `value` has not the shape."""
+    """Raise a `DataError` that names the first place where `value` does not have the shape."""
     if isinstance(shape, list):
         if not isinstance(value, list):
             raise _wrong(where, "a list", value)

@@ -1,4 +1,4 @@
-"""The tables of a report, as text: one precision per column, and no column that holds nothing."""
+"""The tables of a report, as text: one precision per column, and no empty columns."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from bondlm.report.read import Run
 
 
 class Table(NamedTuple):
-    """What the page shows; the first column names the row."""
+    """A table of the page; the first column names the row."""
 
     header: list[str]
     rows: list[list[str]]
 
 
 def tables(runs: Sequence[Run]) -> dict[str, Table]:
-    """The comparison of runs, and of the first run its baselines, its judges and its matches with Best-of-n."""
+    """The comparison of runs, and for the first run its baselines, its judges and its comparison with Best-of-n."""
     result = runs[0].result
     return {
         "runs": _runs(runs),
@@ -26,7 +26,7 @@ def tables(runs: Sequence[Run]) -> dict[str, Table]:
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """What the evaluations warn of, with the run's name where there are several, and why runs do not compare."""
+    """Warnings of the evaluations, with the run's name if there are several, and why runs are not comparable."""
     own = [(run.name, text) for run in runs for text in run.result.get("warnings", [])]
     return [text if len(runs) == 1 else f"{name}: {text}" for name, text in own] + numbers.differences(runs)
 

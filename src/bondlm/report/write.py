@@ -1,4 +1,4 @@
-"""From run folders to the page, its figures and its numbers on disk."""
+"""Write the page of run folders, its figures and its numbers to disk."""
 
 import base64
 import errno
@@ -23,15 +23,16 @@ _PAGE = Path(__file__).parent / "page"
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Write one HTML page about run folders, with its figures and numbers beside it; returns the page's path.
+    """Write one HTML page about run folders, with its figures and numbers next to it; returns the page's path.
 
     Args:
-        folders: Run folders that hold an eval.json. Details are about the first; the others are compared with it.
-        output: The page. None is report.html in the first folder. The numbers get its name with `.json`, the figures
-            (SVG and PNG) the folder `figures` beside it (`NAME-figures` for a page NAME.html of another name).
+        folders: Run folders with an eval.json. The details are about the first; the others are compared with it.
+        output: The path of the page; None is report.html in the first folder. The numbers get the same name with
+            `.json`. The figures (SVG and PNG) go to the folder `figures` next to it (`NAME-figures` if the page has
+            another name, NAME.html).
 
     Raises:
-        ConfigError: no folder or evaluation, a package that is missing, or a place that cannot be written.
+        ConfigError: there is no folder or evaluation, a package is missing, or the output cannot be written.
         OSError: the disk is full.
         DataError: a file of a run folder that is not what it should be.
     """
@@ -66,7 +67,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def _refuse_others_file(path: Path, page: Path) -> None:
-    """The numbers go beside the page under its name, where a run folder keeps files of its own."""
+    """Refuse a page name whose numbers would overwrite another file of a run folder."""
     taken = path.name in RUN_FILES
     if path.exists() and not taken:
         try:
