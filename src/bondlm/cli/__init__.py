@@ -1,7 +1,7 @@
 """The command line: `bondlm train | sample | score | check | eval | sft | prefer | reward-model | merge | report`.
 
-Nothing heavy is imported until a command runs, so that `--help` answers at once. This is the one place that turns an
-error into an exit code.
+Nothing heavy is imported until a command runs, so that `--help` answers at once. This is the only place that turns
+errors into exit codes.
 """
 
 import atexit
@@ -29,13 +29,13 @@ IN_ONE_PROCESS = ("sample", "score", "eval", "prefer", "merge", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code of the contract (docs/cli.md)."""
-    if argv is None:  # the process is ours: an error that nobody foresaw must not print secrets either
+    """Run one command; returns the documented exit code (docs/cli.md)."""
+    if argv is None:  # the process is ours: unexpected errors must not print secrets either
         sys.excepthook = _write_traceback
     agreed = True
     try:
         code = _run(argv)
-    except Terminated:  # in this process alone, with nothing to save
+    except Terminated:  # only in this process, with nothing to save
         code, agreed = STOPPED, False
     except SystemExit as stop:  # bondlm raises none
         text = f"code that this command loaded has called sys.exit({stop.code!r}): it must raise an error instead"
@@ -66,7 +66,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except UnpicklingError as error:  # Trainer loads them as data alone; a stranger's code gets no further
+    except UnpicklingError as error:  # Trainer loads them only as data, so foreign code does not run
         return _fail(f"a file of the checkpoint is no plain data and was not loaded: {error}", CHECKPOINT)
     except (MemoryError, RuntimeError, OSError) as error:
         spent = _what_is_spent(error)
@@ -76,7 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _refuse_several(command: str) -> None:
-    """Processes that do not share the work would each do all of it, and write the same files."""
+    """Refuse several processes: without sharing the work, each would do all of it and write the same files."""
     size = os.environ.get("WORLD_SIZE", "1")
     if command in IN_ONE_PROCESS and size.isdecimal() and int(size) > 1:
         raise ConfigError(
@@ -92,7 +92,7 @@ def _what_is_spent(error: Exception) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Also PyTorch's errors, of a GPU and of a CPU, where the run knew no smaller way."""
+    """Whether memory ran out, including PyTorch's errors on GPU and CPU that a smaller batch did not avoid."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from accelerate.utils.memory import should_reduce_batch_size
@@ -101,17 +101,17 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _leave_group(distributed: Any, code: int, *, agreed: bool) -> None:
-    """End a process of several, here and without the interpreter's own exit.
+    """End one of several processes here, without the interpreter's own exit.
 
-    Threads of gloo outlive the group where an FSDP2 mesh or a model still holds it, and one that asks a dying
-    interpreter for its lock aborts the process (code 134) now and then.
+    Threads of gloo outlive the group if an FSDP2 mesh or a model still holds it, and a thread that asks a dying
+    interpreter for its lock sometimes aborts the process (code 134).
     """
     several = distributed.get_world_size() > 1
-    if agreed:  # all ranks end so, and nobody is in a collective; one rank alone would wait for the others here
+    if agreed:  # all ranks end this way and none is in a collective; a single rank would wait for the others here
         distributed.destroy_process_group()
     if several:
         if agreed:
-            atexit._run_exitfuncs()  # where experiment trackers end their runs
+            atexit._run_exitfuncs()  # here experiment trackers end their runs
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -129,12 +129,12 @@ def _fail(message: str, code: int) -> int:
 
 
 def _show_users_traceback(error: BondError) -> None:
-    """The traceback that a reward function of the user's own has raised; the error itself follows it."""
+    """Show the traceback of a user's reward function; the error itself follows."""
     cause = error.__cause__
     if isinstance(error, RewardError) and cause is not None and not isinstance(cause, BondError):
         _write_traceback(type(cause), cause, cause.__traceback__)
 
 
 def _write_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python would print, without secrets and control characters."""
+    """Print the traceback as Python would, without secrets and control characters."""
     sys.stderr.write(visible(redact("".join(traceback.format_exception(kind, error, trace)))))

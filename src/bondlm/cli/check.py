@@ -1,4 +1,4 @@
-"""`bondlm check`: everything that a run will need, tried once: a step with learning rate 0, and what N could buy."""
+"""`bondlm check`: try once everything that a run needs, with one step at learning rate 0, and forecast gains from N."""
 
 import shutil
 import tempfile
@@ -18,15 +18,15 @@ from bondlm.runs.prompting import adopt_prompting, begun_by_0_1
 
 TIES_WARNED, CUT_WARNED = 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3  # of a reward, or of 1 if that is more
-NEIGHBOUR_ROUNDING = 8  # times the dtype's own: batches of other shapes add up in another order
+NEIGHBOUR_ROUNDING = 8  # times the dtype's rounding, since batches of other shapes sum in a different order
 PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
 AGREEMENT_PROMPTS, AGREEMENT_SAMPLES = 4, 4
-OUTAGE_S = 20.0  # that a reward server may be down
-FAR = 3.0  # a noise scale of so many times the prompts per step, or of such a part of them
+OUTAGE_S = 20.0  # for which a reward server may be down
+FAR = 3.0  # a noise scale that differs from the prompts per step by this factor, in either direction
 
 
 def run(options: dict[str, Any]) -> int:
-    """Build the trainer, take one dry step in a scratch folder, and say what was seen."""
+    """Build the trainer, take one dry step in a scratch folder, and report the results."""
     from bondlm.cli.train import require
 
     options = dict(options)
@@ -87,13 +87,13 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
 
 
 def _compare(trainer: Any, checkpoint: Path, *, allowed: bool) -> None:
-    """Refuse what `train` refuses once model and data are there."""
+    """Refuse what `train` refuses after loading model and data."""
     from bondlm.models.deepspeed import require_same_sharding
     from bondlm.training.settings import compare_settings
 
     require_same_sharding(checkpoint, trainer.args)
     compare_settings(checkpoint, None, trainer.roles.adapter, allowed=allowed)
-    if not begun_by_0_1(checkpoint.resolve().parent):  # whose prompts the scratch folder renders in another way
+    if not begun_by_0_1(checkpoint.resolve().parent):  # whose prompts the scratch folder renders differently
         trainer.anchor_callback.compare_data(checkpoint)
 
 
@@ -116,9 +116,9 @@ def _prepared(options: dict[str, Any], scratch: str, console: Console) -> tuple[
     dry |= {"eval_strategy": "no", "eval_steps": None, "eval_on_start": False, "target_n": None, "kl_budget": None}
     dry |= {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
     dry |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None, "warmup_steps": 0}
-    dry |= {"push_to_hub": False, "report_to": "none"}  # nothing of a dry run goes anywhere
+    dry |= {"push_to_hub": False, "report_to": "none"}  # a dry run uploads and reports nothing
     args = training_arguments(options | {"output_dir": scratch})
-    dry["reward_outage_s"] = min(args.reward_outage_s, OUTAGE_S)  # a server that is down is the answer
+    dry["reward_outage_s"] = min(args.reward_outage_s, OUTAGE_S)  # a server that is down is a result of the check
     if args.streaming:
         check_streaming(args)
     held_out = options.get("eval_dataset")
@@ -129,15 +129,16 @@ def _prepared(options: dict[str, Any], scratch: str, console: Console) -> tuple[
         adopt_prompting(Path(checkpoint).resolve().parent, Path(scratch))
     trainer = build_trainer(options | dry | {"output_dir": scratch})
     require_metric_of(named_sets(held_out), args.metric_for_best_model, [each.name for each in trainer.rewards])
-    trainer.noise.every = 1  # the dry step, too
+    trainer.noise.every = 1  # also in the dry step
     load_judges(options, trainer)
     return args, trainer, checkpoint
 
 
 def batch_advice(scale: float | None, prompts: int) -> str:
-    """What the gradient's noise scale at the start says about the number of prompts per step.
+    """Advice on the number of prompts per step from the gradient's noise scale at the start.
 
-    The number of steps to a given loss goes as 1 + scale / prompts (McCandlish et al. 2018, arXiv 1812.06162).
+    The number of steps to a given loss is proportional to 1 + scale / prompts (McCandlish et al. 2018, arXiv
+    1812.06162).
     """
     if scale is None:
         return f"prompts per step: {prompts}; noise hides the gradient in one step of them, more would probably help"
@@ -164,7 +165,7 @@ def _warnings(args: Any, logs: Mapping[str, float], steps: int) -> Iterator[str]
 
 
 def _ties_warning(logs: Mapping[str, float]) -> str | None:
-    """Of prompts whose rewards teach too little; where all samples are learned from, one tie does no harm."""
+    """Warn of prompts whose rewards teach too little; if all samples are learned from, single ties do no harm."""
     if (alike := logs.get("bond/frac_no_signal")) is not None:
         text = "of the prompts have the same reward for all of their samples, which then teaches nothing"
         return f"{alike:.0%} {text} (bond/frac_no_signal)" if alike > TIES_WARNED else None
@@ -173,7 +174,7 @@ def _ties_warning(logs: Mapping[str, float]) -> str | None:
 
 
 def _check_evaluations(args: Any, options: dict[str, Any]) -> None:
-    """What the dry step, which makes no evaluation, does not see."""
+    """Check settings of evaluations, which the dry step does not make."""
     from bondlm.config import require_metric_of
     from bondlm.data.scored import check_inputs
     from bondlm.data.sources import named_sets
@@ -185,7 +186,7 @@ def _check_evaluations(args: Any, options: dict[str, Any]) -> None:
 
 
 def _check_neighbours(trainer: Any) -> None:
-    """A reward must not depend on what it is scored beside (a padding bug does); one that ranks alone may."""
+    """A reward must not depend on the other rows of its batch (as with a padding bug), unless it ranks."""
     absolute = [reward for reward in trainer.rewards if not reward.ranks]
     if not absolute:
         return
@@ -197,7 +198,7 @@ def _check_neighbours(trainer: Any) -> None:
             name = reward.name
             value, beside = (float(samples.by_name[name][j, 0]) for samples, j in ((alone, 0), (together, i)))
             allowed = _rounding(reward) * max(1.0, abs(value))
-            if abs(value - beside) > allowed:  # never for NaN: it does not apply
+            if abs(value - beside) > allowed:  # False for NaN, where the reward does not apply
                 raise RewardError(
                     f"row {i}: the reward {name!r} is {value} when scored alone and {beside} in a batch, and at most "
                     f"{allowed:.2g} of that is rounding: it depends on the rest of the batch (often a padding bug), so "
@@ -206,9 +207,9 @@ def _check_neighbours(trainer: Any) -> None:
 
 
 def _rounding(reward: Any) -> float:
-    """By how much a reward, or 1 if that is more, may change with the rest of the batch, in units of itself.
+    """How much a reward may change with the rest of the batch, relative to its value or to 1, whichever is larger.
 
-    By the dtype of its model; what a function or a server computes in is not known.
+    It depends on the dtype of the reward's model, which is unknown for functions and servers.
     """
     import torch
 
@@ -234,10 +235,10 @@ def _say_agreement(trainer: Any, console: Console) -> dict[str, float]:
 
 
 def _agreement(trainer: Any) -> dict[str, float]:
-    """Share of the pairs of different answers that a reward that ranks puts in the same order, asked twice.
+    """Share of pairs of different answers that a ranking reward puts in the same order when asked twice.
 
-    A judge, which shuffles the answers, is asked about them in the order given, and once: its liking for what comes
-    first would otherwise come out by chance.
+    A judge, which shuffles the answers, is asked once about them in the given order; otherwise a preference for the
+    first answer would show only by chance.
     """
     from bondlm.evaluation.pairwise import in_given_order
     from bondlm.rollout.seeds import Seeds
@@ -263,7 +264,7 @@ def _agreement(trainer: Any) -> dict[str, float]:
 def _check_disk(folder: Path, size: int, console: Console) -> dict[str, int]:
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    needed = 5 * size  # the model twice or thrice over: optimizer state, anchor, and two checkpoints
+    needed = 5 * size  # times the model: covers optimizer state, anchor and two checkpoints
     console.print(
         f"disk: {free / 2**30:.1f} GiB free, about {needed / 2**30:.2f} GiB needed", highlight=False, soft_wrap=True
     )

@@ -1,4 +1,4 @@
-"""Where the commands print, and how they show that work goes on."""
+"""Consoles and progress displays of the commands."""
 
 import json
 import sys
@@ -11,13 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bondlm.runs.folder import is_main_process, plain
 
-PIPE_WIDTH = 120  # rich assumes 80 columns where there is no terminal, which breaks tables and lines in log files
+PIPE_WIDTH = 120  # without a terminal, rich assumes 80 columns, which breaks tables and lines in log files
 
 
 def make_console(*, stderr: bool = False) -> Console:
     """A console on stdout or stderr; no colours, bars or control characters when piped. Brackets are text.
 
-    Of several processes of a run only the main one prints; errors, on stderr, come from all.
+    With several processes only the main one prints, but all print errors on stderr.
     """
     stream = sys.stderr if stderr else sys.stdout
     quiet = not stderr and not is_main_process()
@@ -25,23 +25,23 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 def say_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout, where a program reads it; what is not finite is null."""
+    """Print one JSON object on stdout for programs; numbers that are not finite become null."""
     if is_main_process():
         sys.stdout.write(json.dumps(plain(value), allow_nan=False) + "\n")
 
 
-LINE_SECONDS = 2.0  # between two lines of progress where there is no terminal to draw a bar on
+LINE_SECONDS = 2.0  # between two lines of progress if there is no terminal for a bar
 
 
 class _Bars(Progress):
     def stop(self) -> None:
-        """End them; rich before 14.3 prints an empty line also where there are none."""
+        """End the bars; rich before 14.3 prints an empty line even if there are none."""
         if not self.disable:
             super().stop()
 
 
 def make_progress(console: Console) -> Progress:
-    """Bars with elapsed time and ETA, which go when they are done; none where there is no terminal."""
+    """Bars with elapsed time and ETA, which disappear when done; none without a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     hidden = not console.is_terminal
     return _Bars(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True, disable=hidden)
@@ -55,25 +55,25 @@ def clock_text(seconds: float) -> str:
 
 
 def elapsed_and_eta(seconds: float, done: float, total: float) -> str:
-    """Say how long it has taken, and at this pace will take."""
+    """The elapsed time, and the remaining time at this pace."""
     eta = clock_text(seconds * (total - done) / done) if done else "?"
     return f"elapsed {clock_text(seconds)}, ETA {eta}"
 
 
 class Counter:
-    """A bar on a terminal; elsewhere a line at most every two seconds, and one at the end."""
+    """A bar on a terminal; otherwise a line at most every two seconds, and one at the end."""
 
     def __init__(self, progress: Progress, name: str, total: int, unit: str = "prompts") -> None:
-        """Count `total` things of the name `unit`."""
+        """Count up to `total`, in units of the name `unit`."""
         self._progress, self._name, self._total, self._unit, self._done = progress, name, total, unit, 0
         self._task = progress.add_task(name, total=total)
         self._began = self._said = time.monotonic()
-        self._known = 0  # were there before: no measure of the pace
+        self._known = 0  # existed before, so they do not count for the pace
 
     def __call__(self, more: int) -> None:
         """Note that `more` of them are done."""
         console, now = self._progress.console, time.monotonic()
-        if not self._done and now - self._began < 0.05:  # on file before anything was drawn
+        if not self._done and now - self._began < 0.05:  # already in the file before anything was drawn
             self._known = more
         self._done += more
         self._progress.update(self._task, completed=self._done)

@@ -1,4 +1,4 @@
-"""A file of answers while it is written: `FILE.part`, which the same command continues after an interruption."""
+"""A file of answers in progress: `FILE.part`, which the same command continues after an interruption."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,16 @@ from bondlm.errors import ConfigError
 
 
 class Draft:
-    """`FILE.part`, and beside it `FILE.part.json` with what its rows are made from.
+    """`FILE.part`, and next to it `FILE.part.json` with the inputs of its rows.
 
-    The answers of a prompt depend on its place and on the seed alone, so what is continued is what would have been
-    written at once.
+    The answers to a prompt depend only on its place and the seed, so a continued file equals one written in one go.
     """
 
     def __init__(self, name: str, rows_per_prompt: int, console: Console) -> None:
-        """Nothing is written yet.
+        """Prepare the draft; nothing is written yet.
 
         Raises:
-            ConfigError: the file exists, or its folder does not.
+            ConfigError: the file already exists, or its folder does not.
         """
         self.path = Path(name)
         if self.path.exists():
@@ -37,16 +36,16 @@ class Draft:
         except OSError as error:
             raise ConfigError(f"output={name!r} cannot be written: {error.strerror}") from error
         if not self._partial.stat().st_size:
-            self._partial.unlink()  # nothing looks begun until it is
+            self._partial.unlink()  # no draft must seem to exist before it has begun
 
     @property
     def now(self) -> datetime | None:
-        """The time that templates were told when the draft was begun, if there is one: its prompts have that date."""
+        """The time that templates got when the draft was begun, if there is one: its prompts have that date."""
         text = self._then.get("prompting", {}).get("now")
         return None if text is None else datetime.fromisoformat(text)
 
     def begin(self, made_from: Mapping[str, Any], num_prompts: int, chunk: int) -> int:
-        """How many prompts are answered already, in whole chunks, by a draft that was made from the same."""
+        """Begin or continue; returns the number of prompts that a draft with the same inputs has, in whole chunks."""
         from bondlm.runs.folder import write_whole
 
         made_from = json.loads(json.dumps(made_from))
@@ -69,7 +68,7 @@ class Draft:
         append_jsonl(self._partial, rows)
 
     def finish(self, notes: Path | None = None) -> None:
-        """Give the file its name, now that it is whole; what its rows are made from is kept in the file `notes`."""
+        """Give the complete file its name; the inputs of its rows are stored in the file `notes`."""
         from bondlm.runs.folder import write_whole
 
         if notes is not None:
@@ -84,7 +83,7 @@ class Draft:
             return {}
 
     def _whole_rows(self) -> list[bytes]:
-        """The lines of the draft up to the first that is torn."""
+        """The lines of the draft before the first incomplete one."""
         lines = self._partial.read_bytes().splitlines(keepends=True) if self._partial.exists() else []
         for i, line in enumerate(lines):
             if not (line.endswith(b"\n") and _is_json(line)):

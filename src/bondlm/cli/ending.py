@@ -1,4 +1,4 @@
-"""The last three lines of `bondlm train`: what was reached, at what cost, what next."""
+"""The last three lines of `bondlm train`: the result, its cost, and what to do next."""
 
 import shlex
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from bondlm.runs.worth import below
 
 
 def ending(folder: Path, step: int, reporter: Any, result: Mapping[str, Any] | None) -> Iterator[str]:
-    """Three lines; `result` is the last evaluation's, None where there was nothing to evaluate on."""
+    """Three lines; `result` is that of the last evaluation, None if there was nothing to evaluate on."""
     known = read_ending(folder)
     goal = f"; stopped there: {known.reason}" if known is not None and known.reason else ""
     if result is None:

@@ -1,4 +1,4 @@
-"""`bondlm eval`: which Best-of-N is one sample of a policy worth? Samples on file, `eval.json`, a table."""
+"""`bondlm eval`: the Best-of-N that one sample of a policy equals; writes samples and `eval.json`, prints tables."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, refuse_unfinis
 
 DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
 OF_REWARDS = ("reward_weights", "reward_aggregation", "reward_tolerances")
-# Options that a run folder answers with its own settings, under the names that they have there.
+# Options whose values a run folder supplies from its settings, with their names there.
 FROM_RUN = {
     "reference": "model",
     "dataset": "eval_dataset",
@@ -34,7 +34,7 @@ FROM_RUN = {
 
 
 def run(options: dict[str, Any]) -> int:
-    """Draw what is not on file yet, then say what the samples show."""
+    """Draw the samples that are missing, then report the results."""
     settings, config = complete(options)
     folder = Path(settings["output"])
     errors = make_console(stderr=True)
@@ -65,7 +65,7 @@ def run(options: dict[str, Any]) -> int:
 
 
 def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options with what a run folder or an adapter knows filled in, and the run's own config.
+    """The options, completed from a run folder or an adapter, and the run's own config.
 
     Raises:
         ConfigError: a required option is missing or out of its range.
@@ -85,7 +85,7 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             _refuse_code_of(run, name, _list(known.get(name)))
     of_run = [_list(source.get("reward_funcs")) for source in (config, known)]
     if "reward_funcs" in options and _list(options["reward_funcs"]) not in of_run:
-        known = {k: v for k, v in known.items() if k not in OF_REWARDS}  # they were for the run's rewards
+        known = {k: v for k, v in known.items() if k not in OF_REWARDS}  # they belong to the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
     settings["model"] = str(model)
     settings["init_kwargs"] = _init_kwargs(settings, known)
@@ -104,7 +104,7 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _init_kwargs(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What models are loaded with, by role; the reference as in training, if it is the model that training began at."""
+    """Keyword arguments for loading, by role; the reference's are those of training, if training started from it."""
     model, reference = str(settings["model"]), str(settings.get("reference"))
     is_start = reference == str(known.get("reference"))
     found = {
@@ -116,7 +116,7 @@ def _init_kwargs(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dict[
 
 
 def _known_of_run(model: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run folder or an adapter answers; relative names begin where the run was started."""
+    """The values that a run folder or an adapter supplies; relative names refer to where the run was started."""
     known = {name: config[key] for name, key in FROM_RUN.items() if config.get(key) is not None}
     if isinstance(sets := known.get("dataset"), Mapping):
         known["dataset"] = sets.get(config.get("main_eval") or next(iter(sets)))
@@ -139,9 +139,9 @@ def _orders(value: Any, most: int) -> list[int] | None:
 
 
 def _refuse_code_of(folder: Path, option: str, rewards: list[Any]) -> None:
-    """A run folder may come from a stranger, and its rewards be any function of any module, or a server of his.
+    """Refuse rewards from a run folder of unknown origin: they may be any function of any module, or a foreign server.
 
-    What it says is run only if the user says it, too. Models are data, and asked without that.
+    They are used only if the user names them too. Models are data and need no confirmation.
     """
     if not rewards:
         return
@@ -161,7 +161,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Models, rewards and encoded prompts.
+    """Load models, rewards and encoded prompts.
 
     Raises:
         ConfigError: policy and reference do not fit, or something cannot be loaded.
@@ -221,7 +221,7 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rendering_of_job(settings: Mapping[str, Any]) -> Any:
-    """As the run renders its prompts; for another model at the time when the output folder was begun."""
+    """The rendering of the run's prompts; for another model, with the time when the output folder was begun."""
     from bondlm.cli.prompting import rendering_of
     from bondlm.runs.prompting import PROMPTING_FILE, read_prompting, write_prompting
 
@@ -236,7 +236,7 @@ def rendering_of_job(settings: Mapping[str, Any]) -> Any:
 
 
 def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the samples and their scores depend on."""
+    """Everything that the samples and their scores depend on."""
     from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
     from bondlm.rewards import is_ranking
 
@@ -278,7 +278,7 @@ def _evaluate(
 
     made_from = fingerprint(settings, job)
     claim(folder, made_from, [wanted.file for wanted in job["sets"] if not wanted.of_opponent])
-    if settings.get("opponent"):  # with a manifest of its own: another one may come later
+    if settings.get("opponent"):  # with its own manifest, since another opponent may come later
         who = model_fingerprint(str(settings["opponent"]), _revision(job["pair"].opponent))
         claim(folder, made_from | {"opponent": who}, [OPPONENT_FILE], manifest="opponent-manifest.json")
     with make_progress(console) as progress:
@@ -294,9 +294,9 @@ def _evaluate(
 def draw_set(
     folder: Path, wanted: Any, number: int, settings: Mapping[str, Any], job: Mapping[str, Any], progress: Progress
 ) -> None:
-    """Draw and score what is not on file yet; the reference's samples, number 0, come before all others.
+    """Draw and score the missing samples; those of the reference, number 0, come first.
 
-    Rewards that rank, and a combination of rewards by their order, are counted among the reference's samples.
+    Rewards that rank, and combinations of rewards by order, count ranks among the reference's samples.
     """
     from bondlm.evaluation.pair import fill
 
@@ -321,7 +321,7 @@ def draw_set(
 def compare_pairs(
     job: Mapping[str, Any], policy: Any, reference: Any, result: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
-    """What judges that rank say of the samples on file; these do not depend on them."""
+    """The results of ranking judges for the stored samples, which do not depend on the judges."""
     from bondlm.evaluation.pairwise import compared
 
     judges = job["ranking_judges"]

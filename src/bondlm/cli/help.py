@@ -1,6 +1,6 @@
-"""What the commands say of themselves, 80 columns wide.
+"""The help texts of the commands, 80 columns wide.
 
-The names, texts and defaults of `BONDConfig`'s fields are read from its source, so that help needs no heavy import.
+The names, texts and defaults of `BONDConfig`'s fields are read from its source, so that help needs no heavy imports.
 """
 
 import ast
@@ -16,7 +16,7 @@ from bondlm.cli.options import COMMANDS, LORA
 
 WIDTH, INDENT = 80, 26
 SECTION = "# -- "  # a comment in the source of `BONDConfig` that begins a section of its fields
-# What most runs need of `transformers.TrainingArguments`; all its other fields are options, too.
+# The fields of `transformers.TrainingArguments` that most runs need; all its other fields are options too.
 OF_TRANSFORMERS = {
     "output_dir": "The run folder. Default: runs/bond.",
     "max_steps": "Optimizer steps; -1 goes by num_train_epochs. Default: -1.",
@@ -33,7 +33,7 @@ OF_TRANSFORMERS = {
     "save_total_limit": "Checkpoints to keep, at least 2. Default: 2.",
     "push_to_hub": "Upload the run folder at the end. Default: false.",
 }
-# What stands in a group before the fields of the section of that name.
+# Options that come before the fields of a section in the group of that name.
 GROUPS: dict[str, tuple[str, ...]] = {
     "basics": (
         *("model", "reward_funcs", "train_dataset", "eval_dataset", "output_dir", "preset", "max_steps"),
@@ -50,7 +50,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 class OwnField(NamedTuple):
-    """A field of `BONDConfig` as its source has it."""
+    """A field of `BONDConfig`, read from its source."""
 
     section: str
     default: Any
@@ -58,7 +58,7 @@ class OwnField(NamedTuple):
 
 
 def bond_fields() -> dict[str, OwnField]:
-    """Every field of `BONDConfig` that is not inherited as it is, in order."""
+    """Every field that `BONDConfig` defines or redefines, in order."""
     source = (Path(__file__).parents[1] / "config" / "bond_config.py").read_text(encoding="utf-8")
     sections = {i: line.strip().removeprefix(SECTION) for i, line in enumerate(source.splitlines()) if SECTION in line}
     tree = ast.parse(source)
@@ -74,7 +74,7 @@ def bond_fields() -> dict[str, OwnField]:
 
 
 def greeting() -> str:
-    """What `bondlm` alone prints."""
+    """The output of `bondlm` without a command."""
     return f"""bondlm {__version__}: Best-of-N quality from one sample.
 
   bondlm check --config run.yaml              try everything once, in a minute
@@ -86,14 +86,14 @@ the rest, `bondlm --help` all commands."""
 
 
 def main_help() -> str:
-    """What `bondlm --help` prints."""
+    """The output of `bondlm --help`."""
     rows = [_entry(name, text, dashes="", indent=16) for name, (text, _) in COMMANDS.items()]
     usage = "usage: bondlm COMMAND [--config FILE.yaml] [--name value ...]"
     return "\n".join([usage, "", "commands:", *rows, "", _EXAMPLES, ""])
 
 
 def command_help(command: str) -> str:
-    """What `bondlm COMMAND --help` prints."""
+    """The output of `bondlm COMMAND --help`."""
     text, names = COMMANDS[command]
     sections = [f"usage: bondlm {command} [--config FILE.yaml] [--name value ...]", "", textwrap.fill(text, WIDTH)]
     if command in ("train", "check"):
@@ -122,7 +122,7 @@ def _train_groups(names: Mapping[str, str]) -> Iterator[tuple[str, list[tuple[st
 
 
 def _with_default(field: OwnField) -> str:
-    """The text of a field, and its default where the text does not say it."""
+    """The text of a field, with its default unless the text states it."""
     if field.default is None or "default" in field.text.lower():
         return field.text
     value = yaml.safe_dump(field.default).removesuffix("\n...\n").strip()
@@ -130,7 +130,7 @@ def _with_default(field: OwnField) -> str:
 
 
 def _entry(name: str, about: str, *, dashes: str = "--", indent: int = INDENT) -> str:
-    """An option or a command with its text beside it, or below where the name is long."""
+    """An option or a command with its text next to it, or below if the name is long."""
     lines = textwrap.wrap(about, WIDTH - indent, break_long_words=False, break_on_hyphens=False)
     head = f"  {dashes}{name}"
     if len(head) <= indent - 2:

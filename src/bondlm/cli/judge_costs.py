@@ -1,4 +1,4 @@
-"""What judges cost: said before a run, from a few questions that are really asked, and counted after it."""
+"""Costs of judges: estimated before a run from a few real questions, and counted after it."""
 
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ from rich.console import Console
 
 from bondlm.runs.folder import is_main_process
 
-PROBED = 8  # prompts that are asked about before the run
+PROBED = 8  # prompts for which judges are asked before the run
 TAGS = 36  # characters around an answer in a question
 
 
 @contextmanager
 def judge_costs(console: Console, trainer: Any, others: Sequence[Any] = ()) -> Iterator[None]:
-    """Say what the judges of a run will cost once training begins, and what they have cost when it ends, however.
+    """Print what the judges of a run will cost when training begins, and what they have cost however it ends.
 
-    `others` are the judges of the last evaluation, whose cost depends on its samples: they are counted alone.
+    `others` are the judges of the last evaluation, whose cost depends on its samples, so it is only counted.
     """
     from transformers import TrainerCallback
 
@@ -37,7 +37,7 @@ def judge_costs(console: Console, trainer: Any, others: Sequence[Any] = ()) -> I
 
 
 def say_costs(console: Console, rewards: Sequence[Any], where: str = "") -> None:
-    """One line per judge: its calls and tokens so far."""
+    """Print one line per judge with its calls and tokens so far."""
     for name, judge in judges_of(rewards).items():
         used = judge.usage
         how = "" if used.is_counted else " (a guess: the server does not count)"
@@ -53,16 +53,16 @@ def judges_of(rewards: Sequence[Any]) -> dict[str, Any]:
 
 
 def expected_costs(trainer: Any, first_step: int, last_step: int) -> dict[str, tuple[int, int]]:
-    """Calls and tokens of each judge in this process, from samples of a few training prompts that it is asked about.
+    """Expected calls and tokens of each judge in this process, from real questions about a few training prompts.
 
-    They include what these cost themselves. Prompts of a step, and of evaluations, count as they are; answers are taken
-    to stay as long as now.
+    They include the cost of these questions. The numbers of prompts per step and evaluation are exact; answers are
+    assumed to keep their current length.
     """
     if not judges_of(trainer.rewards):
         return {}
     rows = list(islice(trainer.train_dataset, PROBED))
     count, total = len(rows), trainer.objective.plan.total
-    samples = trainer.sample(rows, "policy", total, drop=True)  # a prompt without a ranking is the run's to count
+    samples = trainer.sample(rows, "policy", total, drop=True)  # prompts without a ranking are counted by the run
     length = sum(len(text) for texts in samples.texts for text in texts) / (count * total)
     prompts = _prompts(trainer, last_step) - _prompts(trainer, first_step)
     found = {}
@@ -71,7 +71,7 @@ def expected_costs(trainer: Any, first_step: int, last_step: int) -> dict[str, t
         asked = used.calls + used.cached
         if not asked:  # all samples of each prompt are equal
             continue
-        each, share = used.characters / asked, asked / count  # share: rounds, and prompts with one answer alone
+        each, share = used.characters / asked, asked / count  # share: rounds, and prompts with only one answer
         evaluations = _evaluations(trainer, first_step, last_step, is_kept=judge.keeps_answers)
         sizes = [(prompts * share, used.answers / asked), *((n * judge.rounds, size) for n, size in evaluations)]
         characters = sum(calls * (each + (size - sizes[0][1]) * (length + TAGS)) for calls, size in sizes)
@@ -84,7 +84,7 @@ def _prompts(trainer: Any, step: int) -> float:
     """Training prompts of this process up to a step; the last step of an epoch may have fewer than others."""
     args = trainer.args
     each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if not isinstance(trainer.train_dataset, Sized):  # a stream has no end, and one process
+    if not isinstance(trainer.train_dataset, Sized):  # a stream is endless and has one process
         return float(step * each)
     rows = len(trainer.train_dataset)
     whole, rest = divmod(step, -(-rows // each))
@@ -92,9 +92,9 @@ def _prompts(trainer: Any, step: int) -> float:
 
 
 def _evaluations(trainer: Any, first_step: int, last_step: int, *, is_kept: bool) -> list[tuple[int, int]]:
-    """(prompts, answers in a question) of all that is asked in evaluations, the last one included.
+    """(prompts, answers per question) of all questions in evaluations, including the last one.
 
-    One after the last step has the same samples as the one that ends the run: answers that are kept are not paid twice.
+    An evaluation after the last step has the same samples as the final one, and cached answers are not paid for twice.
     """
     args = trainer.args
     if trainer.eval_dataset is None:
@@ -109,7 +109,7 @@ def _evaluations(trainer: Any, first_step: int, last_step: int, *, is_kept: bool
     elif args.eval_strategy == "epoch" and isinstance(trainer.train_dataset, Sized):
         each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = -(-len(trainer.train_dataset) // each)
-        times = -(-last_step // steps) - -(-first_step // steps)  # the last one also where the run ends within it
+        times = -(-last_step // steps) - -(-first_step // steps)  # including a last one that the run's end cuts short
     of_baselines = (1, max(1, args.eval_num_samples // 2), 1)  # bondlm.evaluation.run
     sizes = [references, *[references + args.eval_num_samples] * (times + 1)]
     return [(prompts, size) for size in [*sizes, *(references + count for count in of_baselines)]]

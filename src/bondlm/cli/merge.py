@@ -1,4 +1,4 @@
-"""`bondlm merge RUN RUN ...`: several runs from one model as one (WARP), and its way back to the reference."""
+"""`bondlm merge RUN RUN ...`: merge several runs from one model (WARP), and evaluate the path back to the reference."""
 
 import json
 import tempfile
@@ -49,7 +49,7 @@ NUMBERS = ("win_rate", "effective_n", "kl", "kl_of_best_of_n", "kl_ratio", "rewa
 
 
 def run(options: dict[str, Any]) -> int:
-    """Merge, write a run folder, and with `curve` evaluate the way from the merge to the reference."""
+    """Merge, write a run folder, and with `curve` evaluate the path from the merge to the reference."""
     runs = options.get("runs") or []
     folders = [Path(str(name)) for name in (runs if isinstance(runs, list) else [runs])]
     check_sampling(options)
@@ -61,7 +61,7 @@ def run(options: dict[str, Any]) -> int:
     init_kwargs = _init_kwargs(folders, options.get("reference"))
     config = _config(folders, references, init_kwargs, options | {"toward_reference": toward})
     goes_on = bool(points) and run_config(output).get("merge") == config["merge"]
-    if not goes_on:  # else it is there, and its curve is not finished, or another one is asked for
+    if not goes_on:  # otherwise the merge exists, and its curve is unfinished or another one is requested
         fresh_folder(options, "")
     with locked(output):
         with console.status("loading PyTorch and the runs"):
@@ -93,7 +93,7 @@ def _toward(value: Any) -> float:
 
 
 def _points(options: Mapping[str, Any]) -> list[float]:
-    """The values of toward_reference to evaluate; none without `curve`."""
+    """The values of toward_reference to evaluate; empty without `curve`."""
     curve = options.get("curve", False)
     if curve is False:
         unused = [name for name in MERGE_CURVE if name in options and name != "curve"]
@@ -107,7 +107,7 @@ def _points(options: Mapping[str, Any]) -> list[float]:
 
 
 def _reference(folder: Path, given: Any) -> str:
-    """What a run was trained from."""
+    """The model that a run was trained from."""
     if not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is not a folder: name run folders, as `bondlm train` leaves them")
     refuse_unfinished(folder)
@@ -124,7 +124,7 @@ def _began_at(folder: Path) -> Any:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The run's settings; its names of files are whole paths, so that they hold from any directory, and compare."""
+    """The run's settings, with absolute paths, so that they are valid in any directory and comparable."""
     if not (config := run_config(run_of(folder))):
         return {}
     directory = Path(str(run_environment(run_of(folder)).get("directory") or Path.cwd()))
@@ -133,10 +133,10 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _init_kwargs(folders: Sequence[Path], reference: Any) -> dict[str, Any]:
-    """What the runs' common start is loaded with."""
+    """Keyword arguments for loading the runs' common start."""
     if reference and any(str(_began_at(folder)) != str(found_in(Path.cwd(), reference)) for folder in folders):
         return load_kwargs(str(reference))
-    first, *others = [start_kwargs(folder) for folder in folders] or [{}]  # none: refused where they are merged
+    first, *others = [start_kwargs(folder) for folder in folders] or [{}]  # an empty list is refused by the merge
     for folder, other in zip(folders[1:], others, strict=True):
         if other != first:
             raise ConfigError(
@@ -149,7 +149,7 @@ def _init_kwargs(folders: Sequence[Path], reference: Any) -> dict[str, Any]:
 def _config(
     folders: Sequence[Path], references: Sequence[str], init_kwargs: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What `eval` asks a run folder for, where all runs say the same; and how the merge was made."""
+    """The settings that `eval` reads from a run folder, if all runs agree, and how the merge was made."""
     method, rank = options.get("method", "slerp"), options.get("rank")
     if method not in ("mean", "slerp"):
         raise ConfigError(f"method={method!r}: must be one of mean, slerp")
@@ -186,7 +186,7 @@ def _write(output: Path, merge: Any, config: Mapping[str, Any], toward: float, c
         facts |= {"rank": merge.rank, "full_rank": merge.full_rank, "rank_error": error}
     write_facts(output, MERGE_FILE, dict(config["merge"]) | facts)
     write_whole(output / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False))
-    write_facts(output, ENVIRONMENT_FILE, {"directory": str(Path.cwd())})  # where relative names begin, as in a run
+    write_facts(output, ENVIRONMENT_FILE, {"directory": str(Path.cwd())})  # base of relative names, as in a run
     lengths = ", ".join(f"{norm:.3g}" for norm in merge.norms)
     lines = [f"task vectors of length {lengths}; merged: {merge.norm:.3g}, of which {1 - toward:.0%} are kept"]
     if merge.rank is not None:
@@ -201,7 +201,7 @@ def _write(output: Path, merge: Any, config: Mapping[str, Any], toward: float, c
 def _evaluate_curve(
     output: Path, merge: Any, options: Mapping[str, Any], points: Sequence[float], console: Console
 ) -> None:
-    """Win rate and KL at several points of theta_0 + (1 - t) * (merged task vector); samples on file are kept."""
+    """Win rate and KL at several points of theta_0 + (1 - t) * (merged task vector); existing samples are kept."""
     asked = {n: v for n, v in options.items() if n in MERGE_CURVE and n != "curve"}
     asked |= {"reference": options["reference"]} if options.get("reference") else {}
     folder = output / CURVE_FOLDER
@@ -233,7 +233,7 @@ def _point(
     job: Mapping[str, Any],
     console: Console,
 ) -> dict[str, Any]:
-    """What the samples of one point say; they are drawn where they are not on file."""
+    """The results of one point; missing samples are drawn."""
     from bondlm.rollout.sampler import Sampler
 
     policy = replace(wanted["policy"], name=f"toward_reference {point:g}", file=f"policy-{point:g}.jsonl")
@@ -243,12 +243,12 @@ def _point(
         merge.write(Path(scratch), toward_reference=point)
         job["pair"].samplers["policy"] = Sampler(scratch, rendering=rendering_of_job(settings), **how)
         with make_progress(console) as progress:
-            draw_set(folder, policy, 1, settings, job, progress)  # the same seeds at every point: paired samples
+            draw_set(folder, policy, 1, settings, job, progress)  # the same seeds at every point, so samples are paired
     return {"toward_reference": point} | _numbers(folder, job, wanted["reference"], policy, console)
 
 
 def _numbers(folder: Path, job: Mapping[str, Any], reference: Any, policy: Any, console: Console) -> dict[str, Any]:
-    """What the samples of one point say, and what judges that rank say of them."""
+    """The results of one point, including those of ranking judges."""
     from bondlm.evaluation.files import read_samples
     from bondlm.evaluation.samples import from_rows
     from bondlm.evaluation.statistics import summarize

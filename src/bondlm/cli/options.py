@@ -1,4 +1,4 @@
-"""Options of each command: a YAML file, then `--name value` on top; an unknown name is refused with the nearest."""
+"""Options of each command: a YAML file, overridden by `--name value`; unknown names are refused with a suggestion."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ LORA = {
     "lora_dropout": "Default: 0.",
     "lora_target_modules": "Default: all-linear.",
 }
-# What `train` takes beside the settings of BONDConfig.
+# Options of `train` in addition to the settings of BONDConfig.
 TRAIN = (
     _MODEL
     | {"reward_funcs": _REWARDS["reward_funcs"]}
@@ -182,12 +182,12 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-# Paths and names, which YAML may take for numbers, dates or switches.
+# Paths and names, which YAML may misread as numbers, dates or booleans.
 NAMES = ("output_dir", "dataset", "train_dataset", "eval_dataset", "reward_funcs", "judges", "run_name", "hub_model_id")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires 1.0e-4), and a name that stands twice is an error."""
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 requires 1.0e-4), and a duplicate name is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -205,7 +205,7 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Merge the file and the command line; names may be written with `-` or `_`.
 
     Raises:
-        ConfigError: unknown command or name, a value that is missing, or a file that is not a YAML mapping.
+        ConfigError: the command or a name is unknown, a value is missing, or the file is not a YAML mapping.
     """
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}; see `bondlm --help`")
@@ -242,10 +242,10 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options without TRL's names that ask for nothing else than bondlm does.
+    """The options without names of TRL that ask for what bondlm does anyway.
 
     Raises:
-        ConfigError: names that the command does not know, each with bondlm's own or with the nearest.
+        ConfigError: the command does not know a name; the message suggests bondlm's own or the nearest one.
     """
     known = set(COMMANDS[command][1])
     if command in ("train", "check"):
@@ -259,7 +259,7 @@ def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(name: str, text: str) -> Any:
-    if name in ("prompt", "model", "reference", "opponent", "output") or text.startswith("*"):  # an alias of nothing
+    if name in ("prompt", "model", "reference", "opponent", "output") or text.startswith("*"):  # alias with no anchor
         return text
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -269,7 +269,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _is_other_than_text(value: Any) -> bool:
-    """Whether YAML made something else of a name: a number of 2024_01_15, false of no."""
+    """Whether YAML turned a name into something else: 2024_01_15 into a number, no into false."""
     return value is not None and not isinstance(value, str | list | dict)
 
 
@@ -292,7 +292,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _training_names() -> set[str]:
-    """All fields of `BONDConfig`, those of `transformers.TrainingArguments` included."""
+    """All fields of `BONDConfig`, including those of `transformers.TrainingArguments`."""
     from bondlm.config import SETTINGS
 
     return set(SETTINGS) - {"resume_from_checkpoint"}

@@ -1,4 +1,4 @@
-"""`bondlm prefer RUN`: a person picks the better of two answers, pair by pair, on a page of this machine."""
+"""`bondlm prefer RUN`: a person picks the better of two answers, pair by pair, on a local page."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ OUTPUT = "preferences.jsonl"
 
 
 def run(options: dict[str, Any]) -> int:
-    """Serve the page until all pairs are decided, or the person ends it; say what `reward-model` can read."""
+    """Serve the page until all pairs are decided or the person ends it; print what `reward-model` can read."""
     from bondlm.stages.prefer.choices import Choices, held
     from bondlm.stages.prefer.pairs import read_pairs, samples_file
     from bondlm.stages.prefer.server import PreferServer
@@ -41,7 +41,7 @@ def run(options: dict[str, Any]) -> int:
                 try:
                     server.serve_forever(poll_interval=0.05)
                 except KeyboardInterrupt:
-                    pass  # every choice is on the disk
+                    pass  # every choice is already saved
             left, kept = server.num_left, server.kept
     console.print(
         f"{kept} more choices, {left} of {len(pairs)} pairs left: {path}", highlight=False, soft_wrap=True, markup=False

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a bar with ETA on a terminal, one plain line a logged step everywhere."""
+"""Progress of a run: a bar with ETA on a terminal, and one plain line per logged step everywhere."""
 
 import time
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ class ProgressReporter(TrainerCallback):
         """Start the bar, at the step that a resumed run starts from."""
         self._training = self._progress.add_task("train", total=state.max_steps, completed=state.global_step)
         self._began, self.first_step = time.monotonic(), state.global_step
-        if control.should_training_stop:  # the run is finished, as `StopCallback` says
+        if control.should_training_stop:  # `StopCallback` has found the run to be finished
             return
         world = f", {args.world_size} processes" if args.world_size > 1 else ""
         prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -64,14 +64,14 @@ class ProgressReporter(TrainerCallback):
         """Advance the bar."""
         self._progress.update(self._training, completed=state.global_step)
         if control.should_evaluate and (held_out := self._trainer.eval_dataset) is not None:
-            # The reference does not move: its samples are drawn once.
+            # The reference does not change, so its samples are drawn once.
             prompts = sum(map(len, held_out.values())) if isinstance(held_out, dict) else len(held_out)
             total = prompts if self.reference_drawn else 2 * prompts
             self._evaluation = Counter(self._progress, "held-out samples", total)
             self._trainer.engine.on_prompts_done = self._evaluation
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Remove the evaluation's bar; of several data sets the last one's evaluation ends it."""
+        """Remove the evaluation's bar; with several data sets, after the last one."""
         sets = self._trainer.eval_dataset
         if isinstance(sets, dict) and f"eval_{list(sets)[-1]}_runtime" not in (metrics or {}):
             return
@@ -82,11 +82,11 @@ class ProgressReporter(TrainerCallback):
             self._evaluation = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """One line, and the sums for the phase table."""
+        """Print one line, and update the sums for the phase table."""
         logs = logs or {}
         if "loss" in logs:
             parts = [f"{label} {shape.format(logs[name])}" for label, name, shape in LINE if name in logs]
-            if not self.console.is_terminal:  # there the bar says it
+            if not self.console.is_terminal:  # the bar shows it on a terminal
                 steps, all_steps = state.global_step - self.first_step, state.max_steps - self.first_step
                 parts.append(elapsed_and_eta(time.monotonic() - self._began, steps, all_steps))
             self.console.print(
@@ -106,7 +106,7 @@ class ProgressReporter(TrainerCallback):
                 self.tokens[name] = self.tokens.get(name, 0.0) + value
 
     def mean_phases(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds by phase, and completion tokens sampled, compared and learned on, of a mean step."""
+        """Mean seconds per step by phase, and completion tokens sampled, compared and learned from."""
         steps = max(self._logged_steps, 1)
         phases = {name: seconds / steps for name, seconds in self.phases.items()}
         return phases, {name: count / steps for name, count in self.tokens.items()}

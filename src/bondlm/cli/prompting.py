@@ -1,4 +1,4 @@
-"""What prompts become in a command: as its options say, else as the run was trained that is asked about."""
+"""How a command renders prompts: according to its options, otherwise as in the training of the given run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +16,12 @@ def rendering_of(
 
     Args:
         options: `prompt_format` and `chat_template_kwargs`, if they are set.
-        run: the folder of the model, which may be a run's or its checkpoint's; what it was trained with is the default.
-        keeps_0_1: text stays as it is for a run of bondlm 0.1, which trained so.
-        takes_rendered: whether "rendered" is taken over from a run: its data are, a question is not.
+        run: the model's folder, possibly of a run or a checkpoint; its training rendering is the default.
+        keeps_0_1: leave text unchanged for a run of bondlm 0.1, which was trained that way.
+        takes_rendered: whether to adopt "rendered" from a run: right for its data, but not for a question.
 
     Raises:
-        ConfigError: an option has none of the values that it may have.
+        ConfigError: an option has an invalid value.
     """
     from bondlm.data.rendering import FORMATS, Rendering
 

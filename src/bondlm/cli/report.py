@@ -1,4 +1,4 @@
-"""`bondlm report RUN [RUN...]`: one HTML page about one or several runs, with its figures and numbers beside it."""
+"""`bondlm report RUN [RUN...]`: one HTML page about one or several runs, with its figures and numbers next to it."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +10,7 @@ from bondlm.cli.console import make_console
 
 
 def write_page(folder: Path, console: Console) -> None:
-    """The page of a run folder that has just been evaluated; without what it needs a line that says so."""
+    """Write the page of a run folder that was just evaluated, or print a line if a package for it is missing."""
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
         console.print("no report.html: pip install 'bondlm[report]', then bondlm report", highlight=False)
         return

@@ -33,7 +33,7 @@ RULES: dict[str, Rule] = {
 
 
 def run(options: dict[str, Any]) -> int:
-    """Read and check the pairs, train, save a classifier folder for `reward_funcs`, say how often it is right."""
+    """Read and check the pairs, train, save a classifier folder for `reward_funcs`, and print its accuracy."""
     from bondlm.cli.training import checked, fresh_folder, quiet, training_arguments, write_facts
 
     require(options)
@@ -49,7 +49,7 @@ def run(options: dict[str, Any]) -> int:
             quiet()
             rate = 2e-4 if options.get("use_peft") else 5e-5
             members = members_of(options, rate)
-            training_arguments(options, folder, REWARD_MODEL, rate, len(train_rows))  # to refuse them before a model
+            training_arguments(options, folder, REWARD_MODEL, rate, len(train_rows))  # refused before a model is loaded
             base, tokenizer = load_base(str(options["model"]), seed=members[0].seed)
         if flipped:
             console.print(f"flip_labels: {flipped} of {len(train_rows)} training pairs are the wrong way round")
@@ -63,25 +63,25 @@ def run(options: dict[str, Any]) -> int:
 
 @dataclass
 class _Job:
-    """The parts of the command, in its order."""
+    """The parts of the command, in order."""
 
     options: Mapping[str, Any]
     folder: Path
     console: Console
     train_rows: Rows
     eval_rows: Rows
-    base: Any  # of one reward model: what is trained; of several: what they share their head with
+    base: Any  # the model to train; of several reward models, the one whose head they share
     tokenizer: Any
 
     def one(self, member: Any) -> dict[str, Any]:
-        """Train and save one reward model; the facts about it."""
+        """Train and save one reward model; returns facts about it."""
         trainer, margin_B, facts = self._fit(self.base, member, self.folder)
         measured = self._measured(margin_B, "held-out accuracy")
         trainer.save_model(str(self.folder))
         return facts | measured
 
     def mean_of(self, members: list[Any]) -> dict[str, Any]:
-        """Train several and save the mean of their weights; the facts about each, about it, and their mean score."""
+        """Train several and save the mean of their weights; returns facts about each, the mean, and mean scores."""
         from torch import stack
         from torch.optim.swa_utils import AveragedModel
 
@@ -131,7 +131,7 @@ class _Job:
         )
 
     def _fit(self, model: Any, member: Any, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-        """Train; the trainer with one whole model, the margins of the held-out pairs, and what it took."""
+        """Train; returns the trainer with one whole model, the margins of the held-out pairs, and training facts."""
         from bondlm.cli.training import fit, silence
         from bondlm.stages.reward_model import margins_of, preference_trainer
 
@@ -148,14 +148,14 @@ class _Job:
         trained: Any = trainer.model
         margin_B = margins_of(trained, pairs, self.eval_rows, **self._batches())
         if self.options.get("use_peft"):
-            trainer.model = trained.merge_and_unload()  # a reward is loaded as one model
-        with suppress(OSError):  # a member's folder holds checkpoints, if these were asked for
+            trainer.model = trained.merge_and_unload()  # rewards are loaded as whole models
+        with suppress(OSError):  # a member's folder has checkpoints, if these were requested
             folder.rmdir()
         facts = {"prompt_format": pairs.prompt_format, "steps": trainer.state.global_step, "seconds": seconds}
         return trainer, margin_B, facts
 
     def _measured(self, margin_B: Any, what: str) -> dict[str, Any]:
-        """The accuracy that these margins mean, which is printed, too."""
+        """Compute and print the accuracy from these margins."""
         from bondlm.stages.reward_model import accuracy_of
 
         found = accuracy_of(margin_B, self.eval_rows)
@@ -181,11 +181,11 @@ class _Job:
 
 
 def _rows(options: dict[str, Any]) -> tuple[Rows, Rows, int]:
-    """Training and held-out pairs, and how many of the former were flipped.
+    """Training and held-out pairs, and the number of flipped training pairs.
 
     Raises:
-        ConfigError: `flip_labels` cannot be.
-        DataError: pairs that cannot be used, or prompts that are in both parts.
+        ConfigError: `flip_labels` is invalid.
+        DataError: there are unusable pairs, or prompts in both parts.
     """
     from bondlm.data.prompts import overlap
     from bondlm.stages.rows import flip_labels, hold_out, read_preferences

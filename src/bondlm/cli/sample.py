@@ -1,4 +1,4 @@
-"""`bondlm sample`: one answer a prompt, or the best of N by any reward."""
+"""`bondlm sample`: one answer per prompt, or the best of N by any reward."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ CHUNK = 16  # prompts between two writes
 
 
 def run(options: dict[str, Any]) -> int:
-    """Print the answers, or write them as JSONL rows {prompt, completion} (with `reward` when one was asked for)."""
+    """Print the answers, or write them as JSONL rows {prompt, completion} (with `reward` if one was requested)."""
     check_sampling(options)
     best_of = options.get("best_of", 1)
     if not options.get("model"):
@@ -57,18 +57,18 @@ def run(options: dict[str, Any]) -> int:
 
 
 def best(group: list[dict[str, Any]]) -> dict[str, Any]:
-    """The answer with the highest reward; the first one when nothing was scored."""
+    """The answer with the highest reward; the first one if nothing was scored."""
     return max(group, key=lambda row: row.get("reward", 0.0))
 
 
 def answer_length(options: Mapping[str, Any]) -> int:
-    """Most tokens of an answer: as asked for, else as the run folder was trained and measured, else 256."""
+    """Maximum tokens of an answer: as requested, else as in the run folder's training and evaluation, else 256."""
     of_run = run_config(run_of(Path(str(options["model"])))).get("max_completion_length", 256)
     return int(options.get("max_completion_length", of_run))
 
 
 def made_from(options: Mapping[str, Any], sampler: Any, rows: Any, num_samples: int) -> dict[str, Any]:
-    """What decides the answers, beside the versions of what computes them."""
+    """The inputs that determine the answers, apart from software versions."""
     from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
     from bondlm.data.origin import prompting_of
 
@@ -98,7 +98,7 @@ def generate(
 ) -> Any:
     """Yield, per chunk of prompts, a list of each prompt's answers as rows {prompt, completion[, reward]}.
 
-    Prompts that the `draft` has already are left out; `token_ids` of scored answers are wanted, too.
+    Prompts that the `draft` already has are left out; with `token_ids`, scored answers also get theirs.
     """
     with console.status("loading PyTorch, the model and the rewards"):
         from transformers.utils import logging as transformers_logging
@@ -118,7 +118,7 @@ def generate(
             dtype=str(options.get("dtype", "auto")),
             max_rows=options.get("max_rows"),
             init_kwargs=load_kwargs(str(options["model"])),
-            rendering=replace(rendering, now=now or datetime.today()),  # one day, however long it takes
+            rendering=replace(rendering, now=now or datetime.today()),  # the same day, however long it takes
         )
         lengths: dict[str, Any] = {"max_completion_length": answer_length(options)}
         rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)
@@ -138,7 +138,7 @@ def generate(
     if draft is not None:
         first = draft.begin(made_from(options, sampler, rows, num_samples), len(rows), CHUNK)
     progress = make_progress(console)
-    # A live bar takes hold of stdout, where the answers go unless they are written to a file.
+    # A live bar takes over stdout, where the answers go unless they are written to a file.
     with progress if options.get("output") else nullcontext():
         count = Counter(progress, f"{num_samples} answer(s) to each prompt", len(rows))
         count(first)

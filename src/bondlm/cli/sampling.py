@@ -1,4 +1,4 @@
-"""How answers are drawn: options of `sample`, `score`, `eval` and `merge --curve`, checked before any work."""
+"""Sampling options of `sample`, `score`, `eval` and `merge --curve`, checked before any work."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from bondlm.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
-LEAST_TEMPERATURE = 0.01  # below, the greedy answer is meant, and logits divided by it may overflow
+LEAST_TEMPERATURE = 0.01  # smaller values mean greedy decoding, and logits divided by them may overflow
 _LEAST = {
     **dict.fromkeys(("best_of", "num_samples", "max_completion_length", "max_prompt_length", "max_rows"), 1),
     "num_reference_samples": 2,
@@ -17,10 +17,10 @@ _MAY_BE_UNSET = ("max_prompt_length", "max_rows")
 
 
 def check_sampling(options: Mapping[str, Any]) -> None:
-    """Refuse numbers that nothing can be drawn with.
+    """Refuse numbers with which no sampling is possible.
 
     Raises:
-        ConfigError: one of those that are set is out of its range.
+        ConfigError: an option is out of range.
     """
     for name, least in _LEAST.items():
         if name not in options or (options[name] is None and name in _MAY_BE_UNSET):

@@ -1,6 +1,6 @@
 """`bondlm score`: many scored samples per prompt, as JSONL rows {prompt, completion, reward, finished, token_ids}.
 
-Beside the file stands `FILE.meta.json`: which model drew them behind which prompts, and which rewards scored them.
+`FILE.meta.json`, next to the file, states which model drew them for which prompts, and which rewards scored them.
 """
 
 import json

@@ -15,7 +15,7 @@ FACTS_FILE = "sft.json"
 
 
 def run(options: dict[str, Any]) -> int:
-    """Read and check the rows, train, save an ordinary model or adapter folder, say the held-out loss."""
+    """Read and check the rows, train, save an ordinary model or adapter folder, and print the held-out loss."""
     from bondlm.cli.training import checked, fit, fresh_folder, quiet, silence, training_arguments, write_facts
     from bondlm.data.prompts import overlap
     from bondlm.stages.rows import read_answers
@@ -79,7 +79,7 @@ def _loss(trainer: Any) -> float:
 
 
 def _require_evaluations(options: Mapping[str, Any]) -> None:
-    """See that there are the evaluations that settings ask for.
+    """Check that the evaluations that settings refer to exist.
 
     Raises:
         ConfigError: there are none.

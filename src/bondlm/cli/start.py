@@ -1,4 +1,4 @@
-"""How the model that a run was started from is loaded again: the reference, or the base of an adapter."""
+"""Reload the model that a run was started from: the reference, or the base of an adapter."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from bondlm.runs.folder import run_config, run_of
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """What PEFT keeps of an adapter; nothing if the folder holds none.
+    """PEFT's config of an adapter; empty if the folder has no adapter.
 
     Raises:
         ConfigError: it cannot be read.
@@ -34,5 +34,5 @@ def start_kwargs(folder: Path) -> dict[str, Any]:
 
 
 def load_kwargs(model: str) -> dict[str, Any]:
-    """Keyword arguments for a model by name: an adapter's base is loaded as in its training, all others as they are."""
+    """Keyword arguments for a model by name: an adapter's base is loaded as in its training, others by default."""
     return start_kwargs(Path(model)) if adapter_config(Path(model)) else {}

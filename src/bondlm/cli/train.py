@@ -1,4 +1,4 @@
-"""`bondlm train`: from a config to a run folder with its evaluation."""
+"""`bondlm train`: train from a config, and write a run folder with its evaluation."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def run(options: dict[str, Any]) -> int:
             from bondlm.engines.choose import engine_choice
             from bondlm.training.processes import World, decided_by_main
         rewards = _reward_fingerprints(options) if is_main_process() else []
-        args = training_arguments(options)  # here the processes of a run find each other
+        args = training_arguments(options)  # the processes of a run connect here
         checkpoint, changes = decided_by_main(
             lambda: _resume_point(folder, options, console, rewards), World.of(args), wait_s=args.ddp_timeout
         )
@@ -89,9 +89,9 @@ def run(options: dict[str, Any]) -> int:
             trainer.train(resume_from_checkpoint=checkpoint, allow_config_change=allowed)
             if trainer.stop.stopped:
                 return _say_stopped(console, folder, trainer.stop.signal)
-            trainer.save_model(_internal_call=True)  # it goes to the hub once, with its card
+            trainer.save_model(_internal_call=True)  # it is uploaded once, with its card
             trainer.stop.finished = True
-            if trainer.stop.agree(args)[0]:  # it came during the save
+            if trainer.stop.agree(args)[0]:  # the signal came during the save
                 return _say_stopped(console, folder, trainer.stop.signal)
             reporter.close_training()
             result = _evaluate(trainer, folder, console, reporter, judges)
@@ -103,7 +103,7 @@ def run(options: dict[str, Any]) -> int:
 
 
 def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judges: list[Any]) -> dict[str, Any] | None:
-    """Where the time went and what was dropped; then the last evaluation, if there is something to evaluate on."""
+    """Print times and dropped prompts; then run the last evaluation, if there is something to evaluate on."""
     from bondlm.evaluation import evaluate_run
     from bondlm.evaluation.table import print_phases
 
@@ -121,9 +121,9 @@ def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judge
 
 
 def require(options: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a required option that is missing, and for what must not be set."""
+    """Raise `ConfigError` for a missing required option, and for options that must not be set."""
     refuse_unsafe(options)
-    for name in ("model", "train_dataset"):  # rewards are optional where the samples are scored already
+    for name in ("model", "train_dataset"):  # rewards are optional if the samples are already scored
         if not options.get(name):
             raise ConfigError(f"{name} is required: set it in the config or with --{name}")
 
@@ -138,7 +138,7 @@ def training_arguments(options: Mapping[str, Any]) -> Any:
 
     settings = {name: value for name, value in options.items() if name not in TRAIN}
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if settings.get(name) is False:  # what YAML makes of a bare `no`
+        if settings.get(name) is False:  # YAML's reading of a bare `no`
             settings[name] = "no"
     try:
         return BONDConfig(**{"disable_tqdm": True, "save_total_limit": 2} | settings)
@@ -146,7 +146,7 @@ def training_arguments(options: Mapping[str, Any]) -> Any:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"a setting was refused: {error}") from error
-    except RuntimeError as error:  # PyTorch's, when the processes do not find each other
+    except RuntimeError as error:  # from PyTorch, if the processes cannot connect
         place = ", ".join(f"{name}={os.environ.get(name)}" for name in RENDEZVOUS)
         raise ConfigError(
             f"the processes of this run could not connect ({place}): {str(error).splitlines()[0]}. The port may be "
@@ -155,7 +155,7 @@ def training_arguments(options: Mapping[str, Any]) -> Any:
 
 
 def build_trainer(options: Mapping[str, Any], args: Any = None) -> Any:
-    """The trainer that the options describe; `args` are their `training_arguments`, if these are made already.
+    """The trainer that the options describe; `args` are their `training_arguments`, if these already exist.
 
     Raises:
         ConfigError: a value is refused.
@@ -182,10 +182,10 @@ def build_trainer(options: Mapping[str, Any], args: Any = None) -> Any:
 
 
 def load_judges(options: Mapping[str, Any], trainer: Any) -> list[Any]:
-    """The rewards that the last evaluation asks besides those that were optimised.
+    """The rewards that the last evaluation uses in addition to the optimised ones.
 
     Raises:
-        ConfigError: there is no evaluation, or one cannot be loaded.
+        ConfigError: there is no evaluation, or a reward cannot be loaded.
     """
     specs = options.get("judges") or []
     specs = list(specs) if isinstance(specs, list | tuple) else [specs]
@@ -208,7 +208,7 @@ def lora_config(options: Mapping[str, Any]) -> Any:
     """The adapter that the options ask for, or None.
 
     Raises:
-        ConfigError: a value is refused, or settings of an adapter are given and none is asked for.
+        ConfigError: a value is refused, or settings of an adapter are given but no adapter is requested.
     """
     if not options.get("use_peft"):
         extra = [name for name in LORA if name in options and name != "use_peft"]
@@ -229,11 +229,11 @@ def lora_config(options: Mapping[str, Any]) -> Any:
 
 
 def resume_of(options: Mapping[str, Any], console: Console) -> str | None:
-    """The checkpoint that `train` would continue from; its folder stays as it is.
+    """The checkpoint that `train` would continue from; its folder is not changed.
 
     Raises:
         CheckpointError: `train` would refuse the folder, or the checkpoint.
-        ConfigError: it would refuse other settings than those of the run there, or cannot write the folder.
+        ConfigError: `train` would refuse settings that differ from the run's, or cannot write the folder.
     """
     from bondlm.data.paths import refuse_own_folder
     from bondlm.training.occupied import refuse_other_files
@@ -258,14 +258,14 @@ def _resume_point(
     *,
     is_real: bool = True,
 ) -> tuple[str | None, list[str]]:
-    """The checkpoint to continue from, if any, and the settings that differ from those of the run so far.
+    """The checkpoint to continue from, if any, and the settings that differ from those of the existing run.
 
-    A named checkpoint is where a run begins: the same command then goes on from its newest one, as `auto` does.
-    Unless it `is_real` nothing in the folder changes.
+    A run starts from a named checkpoint; the same command then continues from the run's newest one, as `auto` does.
+    Unless `is_real`, nothing in the folder is changed.
 
     Raises:
-        CheckpointError: `resume: never`, but the folder holds a run; or the named checkpoint is not there, or the
-            folder holds steps that do not come from it.
+        CheckpointError: `resume: never` is set but the folder has a run; or the named checkpoint does not exist, or the
+            folder has steps that do not come from it.
         ConfigError: the run in the folder was made with other settings.
     """
     named = _named_checkpoint(options)
@@ -280,7 +280,7 @@ def _resume_point(
     if options.get("resume") == "never":
         raise CheckpointError(f"{folder} already holds a run: choose another output_dir, or resume: auto")
     changes = _changed_settings(folder / CONFIG_FILE, options, rewards)
-    if named is not None and changes:  # a second beginning, not the same command
+    if named is not None and changes:  # a second start, not the same command
         return _first_from(named, folder, options, rewards, is_real=is_real)
     for reason in rejected:
         console.print(f"not resumed from {reason}", highlight=False, soft_wrap=True)
@@ -293,7 +293,7 @@ def _named_checkpoint(options: Mapping[str, Any]) -> Path | None:
 
 
 def _begun_from(folder: Path, options: Mapping[str, Any], checkpoint: str | None) -> str | None:
-    """The named checkpoint that the run in `folder` has begun with, now or before."""
+    """The named checkpoint that the run in `folder` started from, now or before."""
     if (named := _named_checkpoint(options)) is not None:
         return str(named.resolve())
     return None if checkpoint is None else run_environment(folder).get("resumed_from")
@@ -302,7 +302,7 @@ def _begun_from(folder: Path, options: Mapping[str, Any], checkpoint: str | None
 def _first_from(
     checkpoint: Path, folder: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]], *, is_real: bool
 ) -> tuple[str, list[str]]:
-    """Begin in `folder` with a named checkpoint; another folder's run brings its rendering and its changes."""
+    """Start in `folder` from a named checkpoint; from another folder, also take that run's rendering and changes."""
     if not checkpoint.is_dir():
         raise CheckpointError(f"resume={str(checkpoint)!r} is not a checkpoint folder")
     verify(checkpoint)
@@ -317,7 +317,7 @@ def _first_from(
 
 
 def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = ()) -> list[str]:
-    """Each difference to the settings on file; refused unless `allow_config_change` is set."""
+    """The differences to the stored settings; refused unless `allow_config_change` is set."""
     from bondlm.config import changed_settings
     from bondlm.training.settings import spell_alike
 
@@ -330,7 +330,7 @@ def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[
 
 
 def _reward_fingerprints(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the rewards are made of: hashes of the files and weights behind them."""
+    """Fingerprints of the rewards: hashes of their files and weights."""
     from bondlm.data.fingerprints import reward_fingerprint
 
     specs = options.get("reward_funcs") or []
@@ -338,7 +338,7 @@ def _reward_fingerprints(options: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _edited(environment: Path, rewards: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each reward whose file or weights are others than when the run was begun."""
+    """Each reward whose file or weights have changed since the run was started."""
     known = run_environment(environment.parent).get("rewards")
     before = {each.get("spec"): each.get("sha256") for each in known or [] if isinstance(each, dict)}
     now = {each["spec"]: each.get("sha256") for each in rewards}
@@ -347,7 +347,7 @@ def _edited(environment: Path, rewards: Sequence[Mapping[str, Any]]) -> list[str
 
 
 def _signal(trainer: Any) -> list[str]:
-    """The strength of a signal that was solved for n; nothing where the objective has none to solve."""
+    """The strength of a signal that was solved for n; empty if the objective has none."""
     objective = trainer.objective
     if getattr(objective, "strength", None) is None:
         return []
@@ -357,7 +357,7 @@ def _signal(trainer: Any) -> list[str]:
 
 
 def _weights_held(args: Any) -> str:
-    """Which weights the run folder will hold."""
+    """Which weights the run folder will have."""
     fraction = args.average_weights
     if args.load_best_model_at_end:
         return f"weights: of the best checkpoint by {args.metric_for_best_model} (load_best_model_at_end)"
@@ -369,20 +369,20 @@ def _weights_held(args: Any) -> str:
 def _note_environment(
     path: Path, begun: Mapping[str, Any], engine: str, held: str, rewards: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Versions, engine, kept weights and rewards of the run, and every change of its settings that was allowed."""
+    """Store versions, engine, kept weights and rewards of the run, and every allowed change of its settings."""
     before = run_environment(path.parent).get("config_changes", [])
     packages = ("bondlm", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     content: dict[str, Any] = {"versions": versions, "platform": platform.platform(), "engine": engine}
     content["weights"] = held.removeprefix("weights: ")
-    content["directory"] = str(Path.cwd())  # where the relative names of config.yaml begin
+    content["directory"] = str(Path.cwd())  # base of relative names in config.yaml
     content |= {"rewards": redacted(list(rewards)), "config_changes": before + begun["config_changes"]}
     content |= {"resumed_from": begun["resumed_from"]} if begun["resumed_from"] else {}
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def refuse_unsafe(options: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a secret that would be kept in the run folder, and a name that could lead elsewhere."""
+    """Raise `ConfigError` for a secret that would be stored in the run folder, or a name that could lead outside it."""
     for name in SECRET_NAMES:
         if options.get(name):
             raise ConfigError(f"{name} would be written into the run folder: set HF_TOKEN in the environment instead")
@@ -393,19 +393,19 @@ def refuse_unsafe(options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[list[Any]]:
-    """The first SIGINT or SIGTERM lets the step finish and saves; a second one stops at once. SIGUSR1 saves alone.
+    """The first SIGINT or SIGTERM lets the step finish and saves; a second one stops at once. SIGUSR1 only saves.
 
-    Yields the list to which the trainer's `stop` is added. As long as there is none a run has nothing to finish or to
-    save: the first signal stops it, and SIGUSR1 is let pass.
+    Yields a list to which the trainer's `stop` is added later. Until then a run has nothing to finish or save: the
+    first signal stops it at once, and SIGUSR1 is ignored.
     """
     watched: list[Any] = []
 
     def note(number: int, frame: Any) -> None:
-        if not watched or watched[0].finished:  # afterwards the model is saved, only its evaluation is cut short
+        if not watched or watched[0].finished:  # after that the model is saved, and only the evaluation is cut short
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         watched[0].signal = number
         signal.signal(number, before[number])
-        if is_main_process():  # not by print: this may have interrupted one
+        if is_main_process():  # not with print, which this may have interrupted
             os.write(2, b"bondlm: stopping: the step under way is finished and saved. Once more stops at once.\n")
 
     def save(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the commands `sft` and `reward-model` share: arguments of transformers, a fresh folder, progress, facts."""
+"""Shared parts of the commands `sft` and `reward-model`: training arguments, output folder, progress, facts."""
 
 import importlib.metadata
 import json
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 
 _RESUMES = "no checkpoint is resumed from, the command trains from the start; remove it"
 _NO_METRICS = "nothing else than the loss is measured; remove it"
-# What the commands do not use, or cannot work with; they refuse values of the wrong kind, too.
+# Settings that the commands do not use or support; values of the wrong kind are also refused.
 _RULES: dict[str, Rule] = {
     "max_steps": Rule(lambda value: value == -1 or value >= 1, "must be >= 1, or -1 for num_train_epochs"),
     "num_train_epochs": above(0),
@@ -59,10 +59,10 @@ _RULES: dict[str, Rule] = {
 
 
 def checked(options: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """The options that are set: each can be, and does something; `rules` are the command's own.
+    """The options that are set, after checking that each is valid and has an effect; `rules` are the command's own.
 
     Raises:
-        ConfigError: values of the wrong kind, outside of the range, or without an effect.
+        ConfigError: a value has the wrong kind, is out of range, or has no effect.
     """
     from bondlm.config import SETTINGS
     from bondlm.config.checks import other_kind
@@ -83,7 +83,7 @@ def fresh_folder(options: Mapping[str, Any], default: str) -> Path:
     """The output folder, without a model in it.
 
     Raises:
-        CheckpointError: it holds a model already.
+        CheckpointError: it already has a model.
     """
     folder = Path(str(options.get("output_dir") or default))
     if (name := weights_file(folder)) is not None:
@@ -94,7 +94,7 @@ def fresh_folder(options: Mapping[str, Any], default: str) -> Path:
 def training_arguments(
     options: Mapping[str, Any], folder: Path, own: Mapping[str, Any], learning_rate: float, rows: int
 ) -> Any:
-    """`transformers.TrainingArguments` from the options that are not the command's own, for so many training rows.
+    """`transformers.TrainingArguments` from the options that are not the command's own, for this many training rows.
 
     Raises:
         ConfigError: a value is refused, or there would be no step.
@@ -122,7 +122,7 @@ def training_arguments(
 
 
 def quiet() -> None:
-    """Let the command speak alone."""
+    """Silence libraries, so that only the command prints."""
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -139,10 +139,10 @@ def silence(trainer: Any) -> None:
 
 
 def fit(trainer: Any, console: Console) -> float:
-    """Train, printing a line each logged step; returns the seconds.
+    """Train, printing a line per logged step; returns the seconds.
 
     Raises:
-        NonFiniteError: the loss, or a weight that is to be saved, became NaN or infinite.
+        NonFiniteError: the loss, or a weight to be saved, became NaN or infinite.
     """
     from transformers import TrainerCallback
 
@@ -165,7 +165,7 @@ def fit(trainer: Any, console: Console) -> float:
 
 
 def write_facts(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
-    """Write a JSON file of what was measured, with versions; it appears whole or not at all."""
+    """Write a JSON file of the results atomically, with versions."""
     versions = {package: importlib.metadata.version(package) for package in ("bondlm", "torch", "transformers")}
-    content = plain(dict(facts) | {"versions": versions})  # an interval of one prompt is infinite, which JSON is not
+    content = plain(dict(facts) | {"versions": versions})  # one prompt's interval is infinite, which JSON forbids
     write_whole(folder / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
