@@ -23,7 +23,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = folder / "run"
     for name in ("adapter_model.safetensors", "adapter_config.json", "eval.json", "eval_samples.jsonl", "README.md"):
         (run / name).unlink()
-    (run / "ending.json").write_text(json.dumps({"step": 2, "max_steps": 40}))
+    (run / "ending.json").write_text(json.dumps({"step": 2, "max_steps": 40, "is_interrupted": True}))
     return run
 
 

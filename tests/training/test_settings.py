@@ -186,4 +186,4 @@ def test_names_that_mean_the_same_file_are_one(tmp_path: Path, monkeypatch: pyte
     other: dict[str, Any] = {"model": "m", "reward_funcs": "reward.py:g"}
     spell_alike(held, other, tmp_path)
     assert held["model"] == other["model"]
-    assert held["reward_funcs"] != other["reward_funcs"]
+    assert other["reward_funcs"] == "reward.py:g"  # said as it was written

@@ -3,16 +3,17 @@ was allowed, by its estimate."""
 
 import json
 import logging
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import prompt_rows
 from trainer.helpers import logged, same, trainer, weights
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from bondlm.errors import EngineError
-from bondlm.runs.ending import Ending, read_ending
+from bondlm.runs.ending import Ending, read_ending, step_of_weights
 from bondlm.training.stopping import StopCallback
 
 
@@ -87,6 +88,22 @@ def test_a_stop_by_a_goal_is_said_kept_and_not_passed_over_by_the_same_command(t
     more.train(resume_from_checkpoint=True)
     assert more.state.global_step == 6
     assert read_ending(tmp_path) == Ending(step=6, max_steps=6, kl_budget=1e9)
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_only_an_interrupted_run_has_weights_of_an_unknown_step(interrupted, tmp_path):
+    """Early stopping ends a run in good order."""
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and interrupted:
+                made.stop.signal = signal.SIGTERM
+            control.should_training_stop = state.global_step == 2
+
+    made = trainer(tmp_path, max_steps=6, callbacks=[Stops()])
+    made.train()
+    assert read_ending(tmp_path).is_interrupted is interrupted
+    assert step_of_weights(tmp_path, 2) == (None if interrupted else 2)
 
 
 def test_a_finished_run_says_so_and_takes_no_step(tmp_path, caplog):

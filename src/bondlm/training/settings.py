@@ -50,12 +50,13 @@ def compare_settings(
     return changed_settings(before, now, source, allowed=allowed)
 
 
-def spell_alike(before: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    """Make names of inputs whole where those of the run in `source` and these differ as they are written."""
+def spell_alike(before: Mapping[str, Any], now: dict[str, Any], source: Path) -> None:
+    """Write names of inputs in `now` as those of the run in `source`, `before`, if they name the same files."""
     for name in INPUTS:
-        if name in before and name in now and before[name] != now[name]:
-            before[name] = found_in(_directory(source), _listed(before[name]))
-            now[name] = found_in(Path.cwd(), _listed(now[name]))
+        if name in before and name in now:
+            held = found_in(_directory(source), _listed(before[name]))
+            if held == found_in(Path.cwd(), _listed(now[name])):
+                now[name] = before[name]
 
 
 def _listed(value: Any) -> Any:
