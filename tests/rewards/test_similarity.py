@@ -184,3 +184,8 @@ def test_a_text_is_as_long_as_the_folder_states(tmp_path):
     assert len(cut._encode("the first of many words " * 9)) == 7
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 10_000}))
     assert SimilarityReward.from_pretrained(str(tmp_path)).limit == model.config.max_position_embeddings
+
+
+def test_an_absent_folder_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no folder .*/absent$"):
+        SimilarityReward.from_pretrained(str(tmp_path / "absent"))

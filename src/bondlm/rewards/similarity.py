@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from bondlm.data.paths import refuse_absent_folder
 from bondlm.errors import ConfigError
 from bondlm.rewards.batching import map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_model, load_tokenizer
@@ -103,6 +104,7 @@ class SimilarityReward:
         """
         from transformers import AutoModel
 
+        refuse_absent_folder(path, "similarity model")
         options = {"pooling": _stated_pooling(path)} | options
         model = load_model(AutoModel, path, device=device, dtype=dtype, may_miss="pooler")
         tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
