@@ -67,6 +67,15 @@ def test_settings_made_from_others_are_those_that_were_given(tmp_path: Path) -> 
     longer = replace(first, max_steps=2)
     given = ("anchor", "average_weights")  # they depend on others, and are compared as they hold
     assert longer.given.keys() - first.given.keys() <= {*given}
+    best = {"metric_for_best_model": "kl", "eval_strategy": "steps", "eval_steps": 1}
+    config(
+        tmp_path,
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        save_steps=1,
+        **best | {"metric_for_best_model": "reward"},
+    )
+    assert config(tmp_path, greater_is_better=True, **best).given["greater_is_better"] is True
 
 
 def test_what_turns_the_default_average_off_is_refused(tmp_path: Path) -> None:

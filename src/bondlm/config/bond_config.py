@@ -371,7 +371,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()  # type: ignore[no-untyped-call]
-        note_settled(self, SETTINGS, DERIVED)
+        note_settled(self, SETTINGS, (*DERIVED, "greater_is_better"))  # which follows from the metric
         check_inherited(self)
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):
             _log.warning(
