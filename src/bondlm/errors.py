@@ -92,3 +92,10 @@ def listed(problems: Sequence[str], what: str) -> str:
     if len(problems) > MAX_LISTED:
         lines.append(f"... and {len(problems) - MAX_LISTED} more {what}")
     return "\n".join(lines)
+
+
+def as_list(text: object) -> str:
+    """For a message: how a list is written, if this text may have been meant as one."""
+    if not isinstance(text, str) or "," not in text:
+        return ""
+    return f" (a list is written '[{', '.join(part.strip() for part in text.split(','))}]')"

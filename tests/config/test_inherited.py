@@ -113,6 +113,8 @@ def test_a_logger_is_looked_up_at_once(tmp_path: Path, monkeypatch: pytest.Monke
         config(tmp_path, report_to="wandb")
     with pytest.raises(ConfigError, match=r"report_to='wanbd'.*'wandb'"):
         config(tmp_path, report_to=["tensorboard", "wanbd"])
+    with pytest.raises(ConfigError, match=r"a list is written '\[tensorboard, wandb\]'"):
+        config(tmp_path, report_to="tensorboard,wandb")
     assert config(tmp_path, report_to=["tensorboard"]).report_to == ["tensorboard"]
 
 

@@ -49,6 +49,10 @@ def test_functions_of_one_file_share_its_state(folder):
         (":short", "module:function"),
         ("my_rewards.py:not a name", "module:function"),
         ("absent.py:short", r"/absent\.py"),
+        (
+            "my_rewards.py:short,my_rewards.py:seen",
+            r"a list is written '\[my_rewards\.py:short, my_rewards\.py:seen\]'",
+        ),
         ("my_rewards.py:absent", "'absent'.*Judge, dataclass, seen, short"),
         ("my_rewards.py:limit", "int.*'limit'"),
         ("no_such_module:short", "ModuleNotFoundError: No module named 'no_such_module'"),

@@ -99,7 +99,6 @@ def test_columns_that_a_signature_wants_are_looked_up() -> None:
         check_room([NamedReward("r", function)], rows, 3)
         check_room([NamedReward("r", function)], [], 3)
         check_room([NamedReward("r", function)], [ROWS[0] | {LOGGED_IDS: [[1]]}], 3)
-        with pytest.raises(
-            ConfigError, match=r"^reward 'r' has the signature .*: missing a required argument: 'answer'"
-        ):
+        said = rf"^reward 'r' has the signature .*: missing a required argument: 'answer'.* prompt '{PROMPTS[2]}'"
+        with pytest.raises(ConfigError, match=said):
             check_room([NamedReward("r", function)], [*rows, ROWS[2]], 3)

@@ -95,6 +95,7 @@ def test_a_setting_that_cannot_be_or_does_nothing_is_refused(
         ("lora_alpha", "0", "lora_alpha="),
         ("lora_dropout", "abc", "lora_dropout="),
         ("lora_target_modules", "none", "PEFT refuses"),
+        ("lora_target_modules", "q_proj,v_proj", "a list is written '[q_proj, v_proj]'"),
     ],
 )
 def test_an_adapter_that_cannot_be_is_refused(

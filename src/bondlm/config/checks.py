@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from bondlm.config.optimization import check_optimization
 from bondlm.config.settings import Setting
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, as_list
 from bondlm.migration import UNSAFE_CODE
 from bondlm.migration.names import nearest
 from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, users
@@ -134,7 +134,7 @@ def require_loggers(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            hint = nearest(name, INTEGRATION_TO_CALLBACK)
+            hint = as_list(name) or nearest(name, INTEGRATION_TO_CALLBACK)
             raise ConfigError(
                 f"report_to={name!r}: no such logger{hint}, choose one of {', '.join(INTEGRATION_TO_CALLBACK)}"
             )

@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, as_list
 from bondlm.models.probe import difference, in_eval_mode, is_low_precision, plain_logits, probe_groups, tolerance_of
 from bondlm.models.row_adapters import can_join
 from bondlm.models.sharding import whole
@@ -136,7 +136,8 @@ def wrap_adapter(model: Any, peft_config: PeftConfig) -> PeftModel:
         # A copy, because PEFT writes the layers that "all-linear" means into it.
         return get_peft_model(model, copy.deepcopy(peft_config), autocast_adapter_dtype=True)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
-        raise ConfigError(f"peft_config: PEFT refuses this {_kind(peft_config)}: {error}") from error
+        hint = as_list(getattr(peft_config, "target_modules", None))  # prompt tuning has none
+        raise ConfigError(f"peft_config: PEFT refuses this {_kind(peft_config)}: {error}{hint}") from error
 
 
 def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> PeftModel:

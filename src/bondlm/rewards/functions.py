@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, as_list
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -50,7 +50,9 @@ def _load_module(spec: str, name: str) -> ModuleType:
 def _load_file(spec: str, path: Path) -> ModuleType:
     resolved = path.resolve()
     if not resolved.is_file():
-        raise ConfigError(f"reward {spec!r}: there is no file {resolved}. Paths are relative to the working directory.")
+        raise ConfigError(
+            f"reward {spec!r}{as_list(spec)}: there is no file {resolved}. Paths are relative to the working directory."
+        )
     module_spec = importlib.util.spec_from_file_location(f"bondlm_user_{path.stem}_{abs(hash(resolved))}", resolved)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"reward {spec!r}: Python cannot load {resolved} as a module.")

@@ -28,9 +28,9 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
         ConfigError: a prompt is too long even without a completion, or a reward needs a column that the rows lack.
         DataError: a reward model cannot score a prompt, because its chat template refuses it or a text is missing.
     """
-    for names in {tuple(row) for row in rows if LOGGED_IDS not in row}:  # rows that are already scored need no reward
+    for row in {tuple(row): row for row in rows if LOGGED_IDS not in row}.values():  # scored rows need no reward
         for reward in rewards:
-            _check_columns(reward, [name for name in names if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)])
+            _check_columns(reward, row)
     longest = sorted(rows, key=lambda row: -len(row[PROMPT_IDS]))[:LOOKED_AT]
     for reward in rewards if longest else ():
         model = reward.function
@@ -54,16 +54,26 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
             )
 
 
-def _check_columns(reward: NamedReward, columns: Sequence[str]) -> None:
-    """Check that the offered arguments satisfy the signature of a user's function (`score_samples`)."""
-    given = dict.fromkeys(columns)
-    if isinstance(reward.function, RankReward):
-        lists = {name: list[Any]() for name in ("completions", "truncated")}
-        single = {**given, "prompt": None, "trainer_state": None, "log_metric": None}
-        accepted_arguments(reward.name, reward.function.function, lists, single)
-    elif not reward.ranks:
-        lists = {name: list[Any]() for name in ("prompts", "completions", "completion_ids", "truncated", *columns)}
-        accepted_arguments(reward.name, reward.function, lists, dict.fromkeys(NAMES))
+def _check_columns(reward: NamedReward, row: Mapping[str, Any]) -> None:
+    """Check that what a row's data set offers satisfies the signature of a user's function (`score_samples`)."""
+    columns = [name for name in row if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)]
+    lists = {name: list[Any]() for name in ("completions", "truncated")}
+    try:
+        if isinstance(reward.function, RankReward):
+            single = dict.fromkeys([*columns, "prompt", "trainer_state", "log_metric"])
+            accepted_arguments(reward.name, reward.function.function, lists, single)
+        elif not reward.ranks:
+            lists |= {name: list[Any]() for name in ("prompts", "completion_ids", *columns)}
+            accepted_arguments(reward.name, reward.function, lists, dict.fromkeys(NAMES))
+    except ConfigError as error:
+        raise ConfigError(f"{error} The data set is the one with the prompt {_shown(row)!r}.") from error
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """The beginning of a row's prompt."""
+    prompt = row["prompt"]
+    text = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+    return str(text)[:80]
 
 
 def _tokens(reward: NamedReward, row: Mapping[str, Any]) -> int:
@@ -71,6 +81,4 @@ def _tokens(reward: NamedReward, row: Mapping[str, Any]) -> int:
     try:
         return int(reward.function.num_tokens(row, 0))  # type: ignore[attr-defined]
     except DataError as error:
-        prompt = row["prompt"]
-        text = prompt if isinstance(prompt, str) else prompt[-1].get("content")
-        raise DataError(f"reward {reward.name!r} cannot score the prompt {str(text)[:80]!r}: {error}") from error
+        raise DataError(f"reward {reward.name!r} cannot score the prompt {_shown(row)!r}: {error}") from error
