@@ -186,6 +186,16 @@ def test_a_text_is_as_long_as_the_folder_states(tmp_path):
     assert SimilarityReward.from_pretrained(str(tmp_path)).limit == model.config.max_position_embeddings
 
 
+def test_texts_are_in_lower_case_if_the_folder_says_so(tmp_path):
+    sentence_encoder(tmp_path, {"pooling_mode": "mean"})
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": None}))  # knows cases apart
+    prompts, loud = [COMPLETIONS[0].lower()], [COMPLETIONS[0].upper()]
+    assert SimilarityReward.from_pretrained(str(tmp_path))(prompts, loud) != [pytest.approx(1)]
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
+    assert SimilarityReward.from_pretrained(str(tmp_path))(prompts, loud) == [pytest.approx(1)]
+
+
 def test_an_absent_folder_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no folder .*/absent$"):
         SimilarityReward.from_pretrained(str(tmp_path / "absent"))

@@ -29,7 +29,7 @@ from bondlm.rewards.texts import (
 
 ADVICE = "set max_length, shorten the texts, or allow truncate='right'"
 
-LENGTH_FILE = "sentence_bert_config.json"  # for encoders of any kind
+ENCODER_FILE = "sentence_bert_config.json"  # for encoders of any kind
 
 # Names of poolings in a sentence encoder's folder; the factor of root-of-length does not change a cosine.
 POOLING: dict[str, Literal["mean", "cls"]] = {
@@ -53,6 +53,7 @@ class SimilarityReward:
         pooling: Literal["mean", "cls"] = "mean",
         max_length: int | None = None,
         truncate: Literal["right"] | None = None,
+        lower_case: bool = False,
         batch_size: int = 32,
         batch_tokens: int = 16_384,
     ) -> None:
@@ -64,6 +65,7 @@ class SimilarityReward:
             pooling: A text's embedding: the mean of its tokens' last hidden states, or that of the first token.
             max_length: Maximum tokens of a text; None takes the limit stated by tokenizer and config.
             truncate: None refuses longer texts; "right" drops their end and keeps a final special token.
+            lower_case: Whether texts are embedded in lower case.
             batch_size: Maximum texts in a forward pass.
             batch_tokens: Maximum tokens in a forward pass, padding included.
 
@@ -77,6 +79,7 @@ class SimilarityReward:
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.truncate = truncate
+        self.lower_case = lower_case
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens
         self._limit = token_limit(model, tokenizer, max_length)
@@ -95,8 +98,8 @@ class SimilarityReward:
     ) -> Self:
         """Load a folder or hub id; ``options`` are those of the constructor.
 
-        A Sentence Transformers folder determines the pooling, and also the maximum length unless ``max_length`` is
-        given.
+        A Sentence Transformers folder determines the pooling, the case, and the maximum length unless ``max_length``
+        is given.
 
         Raises:
             ConfigError: The model cannot be loaded, lacks weights (other than those of a pooler, which is not used), or
@@ -105,12 +108,14 @@ class SimilarityReward:
         from transformers import AutoModel
 
         refuse_absent_folder(path, "similarity model")
-        options = {"pooling": _stated_pooling(path)} | options
+        stated = _stated(path)
+        options = {"pooling": _stated_pooling(path), "lower_case": bool(stated.get("do_lower_case"))} | options
         model = load_model(AutoModel, path, device=device, dtype=dtype, may_miss="pooler")
         tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
-        if options.get("max_length") is None and (stated := _stated_length(path)) is not None:
+        # MiniLM was trained on 256 tokens, but accepts 512.
+        if options.get("max_length") is None and (length := stated.get("max_seq_length")) is not None:
             own = token_limit(model, tokenizer, None)
-            options["max_length"] = stated if own is None else min(stated, own)
+            options["max_length"] = int(length) if own is None else min(int(length), own)
         return cls(model, tokenizer, **options)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
@@ -162,6 +167,7 @@ class SimilarityReward:
         )
 
     def _encode(self, text: str) -> list[int]:
+        text = text.lower() if self.lower_case else text
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         if self.truncate == "right" and self._limit is not None and len(ids) > self._limit:
             tail = ids[-1:] if ids[-1] in self.tokenizer.all_special_ids else []
@@ -213,15 +219,13 @@ def _stated_pooling(path: str) -> Literal["mean", "cls"]:
     return POOLING[names[0]]
 
 
-def _stated_length(path: str) -> int | None:
-    """`max_seq_length` of a Sentence Transformers folder: MiniLM was trained on 256 tokens but accepts 512."""
+def _stated(path: str) -> dict[str, Any]:
+    """How the encoder of a Sentence Transformers folder is fed; empty for other folders."""
     modules = _json_of(path, "modules.json")
     if not modules:
-        return None
+        return {}
     within = str(modules[0].get("path") or "")
-    stated = _json_of(path, f"{within}/{LENGTH_FILE}" if within else LENGTH_FILE) or {}
-    length = stated.get("max_seq_length")
-    return None if length is None else int(length)
+    return _json_of(path, f"{within}/{ENCODER_FILE}" if within else ENCODER_FILE) or {}
 
 
 def _json_of(path: str, name: str) -> Any:
