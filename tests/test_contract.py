@@ -25,7 +25,8 @@ from transformers import TrainingArguments
 import bondlm
 import bondlm.bestofn
 from bondlm import BONDConfig, BONDTrainer
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, RewardError
+from bondlm.rewards.extras import Extras
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +113,17 @@ def documented_metrics() -> set[str]:
         for name in found:
             names.add(found[0].rsplit("/", 1)[0] + name if name.startswith("/") else name)
     return names
+
+
+def test_a_reward_logs_nothing_under_the_name_of_a_runs_metric() -> None:
+    """They would be averaged together; what judges log is by `log_metric` itself."""
+    log = Extras(1).offered["log_metric"]
+    of_evaluations = {name.removeprefix("eval_") for name in EVAL_METRICS}
+    for name in TRAIN_METRICS | OTHER_OBJECTIVES_METRICS | NOISE_METRICS | EVAL_METRICS | of_evaluations:
+        with pytest.raises(RewardError, match=f"log_metric.'{name}'.: bondlm has a metric of this name"):
+            log(name, 1.0)
+    for name in ("accuracy", "rewards/length", "step_reward", "judges/m/agreement"):
+        log(name, 1.0)
 
 
 def test_every_metric_is_documented_and_no_other() -> None:

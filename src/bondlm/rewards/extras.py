@@ -1,12 +1,20 @@
 """What TRL passes to reward functions in addition to data: the training state, and two functions for logging."""
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from bondlm.errors import RewardError
 
 NAMES = ("trainer_state", "log_extra", "log_metric")
+# What a run and its evaluations log (docs/metrics.md): a second value under such a name would be averaged with it, or
+# take its place.
+_OF_RUNS = re.compile(
+    r"(anchor|bond|completions|noise|num_tokens|sampling|time)/.*|(eval|train)_.*"
+    r"|rewards/.*/(mean|std|win_rate|effective_n)|(reward|reference_reward|win_rate|effective_n|kl)(_low|_high)?"
+    r"|entropy|epoch|grad_norm|learning_rate|loss|num_tokens|reward_std|runtime|skipped_steps|step|step_time"
+)
 
 
 class WatchedState:
@@ -65,6 +73,8 @@ class Extras:
 
     def _metric(self, name: str, value: Any) -> None:
         """Keep a number; its mean over calls and steps is logged under its name."""
+        if _OF_RUNS.fullmatch(str(name)):
+            raise RewardError(f"log_metric({name!r}): bondlm has a metric of this name, choose another one")
         try:
             self._metrics.setdefault(str(name), []).append(float(value))
         except (TypeError, ValueError) as error:

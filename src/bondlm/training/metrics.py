@@ -9,15 +9,9 @@ from torch import Tensor
 from bondlm.data.columns import LOGGED_IDS
 from bondlm.engines import Completion
 from bondlm.engines.agreement import GAP_METRIC
-from bondlm.errors import RewardError
 from bondlm.training.clock import StepMeans
 from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
-
-TAKEN = (
-    *("loss", "grad_norm", "learning_rate", "epoch", "step", "step_time", "kl", "anchor/kl", "skipped_steps"),
-    *("noise/trace", "noise/gradient_sq", "noise/scale"),
-)
 
 
 def record(rollout: Rollout, means: StepMeans, world: World) -> None:
@@ -43,9 +37,7 @@ def record(rollout: Rollout, means: StepMeans, world: World) -> None:
     if LOGGED_IDS in rollout.rows[0]:  # samples from a file were not drawn here, and their distribution is unknown
         del work["entropy"], work["num_tokens"]
     means.record(work)
-    if taken := sorted(samples.metrics.keys() & (own | work | dict.fromkeys(TAKEN)).keys()):
-        raise RewardError(f"log_metric({taken[0]!r}): bondlm has a metric of this name, choose another one")
-    means.record(samples.metrics)
+    means.record(samples.metrics, weight=float(rollout.is_real_P.sum()))  # each process has those of its own prompts
 
 
 def record_gap(logp_PLT: Tensor, sampled_PCT: Tensor, counted_P: Tensor, means: StepMeans) -> None:
