@@ -100,6 +100,8 @@ def test_what_is_kept_apart_counts_for_no_phase_outside(now: list[float]) -> Non
             now[0] += 100
             with clock("inner"):
                 now[0] += 10
+            with clock.apart(), clock("innermost"):  # an evaluation's own
+                now[0] += 20
         now[0] += 2
-    assert seconds == {"inner": 10.0}
+    assert seconds == {"inner": 10.0, "innermost": 20.0}
     assert clock.drain() == {"outer": 3.0}

@@ -19,6 +19,7 @@ class Clock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._stack: list[str] = []
         self._since = 0.0
+        self._is_apart = False
 
     def _charge(self) -> None:
         now = time.perf_counter()
@@ -47,15 +48,22 @@ class Clock:
 
     @contextmanager
     def apart(self) -> Iterator[dict[str, float]]:
-        """Yield the seconds by phase of the body only; neither outer phases nor the next `drain` count them."""
+        """Yield the seconds by phase of the body only; neither outer phases nor the next `drain` count them.
+
+        Within another `apart`, they are that one's.
+        """
+        if self._is_apart:
+            yield self._seconds
+            return
         self._charge()
         outside = self._seconds, self._stack
-        self._seconds, self._stack = defaultdict(float), []
+        self._seconds, self._stack, self._is_apart = defaultdict(float), [], True
         try:
             yield self._seconds
         finally:
             self._charge()
             self._seconds, self._stack = outside
+            self._is_apart = False
 
     def drain(self) -> dict[str, float]:
         """Seconds by phase since the last call."""

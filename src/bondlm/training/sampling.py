@@ -51,8 +51,9 @@ class SamplingTrainer(SavingTrainer):
         seeds = Seeds.of_evaluation(self.args.seed, temperature)
         most = max(1, math.ceil(len(rows) / self.world.size))  # per process, since all make the same number of calls
         num_parts = math.ceil(most / (self.args.per_device_eval_batch_size or most))
-        drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature, num_parts)
-        return self._scored(rows, mine, drawn, reference=reference, drop=drop)
+        with self.step.clock.apart():
+            drawn = self.step.draw([rows[i] for i in mine], {role: num_samples}, seeds, mine, temperature, num_parts)
+            return self._scored(rows, mine, drawn, reference=reference, drop=drop)
 
     def score_completions(
         self,
@@ -62,7 +63,8 @@ class SamplingTrainer(SavingTrainer):
     ) -> Samples:
         """Decode and score completions of encoded rows, by the run's rewards or by `rewards`, if given."""
         mine = self.world.mine(len(rows))
-        return self._scored(rows, mine, [completions[i] for i in mine], rewards=rewards)
+        with self.step.clock.apart():
+            return self._scored(rows, mine, [completions[i] for i in mine], rewards=rewards)
 
     def _scored(
         self,
@@ -82,7 +84,7 @@ class SamplingTrainer(SavingTrainer):
         """Log pi_role(y) (P, m) of samples `y`, whichever model drew them, nats; divided among the processes."""
         mine = self.world.mine(len(samples.prompts))
         groups: list[Group] = [(samples.prompt_ids[i], [c.ids for c in samples.completions[i]]) for i in mine]
-        with together(self.world):
+        with self.step.clock.apart(), together(self.world):
             own = self.step.logprob(role, groups)
         return torch.tensor(gather_in_order(self.world, mine, own.tolist()), dtype=own.dtype)
 
