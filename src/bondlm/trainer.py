@@ -86,6 +86,7 @@ from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.ranks import aggregation_of_run
 from bondlm.training.sampling import SamplingTrainer
 from bondlm.training.saving import PAGE_FILE
+from bondlm.training.schedules import skip_unmeasured
 from bondlm.training.signal_factor import SignalFactor, learning_pace
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
@@ -361,7 +362,7 @@ class BONDTrainer(SamplingTrainer):
             for name, part in sets.items():
                 logs |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
                 if self.stop.is_paused:
-                    return self.stop.unmeasured(self.args, self.state)
+                    return self.stop.unmeasured(self.args)
             return logs
         if dataset is None:
             raise ConfigError("evaluate needs an eval_dataset: pass one here or to the trainer")
@@ -371,7 +372,7 @@ class BONDTrainer(SamplingTrainer):
             found, others = self.measured(dataset)
         except PAUSING as error:
             self.stop.pause(error, self.args, self.state, self.control)
-            return self.stop.unmeasured(self.args, self.state)
+            return self.stop.unmeasured(self.args)
         logs = found.metrics(metric_key_prefix, others)
         if metric_key_prefix == f"eval_{self.main_eval}":
             logs = {name.replace(metric_key_prefix, "eval", 1): value for name, value in logs.items()} | logs
@@ -381,7 +382,7 @@ class BONDTrainer(SamplingTrainer):
         if not self.is_in_train and self.is_world_process_zero():  # in training, a command or a callback shows it
             print_evaluation(wide_console(), self.state.global_step, logs, self.args.eval_num_reference_samples)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        return logs
+        return (self.stop.unmeasured(self.args) | logs) if self.stop.is_paused else logs
 
     def report(self) -> Path:
         """Evaluate the policy as `bondlm train` does at its end; write eval.json, the model card and report.html.
@@ -430,7 +431,7 @@ class BONDTrainer(SamplingTrainer):
         settings = None if self.writes_settings else self._named | self.args.given
         hold = held(folder, self.args, checkpoint, settings, self.roles.adapter, allowed=allow_config_change)
         together = waiting_for_others(self.world, wait_s=self.args.ddp_timeout)
-        with hold as write, self.stop.training(), writing_to(folder), together:
+        with hold as write, self.stop.training(self), writing_to(folder), together:
             self.run_folder.write_settings = self.writes_settings or write
             self.anchor_callback.restore_from(checkpoint)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
@@ -445,4 +446,4 @@ class BONDTrainer(SamplingTrainer):
         if shards_weights(self.args):
             self.roles.on_sharded(forward_dtype(self.accelerator))
             self.anchor.bind(self.roles.anchor_pairs)
-        return super().create_scheduler(num_training_steps, optimizer)
+        return skip_unmeasured(super().create_scheduler(num_training_steps, optimizer))

@@ -57,6 +57,16 @@ class Disturb(TrainerCallback):
                 next(model.parameters()).view(-1)[5] += 1e-6
 
 
+class Stop(TrainerCallback):
+    """A user's callback that ends the run after so many steps, on one process alone."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.after
+
+
 def write_weights(trainer: BONDTrainer, out: Path, metrics: dict[str, float]) -> None:
     """The main process writes, all gather; each says how much of the anchor it holds."""
     rank, is_main = trainer.args.process_index, trainer.is_world_process_zero()
@@ -84,6 +94,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         model.name_or_path = model.config._name_or_path = str(out / "base")
     adapter, rows, held_out = job.pop("lora", False), job.pop("rows", 12), job.pop("held_out", 5)
     fail, asked = job.pop("fail_on_rank", None), list[str]()
+    stop_rank, stop_step = job.pop("stop_rank", None), job.pop("stop_step", 0)
     dropped = prompt_rows(1)[0]["prompt"] if job.pop("drops_first", False) else None
     settings = {
         "max_steps": 3,
@@ -113,12 +124,13 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         args.gamma = 0.25
     skip = int(desync == "rows" and args.process_index == 1)
 
-    def reward(prompts, completions, completion_ids, **columns):
+    def reward(prompts, completions, completion_ids, log_metric, **columns):
         if fail is not None and args.process_index == fail:
             raise ValueError("one rank's reward is down")
         if kill_rank is not None and args.process_index == kill_rank:
             os.kill(os.getpid(), signal.SIGKILL)
         asked.extend(prompts)
+        log_metric("characters", sum(map(len, set(prompts))) / len(set(prompts)))
         return [None if p == dropped else r for p, r in zip(prompts, low_ids(completion_ids), strict=True)]
 
     trainer = BONDTrainer(
@@ -135,6 +147,8 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
     if nan_rank is not None and args.process_index == nan_rank:
         disturb = SpoilBackward(nan_step - 1) if args.deepspeed_plugin else Disturb(nan_step - 1, gradient=True)
         trainer.callback_handler.callbacks.insert(0, disturb)
+    if args.process_index == stop_rank:
+        trainer.add_callback(Stop(stop_step))
     trainer.train(resume_from_checkpoint=resume)
     asked.clear()
     metrics = trainer.evaluate()

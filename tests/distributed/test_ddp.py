@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from bondlm.runs.manifest import fault
 from distributed.launch import ROOT, check, outcome, run_tiny
 
 JOBS: dict[
@@ -81,6 +82,7 @@ def test_two_processes_log_what_one_does(rows: int, tmp_path: Path) -> None:
     check(run_tiny(tmp_path / "two", 2, **job, per_device_train_batch_size=1))
     one, two = ([row for row in outcome(tmp_path / name) if "loss" in row] for name in ("one", "two"))
     assert one
+    assert "characters" in one[0]  # of `log_metric`
     for single, double in zip(one, two, strict=True):
         timed = {name for name in single if name.startswith("time/") or name == "step_time"}
         assert single.keys() == double.keys()
@@ -105,6 +107,15 @@ def test_an_evaluation_asks_the_rewards_once_about_each_answer(sharded: bool, he
     one, two = (json.loads((tmp_path / folder / "eval_metrics.json").read_text()) for folder in ("one", "two"))
     for key in ("eval_reward", "eval_reward_low", "eval_reference_reward", "eval_win_rate", "eval_kl", "eval_kl_high"):
         assert two[key] == pytest.approx(one[key], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_callback_of_one_process_stops_all_and_what_was_learned_is_saved(tmp_path: Path) -> None:
+    """A limit of time, or a file, that only one process sees."""
+    job = {"max_steps": 5, "logging_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    check(run_tiny(tmp_path / "out", 2, kind="causal", stop_rank=1, stop_step=2, **job, per_device_train_batch_size=2))
+    assert [row["step"] for row in outcome(tmp_path / "out") if "loss" in row] == [2]
+    assert fault(tmp_path / "out" / "checkpoint-2") is None
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """A fault of an evaluation in training: asked for once, and the run is saved before its error is raised."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import prompt_rows
 
-from bondlm.errors import ResourceError, RewardError, RewardOutageError
+from bondlm.errors import ConfigError, ResourceError, RewardError, RewardOutageError
 from bondlm.runs.manifest import fault
 from trainer.helpers import low_ids, trainer
 
@@ -17,14 +19,15 @@ ENDS_EPOCH: dict[str, Any] = {"rows": 8, "max_steps": 4, "eval_dataset": prompt_
 class Down:
     """A reward whose server is down for held-out prompts, or for all from the given call on."""
 
-    def __init__(self, error: Exception, since: int | None = None) -> None:
+    def __init__(self, error: Exception | None, since: int | None = None) -> None:
         self.error, self.since, self.calls, self.failures = error, since, 0, 0
 
     def __call__(self, completion_ids: list[list[int]], held_out: list[Any] | None = None) -> list[float]:
         self.calls += 1
         if held_out is not None or (self.since is not None and self.calls >= self.since):
             self.failures += 1
-            raise self.error
+            if self.error is not None:
+                raise self.error
         return low_ids(completion_ids)
 
 
@@ -52,6 +55,40 @@ def test_an_evaluation_whose_rewards_fail_is_tried_once(
     with pytest.raises(type(error), match=str(error)):
         made.train()
     assert (reward.failures, made.state.global_step) == (1, 2)
+    assert fault(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("schedule", ["greedy", "reduce_lr_on_plateau"])
+def test_a_schedule_that_follows_a_metric_does_not_see_an_evaluation_that_failed(schedule: str, tmp_path: Path) -> None:
+    """A NaN would stay in its running mean, and a best value given again would count as no progress."""
+    kwargs: dict[str, Any] = {"smooth": True} if schedule == "greedy" else {"patience": 0}
+    how: dict[str, Any] = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": kwargs, "eval_steps": 1} | BEST
+    rows = [row | {"held_out": 1} for row in prompt_rows(12)[8:]]
+    reward = Down(RewardOutageError("down"))
+    made = trainer(tmp_path, reward=reward, max_steps=3, eval_strategy="steps", eval_dataset=rows, **how)
+    fresh = copy.deepcopy(made.create_scheduler(3, made.create_optimizer()).state_dict())
+    with pytest.raises(RewardOutageError):
+        made.train()
+    assert made.state.global_step == 1
+    saved = torch.load(tmp_path / "checkpoint-1" / "scheduler.pt", weights_only=False)
+    assert saved == fresh
+    reward.error = None
+    again = trainer(tmp_path, reward=reward, max_steps=3, eval_strategy="steps", eval_dataset=rows, **how)
+    again.train(resume_from_checkpoint=True)
+    assert "nan" not in str(again.lr_scheduler.state_dict())
+
+
+def test_a_metric_of_a_reward_that_applies_to_no_held_out_prompt_pauses_the_run(tmp_path: Path) -> None:
+    def applies(completion_ids: list[list[int]], held_out: list[Any] | None = None) -> list[Any]:
+        return [None] * len(completion_ids) if held_out is not None else low_ids(completion_ids)
+
+    rows = [row | {"held_out": 1} for row in prompt_rows(12)[8:]]
+    how = {"metric_for_best_model": "rewards/applies/win_rate", "greater_is_better": True, "save_strategy": "best"}
+    made = trainer(
+        tmp_path, reward=[applies, low_ids], max_steps=4, eval_strategy="steps", eval_steps=2, eval_dataset=rows, **how
+    )
+    with pytest.raises(ConfigError, match=r"metric_for_best_model='rewards/applies/win_rate'.*no held-out prompt"):
+        made.train()
     assert fault(tmp_path / "checkpoint-2") is None
 
 

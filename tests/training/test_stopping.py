@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import prompt_rows
 from trainer.helpers import logged, same, trainer, weights
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 
 from bondlm.errors import EngineError
 from bondlm.runs.ending import Ending, read_ending, step_of_weights
@@ -25,8 +25,9 @@ def stops(callback, metrics, folder):
         device=torch.device("cpu"),
         ddp_timeout=1,
         save_strategy="steps",
+        metric_for_best_model=None,
     )
-    control = SimpleNamespace(should_training_stop=False, should_save=False)
+    control = TrainerControl()
     state = SimpleNamespace(global_step=3, max_steps=9, is_world_process_zero=True)
     callback.on_train_begin(args, state, control)
     callback.on_evaluate(args, state, control, metrics=metrics)
@@ -104,6 +105,24 @@ def test_only_an_interrupted_run_has_weights_of_an_unknown_step(interrupted, tmp
     made.train()
     assert read_ending(tmp_path).is_interrupted is interrupted
     assert step_of_weights(tmp_path, 2) == (None if interrupted else 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [
+        ({"save_strategy": "steps", "save_steps": 2}, [2, 3]),
+        ({"save_strategy": "steps", "save_steps": 3}, [3]),
+        ({"save_strategy": "no"}, []),
+    ],
+)
+def test_a_run_that_a_callback_ends_is_logged_and_saved(settings, saved, tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    trainer(tmp_path, max_steps=6, logging_steps=2, callbacks=[Stops()], **settings).train()
+    assert [row["step"] for row in logged(tmp_path) if "loss" in row] == [2, 3]
+    assert sorted(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")) == saved
 
 
 def test_a_finished_run_says_so_and_takes_no_step(tmp_path, caplog):

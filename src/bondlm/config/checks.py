@@ -274,7 +274,7 @@ def _of_best_model(c: Any) -> Iterator[str]:
     if metric is None and asker is not None:
         yield f"{asker} needs metric_for_best_model: set it to what an evaluation measures, {choices}"
     elif metric is not None and _measure(metric) is None:
-        yield f"metric_for_best_model={metric!r}: an evaluation has no such metric, choose one {choices}"
+        yield f"metric_for_best_model={metric!r}: an evaluation has no such metric of its own, choose one {choices}"
     elif metric is not None and c.greater_is_better is None:
         yield f"metric_for_best_model={metric!r}: set greater_is_better, to say which end is better"
     if asker is not None and c.eval_strategy == "no":

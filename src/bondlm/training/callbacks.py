@@ -338,7 +338,9 @@ class RunFolderCallback(TrainerCallback):
             )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log the epoch's last step before it is evaluated."""
+        """Log the epoch's last step before it is evaluated, and one at which a callback ends the run."""
+        if self.stop.is_ended_by_callback(state, control) and args.logging_strategy != "no":
+            control.should_log = True  # Trainer does not log a step twice
         if control.should_evaluate and not control.should_training_stop:
             control.should_log = control.should_log or logs_at(state.global_step, args, state, ends_epoch=True)
 

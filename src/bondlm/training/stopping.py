@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ class StopCallback(TrainerCallback):
         self._is_training = False
 
     @contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, trainer: Any) -> Iterator[None]:
         """Mark a run of `train`: after it, errors are no longer kept for later."""
+        trainer.remove_callback(self)
+        trainer.add_callback(self)  # behind the user's callbacks, whose wishes it carries to all processes
         try:
             yield
         finally:
@@ -88,6 +90,7 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a signal on any rank, save on every rank, and stop if the signal asks for it."""
+        _ask_everywhere(args, control)
         stop, save = self.agree(args)
         self.save_requested = False
         if stop or save:
@@ -128,18 +131,29 @@ class StopCallback(TrainerCallback):
         """Whether the run ends because of an error that all processes know."""
         return self._failure is not None
 
-    def unmeasured(self, args: Any, state: Any) -> dict[str, float]:
+    def unmeasured(self, args: Any) -> dict[str, float]:
         """The metrics of an evaluation that paused the run: none, but for the one that Trainer looks up.
 
-        That has its best value so far: it is no new best one, and schedules that average it stay finite.
+        That is NaN: no new best value, and nothing for a schedule (`skip_unmeasured`).
         """
-        metric, best = args.metric_for_best_model, state.best_metric
-        return {} if metric is None else {f"eval_{metric.removeprefix('eval_')}": math.nan if best is None else best}
+        metric = args.metric_for_best_model
+        return {} if metric is None else {f"eval_{metric.removeprefix('eval_')}": math.nan}
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do not evaluate an epoch that a pause has cut short, as that would run into the same fault again."""
+        """After the last step: do not evaluate what a pause has cut short, and save what a user's callback has ended.
+
+        An evaluation would run into the fault of the pause again.
+        """
+        _ask_everywhere(args, control)
         if self.is_paused:
             self._save_alone(args, state, control)
+        elif self.is_ended_by_callback(state, control) and _strategy(args) in ("steps", "epoch"):
+            control.should_save = control.should_save or not self._has_checkpoint(args, state)
+
+    def is_ended_by_callback(self, state: Any, control: Any) -> bool:
+        """Whether the run ends here because a callback of the user's says so."""
+        ours = self.is_paused or self.stopped or self._reason is not None or state.global_step >= state.max_steps
+        return bool(control.should_training_stop) and not ours
 
     def _save_alone(self, args: Any, state: Any, control: Any) -> None:
         control.should_evaluate = False
@@ -166,6 +180,9 @@ class StopCallback(TrainerCallback):
         """Compare with `target_n` and `kl_budget`; after the end of training, evaluations decide nothing."""
         if not self._is_training:
             return
+        _ask_everywhere(args, control)
+        if (missing := _missing_best(args, metrics or {})) is not None:
+            self.pause(missing, args, state, control)
         n, kl = ((metrics or {}).get(f"eval_{name}") for name in ("effective_n_low", "kl"))
         reasons = []
         if self._target_n is not None and n is not None and n >= self._target_n:
@@ -175,6 +192,35 @@ class StopCallback(TrainerCallback):
         if reasons:
             self._reason = f"at step {state.global_step} {' and '.join(reasons)}"
             control.should_training_stop = True
-            control.should_save = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+            control.should_save = _strategy(args) != "no"
             if state.is_world_process_zero:
                 _log.warning("the run stops: %s", self._reason)
+
+
+def _ask_everywhere(args: Any, control: Any) -> None:
+    """Let each process do what a callback asks for on any of them, as otherwise they would wait for each other.
+
+    Every process must call this.
+    """
+    flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+    asked = World.of(args).max(torch.tensor([float(getattr(control, flag)) for flag in flags]))
+    for flag, is_set in zip(flags, asked.tolist(), strict=True):
+        setattr(control, flag, bool(is_set))
+
+
+def _missing_best(args: Any, metrics: Mapping[str, float]) -> ConfigError | None:
+    """The error of an evaluation that lacks its `metric_for_best_model`, of a reward that applies to no prompt."""
+    best = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
+    start, is_of_reward, _ = best.partition("rewards/")
+    if not is_of_reward or best in metrics or f"{start}reward" not in metrics:  # the last is another data set's
+        return None
+    error = ConfigError(
+        f"metric_for_best_model={args.metric_for_best_model!r}: this reward applies to no held-out prompt (it was None "
+        "for all), so that nothing can be chosen by it: choose another metric, or add prompts that it applies to"
+    )
+    error.known_to_all = True  # type: ignore[attr-defined]
+    return error
+
+
+def _strategy(args: Any) -> str:
+    return str(getattr(args.save_strategy, "value", args.save_strategy))
