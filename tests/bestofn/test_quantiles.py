@@ -16,6 +16,7 @@ from bondlm.bestofn import (
     win_rate,
     win_rates,
 )
+from bondlm.bestofn.quantiles import tied_share
 
 METHODS = ["jbond", "clamped", "harmonic"]
 
@@ -165,3 +166,11 @@ def test_unknown_method_and_too_many_samples_are_refused():
     with pytest.raises(ValueError, match=r"1024.*harmonic"):
         log_quantile(np.zeros(1), np.zeros(1024))
     assert math.isfinite(log_quantile(np.zeros(1), np.zeros(1024), method="harmonic")[0])
+
+
+def test_the_tied_share_is_that_of_all_pairs():
+    rewards = torch.randint(0, 4, (40, 6), generator=torch.Generator().manual_seed(0)).double()
+    pairs = [[row[i] == row[j] for i in range(6) for j in range(i)] for row in rewards]
+    expected = [sum(map(bool, row)) / len(row) for row in pairs]
+    assert tied_share(rewards).tolist() == pytest.approx(expected, abs=1e-15)
+    assert tied_share(rewards[:, :1]).tolist() == [0.0] * 40

@@ -107,7 +107,7 @@ def test_ties_are_warned_of_by_what_the_objective_learns_from(tmp_path, capsys):
         told = ["--objective", objective, "--reward_funcs", f"{tmp_path}/ties.py:{name}", "--json"]
         assert main(["check", "--config", str(config), *told]) == 0
         texts = json.loads(capsys.readouterr().out)["warnings"]
-        assert ["bond/frac_no_signal" in text for text in texts if "of the prompts" in text] == expected
+        assert ["bond/frac_no_signal" in text for text in texts if "% of the p" in text] == expected
 
 
 def test_a_batch_is_judged_by_the_noise_scale():

@@ -152,3 +152,17 @@ def count_below(rewards: object, ref_rewards: object) -> tuple[torch.Tensor, tor
     if refs.shape[-1] < 2:
         raise ValueError("rewards has one sample per row: it has no others to compare with; pass ref_rewards")
     return lower, at_most - 1.0, refs.shape[-1] - 1
+
+
+def tied_share(rewards: torch.Tensor) -> torch.Tensor:
+    """The share of the pairs of each prompt's M samples whose rewards (P, M) are equal: (P,) float64, 0 for M = 1.
+
+    Its mean does not depend on M, unlike the share of prompts with any tie.
+
+    Raises:
+        ValueError: as `count_below`.
+    """
+    if rewards.shape[-1] < 2:
+        return rewards.new_zeros(rewards.shape[:-1], dtype=torch.float64)
+    below, at_most, others = count_below(rewards, None)
+    return (at_most - below).mean(dim=-1) / others

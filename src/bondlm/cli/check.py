@@ -16,7 +16,7 @@ from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import ConfigError, RewardError
 from bondlm.runs.prompting import adopt_prompting, begun_by_0_1
 
-TIES_WARNED, CUT_WARNED = 0.2, 0.5
+TIED_PAIRS_WARNED, ALIKE_WARNED, CUT_WARNED = 0.1, 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3  # of a reward, or of 1 if that is more
 NEIGHBOUR_ROUNDING = 8  # times the dtype's rounding, since batches of other shapes sum in a different order
 PACKAGES = ("bondlm", "torch", "transformers", "accelerate", "peft", "safetensors")
@@ -168,9 +168,10 @@ def _ties_warning(logs: Mapping[str, float]) -> str | None:
     """Warn of prompts whose rewards teach too little; if all samples are learned from, single ties do no harm."""
     if (alike := logs.get("bond/frac_no_signal")) is not None:
         text = "of the prompts have the same reward for all of their samples, which then teaches nothing"
-        return f"{alike:.0%} {text} (bond/frac_no_signal)" if alike > TIES_WARNED else None
+        return f"{alike:.0%} {text} (bond/frac_no_signal)" if alike > ALIKE_WARNED else None
     tied = logs["bond/frac_tied"]
-    return f"{tied:.0%} of the prompts have tied rewards; BOND learns from order" if tied > TIES_WARNED else None
+    text = "of the pairs of a prompt's samples have equal rewards, and BOND learns from order (bond/frac_tied)"
+    return f"{tied:.0%} {text}" if tied > TIED_PAIRS_WARNED else None
 
 
 def _check_evaluations(args: Any, options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bondlm.bestofn.quantiles import tied_share
 from bondlm.data.columns import LOGGED_IDS
 from bondlm.engines import Completion
 from bondlm.engines.agreement import GAP_METRIC
@@ -78,11 +79,9 @@ def completion_numbers(lengths: Tensor, finished: Tensor, logprobs: Tensor) -> d
 def reward_metrics(rewards_PM: Tensor, ranked_PM: Tensor, num_policy: int) -> dict[str, float]:
     """Reward metrics of the prompts that count; the policy's samples come first."""
     policy, anchor = rewards_PM[:, :num_policy], rewards_PM[:, num_policy:]
-    ordered = ranked_PM.sort(dim=1).values
-    tied = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     metrics = {
         "reward_std": float(rewards_PM.std()) if rewards_PM.numel() > 1 else math.nan,
-        "bond/frac_tied": float(tied.double().mean()),
+        "bond/frac_tied": float(tied_share(ranked_PM).mean()) if len(ranked_PM) else math.nan,
     }
     if num_policy:
         metrics["reward"] = float(policy.mean())

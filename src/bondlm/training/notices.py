@@ -13,7 +13,9 @@ from bondlm.training.signal_factor import MAX_FACTOR, MAX_TIED
 
 _log = logging.getLogger(__name__)
 
-TIED_PROMPTS, TIED_STEPS = 0.5, 10  # `TiesCallback` warns if more than half of the prompts tie for so many steps
+# `TiesCallback` warns if so much of the rewards ties, for so many steps. With three samples of a prompt, of which a
+# fifth of the pairs tie, half of the prompts have a tie.
+TIED_PAIRS, TIED_PROMPTS, TIED_STEPS = 0.2, 0.5, 10
 LONG_AT_MOST = 50  # steps at the largest factor before `OutOfReachCallback` warns
 LONG_WARMUP = 0.5  # share of a run
 
@@ -90,21 +92,22 @@ class TiesCallback(TrainerCallback):
         self._untied = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Check how many prompts tied since the last log."""
+        """Check how much tied since the last log."""
         seen = logs or {}  # if ties also teach, only prompts without any signal count
-        tied = seen.get("bond/frac_no_signal", seen.get("bond/frac_tied"))
-        if tied is None or not state.is_world_process_zero:
+        name, most, what = "bond/frac_tied", TIED_PAIRS, "pairs of a prompt's samples have equal rewards"
+        if "bond/frac_no_signal" in seen:
+            name, most, what = "bond/frac_no_signal", TIED_PROMPTS, "prompts have equal rewards for all their samples"
+        if (tied := seen.get(name)) is None or not state.is_world_process_zero:
             return
-        if not tied > TIED_PROMPTS:
+        if not tied > most:
             self._untied = state.global_step
         elif (steps := state.global_step - self._untied) >= self._enough:
             self._enough = 10 * steps
             _log.warning(
-                "step %d: %.0f%% of the prompts have equal rewards among their samples, and most had in the last %d "
-                "steps. Equal samples teach nothing: BOND learns from their order. See whether the reward is constant, "
-                "or has few values (0/1, clipped, rounded); use one that is graded, or add a second one that breaks "
-                "ties (docs/rewards.md)",
-                *(state.global_step, 100 * tied, steps),
+                "step %d: %.0f%% of the %s, and it has been more than %.0f%% for %d steps (%s). Equal samples teach "
+                "nothing: BOND learns from their order. See whether the reward is constant, or has few values (0/1, "
+                "clipped, rounded); use one that is graded, or add a second one that breaks ties (docs/rewards.md)",
+                *(state.global_step, 100 * tied, what, 100 * most, steps, name),
             )
 
 

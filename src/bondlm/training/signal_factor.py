@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bondlm.bestofn.quantiles import count_below
+from bondlm.bestofn.quantiles import tied_share
 from bondlm.training.processes import World
 from bondlm.training.rollout import Rollout
 
@@ -58,8 +58,7 @@ class SignalFactor:
     def steer(self, rollout: Rollout, world: World, pace: float) -> dict[str, float]:
         """Update the factor with a step's rollout, equally on every process; returns the metrics to log."""
         assert rollout.wins_P is not None  # noqa: S101  set by `select` if the plan is `steered_to`
-        worse_PK, at_most_PK, others = count_below(rollout.samples.ranked[:, : rollout.plan.policy], None)
-        tied_P = (at_most_PK - worse_PK).mean(dim=1) / others
+        tied_P = tied_share(rollout.samples.ranked[:, : rollout.plan.policy])
         wins, tied, counted = (world.gather(each) for each in (rollout.wins_P, tied_P, rollout.is_counted_P))
         if counted.any():
             self.update(float(wins[counted].mean()), pace, float(tied[counted].mean()))
