@@ -9,7 +9,7 @@ import torch
 from tiny import prompt_rows
 
 from bondlm.errors import ConfigError, ResourceError, RewardError, RewardOutageError
-from bondlm.runs.manifest import fault
+from bondlm.runs.manifest import MANIFEST_FILE, fault
 from trainer.helpers import low_ids, trainer
 
 BEST: dict[str, Any] = {"metric_for_best_model": "eval_win_rate", "greater_is_better": True}
@@ -105,6 +105,22 @@ def test_an_outage_in_a_step_is_not_waited_for_in_an_evaluation_of_the_epochs_en
         made.train()
     assert (reward.failures, made.state.global_step) == (1, 1)
     assert fault(tmp_path / "checkpoint-1") is None
+
+
+def test_a_pause_saves_again_what_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As after a kill during the pause's save, or with a damaged checkpoint that the resume has skipped."""
+    how: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    for spoilt in (MANIFEST_FILE, "trainer_state.json"):
+        folder = tmp_path / spoilt
+        with pytest.raises(RewardOutageError):
+            trainer(folder, reward=Down(RewardOutageError("down"), since=4), **how).train()
+        (folder / "checkpoint-3" / spoilt).unlink()
+        again = trainer(folder, reward=Down(RewardOutageError("down"), since=2), **how)
+        with pytest.raises(RewardOutageError):
+            again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 3
+        assert fault(folder / "checkpoint-3") is None
+    assert "single sample" not in caplog.text
 
 
 def test_memory_that_is_spent_in_an_evaluation_saves_the_run(tmp_path: Path) -> None:

@@ -125,6 +125,19 @@ def test_a_run_that_a_callback_ends_is_logged_and_saved(settings, saved, tmp_pat
     assert sorted(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")) == saved
 
 
+def test_a_signal_does_not_wait_for_an_evaluation(tmp_path):
+    class Signals(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            made.stop.signal = signal.SIGTERM
+
+    made = trainer(
+        tmp_path, callbacks=[Signals()], eval_dataset=prompt_rows(12)[8:], eval_strategy="steps", eval_steps=1
+    )
+    made.train()
+    assert not any("eval_reward" in row for row in logged(tmp_path))
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
 def test_a_finished_run_says_so_and_takes_no_step(tmp_path, caplog):
     trainer(tmp_path, save_strategy="steps", save_steps=2).train()
     again = trainer(tmp_path, save_strategy="steps", save_steps=2)

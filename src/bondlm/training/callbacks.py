@@ -14,6 +14,7 @@ from bondlm.data.columns import LOGGED_IDS
 from bondlm.data.fingerprints import data_digest
 from bondlm.data.rendering import Rendering
 from bondlm.data.stream import PromptStream
+from bondlm.engines.together import together
 from bondlm.errors import (
     BondError,
     CheckpointError,
@@ -99,11 +100,12 @@ class AnchorCallback(TrainerCallback):
             self._stream = loader.dataset if isinstance(loader.dataset, PromptStream) else None
             self._data = prompts_per_step(args) | {"streamed": self._stream is not None}
             self._data |= data_digest(loader.dataset) if self._stream is None else {}
-        if args.should_save and str(args.save_strategy) != "no":
-            kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
-            folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
-            how = {"by_deepspeed": by_deepspeed, "averaged": self._average.fraction > 0}
-            require_space(folder, self._anchor.num_bytes, num_checkpoints=kept, **how)
+        with together(World.of(args)):
+            if args.should_save and str(args.save_strategy) != "no":
+                kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
+                folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
+                how = {"by_deepspeed": by_deepspeed, "averaged": self._average.fraction > 0}
+                require_space(folder, self._anchor.num_bytes, num_checkpoints=kept, **how)
         if self._restore is not None:
             self.compare_data(self._restore)
             load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
@@ -203,24 +205,27 @@ class AnchorCallback(TrainerCallback):
         anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if sharded
         average = self._average.state_dict(is_main=args.should_save)
         means = world.gather_objects([self._means.state()])
-        if args.should_save:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_tensors(anchor, folder / ANCHOR_FILE)
-            if self._average.fraction:  # empty if every step so far was skipped
-                save_tensors(average, folder / AVERAGE_FILE)
-            if self._quantile_model is not None:
-                save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
-            (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle that contains access tokens
-            data = self._data
-            if self._stream is not None:
-                data = data | self._stream.digest_at(state.global_step * data["prompts_per_step"])
-            (folder / DATA_FILE).write_text(json.dumps(data), encoding="utf-8")
-            (folder / MEANS_FILE).write_text(json.dumps(means), encoding="utf-8")
-            for name, part in self._states.items():
-                (folder / name).write_text(json.dumps(part.state()), encoding="utf-8")
-            seal(folder)
-            if self._keep is not None:
-                remove_older(folder.parent, keep=self._keep, best=state.best_model_checkpoint, step=state.global_step)
+        with together(world):
+            if args.should_save:
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                save_tensors(anchor, folder / ANCHOR_FILE)
+                if self._average.fraction:  # empty if every step so far was skipped
+                    save_tensors(average, folder / AVERAGE_FILE)
+                if self._quantile_model is not None:
+                    save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
+                (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle that contains access tokens
+                data = self._data
+                if self._stream is not None:
+                    data = data | self._stream.digest_at(state.global_step * data["prompts_per_step"])
+                (folder / DATA_FILE).write_text(json.dumps(data), encoding="utf-8")
+                (folder / MEANS_FILE).write_text(json.dumps(means), encoding="utf-8")
+                for name, part in self._states.items():
+                    (folder / name).write_text(json.dumps(part.state()), encoding="utf-8")
+                seal(folder)
+                if self._keep is not None:
+                    remove_older(
+                        folder.parent, keep=self._keep, best=state.best_model_checkpoint, step=state.global_step
+                    )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove checkpoints that a run killed at its end could not remove; restore the setting."""
@@ -299,12 +304,13 @@ class RunFolderCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove log rows beyond the step that the run starts from, and store the current rendering."""
         self._failure = None
-        if state.is_world_process_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
-                drop_after(self._folder / name, state.global_step)
-            note_rendering(self._folder, self._rendering)  # after `AnchorCallback` has compared the prompts
-            self.write_settings()
+        with together(World.of(args)):
+            if state.is_world_process_zero:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
+                    drop_after(self._folder / name, state.global_step)
+                note_rendering(self._folder, self._rendering)  # after `AnchorCallback` has compared the prompts
+                self.write_settings()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One object per logged step."""
@@ -331,7 +337,7 @@ class RunFolderCallback(TrainerCallback):
         """Log the last steps too; raise an error if the folder is gone, since nobody would find a new one."""
         if logs_at(state.global_step, args, state):
             control.should_log = True
-        if state.is_world_process_zero and not self._folder.is_dir():
+        if World.of(args).any(state.is_world_process_zero and not self._folder.is_dir()):
             raise CheckpointError(
                 f"output_dir={str(self._folder)!r} is gone since step {state.global_step - 1}: restore it, then the "
                 "same command continues from its last checkpoint"

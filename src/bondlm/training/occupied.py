@@ -61,6 +61,8 @@ def held(
 
     def begin() -> list[str]:
         stack.enter_context(locked(folder))
+        for line in remove_unfinished(folder):
+            _log.warning("%s", line)
         if checkpoint is None:
             _refuse_a_run(folder)
             return []
@@ -73,8 +75,6 @@ def held(
 
 
 def _refuse_a_run(folder: Path) -> None:
-    for line in remove_unfinished(folder):
-        _log.warning("%s", line)
     path, _ = newest_checkpoint(folder)
     if path is not None:
         raise CheckpointError(

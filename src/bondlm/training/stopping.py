@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from bondlm.errors import ConfigError, EngineError, ResourceError, RewardError
 from bondlm.runs.ending import ENDING_FILE, Ending, best_step, read_ending, write_ending
+from bondlm.runs.manifest import fault
 from bondlm.training.processes import World, decided_by_main
 
 _log = logging.getLogger(__name__)
@@ -43,10 +44,17 @@ class StopCallback(TrainerCallback):
         """Mark a run of `train`: after it, errors are no longer kept for later."""
         trainer.remove_callback(self)
         trainer.add_callback(self)  # behind the user's callbacks, whose wishes it carries to all processes
+        logger = logging.getLogger("transformers.trainer")
+        logger.addFilter(self._is_true)
         try:
             yield
         finally:
             self._is_training = False
+            logger.removeFilter(self._is_true)
+
+    def _is_true(self, record: logging.LogRecord) -> bool:
+        """Trainer says of a pause in an epoch's first step that there were no samples."""
+        return not (self.is_paused and "not to be a single sample" in record.getMessage())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End a run that is resumed at its last step or at its goal, since Trainer would take one more step."""
@@ -97,6 +105,7 @@ class StopCallback(TrainerCallback):
             control.should_save = True
         if stop:
             control.should_training_stop = self.stopped = True
+            control.should_evaluate = False  # who sends a signal may not wait for it
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Handle a signal that came during the save, which has done what it asks for."""
@@ -160,9 +169,9 @@ class StopCallback(TrainerCallback):
         control.should_save = state.global_step > 0 and not self._has_checkpoint(args, state)
 
     def _has_checkpoint(self, args: Any, state: Any) -> bool:
-        """Whether this step has a checkpoint; every process must call this."""
+        """Whether this step has a checkpoint that verifies; every process must call this."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        return decided_by_main(folder.is_dir, World.of(args), wait_s=args.ddp_timeout)
+        return decided_by_main(lambda: fault(folder) is None, World.of(args), wait_s=args.ddp_timeout)
 
     def raise_failure(self, args: Any, state: Any, save: Callable[[], None]) -> None:
         """Raise the error that paused the run, if any; the next call of `train` is a new attempt.
