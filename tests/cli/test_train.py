@@ -139,6 +139,8 @@ def test_judges_have_the_runs_limits_and_room_for_its_prompts_before_it_begins(t
     names = ["judge:http://127.0.0.1:1/v1?model=m&cache=off", "http://127.0.0.1:1/score"]
     judge, server = (reward.function for reward in load_judges({"judges": names}, made))
     assert [(c._timeout, c._outage) for c in (judge._client, server.client)] == [(300.0, 3600.0)] * 2
+    made.rewards = load_judges({"judges": names[0]}, made)
+    assert [reward.name for reward in load_judges({"judges": names[0]}, made)] == ["m_2"]  # whose cost is told apart
     with pytest.raises(ConfigError, match="reward 'short' takes 5 tokens"):
         load_judges({"judges": short}, made)
 

@@ -71,6 +71,8 @@ TRANSIENT = {
     "502": status(502),
     "503": status(503),
     "504": status(504),
+    "520, of a proxy": status(520),
+    "529, overloaded": status(529),
     "429": status(429, Retry_After="0"),
     "429 with a date": status(429, Retry_After="Wed, 21 Oct 2026 07:28:00 GMT"),
     "connection reset": reset,

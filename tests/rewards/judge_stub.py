@@ -81,7 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         text = asked["messages"][-1]["content"]
         said = says(dict(ANSWER.findall(text)))
         message = said if isinstance(said, dict) else {"content": said}
-        body = {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "stop"}]}
+        end = message.pop("finish_reason", "stop")
+        body = {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": end}]}
         if self.server.tokens:
             sent = sum(len(m["content"]) for m in asked["messages"]) // 5 + 7
             usage = {"prompt_tokens": sent, "completion_tokens": len(str(said)) // 3}

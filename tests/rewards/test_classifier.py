@@ -52,6 +52,22 @@ def test_bert_micro_batches_equal_one_by_one(max_batch):
     assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_pair_is_what_the_tokenizer_makes_of_two_texts(caplog):
+    """Of a chat, the last user message and the answer. Without the option both are one text, and a warning says so."""
+    model, tokenizer = bert()
+    reward = SequenceClassifierReward(model, tokenizer, prompt_format="pair")
+    assert caplog.text == ""
+    with torch.no_grad():
+        expected = [model(**tokenizer(*row, return_tensors="pt")).logits[0, 0].item() for row in ROWS]
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+    assert reward([[{"role": "system", "content": "s"}, *chat] for chat in CHATS], ANSWERS) == reward(
+        PROMPTS, COMPLETIONS
+    )
+    joined = SequenceClassifierReward(model, tokenizer)
+    assert "prompt_format=pair" in caplog.text
+    assert joined(PROMPTS, COMPLETIONS) != pytest.approx(expected, abs=1e-3)
+
+
 @pytest.mark.parametrize("batch_tokens", [16_384, 300])
 @pytest.mark.parametrize(
     ("pad", "config_pad"), [("own", "same"), ("own", None), ("eos", "same"), ("eos", None), (None, None)]
@@ -249,6 +265,8 @@ def test_plain_text_is_what_its_own_template_or_training_makes_of_it(tmp_path):
         ({"truncate": "right"}, "truncate.*'right'.*None, 'left'"),
         ({"batch_size": 0}, r"batch_size.*\b0\b"),
         ({"max_length": 0}, r"max_length.*\b0\b"),
+        ({"max_length": 65}, "max_length is 65, and the model has 64 positions"),
+        ({"prompt_format": "pair", "truncate": "left"}, "'pair' takes no truncate"),
     ],
 )
 def test_bad_options(options, message):

@@ -203,6 +203,15 @@ def test_nonsense_is_asked_again_and_then_drops_its_prompt(says: Any) -> None:
             ask(load(server))
 
 
+@pytest.mark.parametrize("content", [None, "", "I think that"])
+def test_a_judge_that_thinks_too_long_is_said_to_be_cut_off(content: Any) -> None:
+    with (
+        judging(lambda answers: {"content": content, "finish_reason": "length"}) as server,
+        pytest.raises(RewardError, match=r"cut off after 136 tokens.*raise answer_tokens"),
+    ):
+        ask(load(server))
+
+
 def test_one_slip_is_forgiven() -> None:
     with judging(by_length, lambda answers: "Hm.", lambda answers: "{}") as server:
         assert ask(load(server)).total.tolist() == BY_LENGTH

@@ -17,6 +17,7 @@ from bondlm.rewards import (
     load_rewards,
     score,
 )
+from rewards.judge_stub import by_length, judging
 
 from .small_models import bert_classifier, bert_encoder, bert_tokenizer, saved
 
@@ -198,3 +199,13 @@ def test_servers_have_limits_of_their_own_written_or_as_objects():
 def test_a_server_has_no_use_for_a_processing_class(spec):
     with pytest.raises(ConfigError, match="is a server and has no use for a processing class"):
         load_rewards(spec, processing_classes=bert_tokenizer())
+
+
+def test_two_judges_of_one_model_have_their_own_agreement(tmp_path):
+    (tmp_path / "safe.txt").write_text("Which is safer?")
+    with judging(by_length) as server:
+        specs = [
+            f"judge:{server.url}?model=small&cache=off&rounds=2{more}" for more in ("", f"&prompt={tmp_path}/safe.txt")
+        ]
+        found = score(load_rewards(specs), ["p", "p", "p"], ["a", "bbb", "cc"], groups=[0, 0, 0])
+    assert found.metrics == {"judges/small/agreement": 1.0, "judges/small_2/agreement": 1.0}

@@ -1,4 +1,6 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.errors import ConfigError, DataError, RewardError
-from bondlm.rewards import NamedReward, NLIReward, check_room, score
+from bondlm.rewards import NamedReward, NLIReward, check_room, load_rewards, score
 
 from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved
 
@@ -206,7 +208,7 @@ def test_braces_in_texts_are_left_alone():
 @pytest.mark.parametrize("build", [t5, cross_encoder])
 def test_long_rows_are_refused_or_lose_the_end_of_their_premise(build):
     model, tokenizer = build()
-    free = NLIReward(model, tokenizer, max_length=10**6)
+    free = NLIReward(model, tokenizer, max_length=None if build is cross_encoder else 10**6)
     premise, hypothesis = " ".join(PREMISES[:3]), "five"
     full = len(free._tokenize(premise, hypothesis)["input_ids"])
     limit = full - 10
@@ -263,9 +265,22 @@ def test_unmappable_labels_are_refused_when_loading(tmp_path):
     NLIReward.from_pretrained(path, entailment_label="LABEL_1")
 
 
+def test_the_label_of_an_output_is_that_of_id2label(tmp_path):
+    """As in transformers; a config may lack label2id, or have another one."""
+    model, tokenizer = cross_encoder(LABELS)
+    expected = NLIReward(model, tokenizer)(PREMISES, HYPOTHESES)
+    path = Path(saved(tmp_path, model, tokenizer)) / "config.json"
+    config = json.loads(path.read_text())
+    for label2id in ({}, {"label2id": {"entailment": 0, "neutral": 1, "contradiction": 2}}):
+        path.write_text(json.dumps({k: v for k, v in config.items() if k != "label2id"} | label2id))
+        assert NLIReward.from_pretrained(str(path.parent))(PREMISES, HYPOTHESES) == pytest.approx(expected, abs=1e-6)
+        with pytest.raises(ConfigError, match=r"3 labels \['contradiction', 'neutral', 'entailment'\]"):
+            load_rewards(str(path.parent))
+
+
 def test_a_decoder_type_cross_encoder_without_pad_goes_row_by_row():
     tokenizer = tiny_tokenizer(chat=False, pad=None)
     model = llama_classifier(tokenizer, labels=2)
-    model.config.label2id = {"entailment": 0, "other": 1}
+    model.config.id2label = {0: "entailment", 1: "other"}
     reward = NLIReward(model, tokenizer)
     assert reward(PREMISES, HYPOTHESES) == pytest.approx([reward([p], [h])[0] for p, h in ROWS], abs=1e-6)

@@ -64,7 +64,7 @@ def test_it_is_asked_once_per_prompt_with_what_its_signature_accepts() -> None:
     ]
     assert scores.metrics == {"asked": 1.0}
     assert scores.total.tolist() == [0.5] * 5
-    with pytest.raises(ConfigError, match=r"'rank'.*topic"):
+    with pytest.raises(ConfigError, match=r"'r'.*topic"):
         ask(rank)
     with pytest.raises(ConfigError, match=r"'r'.*groups"):
         score([NamedReward("r", RankReward(ranking))], PROMPTS, TEXTS)

@@ -59,8 +59,8 @@ def test_prompts_that_cannot_be_scored_are_refused_and_completions_warned_of(
 
 def test_what_is_cut_and_what_is_no_model_has_room(caplog: pytest.LogCaptureFixture) -> None:
     others = [NamedReward("f", lambda completions: []), NamedReward("m", Mock())]
-    check_room([NamedReward("rm", classifier(5, truncate="left")), *others], ROWS, 100)
-    check_room([NamedReward("rm", classifier(5))], [], 100)
+    check_room([NamedReward("rm", classifier(5, truncate="left", prompt_format="plain")), *others], ROWS, 100)
+    check_room([NamedReward("rm", classifier(5, prompt_format="plain"))], [], 100)
     assert not caplog.records
 
 

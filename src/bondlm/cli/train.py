@@ -198,8 +198,13 @@ def load_judges(options: Mapping[str, Any], trainer: Any) -> list[Any]:
     from bondlm.rollout.samples import longest_rows
 
     args = trainer.args
-    limits = {"timeout": args.reward_timeout_s, "outage": args.reward_outage_s}
-    judges = load_rewards(specs, [0.0] * len(specs), device=args.device, dtype=fast_dtype(args.device), **limits)
+    how: dict[str, Any] = {"timeout": args.reward_timeout_s, "outage": args.reward_outage_s}
+    how |= {
+        "device": args.device,
+        "dtype": fast_dtype(args.device),
+        "taken": [reward.name for reward in trainer.rewards],
+    }
+    judges = load_rewards(specs, [0.0] * len(specs), **how)
     check_room(judges, longest_rows(trainer.eval_dataset), args.max_completion_length)
     return judges
 

@@ -128,12 +128,12 @@ def _detail_row(name: str, numbers: Mapping[str, Any]) -> list[str]:
 
 def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
     if cost is not None:
-        console.print(
-            f"One answer: {cost['tokens']:.0f} tokens; Best-of-{cost['n']} of the untouched model: "
-            f"{cost['best_of_n_tokens']:.0f} tokens, and {cost['n']:.0f} rewards.",
-            highlight=False,
-            soft_wrap=True,
+        best = (
+            f"; Best-of-{cost['n']} of the untouched model: {cost['best_of_n_tokens']:.0f} tokens, and "
+            f"{cost['n']:.0f} rewards"
         )
+        text = f"One answer: {cost['tokens']:.0f} tokens{best if cost['n'] > 1 else ''}."
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def print_evaluation(

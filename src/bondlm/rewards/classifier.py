@@ -19,7 +19,15 @@ from bondlm.errors import ConfigError, DataError
 from bondlm.rewards.answers import Failure
 from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
-from bondlm.rewards.texts import bad_lengths, check_batch_bounds, check_choice, token_limit, with_failures
+from bondlm.rewards.texts import (
+    bad_lengths,
+    check_batch_bounds,
+    check_choice,
+    completion_text,
+    prompt_text,
+    token_limit,
+    with_failures,
+)
 
 FACTS_FILE = "reward.json"  # in the folder of a reward model that bondlm has trained
 # The chat template for a base model without one that becomes a reward model, so that it can score conversations.
@@ -38,9 +46,9 @@ class SequenceClassifierReward:
 
     The text is always built with the *reward* model's tokenizer. Chats are rendered with its chat template. If it has
     one, a plain prompt and its completion are also rendered with it, as a user message and an answer; otherwise plain
-    texts are prompt + completion. Rows are scored in micro-batches of similar length, padded on the right. A row's
-    score does not depend on its neighbours except for rounding: in bf16, by about 0.02 of its value, or 0.02 for values
-    below 1.
+    texts are prompt + completion, or a pair (``prompt_format``). Rows are scored in micro-batches of similar length,
+    padded on the right. A row's score does not depend on its neighbours except for rounding: in bf16, by about 0.02 of
+    its value, or 0.02 for values below 1.
     """
 
     def __init__(
@@ -49,7 +57,7 @@ class SequenceClassifierReward:
         tokenizer: Any,
         *,
         append_eos: Literal["auto"] | bool = "auto",
-        prompt_format: Literal["auto", "chat", "plain"] = "auto",
+        prompt_format: Literal["auto", "chat", "plain", "pair"] = "auto",
         max_length: int | None = None,
         truncate: Literal["left"] | None = None,
         batch_size: int = 16,
@@ -63,7 +71,8 @@ class SequenceClassifierReward:
             append_eos: End each plain or rendered text with the end-of-sequence token. "auto" does so when the
                 tokenizer has no chat template; a text that already ends with the token never gets a second one.
             prompt_format: How the model gets plain text: "chat" turns it into messages, "plain" joins prompt and
-                completion, and "auto" means "chat" if the tokenizer has a chat template other than bondlm's own.
+                completion, and "auto" means "chat" if the tokenizer has a chat template other than bondlm's own. "pair"
+                gives prompt (of a chat, the last user message) and completion as the two texts of a cross-encoder.
             max_length: Maximum tokens of a row; None takes the limit stated by tokenizer and config.
             truncate: None refuses longer rows; "left" drops their oldest tokens and keeps a leading special token.
             batch_size: Maximum rows in a forward pass.
@@ -74,14 +83,22 @@ class SequenceClassifierReward:
         """
         check_choice("append_eos", append_eos, ("auto", True, False))
         check_choice("truncate", truncate, (None, "left"))
-        check_choice("prompt_format", prompt_format, ("auto", "chat", "plain"))
+        check_choice("prompt_format", prompt_format, ("auto", "chat", "plain", "pair"))
         check_batch_bounds(batch_size, batch_tokens)
         if append_eos is True and tokenizer.eos_token_id is None:
             raise ConfigError(
                 "append_eos is True and the reward model's tokenizer has no eos_token: set append_eos=False."
             )
+        if prompt_format == "pair" and (truncate is not None or append_eos is True):
+            raise ConfigError("prompt_format='pair' takes no truncate and no append_eos: remove them.")
         self.model = frozen(model)
         _check_one_label(self.model.config, type(model).__name__)
+        if prompt_format == "auto" and tokenizer.chat_template is None and tokenizer.sep_token is not None:
+            _logger.warning(
+                "the reward model %s has no chat template, and gets prompt and completion as one text without a "
+                "separator. Encoders are mostly trained on pairs: set prompt_format=pair, or plain if this is right",
+                *(self.model.config.name_or_path or type(model).__name__,),
+            )
         self.tokenizer = tokenizer
         self.truncate = truncate
         self.prompt_format = _format_of_text(tokenizer) if prompt_format == "auto" else prompt_format
@@ -128,22 +145,23 @@ class SequenceClassifierReward:
             ConfigError: The rows are chats, and the reward model's tokenizer has no chat template.
         """
         failed: dict[int, Failure] = {}
-        rows_B: list[list[int]] = []
+        rows_B: list[dict[str, list[int]]] = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             try:
-                rows_B.append(self.encode(prompt, completion))
+                rows_B.append(self._encoded(prompt, completion))
             except DataError as error:
-                rows_B.append([])
+                rows_B.append({"input_ids": []})
                 failed[row] = Failure(f"cannot score a conversation: {error},")
         advice = "set max_length, shorten the texts, or allow truncate='left'"
-        failed = bad_lengths(rows_B, self._limit, advice) | failed
-        encoded = [ids for row, ids in enumerate(rows_B) if row not in failed]
-        if not encoded:
+        failed = bad_lengths([row["input_ids"] for row in rows_B], self._limit, advice) | failed
+        good = [encoded for row, encoded in enumerate(rows_B) if row not in failed]
+        if not good:
             return with_failures([], failed, len(rows_B))
-        self._log_ending(encoded[0])
+        self._log_ending(good[0]["input_ids"])
+        encoded = {key: [row[key] for row in good] for key in good[0]}
         scores = map_micro_batches(
-            [len(ids) for ids in encoded],
-            lambda rows: self._forward({"input_ids": encoded}, rows),
+            [len(ids) for ids in encoded["input_ids"]],
+            lambda rows: self._forward(encoded, rows),
             max_rows=self.batch_size if self._pad_id is not None else 1,
             max_tokens=self.batch_tokens,
         )
@@ -172,6 +190,12 @@ class SequenceClassifierReward:
             ConfigError: A chat, and the tokenizer has no chat template.
             DataError: The chat template refuses the conversation.
         """
+        return self._encoded(prompt, completion)["input_ids"]
+
+    def _encoded(self, prompt: Any, completion: Any) -> dict[str, list[int]]:
+        if self.prompt_format == "pair":
+            pair = self.tokenizer(prompt_text(prompt), completion_text(completion), verbose=False)
+            return {key: pair[key] for key in ("input_ids", "token_type_ids") if key in pair}
         text, is_rendered = self.render(prompt, completion)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not is_rendered, verbose=False)["input_ids"]
         if self._eos_id is not None and ids[-1:] != [self._eos_id]:
@@ -179,7 +203,7 @@ class SequenceClassifierReward:
         if self.truncate == "left" and self._limit is not None and len(ids) > self._limit:
             head = ids[:1] if ids[0] in self.tokenizer.all_special_ids else []
             ids = [*head, *ids[len(ids) - self._limit + len(head) :]]
-        return ids
+        return {"input_ids": ids}
 
     def render(self, prompt: Any, completion: Any) -> tuple[str, bool]:
         """The text to score, and whether the chat template wrote it (then it already holds its special tokens).
@@ -195,7 +219,8 @@ class SequenceClassifierReward:
         if self.tokenizer.chat_template is None:
             raise ConfigError(
                 "the prompts are conversations and the reward model's tokenizer has no chat_template: set one on it "
-                "(reward_processing_classes), or wrap the model in a function that builds the text."
+                "(reward_processing_classes), give the last user message and the answer as a pair "
+                "(prompt_format=pair), or wrap the model in a function that builds the text."
             )
         chat = as_chat(prompt)
         answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
@@ -242,6 +267,7 @@ def _check_one_label(config: Any, name: str) -> None:
     if config.num_labels != 1:
         raise ConfigError(
             f"reward model {name!r} ({', '.join(config.architectures or ['?'])}) has {config.num_labels} labels "
-            f"{list(config.label2id)}: a reward has one. For an entailment (NLI) model write 'nli:{name}'; train a "
-            "language model as a reward model with num_labels=1 first; for one class of several write a function."
+            f"{list(config.id2label.values())}: a reward has one. For an entailment (NLI) model write 'nli:{name}'; "
+            "train a language model as a reward model with num_labels=1 first; for one class of several write a "
+            "function."
         )

@@ -23,7 +23,6 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 
 PLAIN_VARIABLE, CA_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP", "SSL_CERT_FILE"
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 MAX_REQUESTS = 8  # in flight together
 LONGEST_CONNECT, LONGEST_PAUSE = 10.0, 30.0  # seconds
 LEAST_BYTES = 65_536  # of an answer: a longer one is not what we asked for
@@ -171,7 +170,7 @@ class Client:
             status = response.status_code
             if status != 200:
                 said = await _beginning(response)
-                if status in TRANSIENT and not self._is_final(status, said):
+                if _is_transient(status) and not self._is_final(status, said):
                     raise _TransientError(f"HTTP {status}", _retry_after(response.headers))
                 message = f"the {self._what} {self.name} answers HTTP {status}: {self._advice}"
                 raise RefusedError(message, status, said)
@@ -184,6 +183,11 @@ class Client:
                 if len(received) > limit:
                     raise RewardError(f"the {self._what} {self.name} answers with more than {limit} bytes")
             return bytes(received)
+
+
+def _is_transient(status: int) -> bool:
+    """Whether a request may succeed later: 529 is an overloaded model, 520 to 530 a proxy without its server."""
+    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))  # what it cannot do
 
 
 def _trusted() -> ssl.SSLContext:

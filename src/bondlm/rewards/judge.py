@@ -151,7 +151,7 @@ class JudgeReward:
         """An awaitable of the completions' scores (larger is better) or a `Failure`."""
         return self.rank(prompt, [completion_text(completion) for completion in completions])
 
-    def over(self, offered: Mapping[str, Sequence[Any]], groups: Sequence[int]) -> Callable[..., Any]:
+    def over(self, offered: Mapping[str, Sequence[Any]], groups: Sequence[int], name: str) -> Callable[..., Any]:
         """A reward function without data arguments that ranks these B rows, group by group (`RankReward.over`).
 
         Raises:
@@ -174,7 +174,7 @@ class JudgeReward:
             ]
             answers = await await_together(asked)
             if agreements and log_metric is not None:
-                log_metric(f"judges/{self.model}/agreement", sum(agreements) / len(agreements))
+                log_metric(f"judges/{name}/agreement", sum(agreements) / len(agreements))
             return in_order(members, answers)
 
         return ask
@@ -239,11 +239,20 @@ class JudgeReward:
                     f"the judge {self.model!r} at {self._client.name} sends no chat completion: give the address up "
                     "to and without /chat/completions, which often ends in /v1"
                 )
-            said, refusal, usage = answer
+            said, refusal, usage, end = answer
             tokens = self._note_cost(usage, question, said)
-        if refusal or not isinstance(said, str):
+        if refusal:
             raise ValueError(f"it refused: {str(refusal)[:80]!r}")
-        read_ranking(said, question.ids)
+        try:
+            read_ranking(said if isinstance(said, str) else "", question.ids)
+        except ValueError as error:
+            if end != "length":
+                raise
+            most = self._request(question)["max_completion_tokens"]
+            raise ValueError(
+                f"its answer was cut off after {most} tokens; a model that thinks before it answers needs thousands, "
+                "raise answer_tokens"
+            ) from error
         if self._cache is not None:
             self._cache.put(self._key_of(question), said, tokens)
         return said
@@ -308,12 +317,13 @@ class JudgeReward:
         return tokens
 
 
-def _parsed(answer: bytes) -> tuple[Any, Any, Any] | None:
-    """Text, refusal and usage of an answer of the chat API; None if it is not one."""
+def _parsed(answer: bytes) -> tuple[Any, Any, Any, Any] | None:
+    """Text, refusal, usage and reason of the end of an answer of the chat API; None if it is not one."""
     try:
         data = json.loads(answer)
-        message = data["choices"][0]["message"]
-        return message.get("content"), message.get("refusal"), data.get("usage")
+        choice = data["choices"][0]
+        message = choice["message"]
+        return message.get("content"), message.get("refusal"), data.get("usage"), choice.get("finish_reason")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
 

@@ -1,7 +1,7 @@
 """Turn users' reward specs (a string, a function, a model, or a list of these) into named rewards."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -73,6 +73,7 @@ def load_rewards(
     dtype: torch.dtype | str = "auto",
     timeout: float = 60.0,
     outage: float = 600.0,
+    taken: Collection[str] = (),
 ) -> list[NamedReward]:
     """Load rewards.
 
@@ -102,6 +103,7 @@ def load_rewards(
         dtype: Dtype of models that are loaded here; "auto" takes that of the checkpoint.
         timeout: Seconds that a request to a server, or a call of an asynchronous function, may take.
         outage: Seconds without any answer from a server after which the run gives up.
+        taken: Names that other rewards of the run have.
 
     Returns:
         Rewards named after the function or the last part of the model's path; a second one of the same name gets "_2".
@@ -123,7 +125,9 @@ def load_rewards(
             name, function = _load_one(spec, tokenizer, device, dtype)
         # A server has limits per request, and transient faults are retried, so a whole call may take longer.
         limit = None if isinstance(function, JudgeReward | HTTPReward) else timeout
-        rewards.append(NamedReward(_unused(name, {reward.name for reward in rewards}), function, weight, limit))
+        rewards.append(
+            NamedReward(_unused(name, {*taken, *(reward.name for reward in rewards)}), function, weight, limit)
+        )
     return rewards
 
 

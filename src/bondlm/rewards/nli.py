@@ -240,7 +240,7 @@ def _refuse_options(kind: str, **options: Any) -> None:
 
 def _entailment_id(config: Any, entailment_label: str | None) -> int:
     """Index of the entailment label; ConfigError that lists the labels unless there is exactly one."""
-    labels = {str(label): int(index) for label, index in config.label2id.items()}
+    labels = [str(label) for _, label in sorted(config.id2label.items())]  # label2id may be missing, or another
     if entailment_label is not None:
         found = [label for label in labels if label.lower() == entailment_label.lower()]
     else:
@@ -248,10 +248,10 @@ def _entailment_id(config: Any, entailment_label: str | None) -> int:
     if len(found) != 1 or len(labels) < 2:
         wanted = repr(entailment_label) if entailment_label is not None else "'entail...'"
         raise ConfigError(
-            f"the NLI model's labels are {list(labels)}, and one label {wanted} beside at least one other is needed: "
+            f"the NLI model's labels are {labels}, and one label {wanted} beside at least one other is needed: "
             "name it with entailment_label."
         )
-    return labels[found[0]]
+    return labels.index(found[0])
 
 
 def _answers(

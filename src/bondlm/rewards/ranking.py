@@ -35,30 +35,33 @@ class RankReward:
         """The function itself."""
         return self.function(*arguments, **named)
 
-    def over(self, offered: Mapping[str, Sequence[Any]], groups: Sequence[int]) -> Callable[..., Any]:
+    def over(self, offered: Mapping[str, Sequence[Any]], groups: Sequence[int], name: str) -> Callable[..., Any]:
         """A reward function without data arguments that ranks these B rows, group by group.
 
         Args:
             offered: `prompts`, `completions` and columns, B each; for columns, the value in the group's first row is
                 used.
             groups: the group of each row.
+            name: what metrics and errors call it.
         """
         members = rows_of(groups)
 
         def ask(trainer_state: Any = None, log_metric: Any = None) -> Any:
             extras = {"trainer_state": trainer_state, "log_metric": log_metric}
-            answers = [self._ask(offered, rows, extras) for rows in members]
+            answers = [self._ask(offered, rows, extras, name) for rows in members]
             if not any(inspect.isawaitable(answer) for answer in answers):
                 return in_order(members, answers)
             return _later(members, answers)
 
         return ask
 
-    def _ask(self, offered: Mapping[str, Sequence[Any]], rows: Sequence[int], extras: Mapping[str, Any]) -> Any:
-        lists = {name: [offered[name][i] for i in rows] for name in ("completions", "truncated") if name in offered}
-        single = {name: values[rows[0]] for name, values in offered.items() if name not in (*PER_COMPLETION, "prompts")}
+    def _ask(
+        self, offered: Mapping[str, Sequence[Any]], rows: Sequence[int], extras: Mapping[str, Any], name: str
+    ) -> Any:
+        lists = {key: [offered[key][i] for i in rows] for key in ("completions", "truncated") if key in offered}
+        single = {key: values[rows[0]] for key, values in offered.items() if key not in (*PER_COMPLETION, "prompts")}
         single |= {"prompt": offered["prompts"][rows[0]], **extras}
-        return self.function(**accepted_arguments(self.__name__, self.function, lists, single))
+        return self.function(**accepted_arguments(name, self.function, lists, single))
 
 
 def is_ranking(spec: Any) -> bool:

@@ -129,7 +129,7 @@ def _values(
     bad: dict[int, str] | None,
 ) -> tuple[dict[str, Tensor], dict[str, set[int]]]:
     """Each reward's checked values (B,), and the rows that it does not apply to."""
-    functions = [r.function.over(offered, groups) if r.ranks else r.function for r in rewards]  # type: ignore[attr-defined]
+    functions = [r.function.over(offered, groups, r.name) if r.ranks else r.function for r in rewards]  # type: ignore[attr-defined]
     answers = call_all(
         list(zip([reward.name for reward in rewards], functions, strict=True)),
         {name: values[:own] for name, values in offered.items()},

@@ -6,8 +6,12 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards.answers import Failure
+
+TABLES = ("position_embeddings", "embed_positions", "wpe")  # absolute positions, by the names of their modules
 
 
 def prompt_text(prompt: Any) -> str:
@@ -48,14 +52,17 @@ def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | Non
     """Maximum tokens of a row: ``max_length``, or the smaller limit of tokenizer and model config (None: no limit).
 
     Raises:
-        ConfigError: ``max_length`` is below 1.
+        ConfigError: ``max_length`` is below 1, or beyond the model's table of positions.
     """
+    rows = _table_rows(model)
     if max_length is not None:
         if max_length < 1:
             raise ConfigError(f"max_length is {max_length}: give at least 1 token.")
+        if rows is not None and max_length > rows:
+            raise ConfigError(f"max_length is {max_length}, and the model has {rows} positions: give at most {rows}.")
         return max_length
     config_limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (tokenizer.model_max_length, config_limit, _table_rows(model)) if limit is not None]
+    limits = [limit for limit in (tokenizer.model_max_length, config_limit, rows) if limit is not None]
     limit = min(limits, default=None)
     # Tokenizers without a limit state 10**30.
     return None if limit is None or limit > 10**9 else int(limit)
@@ -64,8 +71,9 @@ def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | Non
 def _table_rows(model: Any) -> int | None:
     """Rows of a position table that tokens can use: RoBERTa and related models start after the padding row."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.num_embeddings - module.padding_idx - 1)
+        if name.endswith(TABLES) and isinstance(module, nn.Embedding):
+            unused = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            return int(module.num_embeddings - unused)
     return None
 
 
