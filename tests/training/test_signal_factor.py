@@ -91,29 +91,43 @@ def test_where_many_samples_tie_it_stays() -> None:
     again.load_state({"factor": 1.0, "fast": 0.6, "slow": 0.6})  # a checkpoint of an earlier version
     assert again.measured_n == pytest.approx(1.5)
     few = SignalFactor(8)
-    few.update(0.6, pace=1.0, tied=0.1)
+    few.update(0.6, pace=1.0, tied=0.05)
     assert few.factor > 1.0
 
 
-@pytest.mark.parametrize(("n", "num_samples", "levels"), [(2, 4, 7), (4, 8, 12), (4, 4, 12), (8, 8, 21), (8, 4, 21)])
-def test_up_to_that_share_of_ties_n_is_measured_well(n: int, num_samples: int, levels: int) -> None:
-    """The N at which the expected wins are n / (n + 1): levels that the reference draws alike."""
-    at_most = (torch.arange(levels).double() + 1) / levels
+def equally_likely(levels: int) -> torch.Tensor:
+    return torch.linspace(0, 1, levels + 1).double()
+
+
+def one_level(low: float, high: float) -> torch.Tensor:
+    """All of the reference's quantiles from `low` to `high` tie; elsewhere the levels are as good as continuous."""
+    return torch.cat([torch.linspace(0, low, 300), torch.linspace(high, 1, 300)]).double()
+
+
+@pytest.mark.parametrize(
+    ("n", "num_samples", "ends", "most"),
+    [
+        *((n, k, equally_likely(levels), 1.03) for n, k, levels in [(2, 4, 14), (4, 8, 24), (4, 4, 24), (8, 8, 44)]),
+        (2, 4, one_level(0.213, 0.6), 1.045),
+        (4, 4, one_level(0.356, 0.759), 1.115),
+        (4, 8, one_level(0.325, 0.756), 1.1),
+        (8, 4, one_level(0.55, 0.869), 1.2),
+        (8, 8, one_level(0.506, 0.867), 1.185),
+    ],
+)
+def test_up_to_that_share_of_ties_n_is_measured_well(n: int, num_samples: int, ends: torch.Tensor, most: float) -> None:
+    """From the expected wins of Best-of-n; levels end at the reference's quantiles `ends`."""
     table = torch.tensor(win_table(n, num_samples)).nan_to_num()
-
-    def wins(order: float) -> float:
-        below = (at_most - 1 / levels).clamp(min=0) ** order
-        shares = torch.stack([below, at_most**order - below, 1 - at_most**order])
-        counts = [(a, b) for a in range(num_samples + 1) for b in range(num_samples + 1 - a)]
-        ways = [math.comb(num_samples, a) * math.comb(num_samples - a, b) * float(table[a, b]) for a, b in counts]
-        return sum(
-            float((way * shares[0] ** a * shares[1] ** b * shares[2] ** (num_samples - a - b)).mean())
-            for way, (a, b) in zip(ways, counts, strict=True)
-        )
-
-    tied = float((torch.diff(at_most**n, prepend=torch.zeros(1).double()) ** 2).sum())
-    assert MAX_TIED - 0.03 < tied < MAX_TIED + 0.01
-    assert wins(0.92 * n) < n / (n + 1) < wins(n)
+    shares = torch.stack([ends[:-1] ** n, torch.diff(ends**n), 1 - ends[1:] ** n])
+    counts = [(a, b) for a in range(num_samples + 1) for b in range(num_samples + 1 - a)]
+    ways = [math.comb(num_samples, a) * math.comb(num_samples - a, b) * float(table[a, b]) for a, b in counts]
+    wins = sum(
+        float((torch.diff(ends) * way * shares[0] ** a * shares[1] ** b * shares[2] ** (num_samples - a - b)).sum())
+        for way, (a, b) in zip(ways, counts, strict=True)
+    )
+    tied = float((shares[1] ** 2).sum())
+    assert 0.9 * MAX_TIED < tied < 1.1 * MAX_TIED
+    assert most - 0.03 < wins / (1 - wins) / n < most
 
 
 def test_the_pace_is_that_of_the_optimizer() -> None:

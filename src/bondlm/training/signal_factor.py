@@ -6,7 +6,7 @@ follows the error by at most 2% per step. It also takes the trend of N into acco
 move.
 
 If many samples tie, N cannot be measured without bias: from K samples and one of the reference it comes out too high,
-by up to a third of n with 0/1 rewards (docs/theory.md, "Wins with ties"). The factor is then not changed.
+up to double for n = 8 and 0/1 rewards (docs/theory.md, "Wins with ties"). The factor is then not changed.
 """
 
 import math
@@ -20,7 +20,9 @@ from bondlm.training.rollout import Rollout
 MAX_CHANGE = 0.02  # of the factor, per step
 MAX_FACTOR = 4.0  # a model that needs more cannot reach n at an acceptable KL
 FAST, SLOW = 0.1, 0.03  # weights of a step's win rate in the two running means
-MAX_TIED = 0.2  # of the pairs of a prompt's samples: up to this share the measured N is at most 8% too high
+# Of the pairs of a prompt's samples: up to this share the measured N of Best-of-n is at most 20% too high (n = 4: 11%),
+# whatever the levels, for n <= 8 and K >= 4.
+MAX_TIED = 0.1
 AHEAD = 2.0  # weight of the difference between the means' log N: without it N overshoots if the policy follows slowly
 
 
