@@ -80,7 +80,7 @@ class Comparison:
     kl_k3: Estimate
     kl_per_token: Estimate
     kl_k3_per_token: Estimate
-    kl_of_best_of_n: float  # of Best-of-N at the policy's N by win rate, or at N = M if that is larger
+    kl_of_best_of_n: float  # of Best-of-N at the policy's N by win rate, at most M
     curve: list[CurvePoint]
     against: list[Against]
     histogram: list[float]

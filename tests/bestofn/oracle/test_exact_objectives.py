@@ -142,6 +142,21 @@ def test_regression_stops_at_best_of_n_with_exact_quantiles_and_near_it_with_man
     assert distances[0] > 1e-4
 
 
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_eight_samples_count_ties_to_a_point_of_the_pass_rate(n):
+    """0/1 rewards: the regression, and the corrected quantile of BOND with 16; the regression's own 2 do not."""
+    passes = torch.arange(0.05, 1.0, 0.05, dtype=torch.float64)
+    anchor = torch.stack([1 - passes, passes], dim=1)
+    rewards = torch.tensor([0.0, 1.0], dtype=torch.float64).expand_as(anchor)
+    best = best_of_n_probs(anchor, rewards, n)
+    near = [regression_fixed_point(anchor, rewards, n, 8)] + [
+        bond_fixed_point(anchor, rewards, n, beta, estimate=estimate, k=16, correction=True)
+        for beta, estimate in itertools.product([0.5, 1.0], ["clamped", "harmonic"])
+    ]
+    assert max(float((found - best).abs().max()) for found in near) < 0.0105
+    assert float(regression_fixed_point(anchor, rewards, 2, 2)[9, 1]) == pytest.approx(0.61, abs=0.001)
+
+
 def best_and_worst_by_enumeration(anchor, rewards, n):
     """All K^n draws; ties go to the first for the best, to the last for the worst: two different draws if all tie."""
     result = np.zeros((len(anchor), len(anchor)))
