@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -76,3 +77,15 @@ def test_the_kl_of_tied_rewards_is_the_exact_one():
     u = (np.arange(100_000) + 0.5) / 200_000 + 0.5
     smooth = np.mean(4 * u**3 * np.log(4 * u**3)) / 2
     assert best_of_n_kls(mixed, [4]) == pytest.approx([0.5**4 * np.log(0.5**4 / 0.5) + smooth], abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("n", "passes", "error"), [(4, 0.1, -0.04), (8, 0.1, -0.08), (16, 0.1, -0.12), (8, 0.8, 0.02), (2, 0.9, -0.06)]
+)
+def test_the_mean_kl_of_few_samples_of_a_rare_level_is_too_low(n, passes, error):
+    """32 samples, 0/1 rewards: the sum over all counts of passes, relative to the exact KL."""
+    rewards = [[0.0] * (32 - count) + [1.0] * count for count in range(33)]
+    chances = [math.comb(32, count) * passes**count * (1 - passes) ** (32 - count) for count in range(33)]
+    mean = sum(chance * best_of_n_kls([row], [n])[0] for chance, row in zip(chances, rewards, strict=True))
+    exact = float(best_of_n_kl(np.array([1 - passes, passes]), np.array([0.0, 1.0]), n))
+    assert mean / exact - 1 == pytest.approx(error, abs=0.006)

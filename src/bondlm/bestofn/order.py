@@ -75,8 +75,11 @@ def best_of_n_kls(rewards: Array, orders: Sequence[float]) -> list[float]:
 
     Σ_l (F_l^n − F_<^n) log[(F_l^n − F_<^n) / m_l] over the levels of two or more equal rewards, F_l and F_< the shares
     of rewards at most, and below, and m_l = F_l − F_<. A reward that occurs once is taken as continuous; its part is ∫
-    n u^(n−1) log(n u^(n−1)) du from F_< to F_l. Without ties the sum is exactly `kl_bound(n)`; all tied: 0. Atoms that
-    are too rare to occur twice count as continuous, so the estimate tends to be too high.
+    n u^(n−1) log(n u^(n−1)) du from F_< to F_l. Without ties the sum is exactly `kl_bound(n)`; all tied: 0.
+
+    The estimate is biased both ways. Atoms that are too rare to occur twice count as continuous, which makes it too
+    high. With 0/1 rewards it is mostly too low, since prompts whose M samples all tie count as 0: at a pass rate of
+    0.1 and n = 8 by 16% for M = 16, 8% for M = 32, 4% for M = 64.
 
     Args:
         rewards: (P, M) rewards of M independent reference samples of each prompt, or (M,) for one prompt.
