@@ -95,6 +95,12 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "bond", "quantile": "learned", "log_quantile": "harmonic"}, "log_quantile='harmonic'"),
     ({"objective": "bond", "quantile": "learned", "correction": True}, "correction=True"),
     ({"objective": "bond", "quantile": "learned", "num_anchor_samples": 0}, "num_anchor_samples=0"),
+    ({"objective": "bond", "n": 4, "beta": 0.0, "num_anchor_samples": 5}, "num_anchor_samples=5"),
+    ({"objective": "bond", "beta": 0.0, "log_quantile": "clamped"}, "log_quantile='clamped'"),
+    ({"objective": "bond", "beta": 0.0, "correction": True}, "correction=True"),
+    ({"objective": "bond", "beta": 0.0, "quantile": "learned"}, "quantile='learned'"),
+    ({"beta": 0.0, "num_anchor_samples": 3}, "num_anchor_samples=3"),
+    ({"beta": 0, "log_quantile": "harmonic"}, "log_quantile='harmonic'"),
     ({"objective": "best_of_n_sft", "n": 1}, "n=1"),
     ({"objective": "best_of_n_sft", "beta": 1.0}, "beta=1.0"),
     ({"objective": "best_of_n_sft", "gamma": 0.5}, "gamma=0.5"),
@@ -158,6 +164,7 @@ def test_every_objective_has_its_plan(tmp_path: Path) -> None:
         (1, 5, 2, 1): {"objective": "jbond", "num_anchor_samples": 5, "log_quantile": "harmonic"},
         (1, 8, 2, 1): {"objective": "bond", "n": 8, "num_anchor_samples": 4},
         (1, 4, 2, 1): {"objective": "bond", "n": 4, "quantile": "learned"},
+        (1, 3, 2, 1): {"objective": "bond", "n": 3, "beta": 0.0},
         (3, 0, 3, 3): {"objective": "rloo", "num_samples": 3},
         (6, 0, 6, 6): {"objective": "self_bond", "n": 4, "num_samples": 6, "log_quantile": "best_of_n"},
     }
@@ -374,7 +381,8 @@ def test_what_may_change_when_a_run_goes_on() -> None:
 
 
 ACCEPTED: list[dict[str, Any]] = [
-    {"beta": 0.0, "eta": 0.0},
+    {"beta": 0.0, "eta": 0.0, "num_anchor_samples": 2},
+    {"objective": "bond", "n": 4, "beta": 0.0, "num_anchor_samples": 4, "gamma": 1.0},
     {"beta": 1.0, "eta": 1.0, "gamma": 2.0},
     {"anchor": "periodic", "anchor_update_every": 1},
     {"anchor": "fixed", "engine": "transformers", "dtype": "bfloat16"},

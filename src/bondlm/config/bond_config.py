@@ -88,7 +88,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     )
     num_anchor_samples: int | None = setting(
         None,
-        "Anchor samples k per quantile estimate. Default: 2 for jbond, 16 for bond and vbon, 1 for a learned quantile.",
+        "Anchor samples k per quantile. Default: 2 for jbond, 16 for bond (n at beta=0) and vbon, 1 for a learned one.",
     )
     log_quantile: str | None = setting(
         None,

@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 # What an evaluation measures, by whether more is better; each has its interval's ends under _low and _high.
 MEASURES = {"reward": True, "win_rate": True, "effective_n": True, "kl": False}
 ENDS = ("", "_low", "_high")
+OF_QUANTILES = ("log_quantile", "correction", "quantile", "quantile_learning_rate")  # which the backward KL has
 MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules that look at `metric_for_best_model`
 WITHOUT_WARMUP = ("constant", *MEASURING)
 OTHERS = (
@@ -165,6 +166,7 @@ def problems(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any
             f"gamma_ref={c.gamma_ref!r}: anchor='fixed' is the reference itself, and the objective has a KL to it; "
             "remove gamma_ref, or let the anchor move"
         )
+    found.extend(_of_no_weight(c, defaults))
     if c.missing_eos == "worst" and plan.total == 1:
         found.append(
             f"missing_eos='worst': objective={c.objective!r} draws one sample per prompt, and there is no other to "
@@ -223,6 +225,18 @@ def _not_used(c: Any, name: str, other: str, values: tuple[str, ...]) -> str:
     if name == "beta" and c.objective in users("beta_rl"):
         do += "; the KL coefficient that TRL calls beta is beta_rl"
     return f"{name}={getattr(c, name)!r}: {other}={getattr(c, other)!r} does not use it ({do}), remove it"
+
+
+def _of_no_weight(c: Any, defaults: Mapping[str, Any]) -> Iterator[str]:
+    """At beta = 0 the forward KL to the best of n samples is left, and nothing learns from a quantile."""
+    if c.objective not in users("beta") or c.beta != 0:
+        return
+    idle = [name for name in OF_QUANTILES if getattr(c, name) != defaults[name]]
+    if c.num_anchor_samples is not None and c.num_anchor_samples > c.n:
+        idle.append("num_anchor_samples")
+    for name in idle:
+        uses = f"uses {c.n} of them" if name == "num_anchor_samples" else "does not use it"
+        yield f"{name}={getattr(c, name)!r}: at beta={c.beta!r} only the forward KL is left, which {uses}; remove it"
 
 
 def _contradictions(c: Any) -> Iterator[str]:

@@ -60,6 +60,8 @@ def _dependent_defaults(name: str, settings: Mapping[str, Any], num_logged: int 
     """Defaults that follow from another setting, or from the data."""
     if name == "bond" and settings.get("quantile") == "learned":
         return {"num_anchor_samples": 1}
+    if name == "bond" and settings.get("beta") == 0:  # the forward term's n are all that it learns from
+        return {"num_anchor_samples": max(2, settings["n"])}
     if name == "best_of_n_regression":
         return {"num_samples": num_logged or settings.get("n")}
     if name == "listwise" and num_logged:
