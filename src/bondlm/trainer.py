@@ -46,7 +46,7 @@ from bondlm.models.adapters import check_start, require_trainable
 from bondlm.models.anchor import Anchor
 from bondlm.models.average import WeightAverage
 from bondlm.models.deepspeed import load_without_code, settle_precision, stepping
-from bondlm.models.facts import hidden_size
+from bondlm.models.facts import hidden_size, name_of
 from bondlm.models.head import exact_head
 from bondlm.models.learned_quantile import quantile_model
 from bondlm.models.load import load_tokenizer, loaded_revision, prepare_policy
@@ -142,7 +142,7 @@ class BONDTrainer(SamplingTrainer):
         own_arguments(others, list(inspect.signature(BONDTrainer).parameters))
         args = own_copy(BONDConfig(output_dir="bondlm_output") if args is None else args)
         model = located(expanded(model)) if isinstance(model, str) else model
-        name = model if isinstance(model, str) else model.config._name_or_path
+        name = model if isinstance(model, str) else name_of(model)
         refuse_own_folder(name, args.output_dir)
         require_metric_of(named_sets(eval_dataset), args.metric_for_best_model)
         check_own(optimizers, args)

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from bondlm import BONDConfig
 from bondlm.config import SETTINGS, require_metric_of
+from bondlm.config.bond_config import DEFAULTS
 from bondlm.errors import ConfigError
 
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -137,6 +138,26 @@ EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_st
 def test_settings_of_the_best_model_are_looked_up_at_once(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=named):
         config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, default in DEFAULTS.items() if default not in (None, "")))
+def test_what_must_have_a_value_is_not_null(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}=None: it must have a value; leave it out for the default"):
+        config(tmp_path, **{name: None})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"gradient_checkpointing_kwargs": "x"}, "gradient_checkpointing_kwargs='x': must be names and values"),
+        ({"deepspeed": "zero2.json"}, "deepspeed='zero2.json': its package is not installed"),
+    ],
+)
+def test_what_transformers_trips_over_is_a_sentence(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config(tmp_path, **settings)
+    with pytest.raises(ConfigError, match="output_dir='': name a folder"):
+        BONDConfig(output_dir="", use_cpu=True)
 
 
 @pytest.mark.parametrize(

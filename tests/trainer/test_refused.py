@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tiny import prompt_rows, tiny_causal
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from bondlm import BONDTrainer
 from bondlm.errors import CheckpointError, ConfigError, DataError
@@ -43,6 +43,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "adapter",
     ),
     "a name that is nowhere": (lambda: "/nowhere/at/all", {}, "/nowhere/at/all"),
+    "no model": (lambda: nn.Linear(2, 2), {}, "model is a Linear: give a model of transformers or PEFT"),
 }
 
 
@@ -52,6 +53,17 @@ def test_models_that_cannot_be_trained_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path, model(), **settings)
+
+
+def test_settings_of_another_trainer_and_a_file_as_folder_are_refused(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ConfigError, match="args is a TrainingArguments, and BONDTrainer takes a BONDConfig"):
+        BONDTrainer(tiny_causal(TOKENIZER), len, args, train_dataset=prompt_rows(2))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output_dir='.*file' is a file"):
+        trainer(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"^ref_model=a LlamaForCausalLM: "):
+        BONDTrainer(tiny_causal(TOKENIZER), ref_model=tiny_causal(TOKENIZER))
 
 
 def test_bf16_weights_are_refused_where_they_would_train(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
 
 # Paths and names, which YAML may misread as numbers, dates or booleans.
 NAMES = ("output_dir", "dataset", "train_dataset", "eval_dataset", "reward_funcs", "judges", "run_name", "hub_model_id")
+NEED_TEXT = (*NAMES, "config", "judge", "model", "reference", "opponent", "output")
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,9 +224,12 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
                 f"{word!r} has no option name before it: write --name value, or --name '[a, b]' for a list"
             )
         name, equals, text = word[2:].partition("=")
+        has_value = bool(equals) or (bool(words) and not words[0].startswith("--"))
         if not equals:
-            text = words.pop(0) if words and not words[0].startswith("--") else "true"
+            text = words.pop(0) if has_value else "true"
         name = name.replace("-", "_")
+        if name in NEED_TEXT and not (has_value and text):
+            raise ConfigError(f"{word.partition('=')[0]} has no value, or an empty one: write --{name} VALUE")
         if name == "config":
             path = text
         elif name == "judge" and "judges" in COMMANDS[command][1]:

@@ -1,5 +1,6 @@
 """`bondlm reward-model`: a reward model from preference pairs, or the mean of several, with its held-out accuracy."""
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -160,7 +161,9 @@ class _Job:
 
         found = accuracy_of(margin_B, self.eval_rows)
         value, low, high = found.accuracy.value, found.accuracy.low, found.accuracy.high
-        self._say(f"{what} {value:.3f} [{low:.3f}, {high:.3f}] on {found.pairs} pairs of {found.prompts} prompts")
+        interval = f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) else ""  # with one prompt there is none
+        of = f"{found.pairs} pair{'s' * (found.pairs != 1)} of {found.prompts} prompt{'s' * (found.prompts != 1)}"
+        self._say(f"{what} {value:.3f}{interval} on {of}")
         return {
             "accuracy": {"value": value, "low": low, "high": high},
             "margin": found.margin,

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from bondlm.config.checks import check_inherited, keeps_best, settle_best_model
+from bondlm.config.checks import check_inherited, keeps_best, refuse_null, settle_best_model
 from bondlm.config.checks import problems as problems_of
 from bondlm.config.given import given_settings, note_settled
 from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
@@ -354,6 +354,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     def __post_init__(self, dtype: str) -> None:  # type: ignore[override]
         """Check what can be checked without a model."""
         self.dtype = dtype
+        refuse_null(self, DEFAULTS)
         if str(self.pad_to_multiple_of) == "auto":  # TRL's default: to the longest row, but on Neuron devices
             self.pad_to_multiple_of = None
         # What config.yaml keeps of a run made in Python.

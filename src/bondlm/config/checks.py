@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING
+from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import Any, get_origin
 
@@ -31,6 +32,17 @@ OTHERS = (
     *(f"completions/{name}" for name in ("mean_length", "min_length", "max_length", "clipped_ratio", "frac_empty")),
 )
 GOAL = re.compile(r"(?:^|_)(rewards/(.+)/(win_rate|effective_n))(?:_low|_high)?$")  # one of several rewards
+
+
+def refuse_null(c: Any, defaults: Mapping[str, Any]) -> None:
+    """See that no setting is None that must have a value.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for name, default in defaults.items():
+        if default not in (None, "") and getattr(c, name, default) is None:  # HfArgumentParser makes "" None
+            raise ConfigError(f"{name}=None: it must have a value; leave it out for the default ({default!r})")
 
 
 def settle_best_model(c: Any) -> None:
@@ -181,7 +193,7 @@ def _outside_of_range(c: Any, settings: Mapping[str, Setting], defaults: Mapping
         if (problem := other_kind(name, value, setting.kinds)) is not None:
             yield problem
             continue
-        if setting.rule is None or (value is None and defaults[name] is None):
+        if setting.rule is None or (value is None and defaults.get(name) is None):
             continue
         if (problem := setting.rule.problem(name, value)) is not None:
             yield problem
@@ -202,7 +214,7 @@ def other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
     if all(get_origin(kind) is list for kind in kinds) and not isinstance(value, list | tuple):
         return f"{name}={value!r}: must be a list, such as [a, b]"
     is_json = isinstance(value, str) and value.startswith("{")
-    if all(get_origin(kind) is dict for kind in kinds) and not (is_json or isinstance(value, Mapping)):
+    if name.endswith("_kwargs") and not (is_json or isinstance(value, Mapping)):
         return f"{name}={value!r}: must be names and values, such as {{name: value}}"
     return None
 
@@ -240,7 +252,11 @@ def _of_no_weight(c: Any, defaults: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _contradictions(c: Any) -> Iterator[str]:
-    """What two settings say together."""
+    """What two settings say together, or a setting and this machine."""
+    if c.output_dir == "":
+        yield "output_dir='': name a folder, which the run makes if need be"
+    if c.deepspeed and find_spec("deepspeed") is None:
+        yield f"deepspeed={c.deepspeed!r}: its package is not installed. pip install 'bondlm[deepspeed]'"
     if c.anchor != "fixed" and not anchor_may_move(c.objective):
         yield (
             f"anchor={c.anchor!r}: objective={c.objective!r} has no moving anchor, its KL is to the model it started "

@@ -25,7 +25,16 @@ def note_settled(config: Any, names: Iterable[str], derived: Iterable[str]) -> N
 
 
 def own_copy(config: Any) -> Any:
-    """A copy for a trainer, which fills in defaults; what was set by attribute so far is given, too."""
+    """A copy for a trainer, which fills in defaults; what was set by attribute so far is given, too.
+
+    Raises:
+        ConfigError: it is no `BONDConfig`.
+    """
+    if not hasattr(config, "settled"):
+        raise ConfigError(
+            f"args is a {type(config).__name__}, and BONDTrainer takes a BONDConfig: it has the settings of "
+            "TrainingArguments and those of BOND (docs/trl.md)"
+        )
     mine = copy.copy(config)
     mine.given = config.given | _set_since(config, config.settled)
     mine.settled, mine.copied_from = {name: getattr(config, name) for name in config.settled}, config

@@ -20,6 +20,9 @@ else:
     NoOption = InitVar[str]  # TRL's ModelConfig has an option of that name, and a parser cannot have two
 
 
+LONGEST_SHOWN = 200  # characters
+
+
 class OwnNames(type):
     """Metaclass for dataclasses of settings and their subclasses: runs `own_names` before the constructor."""
 
@@ -80,7 +83,9 @@ def _own(
         elif name not in table:
             problems.append(f"unknown {what} {name!r}{nearest(name, known)}{more}")
         elif value is not None and value not in table[name].neutral:
-            problems.append(f"{name}={value!r}: {table[name].text}")
+            shown = repr(value)  # a model's fills pages
+            shown = shown if len(shown) <= LONGEST_SHOWN else f"a {type(value).__name__}"
+            problems.append(f"{name}={shown}: {table[name].text}")
     if problems:
         raise ConfigError("; ".join(problems))
     return own

@@ -9,8 +9,24 @@ from collections.abc import Hashable, Iterator
 from functools import cache
 from typing import Any
 
+from bondlm.errors import ConfigError
+
 # Layers whose state has no column per token, so padding that enters the state stays in it.
 RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"}
+
+
+def name_of(model: Any) -> str:
+    """The folder or hub name that a model object was loaded from; empty if it was made in memory.
+
+    Raises:
+        ConfigError: it is no model of transformers.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "_name_or_path"):
+        raise ConfigError(
+            f"model is a {type(model).__name__}: give a model of transformers or PEFT, a folder, or a hub name"
+        )
+    return str(config._name_or_path)
 
 
 def text_config(config: Any) -> Any:

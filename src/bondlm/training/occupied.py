@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from bondlm.errors import CheckpointError
+from bondlm.errors import CheckpointError, ConfigError
 from bondlm.models.deepspeed import require_same_sharding
 from bondlm.runs.folder import METRICS_FILE, locked, weights_file
 from bondlm.runs.foreign import foreign_file
@@ -23,9 +23,12 @@ def refuse_other_files(folder: Path) -> None:
     """Check that a run overwrites nothing that does not belong to a run.
 
     Raises:
+        ConfigError: it is a file.
         CheckpointError: the folder has a model of another command but no log or checkpoint of a run; or it has a file
             with a name that a run writes, but no sign of an earlier run.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder, which the run makes if need be")
     name = weights_file(folder)
     if name is not None and not (folder / METRICS_FILE).exists() and newest_checkpoint(folder)[0] is None:
         raise CheckpointError(
