@@ -1,5 +1,6 @@
 """Win rates from pairs in both orders, against plain counting, and judges with a bias that the two orders cancel."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,14 @@ def test_a_judge_who_likes_what_comes_first_ties() -> None:
     found = judged(lambda completions: {"ranking": [0, 1]})
     assert all(rate["value"] == 0.5 for rate in found["win_rate"].values())
     assert found["agreement"] == 0.0
+
+
+def test_a_judge_without_a_preference_agrees_with_nothing() -> None:
+    found = judged(lambda completions: [0.0] * len(completions))
+    assert all(rate["value"] == 0.5 for rate in found["win_rate"].values())
+    assert math.isnan(found["agreement"])
+    sometimes = judged(lambda prompt, completions: longer(completions) if prompt < "p2" else [0.0] * len(completions))
+    assert sometimes["agreement"] == 1.0
 
 
 def test_pairs_without_a_ranking_are_left_out_and_counted() -> None:

@@ -1,5 +1,7 @@
 """Evaluations: what a policy has gained over its reference, and that measuring leaves the run alone."""
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +13,10 @@ from tiny import prompt_rows
 from transformers import TrainerCallback, TrainerState
 
 from bondlm import BONDTrainer
-from bondlm.errors import ConfigError
-from bondlm.rewards import by_pairs
+from bondlm.errors import ConfigError, RewardError
+from bondlm.evaluation import evaluate_run
+from bondlm.evaluation.table import wide_console
+from bondlm.rewards import NamedReward, RankReward, by_pairs
 from trainer.helpers import logged, low_ids, same, trainer, weights, without_times
 
 PROMPTS_8 = Dataset.from_list(prompt_rows(8))
@@ -122,6 +126,28 @@ def test_several_eval_sets_have_names_and_one_leads(tmp_path: Path) -> None:
         {"eval_math_reward", "eval_reward"},
     ]
     assert rows[1]["eval_kl_low"] == rows[1]["eval_math_kl_low"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_judges_that_rank_are_asked_when_every_set_is_measured(fails: bool, tmp_path: Path) -> None:
+    """The main process asks them alone, and the others would wait for it in the next set."""
+    seen: list[str] = []
+
+    def rank(prompt: str, completions: list[str]) -> list[int]:
+        seen.append("asked")
+        if fails:
+            raise ValueError("no quota")
+        return [len(text) for text in completions]
+
+    made = trainer(tmp_path, eval_dataset={"a": prompt_rows(2), "b": prompt_rows(4)[2:]}, main_eval="b")
+    drawn = made.held_out_samples
+    made.held_out_samples = lambda dataset: seen.append("measured") or drawn(dataset)  # type: ignore[method-assign,func-returns-value]
+    judges = [NamedReward("j", RankReward(rank))]
+    with pytest.raises(RewardError, match="no quota") if fails else nullcontext():
+        evaluate_run(made, tmp_path, wide_console(), judges=judges)
+    assert seen[:3] == ["measured", "measured", "asked"]
+    for file in ("eval-a/eval.json", "eval.json"):
+        assert ("pairwise" in json.loads((tmp_path / file).read_text())) is not fails
 
 
 @pytest.mark.parametrize(("main", "steps"), [("good", 1), ("bad", 3)])

@@ -133,7 +133,8 @@ def _judged(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs)
         kept = wins[~wins.isnan()]
         if len(kept):
             against[name] = interval(bootstrap_mean(kept)) | {"num_prompts": len(kept)}
-    same = (wins_2K[0] == wins_2K[1])[known_K]
+    decided_K = known_K & (wins_2K != 0.5).any(dim=0)  # a judge that has no preference agrees with nothing
+    same = (wins_2K[0] == wins_2K[1])[decided_K]
     return {
         "win_rate": against,
         "num_pairs": len(mean_K),

@@ -8,7 +8,7 @@ sharpening on its own also raises the reward. `bondlm eval` has more such baseli
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +40,34 @@ def evaluate_run(
     shows progress; a caller that passes one prints the headline itself. `judges` are rewards that were not optimised;
     they score the samples of policy and reference, or compare them.
     """
-    sets = trainer.eval_dataset
-    if not isinstance(sets, dict):
-        return _evaluate_set(trainer, sets, folder, console, reporter, judges)
-    for name in [name for name in sets if name != trainer.main_eval]:
-        own = folder / f"eval-{name}"
-        own.mkdir(exist_ok=True)
-        _evaluate_set(trainer, sets[name], own, console, reporter, judges, name=name)
-    main = trainer.main_eval
-    return _evaluate_set(trainer, sets[main], folder, console, reporter, judges, name=main)
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {None: trainer.eval_dataset}
+    names = sorted(sets, key=lambda name: name == trainer.main_eval)  # the main one last
+    found = {name: _measured(trainer, sets[name], reporter, judges, name=name) for name in names}
+    if trainer.is_world_process_zero():
+        folders = {name: folder if name == trainer.main_eval else folder / f"eval-{name}" for name in names}
+        for name, measured in found.items():  # whatever becomes of the judges
+            folders[name].mkdir(exist_ok=True)
+            write_results(folders[name], measured.result, measured.policy, measured.reference)
+        # The main process alone asks judges that rank: the others have no further set in which they wait for it.
+        for name, measured in found.items():
+            _judge_and_show(trainer, measured, folders[name], console, reporter, judges, name=name)
+    return found[names[-1]].result
 
 
-def _evaluate_set(
-    trainer: Any,
-    dataset: Any,
-    folder: Path,
-    console: Any,
-    reporter: Any,
-    judges: Sequence[NamedReward],
-    *,
-    name: str | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Measured:
+    """The samples of a held-out set, and what `eval.json` says of them."""
+
+    rows: list[dict[str, Any]]
+    policy: Samples
+    reference: Samples
+    result: dict[str, Any]
+
+
+def _measured(
+    trainer: Any, dataset: Any, reporter: Any, judges: Sequence[NamedReward], *, name: str | None
+) -> _Measured:
+    """Draw and measure; every process must call this."""
     rows, args = list(dataset), trainer.args
     what = "held-out samples at the end" + (f", {name}" if name else "")
     is_drawn = reporter is not None and reporter.reference_drawn
@@ -84,16 +91,30 @@ def _evaluate_set(
         **({"held_out": name} if name else {}),
         "reference": trainer.roles.core.config._name_or_path,
     }
-    if trainer.is_world_process_zero():
-        result |= compared([judge for judge in judges if judge.ranks], rows, policy, reference, result)
-        write_results(folder, result, policy, reference)
-        if name == trainer.main_eval:
-            write_card(folder, result)
-        if name:
-            console.print(f"held-out prompts of {name}:", highlight=False)
-        print_samples(console, list(side_by_side(policy, reference)))
-        print_table(console, result, headline=reporter is None or name != trainer.main_eval)
-    return result
+    return _Measured(rows, policy, reference, result)
+
+
+def _judge_and_show(
+    trainer: Any,
+    found: _Measured,
+    folder: Path,
+    console: Any,
+    reporter: Any,
+    judges: Sequence[NamedReward],
+    *,
+    name: str | None,
+) -> None:
+    """Ask the judges that rank, add what they say, and print the table; for the main process alone."""
+    is_main = name == trainer.main_eval
+    if ranking := [judge for judge in judges if judge.ranks]:
+        found.result.update(compared(ranking, found.rows, found.policy, found.reference, found.result))
+        write_results(folder, found.result, found.policy, found.reference)
+    if is_main:
+        write_card(folder, found.result)
+    if name:
+        console.print(f"held-out prompts of {name}:", highlight=False)
+    print_samples(console, list(side_by_side(found.policy, found.reference)))
+    print_table(console, found.result, headline=reporter is None or not is_main)
 
 
 def _name_of_set(folder: Path, name: str | None) -> Any:
