@@ -1,6 +1,7 @@
 """A run that goes on in Python has the settings that it was begun with, or says which are others."""
 
 import json
+import linecache
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -105,13 +106,34 @@ def test_settings_set_as_attributes_count(tmp_path: Path) -> None:
 def test_what_may_change_does_and_a_change_that_is_allowed_is_on_file(tmp_path: Path) -> None:
     run(tmp_path).train()
     run(tmp_path, max_steps=3, save_steps=2, disable_tqdm=False).train(resume_from_checkpoint=True)
-    assert not (tmp_path / "env.json").exists()
+    assert json.loads((tmp_path / "env.json").read_text())["config_changes"] == []
     changed = run(tmp_path, max_steps=4, gamma=0.7)
     changed.train(resume_from_checkpoint=True, allow_config_change=True)
     assert changed.state.global_step == 4
     assert json.loads((tmp_path / "env.json").read_text())["config_changes"] == ["gamma: None -> 0.7"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["gamma"] == 0.7
     run(tmp_path, max_steps=5, gamma=0.7).train(resume_from_checkpoint=True)
+
+
+def test_an_edited_reward_is_seen(tmp_path: Path) -> None:
+    """Of a function that is given as an object, by its source."""
+
+    def reward_of(code: str) -> Any:
+        file = tmp_path / "rewards.py"
+        file.write_text(f"from trainer.helpers import low_ids\n\ndef mine(completion_ids):\n    {code}\n")
+        linecache.checkcache(str(file))
+        namespace: dict[str, Any] = {"__name__": "rewards"}
+        exec(compile(file.read_text(), str(file), "exec"), namespace)
+        return namespace["mine"]
+
+    first, other = "return low_ids(completion_ids)", "return [-x for x in low_ids(completion_ids)]"
+    run(tmp_path / "run", reward=reward_of(first)).train()
+    run(tmp_path / "run", reward=reward_of(first), max_steps=3).train(resume_from_checkpoint=True)
+    changed = {"reward": reward_of(other), "max_steps": 4}
+    with pytest.raises(ConfigError, match=r"reward_funcs: rewards\.mine has been edited"):
+        run(tmp_path / "run", **changed).train(resume_from_checkpoint=True)
+    run(tmp_path / "run", **changed).train(resume_from_checkpoint=True, allow_config_change=True)
+    run(tmp_path / "run", **changed | {"max_steps": 5}).train(resume_from_checkpoint=True)
 
 
 ADAPTERS: dict[str, tuple[dict[str, Any] | None, str, bool]] = {

@@ -61,7 +61,8 @@ def run(options: dict[str, Any]) -> int:
             from bondlm.cli.progress import ProgressReporter
             from bondlm.engines.choose import engine_choice
             from bondlm.training.processes import World, decided_by_main
-        rewards = _reward_fingerprints(options) if is_main_process() else []
+            from bondlm.training.settings import fingerprints
+        rewards = fingerprints(options.get("reward_funcs")) if is_main_process() else []
         args = training_arguments(options)  # the processes of a run connect here
         checkpoint, changes = decided_by_main(
             lambda: _resume_point(folder, options, console, rewards), World.of(args), wait_s=args.ddp_timeout
@@ -242,6 +243,7 @@ def resume_of(options: Mapping[str, Any], console: Console) -> str | None:
     """
     from bondlm.data.paths import refuse_own_folder
     from bondlm.training.occupied import refuse_other_files
+    from bondlm.training.settings import fingerprints
 
     folder = Path(str(options.get("output_dir") or "runs/bond"))
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
@@ -249,7 +251,8 @@ def resume_of(options: Mapping[str, Any], console: Console) -> str | None:
         number = errno.EACCES if existing.is_dir() else errno.ENOTDIR
         raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {os.strerror(number)}")
     with locked(folder) if existing == folder else nullcontext():
-        checkpoint, _ = _resume_point(folder, options, console, _reward_fingerprints(options), is_real=False)
+        rewards = fingerprints(options.get("reward_funcs"))
+        checkpoint, _ = _resume_point(folder, options, console, rewards, is_real=False)
         refuse_own_folder(str(options["model"]), folder)
         refuse_other_files(folder)
     return checkpoint
@@ -324,31 +327,14 @@ def _first_from(
 def _changed_settings(path: Path, options: Mapping[str, Any], rewards: Sequence[Mapping[str, Any]] = ()) -> list[str]:
     """The differences to the stored settings; refused unless `allow_config_change` is set."""
     from bondlm.config import changed_settings
-    from bondlm.training.settings import spell_alike
+    from bondlm.training.settings import edited_rewards, spell_alike
 
     before, now = run_config(path.parent), redacted(dict(options))
     if not before:
         return []
     spell_alike(before, now, path.parent)
-    edited, allowed = _edited(path.parent / ENVIRONMENT_FILE, rewards), bool(options.get("allow_config_change"))
+    edited, allowed = edited_rewards(path.parent, rewards), bool(options.get("allow_config_change"))
     return changed_settings(before, now, path.parent, allowed=allowed, edited=edited)
-
-
-def _reward_fingerprints(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Fingerprints of the rewards: hashes of their files and weights."""
-    from bondlm.data.fingerprints import reward_fingerprint
-
-    specs = options.get("reward_funcs") or []
-    return [reward_fingerprint(spec) for spec in (specs if isinstance(specs, list | tuple) else [specs])]
-
-
-def _edited(environment: Path, rewards: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each reward whose file or weights have changed since the run was started."""
-    known = run_environment(environment.parent).get("rewards")
-    before = {each.get("spec"): each.get("sha256") for each in known or [] if isinstance(each, dict)}
-    now = {each["spec"]: each.get("sha256") for each in rewards}
-    both = [spec for spec, digest in now.items() if digest and before.get(spec)]
-    return [f"reward_funcs: {spec} has been edited" for spec in both if before[spec] != now[spec]]
 
 
 def _signal(trainer: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """Fingerprints of the sources of sample files: names, and hashes of their files."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -36,8 +37,10 @@ def weights_digest(folder: Path) -> str:
 
 
 def reward_fingerprint(spec: Any) -> Any:
-    """The reward's spec, with a hash of the file or the weights that it names."""
-    text = str(spec)
+    """The reward's spec, with a hash of the file or the weights that it names, or of a function's own source."""
+    if not isinstance(spec, str):
+        return _source_fingerprint(spec)
+    text = spec
     if (file := _source_file(expanded(text.removeprefix("rank:").rpartition(":")[0]))) is not None:
         return {"spec": text, "sha256": _hash_of(file)}
     if text.startswith("judge:"):
@@ -47,6 +50,18 @@ def reward_fingerprint(spec: Any) -> Any:
     name = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
     model = expanded(name)
     return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
+
+
+def _source_fingerprint(reward: Any) -> dict[str, Any]:
+    """A function's name, with a hash of its source if that is known; for an object, those of its class."""
+    while (inner := getattr(reward, "func", None) or getattr(reward, "function", None)) is not None:
+        reward = inner  # of a partial, or of a function that ranks
+    code = reward if inspect.isroutine(reward) else type(reward)
+    fingerprint = {"spec": f"{code.__module__}.{code.__qualname__}"}
+    try:
+        return fingerprint | {"sha256": hashlib.sha256(inspect.getsource(code).encode()).hexdigest()}
+    except (OSError, TypeError):  # typed into a console, or written in C
+        return fingerprint
 
 
 def _source_file(source: str) -> Path | None:

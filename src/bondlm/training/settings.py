@@ -10,6 +10,7 @@ import yaml
 from peft import PeftConfig
 
 from bondlm.config import ADAPTER, SETTINGS, changed_settings
+from bondlm.data.fingerprints import reward_fingerprint
 from bondlm.data.paths import found_in
 from bondlm.runs.folder import BY_PYTHON, CONFIG_FILE, ENVIRONMENT_FILE, run_config, run_environment, write_whole
 from bondlm.runs.redact import redacted
@@ -27,12 +28,33 @@ def as_on_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(redacted({name: _plain(value) for name, value in settings.items() if name != "hub_token"}))
 
 
+def fingerprints(reward_funcs: Any) -> list[dict[str, Any]]:
+    """Fingerprints of a run's rewards: hashes of their files, sources or weights."""
+    specs = [] if reward_funcs is None else reward_funcs
+    return [reward_fingerprint(spec) for spec in (specs if isinstance(specs, list | tuple) else [specs])]
+
+
+def edited_rewards(folder: Path, rewards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each reward whose file, source or weights have changed since the run in `folder` was started."""
+    known = run_environment(folder).get("rewards")
+    before = {each.get("spec"): each.get("sha256") for each in known or [] if isinstance(each, dict)}
+    now = {each["spec"]: each.get("sha256") for each in rewards}
+    both = [spec for spec, digest in now.items() if digest and before.get(spec)]
+    return [f"reward_funcs: {spec} has been edited" for spec in both if before[spec] != now[spec]]
+
+
 def compare_settings(
-    checkpoint: Path, settings: Mapping[str, Any] | None, adapter: PeftConfig | None, *, allowed: bool
+    checkpoint: Path,
+    settings: Mapping[str, Any] | None,
+    adapter: PeftConfig | None,
+    rewards: Sequence[Mapping[str, Any]] = (),
+    *,
+    allowed: bool,
 ) -> list[str]:
     """The differences to the run that wrote a checkpoint: in its adapter, and in its `settings` unless these are None.
 
-    Inputs that are objects, then or now, have no name to compare.
+    With settings, also in its `rewards` (their fingerprints). Other inputs that are objects, then or now, have no name
+    to compare.
 
     Raises:
         ConfigError: a difference is not `allowed`, see `changed_settings`.
@@ -47,7 +69,8 @@ def compare_settings(
         before |= {name: on_file[name] for name in both}
         now |= {name: settings[name] for name in both}
         spell_alike(before, now, source)
-    return changed_settings(before, now, source, allowed=allowed)
+    edited = [] if settings is None else edited_rewards(source, rewards)
+    return changed_settings(before, now, source, allowed=allowed, edited=edited)
 
 
 def spell_alike(before: Mapping[str, Any], now: dict[str, Any], source: Path) -> None:
@@ -83,10 +106,18 @@ def _in_order(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, list) else value
 
 
-def write_settings(folder: Path, settings: Mapping[str, Any], changes: Sequence[str], *, goes_on: bool) -> None:
-    """Write the current settings and the allowed `changes`; if the run `goes_on`, keep inputs that Python cannot name.
+def write_settings(
+    folder: Path,
+    settings: Mapping[str, Any],
+    rewards: Sequence[Mapping[str, Any]],
+    changes: Sequence[str],
+    *,
+    goes_on: bool,
+) -> None:
+    """Write the current settings, fingerprints of the rewards, and the allowed `changes`.
 
-    If a command began the run, the paths of inputs are made absolute.
+    If the run `goes_on`, inputs that Python cannot name are kept; if a command began it, the paths of inputs are made
+    absolute.
     """
     content = dict(settings)
     if goes_on and "directory" in run_environment(folder):
@@ -94,9 +125,9 @@ def write_settings(folder: Path, settings: Mapping[str, Any], changes: Sequence[
     if goes_on:
         content = {n: v for n, v in run_config(folder).items() if n not in SETTINGS and n not in content} | content
     write_whole(folder / CONFIG_FILE, BY_PYTHON + yaml.safe_dump(content, sort_keys=False))
-    if changes:
-        known = run_environment(folder)
-        known["config_changes"] = [*known.get("config_changes", []), *changes]
+    known = run_environment(folder) if goes_on else {}
+    if not goes_on or changes:
+        known |= {"rewards": redacted(list(rewards)), "config_changes": [*known.get("config_changes", []), *changes]}
         write_whole(folder / ENVIRONMENT_FILE, json.dumps(known, indent=1) + "\n")
 
 

@@ -42,14 +42,15 @@ class StopCallback(TrainerCallback):
     @contextmanager
     def training(self, trainer: Any) -> Iterator[None]:
         """Mark a run of `train`: after it, errors are no longer kept for later."""
-        trainer.remove_callback(self)
-        trainer.add_callback(self)  # behind the user's callbacks, whose wishes it carries to all processes
+        last = _WishesOfAll()
+        trainer.add_callback(last)
         logger = logging.getLogger("transformers.trainer")
         logger.addFilter(self._is_true)
         try:
             yield
         finally:
             self._is_training = False
+            trainer.remove_callback(last)
             logger.removeFilter(self._is_true)
 
     def _is_true(self, record: logging.LogRecord) -> bool:
@@ -98,7 +99,6 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After a signal on any rank, save on every rank, and stop if the signal asks for it."""
-        _ask_everywhere(args, control)
         stop, save = self.agree(args)
         self.save_requested = False
         if stop or save:
@@ -189,7 +189,6 @@ class StopCallback(TrainerCallback):
         """Compare with `target_n` and `kl_budget`; after the end of training, evaluations decide nothing."""
         if not self._is_training:
             return
-        _ask_everywhere(args, control)
         if (missing := _missing_best(args, metrics or {})) is not None:
             self.pause(missing, args, state, control)
         n, kl = ((metrics or {}).get(f"eval_{name}") for name in ("effective_n_low", "kl"))
@@ -204,6 +203,16 @@ class StopCallback(TrainerCallback):
             control.should_save = _strategy(args) != "no"
             if state.is_world_process_zero:
                 _log.warning("the run stops: %s", self._reason)
+
+
+class _WishesOfAll(TrainerCallback):
+    """Behind the user's callbacks: what one of them asks for on one process is done by all."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Share what was asked for."""
+        _ask_everywhere(args, control)
+
+    on_evaluate = on_epoch_end = on_step_end
 
 
 def _ask_everywhere(args: Any, control: Any) -> None:
