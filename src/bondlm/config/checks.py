@@ -224,12 +224,21 @@ def _unused(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any]
     for name, setting in settings.items():
         if getattr(c, name) == defaults.get(name, MISSING):
             continue
-        other, value = setting.needs or ("objective", c.objective)
+        other, _ = setting.needs or ("objective", c.objective)
         owners = users(name) or users(other)
         if owners and c.objective in OBJECTIVES and c.objective not in owners:
             yield _not_used(c, name, "objective", owners)
-        elif getattr(c, other) != value:
-            yield _not_used(c, name, other, (value,))
+        elif (lacking := _lacking(c, name, settings)) is not None:
+            yield _not_used(c, name, lacking[0], (lacking[1],))
+
+
+def _lacking(c: Any, name: str, settings: Mapping[str, Setting]) -> tuple[str, str] | None:
+    """The setting, and its value, that this one needs and the run has not; also what that one needs, and so on."""
+    while (needs := settings[name].needs) is not None:
+        if getattr(c, needs[0]) != needs[1]:
+            return needs
+        name = needs[0]
+    return None
 
 
 def _not_used(c: Any, name: str, other: str, values: tuple[str, ...]) -> str:
