@@ -151,6 +151,7 @@ def test_what_must_have_a_value_is_not_null(name: str, tmp_path: Path) -> None:
     [
         ({"gradient_checkpointing_kwargs": "x"}, "gradient_checkpointing_kwargs='x': must be names and values"),
         ({"deepspeed": "zero2.json"}, "deepspeed='zero2.json': its package is not installed"),
+        ({"dataloader_prefetch_factor": 2}, "a setting was refused: .*prefetch_factor"),
     ],
 )
 def test_what_transformers_trips_over_is_a_sentence(settings: dict[str, Any], said: str, tmp_path: Path) -> None:

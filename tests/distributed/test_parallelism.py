@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.training_args import ParallelMode
 
 from bondlm.errors import ConfigError
 from bondlm.models.deepspeed import require_same_sharding
@@ -21,6 +22,7 @@ def arguments(**given: Any) -> Any:
         "deepspeed_plugin": None,
         "fp16": False,
         "n_gpu": 1,
+        "parallel_mode": ParallelMode.DISTRIBUTED,
     }
     return SimpleNamespace(**none | given)
 
@@ -37,6 +39,7 @@ def zero(stage: int, *, flag: bool = False, beside: dict[str, Any] | None = None
         ({"n_gpu": 2}, "CUDA_VISIBLE_DEVICES"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp_version=1"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {}}, "fsdp_version=1"),
+        ({"fsdp": True, "parallel_mode": ParallelMode.NOT_PARALLEL}, "fsdp=True divides .* and there is one"),
         ({"deepspeed": "ds.json", "deepspeed_plugin": zero(2)}, "`accelerate launch`"),
         ({"deepspeed_plugin": zero(0)}, "zero_stage=0"),
         ({"deepspeed_plugin": zero(3, offload_param={"device": "nvme"})}, "offload_param_device=nvme"),

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from bondlm.config.checks import check_inherited, keeps_best, refuse_null, settle_best_model
+from bondlm.config.checks import check_inherited, keeps_best, refuse_null, refused_plainly, settle_best_model
 from bondlm.config.checks import problems as problems_of
 from bondlm.config.given import given_settings, note_settled
 from bondlm.config.settings import OF_TRANSFORMERS, OWN, Setting, setting
@@ -371,7 +371,8 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
             self.ddp_timeout = _longest_wait(self)
         if self.use_cpu and os.environ.get("LOCAL_RANK", "-1") != "-1":  # transformers 5.23 forgets ddp_timeout on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        with refused_plainly():
+            super().__post_init__()  # type: ignore[no-untyped-call]
         note_settled(self, SETTINGS, (*DERIVED, "greater_is_better"))  # which follows from the metric
         check_inherited(self)
         if self.beta < MEANT_AS_KL and self.objective in users("beta"):

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING
 from importlib.util import find_spec
 from numbers import Integral, Real
@@ -56,6 +57,19 @@ def settle_direction(c: Any) -> None:
     """A schedule that looks at a metric must know which end of it is the better one; its own default is the low one."""
     if c.lr_scheduler_type in MEASURING and c.greater_is_better is not None:
         c.lr_scheduler_kwargs = {"mode": "max" if c.greater_is_better else "min"} | (c.lr_scheduler_kwargs or {})
+
+
+@contextmanager
+def refused_plainly() -> Iterator[None]:
+    """Turn what transformers raises over settings into our error.
+
+    Raises:
+        ConfigError: a setting is refused.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"a setting was refused: {error}") from error
 
 
 def check_inherited(c: Any) -> None:

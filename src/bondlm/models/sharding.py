@@ -50,7 +50,8 @@ def check_parallelism(args: Any) -> None:
     """Refuse, before any work, settings that the anchor does not support, and warn of untested settings.
 
     Raises:
-        ConfigError: several GPUs in one process, FSDP version 1, or settings that `check_zero` refuses.
+        ConfigError: several GPUs in one process, FSDP in a single process or of version 1, or settings that
+            `check_zero` refuses.
     """
     if args.n_gpu > 1:
         raise ConfigError(
@@ -58,6 +59,11 @@ def check_parallelism(args: Any) -> None:
             "does not follow: use `accelerate launch` with a process for each, or choose one (CUDA_VISIBLE_DEVICES=0)"
         )
     untried: list[str] = []
+    if args.fsdp and not trained_in_parallel(args):
+        raise ConfigError(
+            f"fsdp={args.fsdp!r} divides the weights among processes, and there is one: start several with `accelerate "
+            "launch` or torchrun, or remove it"
+        )
     if uses_fsdp(args):
         settings = args.fsdp_plugin_args or {}
         version = settings.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))
