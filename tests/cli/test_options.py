@@ -62,6 +62,8 @@ REST = ["--reference", "r", "--dataset", "d.jsonl", "--reward_funcs", "f.py:f", 
         (["sample", "--model", "m", "--prompt", "x", "--best_of", "4"], "best_of=4: .*reward_funcs"),
         (["eval", "--model", "m", *REST, "--num_reference_samples", "1"], "num_reference_samples=1: .*>= 2"),
         (["merge", "a", "b", "--output_dir", "o", "--curve", "--seed", "-1"], "seed=-1: .*>= 0"),
+        (["eval", "--model", "m", *REST, "--reward_timeout_s", "0"], "reward_timeout_s=0: .*> 0"),
+        (["score", "--model", "m", *REST[2:], "--reward_outage_s", "-1"], "reward_outage_s=-1: .*>= 0"),
         *(
             ([*command, *option.split()], said)
             for command in (["sample", "--model", "m", "--prompt", "x"], ["score", "--model", "m", *REST[2:]])

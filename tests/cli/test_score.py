@@ -144,3 +144,23 @@ def test_sample_prints_an_answer_to_one_prompt(tmp_path, capsys):
     first = capsys.readouterr().out
     assert main([*arguments, "--temperature", "0", "--seed", "9"]) == 0
     assert capsys.readouterr().out == first  # greedy does not depend on the seed
+
+
+@pytest.mark.parametrize("command", ["score", "sample", "eval"])
+def test_the_limits_of_rewards_are_those_of_the_run_or_given(command, tmp_path, capsys):
+    """They were always 60 s and 600 s, so a run whose reward takes longer could not be evaluated."""
+    write_job(tmp_path)
+    (tmp_path / "slow.py").write_text(
+        "import asyncio\n\nasync def slow(completions, **columns):\n    await asyncio.sleep(1)\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    (tmp_path / "model" / "config.yaml").write_text(
+        f"model: {tmp_path / 'model'}\neval_dataset: {tmp_path / 'heldout.jsonl'}\nreward_timeout_s: 0.01\n"
+    )
+    arguments = [command, "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "heldout.jsonl")]
+    arguments += ["--reward_funcs", f"{tmp_path}/slow.py:slow", "--max_completion_length", "2"]
+    arguments += ["--output", str(tmp_path / ("out" if command == "eval" else "out.jsonl"))]
+    assert main(arguments) == 4
+    assert "within 0.01 s (reward_timeout_s)" in " ".join(capsys.readouterr().err.split())
+    assert main([*arguments, "--reward_timeout_s", "0.02"]) == 4
+    assert "within 0.02 s (reward_timeout_s)" in " ".join(capsys.readouterr().err.split())

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from bondlm.cli.console import Counter, make_console, make_progress, say_json
 from bondlm.cli.judge_costs import say_costs
 from bondlm.cli.report import write_page
-from bondlm.cli.sampling import check_sampling
+from bondlm.cli.sampling import check_sampling, reward_limits
 from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
 from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ FROM_RUN = {
     "reference": "model",
     "dataset": "eval_dataset",
     **{name: name for name in ("reward_funcs", *OF_REWARDS, "max_completion_length", "max_prompt_length")},
-    "judges": "judges",
+    **{name: name for name in ("judges", "reward_timeout_s", "reward_outage_s")},
 }
 
 
@@ -200,6 +200,7 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
         weights + [0.0] * len(judge_specs),
         device=sampler.device,
         dtype=fast_dtype(sampler.device),
+        **reward_limits(settings),
     )
     check_room(rewards, rows, settings["max_completion_length"])
     judges, rewards = rewards[len(specs) :], rewards[: len(specs)]

@@ -33,6 +33,10 @@ _REWARDS = {
     "reward_weights": "A list of numbers, one per reward.",
     "reward_aggregation": "How several rewards become one: sum (default), quantile, worst or lexicographic.",
     "reward_tolerances": "lexicographic: how far below the best counts as equal, one number per reward.",
+    "reward_timeout_s": "Seconds that a request to a reward server or judge, or a call to an async reward function, "
+    "may take. Default: as in the run's training, else 60.",
+    "reward_outage_s": "Seconds to wait for a reward server or judge that is down. Default: as in the run's training, "
+    "else 600.",
 }
 _JSON = {"json": "Print the result as one JSON object on stdout, everything else on stderr."}
 LORA = {

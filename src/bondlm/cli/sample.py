@@ -12,7 +12,7 @@ from rich.console import Console
 from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.cli.draft import Draft
 from bondlm.cli.judge_costs import say_costs
-from bondlm.cli.sampling import check_sampling
+from bondlm.cli.sampling import check_sampling, reward_limits
 from bondlm.errors import ConfigError
 from bondlm.runs.folder import refuse_unfinished, run_config, run_of
 
@@ -128,6 +128,7 @@ def generate(
                 options.get("reward_weights"),
                 device=sampler.device,
                 dtype=fast_dtype(sampler.device),
+                **reward_limits(run_config(run_of(Path(str(options["model"])))) | options),
             )
             if options.get("reward_funcs")
             else []

@@ -1,10 +1,12 @@
-"""Sampling options of `sample`, `score`, `eval` and `merge --curve`, checked before any work."""
+"""Sampling options of `sample`, `score`, `eval` and `merge --curve`, checked before any work, and limits of rewards."""
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from bondlm.errors import ConfigError
+from bondlm.objectives.rules import above, at_least, check
 
 DTYPES = ("auto", "float32", "bfloat16")
 LEAST_TEMPERATURE = 0.01  # smaller values mean greedy decoding, and logits divided by them may overflow
@@ -14,6 +16,7 @@ _LEAST = {
     "seed": 0,
 }
 _MAY_BE_UNSET = ("max_prompt_length", "max_rows")
+_LIMITS = {"reward_timeout_s": above(0, "seconds"), "reward_outage_s": at_least(0, "seconds")}
 
 
 def check_sampling(options: Mapping[str, Any]) -> None:
@@ -32,6 +35,14 @@ def check_sampling(options: Mapping[str, Any]) -> None:
         raise ConfigError(f"temperature={value!r}: must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
     if (dtype := options.get("dtype", "auto")) not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    limits = {name: rule for name, rule in _LIMITS.items() if name in options}
+    check(SimpleNamespace(**{name: options[name] for name in limits}), **limits)
+
+
+def reward_limits(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The time limits that the options set, as `load_rewards` takes them."""
+    keywords = {"reward_timeout_s": "timeout", "reward_outage_s": "outage"}
+    return {keyword: options[name] for name, keyword in keywords.items() if name in options}
 
 
 def _is_temperature(value: Any) -> bool:
