@@ -21,13 +21,15 @@ def numbers(text: str, pattern: str) -> list[int]:
     return [int(number) for number in found]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("streaming", "evaluations"), [(False, {"eval_steps": 3}), (True, {"eval_steps": 0.5, "eval_on_start": True})]
+)
 def test_the_cost_is_said_before_the_run_and_right_after_it(
-    streaming: bool, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    streaming: bool, evaluations: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     options: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 6, "learning_rate": 1e-2}
-    options |= {"eval_strategy": "steps", "eval_steps": 3}
+    options |= {"eval_strategy": "steps"} | evaluations
     options |= {"eval_num_samples": 2, "eval_num_reference_samples": 4, "max_completion_length": 8}
     with judging(by_scalar) as server:
         spec = server.spec(rounds=2, key="MY_KEY", cache=tmp_path / "cache")
@@ -86,8 +88,33 @@ def test_each_process_counts_its_own_share_of_the_held_out_prompts(processes: in
     args = SimpleNamespace(
         **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": processes},
         **{"eval_strategy": "epoch", "eval_num_samples": 4, "eval_num_reference_samples": 8, "num_train_epochs": 3.0},
+        **{"eval_on_start": False, "eval_delay": 0},
     )
     made = SimpleNamespace(args=args, eval_dataset=range(30), train_dataset=range(10 * 2 * processes))
     found = _evaluations(made, 0, 50, is_kept=False)  # five epochs of ten steps
     assert {count for count, _ in found} == {prompts}
     assert sum(size == 12 for _, size in found) == 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        ({}, 10),  # after steps 10, 20, .., 100
+        ({"eval_on_start": True}, 11),
+        ({"eval_delay": 50}, 6),
+        ({"eval_delay": 101}, 0),
+        ({"eval_steps": 30}, 4),  # 30, 60, 90 and the last step
+        ({"eval_strategy": "epoch"}, 10),
+        ({"eval_strategy": "epoch", "eval_delay": 2.5}, 8),
+        ({"eval_strategy": "no"}, 0),
+    ],
+)
+def test_evaluations_are_counted_as_the_run_makes_them(settings: dict[str, Any], times: int) -> None:
+    args: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1}
+    args |= {"eval_strategy": "steps", "eval_on_start": False, "eval_delay": 0, "eval_steps": 10} | settings
+    args |= {"eval_num_samples": 4, "eval_num_reference_samples": 8}
+    state = SimpleNamespace(eval_steps=args["eval_steps"])
+    made = SimpleNamespace(args=SimpleNamespace(**args), state=state, eval_dataset=range(5), train_dataset=range(20))
+    for is_kept in (False, True):  # an answer of the last step's evaluation is not paid for again
+        found = _evaluations(made, 0, 100, is_kept=is_kept)
+        assert sum(size == 12 for _, size in found) == times + 1 - (is_kept and times > 0)

@@ -102,17 +102,25 @@ def _evaluations(trainer: Any, first_step: int, last_step: int, *, is_kept: bool
     datasets = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     prompts = sum(-(-len(dataset) // args.world_size) for dataset in datasets)  # the main process's share, the largest
     references = args.eval_num_reference_samples
-    times = 0
-    if args.eval_strategy == "steps":
-        every = int(args.eval_steps)
-        times = last_step // every - first_step // every - (is_kept and last_step % every == 0)
-    elif args.eval_strategy == "epoch" and isinstance(trainer.train_dataset, Sized):
-        each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = -(-len(trainer.train_dataset) // each)
-        times = -(-last_step // steps) - -(-first_step // steps)  # including a last one that the run's end cuts short
+    during = _evaluated_steps(trainer, first_step, last_step)
+    times = bool(args.eval_on_start) + len(during) - (is_kept and last_step in during)
     of_baselines = (1, max(1, args.eval_num_samples // 2), 1)  # bondlm.evaluation.run
     sizes = [references, *[references + args.eval_num_samples] * (times + 1)]
     return [(prompts, size) for size in [*sizes, *(references + count for count in of_baselines)]]
+
+
+def _evaluated_steps(trainer: Any, first_step: int, last_step: int) -> list[int]:
+    """The steps after `first_step` that an evaluation follows; if there are any, the last one is among them."""
+    args = trainer.args
+    if args.eval_strategy == "steps":
+        every, least = int(trainer.state.eval_steps), args.eval_delay  # in the state a share is a number of steps
+    elif args.eval_strategy == "epoch" and isinstance(trainer.train_dataset, Sized):
+        each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        every = -(-len(trainer.train_dataset) // each)
+        least = args.eval_delay * every  # a delay in epochs
+    else:
+        return []
+    return [step for step in {*range(every, last_step, every), last_step} if step > first_step and step >= least]
 
 
 def _where(args: Any) -> str:
