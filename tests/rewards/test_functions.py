@@ -41,6 +41,15 @@ def test_functions_of_one_file_share_its_state(folder):
     assert load_function("./my_rewards.py:seen")(["a"]) == [1.0]
 
 
+def test_an_edited_file_is_read_again(folder):
+    """In a notebook the old function went on scoring, while the run recorded the hash of the new file."""
+    before = load_function("my_rewards.py:short")
+    (folder / "my_rewards.py").write_text(SOURCE.replace("-float", "+float"))  # of the same size, in the same second
+    assert load_function("my_rewards.py:short")(["abc"]) == [3.0]
+    assert load_function("my_rewards.py:seen")(["a"]) == [1.0]  # the edited file's own state
+    assert before(["abc"]) == [-3.0]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -4,8 +4,9 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from bondlm.errors import ConfigError, as_list
@@ -14,7 +15,8 @@ from bondlm.errors import ConfigError, as_list
 def load_function(spec: str) -> Callable[..., Any]:
     """Load ``"module:function"`` or ``"path/to/file.py:function"``.
 
-    A file's path is relative to the working directory. A module is looked up as ``import`` does.
+    A file's path is relative to the working directory. Its functions share their state, until the file is edited: then
+    it runs anew. A module is looked up as ``import`` does, so an edited one is not read again.
 
     Raises:
         ConfigError: The spec has another form, or the module or file cannot be loaded or has no such callable.
@@ -53,18 +55,35 @@ def _load_file(spec: str, path: Path) -> ModuleType:
         raise ConfigError(
             f"reward {spec!r}{as_list(spec)}: there is no file {resolved}. Paths are relative to the working directory."
         )
-    module_spec = importlib.util.spec_from_file_location(f"bondlm_user_{path.stem}_{abs(hash(resolved))}", resolved)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"reward {spec!r}: Python cannot load {resolved} as a module.")
-    if module_spec.name in sys.modules:
-        return sys.modules[module_spec.name]  # two functions of one file share its state, as with an import
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickle look up a class's module there
+    name = f"bondlm_user_{path.stem}_{abs(hash(resolved))}"
     try:
-        module_spec.loader.exec_module(module)
+        loader = _CurrentSource(name, resolved)
+    except OSError as error:
+        raise ConfigError(f"reward {spec!r}: {resolved} cannot be read: {error.strerror}.") from error
+    known = sys.modules.get(name)
+    if known is not None and getattr(known.__loader__, "source", None) == loader.source:
+        return known  # two functions of one file share its state, as with an import
+    module_spec = importlib.util.spec_from_file_location(name, resolved, loader=loader)
+    if module_spec is None:
+        raise ConfigError(f"reward {spec!r}: Python cannot load {resolved} as a module.")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module there
+    try:
+        loader.exec_module(module)
     except Exception as error:
-        del sys.modules[module_spec.name]
+        del sys.modules[name]
         raise ConfigError(
             f"reward {spec!r}: running {resolved} failed with {type(error).__name__}: {error}."
         ) from error
     return module
+
+
+class _CurrentSource(SourceFileLoader):
+    """What the file holds now; Python's compiled files tell an edit only by its second and the file's size."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        super().__init__(name, str(path))
+        self.source = path.read_bytes()
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.source, self.path)
