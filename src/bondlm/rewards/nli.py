@@ -63,7 +63,8 @@ class NLIReward:
         batch_size: int = 16,
         batch_tokens: int = 16_384,
     ) -> None:
-        """Wrap a model that is already on its device; it is set to eval mode and frozen.
+        """Wrap a model that is already on its device; it is set to eval mode and frozen, and its
+        last layer computes in fp32.
 
         Args:
             model: Sequence classifier with an entailment label, or encoder-decoder language model.

@@ -13,14 +13,14 @@ from bondlm.models.load import from_safetensors, refuse_missing, refused
 
 
 def frozen(model: nn.Module) -> Any:
-    """Put a model in eval mode (no dropout) and stop its gradients.
+    """Put a model in eval mode (no dropout), stop its gradients, and let its last layer compute in fp32.
 
     Raises:
         ConfigError: It is not a transformers model.
     """
     if not hasattr(model, "config"):
         raise ConfigError(f"{type(model).__name__} has no config: a reward that is a module is a transformers model.")
-    return model.eval().requires_grad_(False)
+    return with_fp32_head(model.eval().requires_grad_(False))
 
 
 def with_fp32_head(model: Any) -> Any:
@@ -32,7 +32,7 @@ def with_fp32_head(model: Any) -> Any:
     inside = set(model.base_model.modules())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
     for last in {id(head): head for head in (model.get_output_embeddings(), *linear[-1:])}.values():
-        if not isinstance(last, nn.Linear) or last.weight.dtype.itemsize >= 4:
+        if not isinstance(last, nn.Linear) or last.weight.dtype not in (torch.bfloat16, torch.float16):
             continue
         for name, parameter in list(last.named_parameters(recurse=False)):
             setattr(last, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
@@ -83,7 +83,7 @@ def load_model(
         may_miss: Weights whose name contains this are not used and may be missing.
 
     Returns:
-        The model; its last layer computes in fp32 for any dtype.
+        The model on its device.
 
     Raises:
         ConfigError: The model cannot be loaded, or weights are missing.
@@ -94,7 +94,7 @@ def load_model(
     if getattr(model, "peft_config", None) is not None:
         raise _adapter_error(path)  # the loading info is then that of the adapter and does not cover the head
     refuse_missing(f"reward model {path!r}", model, info, may_miss)
-    return with_fp32_head(model.to(device))
+    return model.to(device)
 
 
 def _refused(path: str) -> AbstractContextManager[None]:
