@@ -42,6 +42,8 @@ async def later(prompt: str, completions: list[str]) -> Any:
         lambda completions: torch.tensor([1e6 + len(text) for text in completions]),
         lambda prompt, completions: [len(text) - 1e9 * (prompt == "p") for text in completions],
         lambda completions: {"ranking": tuple(np.argsort([-len(text) for text in completions]))},
+        lambda completions: {"ranking": np.argsort([-len(text) for text in completions])},
+        lambda completions: {"ranking": torch.tensor([len(text) for text in completions]).argsort(descending=True)},
     ],
 )
 def test_rankings_and_scores_become_ranks_within_the_prompt(function: Any) -> None:
@@ -79,6 +81,9 @@ NO_RANKINGS: dict[str, Any] = {
     "booleans": {"ranking": [True, False, 2]},
     "texts": {"ranking": ["0", "1", "2"]},
     "no list": {"ranking": "012"},
+    "an array of another shape": {"ranking": np.array([[0, 1, 2]])},
+    "a number as an array": {"ranking": np.array(0)},
+    "an array of floats": {"ranking": np.array([0.0, 1.0, 2.0])},
     "another key": {"order": [0, 1, 2]},
     "one score short": [1.0, 2.0],
     "text": "aaa",
