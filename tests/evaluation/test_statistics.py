@@ -36,6 +36,10 @@ def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
     policy, reference, others = case(n=1, log_ratio=0.1)
     below = scored(policy.rewards_PM.numpy() - 1.0, log_ratio=0.1)
     above = scored(policy.rewards_PM.numpy() + 9.0, log_ratio=9.0)
+    alike = scored(policy.rewards_PM.numpy() + 0.02, log_ratio=0.1)
+    result = summarize(alike, reference, others)
+    assert (result["effective_n"]["low"], result["kl_ratio"]) == (1.0, None)
+    assert 0 < result["kl_of_best_of_n"] < 0.01  # what the KL of a policy whose N is not told from 1 is not divided by
     for samples, needed in ((below, 0.0), (above, kl_bound(16))):
         result = summarize(samples, reference, others)
         assert result["kl_ratio"] is None

@@ -44,6 +44,14 @@ def test_an_old_file_without_the_ratio_gets_it_from_its_kl():
     assert kl_ratio(result | {"kl_ratio": None}) is None
 
 
+def test_there_is_no_ratio_where_n_is_not_told_from_1():
+    """A policy like its reference, N = 1.03, was said to be at 1343 times the KL that Best-of-1.0 needs."""
+    worth = {"value": 1.03, "low": 1.0, "high": 1.1, "text": "1.0 [1.0, 1.1]"}
+    result = eval_json() | {"effective_n": worth, "kl_ratio": 1343.0, "kl_of_best_of_n": 0.00036}
+    assert kl_ratio(result) is None
+    assert headline(result) == "One sample = Best-of-1.0 [1.0, 1.1]."
+
+
 def test_a_policy_below_its_reference_has_no_n():
     result = eval_json() | {"win_rate": {"value": 0.31, "low": 0.2, "high": 0.4}}
     assert headline(result) == "One sample is below the reference (win rate 0.31, under 0.5), so there is no N."

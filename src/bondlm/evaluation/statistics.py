@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
 def _numbers(result: Comparison) -> dict[str, Any]:
     worth = result.matched["win_rate"]
     needed = result.kl_of_best_of_n
-    known = math.isfinite(worth.value) and needed > 0
+    known = math.isfinite(worth.value) and needed > 0 and not worth.low <= 1  # near N = 1 any KL is a large multiple
     simple = ("win_rate", "kl", "reward", "log_quantile", "kl_k3", "kl_per_token", "kl_k3_per_token")
     bins = len(result.histogram)
     return {

@@ -68,8 +68,12 @@ def interval_decimals(value: Mapping[str, Any]) -> int | None:
 
 
 def kl_ratio(result: Mapping[str, Any]) -> float | None:
-    """Return the policy's KL in units of the KL that Best-of-N needs at its effective N; None for N = 1 or unknown."""
-    if result["effective_n"]["value"] is None:
+    """Return the policy's KL in units of the KL that Best-of-N needs at its effective N.
+
+    None where N is unknown, or not told from 1: its interval holds 1, where any KL is an arbitrarily large multiple.
+    """
+    value, low = result["effective_n"]["value"], result["effective_n"].get("low")
+    if value is None or (low is not None and low <= 1):
         return None  # beyond the reference's samples, only a bound of N is known
     if "kl_ratio" in result:
         return _number_or_none(result["kl_ratio"])
