@@ -310,3 +310,14 @@ def test_what_is_missing_is_named(tmp_path):
     filled, config = complete({"model": str(tmp_path), "dataset": "d", "reward_funcs": "r", "output": "o"})
     assert filled["reference"] == "some/base"
     assert config == {}
+
+
+def test_a_reward_may_have_the_name_of_the_reference_columns_judge(tmp_path):
+    """The first prompts were drawn, and then the two names were refused."""
+    arguments = [*job(tmp_path, num_prompts=2), "--reference_column", "answer"]
+    (tmp_path / "rouge.py").write_text(
+        "def rouge_l(completions, **columns):\n    return [float(len(c[-1]['content'])) for c in completions]\n"
+    )
+    assert main([*arguments, "--reward_funcs", f"{tmp_path}/rouge.py:rouge_l"]) == 0
+    result = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert (result["rewards"], list(result["judges"])) == (["rouge_l"], ["rouge_l_2"])

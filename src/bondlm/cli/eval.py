@@ -203,10 +203,11 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
         **reward_limits(settings),
     )
     check_room(rewards, rows, settings["max_completion_length"])
+    names = [reward.name for reward in rewards]
     judges, rewards = rewards[len(specs) :], rewards[: len(specs)]
     column = settings.get("reference_column")
     absolute = [judge for judge in judges if not judge.ranks]
-    absolute += [rouge_judge(rows, str(column))] if column is not None else []
+    absolute += [rouge_judge(rows, str(column), names)] if column is not None else []
     return {
         "pair": pair,
         "rows": rows,

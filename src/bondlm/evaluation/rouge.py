@@ -3,13 +3,14 @@
 Words are lower-cased, without punctuation, and not stemmed.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 from bondlm.errors import DataError
 from bondlm.evaluation.samples import words
 from bondlm.rewards import NamedReward
 from bondlm.rewards.answers import Failure
+from bondlm.rewards.load import unused_name
 from bondlm.rewards.texts import column_text, completion_text
 
 NAME = "rouge_l"
@@ -35,8 +36,8 @@ def common_subsequence(first: Sequence[Hashable], second: Sequence[Hashable]) ->
     return len(first) - row.bit_count()
 
 
-def rouge_judge(rows: Sequence[Any], column: str) -> NamedReward:
-    """A judge that compares completions with a text column of the data.
+def rouge_judge(rows: Sequence[Any], column: str, taken: Collection[str] = ()) -> NamedReward:
+    """A judge that compares completions with a text column of the data; `taken` are the names of other rewards.
 
     Raises:
         DataError: the column is missing, or has a value that is neither text nor a number.
@@ -48,7 +49,7 @@ def rouge_judge(rows: Sequence[Any], column: str) -> NamedReward:
                 f"row {i} has no text in the reference_column {column!r} (other columns: {known}): name a column that "
                 "holds the text to compare with in every row"
             )
-    return NamedReward(NAME, _judge(column), 0.0)
+    return NamedReward(unused_name(NAME, taken), _judge(column), 0.0)
 
 
 def _judge(column: str) -> Callable[..., list[float]]:

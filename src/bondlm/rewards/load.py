@@ -126,7 +126,7 @@ def load_rewards(
         # A server has limits per request, and transient faults are retried, so a whole call may take longer.
         limit = None if isinstance(function, JudgeReward | HTTPReward) else timeout
         rewards.append(
-            NamedReward(_unused(name, {*taken, *(reward.name for reward in rewards)}), function, weight, limit)
+            NamedReward(unused_name(name, {*taken, *(reward.name for reward in rewards)}), function, weight, limit)
         )
     return rewards
 
@@ -197,7 +197,8 @@ def _one_each(name: str, values: Any, count: int, default: Any) -> list[Any]:
     return items
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused_name(name: str, taken: Collection[str]) -> str:
+    """The name, with "_2", "_3", .. if others have it."""
     number, candidate = 2, name
     while candidate in taken:
         number, candidate = number + 1, f"{name}_{number}"
