@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bondlm.errors import BondError, ConfigError, RewardError, RewardOutageError
-from bondlm.rewards import HTTPReward, NamedReward, load_rewards, score
+from bondlm.rewards import HTTPReward, NamedReward, check_room, load_rewards, score
 from bondlm.rewards.client import MAX_REQUESTS, PLAIN_VARIABLE, Client
 from bondlm.rewards.http import TOKEN_VARIABLE
 from rewards.reward_stub import changed, good, serving, slow, status
@@ -99,8 +99,13 @@ def test_messages_and_columns_that_are_no_json() -> None:
         assert score([NamedReward("r", HTTPReward(server.url))], prompts, completions).total.tolist() == [12.0]
         assert server.requests[0]["items"][0]["prompt"] == prompts[0]
         for value in (b"bytes", float("nan"), {1, 2}):
-            with pytest.raises(ConfigError, match=r"'r'.*column.*JSON"):
-                ask(server.url, ["a"], columns={"image": [value]})
+            with pytest.raises(ConfigError, match=r"'r'.*column 'image'.*JSON"):
+                ask(server.url, ["a"], columns={"title": ["t"], "image": [value]})
+            rows = [{"prompt": name, "prompt_ids": [1], "image": image} for name, image in (("a", 1), ("b", value))]
+            with pytest.raises(ConfigError, match=r"'r'.*column 'image'.*JSON.*prompt 'b'"):  # before the first step
+                check_room([NamedReward("r", HTTPReward(server.url))], rows, 3)
+        with pytest.raises(ConfigError, match=r"'r'.*messages.*JSON"):
+            score([NamedReward("r", HTTPReward(server.url))], [[prompts[0][0] | {"image": b"1"}]], completions)
         assert len(server.requests) == 1
 
 

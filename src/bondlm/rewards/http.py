@@ -4,6 +4,7 @@ The protocol is in docs/rewards.md, a server of twenty lines in examples/reward_
 """
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,9 +60,27 @@ class HTTPReward:
         try:
             body = json.dumps({"version": VERSION, "items": items}, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"a dataset column cannot be sent as JSON ({error}): remove the column") from error
+            for item in items:
+                refuse_no_json(item["columns"])
+            raise ConfigError(f"a prompt has messages that cannot be sent as JSON ({error}): change them") from error
         answer = await self.client.post(body, LEAST_BYTES + len(items) * BYTES_AN_ITEM)
         return _by_id(self.name, answer, [item["id"] for item in items])
+
+
+def refuse_no_json(columns: Mapping[str, Any]) -> None:
+    """Refuse a row's columns that no request can carry.
+
+    Raises:
+        ConfigError: a value cannot be written as JSON, such as a date, bytes or NaN.
+    """
+    for name, value in columns.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the column {name!r} of a row is {reprlib.repr(value)}, which cannot be sent as JSON ({error}): "
+                "remove the column, or write it as text or numbers"
+            ) from error
 
 
 def _by_id(name: str, answer: bytes, ids: Sequence[str]) -> list[Any]:

@@ -137,7 +137,7 @@ def _values(answer: Any, count: int) -> list[Any]:
 
 
 def _of_ranking(answer: Mapping[str, Any], count: int) -> list[Any]:
-    ranking = answer.get("ranking")
+    ranking: Any = answer.get("ranking")
     ranking = ranking.tolist() if hasattr(ranking, "tolist") else ranking  # an array or a tensor
     if not isinstance(ranking, list | tuple) or not _is_permutation(ranking, count):
         return [Failure(f"{_ASKED} each of 0..{count - 1} once, got {reprlib.repr(dict(answer))}")] * count

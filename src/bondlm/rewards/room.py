@@ -9,12 +9,15 @@ from bondlm.errors import ConfigError, DataError
 from bondlm.rewards.calls import accepted_arguments
 from bondlm.rewards.classifier import SequenceClassifierReward
 from bondlm.rewards.extras import NAMES
+from bondlm.rewards.http import HTTPReward, refuse_no_json
 from bondlm.rewards.nli import NLIReward
 from bondlm.rewards.ranking import RankReward
 from bondlm.rewards.scoring import NamedReward
 from bondlm.rewards.similarity import SimilarityReward
 
 LOOKED_AT = 32  # of the longest prompts, since the reward model's tokenizer may order them differently
+
+OWN = ("prompt", PROMPT_IDS, PROMPT_ROW)  # the other columns are the data set's
 
 _log = logging.getLogger(__name__)
 
@@ -25,12 +28,16 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
     It warns if a long completion would exceed the limit.
 
     Raises:
-        ConfigError: a prompt is too long even without a completion, or a reward needs a column that the rows lack.
+        ConfigError: a prompt is too long even without a completion, a reward needs a column that the rows lack, or a
+            server cannot be sent one that they have.
         DataError: a reward model cannot score a prompt, because its chat template refuses it or a text is missing.
     """
     for row in {tuple(row): row for row in rows if LOGGED_IDS not in row}.values():  # scored rows need no reward
         for reward in rewards:
             _check_columns(reward, row)
+    for reward in rewards:
+        if isinstance(reward.function, HTTPReward):
+            _check_json(reward, rows)
     longest = sorted(rows, key=lambda row: -len(row[PROMPT_IDS]))[:LOOKED_AT]
     for reward in rewards if longest else ():
         model = reward.function
@@ -56,7 +63,7 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
 
 def _check_columns(reward: NamedReward, row: Mapping[str, Any]) -> None:
     """Check that what a row's data set offers satisfies the signature of a user's function (`score_samples`)."""
-    columns = [name for name in row if name not in ("prompt", PROMPT_IDS, PROMPT_ROW)]
+    columns = [name for name in row if name not in OWN]
     lists = {name: list[Any]() for name in ("completions", "truncated")}
     try:
         if isinstance(reward.function, RankReward):
@@ -67,6 +74,15 @@ def _check_columns(reward: NamedReward, row: Mapping[str, Any]) -> None:
             accepted_arguments(reward.name, reward.function, lists, dict.fromkeys(NAMES))
     except ConfigError as error:
         raise ConfigError(f"{error} The data set is the one with the prompt {_shown(row)!r}.") from error
+
+
+def _check_json(reward: NamedReward, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        try:
+            if LOGGED_IDS not in row:
+                refuse_no_json({name: value for name, value in row.items() if name not in OWN})
+        except ConfigError as error:
+            raise ConfigError(f"reward {reward.name!r}: {error}. It is that of the prompt {_shown(row)!r}.") from error
 
 
 def _shown(row: Mapping[str, Any]) -> str:
