@@ -158,8 +158,46 @@ def test_pairs_are_asked_in_both_orders_and_wins_are_counted() -> None:
     assert len(set(seen)) == 6
     assert reward("p", completions=["alone"]) == [0.0]
     assert ask(NamedReward("r", reward)).total.tolist() == BY_LENGTH
-    with pytest.raises(RewardError, match=r"returned 1\.5"):
-        ask(NamedReward("r", by_pairs(lambda first, second: [1.5] * len(first))))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda count: [1.5] * count,
+        lambda count: [None] * count,
+        lambda count: torch.full((count,), math.nan),
+        lambda count: [[0.3, 0.7]] * count,
+        lambda count: [0.5] * (count + 1),
+        lambda count: 0.5,
+    ],
+)
+def test_what_is_no_chance_is_one_error_or_drops_its_prompt(answer: Any) -> None:
+    """They ended the run, whatever max_skipped_frac was."""
+
+    def longer(prompt: str, first: list[str], second: list[str]) -> Any:
+        return (
+            answer(len(first))
+            if prompt == "p"
+            else [float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+        )
+
+    reward = NamedReward("r", by_pairs(longer))
+    with pytest.raises(RewardError, match=r"'r' returned .*the chance"):
+        ask(reward)
+    scores = ask(reward, allow_bad_rows=True)
+    assert {GROUPS[row] for row in scores.bad} == {0}
+    assert scores.total[[1, 3]].tolist() == [BY_LENGTH[1], BY_LENGTH[3]]
+
+
+def test_a_comparison_may_be_async_or_not_apply() -> None:
+    async def longer(first: list[str], second: list[str]) -> Any:
+        await asyncio.sleep(0)
+        return [float(len(a) > len(b)) for a, b in zip(first, second, strict=True)]
+
+    assert ask(NamedReward("r", by_pairs(longer))).total.tolist() == BY_LENGTH
+    absolute = NamedReward("length", lambda completions: [float(len(text)) for text in completions])
+    none = NamedReward("none", by_pairs(lambda first, second: None))
+    assert score([none, absolute], PROMPTS, TEXTS, groups=GROUPS).total.tolist() == [len(text) for text in TEXTS]
 
 
 def test_they_are_loaded_by_name(tmp_path: Path) -> None:

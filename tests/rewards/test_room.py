@@ -13,7 +13,15 @@ from transformers import MPNetConfig, MPNetForSequenceClassification, RobertaCon
 
 from bondlm.data.columns import LOGGED_IDS, PROMPT_IDS
 from bondlm.errors import ConfigError
-from bondlm.rewards import NamedReward, NLIReward, RankReward, SequenceClassifierReward, SimilarityReward, check_room
+from bondlm.rewards import (
+    NamedReward,
+    NLIReward,
+    RankReward,
+    SequenceClassifierReward,
+    SimilarityReward,
+    by_pairs,
+    check_room,
+)
 from bondlm.rollout.samples import longest_rows
 
 from .small_models import PROMPTS, bert_classifier, bert_encoder, bert_tokenizer
@@ -94,8 +102,10 @@ def test_columns_that_a_signature_wants_are_looked_up() -> None:
     def by_rank(prompt: Any, completions: Any, answer: Any, log_metric: Any) -> Any: ...
     def by_value(completions: Any, answer: Any, truncated: Any, log_extra: Any, other: Any = None) -> Any: ...
 
+    def of_pairs(prompt: Any, first: Any, second: Any, answer: Any, trainer_state: Any) -> Any: ...
+
     rows = [ROWS[0] | {"answer": "a"}, ROWS[1] | {"answer": "b"}]
-    for function in (RankReward(by_rank), by_value):
+    for function in (RankReward(by_rank), by_pairs(of_pairs), by_value):
         check_room([NamedReward("r", function)], rows, 3)
         check_room([NamedReward("r", function)], [], 3)
         check_room([NamedReward("r", function)], [ROWS[0] | {LOGGED_IDS: [[1]]}], 3)

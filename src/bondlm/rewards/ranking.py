@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from bondlm.errors import RewardError
 from bondlm.rewards.answers import Failure
 from bondlm.rewards.calls import accepted_arguments, await_together
 
@@ -29,6 +28,7 @@ class RankReward:
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         """`function` may be async; `name` is used in metrics and errors."""
         self.function = function
+        self.asked: tuple[Callable[..., Any], Sequence[str]] = (function, ("completions", "truncated"))  # with lists
         self.__name__: str = name or str(getattr(function, "__name__", type(function).__name__))
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -75,27 +75,46 @@ def by_pairs(compare: Callable[..., Any]) -> RankReward:
     A sample's score is its mean chance to beat another sample, over both orders of each pair.
 
     Args:
-        compare: `f(prompt, first, second, **columns)`: returns for each pair of the two lists the chance, in [0, 1],
-            that the first answer is better, such as a cross-encoder's sigmoid.
+        compare: `f(prompt, first, second, **columns)`, async or not: returns for each pair of the two lists the chance,
+            in [0, 1], that the first answer is better, such as a cross-encoder's sigmoid; or None if it does not apply
+            to the prompt. Anything else is a failure for its prompt.
     """
+    name = getattr(compare, "__name__", type(compare).__name__)
 
-    def rank(prompt: Any, completions: list[Any], **columns: Any) -> list[float]:
+    def rank(prompt: Any, completions: list[Any], **columns: Any) -> Any:
         count = len(completions)
         columns.pop("truncated", None)  # it belongs to completions, not to pairs
         pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
         arguments = {"first": [completions[i] for i, _ in pairs], "second": [completions[j] for _, j in pairs]}
-        name = getattr(compare, "__name__", type(compare).__name__)
         given = accepted_arguments(name, compare, arguments, {"prompt": prompt, **columns})
         chances = compare(**given) if pairs else []
-        scores = [0.0] * count
-        for (i, j), chance in zip(pairs, [float(c) for c in chances], strict=True):
-            if not 0 <= chance <= 1:
-                raise RewardError(f"the comparison {name!r} returned {chance}: the chance that the first is better")
-            scores[i] += chance
-            scores[j] += 1 - chance
-        return scores
+        return _awaited_wins(chances, pairs, count) if inspect.isawaitable(chances) else _wins(chances, pairs, count)
 
-    return RankReward(rank, getattr(compare, "__name__", None))
+    reward = RankReward(rank, getattr(compare, "__name__", None))
+    reward.asked = (compare, ("first", "second"))
+    return reward
+
+
+async def _awaited_wins(chances: Awaitable[Any], pairs: Sequence[tuple[int, int]], count: int) -> Any:
+    return _wins(await chances, pairs, count)
+
+
+def _wins(chances: Any, pairs: Sequence[tuple[int, int]], count: int) -> list[float] | Failure | None:
+    """Each sample's sum of chances to win, over both orders of each pair."""
+    if chances is None:
+        return None
+    try:
+        known = [float(chance) for chance in chances]
+    except (TypeError, ValueError):
+        known = []
+    if len(known) != len(pairs) or not all(0 <= chance <= 1 for chance in known):
+        asked = f"for each of {len(pairs)} pairs the chance, in [0, 1], that its first answer is better"
+        return Failure(f"returned {reprlib.repr(chances)}: expected {asked}")
+    scores = [0.0] * count
+    for (i, j), chance in zip(pairs, known, strict=True):
+        scores[i] += chance
+        scores[j] += 1 - chance
+    return scores
 
 
 async def _later(members: Sequence[Sequence[int]], answers: Sequence[Any]) -> list[Any]:

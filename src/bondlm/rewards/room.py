@@ -64,14 +64,14 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
 def _check_columns(reward: NamedReward, row: Mapping[str, Any]) -> None:
     """Check that what a row's data set offers satisfies the signature of a user's function (`score_samples`)."""
     columns = [name for name in row if name not in OWN]
-    lists = {name: list[Any]() for name in ("completions", "truncated")}
     try:
         if isinstance(reward.function, RankReward):
             single = dict.fromkeys([*columns, "prompt", "trainer_state", "log_metric"])
-            accepted_arguments(reward.name, reward.function.function, lists, single)
+            function, names = reward.function.asked
+            accepted_arguments(reward.name, function, {name: [] for name in names}, single)
         elif not reward.ranks:
-            lists |= {name: list[Any]() for name in ("prompts", "completion_ids", *columns)}
-            accepted_arguments(reward.name, reward.function, lists, dict.fromkeys(NAMES))
+            names = ("prompts", "completions", "truncated", "completion_ids", *columns)
+            accepted_arguments(reward.name, reward.function, {name: [] for name in names}, dict.fromkeys(NAMES))
     except ConfigError as error:
         raise ConfigError(f"{error} The data set is the one with the prompt {_shown(row)!r}.") from error
 
