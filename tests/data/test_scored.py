@@ -32,13 +32,14 @@ def scored_rows(num_prompts: int, num_samples: int = 4) -> list[dict[str, Any]]:
 
 
 def logged_trainer(tmp_path: Path, rows: Any, **settings: Any) -> BONDTrainer:
-    wanted = {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed", "max_completion_length": 12}
+    wanted = {"objective": "best_of_n_regression", "n": 3, "max_completion_length": 12}
     return trainer(tmp_path, train_dataset=rows, **(wanted | settings))
 
 
 def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
     rows = [row | {"finished": i % 2 == 0} for i, row in enumerate(scored_rows(2))]
     made = logged_trainer(tmp_path, rows, model=tiny_causal(TOKENIZER))
+    assert made.args.anchor == "fixed"  # unless another is asked for
     eos = made.encoder.eos_ids[0]
     made_ids = made.train_dataset["logged_ids"][0]
     assert [ids[-1] == eos for ids in made_ids] == [True, False, True, False]

@@ -59,7 +59,7 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
     anchor: AnchorSchedule = setting(
         None,
         "How the anchor moves: 'ema' (every step; default), 'periodic' (copied) or 'fixed' (default of reinforce, rloo "
-        "and grpo; the only one for self_bond).",
+        "and grpo, and of scored samples; the only one for self_bond).",
         one_of(*get_args(AnchorSchedule)),
     )
     eta: float = setting(

@@ -63,8 +63,7 @@ class NLIReward:
         batch_size: int = 16,
         batch_tokens: int = 16_384,
     ) -> None:
-        """Wrap a model that is already on its device; it is set to eval mode and frozen, and its
-        last layer computes in fp32.
+        """Wrap a model that is already on its device: in eval mode, frozen, its last layer in fp32.
 
         Args:
             model: Sequence classifier with an entailment label, or encoder-decoder language model.
