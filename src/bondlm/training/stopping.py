@@ -38,6 +38,7 @@ class StopCallback(TrainerCallback):
         self.finished = False  # all is saved, so a signal need not wait
         self._reason: str | None = None  # why a goal ended the run
         self._is_training = False
+        self._saved: int | None = None  # the step of the last checkpoint
 
     @contextmanager
     def training(self, trainer: Any) -> Iterator[None]:
@@ -49,7 +50,7 @@ class StopCallback(TrainerCallback):
         try:
             yield
         finally:
-            self._is_training = False
+            self._is_training, self._saved = False, None
             trainer.remove_callback(last)
             logger.removeFilter(self._is_true)
 
@@ -109,6 +110,7 @@ class StopCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Handle a signal that came during the save, which has done what it asks for."""
+        self._saved = state.global_step
         stop, _ = self.agree(args)
         self.save_requested = False
         if stop:
@@ -170,6 +172,8 @@ class StopCallback(TrainerCallback):
 
     def _has_checkpoint(self, args: Any, state: Any) -> bool:
         """Whether this step has a checkpoint that verifies; every process must call this."""
+        if self._saved == state.global_step:  # by this run: not read again, which may take minutes
+            return True
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         return decided_by_main(lambda: fault(folder) is None, World.of(args), wait_s=args.ddp_timeout)
 
