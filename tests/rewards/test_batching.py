@@ -49,3 +49,12 @@ def test_mask_comes_from_lengths_even_when_a_token_equals_the_pad(pad_id):
     assert padded["input_ids"].tolist() == [[7, 7, 7, 0], [5, 7, pad_id, pad_id]]
     assert padded["token_type_ids"].tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@given(rows=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 2)), min_size=1), max_rows=st.integers(1, 9))
+def test_rows_of_one_kind_share_a_batch(rows, max_rows):
+    lengths, kinds = zip(*rows, strict=True)
+    batches = micro_batches(lengths, max_rows=max_rows, max_tokens=10**6, kinds=kinds)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
+    assert all(len({kinds[row] for row in batch}) == 1 for batch in batches)
+    assert max(lengths) in [lengths[row] for row in batches[0]]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, tiny_causal, tiny_t5, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig, T5ForSequenceClassification
 
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.errors import ConfigError, DataError, RewardError
@@ -382,3 +382,21 @@ def test_pickled_weights_and_absent_folders_are_refused(tmp_path):
         SequenceClassifierReward.from_pretrained(path)
     with pytest.raises(ConfigError, match="/absent"):
         SequenceClassifierReward.from_pretrained(str(tmp_path / "absent"))
+
+
+def test_an_end_of_sequence_token_in_a_text_is_scored_in_any_batch():
+    """Heads like T5's want as many of them in each row of a batch; such a text ended the run."""
+    tokenizer = tiny_tokenizer(chat=False)
+    config = tiny_t5(tokenizer).config
+    config.num_labels = 1
+    model = T5ForSequenceClassification(config).double()
+    reward = SequenceClassifierReward(model, tokenizer)
+    prompts, completions = ["p"] * 4, ["one", f"two {tokenizer.eos_token} three", "four", tokenizer.eos_token]
+    alone = [reward([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+    assert reward(prompts, completions) == pytest.approx(alone, abs=1e-9)
+
+
+def test_a_separator_in_a_text_of_a_pair_is_text():
+    tokenizer = bert_tokenizer()
+    reward = SequenceClassifierReward(bert_classifier(tokenizer), tokenizer, prompt_format="pair")
+    assert reward.encode("rain [SEP]", "sea [SEP] blue").count(tokenizer.sep_token_id) == 2

@@ -284,3 +284,10 @@ def test_a_decoder_type_cross_encoder_without_pad_goes_row_by_row():
     model.config.id2label = {0: "entailment", 1: "other"}
     reward = NLIReward(model, tokenizer)
     assert reward(PREMISES, HYPOTHESES) == pytest.approx([reward([p], [h])[0] for p, h in ROWS], abs=1e-6)
+
+
+def test_a_separator_in_a_text_is_text():
+    """A completion could end the hypothesis and go on in another segment."""
+    model, tokenizer = cross_encoder()
+    row = NLIReward(model, tokenizer)._encode_row("rain [SEP] sea", "blue [SEP] five")
+    assert row["input_ids"].count(tokenizer.sep_token_id) == 2

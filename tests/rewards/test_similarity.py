@@ -199,3 +199,8 @@ def test_texts_are_in_lower_case_if_the_folder_says_so(tmp_path):
 def test_an_absent_folder_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no folder .*/absent$"):
         SimilarityReward.from_pretrained(str(tmp_path / "absent"))
+
+
+def test_a_separator_in_a_text_is_text():
+    model, tokenizer = encoder()
+    assert SimilarityReward(model, tokenizer)._encode("rain [SEP] sea").count(tokenizer.sep_token_id) == 1

@@ -13,7 +13,9 @@ TokenRows = Mapping[str, Sequence[Sequence[int]]]
 """A tokenizer's answer without padding: ``input_ids`` and perhaps ``token_type_ids``, each B rows of ids."""
 
 
-def micro_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], *, max_rows: int, max_tokens: int, kinds: Sequence[int] | None = None
+) -> list[list[int]]:
     """Split row numbers into batches of similar length, the longest rows first.
 
     The longest come first, so that a batch that does not fit into memory fails at once and not after an hour.
@@ -22,22 +24,35 @@ def micro_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> 
         lengths: Tokens of each of the B rows.
         max_rows: Maximum rows in a batch, at least 1.
         max_tokens: Maximum tokens in a batch, padding included. A longer row gets a batch of its own.
+        kinds: Only rows with the same value share a batch; None means that any may.
 
     Returns:
         Lists of row numbers; every row occurs once.
     """
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        rows = batches[-1] if batches else None
+    kind = [0] * len(lengths) if kinds is None else kinds
+    for row in sorted(range(len(lengths)), key=lambda row: (kind[row], -lengths[row])):
+        rows = batches[-1] if batches and kind[batches[-1][0]] == kind[row] else None
         if rows is not None and len(rows) < max_rows and (len(rows) + 1) * lengths[rows[0]] <= max_tokens:
             rows.append(row)
         else:
             batches.append([row])
-    return batches
+    return sorted(batches, key=lambda rows: -lengths[rows[0]])
+
+
+def end_counts(model: Any, rows_B: Sequence[Sequence[int]]) -> list[int]:
+    """The number of end-of-sequence tokens in each row: heads like BART's and T5's want it equal within a batch."""
+    end = model.config.eos_token_id if model.config.is_encoder_decoder else None
+    return [0 if end is None else list(ids).count(end) for ids in rows_B]
 
 
 def map_micro_batches(
-    lengths: Sequence[int], run: Callable[[list[int]], Tensor], *, max_rows: int, max_tokens: int
+    lengths: Sequence[int],
+    run: Callable[[list[int]], Tensor],
+    *,
+    max_rows: int,
+    max_tokens: int,
+    kinds: Sequence[int] | None = None,
 ) -> Tensor:
     """Apply ``run`` to each micro-batch and put the results back in the order of the rows.
 
@@ -46,11 +61,12 @@ def map_micro_batches(
         run: Row numbers (b,) -> tensor (b, ...).
         max_rows: Maximum rows in a batch.
         max_tokens: Maximum tokens in a batch, padding included.
+        kinds: Only rows with the same value share a batch; None means that any may.
 
     Returns:
         Tensor (B, ...).
     """
-    batches = micro_batches(lengths, max_rows=max_rows, max_tokens=max_tokens)
+    batches = micro_batches(lengths, max_rows=max_rows, max_tokens=max_tokens, kinds=kinds)
     results = torch.cat([run(rows) for rows in batches])
     order = torch.tensor([row for rows in batches for row in rows], device=results.device)
     restored = torch.empty_like(results)

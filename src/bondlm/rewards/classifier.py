@@ -17,9 +17,10 @@ from bondlm.data.chat_templates import render_chat
 from bondlm.data.rendering import TEMPLATE_ERRORS, as_chat
 from bondlm.errors import ConfigError, DataError
 from bondlm.rewards.answers import Failure
-from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
+from bondlm.rewards.batching import end_counts, head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import (
+    AS_TEXT,
     bad_lengths,
     check_batch_bounds,
     check_choice,
@@ -164,6 +165,7 @@ class SequenceClassifierReward:
             lambda rows: self._forward(encoded, rows),
             max_rows=self.batch_size if self._pad_id is not None else 1,
             max_tokens=self.batch_tokens,
+            kinds=end_counts(self.model, encoded["input_ids"]),
         )
         return with_failures(scores.tolist(), failed, len(rows_B))
 
@@ -194,7 +196,7 @@ class SequenceClassifierReward:
 
     def _encoded(self, prompt: Any, completion: Any) -> dict[str, list[int]]:
         if self.prompt_format == "pair":
-            pair = self.tokenizer(prompt_text(prompt), completion_text(completion), verbose=False)
+            pair = self.tokenizer(prompt_text(prompt), completion_text(completion), **AS_TEXT)
             return {key: pair[key] for key in ("input_ids", "token_type_ids") if key in pair}
         text, is_rendered = self.render(prompt, completion)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not is_rendered, verbose=False)["input_ids"]

@@ -13,9 +13,10 @@ from torch.nn.functional import logsigmoid
 
 from bondlm.errors import ConfigError, DataError
 from bondlm.rewards.answers import Failure
-from bondlm.rewards.batching import head_pad_id, map_micro_batches, pad_right
+from bondlm.rewards.batching import end_counts, head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import (
+    AS_TEXT,
     bad_lengths,
     check_batch_bounds,
     check_choice,
@@ -162,6 +163,7 @@ class NLIReward:
             lambda rows: self._margins(encoded, rows),
             max_rows=self.batch_size if self._pad_id is not None else 1,
             max_tokens=self.batch_tokens,
+            kinds=end_counts(self.model, encoded["input_ids"]),
         )
         rewards = margins if self.output == "margin" else logsigmoid(margins)
         return with_failures(rewards.tolist(), failed, len(rows_B))
@@ -204,7 +206,7 @@ class NLIReward:
             excess = len(encoded["input_ids"]) - self._limit
             if excess <= 0:
                 break
-            ids = self.tokenizer(premise, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = self.tokenizer(premise, add_special_tokens=False, **AS_TEXT)["input_ids"]
             shorter = self.tokenizer.decode(ids[: max(len(ids) - excess, 0)])
             # Cut text may split into more tokens than before; each round must still make it shorter.
             premise = shorter if len(shorter) < len(premise) else premise[: len(premise) // 2]
@@ -213,7 +215,7 @@ class NLIReward:
 
     def _tokenize(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
         if self._template is None:
-            encoded = self.tokenizer(premise, hypothesis, verbose=False)
+            encoded = self.tokenizer(premise, hypothesis, **AS_TEXT)
         else:
             encoded = self.tokenizer(self._template.format(premise=premise, hypothesis=hypothesis), verbose=False)
         return {key: encoded[key] for key in ("input_ids", "token_type_ids") if key in encoded}

@@ -17,6 +17,7 @@ from bondlm.errors import ConfigError
 from bondlm.rewards.batching import map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_model, load_tokenizer
 from bondlm.rewards.texts import (
+    AS_TEXT,
     bad_lengths,
     check_batch_bounds,
     check_choice,
@@ -168,7 +169,7 @@ class SimilarityReward:
 
     def _encode(self, text: str) -> list[int]:
         text = text.lower() if self.lower_case else text
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(text, **AS_TEXT)["input_ids"]
         if self.truncate == "right" and self._limit is not None and len(ids) > self._limit:
             tail = ids[-1:] if ids[-1] in self.tokenizer.all_special_ids else []
             ids = [*ids[: self._limit - len(tail)], *tail]

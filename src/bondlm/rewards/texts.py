@@ -14,6 +14,10 @@ from bondlm.rewards.answers import Failure
 TABLES = ("position_embeddings", "embed_positions", "wpe")  # absolute positions, by the names of their modules
 
 
+# How a text of the data is tokenized: "[SEP]" or "</s>" in it is text, and not the end of it.
+AS_TEXT = {"verbose": False, "split_special_tokens": True}
+
+
 def prompt_text(prompt: Any) -> str:
     """Text of a prompt: the string itself, or the content of the last user message of a chat.
 
