@@ -400,3 +400,21 @@ def test_a_separator_in_a_text_of_a_pair_is_text():
     tokenizer = bert_tokenizer()
     reward = SequenceClassifierReward(bert_classifier(tokenizer), tokenizer, prompt_format="pair")
     assert reward.encode("rain [SEP]", "sea [SEP] blue").count(tokenizer.sep_token_id) == 2
+
+
+def test_a_head_of_more_layers_than_the_loaded_class_is_refused(tmp_path):
+    """What the class of the model's own code has beside `score` was dropped without a word."""
+    model, tokenizer = llama()
+    path = saved(tmp_path, model, tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["LlamaForReward"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    for extra, refused in ((), False), (("lm_head.weight",), False), (("lm_head.weight", "head_dense.weight"), True):
+        save_file(
+            weights | {name: torch.ones(2, 2) for name in extra}, tmp_path / "model.safetensors", {"format": "pt"}
+        )
+        if not refused:
+            SequenceClassifierReward.from_pretrained(path)
+            continue
+        with pytest.raises(ConfigError, match=r"LlamaForReward.*head_dense\.weight.*LlamaForSequenceClassification"):
+            SequenceClassifierReward.from_pretrained(path)

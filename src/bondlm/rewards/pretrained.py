@@ -1,5 +1,6 @@
 """Load reward models safely: no remote code, safetensors only, and never an untrained head."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,10 @@ def load_tokenizer(path: str) -> Any:
 def load_model(
     auto_class: Any, path: str, *, device: torch.device | str, dtype: torch.dtype | str, may_miss: str | None = None
 ) -> Any:
-    """Load a model and refuse it if any of its weights is not in the checkpoint.
+    """Load a model and refuse it if any of its weights is not in the checkpoint, or its own class has a larger head.
 
     transformers only warns about missing weights and initialises them at random, and a reward model with a random head
-    is noise.
+    is noise. It also drops weights that its class does not have.
 
     Args:
         auto_class: A transformers Auto class.
@@ -86,7 +87,8 @@ def load_model(
         The model on its device.
 
     Raises:
-        ConfigError: The model cannot be loaded, or weights are missing.
+        ConfigError: The model cannot be loaded, weights are missing, or some would be dropped of a model with code of
+            its own.
     """
     refuse_absent_folder(path, "reward model")
     with _refused(path):
@@ -94,7 +96,22 @@ def load_model(
     if getattr(model, "peft_config", None) is not None:
         raise _adapter_error(path)  # the loading info is then that of the adapter and does not cover the head
     refuse_missing(f"reward model {path!r}", model, info, may_miss)
+    _refuse_dropped(path, model, info["unexpected_keys"])
     return model.to(device)
+
+
+def _refuse_dropped(path: str, model: Any, dropped: Iterable[str]) -> None:
+    """Refuse a model of a class that transformers does not have, if weights of it fit nowhere (but for an LM head)."""
+    import transformers
+
+    own = [name for name in model.config.architectures or () if not hasattr(transformers, name)]
+    lost = sorted(key for key in dropped if not key.startswith("lm_head."))
+    if own and lost:
+        raise ConfigError(
+            f"reward model {path!r} is a {own[0]}, and {lost[0]} fits nowhere in a {type(model).__name__}, so "
+            "its rewards would be others (code from the hub is never run): score with it in a function or a server of "
+            "your own."
+        )
 
 
 def _refused(path: str) -> AbstractContextManager[None]:
