@@ -118,3 +118,12 @@ def test_evaluations_are_counted_as_the_run_makes_them(settings: dict[str, Any],
     for is_kept in (False, True):  # an answer of the last step's evaluation is not paid for again
         found = _evaluations(made, 0, 100, is_kept=is_kept)
         assert sum(size == 12 for _, size in found) == times + 1 - (is_kept and times > 0)
+
+
+def test_score_says_what_a_judge_has_cost_when_its_budget_is_spent(tmp_path: Path, capsys: Any) -> None:
+    with judging(by_scalar) as server:
+        write_job(tmp_path)
+        arguments = ["score", "--model", f"{tmp_path}/model", "--dataset", f"{tmp_path}/heldout.jsonl"]
+        arguments += ["--reward_funcs", server.spec(max_calls=2), "--output", f"{tmp_path}/scored.jsonl"]
+        assert main([*arguments, "--num_samples", "2", "--max_completion_length", "8"]) == 4
+    assert "judge small: 2 calls" in " ".join(capsys.readouterr().err.split())

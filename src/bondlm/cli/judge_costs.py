@@ -36,6 +36,15 @@ def judge_costs(console: Console, trainer: Any, others: Sequence[Any] = ()) -> I
         say_costs(console, [*trainer.rewards, *others], _where(trainer.args))
 
 
+@contextmanager
+def costs_said(console: Console, rewards: Sequence[Any]) -> Iterator[None]:
+    """Print what judges have cost however the work ends."""
+    try:
+        yield
+    finally:
+        say_costs(console, rewards)
+
+
 def say_costs(console: Console, rewards: Sequence[Any], where: str = "") -> None:
     """Print one line per judge with its calls and tokens so far."""
     for name, judge in judges_of(rewards).items():

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.cli.draft import Draft
-from bondlm.cli.judge_costs import say_costs
+from bondlm.cli.judge_costs import costs_said
 from bondlm.cli.sampling import check_sampling, reward_limits
 from bondlm.errors import ConfigError
 from bondlm.runs.folder import refuse_unfinished, run_config, run_of
@@ -140,7 +140,7 @@ def generate(
         first = draft.begin(made_from(options, sampler, rows, num_samples), len(rows), CHUNK)
     progress = make_progress(console)
     # A live bar takes over stdout, where the answers go unless they are written to a file.
-    with progress if options.get("output") else nullcontext():
+    with costs_said(console, rewards), progress if options.get("output") else nullcontext():
         count = Counter(progress, f"{num_samples} answer(s) to each prompt", len(rows))
         count(first)
         for start in range(first, len(rows), CHUNK):
@@ -159,7 +159,6 @@ def generate(
             if len(rows) > 1:
                 count(len(chunk))
             yield _as_rows(chunk, drawn, sampler.texts(drawn), scored, token_ids=token_ids)
-    say_costs(console, rewards)
 
 
 def _warn_of_constant(rewards_PM: Any, texts: Any, rows: Any, console: Console) -> None:
