@@ -411,6 +411,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
         ("judge:http://127.0.0.1:1/v1?model=m&temperature=nan", "temperature=nan"),
         ("judge:http://127.0.0.1:1/v1?model=m&temperature=-0.5", r"temperature=-0\.5"),
         ("judge:http://127.0.0.1:1/v1?model=m&rounds=two", "rounds=two"),
+        ("judge:http://127.0.0.1:1/v1?model=", "model=NAME"),
         ("judge:http://127.0.0.1:1/v1?model=m&round=2", "'round'.*'rounds'"),
         ("judge:http://127.0.0.1:1/v1?model=m&max_calls=0", "max_calls=0"),
         ("judge:http://127.0.0.1:1/v1?model=m&prompt=absent.txt", "absent.txt"),

@@ -4,6 +4,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_t5, tiny_tokenizer
 
 from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards import NamedReward, SimilarityReward, score
@@ -140,6 +141,7 @@ def sentence_encoder(folder, pooling, kinds=("Transformer", "Pooling", "Normaliz
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, lambda hidden: hidden[0]),
         ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, lambda hidden: hidden.mean(dim=0)),
         ({"pooling_mode": "cls", "include_prompt": True}, lambda hidden: hidden[0]),
+        ({"pooling_mode": ["mean"]}, lambda hidden: hidden.mean(dim=0)),
         ({"pooling_mode_mean_sqrt_len_tokens": True}, lambda hidden: hidden.sum(dim=0) / len(hidden) ** 0.5),
     ],
 )
@@ -164,6 +166,7 @@ def test_a_text_is_pooled_as_the_folder_states(pooling, pool, tmp_path):
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, {}, "pools by mean_tokens, cls_token"),
         ({}, {}, "pools by nothing"),
         ({"pooling_mode": "lasttoken"}, {}, "pools by lasttoken"),
+        ({"pooling_mode": ["cls", "mean"]}, {}, "pools by cls, mean"),
         ({"pooling_mode": "mean"}, {"kinds": ("Transformer", "Pooling", "Dense")}, "made of .*Dense"),
         ({"pooling_mode": "mean"}, {"prompts": {"query": "q: "}, "default_prompt_name": "query"}, "the prompt 'query'"),
     ],
@@ -172,6 +175,28 @@ def test_an_encoder_that_does_more_is_refused(pooling, more, message, tmp_path):
     sentence_encoder(tmp_path, pooling, **more)
     with pytest.raises(ConfigError, match=message):
         SimilarityReward.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("modules", [{"a": 1}, ["Transformer", "Pooling"], [{}, {}]])
+def test_a_damaged_list_of_modules_is_refused(modules, tmp_path):
+    sentence_encoder(tmp_path, {"pooling_mode": "mean"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ConfigError, match=r"made of .*\(modules\.json\)"):
+        SimilarityReward.from_pretrained(str(tmp_path))
+    sentence_encoder(tmp_path / "other", {"pooling_mode": "mean"})
+    (tmp_path / "other/1_Pooling/config.json").write_text('["mean"]')
+    with pytest.raises(ConfigError, match=r"1_Pooling/config\.json holds a list"):
+        SimilarityReward.from_pretrained(str(tmp_path / "other"))
+
+
+def test_of_an_encoder_decoder_the_encoder_embeds(tmp_path):
+    """It was loaded, and failed at the first score."""
+    tokenizer = tiny_tokenizer(chat=False)
+    model = tiny_t5(tokenizer)
+    reward = SimilarityReward.from_pretrained(saved(tmp_path, model, tokenizer))
+    embedded = [plain_embedding(model.encoder, tokenizer, text) for text in ("rain", "in the sea")]
+    expected = torch.cosine_similarity(*embedded, dim=0).item()
+    assert reward(["rain"], ["in the sea"]) == pytest.approx([expected], abs=1e-6)
 
 
 def test_a_text_is_as_long_as_the_folder_states(tmp_path):

@@ -257,12 +257,19 @@ def _format_of_text(tokenizer: Any) -> Literal["chat", "plain"]:
 
 
 def trained_format(path: str) -> Literal["auto", "chat", "plain"]:
-    """The `prompt_format` that `bondlm reward-model` trained a reward model with, if its folder states it."""
+    """The `prompt_format` that `bondlm reward-model` trained a reward model with, if its folder states it.
+
+    Raises:
+        ConfigError: the file that states it is damaged.
+    """
     facts = Path(path) / FACTS_FILE
     if not facts.is_file():
         return "auto"
-    found = json.loads(facts.read_text(encoding="utf-8")).get("prompt_format", "plain")  # 0.1 joined prompt and answer
-    return "chat" if found == "chat" else "plain"
+    try:
+        found = dict(json.loads(facts.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{facts} of the reward model cannot be read: {error}. Restore it, or remove it.") from error
+    return "chat" if found.get("prompt_format") == "chat" else "plain"  # 0.1 joined prompt and answer
 
 
 def _check_one_label(config: Any, name: str) -> None:

@@ -147,7 +147,7 @@ def load_judge(spec: str, **limits: Any) -> JudgeReward:
     """
     url, _, query = spec.removeprefix("judge:").partition("?")
     options = dict(_option("judge", part, _OF_JUDGES) for part in query.split("&") if part)
-    if not url.startswith(("http://", "https://")) or "model" not in options:
+    if not url.startswith(("http://", "https://")) or not options.get("model"):
         raise ConfigError("a judge is written judge:URL?model=NAME, with the URL of an OpenAI-compatible API")
     if "prompt" in options:
         options["criterion"] = _criterion(options.pop("prompt"))

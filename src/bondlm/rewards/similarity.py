@@ -109,9 +109,10 @@ class SimilarityReward:
         from transformers import AutoModel
 
         refuse_absent_folder(path, "similarity model")
-        stated = _stated(path)
-        options = {"pooling": _stated_pooling(path), "lower_case": bool(stated.get("do_lower_case"))} | options
+        pooling, stated = _stated_pooling(path), _stated(path)
+        options = {"pooling": pooling, "lower_case": bool(stated.get("do_lower_case"))} | options
         model = load_model(AutoModel, path, device=device, dtype=dtype, may_miss="pooler")
+        model = model.get_encoder() if model.config.is_encoder_decoder else model
         tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
         # MiniLM was trained on 256 tokens, but accepts 512.
         if options.get("max_length") is None and (length := stated.get("max_seq_length")) is not None:
@@ -194,23 +195,26 @@ def _stated_pooling(path: str) -> Literal["mean", "cls"]:
     modules = _json_of(path, "modules.json")
     if modules is None:
         return "mean"
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    listed = modules if isinstance(modules, list) and all(isinstance(module, dict) for module in modules) else []
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in listed]
     if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:  # a cosine normalises in any case
         raise ConfigError(
-            f"similarity model {path!r} is made of {', '.join(kinds)} (modules.json), and this reward knows "
-            "Transformer, Pooling and Normalize: take another encoder, or write a reward function with "
+            f"similarity model {path!r} is made of {', '.join(kinds) or 'nothing known'} (modules.json), and this "
+            "reward knows Transformer, Pooling and Normalize: take another encoder, or write a reward function with "
             "sentence-transformers"
         )
-    stated = _json_of(path, f"{modules[1]['path']}/config.json") or {}
+    file = f"{modules[1].get('path') or '1_Pooling'}/config.json"
+    stated = _facts_of(path, file)
     names = [key.removeprefix("pooling_mode_") for key, value in stated.items() if value is True and "_mode_" in key]
-    names += [stated["pooling_mode"]] if "pooling_mode" in stated else []
+    mode = stated.get("pooling_mode", [])
+    names += map(str, mode) if isinstance(mode, list) else [str(mode)]
     if len(names) != 1 or names[0] not in POOLING:
         raise ConfigError(
-            f"similarity model {path!r} pools by {', '.join(map(str, names)) or 'nothing'} "
-            f"({modules[1]['path']}/config.json), and this reward by mean or cls: take another encoder, or write a "
+            f"similarity model {path!r} pools by {', '.join(names) or 'nothing'} ({file}), "
+            "and this reward by mean or cls: take another encoder, or write a "
             "reward function with sentence-transformers"
         )
-    settings = _json_of(path, "config_sentence_transformers.json") or {}
+    settings = _facts_of(path, "config_sentence_transformers.json")
     name = settings.get("default_prompt_name")
     if (settings.get("prompts") or {}).get(name):
         raise ConfigError(
@@ -226,7 +230,15 @@ def _stated(path: str) -> dict[str, Any]:
     if not modules:
         return {}
     within = str(modules[0].get("path") or "")
-    return _json_of(path, f"{within}/{ENCODER_FILE}" if within else ENCODER_FILE) or {}
+    return _facts_of(path, f"{within}/{ENCODER_FILE}" if within else ENCODER_FILE)
+
+
+def _facts_of(path: str, name: str) -> dict[str, Any]:
+    """The facts in a JSON file of a model; none if there is no file of this name."""
+    found = _json_of(path, name) or {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"similarity model {path!r}: {name} holds a {type(found).__name__}, not names and values")
+    return found
 
 
 def _json_of(path: str, name: str) -> Any:
