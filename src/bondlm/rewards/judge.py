@@ -25,6 +25,7 @@ from bondlm.rewards.ranking import in_order, rows_of
 from bondlm.rewards.texts import column_text, completion_text
 
 KEY_VARIABLE, OPENAI_HOST, OPENAI_VARIABLE = "BONDLM_JUDGE_KEY", "api.openai.com", "OPENAI_API_KEY"
+LIMIT, OLD_LIMIT = "max_completion_tokens", "max_tokens"
 TRIES = 3  # for a question whose answer is not a ranking, each with other ids and in another order
 MOST_BYTES = 1 << 20  # of an answer, including its reasoning
 _AGAIN = "the same command continues the run with as much again"
@@ -132,6 +133,7 @@ class JudgeReward:
         )
         self._cache = None if cache == "off" else Cache(cache)
         self._is_structured = True  # until the server says that it does not support that
+        self._limit = LIMIT  # the name under which it takes the maximum of tokens
         self._shuffles = True
         self._slots = asyncio.Semaphore(concurrency)
         self.usage = Usage()
@@ -248,7 +250,7 @@ class JudgeReward:
         except ValueError as error:
             if end != "length":
                 raise
-            most = self._request(question)["max_completion_tokens"]
+            most = self._request(question)[LIMIT]
             raise ValueError(
                 f"its answer was cut off after {most} tokens; a model that thinks before it answers needs thousands, "
                 "raise answer_tokens"
@@ -266,7 +268,7 @@ class JudgeReward:
 
     def _request(self, question: Question) -> dict[str, Any]:
         request: dict[str, Any] = {"model": self.model, "messages": question.messages}
-        request["max_completion_tokens"] = self._answer_tokens or 64 + 24 * len(question.ids)
+        request[LIMIT] = self._answer_tokens or 64 + 24 * len(question.ids)
         return request if self._temperature is None else request | {"temperature": self._temperature}
 
     async def _post(self, request: dict[str, Any], question: Question) -> bytes:
@@ -277,7 +279,7 @@ class JudgeReward:
         asked = [structured, {}] if self._is_structured else [{}]
         for more in asked:
             try:
-                answer = await self._client.post(json.dumps(request | more), MOST_BYTES)
+                answer = await self._limited(request | more)
             except RefusedError as error:
                 if b"content_filter" in error.said:
                     raise ValueError("its content filter refused the question") from error
@@ -288,10 +290,24 @@ class JudgeReward:
             return answer
         raise AssertionError("the last request is answered or refused")
 
+    async def _limited(self, request: dict[str, Any]) -> bytes:
+        """The server's answer; where it does not know the newer name of the maximum of tokens, by the older one."""
+        try:
+            return await self._client.post(json.dumps(_with_limit(request, self._limit)), MOST_BYTES)
+        except RefusedError as error:
+            if error.status not in (400, 422) or LIMIT.encode() not in error.said:
+                raise
+            try:
+                answer = await self._client.post(json.dumps(_with_limit(request, OLD_LIMIT)), MOST_BYTES)
+            except RefusedError:
+                raise error from None  # it was about something else
+            self._limit = OLD_LIMIT
+            return answer
+
     def _explained(self, error: RefusedError) -> RewardError:
         """The error with the server's message, without our key."""
         said = error.said.decode("utf-8", "replace").replace(os.environ.get(self._key, "\0"), "<secret>")[:300]
-        kind = RewardOutageError if error.status == 429 else RewardError
+        kind = RewardOutageError if error.status in (402, 429) else RewardError  # nothing left to pay with
         return kind(f"{error}. It says: {said!r}")
 
     def _spend(self) -> None:
@@ -315,6 +331,10 @@ class JudgeReward:
         self.usage.tokens += sum(tokens)
         self.usage.add(question, tokens)
         return tokens
+
+
+def _with_limit(request: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {name if key == LIMIT else key: value for key, value in request.items()}
 
 
 def _parsed(answer: bytes) -> tuple[Any, Any, Any, Any] | None:
