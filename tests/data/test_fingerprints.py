@@ -1,6 +1,11 @@
+from functools import partial
+from unittest.mock import MagicMock
+
 import pytest
+import torch
 
 from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
+from bondlm.rewards import HTTPReward, RankReward, by_pairs
 
 
 def test_fingerprints_see_what_matters(tmp_path):
@@ -46,3 +51,23 @@ def test_files_and_weights_in_the_home_folder_are_seen(spec, tmp_path, monkeypat
         (tmp_path / "rm" / "model.safetensors").write_text(text)
         found.append(reward_fingerprint(spec)["sha256"])
     assert found[0] != found[1]
+
+
+def scores(completions, **_):
+    return [0.0] * len(completions)
+
+
+class Scorer:
+    def __call__(self, completions):
+        return [0.0] * len(completions)
+
+
+def test_a_users_code_is_known_by_its_source_and_no_other():
+    for reward, name in ((scores, "scores"), (partial(scores, a=1), "scores"), (Scorer(), "Scorer")):
+        found = reward_fingerprint(reward)
+        assert found["spec"].endswith(f".{name}")
+        assert len(found["sha256"]) == 64
+    assert reward_fingerprint(by_pairs(scores)) == reward_fingerprint(scores) == reward_fingerprint(RankReward(scores))
+    for other in (lambda completions: [0.0], torch.nn.Linear(1, 1), len, HTTPReward("http://127.0.0.1:1")):
+        assert "sha256" not in reward_fingerprint(other)
+    assert "MagicMock" in reward_fingerprint(MagicMock())["spec"]  # it has every attribute

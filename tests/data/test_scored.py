@@ -32,14 +32,14 @@ def scored_rows(num_prompts: int, num_samples: int = 4) -> list[dict[str, Any]]:
 
 
 def logged_trainer(tmp_path: Path, rows: Any, **settings: Any) -> BONDTrainer:
-    wanted = {"objective": "best_of_n_regression", "n": 3, "max_completion_length": 12}
+    wanted = {"objective": "best_of_n_regression", "n": 3, "anchor": "fixed", "max_completion_length": 12}
     return trainer(tmp_path, train_dataset=rows, **(wanted | settings))
 
 
 def test_a_completion_that_was_cut_is_not_taught_to_end(tmp_path: Path) -> None:
     rows = [row | {"finished": i % 2 == 0} for i, row in enumerate(scored_rows(2))]
-    made = logged_trainer(tmp_path, rows, model=tiny_causal(TOKENIZER))
-    assert made.args.anchor == "fixed"  # unless another is asked for
+    made = logged_trainer(tmp_path, rows, model=tiny_causal(TOKENIZER), anchor=None, eta=0.02)  # the defaults
+    assert made.args.anchor == "fixed"
     eos = made.encoder.eos_ids[0]
     made_ids = made.train_dataset["logged_ids"][0]
     assert [ids[-1] == eos for ids in made_ids] == [True, False, True, False]
@@ -79,7 +79,7 @@ def test_too_few_scored_samples_are_counted(tmp_path: Path) -> None:
 def test_scored_samples_and_settings_must_fit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="objective='jbond'"):
         logged_trainer(tmp_path, scored_rows(2), objective="jbond", n=2)
-    with pytest.raises(ConfigError, match=r"anchor='ema'.*anchor='fixed'"):
+    with pytest.raises(ConfigError, match=r"anchor='ema'.*the anchor is fixed"):
         logged_trainer(tmp_path, scored_rows(2), anchor="ema")
     with pytest.raises(ConfigError, match="missing_eos='worst'"):
         logged_trainer(tmp_path, scored_rows(2), missing_eos="worst")
@@ -107,6 +107,7 @@ def test_bad_scored_rows_are_refused_before_a_model_is_loaded(
         logged_trainer(tmp_path, str(path))
     for settings, name in (
         ({"anchor": "ema"}, "anchor='ema'"),
+        ({"eta": 0.3}, "eta=0.3"),
         ({"objective": "rloo", "n": 2}, "objective='rloo'"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy='steps'.*eval_dataset"),
     ):

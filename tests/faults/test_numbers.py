@@ -85,8 +85,8 @@ def test_n1_the_prompts_whose_loss_it_is_are_saved(tmp_path: Path) -> None:
         assert [[s["prompt"] for s in row["samples"]] for row in skipped] == [[prompt] for prompt in seen[:2]]
         assert all(row["samples"][0]["loss"] == "nan" and row["samples"][0]["policy"] for row in skipped)
         assert all(math.isfinite(row["loss"]) for row in logged(tmp_path)[:2])  # the mean of the others
-        made.run_folder.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
-    made.run_folder.on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=1), None)
+        made.run_folder.on_train_begin(made.args, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
+    made.run_folder.on_train_begin(made.args, SimpleNamespace(is_world_process_zero=True, global_step=1), None)
     assert len((tmp_path / "skipped.jsonl").read_bytes().splitlines()) == 1
 
 

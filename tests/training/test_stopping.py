@@ -125,17 +125,29 @@ def test_a_run_that_a_callback_ends_is_logged_and_saved(settings, saved, tmp_pat
     assert sorted(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")) == saved
 
 
-def test_a_signal_does_not_wait_for_an_evaluation(tmp_path):
+@pytest.mark.parametrize("strategy", [{"eval_strategy": "steps", "eval_steps": 1}, {"eval_strategy": "epoch"}])
+def test_a_signal_does_not_wait_for_an_evaluation(strategy, tmp_path):
     class Signals(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             made.stop.signal = signal.SIGTERM
 
-    made = trainer(
-        tmp_path, callbacks=[Signals()], eval_dataset=prompt_rows(12)[8:], eval_strategy="steps", eval_steps=1
-    )
+    trained = {"per_device_train_batch_size": 8, "eval_dataset": prompt_rows(12)[8:]} | strategy
+    made = trainer(tmp_path, callbacks=[Signals()], **trained)
     made.train()
     assert not any("eval_reward" in row for row in logged(tmp_path))
     assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_a_run_that_a_callback_ends_at_an_epochs_evaluation_is_saved(tmp_path):
+    class Stops(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    how = {"eval_dataset": prompt_rows(12)[8:], "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 100}
+    made = trainer(tmp_path, rows=8, max_steps=6, callbacks=[Stops()], **how)
+    made.train()
+    assert made.state.global_step < 6
+    assert (tmp_path / f"checkpoint-{made.state.global_step}").is_dir()
 
 
 def test_a_finished_run_says_so_and_takes_no_step(tmp_path, caplog):

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.paths import expanded
 
 WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json")
+NOT_THE_USERS = ("bondlm", "transformers", "peft", "torch", "builtins")
 _BLOCK = 1 << 20
 
 
@@ -53,14 +55,19 @@ def reward_fingerprint(spec: Any) -> Any:
 
 
 def _source_fingerprint(reward: Any) -> dict[str, Any]:
-    """A function's name, with a hash of its source if that is known; for an object, those of its class."""
-    while (inner := getattr(reward, "func", None) or getattr(reward, "function", None)) is not None:
-        reward = inner  # of a partial, or of a function that ranks
+    """The name of a user's function or class, with a hash of its source.
+
+    A lambda has no hash, since its source is the whole line; nor has what is not the user's, such as a model.
+    """
+    reward = reward.func if isinstance(reward, partial) else reward
+    reward = getattr(reward, "asked", (reward,))[0] if getattr(reward, "ranks", False) is True else reward
     code = reward if inspect.isroutine(reward) else type(reward)
     fingerprint = {"spec": f"{code.__module__}.{code.__qualname__}"}
+    if code.__name__ == "<lambda>" or str(code.__module__).partition(".")[0] in NOT_THE_USERS:
+        return fingerprint
     try:
         return fingerprint | {"sha256": hashlib.sha256(inspect.getsource(code).encode()).hexdigest()}
-    except (OSError, TypeError):  # typed into a console, or written in C
+    except (OSError, TypeError, SyntaxError):  # typed into a console, or edited since it was imported
         return fingerprint
 
 

@@ -62,7 +62,7 @@ def check_inputs(
     if has_held_out and reward_funcs is None:
         raise ConfigError("eval_dataset needs reward_funcs: an evaluation draws and scores new samples")
     if prompts is not None and is_scored(prompts):
-        _check_settings(args)
+        _settle(args)
         for origin in origins:
             check_origin(origin, model, reward_funcs, args)
     elif has_prompts and reward_funcs is None:
@@ -242,7 +242,8 @@ def _least(args: BONDConfig) -> int:
     return max(args.n, args.num_samples or 0)
 
 
-def _check_settings(args: BONDConfig) -> None:
+def _settle(args: BONDConfig) -> None:
+    """Check the settings, and fix the anchor."""
     if args.objective not in OFF_POLICY:
         raise ConfigError(
             f"train_dataset holds scored samples (columns completion and reward), but objective={args.objective!r} "
@@ -258,10 +259,13 @@ def _check_settings(args: BONDConfig) -> None:
             f"truncate_prompt={args.truncate_prompt!r}: the samples were drawn for whole prompts. Remove it, or the "
             "prompts that are too long"
         )
-    if args.anchor != "fixed":
-        raise ConfigError(
-            f"anchor={args.anchor!r}: scored samples were drawn from the model as it was, set anchor='fixed'"
-        )
+    for name in ("anchor", "eta", "anchor_update_every"):
+        if (value := args.given.get(name, "fixed")) != "fixed":
+            raise ConfigError(
+                f"{name}={value!r}: scored samples were drawn from the model as it was, so that the anchor is fixed; "
+                "remove the setting"
+            )
+    args.anchor = "fixed"
 
 
 def _problem(row: dict[str, Any]) -> str | None:

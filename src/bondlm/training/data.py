@@ -39,8 +39,6 @@ class RunData:
         prompts = self.drops.load(source, token_ids=takes_ids) if is_whole else None
         self._is_scored = prompts is not None and is_scored(prompts)
         self._origins = origins_of(source) if self._is_scored else []
-        if self._is_scored and "anchor" not in args.given:
-            args.anchor = "fixed"  # the model as it was drew the samples
         self.main_eval = main_set(args, held_out)
         has_prompts, has_held_out = source is not None, held_out is not None
         check_inputs(

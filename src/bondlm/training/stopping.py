@@ -43,7 +43,7 @@ class StopCallback(TrainerCallback):
     @contextmanager
     def training(self, trainer: Any) -> Iterator[None]:
         """Mark a run of `train`: after it, errors are no longer kept for later."""
-        last = _WishesOfAll()
+        last = _WishesOfAll(self)
         trainer.add_callback(last)
         logger = logging.getLogger("transformers.trainer")
         logger.addFilter(self._is_true)
@@ -158,7 +158,13 @@ class StopCallback(TrainerCallback):
         _ask_everywhere(args, control)
         if self.is_paused:
             self._save_alone(args, state, control)
-        elif self.is_ended_by_callback(state, control) and _strategy(args) in ("steps", "epoch"):
+        elif self.stopped:
+            control.should_evaluate = False
+        self.save_ended(args, state, control)
+
+    def save_ended(self, args: Any, state: Any, control: Any) -> None:
+        """Save a run that a user's callback ends here; every process must call this."""
+        if self.is_ended_by_callback(state, control) and _strategy(args) in ("steps", "epoch"):
             control.should_save = control.should_save or not self._has_checkpoint(args, state)
 
     def is_ended_by_callback(self, state: Any, control: Any) -> bool:
@@ -212,11 +218,19 @@ class StopCallback(TrainerCallback):
 class _WishesOfAll(TrainerCallback):
     """Behind the user's callbacks: what one of them asks for on one process is done by all."""
 
+    def __init__(self, stop: StopCallback) -> None:
+        self._stop = stop
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Share what was asked for."""
         _ask_everywhere(args, control)
 
-    on_evaluate = on_epoch_end = on_step_end
+    on_epoch_end = on_step_end
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Share it, and save a run that ends here: at an epoch's end nothing comes after the evaluation."""
+        _ask_everywhere(args, control)
+        self._stop.save_ended(args, state, control)
 
 
 def _ask_everywhere(args: Any, control: Any) -> None:
