@@ -239,21 +239,6 @@ def test_a_server_without_structured_output_is_asked_plainly_from_then_on() -> N
         assert usage(reward).calls == 2
 
 
-def test_a_server_that_knows_only_the_old_name_of_the_token_limit_gets_that() -> None:
-    """Such as Mistral's, which forbids unknown fields; it could not be used."""
-    forbidden = (422, {}, {"detail": [{"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"]}]})
-    with judging(by_length, forbidden) as server:
-        reward = load(server, concurrency=1)
-        assert ask(reward).total.tolist() == BY_LENGTH
-        names = [[name for name in request if name.startswith("max_")] for request in server.requests]
-        assert names == [["max_completion_tokens"], ["max_tokens"], ["max_tokens"]]
-        assert all("response_format" in request for request in server.requests)
-    too_many = (400, {}, {"error": {"message": "max_completion_tokens is too large: 9999999"}})
-    other = (400, {}, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'"}})
-    with judging(by_length, *[too_many, other] * 2) as server, pytest.raises(RewardError, match="is too large"):
-        ask(load(server, concurrency=1))
-
-
 QUOTA = {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
 
 
