@@ -120,7 +120,7 @@ def test_a_reward_logs_nothing_under_the_name_of_a_runs_metric() -> None:
     log = Extras(1).offered["log_metric"]
     of_evaluations = {name.removeprefix("eval_") for name in EVAL_METRICS}
     for name in TRAIN_METRICS | OTHER_OBJECTIVES_METRICS | NOISE_METRICS | EVAL_METRICS | of_evaluations:
-        with pytest.raises(RewardError, match=f"log_metric.'{name}'.: bondlm has a metric of this name"):
+        with pytest.raises(RewardError, match=f"log_metric.'{name}'.: bondlm's own metrics have names like this"):
             log(name, 1.0)
     for name in ("accuracy", "rewards/length", "step_reward", "judges/m/agreement"):
         log(name, 1.0)

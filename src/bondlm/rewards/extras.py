@@ -74,7 +74,10 @@ class Extras:
     def _metric(self, name: str, value: Any) -> None:
         """Keep a number; its mean over calls and steps is logged under its name."""
         if _OF_RUNS.fullmatch(str(name)):
-            raise RewardError(f"log_metric({name!r}): bondlm has a metric of this name, choose another one")
+            raise RewardError(
+                f"log_metric({name!r}): bondlm's own metrics have names like this one (docs/rewards.md#functions), "
+                "choose another"
+            )
         try:
             self._metrics.setdefault(str(name), []).append(float(value))
         except (TypeError, ValueError) as error:
