@@ -87,7 +87,6 @@ from bondlm.training.ranks import aggregation_of_run
 from bondlm.training.sampling import SamplingTrainer
 from bondlm.training.saving import PAGE_FILE
 from bondlm.training.schedules import skip_unmeasured
-from bondlm.training.settings import fingerprints
 from bondlm.training.signal_factor import SignalFactor, learning_pace
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
@@ -149,7 +148,7 @@ class BONDTrainer(SamplingTrainer):
         check_own(optimizers, args)
         set_seed(args.seed)  # a fresh adapter is random, and Trainer would seed only after creating it
         data = RunData(args, train_dataset, eval_dataset, model=name, reward_funcs=reward_funcs)
-        self._named, self._sources = named(name, reward_funcs, train_dataset, eval_dataset), fingerprints(reward_funcs)
+        self._named, self._reward_funcs = named(name, reward_funcs, train_dataset, eval_dataset), reward_funcs
         self.drops, self.main_eval = data.drops, data.main_eval
         self.objective: Objective = objective_of(args, num_logged=data.num_logged)
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
@@ -429,7 +428,7 @@ class BONDTrainer(SamplingTrainer):
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint, taken=self.state.global_step)
         self._digest = 0 if self.train_dataset is None else work_digest(self.args, self.train_dataset)
-        of_run = None if self.writes_settings else self._named | self.args.given, self.roles.adapter, self._sources
+        of_run = None if self.writes_settings else self._named | self.args.given, self.roles.adapter, self._reward_funcs
         hold = held(folder, self.args, checkpoint, *of_run, allowed=allow_config_change)
         together = waiting_for_others(self.world, wait_s=self.args.ddp_timeout)
         with hold as write, self.stop.training(self), writing_to(folder), together:

@@ -96,6 +96,7 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "bond", "quantile": "learned", "correction": True}, "correction=True"),
     ({"objective": "bond", "quantile": "learned", "num_anchor_samples": 0}, "num_anchor_samples=0"),
     ({"objective": "bond", "n": 4, "beta": 0.0, "num_anchor_samples": 5}, "num_anchor_samples=5"),
+    ({"objective": "bond", "n": 4, "beta": 0.0, "num_anchor_samples": 2}, "num_anchor_samples=2"),
     ({"objective": "bond", "beta": 0.0, "log_quantile": "clamped"}, "log_quantile='clamped'"),
     ({"objective": "bond", "beta": 0.0, "correction": True}, "correction=True"),
     ({"objective": "bond", "beta": 0.0, "quantile": "learned"}, "quantile='learned'"),

@@ -62,6 +62,14 @@ def test_only_the_head_of_a_reward_model_may_be_random(tmp_path: Path) -> None:
         load_base(str(path.parent))
 
 
+def test_a_model_that_is_trained_here_gets_one_text(tmp_path: Path) -> None:
+    from bondlm.stages.reward_model import Pairs
+
+    model, tokenizer = load_base(save(tmp_path / "model", "causal"))
+    with pytest.raises(ConfigError, match=r"prompt_format.*'pair'"):
+        Pairs(model, tokenizer, prompt_format="pair")  # type: ignore[arg-type]
+
+
 def test_a_step_is_the_mean_over_its_pairs_however_it_is_divided(tmp_path: Path) -> None:
     name, rows = save(tmp_path / "model", "causal"), preferences(8)
 

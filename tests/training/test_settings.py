@@ -127,7 +127,8 @@ def test_an_edited_reward_is_seen(tmp_path: Path) -> None:
         return namespace["mine"]
 
     first, other = "return low_ids(completion_ids)", "return [-x for x in low_ids(completion_ids)]"
-    run(tmp_path / "run", reward=reward_of(first)).train()
+    run(tmp_path / "run", reward=reward_of(other)).train()
+    (tmp_path / "run" / "env.json").unlink()  # as of an earlier version: from here on it is known
     run(tmp_path / "run", reward=reward_of(first), max_steps=3).train(resume_from_checkpoint=True)
     changed = {"reward": reward_of(other), "max_steps": 4}
     with pytest.raises(ConfigError, match=r"reward_funcs: rewards\.mine has been edited"):

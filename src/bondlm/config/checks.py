@@ -267,7 +267,7 @@ def _of_no_weight(c: Any, defaults: Mapping[str, Any]) -> Iterator[str]:
     if c.objective not in users("beta") or c.beta != 0:
         return
     idle = [name for name in OF_QUANTILES if getattr(c, name) != defaults[name]]
-    if c.num_anchor_samples is not None and c.num_anchor_samples > c.n:
+    if c.num_anchor_samples not in (None, c.n):
         idle.append("num_anchor_samples")
     for name in idle:
         uses = f"uses {c.n} of them" if name == "num_anchor_samples" else "does not use it"

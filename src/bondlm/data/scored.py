@@ -265,7 +265,7 @@ def _settle(args: BONDConfig) -> None:
                 f"{name}={value!r}: scored samples were drawn from the model as it was, so that the anchor is fixed; "
                 "remove the setting"
             )
-    args.anchor = "fixed"
+    args.anchor = args.given["anchor"] = "fixed"
 
 
 def _problem(row: dict[str, Any]) -> str | None:

@@ -23,7 +23,7 @@ from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import from_safetensors, refuse_missing, refused
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
-from bondlm.rewards.texts import refuse_bad_lengths, token_limit
+from bondlm.rewards.texts import check_choice, refuse_bad_lengths, token_limit
 from bondlm.stages.trainer import StageTrainer
 
 
@@ -69,7 +69,12 @@ class Pairs:
         max_length: int | None = None,
         prompt_format: Literal["auto", "chat", "plain"] = "auto",
     ) -> None:
-        """Set up with the encoding of the reward."""
+        """Set up with the encoding of the reward.
+
+        Raises:
+            ConfigError: another format; a model that is trained here gets one text.
+        """
+        check_choice("prompt_format", prompt_format, ("auto", "chat", "plain"))
         was_trainable = [parameter.requires_grad for parameter in model.parameters()]
         self._reward = SequenceClassifierReward(model, tokenizer, max_length=max_length, prompt_format=prompt_format)
         self.prompt_format = self._reward.prompt_format  # how the model gets plain text

@@ -1,7 +1,7 @@
 """A run's claim on its folder: only one run at a time, no second run over a first, and its settings stored there."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from bondlm.runs.folder import METRICS_FILE, locked, weights_file
 from bondlm.runs.foreign import foreign_file
 from bondlm.runs.manifest import newest_checkpoint, remove_unfinished
 from bondlm.training.processes import World, decided_by_main
-from bondlm.training.settings import INPUTS, as_on_file, compare_settings, write_settings
+from bondlm.training.settings import INPUTS, as_on_file, compare_settings, fingerprints, write_settings
 
 _log = logging.getLogger(__name__)
 
@@ -48,15 +48,15 @@ def held(
     checkpoint: str | None,
     settings: Mapping[str, Any] | None,
     adapter: PeftConfig | None,
-    rewards: Sequence[Mapping[str, Any]],
+    reward_funcs: Any,
     *,
     allowed: bool,
 ) -> Iterator[Callable[[], None]]:
     """Hold the folder for a run; without a `checkpoint` the folder must not hold another run.
 
-    A continued run must have the `settings`, the `adapter` and the `rewards` (fingerprints) that it started with. With
-    `settings` None, a command has compared its own. Yields a function that writes the settings, to be called when
-    nothing else refuses the run.
+    A continued run must have the `settings`, the `adapter` and the code or weights of `reward_funcs` that it started
+    with. With `settings` None, a command has compared its own. Yields a function that writes the settings, to be called
+    when nothing else refuses the run.
 
     Raises:
         CheckpointError: the folder is in use, or holds a run.
@@ -72,11 +72,12 @@ def held(
             _refuse_a_run(folder)
             return []
         require_same_sharding(Path(checkpoint), args)
+        rewards = [] if now is None else fingerprints(reward_funcs)
         return compare_settings(Path(checkpoint), now, adapter, rewards, allowed=allowed)
 
     with ExitStack() as stack:
         changes = decided_by_main(begin, World.of(args), wait_s=args.ddp_timeout)
-        yield lambda: write_settings(folder, now or {}, rewards, changes, goes_on=checkpoint is not None)
+        yield lambda: write_settings(folder, now or {}, reward_funcs, changes, goes_on=checkpoint is not None)
 
 
 def _refuse_a_run(folder: Path) -> None:

@@ -109,7 +109,7 @@ def _in_order(value: Any) -> Any:
 def write_settings(
     folder: Path,
     settings: Mapping[str, Any],
-    rewards: Sequence[Mapping[str, Any]],
+    reward_funcs: Any,
     changes: Sequence[str],
     *,
     goes_on: bool,
@@ -126,8 +126,9 @@ def write_settings(
         content = {n: v for n, v in run_config(folder).items() if n not in SETTINGS and n not in content} | content
     write_whole(folder / CONFIG_FILE, BY_PYTHON + yaml.safe_dump(content, sort_keys=False))
     known = run_environment(folder) if goes_on else {}
-    if not goes_on or changes:
-        known |= {"rewards": redacted(list(rewards)), "config_changes": [*known.get("config_changes", []), *changes]}
+    if changes or "rewards" not in known:
+        rewards, before = redacted(fingerprints(reward_funcs)), known.get("config_changes", [])
+        known |= {"rewards": rewards, "config_changes": [*before, *changes]}
         write_whole(folder / ENVIRONMENT_FILE, json.dumps(known, indent=1) + "\n")
 
 
