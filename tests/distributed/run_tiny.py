@@ -60,11 +60,12 @@ class Disturb(TrainerCallback):
 class Stop(TrainerCallback):
     """A user's callback that ends the run after so many steps, on one process alone."""
 
-    def __init__(self, after: int) -> None:
+    def __init__(self, after: int, event: str) -> None:
         self.after = after
+        setattr(self, event, self.stop)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.after
+    def stop(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.after
 
 
 def write_weights(trainer: BONDTrainer, out: Path, metrics: dict[str, float]) -> None:
@@ -94,7 +95,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         model.name_or_path = model.config._name_or_path = str(out / "base")
     adapter, rows, held_out = job.pop("lora", False), job.pop("rows", 12), job.pop("held_out", 5)
     fail, asked = job.pop("fail_on_rank", None), list[str]()
-    stop_rank, stop_step = job.pop("stop_rank", None), job.pop("stop_step", 0)
+    stop_rank, stop = job.pop("stop_rank", None), job.pop("stop", ())
     dropped = prompt_rows(1)[0]["prompt"] if job.pop("drops_first", False) else None
     settings = {
         "max_steps": 3,
@@ -148,7 +149,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         disturb = SpoilBackward(nan_step - 1) if args.deepspeed_plugin else Disturb(nan_step - 1, gradient=True)
         trainer.callback_handler.callbacks.insert(0, disturb)
     if args.process_index == stop_rank:
-        trainer.add_callback(Stop(stop_step))
+        trainer.add_callback(Stop(*stop))
     trainer.train(resume_from_checkpoint=resume)
     asked.clear()
     metrics = trainer.evaluate()

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import tokenize
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -67,7 +68,12 @@ def _source_fingerprint(reward: Any) -> dict[str, Any]:
         return fingerprint
     try:
         return fingerprint | {"sha256": hashlib.sha256(inspect.getsource(code).encode()).hexdigest()}
-    except (OSError, TypeError, SyntaxError):  # typed into a console, or edited since it was imported
+    except (
+        OSError,
+        TypeError,
+        SyntaxError,
+        tokenize.TokenError,
+    ):  # typed into a console, or edited since it was imported
         return fingerprint
 
 

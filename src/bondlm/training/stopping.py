@@ -225,7 +225,12 @@ class _WishesOfAll(TrainerCallback):
         """Share what was asked for."""
         _ask_everywhere(args, control)
 
-    on_epoch_end = on_step_end
+    on_epoch_end = on_save = on_step_end
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Share it, with a row that all processes log."""
+        if "loss" in (logs or {}):
+            _ask_everywhere(args, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Share it, and save a run that ends here: at an epoch's end nothing comes after the evaluation."""
