@@ -68,12 +68,7 @@ def _source_fingerprint(reward: Any) -> dict[str, Any]:
         return fingerprint
     try:
         return fingerprint | {"sha256": hashlib.sha256(inspect.getsource(code).encode()).hexdigest()}
-    except (
-        OSError,
-        TypeError,
-        SyntaxError,
-        tokenize.TokenError,
-    ):  # typed into a console, or edited since it was imported
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # from a console, or edited since its import
         return fingerprint
 
 
