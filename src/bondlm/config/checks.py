@@ -270,7 +270,7 @@ def _of_no_weight(c: Any, defaults: Mapping[str, Any]) -> Iterator[str]:
     if c.num_anchor_samples not in (None, c.n):
         idle.append("num_anchor_samples")
     for name in idle:
-        uses = f"uses {c.n} of them" if name == "num_anchor_samples" else "does not use it"
+        uses = f"draws n={c.n} of them" if name == "num_anchor_samples" else "does not use it"
         yield f"{name}={getattr(c, name)!r}: at beta={c.beta!r} only the forward KL is left, which {uses}; remove it"
 
 

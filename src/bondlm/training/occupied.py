@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def held(
         ConfigError: it cannot be written, or settings differ from the run's and this is not `allowed`.
     """
     now = None if settings is None else as_on_file({**settings, "use_peft": adapter is not None})
+    sources = cache(lambda: fingerprints(reward_funcs))  # may read gigabytes: on the main process, and once
 
     def begin() -> list[str]:
         stack.enter_context(locked(folder))
@@ -72,12 +74,11 @@ def held(
             _refuse_a_run(folder)
             return []
         require_same_sharding(Path(checkpoint), args)
-        rewards = [] if now is None else fingerprints(reward_funcs)
-        return compare_settings(Path(checkpoint), now, adapter, rewards, allowed=allowed)
+        return compare_settings(Path(checkpoint), now, adapter, sources, allowed=allowed)
 
     with ExitStack() as stack:
         changes = decided_by_main(begin, World.of(args), wait_s=args.ddp_timeout)
-        yield lambda: write_settings(folder, now or {}, reward_funcs, changes, goes_on=checkpoint is not None)
+        yield lambda: write_settings(folder, now or {}, sources, changes, goes_on=checkpoint is not None)
 
 
 def _refuse_a_run(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The settings file of a run: written if no command does so, and compared when the run continues."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,14 @@ def compare_settings(
     checkpoint: Path,
     settings: Mapping[str, Any] | None,
     adapter: PeftConfig | None,
-    rewards: Sequence[Mapping[str, Any]] = (),
+    sources: Callable[[], list[dict[str, Any]]] = list,
     *,
     allowed: bool,
 ) -> list[str]:
     """The differences to the run that wrote a checkpoint: in its adapter, and in its `settings` unless these are None.
 
-    With settings, also in its `rewards` (their fingerprints). Other inputs that are objects, then or now, have no name
-    to compare.
+    With settings, also in its rewards, by their fingerprints (`sources`). Other inputs that are objects, then or now,
+    have no name to compare.
 
     Raises:
         ConfigError: a difference is not `allowed`, see `changed_settings`.
@@ -69,7 +69,7 @@ def compare_settings(
         before |= {name: on_file[name] for name in both}
         now |= {name: settings[name] for name in both}
         spell_alike(before, now, source)
-    edited = [] if settings is None else edited_rewards(source, rewards)
+    edited = [] if settings is None else edited_rewards(source, sources())
     return changed_settings(before, now, source, allowed=allowed, edited=edited)
 
 
@@ -109,12 +109,12 @@ def _in_order(value: Any) -> Any:
 def write_settings(
     folder: Path,
     settings: Mapping[str, Any],
-    reward_funcs: Any,
+    sources: Callable[[], list[dict[str, Any]]],
     changes: Sequence[str],
     *,
     goes_on: bool,
 ) -> None:
-    """Write the current settings, fingerprints of the rewards, and the allowed `changes`.
+    """Write the current settings, fingerprints of the rewards (`sources`), and the allowed `changes`.
 
     If the run `goes_on`, inputs that Python cannot name are kept; if a command began it, the paths of inputs are made
     absolute.
@@ -127,7 +127,7 @@ def write_settings(
     write_whole(folder / CONFIG_FILE, BY_PYTHON + yaml.safe_dump(content, sort_keys=False))
     known = run_environment(folder) if goes_on else {}
     if changes or "rewards" not in known:
-        rewards, before = redacted(fingerprints(reward_funcs)), known.get("config_changes", [])
+        rewards, before = redacted(sources()), known.get("config_changes", [])
         known |= {"rewards": rewards, "config_changes": [*before, *changes]}
         write_whole(folder / ENVIRONMENT_FILE, json.dumps(known, indent=1) + "\n")
 
