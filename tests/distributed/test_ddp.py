@@ -122,6 +122,15 @@ def test_a_callback_of_one_process_stops_all_and_what_was_learned_is_saved(event
 
 
 @pytest.mark.slow
+def test_a_full_disk_of_the_main_process_is_said_by_all_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    job = {"kind": "causal", "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    done = run_tiny(tmp_path / "out", 2, timeout=60, disk_is_full=True, **job)
+    assert done.returncode != 0
+    assert "ResourceError: process 0: the disk of" in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
 def test_a_resumed_epoch_learns_from_no_prompt_twice(tmp_path: Path) -> None:
     """13 prompts, 8 a step: three of the second step's are the epoch's first again, and fill up."""
     job = {"kind": "causal", "rows": 13, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}

@@ -38,6 +38,7 @@ from bondlm.runs.checkpoint import (
     require_space,
     save_tensors,
     streamed_to,
+    writing_to,
 )
 from bondlm.runs.folder import DROPPED_FILE, METRICS_FILE, SAMPLES_FILE, SKIPPED_FILE, drop_after
 from bondlm.runs.manifest import remove_older, seal
@@ -100,7 +101,7 @@ class AnchorCallback(TrainerCallback):
             self._stream = loader.dataset if isinstance(loader.dataset, PromptStream) else None
             self._data = prompts_per_step(args) | {"streamed": self._stream is not None}
             self._data |= data_digest(loader.dataset) if self._stream is None else {}
-        with together(World.of(args)):
+        with together(World.of(args)), writing_to(Path(args.output_dir)):
             if args.should_save and str(args.save_strategy) != "no":
                 kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
                 folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
@@ -205,7 +206,7 @@ class AnchorCallback(TrainerCallback):
         anchor = self._anchor.state_dict(is_main=args.should_save)  # gathered from all ranks if sharded
         average = self._average.state_dict(is_main=args.should_save)
         means = world.gather_objects([self._means.state()])
-        with together(world):
+        with together(world), writing_to(Path(args.output_dir)):
             if args.should_save:
                 folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 save_tensors(anchor, folder / ANCHOR_FILE)
@@ -304,7 +305,7 @@ class RunFolderCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove log rows beyond the step that the run starts from, and store the current rendering."""
         self._failure = None
-        with together(World.of(args)):
+        with together(World.of(args)), writing_to(self._folder):
             if state.is_world_process_zero:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 for name in (METRICS_FILE, SAMPLES_FILE, DROPPED_FILE, SKIPPED_FILE):
