@@ -87,6 +87,26 @@ def write_weights(trainer: BONDTrainer, out: Path, metrics: dict[str, float]) ->
         (out / "eval_metrics.json").write_text(json.dumps(metrics))
 
 
+def small(job: dict) -> dict:
+    """The settings of a run of three small steps, where the job names no others."""
+    return {
+        "max_steps": 3,
+        "max_completion_length": 5,
+        "learning_rate": 1e-3,
+        **({"eta": 0.3} if job.get("anchor", "ema") == "ema" else {}),
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        # accelerate takes DeepSpeed only where it was not told to use the CPU, and then wants to know the backend.
+        **({"ddp_backend": "gloo"} if "ACCELERATE_USE_DEEPSPEED" in os.environ else {"use_cpu": True}),
+        "eval_num_samples": 2,
+        "eval_num_reference_samples": 4,
+        "optim": "sgd",
+        **({"gamma": 0.5} if job.get("objective", "jbond") in ("jbond", "bond") else {}),
+    }
+
+
 def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a fault
     torch.set_num_threads(1)
     tokenizer = tiny_tokenizer()
@@ -105,22 +125,7 @@ def main(out: Path, job: dict) -> None:  # noqa: C901 - one script, one switch a
         callbacks.save_tensors = full  # of the anchor, which the main process writes
     stop_rank, stop = job.pop("stop_rank", None), job.pop("stop", ())
     dropped = prompt_rows(1)[0]["prompt"] if job.pop("drops_first", False) else None
-    settings = {
-        "max_steps": 3,
-        "max_completion_length": 5,
-        "learning_rate": 1e-3,
-        **({"eta": 0.3} if job.get("anchor", "ema") == "ema" else {}),
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        # accelerate takes DeepSpeed only where it was not told to use the CPU, and then wants to know the backend.
-        **({"ddp_backend": "gloo"} if "ACCELERATE_USE_DEEPSPEED" in os.environ else {"use_cpu": True}),
-        "eval_num_samples": 2,
-        "eval_num_reference_samples": 4,
-        "optim": "sgd",
-        **({"gamma": 0.5} if job.get("objective", "jbond") in ("jbond", "bond") else {}),
-    }
+    settings = small(job)
     sharded = job.pop("sharded", False)
     if sharded:
         settings["fsdp"] = "full_shard"
