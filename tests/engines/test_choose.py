@@ -25,7 +25,7 @@ from engines.vllm.stub import Stub, serving
     [
         ({"engine": "auto", "device": torch.device("cpu")}, "16 times slower on CPUs"),
         ({"engine": "auto", "device": torch.device("cuda")}, "9 to 11 times slower on an H200"),
-        ({"engine": "auto", "device": torch.device("mps")}, "compared on CPUs and CUDA alone, not on mps"),
+        ({"engine": "auto", "device": torch.device("mps")}, "compared only on CPUs and CUDA, not on mps"),
         ({"engine": "transformers", "device": torch.device("cpu")}, "engine: transformers$"),
         ({"engine": "vllm", "vllm_server": "auto"}, "a server of this run, which never sleeps$"),
         (

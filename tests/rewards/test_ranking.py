@@ -130,7 +130,7 @@ def test_rows_beside_are_compared_with_and_not_scored_themselves() -> None:
         return [1.0] * len(completions)
 
     rewards = [NamedReward("rank", RankReward(ranking)), NamedReward("one", absolute)]
-    scores = score(rewards, PROMPTS, TEXTS, groups=GROUPS, num_beside=2)
+    scores = score(rewards, PROMPTS, TEXTS, groups=GROUPS, num_for_comparison=2)
     assert asked == [TEXTS[:3]]
     assert scores.by_name["rank"].tolist() == BY_LENGTH
     assert scores.by_name["one"].isnan().tolist() == [False] * 3 + [True] * 2

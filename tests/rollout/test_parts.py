@@ -43,9 +43,9 @@ def _scored(places: list[int], *, reference: Samples | None = None, drop: bool =
     if drop:
         rewards = [NamedReward("fails", _fails_for_the_second)]
     chosen = [rows[i] for i in places]
-    beside = None if reference is None else part_of(reference, places)
+    compared = None if reference is None else part_of(reference, places)
     return score_samples(
-        rewards, chosen, [completions[i] for i in places], encoder=encoder, reference=beside, drop=drop
+        rewards, chosen, [completions[i] for i in places], encoder=encoder, reference=compared, drop=drop
     )
 
 

@@ -197,11 +197,11 @@ def _check_neighbours(trainer: Any) -> None:
         alone = trainer.score_completions([row], [together.completions[i][:1]])
         for reward in absolute:
             name = reward.name
-            value, beside = (float(samples.by_name[name][j, 0]) for samples, j in ((alone, 0), (together, i)))
+            value, in_batch = (float(samples.by_name[name][j, 0]) for samples, j in ((alone, 0), (together, i)))
             allowed = _rounding(reward) * max(1.0, abs(value))
-            if abs(value - beside) > allowed:  # False for NaN, where the reward does not apply
+            if abs(value - in_batch) > allowed:  # False for NaN, where the reward does not apply
                 raise RewardError(
-                    f"row {i}: the reward {name!r} is {value} when scored alone and {beside} in a batch, and at most "
+                    f"row {i}: the reward {name!r} is {value} when scored alone and {in_batch} in a batch, and at most "
                     f"{allowed:.2g} of that is rounding: it depends on the rest of the batch (often a padding bug), so "
                     "its order is meaningless. Score row by row, or mask the padding; see docs/rewards.md"
                 )

@@ -316,7 +316,7 @@ def draw_set(
         max_completion_length=settings["max_completion_length"],
         on_prompts_done=Counter(progress, f"{wanted.name} x {wanted.num_samples}", len(job["rows"])),
         aggregation=job["aggregation"],
-        beside=(folder / first.file, first.num_samples) if number and has_ranks else None,
+        reference_file=(folder / first.file, first.num_samples) if number and has_ranks else None,
     )
 
 

@@ -176,8 +176,8 @@ def _as_rows(
 
     groups = []
     for i, row in enumerate(rows):
-        beside = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name)}
-        group = [{"prompt": row["prompt"], **beside, "completion": text} for text in texts[i]]
+        columns = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name)}
+        group = [{"prompt": row["prompt"], **columns, "completion": text} for text in texts[i]]
         if rewards is not None:
             for answer, reward, completion in zip(group, rewards[i].tolist(), drawn[i], strict=True):
                 answer |= {"reward": reward, "finished": completion.finished}

@@ -406,7 +406,7 @@ def default_average(settings: Any) -> float:
 
 
 def _settle_scale_rewards(c: BONDConfig) -> None:
-    """TRL's words for it; where the order of rewards alone counts, or nothing is scaled, they ask for what is done."""
+    """TRL's words for it; where only the order of rewards counts, or nothing is scaled, they ask for what is done."""
     if isinstance(c.scale_rewards, bool):
         c.scale_rewards = "group" if c.scale_rewards else "none"
     if c.objective in OBJECTIVES and c.objective not in users("scale_rewards"):

@@ -17,7 +17,7 @@ from bondlm.config.bond_config import (
 )
 from bondlm.errors import ConfigError
 
-# Beside the settings of BONDConfig: what may always change, and what decides which tensors a checkpoint has.
+# Besides the settings of BONDConfig: what may always change, and what decides which tensors a checkpoint has.
 FREE_NAMES = ("eval_dataset", "judges", "resume", "allow_config_change")
 FIXED_NAMES = ("use_peft",)
 ADAPTER = "peft_config."  # before the fields of an adapter's config

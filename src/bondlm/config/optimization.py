@@ -43,7 +43,7 @@ def check_optimization(args: Any) -> None:
 
 
 def check_own(optimizers: Sequence[Any], args: Any) -> None:
-    """Refuse settings that do nothing beside a user's own (optimizer, schedule), None where there is none.
+    """Refuse settings that do nothing next to a user's own (optimizer, schedule), None where there is none.
 
     Raises:
         ConfigError: one of them is set.
@@ -84,7 +84,7 @@ def _optimizer(args: Any) -> torch.optim.Optimizer | None:
 
 
 def _own_arguments(args: Any) -> dict[str, Any]:
-    """What is said to the optimizer alone, and for each the settings without it."""
+    """What only the optimizer is told, and for each the settings without it."""
     found = {}
     parts = args.optim_args.split(",") if args.optim_args else []
     for i, part in enumerate(parts):

@@ -8,7 +8,7 @@ from bondlm.objectives.rules import Rule, above, at_least, finite, off, one_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What is known of a setting beside its default and its text.
+    """What is known of a setting besides its default and its text.
 
     `may_change` is about a run that is continued: it may have another value "on demand" (`allow_config_change`),
     "always", "if endless" (its learning rates do not depend on its length), or "never" (the checkpoint holds it).

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bondlm.data.chat_templates import strings
-from bondlm.data.rendering import Beside
+from bondlm.data.rendering import TemplateInputs
 from bondlm.errors import DataError, listed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _placed(reasons: Mapping[int, str], where: Callable[[int], str]) -> list[str
 
 def refuse_special_tokens(
     prompts: Sequence[Any],
-    extras: Sequence[Beside],
+    extras: Sequence[TemplateInputs],
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     problems: Problems,

@@ -46,15 +46,15 @@ def origins_of(source: Any) -> list[Origin]:
     """
     found = []
     for path in files_of(source) or ():
-        beside = origin_file(Path(path))
-        if not beside.is_file():
+        file = origin_file(Path(path))
+        if not file.is_file():
             continue
         try:
-            content = json.loads(beside.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
             model, rewards = dict(content["model"]), list(content["rewards"])
             rendering = _rendering(content["prompting"]) if "prompting" in content else None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{beside} does not say what {path} was made from ({error!r}): remove it") from error
+            raise DataError(f"{file} does not say what {path} was made from ({error!r}): remove it") from error
         found.append(Origin(path=path, model=model, rewards=rewards, rendering=rendering))
     return found
 

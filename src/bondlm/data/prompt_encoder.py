@@ -58,13 +58,13 @@ class PromptEncoder:
     def encode(
         self,
         prompts: Sequence[Prompt],
-        beside: Sequence[Mapping[str, Any]] | None = None,
+        columns: Sequence[Mapping[str, Any]] | None = None,
         skipped: dict[int, str] | None = None,
         where: Callable[[int], str] = "row {}".format,
     ) -> list[list[int]]:
-        """Token ids of each prompt; `beside` are their rows, and `skipped` takes the reason for each unusable one.
+        """Token ids of each prompt; `columns` are those of their rows that the template uses.
 
-        `where` gives the name of a row in messages, by its number.
+        `skipped` takes the reason for each unusable row, and `where` gives the name of a row in messages.
 
         Raises:
             ConfigError, DataError: see `encode_prompts`; or the model does not know a token.
@@ -72,7 +72,7 @@ class PromptEncoder:
         if prompts:
             self._say_how(prompts[0])
         limits = length_limits(self.config, self.max_prompt_length, self.max_completion_length, self.truncate_prompt)
-        how: dict[str, Any] = {"rendering": self.rendering, "beside": beside, "skipped": skipped, "where": where}
+        how: dict[str, Any] = {"rendering": self.rendering, "columns": columns, "skipped": skipped, "where": where}
         ids = encode_prompts(prompts, self.tokenizer, **limits, **how)
         check_ids(ids, self.sizes.prompt, self.tokenizer, "prompts", where)
         return ids
@@ -93,9 +93,9 @@ class PromptEncoder:
     ) -> Dataset:
         """The same for loaded prompts; `where` gives the name of a row in messages, by its number."""
         bad: dict[int, str] | None = None if skipped is None else {}
-        columns = [name for name in (TOOLS, TEMPLATE_VARIABLES) if name in prompts.column_names]
-        beside = list(prompts.select_columns(columns)) if columns else None
-        ids = self.encode(prompts["prompt"][:], beside, bad, where)
+        names = [name for name in (TOOLS, TEMPLATE_VARIABLES) if name in prompts.column_names]
+        columns = list(prompts.select_columns(names)) if names else None
+        ids = self.encode(prompts["prompt"][:], columns, bad, where)
         if bad and skipped is not None:
             skipped += [f"{where(row)}: {reason}" for row, reason in sorted(bad.items())]
             good = [row for row in range(len(ids)) if row not in bad]

@@ -50,7 +50,7 @@ class Rendering:
             return "chat"
         return "plain" if self.leaves_text or not has_template(tokenizer) else "chat"
 
-    def render(self, chat: Sequence[Mapping[str, Any]], tokenizer: Any, row: "Beside", place: str) -> str:
+    def render(self, chat: Sequence[Mapping[str, Any]], tokenizer: Any, row: "TemplateInputs", place: str) -> str:
         """Render a conversation up to the assistant's next message, or to the end of its last one, to be continued."""
         continues = chat[-1]["role"] == "assistant"
         return render_chat(
@@ -66,14 +66,14 @@ class Rendering:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Beside:
+class TemplateInputs:
     """Further columns of a row that concern its prompt, with TRL's names."""
 
     tools: list[Any] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> "Beside":
+    def of_row(cls, row: Mapping[str, Any]) -> "TemplateInputs":
         """Columns `tools` and `chat_template_kwargs`, each as values or as JSON text.
 
         Raises:
@@ -129,7 +129,7 @@ def template_source(tokenizer: Any, tools: Any = None) -> str:
         ) from error
 
 
-def unknown_variable(template: str, row: Beside) -> str | None:
+def unknown_variable(template: str, row: TemplateInputs) -> str | None:
     """A variable of the row that the template does not use, which is a mistake; None if there is none."""
     if row.tools and not _mentions(template, "tools"):
         return f"`{TOOLS}`: the chat template does not look at tools. Remove the column, or rename it"

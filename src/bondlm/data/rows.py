@@ -247,4 +247,4 @@ def _part_problem(part: Any) -> str | None:
     if isinstance(part, str) or (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
         return None
     kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
-    return f"`content` has a part that is {kind!r}: bondlm reads text alone"
+    return f"`content` has a part that is {kind!r}: bondlm reads only text"

@@ -113,7 +113,7 @@ def open_name(source: str, *, held_out: bool, streaming: bool = False) -> Any:
     name, config, split = _parts(source)
     path = Path(name)
     if path.is_file():
-        raise DataError(f"{source}: a file has no configs and splits, write {name} alone")
+        raise DataError(f"{source}: a file has no configs and splits, write only {name}")
     try:
         if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             return _split_of(datasets.load_from_disk(name), source, config, split)

@@ -105,10 +105,10 @@ class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         bad = [f"{line.place}: {problem}" for line, problem in zip(chunk, problems, strict=True) if problem is not None]
         found: dict[int, str] = {}
         prompts = [line.row["prompt"] for line in good]
-        beside = [{name: line.row.get(name) for name in (TOOLS, TEMPLATE_VARIABLES)} for line in good]
+        columns = [{name: line.row.get(name) for name in (TOOLS, TEMPLATE_VARIABLES)} for line in good]
         if bad and not self._skips:
             raise DataError("\n".join(bad))
-        ids = self._encoder.encode(prompts, beside, found if self._skips else None, lambda i: good[i].place)
+        ids = self._encoder.encode(prompts, columns, found if self._skips else None, lambda i: good[i].place)
         skipped += [*bad, *(f"{good[i].place}: {reason}" for i, reason in sorted(found.items()))]
         return [self._row(good[i].row, ids[i]) for i in range(len(good)) if i not in found]
 

@@ -16,8 +16,8 @@ from bondlm.data.context import check_completion_length, context_length
 from bondlm.data.control import Problems, plain_ids, refuse_special_tokens
 from bondlm.data.rendering import (
     TEMPLATE_ERRORS,
-    Beside,
     Rendering,
+    TemplateInputs,
     as_chat,
     template_source,
     unknown_variable,
@@ -102,7 +102,7 @@ def encode_prompts(
     truncate_prompt: str = "never",
     allow_special_tokens_in_text: bool = False,
     rendering: Rendering = Rendering(),  # noqa: B008  it is frozen
-    beside: Sequence[Mapping[str, Any]] | None = None,
+    columns: Sequence[Mapping[str, Any]] | None = None,
     skipped: dict[int, str] | None = None,
     where: Callable[[int], str] = "row {}".format,
 ) -> list[list[int]]:
@@ -126,7 +126,7 @@ def encode_prompts(
         allow_special_tokens_in_text: Let text such as `<|im_end|>` inside a prompt become the control token. If False,
             such prompts are refused, because data could otherwise write system messages.
         rendering: How text is treated, and the variables of the template.
-        beside: The rows of the prompts, whose columns `tools` and `chat_template_kwargs` the template uses.
+        columns: Of each prompt's row, the columns that the template uses: `tools` and `chat_template_kwargs`.
         skipped: Takes the reason for each unusable row, whose ids are then empty; None refuses such rows.
         where: The name of a row in messages, by its number.
 
@@ -148,7 +148,7 @@ def encode_prompts(
             "instead, or set prompt_format='plain' if they are text that this model is to continue"
         )
     problems = Problems(skipped, where)
-    extras = _extras(beside, len(prompts), problems)
+    extras = _extras(columns, len(prompts), problems)
     template = ""
     if kind == "chat":
         template = template_source(tokenizer)
@@ -168,11 +168,11 @@ def encode_prompts(
     return [[] if row in problems.skipped else own for row, own in enumerate(ids)]
 
 
-def _extras(beside: Sequence[Mapping[str, Any]] | None, count: int, problems: Problems) -> list[Beside]:
-    extras, bad = [Beside()] * count, {}
-    for row, columns in enumerate(beside or ()):
+def _extras(columns: Sequence[Mapping[str, Any]] | None, count: int, problems: Problems) -> list[TemplateInputs]:
+    extras, bad = [TemplateInputs()] * count, {}
+    for row, own in enumerate(columns or ()):
         try:
-            extras[row] = Beside.of_row(columns)
+            extras[row] = TemplateInputs.of_row(own)
         except ValueError as error:
             bad[row] = str(error)
     problems.found(bad, "columns that the chat template is to look at cannot be read. Correct these rows:")
@@ -180,11 +180,14 @@ def _extras(beside: Sequence[Mapping[str, Any]] | None, count: int, problems: Pr
 
 
 def _refuse_unread(
-    tokenizer: PreTrainedTokenizerBase, rendering: Rendering, extras: Sequence[Beside], where: Callable[[int], str]
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering,
+    extras: Sequence[TemplateInputs],
+    where: Callable[[int], str],
 ) -> None:
     """Refuse variables that the template does not use."""
     for place, asked in (
-        ("", Beside(variables=rendering.variables)),
+        ("", TemplateInputs(variables=rendering.variables)),
         *((f"{where(i)}: ", e) for i, e in enumerate(extras) if e),
     ):
         problem = unknown_variable(template_source(tokenizer, asked.tools), asked) if asked else None
@@ -192,7 +195,9 @@ def _refuse_unread(
             raise ConfigError(place + problem)
 
 
-def _refuse_unused(kind: str, rendering: Rendering, extras: Sequence[Beside], where: Callable[[int], str]) -> None:
+def _refuse_unused(
+    kind: str, rendering: Rendering, extras: Sequence[TemplateInputs], where: Callable[[int], str]
+) -> None:
     named = "chat_template_kwargs" if rendering.variables else None
     row = next((i for i, extra in enumerate(extras) if extra), None)
     if named is None and row is not None:
@@ -209,7 +214,7 @@ def _encoded(
     prompts: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     rendering: Rendering,
-    extras: Sequence[Beside],
+    extras: Sequence[TemplateInputs],
     *,
     keep_eos: bool,
     problems: Problems,
@@ -239,7 +244,7 @@ def _rendered(
     chat: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     rendering: Rendering,
-    extra: Beside,
+    extra: TemplateInputs,
     row: int,
     refused: dict[int, str],
     where: Callable[[int], str],
@@ -372,7 +377,7 @@ def _refuse_bad_lengths(
         )
     elif completion_length:
         reason = (
-            f"the context of {context_length} tokens leaves {limit} beside max_completion_length = {completion_length}."
+            f"the context of {context_length} tokens leaves {limit} with max_completion_length = {completion_length}."
             " Shorten or remove these rows, or lower `max_completion_length`:"
         )
     else:

@@ -61,7 +61,7 @@ def engine_choice(args: BONDConfig) -> str:
     if args.engine == "transformers":
         return "engine: transformers"
     times = {"cpu": "3 to 16 times slower on CPUs", "cuda": "9 to 11 times slower on an H200"}
-    seen = times.get(args.device.type, f"compared on CPUs and CUDA alone, not on {args.device.type}")
+    seen = times.get(args.device.type, f"compared only on CPUs and CUDA, not on {args.device.type}")
     why = f"transformers' continuous batching was {seen} (docs/speed.md)"
     return f"engine: transformers (auto), with bondlm's own decoding loop: {why}. vLLM must be asked for: engine=vllm"
 

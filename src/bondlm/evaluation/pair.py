@@ -167,7 +167,7 @@ def fill(
     max_completion_length: int,
     on_prompts_done: Callable[[int], object],
     aggregation: Aggregation = SUM,
-    beside: tuple[Path, int] | None = None,
+    reference_file: tuple[Path, int] | None = None,
 ) -> None:
     """Append the samples that are missing in the file, one chunk of prompts at a time.
 
@@ -183,12 +183,12 @@ def fill(
         max_completion_length: maximum tokens of a completion.
         on_prompts_done: called with the number of prompts added to the file.
         aggregation: how several rewards become one.
-        beside: the file of the reference's samples among which ranks are counted, and their number per prompt.
+        reference_file: the file of the reference's samples among which ranks are counted, and their number per prompt.
     """
     done = finished_prompts(path, [row["prompt"] for row in rows], wanted.num_samples)
     on_prompts_done(done)
     sampler = pair.sampler(wanted)
-    references = None if beside is None else _References(*beside, skip=done)
+    references = None if reference_file is None else _References(*reference_file, skip=done)
     for start in range(done, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         params = SamplingParams(

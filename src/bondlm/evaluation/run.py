@@ -48,7 +48,7 @@ def evaluate_run(
         for name, measured in found.items():  # whatever becomes of the judges
             folders[name].mkdir(exist_ok=True)
             write_results(folders[name], measured.result, measured.policy, measured.reference)
-        # The main process alone asks judges that rank: the others have no further set in which they wait for it.
+        # Only the main process asks judges that rank: the others have no further set in which they wait for it.
         for name, measured in found.items():
             _judge_and_show(trainer, measured, folders[name], console, reporter, judges, name=name)
     return found[names[-1]].result
@@ -104,7 +104,7 @@ def _judge_and_show(
     *,
     name: str | None,
 ) -> None:
-    """Ask the judges that rank, add what they say, and print the table; for the main process alone."""
+    """Ask the judges that rank, add what they say, and print the table; only on the main process."""
     is_main = name == trainer.main_eval
     if ranking := [judge for judge in judges if judge.ranks]:
         found.result.update(compared(ranking, found.rows, found.policy, found.reference, found.result))

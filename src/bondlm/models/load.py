@@ -143,9 +143,9 @@ def refuse_missing(what: str, model: Any, info: Mapping[str, Any], may_miss: str
     if not missing and not shapes:
         return
     others = sorted(info["unexpected_keys"])
-    beside = f" (it has others that fit nowhere, such as {others[0]})" if others else ""
+    strays = f" (it has others that fit nowhere, such as {others[0]})" if others else ""
     raise ConfigError(
-        f"{what} has no weights for {_some(missing + shapes)}{beside}: as a {type(model).__name__} they would be "
+        f"{what} has no weights for {_some(missing + shapes)}{strays}: as a {type(model).__name__} they would be "
         "random numbers. Give a complete checkpoint of that class"
     )
 
@@ -176,7 +176,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         has_none = bool(files) and not any(re.match("tok|vocab|merges|sp|sentencep", file) for file in files)
         why = "the folder has none" if has_none else why_not_loaded(name, error)
         raise ConfigError(
-            f"cannot load the tokenizer of the model {name!r}: {why}. Save one beside the model, or pass it as "
+            f"cannot load the tokenizer of the model {name!r}: {why}. Save one with the model, or pass it as "
             "processing_class"
         ) from error
 

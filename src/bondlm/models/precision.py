@@ -78,7 +78,7 @@ def train_in_fp32(model: PreTrainedModel | PeftModel, *, autocast: bool) -> None
             parameter.data = parameter.data.float()
     elif getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
         raise ConfigError(
-            "weights beside the adapter train (modules_to_save) on a quantised model: set bf16=True, so that they can "
+            "weights next to the adapter train (modules_to_save) on a quantised model: set bf16=True, so that they can "
             "be fp32 and the rest stays as it is"
         )
     else:

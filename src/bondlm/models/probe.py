@@ -151,7 +151,7 @@ def plain_logits(model: Any, groups: Sequence[Group], device: torch.device) -> L
     except FAILURES as error:
         if _is_memory(error):
             raise
-        raise ConfigError(f"{type(model).__name__} cannot compute a text of tokens alone: {error}") from error
+        raise ConfigError(f"{type(model).__name__} cannot compute a text from token ids only: {error}") from error
     if not all(torch.isfinite(each.float().logsumexp(-1)).all() for each in plain):  # a -inf only bans a token
         raise ConfigError(
             f"{type(model).__name__}: weights or logits are not finite, in {plain[0].dtype} on a text of a few tokens. "

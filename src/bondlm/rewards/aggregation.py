@@ -43,7 +43,7 @@ class Aggregation:
         if self.how in ("worst", "lexicographic") and (odd := [w for w in weights if w not in (1, -1, 0)]):
             raise ConfigError(
                 f"reward_weights={list(weights)!r}: reward_aggregation={self.how!r} compares ranks and weighs none, so "
-                f"{odd[0]!r} would have no effect. Use 1, -1 (less is better) or 0 (logged alone)"
+                f"{odd[0]!r} would have no effect. Use 1, -1 (less is better) or 0 (only logged)"
             )
         if not any(weights):
             raise ConfigError(f"reward_weights={list(weights)!r}: at least one must not be 0, or all rewards are equal")

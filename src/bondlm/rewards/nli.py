@@ -250,7 +250,7 @@ def _entailment_id(config: Any, entailment_label: str | None) -> int:
     if len(found) != 1 or len(labels) < 2:
         wanted = repr(entailment_label) if entailment_label is not None else "'entail...'"
         raise ConfigError(
-            f"the NLI model's labels are {labels}, and one label {wanted} beside at least one other is needed: "
+            f"the NLI model's labels are {labels}, and one label {wanted} and at least one other are needed: "
             "name it with entailment_label."
         )
     return labels.index(found[0])

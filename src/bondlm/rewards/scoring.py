@@ -71,7 +71,7 @@ def score(
     allow_bad_rows: bool = False,
     groups: Sequence[int] | None = None,
     trainer_state: Any = None,
-    num_beside: int = 0,
+    num_for_comparison: int = 0,
     add: bool = True,
 ) -> Scores:
     """Score B completions with every reward and check each value.
@@ -86,8 +86,9 @@ def score(
         allow_bad_rows: Instead of raising, note rows whose reward is not one finite real number in ``bad``.
         groups: B numbers that say which rows belong to the same prompt. Default: each row is its own group.
         trainer_state: Passed to functions that ask for it.
-        num_beside: This many of the last rows are only for comparison: rewards that rank see them, other rewards do not
-            and are NaN there, and the total leaves them out. Each belongs to the group of an earlier row.
+        num_for_comparison: This many of the last rows are only for comparison: rewards that rank see them, other
+            rewards do not and are NaN there, and the total leaves them out. Each belongs to the group of an earlier
+            row.
         add: Whether ``total`` is wanted. If not, it is 0, and a sum that is not finite is not an error.
 
     Raises:
@@ -107,7 +108,7 @@ def score(
         empty = torch.zeros(0, dtype=torch.float64)
         return Scores(empty, {name: empty.clone() for name in names})
     group_B = list(range(len(prompts))) if groups is None else list(groups)
-    own = len(prompts) - num_beside
+    own = len(prompts) - num_for_comparison
     extras = Extras(own, trainer_state)
     bad: dict[int, str] | None = {} if allow_bad_rows else None
     by_name, missing = _values(rewards, offered, group_B, own, extras, bad)
@@ -138,11 +139,11 @@ def _values(
     )
     by_name: dict[str, Tensor] = {}
     missing: dict[str, set[int]] = {}
-    beside = torch.full((len(groups) - own,), math.nan, dtype=torch.float64)
+    unscored = torch.full((len(groups) - own,), math.nan, dtype=torch.float64)
     for reward, answer in zip(rewards, answers, strict=True):
         prompts = offered["prompts"] if reward.ranks else offered["prompts"][:own]
         values, rows = checked(reward.name, answer, prompts, bad)
-        by_name[reward.name] = _ranked(values, groups) if reward.ranks else torch.cat([values, beside])
+        by_name[reward.name] = _ranked(values, groups) if reward.ranks else torch.cat([values, unscored])
         if rows:
             missing[reward.name] = rows
     return by_name, missing

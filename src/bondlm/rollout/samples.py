@@ -190,7 +190,7 @@ def score_samples(
     if reference is not None and any(reward.ranks for reward in rewards):
         index_PK = torch.tensor(distinct.add(reference.texts, reference.finished_PM.bool().tolist()))
     how: dict[str, Any] = {"allow_bad_rows": drop, "trainer_state": trainer_state, "add": not aggregation.by_order}
-    scores = _ask(rewards, rows, completions, distinct, num_beside=len(distinct.owner) - own, **how)
+    scores = _ask(rewards, rows, completions, distinct, num_for_comparison=len(distinct.owner) - own, **how)
     dropped: dict[int, str] = {}
     for place, reason in sorted(scores.bad.items()):
         dropped.setdefault(distinct.owner[place], reason)

@@ -45,8 +45,8 @@ def read_preferences(source: Any) -> list[Row]:
 
 def _prompt_of(row: Mapping[str, Any]) -> Row:
     """The prompt, with the content of messages as text, and the other columns that the chat template uses."""
-    beside = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name) is not None}
-    return {"prompt": row["prompt"] if isinstance(row["prompt"], str) else with_text(row["prompt"])} | beside
+    columns = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name) is not None}
+    return {"prompt": row["prompt"] if isinstance(row["prompt"], str) else with_text(row["prompt"])} | columns
 
 
 def text_of(answer: Any) -> str:

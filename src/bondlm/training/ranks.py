@@ -39,8 +39,8 @@ def _check_objective(args: Any, has_ranks: bool, aggregation: Aggregation, objec
         raise ConfigError(
             f"{what}: objective={args.objective!r} learns from the values of rewards, and a rank among a prompt's own "
             "samples is none. With ranks_as_values=True it takes ranks in [0, 1] for values (docs/rewards.md says what "
-            "it then optimises); jbond and the others of BOND need the order alone"
+            "it then optimises); jbond and the others of BOND need only the order"
         )
     if args.ranks_as_values and not (has_ranks and by_value):
-        why = "nothing ranks" if by_value else f"objective={args.objective!r} learns from the order alone"
+        why = "nothing ranks" if by_value else f"objective={args.objective!r} learns only from the order"
         raise ConfigError(f"ranks_as_values=True: {why}, remove the setting")

@@ -76,8 +76,8 @@ class SamplingTrainer(SavingTrainer):
         **how: Any,
     ) -> Samples:
         """The scored samples of all rows from all processes; each scores the completions of its own rows."""
-        beside = None if reference is None else part_of(reference, mine)
-        part = self.step.score([rows[i] for i in mine], completions, reference=beside, **how)
+        compared = None if reference is None else part_of(reference, mine)
+        part = self.step.score([rows[i] for i in mine], completions, reference=compared, **how)
         return joined(self.world.gather_objects([(mine, part)]))
 
     def log_probability(self, samples: Samples, role: Role) -> Tensor:
