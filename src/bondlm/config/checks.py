@@ -263,7 +263,9 @@ def _not_used(c: Any, name: str, other: str, values: tuple[str, ...]) -> str:
 
 
 def _of_no_weight(c: Any, defaults: Mapping[str, Any]) -> Iterator[str]:
-    """At beta = 0 the forward KL to the best of n samples is left, and nothing learns from a quantile."""
+    """At beta = 0 only the forward KL to the best of n samples is left; at beta_rl = 0 nothing pulls to the anchor."""
+    if c.objective in users("beta_rl") and c.beta_rl == 0 and c.anchor != "fixed":
+        yield f"anchor={c.anchor!r}: at beta_rl={c.beta_rl!r} there is no KL to the anchor; remove it, or raise beta_rl"
     if c.objective not in users("beta") or c.beta != 0:
         return
     idle = [name for name in OF_QUANTILES if getattr(c, name) != defaults[name]]
