@@ -29,7 +29,7 @@ from bondlm.engines.vllm.memory import (
     share_card,
 )
 from bondlm.engines.vllm.server import LocalServer
-from bondlm.engines.vllm.whole import WholeModelEngine
+from bondlm.engines.vllm.whole import WholeModelEngine, written_bytes
 from bondlm.errors import ConfigError, DataError
 from bondlm.models.adapters import edits_base
 from bondlm.models.deepspeed import zero_stage
@@ -47,7 +47,6 @@ frequency: (700 / 450) ** 4 = 5.86."""
 PROBE_TOKENS = 128
 OWN_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # a user who gives one has sized the memory
 HOST_SHARE = 0.25  # of main memory; a container's limit may be lower than what /dev/shm reports
-HANDED_OVER = 1.5  # of the weights' size: a head that is also the embedding is written twice
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
 
 
@@ -184,7 +183,7 @@ def weights_folder(args: BONDConfig, roles: Roles, processes: Processes) -> Path
     machines = set(processes.gather_objects([(platform.node(), uuid.getnode())]))
     if roles.is_peft or args.vllm_server != "auto" or len(machines) > 1:
         return None
-    size = int(HANDED_OVER * roles.core.num_parameters() * served_dtype(roles).itemsize)
+    size = written_bytes(roles.core, served_dtype(roles))
     has_room = processes.rank == 0 and size <= HOST_SHARE * host_memory()
     mine = shared_folder(size) if has_room else None
     return processes.gather_objects([mine])[0]

@@ -115,6 +115,15 @@ def _initialisation(config: PeftConfig) -> str:
     return str(getattr(config, "init_lora_weights", None)).lower()
 
 
+def plain_lora(config: Any, rank: int) -> Any:
+    """The LoRA config of one rank and scaling 1 in every layer: the factors hold the whole product."""
+    made = copy.deepcopy(config)
+    made.r = made.lora_alpha = rank
+    made.rank_pattern, made.alpha_pattern, made.use_rslora, made.init_lora_weights = {}, {}, False, True
+    made.inference_mode = True
+    return made
+
+
 def change_of_base(config: PeftConfig) -> str:
     """The setting with which attaching the adapter changes the base; empty if there is none."""
     if getattr(config, "layer_replication", None):

@@ -1,6 +1,5 @@
 """Trained policies of one base, merged into one model, or one LoRA adapter, from their folders."""
 
-import copy
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from bondlm.data.fingerprints import model_fingerprint, same_model, weights_digest
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError
-from bondlm.models.adapters import change_of_base
+from bondlm.models.adapters import change_of_base, plain_lora
 from bondlm.models.load import load_model, load_tokenizer, refused
 from bondlm.models.task_vectors import LowRank, Merging, Method, Vector, dot, plus, scaled
 
@@ -271,10 +270,7 @@ def _minus(vector: Vector, start: Vector | None) -> Vector:
 
 
 def _plain_config(config: Any, rank: int, began: _Start) -> Any:
-    """A LoRA config of one rank with scaling 1, so that the factors hold the whole product."""
-    made = copy.deepcopy(config)
-    made.r = made.lora_alpha = rank
-    made.rank_pattern, made.alpha_pattern, made.use_rslora, made.init_lora_weights = {}, {}, False, True
+    made = plain_lora(config, rank)
     if not (Path(began.reference) / "adapter_config.json").is_file():
         made.base_model_name_or_path, made.revision = began.reference, began.init_kwargs.get("revision")
     return made

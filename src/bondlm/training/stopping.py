@@ -201,6 +201,7 @@ class StopCallback(TrainerCallback):
             return
         if (missing := _missing_best(args, metrics or {})) is not None:
             self.pause(missing, args, state, control)
+            return
         n, kl = ((metrics or {}).get(f"eval_{name}") for name in ("effective_n_low", "kl"))
         reasons = []
         if self._target_n is not None and n is not None and n >= self._target_n:

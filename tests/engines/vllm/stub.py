@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from bondlm.engines.local.engine import TransformersEngine
@@ -26,6 +27,9 @@ class Stub:
     def __init__(self, model: Any, eos_ids: list[int], *, max_model_len: int = 256) -> None:
         self._model, self._lock = deepcopy(model).eval(), threading.Lock()
         self._eos_ids, self._max_model_len = eos_ids, max_model_len
+        for layer in self._model.modules():  # what it loads is scaled by the config that comes with it
+            if isinstance(layer, LoraLayer):
+                layer.scaling = dict.fromkeys(layer.scaling, 1.0)
         self._adapters: dict[str, dict[str, torch.Tensor]] = {}
         self._loaded: set[str] = set()
         self.requests: list[tuple[str, Any]] = []
@@ -82,7 +86,7 @@ class Stub:
         if known:
             return 400, {"error": {"message": "The lora adapter has already been loaded."}}
         self._loaded.add(name)
-        self._adapters[name] = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
+        self._adapters[name] = scaled(Path(body["lora_path"]))
         return 200, "ok"
 
     @contextmanager
@@ -123,6 +127,14 @@ class Stub:
             }
             for i, c in reversed(list(enumerate(drawn)))
         ]
+
+
+def scaled(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's weights times its scaling, one for all layers, as vLLM 0.22 does it."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    state = load_file(folder / "adapter_model.safetensors")
+    return {name: tensor * (scaling if "lora_B" in name else 1.0) for name, tensor in state.items()}
 
 
 def handler_of(stub: Stub) -> type[BaseHTTPRequestHandler]:

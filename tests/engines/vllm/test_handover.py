@@ -95,13 +95,13 @@ def test_only_servers_of_ours_on_this_machine_are_given_weights_there(
     whole, both = Roles(tiny_causal(TOKENIZER)), Machines(others)
     assert choose.weights_folder(args, whole, both) == (tmp_path if shared else None)
     size = sum(p.numel() * p.element_size() for p in whole.model.parameters())
-    assert asked == ([int(1.5 * size)] if shared else [])
+    assert asked == ([int(1.1 * size)] if shared else [])
     assert choose.weights_folder(args, roles, both) is None  # an adapter
     monkeypatch.setattr(choose, "host_memory", lambda: 4 * size)
     assert choose.weights_folder(args, whole, both) is None  # a container with little memory
     whole.autocast = torch.bfloat16
     choose.weights_folder(args, whole, both)
-    assert asked == ([int(1.5 * size), int(0.75 * size)] if shared else [])
+    assert asked == ([int(1.1 * size), int(0.55 * size)] if shared else [])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared memory here")

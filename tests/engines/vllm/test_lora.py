@@ -1,5 +1,6 @@
 """Two adapters on a vLLM server, against a stub: what is sent, and whose weights answer. A real one: test_real.py."""
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,33 @@ def test_each_role_draws_from_its_own_adapter(engine: VLLMEngine, roles: Roles) 
     assert isinstance(engine, RemoteEngine)
 
 
+@pytest.mark.parametrize(
+    "more", [{"use_rslora": True}, {"alpha_pattern": {"v_proj": 32}, "rank_pattern": {"q_proj": 2}}]
+)
+def test_every_layer_is_served_with_its_own_scaling(more: dict[str, Any], tmp_path: Path) -> None:
+    """By a server that knows one scaling for all layers, too."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **more)
+    roles = Roles(wrap_adapter(tiny_causal(TOKENIZER), lora))
+    change(roles, 0.1)
+    with serving(Stub(roles.model, EOS)) as stub:
+        drawn = draw_both(connect(stub, roles, tmp_path))
+    here = TransformersEngine(roles.use, eos_ids=EOS, pad_id=0)
+    expected = here.generate(IDS, 2, role="policy", max_new_tokens=6, seeds=[s >> 2 for s in SEEDS])
+    for ours, theirs in zip(drawn["policy"], expected, strict=True):
+        assert [c.ids for c in ours] == [c.ids for c in theirs]
+        assert [c.logprobs for c in ours] == [pytest.approx(c.logprobs, abs=1e-5) for c in theirs]
+
+
+def test_runs_share_a_server(engine: VLLMEngine, stub: Stub, roles: Roles, tmp_path: Path) -> None:
+    """Each draws from its own adapters, the reference's included: names shared by all runs gave it the other's."""
+    before = draw_both(engine)
+    other = Roles(copy.deepcopy(roles.model))
+    change(other, 0.5)
+    theirs = connect(stub, other, tmp_path / "other")
+    assert draw_both(theirs)["policy"] != before["policy"]
+    assert draw_both(engine) == before
+
+
 def test_the_distribution_is_not_cut(engine: VLLMEngine, stub: Stub) -> None:
     """What a server may take from the model's generation_config.json is set off in every request."""
     draw_both(engine)
@@ -45,7 +73,7 @@ def test_the_distribution_is_not_cut(engine: VLLMEngine, stub: Stub) -> None:
         assert {name: body[name] for name in neutral} == neutral
         assert body["ignore_eos"] is True
         assert body["stop_token_ids"] == EOS
-    assert {b["model"] for b in stub.drawn()} == {"bondlm-policy", "bondlm-anchor"}
+    assert {b["model"].rsplit("-", 1)[1] for b in stub.drawn()} == {"policy", "anchor"}
 
 
 def test_policy_and_anchor_are_under_way_together(engine: VLLMEngine, stub: Stub) -> None:
@@ -106,7 +134,7 @@ def test_a_reload_is_tried_twice(engine: VLLMEngine, stub: Stub, roles: Roles) -
 
 def test_a_start_that_failed_leaves_nothing_in_the_way_of_the_next(stub: Stub, roles: Roles, tmp_path: Path) -> None:
     def wrong(path: str, body: Any) -> Answer | None:
-        if path != "/v1/completions" or body["model"] != "bondlm-policy":
+        if path != "/v1/completions" or not body["model"].endswith("-policy"):
             return None
         rows = [{str(token): {"logprob": -30.0}} for token in body["prompt"][1:]]
         return 200, {"choices": [{"prompt_token_ids": body["prompt"], "prompt_logprobs": [None, *rows]}]}
@@ -165,7 +193,7 @@ def test_a_probe_that_is_not_finite_is_an_error(engine: VLLMEngine, stub: Stub) 
         row[next(iter(row))]["logprob"] = float("nan")
 
     stub.spoil = spoil
-    with pytest.raises(NonFiniteError, match="bondlm-policy"):
+    with pytest.raises(NonFiniteError, match="-policy"):
         engine.sync()
 
 

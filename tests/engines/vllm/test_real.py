@@ -180,11 +180,13 @@ def test_prompts_that_do_not_fit_into_one_pass(engine: VLLMEngine) -> None:
 
 def test_a_hot_reload_changes_probe_and_samples(engine: VLLMEngine, roles: Roles) -> None:
     """The same prompts before and after: cached prefixes of the old weights are not used again."""
-    before = engine._servers[0].client.prompt_logprobs("bondlm-policy", PROBE, "x")
+    (server,) = engine._servers
+    name = engine._names("policy", server)[0]
+    before = server.client.prompt_logprobs(name, PROBE, "x")
     draw_all(engine)
     change(roles, 0.1)
     engine.sync()
-    after = engine._servers[0].client.prompt_logprobs("bondlm-policy", PROBE, "x")
+    after = server.client.prompt_logprobs(name, PROBE, "x")
     assert max(abs(a - b) for a, b in zip(after, before, strict=True)) > APART
     assert engine.probe_gap["policy"] < LORA_GAP
     drawn = draw_all(engine)

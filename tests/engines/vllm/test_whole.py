@@ -16,7 +16,7 @@ from bondlm.engines.agreement import GAP_METRIC
 from bondlm.engines.choose import served_dtype, whole_model_options
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.vllm.http import WHOLE_OPTIONS, VLLMClient
-from bondlm.engines.vllm.whole import WholeModelEngine, weights_digest, write_weights
+from bondlm.engines.vllm.whole import WholeModelEngine, weights_digest, write_weights, written_bytes
 from bondlm.errors import ConfigError, EngineError, ResourceError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
@@ -254,6 +254,26 @@ def test_a_tied_head_is_written_too(tmp_path: Path, autocast: torch.dtype | None
     state = {k: v for file in (tmp_path / "weights").glob("*.safetensors") for k, v in load_file(file).items()}
     assert set(state) == {name for name, _ in roles.model.named_parameters()} | {"lm_head.weight"}
     assert torch.equal(state["lm_head.weight"].float(), roles.model.lm_head.weight.to(autocast).float())
+    assert torch.equal(state["model.embed_tokens.weight"], state["lm_head.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_what_is_written_fits_into_the_room_that_was_looked_for(
+    tmp_path: Path, autocast: torch.dtype | None, tied: bool
+) -> None:
+    """A large vocabulary, as Gemma's: under autocast the embedding was written in fp32 next to two heads."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roles = Roles(LlamaForCausalLM(LlamaConfig(vocab_size=20_000, tie_word_embeddings=tied, **shape)))
+    roles.autocast = autocast
+    embedding = roles.model.model.embed_tokens.weight
+    with roles.use("policy") as model:
+        write_weights(model, tmp_path / "weights")
+    written = sum(file.stat().st_size for file in (tmp_path / "weights").iterdir())
+    room = written_bytes(roles.core, served_dtype(roles))
+    assert 0.9 * room < written <= room
+    assert roles.model.model.embed_tokens.weight is embedding
+    assert embedding.dtype == torch.float32
 
 
 def test_options_of_our_server(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 (Whole models: `bondlm.engines.vllm.whole`.)
 
-After every optimizer step `sync` writes both adapters to new folders, and each server reloads them under their names; a
-probe text verifies the reload (`bondlm.engines.vllm.served`).
+After every optimizer step `sync` writes both adapters to new folders, and each server reloads them under their names,
+which are the run's own, so that runs can share a server; a probe text verifies the reload
+(`bondlm.engines.vllm.served`).
 
 A reference that is the base model is also served as an adapter, of zeros: on a CPU, vLLM 0.32 gives a row without an
 adapter the adapter of its last slot if another row of the batch has an adapter.
@@ -18,7 +19,6 @@ it; all processes know the result before any of them continues (`bondlm.engines.
 Shapes: P prompts, T tokens.
 """
 
-import copy
 import math
 import secrets
 import shutil
@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftConfig, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -40,10 +41,11 @@ from bondlm.engines.vllm.http import VLLMClient, of_answer
 from bondlm.engines.vllm.served import GAP_LIMIT, Served
 from bondlm.engines.vllm.server import LocalServer
 from bondlm.errors import DataError, EngineError, NonFiniteError, ResourceError
+from bondlm.models.adapters import plain_lora
 from bondlm.models.facts import vocabulary_size
 
-ADAPTERS: dict[Role, str] = {role: f"bondlm-{role}" for role in ("policy", "anchor", "reference")}
 MOVING: tuple[Role, ...] = ("policy", "anchor")
+UP = ".lora_B.weight"
 MAX_REQUESTS = 256  # at a time; the server queues those that it cannot run yet
 
 
@@ -229,20 +231,24 @@ class VLLMEngine:
         return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).double().cpu().numpy()
 
     def _write(self, role: Role, model: Any, path: Path) -> None:
-        """Write the role's adapter in PEFT's format, with the weights of `model`; zeros if the role is the base."""
+        """Write the role's adapter in PEFT's format, with the weights of `model`; zeros if the role is the base.
+
+        Each layer's scaling goes into its weights, since not every server has one per layer: vLLM 0.22 drops
+        `alpha_pattern` and `rank_pattern` without a word.
+        """
         path.mkdir(parents=True, exist_ok=True)
         name = self._model.active_adapter
-        config: PeftConfig = copy.deepcopy(self._model.peft_config[name])
-        config.inference_mode = True
-        config.save_pretrained(str(path))
         weights = {f"base_model.model.{n}": p.detach() for n, p in model.named_parameters()}
         state = get_peft_model_state_dict(self._model, weights, name, save_embedding_layers=False)
-        if role not in self._adapters:
-            state = {k: torch.zeros_like(v) for k, v in state.items()}
+        scaling = {n: m.scaling[name] for n, m in self._model.named_modules() if isinstance(m, LoraLayer)}
+        for up in [key for key in state if key.endswith(UP)]:
+            state[up] = state[up] * (scaling[up.removesuffix(UP)] if role in self._adapters else 0.0)
+        rank = max(state[up].shape[1] for up in state if up.endswith(UP))
+        plain_lora(self._model.peft_config[name], rank).save_pretrained(str(path))
         save_file({k: v.cpu().contiguous() for k, v in state.items()}, path / "adapter_model.safetensors")
 
     def _load(self, role: Role, server: Served, path: Path) -> None:
-        server.client.load_adapter(ADAPTERS[role], path)
+        server.client.load_adapter(self._names(role, server)[0], path)
 
     def _keep_only(self, role: Role, path: Path) -> None:
         for old in self._folder.glob(f"{role}-*"):
@@ -251,7 +257,7 @@ class VLLMEngine:
 
     def _names(self, role: Role, server: Served) -> tuple[str, str]:
         """The name of the role's model on the server, and its cache salt."""
-        return ADAPTERS[role], f"{self._run}-{role}-{self._version if role in MOVING else 0}"
+        return f"bondlm-{self._run}-{role}", f"{self._run}-{role}-{self._version if role in MOVING else 0}"
 
     # -- drawing
 

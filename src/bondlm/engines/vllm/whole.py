@@ -24,10 +24,12 @@ from bondlm.engines.together import together
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.served import GAP_LIMIT, Served
 from bondlm.errors import ConfigError
+from bondlm.models.facts import hidden_size, vocabulary_size
 
 GAP_GROWTH = 4.0  # times the gap of the first reload, which comes from the rounding of two programs
 LEAST_GAP_LIMIT = 1e-3  # nats per token; smaller gaps are rounding in fp32
 DIGEST_WORDS = 2**20  # at a time
+ROOM = 1.1  # for weights in fp32 that are not of linear layers, and the files' other parts
 ONE_FILE = "100TB"  # vLLM would not read another file next to a sharded checkpoint with an index
 
 
@@ -144,16 +146,33 @@ def weights_digest(model: nn.Module) -> tuple[int, ...]:
 def write_weights(model: Any, path: Path) -> None:
     """Write the weights as a checkpoint, with a tied head also under its own name.
 
-    On a CPU, vLLM computes with a packed copy of the head, and repacks it only when it has read a head.
+    On a CPU, vLLM computes with a packed copy of the head, and repacks it only when it has read a head. The embedding
+    is written in the head's dtype, which is the server's: under autocast it is a tensor of its own, in fp32.
     """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied, weight = _is_tied(model), embedding.weight
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        cast = nn.Parameter(weight.detach().to(head.weight.dtype), requires_grad=False)
+        embedding.weight = head.weight if is_tied else cast
         model.save_pretrained(path, max_shard_size=ONE_FILE)
-        if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-            head = model.get_output_embeddings()
+        if is_tied:
             name = next(name for name, module in model.named_modules() if module is head)
             save_file({f"{name}.weight": head.weight.detach().cpu().clone()}, path / "head.safetensors")
     finally:
+        embedding.weight = weight
         if bars:
             logging.enable_progress_bar()
+
+
+def _is_tied(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+
+
+def written_bytes(model: Any, dtype: torch.dtype) -> int:
+    """About what `write_weights` writes in `dtype`."""
+    count = model.num_parameters()
+    if _is_tied(model):
+        count += vocabulary_size(model.config) * hidden_size(model.config)
+    return int(ROOM * count * dtype.itemsize)
