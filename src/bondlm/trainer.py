@@ -82,12 +82,13 @@ from bondlm.training.processes import (
     waiting_for_others,
     work_digest,
 )
-from bondlm.training.prompting import note_rendering, rendering_of_run
+from bondlm.training.prompting import rendering_of_run
 from bondlm.training.ranks import aggregation_of_run
 from bondlm.training.sampling import SamplingTrainer
 from bondlm.training.saving import PAGE_FILE
 from bondlm.training.schedules import skip_unmeasured
 from bondlm.training.signal_factor import SignalFactor, learning_pace
+from bondlm.training.start import note_start, start_of
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
 from bondlm.training.tables import TablesCallback
@@ -148,7 +149,8 @@ class BONDTrainer(SamplingTrainer):
         check_own(optimizers, args)
         set_seed(args.seed)  # a fresh adapter is random, and Trainer would seed only after creating it
         data = RunData(args, train_dataset, eval_dataset, model=name, reward_funcs=reward_funcs)
-        self._named, self._reward_funcs = named(name, reward_funcs, train_dataset, eval_dataset), reward_funcs
+        start = start_of(model, name, args.output_dir, adapter=peft_config is not None)
+        self._named, self._reward_funcs = named(start, reward_funcs, train_dataset, eval_dataset), reward_funcs
         self.drops, self.main_eval = data.drops, data.main_eval
         self.objective: Objective = objective_of(args, num_logged=data.num_logged)
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
@@ -185,8 +187,7 @@ class BONDTrainer(SamplingTrainer):
             optimizers=optimizers,
         )
         self.objective = objective_of(args, num_logged=data.num_logged)  # scored samples that are too long are left out
-        if self.args.should_save:
-            note_rendering(Path(str(args.output_dir)), self.encoder.rendering, replace=False)
+        note_start(self.roles, self.encoder, self.args, start)
         check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)
         self.world = World.of(args)
         self._place_roles()

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -155,8 +156,12 @@ def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> Peft
     Raises:
         ConfigError: the adapter changes the model, or this kind of adapter cannot be trained.
     """
-    if isinstance(model, PeftModel):
-        raise ConfigError("peft_config was given, but the model has an adapter already: remove one of them")
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            "peft_config was given, but the model has an adapter already. To go on with that adapter, give its folder "
+            "as model, without peft_config; to put a new one on it, merge it (PeftModel.merge_and_unload), save the "
+            "model and give that folder"
+        )
     check_config(peft_config)
     remove_adapters(model)
     change = change_of_base(peft_config)
@@ -206,6 +211,8 @@ def remove_adapters(model: nn.Module) -> None:
         done.append(name)
     if done and hasattr(model, "peft_config"):
         del model.peft_config
+    if done:
+        _LOGGER.warning("an adapter that get_peft_model had put on the model is taken off: training starts without it")
 
 
 def silence_adapter(model: PeftModel) -> None:
@@ -268,7 +275,14 @@ def without_wrapper(model: PeftModel) -> Any:
     distribution by tenths of a nat per text. In that case, and for other kinds of adapters, the adapter stays separate.
     """
     is_fp32 = all(p.dtype == torch.float32 for p in model.parameters())
-    return model.merge_and_unload() if is_fp32 and can_join(model) else model.get_base_model()
+    return model.merge_and_unload() if is_fp32 and can_join(model) and not _is_shared(model) else model.get_base_model()
+
+
+def _is_shared(model: PeftModel) -> bool:
+    """Whether a weight that an adapter adds to is used elsewhere too, as a tied head is: it would change there."""
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return any(uses[id(layer.get_base_layer().weight)] > 1 for layer in layers)
 
 
 def edits_base(model: PeftModel) -> bool:

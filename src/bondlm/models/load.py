@@ -279,7 +279,8 @@ def prepare_policy(
         _check_encoder_decoder(model, args)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            "the model has no trainable parameter: pass peft_config, or load the adapter with is_trainable=True"
+            "the model has no trainable parameter: pass peft_config, load its adapter with is_trainable=True, or call "
+            "requires_grad_(True) on what is to be trained"
         )
     for adapter in getattr(model, "peft_config", {}).values():  # saved with the adapter
         adapter.base_model_name_or_path = located(str(adapter.base_model_name_or_path or "")) or None
