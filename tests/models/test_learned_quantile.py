@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
+from transformers import BartConfig, BartForConditionalGeneration
 
 from bondlm.errors import ResourceError
 from bondlm.models import logprobs
@@ -79,6 +80,26 @@ def test_features_do_not_depend_on_the_batch(build: Callable[..., Any]) -> None:
     mean, last = together[one_token].chunk(2)
     torch.testing.assert_close(mean, last)  # the mean over one token is that token
     assert not torch.allclose(together[0].chunk(2)[0], together[0].chunk(2)[1])
+
+
+@pytest.mark.parametrize("build", [tiny_causal, tiny_t5])
+def test_features_read_every_token_of_a_completion(build: Callable[..., Any]) -> None:
+    """The last one too, which a decoder that is given a completion to predict does not read."""
+    model = build(tiny_tokenizer())
+    start_id = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+    rows = [([40, 41], [100, last]) for last in (101, 102)]
+    one, other = completion_features(model, rows, 0, start_id=start_id, device=CPU)
+    for part, changed in zip(one.chunk(2), other.chunk(2), strict=True):
+        assert not torch.allclose(part, changed)
+
+
+def test_features_of_a_decoder_with_a_table_of_positions() -> None:
+    """A completion that fills the table has no column left for its last token."""
+    shape = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    config = BartConfig(vocab_size=60, encoder_layers=1, decoder_layers=1, max_position_embeddings=6, **shape)
+    rows = [([40, 41], [50, 51, 52, 53, 54, 55]), ([40], [50])]
+    features = completion_features(BartForConditionalGeneration(config).eval(), rows, 1, start_id=2, device=CPU)
+    assert features.isfinite().all()
 
 
 def test_out_of_memory_halves_the_rows_and_changes_no_feature() -> None:

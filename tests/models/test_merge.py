@@ -10,11 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_causal, tiny_t5, tiny_tokenizer
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import save_adapter
 from bondlm.models.load import load_model
 from bondlm.models.merge import Merge, merge_folders
+from bondlm.models.task_vectors import Merging
 
 
 def base(folder: Path, *, seed: int = 0, make: Callable[..., Any] = tiny_causal, **of_tokenizer: Any) -> Path:
@@ -88,6 +90,45 @@ def test_adapters_merge_as_the_weights_that_they_stand_for(tmp_path: Path, metho
     merge = merge_folders(runs, [str(start)] * 2, method=method)
     assert (merge.rank, merge.full_rank) == (4, 4)
     check(merge, tmp_path / "out", expected(method, start, runs, 0.3), toward=0.3)
+
+
+def tied(tokenizer: Any, *, seed: int) -> Any:
+    """A model whose head is its embedding."""
+    config = tiny_causal(tokenizer).config
+    config.tie_word_embeddings = True
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_adapters_with_a_head_that_the_base_ties(tmp_path: Path, lora: dict[str, Any]) -> None:
+    start = base(tmp_path / "base", make=tied)
+    runs = [adapter(tmp_path / f"run{seed}", start, seed, **lora) for seed in (1, 2)]
+    merge_folders(runs, [str(start)] * 2, method="mean").write(tmp_path / "out", toward_reference=0.0)
+    ids = torch.arange(3, 9)[None]
+
+    def hidden_and_logits(folder: Path) -> tuple[Tensor, Tensor]:
+        out = load_model(folder, dtype=torch.float32).eval()(input_ids=ids, output_hidden_states=True)
+        return out.hidden_states[0], out.logits
+
+    (embedded, logits), (of_base, _) = hidden_and_logits(tmp_path / "out"), hidden_and_logits(start)
+    assert torch.equal(embedded, of_base)
+    heads = [logits, *(hidden_and_logits(run)[1] for run in runs)]
+    assert all(torch.isfinite(each).all() for each in heads)
+    assert not torch.allclose(heads[0], heads[1], atol=1e-2)
+
+
+def test_numbers_that_runs_moved_apart_get_their_mean() -> None:
+    merging = Merging("slerp")
+    for value in (0.001, -0.002):
+        merging.add(torch.tensor([value]))
+    torch.testing.assert_close(merging.merged("scale"), torch.tensor([-0.0005]))
+    merging = Merging("slerp")
+    for sign in (1, -1):
+        merging.add(sign * torch.ones(2))
+    with pytest.raises(ConfigError, match="moved gate in opposite directions"):
+        merging.merged("gate")
 
 
 def test_ranks_that_differ_by_layer_and_embeddings(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_causal, tiny_t5, tiny_tokenizer
 from torch import nn
-from transformers import BartConfig, Phi3Config, Phi3ForCausalLM
+from transformers import BartConfig, BertConfig, EncoderDecoderConfig, MptConfig, Phi3Config, Phi3ForCausalLM
 
 from bondlm.data.context import context_length
 from bondlm.data.tokens import length_limits
@@ -190,6 +190,16 @@ def test_a_decoder_writes_no_more_than_it_has_positions() -> None:
     with pytest.raises(ConfigError, match=r"max_completion_length=65.*64 positions"):
         length_limits(config, None, 65)
     assert length_limits(tiny_t5(TOKENIZER).config, None, 10_000)["context_length"] is None
+
+
+def test_positions_of_parts_with_a_config_of_their_own() -> None:
+    small, large = (BertConfig(max_position_embeddings=size).to_dict() for size in (32, 48))
+    config = EncoderDecoderConfig(encoder=small, decoder=large, decoder_start_token_id=1)
+    config.is_encoder_decoder = True
+    assert length_limits(config, None, 48)["context_length"] == 32
+    with pytest.raises(ConfigError, match=r"max_completion_length=49.*48 positions"):
+        length_limits(config, None, 49)
+    assert context_length(MptConfig(max_seq_len=40)) == 40
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4", "qwen3_5", "llama4", "fsmt", "mamba", "encoder-decoder"])

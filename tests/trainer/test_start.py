@@ -101,6 +101,13 @@ def test_whole_weights_that_are_on_no_file_have_no_name(
         complete({"model": str(tmp_path / "run"), "dataset": "x", "reward_funcs": "nli:y"})
 
 
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    model = ends_often(tiny_causal(TOKENIZER))
+    model.generation_config.update(temperature=0.6, do_sample=False)
+    with pytest.raises(ConfigError, match="generation_config cannot be saved"):
+        trainer(tmp_path / "run", model)
+
+
 def test_a_new_adapter_does_not_replace_one_that_transformers_loaded(base: str, tmp_path: Path) -> None:
     """`from_pretrained` of an adapter's folder gives a model of the base's class."""
     trained_adapter(base).save_pretrained(tmp_path / "sft")

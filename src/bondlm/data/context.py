@@ -16,9 +16,9 @@ def context_length(config: Any) -> int | None:
     same holds for layers that keep only a number of best tokens, since rounding decides which.
     """
     if config.is_encoder_decoder:
-        return _positions(config, "encoder")
+        return positions(config, "encoder")
     text = config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", *SELECTED)
+    names = ("max_position_embeddings", "max_seq_len", *SELECTED)
     limits = [*(getattr(text, name, None) for name in names), *_changing_ropes(text)]
     known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
     return min(known) if known else None
@@ -30,7 +30,7 @@ def check_completion_length(config: Any, max_completion_length: int) -> None:
     Raises:
         ConfigError: it would have to.
     """
-    limit = _positions(config, "decoder") if config.is_encoder_decoder else None
+    limit = positions(config, "decoder") if config.is_encoder_decoder else None
     if limit is not None and max_completion_length > limit:
         raise ConfigError(
             f"max_completion_length={max_completion_length}: the decoder of this {config.model_type} has {limit} "
@@ -47,13 +47,11 @@ def start_id(model: Any) -> int | None:
     return next((int(token) for token in found if token is not None), None)
 
 
-def _positions(config: Any, end: str) -> int | None:
+def positions(config: Any, end: str) -> int | None:
     """Positions of the encoder or the decoder; None if they are relative (T5)."""
-    for name in (f"max_{end}_position_embeddings", "max_position_embeddings"):
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
+    name, part = "max_position_embeddings", getattr(config, end, None)  # a config of its own in EncoderDecoderModel
+    known = [getattr(config, f"max_{end}_position_embeddings", None), *(getattr(c, name, None) for c in (config, part))]
+    return next((limit for limit in known if isinstance(limit, int) and limit > 0), None)
 
 
 def _changing_ropes(text: Any) -> Iterator[int | None]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
+from bondlm.data.context import positions
 from bondlm.models.facts import takes_argument
 from bondlm.models.logprobs import Group, by_length, collate, within_budget
 from bondlm.models.memory import try_or_halve
@@ -123,14 +124,17 @@ def _chunk_features(
     """One forward pass."""
     batch = collate(groups, pad_id, start_id=start_id)
     mask_BT = batch.pop("completion_mask")[:, 0].to(device)
-    del batch["completion_ids"]
-    if start_id is None:  # a token's own column comes right after the column that predicts it
+    ids_BT = batch.pop("completion_ids")[:, 0]
+    # A token's own column comes right after the column that predicts it.
+    if start_id is None:
         column_BT = batch.pop("predictor")[:, 0].to(device) + 1
         columns = batch.pop("logits_to_keep")
         if takes_argument(model, "logits_to_keep"):
             batch["logits_to_keep"] = columns[:1]  # the head's output is not used
     else:
-        column_BT = torch.arange(mask_BT.shape[1], device=device).expand(mask_BT.shape)
+        decoded = torch.cat([batch["decoder_input_ids"][:, :1], ids_BT], dim=1)
+        batch["decoder_input_ids"] = decoded[:, : positions(model.config, "decoder")]  # a table may have no more
+        column_BT = torch.arange(mask_BT.shape[1], device=device).expand(mask_BT.shape) + 1
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     out = model(**inputs, output_hidden_states=True, use_cache=False)
     states = out.hidden_states if start_id is None else out.decoder_hidden_states

@@ -1,6 +1,7 @@
 """Load a policy and check it before training."""
 
 import copy
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ def refuse_missing(what: str, model: Any, info: Mapping[str, Any], may_miss: str
     """Refuse a checkpoint with missing weights or wrong shapes, which transformers would initialise at random.
 
     Args:
-        what: the checkpoint.
+        what: the checkpoint. It may lack tables of sinusoids, which older versions of transformers left out.
         model: the loaded model.
         info: the report of `from_pretrained` with `output_loading_info`.
         may_miss: weights whose names contain this are not used.
@@ -138,7 +139,8 @@ def refuse_missing(what: str, model: Any, info: Mapping[str, Any], may_miss: str
     Raises:
         ConfigError: weights are missing or have wrong shapes.
     """
-    missing = sorted(key for key in info["missing_keys"] if may_miss is None or may_miss not in key)
+    computed = {f"{name}.weight" for name, module in model.named_modules() if "Sinusoidal" in type(module).__name__}
+    missing = sorted(key for key in {*info["missing_keys"]} - computed if may_miss is None or may_miss not in key)
     shapes = [f"{key} (shape {tuple(a)}, not {tuple(b)})" for key, a, b in sorted(info["mismatched_keys"])]
     if not missing and not shapes:
         return
@@ -182,13 +184,29 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 
 def _resize_as(adapter: Path, model: Any) -> None:
-    """Resize the base's vocabulary to that of training: PEFT saves a resized embedding with the adapter."""
-    embedding = next((name for name, m in model.named_modules() if m is model.get_input_embeddings()), None)
+    """Resize the base's vocabulary to that of training: PEFT saves a resized embedding with the adapter.
+
+    Raises:
+        ConfigError: the file has new rows of only one of embedding and head.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = {name: module for name, module in model.named_modules() if module is embedding or module is head}
+    rows = {}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        kept = f"base_model.model.{embedding}.weight"
-        rows = file.get_slice(kept).get_shape()[0] if kept in file.keys() else None
-    if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)  # its new rows are read next
+        for name, leaf in itertools.product(ends, ("weight", "base_layer.weight")):
+            if (key := f"base_model.model.{name}.{leaf}") in file.keys():
+                rows[name] = file.get_slice(key).get_shape()[0]
+    if not rows or set(rows.values()) == {embedding.weight.shape[0]}:
+        return
+    is_tied = head is None or head.weight is embedding.weight
+    if not is_tied and (lost := [name for name in ends if name not in rows]):
+        (name, count), size = next(iter(rows.items())), embedding.weight.shape[0]
+        raise ConfigError(
+            f"the adapter {str(adapter)!r} does not fit its base: {count} rows of {name}, {size} in the base, and no "
+            f"{lost[0]}. Give the base that it was trained on; if its vocabulary was resized before training, PEFT has "
+            "lost the new rows of the end that was not in target_modules: train with both ends there, or with neither"
+        )
+    model.resize_token_embeddings(max(rows.values()), mean_resizing=False)  # its new rows are read next
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
@@ -271,6 +289,8 @@ def prepare_policy(
         model = _load_policy(model, args, quantization_config, is_base=peft_config is not None)
     elif names := [name for name, value in given.items() if value]:
         raise ConfigError(f"{names[0]} is only for a model given by name: this one is loaded already")
+    with refused(lambda error: f"model.generation_config cannot be saved with the model, correct it: {error}"):
+        model.generation_config.validate(strict=True)
     if peft_config is None and not isinstance(model, PeftModel) and getattr(model, "is_quantized", False):
         raise ConfigError("quantised weights cannot be trained: pass peft_config to train an adapter (QLoRA)")
     if peft_config is not None:

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from bondlm.data.fingerprints import model_fingerprint, same_model, weights_digest
@@ -96,8 +96,8 @@ class _Start:
     reference: str
     init_kwargs: Mapping[str, Any]
 
-    def weights(self) -> dict[str, nn.Parameter]:
-        return dict(load_model(self.reference, dtype=torch.float32, **self.init_kwargs).named_parameters())
+    def model(self) -> Any:
+        return load_model(self.reference, dtype=torch.float32, **self.init_kwargs)
 
 
 def merge_folders(
@@ -197,7 +197,7 @@ def _refuse_other_tokens(folders: Sequence[Path]) -> None:
 
 def _merged_models(folders: Sequence[Path], began: _Start, method: Method, how: dict[str, Any]) -> Merge:
     """Merge whole models; theta_0, one run's model and the sum are in memory in fp32, and for slerp a second sum."""
-    start = began.weights()
+    start = dict(began.model().named_parameters())
     sums = {name: Merging(method) for name in start}
     norms = []
     for folder in folders:
@@ -218,12 +218,13 @@ def _refuse_other_shapes(folder: Path, reference: str, shapes: dict[str, Any], s
     if odd:
         raise ConfigError(
             f"{str(folder)!r} was not trained from {reference!r}: {len(odd)} tensors have another shape or are missing "
-            f"(first: {odd[0]})"
+            f"(first: {odd[0]}). If the vocabulary was resized before training, save that model and give it with "
+            "--reference"
         )
 
 
 def _finished(sums: dict[str, Merging], norms: list[float], **more: Any) -> Merge:
-    vectors = {name: merging.merged() for name, merging in sums.items()}
+    vectors = {name: merging.merged(name) for name, merging in sums.items()}
     norm = math.sqrt(sum(dot(vector, vector) for vector in vectors.values()))
     return Merge(vectors=vectors, norms=norms, norm=norm, **more)
 
@@ -341,7 +342,7 @@ def _start_of(adapter: _Adapter, folder: Path, began: _Start) -> dict[str, Vecto
         )
     if not adapter.whole:
         return {}
-    base = began.weights()
+    base = dict(began.model().named_parameters(remove_duplicate=False))  # an adapter may hold a tied head
     weights = {name: base.get(_name_in_base(name)) for name in adapter.whole}
     odd = [name for name, w in weights.items() if w is None or w.shape != adapter.whole[name].shape]
     if odd:

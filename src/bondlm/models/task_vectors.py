@@ -92,17 +92,17 @@ class Merging:
             self._units = unit if self._units is None else plus(self._units, unit)
         return norm_sq
 
-    def merged(self) -> Vector:
-        """The merged vector.
+    def merged(self, name: str = "") -> Vector:
+        """The merged vector; `name` is the tensor's, for messages. A single number has no direction: it gets the mean.
 
         Raises:
             ConfigError: "slerp" of vectors that cancel.
         """
         assert self._sum is not None  # noqa: S101  merged after all were added
         length = 1.0
-        if self._units is not None:
+        if self._units is not None and not (isinstance(self._sum, Tensor) and self._sum.numel() == 1):
             length = math.sqrt(max(0.0, dot(self._units, self._units))) / self._num_moved
         if length < _OPPOSED:
-            raise ConfigError("method='slerp': task vectors point in opposite directions, use method='mean'")
+            raise ConfigError(f"method='slerp': the runs moved {name} in opposite directions, use method='mean'")
         self._units = None  # free it: it is as large as the sum
         return scaled(self._sum, 1 / (self._num * length))
