@@ -1,10 +1,12 @@
 from functools import partial
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 
-from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
+from bondlm.data.fingerprints import data_digest, model_fingerprint, reward_fingerprint, rows_fingerprint
 from bondlm.rewards import HTTPReward, RankReward, by_pairs
 
 
@@ -29,6 +31,21 @@ def test_fingerprints_see_what_matters(tmp_path):
     assert reward_fingerprint("org/model") == {"spec": "org/model"}
     assert rows_fingerprint([{"a": 1, "b": 2}]) == rows_fingerprint([{"b": 2, "a": 1}])
     assert rows_fingerprint([{"a": 1}]) != rows_fingerprint([{"a": 2}])
+
+
+def test_a_column_that_json_cannot_hold_has_one_digest_and_its_content_counts():
+    def with_images(shade):
+        pixels = np.full((40, 40, 3), 7, dtype=np.uint8)
+        pixels[20, 20] = shade
+        features = Features({"prompt": Value("string"), "image": Image()})
+        return Dataset.from_dict({"prompt": ["a"], "image": [pixels]}, features=features)
+
+    assert data_digest(with_images(1)) == data_digest(with_images(1)) != data_digest(with_images(2))
+    assert rows_fingerprint(list(with_images(1))) == rows_fingerprint(list(with_images(1)))
+    one, other = np.zeros(5000), np.zeros(5000)
+    other[2500] = 1  # str() leaves the middle out
+    assert rows_fingerprint([{"a": one}]) != rows_fingerprint([{"a": other}])
+    assert rows_fingerprint([{"a": object()}]) == rows_fingerprint([{"a": object()}])
 
 
 def test_the_criterion_of_a_judge_and_the_file_of_a_ranking_are_seen(tmp_path):

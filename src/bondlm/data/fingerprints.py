@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import re
 import tokenize
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from bondlm.data.paths import expanded
 WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json")
 NOT_THE_USERS = ("bondlm", "transformers", "peft", "torch", "builtins")
 _BLOCK = 1 << 20
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object in memory: another one each time that a row is read
 
 
 def model_fingerprint(name: str, revision: str | None) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Number and hash of the rows of a data set, all columns."""
-    text = json.dumps(list(rows), sort_keys=True, default=str)
+    text = rows_text(list(rows))
     return {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -103,8 +105,20 @@ def data_digest(dataset: Any) -> dict[str, Any]:
     text, tokens = hashlib.sha256(), hashlib.sha256()
     for batch in dataset.iter(1000):
         tokens.update(json.dumps(batch.pop(PROMPT_IDS, None)).encode())
-        text.update(json.dumps(batch, sort_keys=True, default=str).encode())
+        text.update(rows_text(batch).encode())
     return {"rows": len(dataset), "text": text.hexdigest(), "tokens": tokens.hexdigest()}
+
+
+def rows_text(rows: Any) -> str:
+    """Rows as JSON that is the same whenever they are read, also with images and arrays in them."""
+    return json.dumps(rows, sort_keys=True, default=_always_the_same)
+
+
+def _always_the_same(value: Any) -> Any:
+    if callable(getattr(value, "tobytes", None)):  # an image or an array, whose text lacks its content
+        kind = [str(getattr(value, name, None)) for name in ("mode", "size", "dtype", "shape")]
+        return [*kind, hashlib.sha256(value.tobytes()).hexdigest()]
+    return _ADDRESS.sub("", str(value))
 
 
 def _hash_of(file: Path) -> str:

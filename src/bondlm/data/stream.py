@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset, IterableDatasetDict
 
 from bondlm.data.columns import PROMPT_IDS, PROMPT_ROW, TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.files import LINES, files_of, json_lines, suffix_of
+from bondlm.data.fingerprints import rows_text
 from bondlm.data.paths import expanded
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.rows import Line, RowCheck, check_columns, with_text
@@ -79,7 +80,7 @@ class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 self._note(skipped, position + len(rows))
                 for row in rows:
                     tokens.update(json.dumps(row[PROMPT_IDS]).encode())
-                    text.update(json.dumps(row, sort_keys=True, default=str).encode())
+                    text.update(rows_text(row).encode())
                     yield row | {PROMPT_ROW: position}
                     position += 1
                     self._reached(position, {"rows": position, "text": text.hexdigest(), "tokens": tokens.hexdigest()})
