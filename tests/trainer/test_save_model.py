@@ -66,6 +66,16 @@ def test_a_run_can_start_from_the_adapter_of_another(tmp_path: Path) -> None:
         assert not torch.allclose(logits(policy), start, atol=1e-2)
 
 
+@pytest.mark.parametrize("peft_config", [None, lora()])
+def test_no_file_of_a_saved_run_holds_an_access_token(peft_config: Any, tmp_path: Path) -> None:
+    made = trainer(tmp_path, peft_config=peft_config, hub_token="hf_notforothers", save_strategy="steps", save_steps=1)
+    made.train()
+    made.save_model()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.parent.name.startswith("checkpoint-") for path in files)
+    assert not [path for path in files if b"hf_notforothers" in path.read_bytes()]
+
+
 def test_a_card_of_a_run_that_was_not_measured(tmp_path: Path) -> None:
     """Trainer's own: it multiplies the size of evaluation batches, which are all held-out prompts."""
     made = trainer(tmp_path, eval_dataset=prompt_rows(3))

@@ -214,7 +214,6 @@ class AnchorCallback(TrainerCallback):
                     save_tensors(average, folder / AVERAGE_FILE)
                 if self._quantile_model is not None:
                     save_tensors(self._quantile_model.tensors(), folder / QUANTILE_FILE)
-                (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle that contains access tokens
                 data = self._data
                 if self._stream is not None:
                     data = data | self._stream.digest_at(state.global_step * data["prompts_per_step"])

@@ -62,6 +62,12 @@ class SavingTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+            (folder / "training_args.bin").unlink(missing_ok=True)  # an unused pickle that contains access tokens
+
     def init_hf_repo(self, token: str | None = None, *more: Any, **named: Any) -> None:
         """Create the repository at the start, so that a run that could not upload its result fails at once.
 
