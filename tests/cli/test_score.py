@@ -6,9 +6,12 @@ from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from tiny import tiny_causal, tiny_tokenizer
 
 from bondlm.cli import main
+from bondlm.cli.draft import drafted
+from bondlm.errors import ConfigError
 from bondlm.rollout.sampler import Sampler
 from cli.helpers import write_job
 from cli.test_train import rows
@@ -78,6 +81,24 @@ def test_an_interrupted_file_does_not_look_whole_and_the_same_command_continues_
         assert sum(drawn[3:]) == (12 if torn else 8)
         assert out.read_bytes() == (tmp_path / "at_once.jsonl").read_bytes()
     assert not list(tmp_path.glob("out.jsonl.part*"))
+
+
+def test_two_commands_do_not_write_one_output(tmp_path, capsys):
+    reward = ["--reward_funcs", "nowhere.py:f", "--model", "nowhere", "--dataset", "nowhere.jsonl"]
+    out = tmp_path / "out.jsonl"
+    with drafted(str(out), 1, Console(quiet=True)) as draft:
+        draft.begin({"seed": 1}, 2, 16)
+        draft.add([{"prompt": "a"}])
+        for command in ("score", "sample"):
+            given = reward if command == "score" else reward[2:]
+            assert main([command, *given, "--output", str(out)]) == 6
+            assert f"{out} is in use by another process" in capsys.readouterr().err
+        assert len(rows(tmp_path / "out.jsonl.part")) == 1
+        out.write_text("the result of another program")
+        with pytest.raises(ConfigError, match=r"out\.jsonl' has been written.*out\.jsonl\.part"):
+            draft.finish()
+    assert out.read_text() == "the result of another program"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, f"{out.name}.part", f"{out.name}.part.json"]
 
 
 def test_an_output_that_cannot_be_written_is_named_before_the_model_is_loaded(tmp_path, capsys):

@@ -1,7 +1,8 @@
 """A file of answers in progress: `FILE.part`, which the same command continues after an interruption."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,27 @@ from typing import Any
 from rich.console import Console
 
 from bondlm.errors import ConfigError
+
+
+@contextmanager
+def drafted(name: str, rows_per_prompt: int, console: Console) -> Iterator["Draft"]:
+    """The draft of the file `name`, which no other process writes while the block runs.
+
+    Raises:
+        ConfigError: the file already exists, its folder does not, or it cannot be written.
+        CheckpointError: another process writes it.
+    """
+    from bondlm.runs.folder import locked_file
+
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise ConfigError(f"output={name!r}: the folder {str(path.parent)!r} does not exist")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_file(path, "output"))
+        except OSError as error:
+            raise ConfigError(f"output={name!r} cannot be written: {error.strerror}") from error
+        yield Draft(name, rows_per_prompt, console)
 
 
 class Draft:
@@ -21,13 +43,11 @@ class Draft:
         """Prepare the draft; nothing is written yet.
 
         Raises:
-            ConfigError: the file already exists, or its folder does not.
+            ConfigError: the file already exists, or cannot be written.
         """
         self.path = Path(name)
         if self.path.exists():
             raise ConfigError(f"output={name!r} exists already: choose another name or remove it")
-        if not self.path.parent.is_dir():
-            raise ConfigError(f"output={name!r}: the folder {str(self.path.parent)!r} does not exist")
         self._partial, self._notes = (self.path.with_name(self.path.name + end) for end in (".part", ".part.json"))
         self._rows_per_prompt, self._console = rows_per_prompt, console
         self._then = self._noted() if self._partial.exists() else {}
@@ -68,9 +88,18 @@ class Draft:
         append_jsonl(self._partial, rows)
 
     def finish(self, notes: Path | None = None) -> None:
-        """Give the complete file its name; the inputs of its rows are stored in the file `notes`."""
+        """Give the complete file its name; the inputs of its rows are stored in the file `notes`.
+
+        Raises:
+            ConfigError: there is such a file by now.
+        """
         from bondlm.runs.folder import write_whole
 
+        if self.path.exists():
+            raise ConfigError(
+                f"output={str(self.path)!r} has been written by something else meanwhile: the answers are all in "
+                f"{str(self._partial)!r}; give one of the two another name"
+            )
         if notes is not None:
             write_whole(notes, self._notes.read_text(encoding="utf-8"))
         self._partial.replace(self.path)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from bondlm.cli.console import Counter, make_console, make_progress
-from bondlm.cli.draft import Draft
+from bondlm.cli.draft import Draft, drafted
 from bondlm.cli.judge_costs import costs_said
 from bondlm.cli.sampling import check_sampling, reward_limits
 from bondlm.errors import ConfigError
@@ -35,10 +35,10 @@ def run(options: dict[str, Any]) -> int:
     source = options["dataset"] if options.get("prompt") is None else [{"prompt": options["prompt"]}]
     errors = make_console(stderr=True)
     if options.get("output"):
-        draft = Draft(str(options["output"]), 1, errors)
-        for rows in generate(options, source, best_of, errors, draft=draft):
-            draft.add([best(group) for group in rows])
-        draft.finish()
+        with drafted(str(options["output"]), 1, errors) as draft:
+            for rows in generate(options, source, best_of, errors, draft=draft):
+                draft.add([best(group) for group in rows])
+            draft.finish()
         return 0
     answers = generate(options, source, best_of, errors)
     from bondlm.evaluation.table import visible

@@ -4,11 +4,12 @@
 """
 
 import json
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bondlm.cli.console import make_console, say_json
-from bondlm.cli.draft import Draft
+from bondlm.cli.draft import drafted
 from bondlm.cli.sample import generate
 from bondlm.cli.sampling import check_sampling
 from bondlm.errors import ConfigError
@@ -26,11 +27,11 @@ def run(options: dict[str, Any]) -> int:
     from bondlm.data.origin import origin_file
 
     console = make_console(stderr=True)
-    draft = Draft(str(options["output"]), num_samples, console)
-    path = draft.path
-    for groups in generate(options, options["dataset"], num_samples, console, draft=draft, token_ids=True):
-        draft.add([row for group in groups for row in group])
-    draft.finish(origin_file(path))
+    path = Path(options["output"])
+    with drafted(str(path), num_samples, console) as draft:
+        for groups in generate(options, options["dataset"], num_samples, console, draft=draft, token_ids=True):
+            draft.add([row for group in groups for row in group])
+        draft.finish(origin_file(path))
     if options.get("json"):
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         means = {name: fmean(row[name] for row in rows) for name in ("reward", "finished")}

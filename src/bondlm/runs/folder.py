@@ -55,7 +55,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder.resolve() / LOCK_FILE, blocking=False, is_singleton=True)
         is_ours = lock.is_locked  # held by the command that started this run
         if not is_ours:
-            _take(lock, folder)
+            _take(lock, folder, _owner(folder), "output_dir")
             (folder / OWNER_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except FileExistsError as error:
         raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder") from error
@@ -73,19 +73,36 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _take(lock: FileLock, folder: Path) -> None:
+@contextmanager
+def locked_file(path: Path, setting: str) -> Iterator[None]:
+    """The same for a single file, which `setting` names; the lock is a file next to it.
+
+    Raises:
+        CheckpointError: another live process writes it.
+        OSError: the lock cannot be written.
+    """
+    file = path.with_name(path.name + LOCK_FILE)
+    file.touch()  # filelock would take some files that cannot be written for held ones
+    lock = FileLock(file, blocking=False)
+    _take(lock, path, "another process", setting)
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):
+            file.unlink(missing_ok=True)  # while held, as above
+        lock.release()
+
+
+def _take(lock: FileLock, path: Path, owner: str, setting: str) -> None:
     try:
         lock.acquire()
     except Timeout as error:
-        raise CheckpointError(
-            f"{folder} is in use by {_owner(folder)}: wait for it, or choose another output_dir"
-        ) from error
+        raise CheckpointError(f"{path} is in use by {owner}: wait for it, or choose another {setting}") from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         warnings.warn(
-            f"bondlm: {folder} lies on a disk without locks ({error.strerror}): make sure that no two runs write "
-            "into it",
+            f"bondlm: {path} lies on a disk without locks ({error.strerror}): make sure that no two runs write into it",
             stacklevel=4,
         )
 
