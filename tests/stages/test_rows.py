@@ -48,6 +48,13 @@ def test_bad_pairs_are_refused_with_their_line(tmp_path: Path, change: dict[str,
         read_preferences(write(tmp_path / "p.jsonl", rows))
 
 
+@pytest.mark.parametrize("answers", [["12", "2.50"], ["True", "false"], ["2020-01-31", "NA"]])
+def test_answers_in_a_csv_are_text_whatever_their_column_is_called(tmp_path: Path, answers: list[str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,answer\n" + "".join(f"p,{answer}\n" for answer in answers))
+    assert [row["completion"] for row in read_answers(str(path), "answer")] == answers
+
+
 def test_many_bad_pairs_are_counted(tmp_path: Path) -> None:
     rows = [row | {"rejected": row["chosen"]} for row in preferences(15)]
     with pytest.raises(DataError, match="5 more bad rows"):

@@ -80,8 +80,8 @@ def _matching(path: str) -> list[str] | None:
     return [path] if suffix_of(path) in (*JSON, *TABLES) else None  # it does not exist, which reading it will report
 
 
-def rows_of_files(source: Any) -> list[Line]:
-    """The rows of one or several files, all with a usable prompt.
+def rows_of_files(source: Any, text_column: str = "completion") -> list[Line]:
+    """The rows of one or several files, all with a usable prompt; a CSV's `text_column` is text whatever it looks like.
 
     Raises:
         DataError: no file is named, one cannot be read, or rows are bad.
@@ -90,15 +90,15 @@ def rows_of_files(source: Any) -> list[Line]:
     if files is None:
         raise DataError(f"{source}: no such file. {_KNOWN} recipes/prepare.py writes one of a hub data set.")
     in_json = suffix_of(files[0]) in JSON
-    lines = list(json_rows(files) if in_json else (line for path in files for line in _table_rows(path)))
+    lines = list(json_rows(files) if in_json else (line for path in files for line in _table_rows(path, text_column)))
     name = ", ".join(files)
     good = [lines[i] for i in good_rows(lines, RowCheck(typed=True), name, None)]
     check_columns({key: None for line in good for key in line.row}, name)
     return good
 
 
-def _table_rows(path: str) -> Iterator[Line]:
-    table, odd = read_table(path)
+def _table_rows(path: str, text_column: str) -> Iterator[Line]:
+    table, odd = read_table(path, text_column)
     check_columns(table.column_names, path)
     yield from odd
     left_out = {line.place for line in odd}
@@ -133,8 +133,8 @@ def json_lines(path: str) -> Iterator[Line]:
             yield Line(place, None, str(error))
 
 
-def read_table(path: str) -> tuple[pyarrow.Table, list[Line]]:
-    """A CSV or Parquet file, and its lines with too few or too many values.
+def read_table(path: str, text_column: str = "completion") -> tuple[pyarrow.Table, list[Line]]:
+    """A CSV or Parquet file, and its lines with too few or too many values; a CSV's `text_column` is text.
 
     Raises:
         DataError: it cannot be read.
@@ -142,7 +142,7 @@ def read_table(path: str) -> tuple[pyarrow.Table, list[Line]]:
     try:
         if suffix_of(path) == ".parquet":
             return pyarrow.parquet.read_table(path), []
-        return _read_csv(path)
+        return _read_csv(path, text_column)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read: not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
@@ -183,7 +183,7 @@ def _json_array(path: str) -> Iterator[Line]:
         yield Line(f"{path}: row {i}", row)
 
 
-def _read_csv(path: str) -> tuple[pyarrow.Table, list[Line]]:
+def _read_csv(path: str, text_column: str) -> tuple[pyarrow.Table, list[Line]]:
     odd: list[Line] = []
 
     def note(row: Any) -> str:
@@ -205,7 +205,7 @@ def _read_csv(path: str) -> tuple[pyarrow.Table, list[Line]]:
                 convert_options=pyarrow.csv.ConvertOptions(column_types=types),
             )
 
-    types = dict.fromkeys(_TEXT_COLUMNS, pyarrow.string())
+    types = dict.fromkeys((*_TEXT_COLUMNS, text_column), pyarrow.string())
     table = read(types)
     typed = [each.name for each in table.schema if _loses(each.type) is not None]
     if typed:

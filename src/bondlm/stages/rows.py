@@ -21,7 +21,7 @@ def read_answers(source: Any, column: str = "completion") -> list[Row]:
     Raises:
         DataError: the file cannot be read, or has rows without a prompt or with an empty answer.
     """
-    rows = _checked(source, lambda row: _text_problem(row, column))
+    rows = _checked(source, lambda row: _text_problem(row, column), column)
     return [{"completion": text_of(row[column]), **_prompt_of(row)} for row in rows]
 
 
@@ -54,8 +54,10 @@ def text_of(answer: Any) -> str:
     return answer if isinstance(answer, str) else str(answer[0]["content"])
 
 
-def _checked(source: Any, problem: Callable[[Mapping[str, Any]], str | None]) -> list[Row]:
-    lines = rows_of_files(source)
+def _checked(
+    source: Any, problem: Callable[[Mapping[str, Any]], str | None], text_column: str = "completion"
+) -> list[Row]:
+    lines = rows_of_files(source, text_column)
     found = [f"{line.place}: {reason}" for line in lines if (reason := problem(line.row)) is not None]
     if found:
         raise DataError(listed(found, "bad rows"))
