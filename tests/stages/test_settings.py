@@ -26,7 +26,7 @@ def test_a_token_is_refused_and_no_pickle_of_the_settings_is_left(
 ) -> None:
     assert main(command(tmp_path, stage, "--hub_token", "hunter2")) == 2
     assert "HF_TOKEN" in capsys.readouterr().err
-    saves = ["--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    saves = ["--max_steps", "1", "--save_steps", "1"]  # which asks for checkpoints, as in transformers
     assert main(command(tmp_path, stage, *saves, model=save(tmp_path / "model", "causal"))) == 0
     assert (tmp_path / "out" / "checkpoint-1" / "optimizer.pt").exists()
     assert not list((tmp_path / "out").rglob("training_args.bin"))
@@ -58,6 +58,7 @@ BOTH = {
     "eval_steps": "5",
     "load_best_model_at_end": "true",
     "save_strategy": "best",
+    "save_total_limit": "1",
     "lr_scheduler_type": "reduce_lr_on_plateau",
     "metric_for_best_model": "accuracy",
     "report_to": "wanbd",
@@ -118,8 +119,9 @@ def test_no_step_is_no_training(tmp_path: Path, stage: str, capsys: pytest.Captu
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_bare_no_of_yaml_is_a_strategy_and_null_the_default(tmp_path: Path, stage: str) -> None:
     strategies = ["--eval_strategy", "no", "--save_strategy", "no", "--logging_strategy", "no", "--max_steps", "1"]
-    strategies += ["--learning_rate", "null"]
+    strategies += ["--learning_rate", "null", "--save_steps", "1", "--save_total_limit", "1"]
     assert main(command(tmp_path, stage, *strategies, model=save(tmp_path / "model", "causal"))) == 0
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("kind", ["causal", "t5"])

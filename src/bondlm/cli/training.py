@@ -109,6 +109,13 @@ def training_arguments(
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         if settings.get(name) is False:  # what YAML makes of a bare `no`
             settings[name] = "no"
+    if "save_strategy" not in settings and "save_steps" in settings:
+        settings["save_strategy"] = "steps"  # transformers' default
+    elif "save_strategy" not in settings and (limit := settings.get("save_total_limit")):
+        raise ConfigError(
+            f"save_total_limit={limit!r}: the command saves no checkpoint, only the model at its end. Set save_steps, "
+            "or remove it"
+        )
     if settings.get("save_strategy") == "best":
         settings.setdefault("metric_for_best_model", "loss")
     try:
