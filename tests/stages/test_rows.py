@@ -10,7 +10,7 @@ import pytest
 from bondlm.cli import main
 from bondlm.errors import DataError
 from bondlm.stages.rows import hold_out, read_answers, read_preferences
-from stages.helpers import preferences, write
+from stages.helpers import CHEAP, preferences, save, write
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,21 @@ def test_bad_pairs_are_refused_with_their_line(tmp_path: Path, change: dict[str,
         read_preferences(write(tmp_path / "p.jsonl", rows))
 
 
+@pytest.mark.parametrize(("number", "stage"), [(13, "reward-model"), (9, "reward-model"), (13, "sft")])
+def test_a_row_that_is_too_long_is_named_by_its_line(
+    tmp_path: Path, number: int, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind held-out rows, and where it is one of these, before any training."""
+    rows = [row | {"completion": "blue"} for row in preferences(20)]
+    rows[number] |= {"chosen": "blue " * 300, "completion": "blue " * 300}
+    given = [stage, "--model", save(tmp_path / "m", "causal"), "--train_dataset", write(tmp_path / "p.jsonl", rows)]
+    given += ["--max_completion_length", "16"] if stage == "sft" else []
+    assert main([*given, "--output_dir", str(tmp_path / "out"), *CHEAP]) == 3
+    told = capsys.readouterr()
+    assert re.search(rf"p\.jsonl:{number + 1}\b", told.err)
+    assert "step " not in told.out
+
+
 @pytest.mark.parametrize("answers", [["12", "2.50"], ["True", "false"], ["2020-01-31", "NA"]])
 def test_answers_in_a_csv_are_text_whatever_their_column_is_called(tmp_path: Path, answers: list[str]) -> None:
     path = tmp_path / "a.csv"
@@ -74,9 +89,8 @@ def test_prompts_of_the_accuracy_are_no_training_prompts(tmp_path: Path, capsys:
 
 def test_an_assistant_message_is_its_text(tmp_path: Path) -> None:
     message = [{"role": "assistant", "content": "yes"}]
-    assert read_answers(write(tmp_path / "a.jsonl", [{"prompt": "q", "completion": message}])) == [
-        {"prompt": "q", "completion": "yes"}
-    ]
+    path = write(tmp_path / "a.jsonl", [{"prompt": "q", "completion": message}])
+    assert read_answers(path) == [{"prompt": "q", "completion": "yes", "place": f"{path}:1"}]
 
 
 def test_pairs_of_which_none_was_preferred_are_refused_before_a_model_is_loaded(

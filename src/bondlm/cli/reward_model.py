@@ -144,6 +144,7 @@ class _Job:
             peft_config=lora_config(self.options),
             **self._encoding(),
         )
+        pairs.encode(self.eval_rows)  # a held-out pair that is too long is refused before the training
         silence(trainer)
         seconds = fit(trainer, self.console)
         trained: Any = trainer.model

@@ -106,7 +106,9 @@ class PromptEncoder:
             prompts = with_prompts(prompts, self.tokenizer.batch_decode(ids))
         return prompts.add_column(PROMPT_IDS, ids).add_column(PROMPT_ROW, list(range(len(ids))))
 
-    def encode_answers(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> list[list[int]]:
+    def encode_answers(
+        self, texts: Sequence[str], prompts: Sequence[Prompt], where: Callable[[int], str] = "row {}".format
+    ) -> list[list[int]]:
         """Token ids of whole answers with their end token; in a conversation, that is the one the template writes.
 
         Raises:
@@ -115,7 +117,7 @@ class PromptEncoder:
         rows = plain_ids(texts, self.tokenizer, add_special_tokens=False) if texts else []
         ends = [self.end_id(prompt) for prompt in prompts]
         answers = [[*ids, end] for ids, end in zip(rows, ends, strict=True)]
-        check_ids(answers, self.sizes.head, self.tokenizer, "answers")
+        check_ids(answers, self.sizes.head, self.tokenizer, "answers", where)
         return answers
 
     def end_id(self, prompt: Prompt) -> int:

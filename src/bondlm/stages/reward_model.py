@@ -18,12 +18,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from bondlm.bestofn import Estimate, bootstrap_mean
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
-from bondlm.errors import ConfigError, NonFiniteError
+from bondlm.errors import ConfigError, DataError, NonFiniteError, listed
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import from_safetensors, refuse_missing, refused
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
-from bondlm.rewards.texts import check_choice, refuse_bad_lengths, token_limit
+from bondlm.rewards.texts import bad_lengths, check_choice, token_limit
+from bondlm.stages.rows import places_of
 from bondlm.stages.trainer import StageTrainer
 
 
@@ -87,17 +88,25 @@ class Pairs:
         """Token ids of both answers, each after its prompt.
 
         Raises:
-            RewardError: a row is too long for the model.
+            DataError: rows that are too long for the model, or refused by its chat template, named by place.
         """
-        encoded = [{name: self._ids(row["prompt"], row[name]) for name in ("chosen", "rejected")} for row in rows]
-        for name in ("chosen", "rejected"):
-            refuse_bad_lengths([row[name] for row in encoded], self._limit, f"{name}: shorten the texts")
+        where, names, problems = places_of(rows), ("chosen", "rejected"), []
+        encoded = [{name: self._ids(row, name, where(i)) for name in names} for i, row in enumerate(rows)]
+        for name in names:
+            wrong = bad_lengths([row[name] for row in encoded], self._limit, "shorten the texts, or leave the row out")
+            problems += [f"{where(i)}: `{name}`: the reward model {failure.reason}" for i, failure in wrong.items()]
+        if problems:
+            raise DataError(listed(problems, "bad rows"))
         return encoded
 
-    def _ids(self, prompt: Any, answer: str) -> list[int]:
-        return self._reward.encode(
-            prompt, answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
-        )
+    def _ids(self, row: Mapping[str, Any], name: str, place: str) -> list[int]:
+        prompt, answer = row["prompt"], row[name]
+        try:
+            return self._reward.encode(
+                prompt, answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
+            )
+        except DataError as error:
+            raise DataError(f"{place}: `{name}`: {error}") from error
 
     def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
         """2B padded rows, all chosen ones first."""
@@ -190,7 +199,7 @@ def preference_trainer(
 
     Raises:
         ConfigError: the model cannot be used.
-        RewardError: a row is too long for the model.
+        DataError: rows are too long for the model.
     """
     pairs = Pairs(model, tokenizer, max_length, prompt_format)
     train = pairs.encode(train_rows)

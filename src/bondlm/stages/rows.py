@@ -9,10 +9,11 @@ from typing import Any
 
 from bondlm.data.columns import TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.files import rows_of_files
-from bondlm.data.rows import with_text
+from bondlm.data.rows import Line, with_text
 from bondlm.errors import ConfigError, DataError, listed
 
 Row = dict[str, Any]
+PLACE = "place"  # of a row in its file, for messages
 
 
 def read_answers(source: Any, column: str = "completion") -> list[Row]:
@@ -22,7 +23,7 @@ def read_answers(source: Any, column: str = "completion") -> list[Row]:
         DataError: the file cannot be read, or has rows without a prompt or with an empty answer.
     """
     rows = _checked(source, lambda row: _text_problem(row, column), column)
-    return [{"completion": text_of(row[column]), **_prompt_of(row)} for row in rows]
+    return [{"completion": text_of(line.row[column]), **_prompt_of(line)} for line in rows]
 
 
 def read_preferences(source: Any) -> list[Row]:
@@ -35,17 +36,24 @@ def read_preferences(source: Any) -> list[Row]:
             answers; or no row has a preference.
     """
     all_rows = _checked(source, _preference_problem)
-    rows = [row for row in all_rows if not _is_undecided(row)]
+    rows = [line for line in all_rows if not _is_undecided(line.row)]
     if not rows:
         raise DataError(
             f"{source}: {len(all_rows)} rows, all ties or skipped pairs: give a file with preferred answers"
         )
-    return [_prompt_of(row) | {name: text_of(row[name]) for name in ("chosen", "rejected")} for row in rows]
+    return [_prompt_of(line) | {name: text_of(line.row[name]) for name in ("chosen", "rejected")} for line in rows]
 
 
-def _prompt_of(row: Mapping[str, Any]) -> Row:
-    """The prompt, with the content of messages as text, and the other columns that the chat template uses."""
+def places_of(rows: Sequence[Mapping[str, Any]]) -> Callable[[int], str]:
+    """The place in its file of each of these rows, for messages; the number of a row that is from no file."""
+    return lambda i: str(rows[i].get(PLACE, f"row {i}"))
+
+
+def _prompt_of(line: Line) -> Row:
+    """The prompt, with the content of messages as text, other columns that the chat template uses, and the place."""
+    row = line.row
     columns = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name) is not None}
+    columns[PLACE] = line.place
     return {"prompt": row["prompt"] if isinstance(row["prompt"], str) else with_text(row["prompt"])} | columns
 
 
@@ -56,12 +64,12 @@ def text_of(answer: Any) -> str:
 
 def _checked(
     source: Any, problem: Callable[[Mapping[str, Any]], str | None], text_column: str = "completion"
-) -> list[Row]:
+) -> list[Line]:
     lines = rows_of_files(source, text_column)
     found = [f"{line.place}: {reason}" for line in lines if (reason := problem(line.row)) is not None]
     if found:
         raise DataError(listed(found, "bad rows"))
-    return [dict(line.row) for line in lines]
+    return lines
 
 
 def _text_problem(row: Mapping[str, Any], name: str) -> str | None:

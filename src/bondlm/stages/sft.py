@@ -21,6 +21,7 @@ from bondlm.data.rendering import Rendering
 from bondlm.errors import ConfigError, DataError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import load_model, load_tokenizer
+from bondlm.stages.rows import places_of
 from bondlm.stages.trainer import StageTrainer
 
 IGNORED = -100  # a label that every transformers model ignores
@@ -66,17 +67,17 @@ class Examples:
         """The model's inputs for rows `{"prompt", "completion"}`; the labels are the answers' tokens.
 
         Raises:
-            DataError: prompts that cannot be used, or answers longer than `max_completion_length`, named by row number.
+            DataError: prompts that cannot be used, or answers longer than `max_completion_length`, named by place.
         """
-        texts = [row["prompt"] for row in rows]
-        prompts = self._encoder.encode(texts, rows)
-        answers = self._encoder.encode_answers([row["completion"] for row in rows], texts)
+        texts, where = [row["prompt"] for row in rows], places_of(rows)
+        prompts = self._encoder.encode(texts, rows, where=where)
+        answers = self._encoder.encode_answers([row["completion"] for row in rows], texts, where)
         most = self._encoder.max_completion_length
         long = [i for i, ids in enumerate(answers) if len(ids) > most]
         if long:
             raise DataError(
-                f"{len(long)} of {len(rows)} answers are longer than max_completion_length={most} tokens (first: row "
-                f"{long[0]} with {len(answers[long[0]])}): raise it, or leave those rows out"
+                f"{len(long)} of {len(rows)} answers are longer than max_completion_length={most} tokens (first: "
+                f"{where(long[0])} with {len(answers[long[0]])}): raise it, or leave those rows out"
             )
         return [self._inputs(p, c) for p, c in zip(prompts, answers, strict=True)]
 
