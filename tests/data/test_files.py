@@ -54,6 +54,11 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str, packed: str, tmp_path
         (["1", "12345678901234567890"], ["1", "12345678901234567890"]),
         (["2020-01-31", ""], ["2020-01-31", ""]),
         (["True", "false"], [True, False]),
+        (["NA", "null"], ["NA", "null"]),
+        (["1", "N/A"], ["1", "N/A"]),
+        (["true", "None"], ["true", "None"]),
+        (["1.5", "nan"], ["1.5", "nan"]),
+        (["-inf", "1"], ["-inf", "1"]),
     ],
 )
 def test_a_column_of_csv_has_another_type_than_text_where_nothing_is_lost(

@@ -28,7 +28,7 @@ JSON, TABLES = (*LINES, ".json"), (".csv", ".tsv", ".parquet")
 _OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _KNOWN = "Give .jsonl, .json, .csv, .tsv or .parquet; all but the last may be compressed (.gz, .bz2, .xz)."
 # Texts that would not survive conversion to a number: 007 is a name, and a float has 15 digits.
-_LEADING_ZERO, _ROUNDED = r"^[+-]?0\d", r"^[+-]?\d{16,}$"
+_LEADING_ZERO, _ROUNDED, _NO_NUMBER = r"^[+-]?0\d", r"^[+-]?\d{16,}$", "(?i)nan|inf"
 # Columns that are text in every file, whatever they look like: an answer 12 is not a number.
 _TEXT_COLUMNS = ("prompt", "completion", "chosen", "rejected")
 
@@ -202,7 +202,7 @@ def _read_csv(path: str, text_column: str) -> tuple[pyarrow.Table, list[Line]]:
                     newlines_in_values=True,
                     invalid_row_handler=note,
                 ),
-                convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types, null_values=[""]),
             )
 
     types = dict.fromkeys((*_TEXT_COLUMNS, text_column), pyarrow.string())
@@ -227,7 +227,7 @@ def _loses(kind: pyarrow.DataType) -> str | None:
         return ""
     if pyarrow.types.is_integer(kind):
         return _LEADING_ZERO
-    return f"{_LEADING_ZERO}|{_ROUNDED}" if pyarrow.types.is_floating(kind) else None
+    return f"{_LEADING_ZERO}|{_ROUNDED}|{_NO_NUMBER}" if pyarrow.types.is_floating(kind) else None
 
 
 def _is_changed(texts: pyarrow.ChunkedArray, pattern: str | None) -> bool:
