@@ -11,8 +11,12 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset
+from tiny import tiny_causal, tiny_tokenizer
 
+from bondlm.data.files import rows_of_files
+from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts
+from bondlm.data.stream import PromptStream
 from bondlm.errors import DataError
 
 ROWS = [{"prompt": "12", "answer": 1, "note": "NA"}, {"prompt": "two\nlines", "answer": 2, "note": "2020-01-31"}]
@@ -167,3 +171,23 @@ def test_a_folder_with_a_line_that_is_no_json_is_refused_in_the_words_of_its_rea
     (folder / ("test.jsonl" if held_out else "train.jsonl")).write_text('{"prompt": "a"}\n{"prompt": oops}\n')
     with pytest.raises(DataError, match=r"data: cannot be read: .*JSON parse error"):
         load_prompts(folder, held_out=held_out)
+
+
+def test_a_column_of_images_is_said_once_to_be_no_part_of_the_prompts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "a", "images": ["a.png"]}, {"prompt": "b", "images": []}]
+    encoder = PromptEncoder.of_model(tiny_causal(tokenizer := tiny_tokenizer()), tokenizer, max_completion_length=8)
+    files = [tmp_path / "rows.jsonl", tmp_path / "rows.parquet"]
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).to_parquet(files[1])
+    for source in (*files, rows, Dataset.from_list(rows)):
+        assert load_prompts(source)["images"][:] == [["a.png"], []]
+        assert [record.getMessage().count("column images;") for record in caplog.records] == [1]
+        caplog.clear()
+    for file in files:
+        rows_of_files(file)
+        assert caplog.text.count("column images;") == 1
+        caplog.clear()
+    PromptStream(files[0], encoder, lambda bad, good: None, skips_rows=False)
+    assert caplog.text.count("column images;") == 1

@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from bondlm.data.paths import expanded
-from bondlm.data.rows import Line, RowCheck, check_columns, good_rows, has_surrogate, kind_of
+from bondlm.data.rows import Line, RowCheck, check_columns, good_rows, has_surrogate, kind_of, warn_of_media
 from bondlm.errors import DataError
 
 LINES = (".jsonl", ".jsonlines", ".json-lines", ".ndjson")
@@ -93,7 +93,9 @@ def rows_of_files(source: Any, text_column: str = "completion") -> list[Line]:
     lines = list(json_rows(files) if in_json else (line for path in files for line in _table_rows(path, text_column)))
     name = ", ".join(files)
     good = [lines[i] for i in good_rows(lines, RowCheck(typed=True), name, None)]
-    check_columns({key: None for line in good for key in line.row}, name)
+    columns = {key: None for line in good for key in line.row}
+    check_columns(columns, name)
+    warn_of_media(columns, name)
     return good
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets
 
 from bondlm.data.files import JSON, files_of, json_rows, read_table, suffix_of
 from bondlm.data.paths import expanded
-from bondlm.data.rows import ANSWERS, Line, Row, RowCheck, check_columns, good_rows
+from bondlm.data.rows import ANSWERS, Line, Row, RowCheck, check_columns, good_rows, warn_of_media
 from bondlm.data.sources import open_source, read_whole
 from bondlm.data.table import to_dataset, with_text_contents
 from bondlm.errors import DataError, listed
@@ -64,6 +64,7 @@ def load_prompts(
         lines = list(rows)
         good = good_rows(lines, check, name, skipped)
         kept += [lines[i].place for i in good]
+        warn_of_media((key for i in good for key in lines[i].row), name)
         return to_dataset([lines[i].row for i in good], name)
     if isinstance(source, str | Path):
         source = expanded(str(source))
@@ -100,6 +101,7 @@ def _checked(
 ) -> Dataset:
     """The good rows of a table; `places` is reduced to them, and `odd` are lines that did not get into the table."""
     check_columns(dataset.column_names, name)
+    warn_of_media(dataset.column_names, name)
     check.typed = True
     # Other columns may hold images or long answers, and no check uses them.
     names = ("prompt",) if set(ANSWERS) & set(dataset.column_names) else ("prompt", "id")

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from bondlm.data.columns import LOGGED_IDS, LOGGED_REWARDS, PROMPT_IDS, PROMPT_R
 from bondlm.data.rendering import is_token_ids
 from bondlm.errors import DataError, listed
 
+_log = logging.getLogger(__name__)
+
+_MEDIA = ("image", "images", "audio", "video", "videos")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Arguments that reward functions get in addition to the columns of the data set, and bondlm's own columns.
 RESERVED = (
@@ -129,6 +133,15 @@ def check_columns(columns: Iterable[str], name: str, *, typed: bool = True) -> N
         raise DataError(
             f"{name}: reserved column name: {', '.join(reserved)}. bondlm has a column, or an argument of reward "
             "functions, of that name. Rename the column."
+        )
+
+
+def warn_of_media(columns: Iterable[str], name: str) -> None:
+    """Say that images and the like are not given to a model, for which TRL and others take such columns."""
+    if found := sorted({*columns} & {*_MEDIA}):
+        _log.warning(
+            "%s: bondlm gives models only text, and nothing of the column %s; only reward functions get it",
+            *(name, ", ".join(found)),
         )
 
 

@@ -21,7 +21,7 @@ from bondlm.data.files import LINES, files_of, json_lines, suffix_of
 from bondlm.data.fingerprints import rows_text
 from bondlm.data.paths import expanded
 from bondlm.data.prompt_encoder import PromptEncoder
-from bondlm.data.rows import Line, RowCheck, check_columns, with_text
+from bondlm.data.rows import Line, RowCheck, check_columns, warn_of_media, with_text
 from bondlm.data.sources import cause_of, choose_split, open_name
 from bondlm.data.table import is_flat
 from bondlm.errors import BondError, ConfigError, DataError
@@ -103,6 +103,7 @@ class PromptStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if not self.columns and good:
             self.columns = list(dict.fromkeys(name for line in good for name in line.row))
             check_columns(self.columns, "train_dataset")
+            warn_of_media(self.columns, "train_dataset")
         bad = [f"{line.place}: {problem}" for line, problem in zip(chunk, problems, strict=True) if problem is not None]
         found: dict[int, str] = {}
         prompts = [line.row["prompt"] for line in good]
