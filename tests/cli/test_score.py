@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 from tiny import tiny_causal, tiny_tokenizer
+from transformers import GenerationConfig
 
 from bondlm.cli import main
 from bondlm.cli.draft import drafted
@@ -41,7 +42,7 @@ def test_score_writes_rows_and_sample_takes_the_best_of_them(tmp_path, capsys):
     assert "\n\n" not in printed
 
 
-@pytest.mark.parametrize("torn", [False, True, None], ids=["whole", "torn", "other seed"])
+@pytest.mark.parametrize("torn", [False, True, "seed", "eos_ids"])
 @pytest.mark.parametrize("command", ["score", "sample"])
 def test_an_interrupted_file_does_not_look_whole_and_the_same_command_continues_it(
     command, torn, tmp_path, capsys, monkeypatch
@@ -69,12 +70,14 @@ def test_an_interrupted_file_does_not_look_whole_and_the_same_command_continues_
     assert not out.exists()
     assert len(rows(partial)) == 8 * samples
     monkeypatch.setattr("bondlm.cli.sample.datetime", tomorrow)  # its prompts keep the date that they began with
-    if torn:  # the last write was half done: its chunk is drawn again
+    if torn is True:  # the last write was half done: its chunk is drawn again
         partial.write_bytes(partial.read_bytes()[:-9])
-    assert main([*arguments, "--seed", "43"] if torn is None else arguments) == 0
+    if torn == "eos_ids":  # answers end elsewhere
+        GenerationConfig(eos_token_id=[2, 7]).save_pretrained(tmp_path / "model")
+    assert main([*arguments, "--seed", "43"] if torn == "seed" else arguments) == 0
     said = capsys.readouterr().err
-    if torn is None:
-        assert "out.jsonl.part was made with another seed: it is written anew" in said
+    if isinstance(torn, str):
+        assert f"out.jsonl.part was made with another {torn}: it is written anew" in said
         assert sum(drawn[3:]) == 16
     else:
         assert f"out.jsonl.part is continued: {4 if torn else 8} of 16 prompts are answered" in said

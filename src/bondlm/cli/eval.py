@@ -88,7 +88,8 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         known = {k: v for k, v in known.items() if k not in OF_REWARDS}  # they belong to the run's rewards
     settings = DEFAULTS | known | ({"output": str(model)} if config else {}) | dict(options)
     settings["model"] = str(model)
-    settings["init_kwargs"] = _init_kwargs(settings, known)
+    settings["is_start"] = str(settings.get("reference")) == str(known.get("reference"))
+    settings["init_kwargs"] = _init_kwargs(settings)
     for name in ("reference", "dataset", "reward_funcs", "output"):
         if not settings.get(name):
             what = "is no run folder that says it" if model.is_dir() else "is no folder here (a run would say it)"
@@ -103,13 +104,12 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     return settings, config
 
 
-def _init_kwargs(settings: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _init_kwargs(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Keyword arguments for loading, by role; the reference's are those of training, if training started from it."""
     model, reference = str(settings["model"]), str(settings.get("reference"))
-    is_start = reference == str(known.get("reference"))
     found = {
         "policy": load_kwargs(model),
-        "reference": start_kwargs(Path(model)) if is_start else load_kwargs(reference),
+        "reference": start_kwargs(Path(model)) if settings["is_start"] else load_kwargs(reference),
         "opponent": load_kwargs(str(settings["opponent"])) if settings.get("opponent") else {},
     }
     return {role: kwargs for role, kwargs in found.items() if kwargs}
@@ -185,6 +185,7 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
         max_rows=settings["max_rows"],
         init_kwargs=settings["init_kwargs"],
         rendering=rendering_of_job(settings),
+        is_start=settings["is_start"],
     )
     sampler = pair.samplers["policy"]
     lengths: dict[str, Any] = {name: settings.get(name) for name in ("max_prompt_length", "max_completion_length")}
@@ -250,6 +251,7 @@ def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str
     names = ["num_samples", "num_reference_samples", "max_completion_length", "seed", "reference_column"]
     if job["aggregation"].by_order:
         names += ["reward_aggregation", "reward_tolerances"]
+    ends = samplers["policy"].encoder.eos_ids
     of_pair = {role: kwargs for role, kwargs in settings["init_kwargs"].items() if role != "opponent"}
     return {
         "policy": model("policy", settings["model"]),
@@ -260,6 +262,7 @@ def fingerprint(settings: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str
         "judges": [reward_fingerprint(s) for s in _list(settings.get("judges")) if not is_ranking(s)],
         "dtype": str(samplers["policy"].model.dtype),
         **({"init_kwargs": of_pair} if of_pair else {}),
+        **({} if samplers["reference"].own_eos_ids == ends else {"eos_ids": list(ends)}),
         **{name: settings.get(name) for name in names},
     }
 

@@ -78,6 +78,7 @@ def made_from(options: Mapping[str, Any], sampler: Any, rows: Any, num_samples: 
         "rewards": [reward_fingerprint(spec) for spec in (rewards if isinstance(rewards, list) else [rewards])],
         "prompting": prompting_of(sampler.encoder.rendering),
         "prompts": rows_fingerprint(rows),
+        "eos_ids": list(sampler.encoder.eos_ids),
         **{name: options.get(name) for name in ("reward_weights", "reward_aggregation", "reward_tolerances")},
         "num_samples": num_samples,
         "max_completion_length": answer_length(options),

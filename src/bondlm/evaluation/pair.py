@@ -1,6 +1,7 @@
 """Policy and reference together: samples of each, and the log-probabilities of both for these samples."""
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from bondlm.rollout.samples import Samples, SamplingParams, draw
 from bondlm.rollout.seeds import Seeds
 from bondlm.runs.folder import append_jsonl
 
+_log = logging.getLogger(__name__)
 CHUNK = 16  # prompts between two writes
 
 
@@ -86,18 +88,26 @@ class Pair:
         max_rows: int | None = None,
         init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         rendering: Rendering = Rendering(),  # noqa: B008  frozen, so safe as a default
+        is_start: bool = False,
     ) -> None:
         """Load the models; `rendering` says how prompts are rendered, `init_kwargs` are for `from_pretrained`, by role.
 
+        Answers of the reference end where the policy's do. With `is_start` the policy was trained from the reference,
+        and training did the same; another reference must not have end-of-sequence tokens that the policy lacks.
+
         Raises:
-            ConfigError: a model cannot be loaded, or policy and reference do not share tokenizer, vocabulary and kind.
+            ConfigError: a model cannot be loaded, or policy and reference do not share tokenizer, vocabulary and kind,
+                or another reference ends its answers elsewhere.
         """
         how: dict[str, Any] = {"dtype": dtype, "max_rows": max_rows, "rendering": rendering}
         of = init_kwargs or {}
         self.samplers: dict[Role, Sampler] = {"policy": Sampler(policy, init_kwargs=of.get("policy"), **how)}
-        self.samplers["reference"] = Sampler(reference, init_kwargs=of.get("reference"), **how)
+        ends = self.samplers["policy"].encoder.eos_ids
+        self.samplers["reference"] = Sampler(reference, init_kwargs=of.get("reference"), eos_ids=ends, **how)
         self.opponent = None if opponent is None else Sampler(opponent, init_kwargs=of.get("opponent"), **how)
         _refuse_other_tokens(self.samplers["policy"], policy, self.samplers["reference"], reference)
+        if not is_start:
+            _refuse_other_ends(self.samplers["policy"], policy, self.samplers["reference"], reference)
 
     def sampler(self, wanted: SampleSet) -> Sampler:
         """The sampler that draws these samples."""
@@ -152,6 +162,30 @@ def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, 
             f"{reference_name!r} ({sizes[1]}, {kinds[1]}) are models of different shapes: give the model that the "
             "policy was trained from as reference."
         )
+
+
+def _refuse_other_ends(policy: Sampler, policy_name: str, reference: Sampler, reference_name: str) -> None:
+    """Say that a reference ends its answers at more tokens than by itself, and refuse fewer: it would run past its end.
+
+    KL and win rate compare two distributions over the same sequences, which end at the same tokens.
+    """
+    mine, own = policy.encoder.eos_ids, reference.own_eos_ids
+    if lost := [i for i in own if i not in mine]:
+        raise ConfigError(
+            f"the reference {reference_name!r} ends its answers at {_tokens(reference, lost)}, the policy "
+            f"{policy_name!r} only at {_tokens(policy, mine)}: a KL needs answers that end at the same tokens. Give "
+            "the model that the policy was trained from as reference (an --opponent may end elsewhere), or, if the "
+            f"policy ends its answers there too, add {', '.join(map(str, lost))} to eos_token_id in its "
+            "generation_config.json"
+        )
+    if more := [i for i in mine if i not in own]:
+        _log.warning(
+            "answers of the reference %r end where the policy's do, also at %s", reference_name, _tokens(policy, more)
+        )
+
+
+def _tokens(sampler: Sampler, ids: Sequence[int]) -> str:
+    return ", ".join(f"{sampler.tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in ids)
 
 
 def fill(

@@ -20,10 +20,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from bondlm.config import BONDConfig
 from bondlm.data.paths import located, refuse_absent_folder, refuse_own_folder, why_not_loaded
@@ -92,6 +94,7 @@ def _load_adapter(path: Path, dtype: torch.dtype | str, init_kwargs: dict[str, A
     of_base = {} if adapter.revision is None else {"revision": adapter.revision}
     model = load_model(base, dtype=dtype, **(of_base | init_kwargs))
     _resize_as(path, model)
+    _end_as(path, model)
     advice = (
         "give the model that it was trained on (base_model_name_or_path in adapter_config.json), or save the adapter "
         "again"
@@ -207,6 +210,13 @@ def _resize_as(adapter: Path, model: Any) -> None:
             "lost the new rows of the end that was not in target_modules: train with both ends there, or with neither"
         )
     model.resize_token_embeddings(max(rows.values()), mean_resizing=False)  # its new rows are read next
+
+
+def _end_as(adapter: Path, model: Any) -> None:
+    """Let answers end where the adapter's folder says, as a whole model's do; its base may end elsewhere."""
+    if (adapter / GENERATION_CONFIG_NAME).is_file():
+        ends = GenerationConfig.from_pretrained(str(adapter)).eos_token_id
+        model.generation_config.eos_token_id = model.generation_config.eos_token_id if ends is None else ends
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

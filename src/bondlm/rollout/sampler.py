@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ class Sampler:
         max_rows: int | None = None,
         init_kwargs: Mapping[str, Any] | None = None,
         rendering: Rendering = Rendering(),  # noqa: B008  frozen, so safe as a default
+        eos_ids: tuple[int, ...] | None = None,
     ) -> None:
         """Load the model (or an adapter on its base) and its tokenizer; `rendering` says how prompts are rendered.
 
-        `init_kwargs` are for `from_pretrained` of the model, or of the adapter's base.
+        `init_kwargs` are for `from_pretrained` of the model, or of the adapter's base. Answers end at `eos_ids`, or at
+        the model's own end-of-sequence tokens.
 
         Raises:
             ConfigError: the model cannot be loaded, or has no token that ends an answer.
@@ -46,7 +49,9 @@ class Sampler:
         core = without_wrapper(loaded) if isinstance(loaded, PeftModel) else loaded
         self.model: Any = core.to(self.device).eval()
         self.tokenizer = load_tokenizer(model, how.get("revision"))
-        self.encoder = PromptEncoder.of_model(core, self.tokenizer, rendering=rendering)
+        encoder = PromptEncoder.of_model(core, self.tokenizer, rendering=rendering)
+        self.own_eos_ids = encoder.eos_ids
+        self.encoder = replace(encoder, eos_ids=eos_ids or encoder.eos_ids)
         find_decoding(self.model)
         check_model(self.model, self.device, is_noise_allowed=True)  # it is not trained here
         self.engine = TransformersEngine(
