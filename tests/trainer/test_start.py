@@ -108,8 +108,9 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(tmp
         trainer(tmp_path / "run", model)
 
 
-def test_a_new_adapter_does_not_replace_one_that_transformers_loaded(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [{}, {"peft_config": lora()}], ids=["to go on", "under a new one"])
+def test_an_adapter_that_transformers_loaded_is_refused(given: dict[str, Any], base: str, tmp_path: Path) -> None:
     """`from_pretrained` of an adapter's folder gives a model of the base's class."""
     trained_adapter(base).save_pretrained(tmp_path / "sft")
-    with pytest.raises(ConfigError, match="has an adapter already"):
-        trainer(tmp_path / "run", load(str(tmp_path / "sft")), peft_config=lora())
+    with pytest.raises(ConfigError, match="loaded it from an adapter"):
+        trainer(tmp_path / "run", load(str(tmp_path / "sft")), **given)

@@ -156,7 +156,7 @@ def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> Peft
     Raises:
         ConfigError: the adapter changes the model, or this kind of adapter cannot be trained.
     """
-    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+    if isinstance(model, PeftModel):
         raise ConfigError(
             "peft_config was given, but the model has an adapter already. To go on with that adapter, give its folder "
             "as model, without peft_config; to put a new one on it, merge it (PeftModel.merge_and_unload), save the "

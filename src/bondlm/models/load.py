@@ -299,8 +299,7 @@ def prepare_policy(
         model = _load_policy(model, args, quantization_config, is_base=peft_config is not None)
     elif names := [name for name, value in given.items() if value]:
         raise ConfigError(f"{names[0]} is only for a model given by name: this one is loaded already")
-    with refused(lambda error: f"model.generation_config cannot be saved with the model, correct it: {error}"):
-        model.generation_config.validate(strict=True)
+    _check_as_loaded(model)
     if peft_config is None and not isinstance(model, PeftModel) and getattr(model, "is_quantized", False):
         raise ConfigError("quantised weights cannot be trained: pass peft_config to train an adapter (QLoRA)")
     if peft_config is not None:
@@ -324,6 +323,18 @@ def prepare_policy(
         if isinstance(model, PeftModel):
             silence_adapter(model)
     return model
+
+
+def _check_as_loaded(model: Any) -> None:
+    """Refuse an adapter that the base's class has loaded, and a generation config that would fail when saved."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            "model: transformers has loaded it from an adapter, which it put on its base. To go on with that adapter, "
+            "give the name of its folder (from the hub: `hf download NAME --local-dir FOLDER`); for a new one on top, "
+            "merge it (PeftModel.merge_and_unload), save the model and give that folder"
+        )
+    with refused(lambda error: f"model.generation_config cannot be saved with the model, correct it: {error}"):
+        model.generation_config.validate(strict=True)
 
 
 def _check_encoder_decoder(model: Any, args: BONDConfig) -> None:

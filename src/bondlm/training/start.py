@@ -15,6 +15,7 @@ from bondlm.models.sharding import whole
 from bondlm.runs.manifest import newest_checkpoint
 from bondlm.training.processes import World, decided_by_main
 from bondlm.training.prompting import note_rendering
+from bondlm.training.saving import answering
 
 _log = logging.getLogger(__name__)
 START = "start"  # in the run folder
@@ -68,6 +69,7 @@ def note_start(roles: Any, encoder: Any, args: Any, start: str) -> None:
     roles.save(str(kept), is_main=args.should_save)
     if args.should_save:
         encoder.tokenizer.save_pretrained(str(kept))
+        answering(encoder).save_pretrained(str(kept))
 
 
 def _refuse_another(kept: Path, weights: dict[str, torch.Tensor]) -> None:
