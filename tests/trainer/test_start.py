@@ -1,5 +1,6 @@
 """Where a run starts if the name of its model does not say it: from an adapter, or from weights changed in memory."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,13 @@ def test_a_generation_config_that_cannot_be_saved_is_refused_before_training(tmp
     model.generation_config.update(temperature=0.6, do_sample=False)
     with pytest.raises(ConfigError, match="generation_config cannot be saved"):
         trainer(tmp_path / "run", model)
+    base = tmp_path / "base"
+    ends_often(tiny_causal(TOKENIZER)).save_pretrained(base)
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6, "do_sample": False}))  # as Llama 2's
+    made = trainer(tmp_path / "named", str(base))
+    made.train()
+    made.save_model()
 
 
 @pytest.mark.parametrize("given", [{}, {"peft_config": lora()}], ids=["to go on", "under a new one"])

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -333,8 +334,9 @@ def _check_as_loaded(model: Any) -> None:
             "give the name of its folder (from the hub: `hf download NAME --local-dir FOLDER`); for a new one on top, "
             "merge it (PeftModel.merge_and_unload), save the model and give that folder"
         )
-    with refused(lambda error: f"model.generation_config cannot be saved with the model, correct it: {error}"):
-        model.generation_config.validate(strict=True)
+    say = "model.generation_config cannot be saved with the model, correct it: {}".format
+    with refused(say), TemporaryDirectory() as folder:  # one that was loaded is repaired as it is saved, others are not
+        copy.deepcopy(model.generation_config).save_pretrained(folder)
 
 
 def _check_encoder_decoder(model: Any, args: BONDConfig) -> None:
