@@ -89,6 +89,11 @@ def test_an_adapter_on_a_base_that_is_on_no_file_is_refused(base: str, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_an_adapter_that_changes_its_base_by_itself_is_trained(base: str, tmp_path: Path) -> None:
+    model = get_peft_model(load(base), lora(init_lora_weights="pissa"))
+    trainer(tmp_path / "run", model).train()
+
+
 def test_whole_weights_that_are_on_no_file_have_no_name(
     base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

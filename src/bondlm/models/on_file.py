@@ -12,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from bondlm.models.facts import name_of
 
+LEAST_BYTES = 2  # per number: smaller ones are quantised, with a scale of their own
 ROWS = 8  # of each weight that are compared: training and merging an adapter change all of them
 
 
@@ -27,7 +28,12 @@ def changed_weight(model: Any) -> str:
     for name, weight in core.named_parameters():
         plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         key = plain if plain in files else plain.removeprefix(prefix)
-        if key in files and weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.device.type != "meta":
+        if (
+            key in files
+            and weight.is_floating_point()
+            and weight.dtype.itemsize >= LEAST_BYTES
+            and weight.device.type != "meta"
+        ):
             by_file.setdefault(files[key], []).append((plain, key, weight.detach()))
     for path, weights in by_file.items():
         with safe_open(path, "pt") as file:
@@ -71,7 +77,7 @@ def _differs(on_file: Any, weight: Tensor) -> bool:
         return False
     rows = min(ROWS, shape[0], weight.shape[0])
     theirs, mine = on_file[:rows], weight[:rows].cpu()
-    if not theirs.is_floating_point():
+    if not theirs.is_floating_point() or theirs.dtype.itemsize < LEAST_BYTES:
         return False
     read_in = (weight.dtype, torch.bfloat16, torch.float16)
     return not any(torch.equal(theirs.to(dtype).to(weight.dtype), mine) for dtype in read_in)

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from bondlm.errors import ConfigError
-from bondlm.models.adapters import adapter_weights, adds_nothing
+from bondlm.models.adapters import adapter_weights, adds_nothing, edits_base
 from bondlm.models.on_file import changed_weight
 from bondlm.models.sharding import whole
 from bondlm.runs.manifest import newest_checkpoint
@@ -32,7 +32,8 @@ def start_of(model: Any, name: str, output_dir: Any, *, adapter: bool) -> str:
     """
     if isinstance(model, str) or not name:
         return name
-    changed = changed_weight(model)
+    by_adapter = isinstance(model, PeftModel) and edits_base(model)  # as it will again when it is loaded
+    changed = "" if by_adapter else changed_weight(model)
     if changed and (adapter or isinstance(model, PeftModel)):
         raise ConfigError(
             f"model: its weights have been changed since they were loaded from {name!r} (first: {changed}), and the "
