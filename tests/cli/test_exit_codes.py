@@ -1,6 +1,9 @@
 """Errors that no command expects, and the codes that they end with."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,3 +59,32 @@ def test_code_that_leaves_does_not_look_like_success(code, monkeypatch, capsys):
     monkeypatch.setattr("bondlm.cli.sample.run", run)
     assert main(["sample", "--model", "x"]) == 1
     assert f"sys.exit({code!r})" in capsys.readouterr().err
+
+
+OUTPUT_OF = {
+    "sample": "make_console().print('one')",  # as answers and tables are
+    "check": "say_json({})",
+    "--help": "",
+}
+
+
+@pytest.mark.parametrize("command", OUTPUT_OF)
+def test_output_that_nothing_reads_any_more_ends_a_command_without_a_word(command):
+    program = f"""
+import sys
+from bondlm.cli import main, sample, check
+from bondlm.cli.console import make_console, say_json
+
+def run(options):
+    {OUTPUT_OF[command] or "pass"}
+    return 0
+
+sample.run = check.run = run
+sys.argv[1:] = [{command!r}]
+sys.exit(main())
+"""
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")

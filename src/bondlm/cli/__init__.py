@@ -25,6 +25,7 @@ from bondlm.runs.redact import redact, visible
 
 INTERRUPTED = 128 + signal.SIGINT
 CHECKPOINT, OUT_OF_RESOURCES, STOPPED = 6, 7, 75
+UNREAD = 141  # as of a process that SIGPIPE ends
 IN_ONE_PROCESS = ("sample", "score", "eval", "prefer", "merge", "report")
 
 
@@ -37,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(argv)
     except Terminated:  # only in this process, with nothing to save
         code, agreed = STOPPED, False
-    except SystemExit as stop:  # bondlm raises none
-        text = f"code that this command loaded has called sys.exit({stop.code!r}): it must raise an error instead"
-        code, agreed = _fail(text, 1), False
+    except SystemExit as stop:
+        agreed = False
+        if isinstance(stop.__context__, BrokenPipeError):  # write_out and rich raise it
+            code = UNREAD
+        else:
+            text = f"code that this command loaded has called sys.exit({stop.code!r}): it must raise an error instead"
+            code = _fail(text, 1)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         _leave_group(torch.distributed, code, agreed=agreed and code in (0, STOPPED))
@@ -119,8 +124,22 @@ def _leave_group(distributed: Any, code: int, *, agreed: bool) -> None:
 
 
 def _say(text: str) -> int:
-    sys.stdout.write(text.rstrip() + "\n")
+    write_out(text.rstrip() + "\n")
     return 0
+
+
+def write_out(text: str) -> None:
+    """Write to stdout at once.
+
+    Raises:
+        SystemExit: the reader of the pipe has gone; as in rich, nothing more is written there.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(UNREAD) from None
 
 
 def _fail(message: str, code: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bondlm.cli import write_out
 from bondlm.runs.folder import is_main_process, plain
 
 PIPE_WIDTH = 120  # without a terminal, rich assumes 80 columns, which breaks tables and lines in log files
@@ -27,7 +28,7 @@ def make_console(*, stderr: bool = False) -> Console:
 def say_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout for programs; numbers that are not finite become null."""
     if is_main_process():
-        sys.stdout.write(json.dumps(plain(value), allow_nan=False) + "\n")
+        write_out(json.dumps(plain(value), allow_nan=False) + "\n")
 
 
 LINE_SECONDS = 2.0  # between two lines of progress if there is no terminal for a bar
