@@ -58,6 +58,12 @@ def test_the_criterion_of_a_judge_and_the_file_of_a_ranking_are_seen(tmp_path):
         assert len({one.get("sha256") for one in found}) == 3
 
 
+def test_a_key_in_the_address_of_a_server_is_left_out():
+    for spec in ("http://host/score?api_key=hidden&n=1", "judge:http://host/v1?model=m&token=hidden"):
+        assert "hidden" not in str(reward_fingerprint(spec))
+        assert reward_fingerprint(spec) != reward_fingerprint(spec.replace("host", "other"))
+
+
 @pytest.mark.parametrize("spec", ["~/r.py:f", "rank:~/r.py:f", "~/rm", "nli:~/rm", "classifier:~/rm?truncate=left"])
 def test_files_and_weights_in_the_home_folder_are_seen(spec, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.paths import expanded
+from bondlm.runs.redact import redact
 
 WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json")
 NOT_THE_USERS = ("bondlm", "transformers", "peft", "torch", "builtins")
@@ -42,19 +43,19 @@ def weights_digest(folder: Path) -> str:
 
 
 def reward_fingerprint(spec: Any) -> Any:
-    """The reward's spec, with a hash of the file or the weights that it names, or of a function's own source."""
+    """The reward's spec without secrets, with a hash of the file or weights it names, or of a function's source."""
     if not isinstance(spec, str):
         return _source_fingerprint(spec)
-    text = spec
+    text, written = spec, {"spec": redact(spec)}
     if (file := _source_file(expanded(text.removeprefix("rank:").rpartition(":")[0]))) is not None:
-        return {"spec": text, "sha256": _hash_of(file)}
+        return written | {"sha256": _hash_of(file)}
     if text.startswith("judge:"):
         prompt = dict(part.partition("=")[::2] for part in text.partition("?")[2].split("&")).get("prompt")
         criterion = None if prompt is None else Path(unquote(prompt)).expanduser()
-        return {"spec": text} | ({"sha256": _hash_of(criterion)} if criterion and criterion.is_file() else {})
+        return written | ({"sha256": _hash_of(criterion)} if criterion and criterion.is_file() else {})
     name = text.removeprefix("nli:").removeprefix("similarity:").removeprefix("classifier:").partition("?")[0]
     model = expanded(name)
-    return {"spec": text} | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
+    return written | ({"sha256": model_fingerprint(model, None)["sha256"]} if Path(model).is_dir() else {})
 
 
 def _source_fingerprint(reward: Any) -> dict[str, Any]:
