@@ -18,11 +18,13 @@ from stages.helpers import CHEAP, save, write
 
 @pytest.mark.parametrize(("kind", "extra"), [("causal", []), ("causal", ["--use_peft"]), ("t5", [])])
 def test_sft_learns_the_answers_and_saves_what_bondlm_loads(
-    tmp_path: Path, kind: str, extra: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, kind: str, extra: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [row | {"summary": "blue"} for row in prompt_rows(8, chat=kind == "causal")]
-    data, model = write(tmp_path / "sft.jsonl", rows), save(tmp_path / "model", kind)
-    command = ["sft", "--model", model, "--train_dataset", data, "--eval_dataset", data]
+    data = write(tmp_path / "sft.jsonl", rows)
+    save(tmp_path / "model", kind)
+    monkeypatch.chdir(tmp_path)
+    command = ["sft", "--model", "model", "--train_dataset", data, "--eval_dataset", data]
     command += ["--completion_column", "summary", "--max_completion_length", "16"]
     command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "20", "--learning_rate", "2e-2", *CHEAP, *extra]
     assert main(command) == 0
@@ -32,6 +34,7 @@ def test_sft_learns_the_answers_and_saves_what_bondlm_loads(
     said = capsys.readouterr().out
     assert "held-out loss per token" in said
     assert "8 of 8 rows of eval_dataset" in said
+    monkeypatch.chdir(tmp_path / "out")  # an adapter's base is found from everywhere
     assert (
         main(["sample", "--model", str(tmp_path / "out"), "--prompt", PROMPTS[0], "--max_completion_length", "4"]) == 0
     )

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from bondlm.data.paths import expanded, located
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.rendering import Rendering
 from bondlm.errors import ConfigError, DataError
@@ -131,6 +132,7 @@ def sft_trainer(
         ConfigError: the model cannot be used.
         DataError: rows cannot be used.
     """
+    name = located(expanded(name))  # an adapter stores it
     set_seed(args.seed)  # a fresh adapter is random: Trainer would seed only after it is made
     model: Any = prepare_model(name, peft_config)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
