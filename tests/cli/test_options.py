@@ -77,6 +77,8 @@ REST = ["--reference", "r", "--dataset", "d.jsonl", "--reward_funcs", "f.py:f", 
                 ("--max_prompt_length 0.5", "max_prompt_length=0.5: .*>= 1"),
                 ("--seed -1", "seed=-1: .*>= 0"),
                 ("--dtype float16", "dtype='float16': .*bfloat16"),
+                ("--truncate_prompt right", "truncate_prompt='right': .*never, left"),
+                ("--cuda_graphs maybe", "cuda_graphs='maybe': .*true or false"),
             )
         ),
     ],

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 
 from bondlm.cli import main
 from bondlm.cli.draft import drafted
+from bondlm.engines.local import engine
 from bondlm.errors import ConfigError
 from bondlm.rollout.sampler import Sampler
 from cli.helpers import write_job
@@ -188,3 +189,24 @@ def test_the_limits_of_rewards_are_those_of_the_run_or_given(command, tmp_path, 
     assert "within 0.01 s (reward_timeout_s)" in " ".join(capsys.readouterr().err.split())
     assert main([*arguments, "--reward_timeout_s", "0.02"]) == 4
     assert "within 0.02 s (reward_timeout_s)" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["score", "sample", "eval"])
+def test_prompts_are_cut_and_answers_decoded_as_in_the_run(command, tmp_path, capsys, caplog, monkeypatch):
+    write_job(tmp_path, kind="t5")
+    (tmp_path / "model" / "config.yaml").write_text(
+        f"model: {tmp_path / 'model'}\neval_dataset: {tmp_path / 'heldout.jsonl'}\n"
+        "truncate_prompt: left\nmax_prompt_length: 4\ncuda_graphs: false\n"
+    )
+    kinds = []
+    graphs = engine.CudaGraphs
+    monkeypatch.setattr(engine, "CudaGraphs", lambda *, wanted: kinds.append(wanted) or graphs(wanted=wanted))
+    arguments = [command, "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "heldout.jsonl")]
+    arguments += ["--reward_funcs", f"{tmp_path}/reward.py:letters", "--max_completion_length", "2"]
+    arguments += ["--output", str(tmp_path / ("out" if command == "eval" else "out.jsonl"))]
+    assert main([*arguments, "--truncate_prompt", "never", "--max_prompt_length", "4"]) == 3
+    assert "max_prompt_length is 4" in capsys.readouterr().err
+    kinds.clear()
+    assert main(arguments) == 0
+    assert "longer than 4 tokens" in caplog.text
+    assert set(kinds) == {False}

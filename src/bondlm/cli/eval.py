@@ -22,14 +22,17 @@ from bondlm.errors import ConfigError, DataError
 from bondlm.runs.ending import describe_ending, step_of_weights
 from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, locked, refuse_unfinished, run_config, run_environment, run_of
 
-DEFAULTS = {"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42, "max_rows": None}
+DEFAULTS = {
+    **{"num_samples": 8, "num_reference_samples": 32, "max_completion_length": 256, "seed": 42},
+    **{"truncate_prompt": "never", "max_rows": None, "cuda_graphs": True},
+}
 OF_REWARDS = ("reward_weights", "reward_aggregation", "reward_tolerances")
 # Options whose values a run folder supplies from its settings, with their names there.
 FROM_RUN = {
     "reference": "model",
     "dataset": "eval_dataset",
     **{name: name for name in ("reward_funcs", *OF_REWARDS, "max_completion_length", "max_prompt_length")},
-    **{name: name for name in ("judges", "reward_timeout_s", "reward_outage_s")},
+    **{name: name for name in ("truncate_prompt", "cuda_graphs", "judges", "reward_timeout_s", "reward_outage_s")},
 }
 
 
@@ -183,12 +186,14 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
         None if settings.get("opponent") is None else str(settings["opponent"]),
         dtype=str(settings.get("dtype", "auto")),
         max_rows=settings["max_rows"],
+        cuda_graphs=settings["cuda_graphs"],
         init_kwargs=settings["init_kwargs"],
         rendering=rendering_of_job(settings),
         is_start=settings["is_start"],
     )
     sampler = pair.samplers["policy"]
-    lengths: dict[str, Any] = {name: settings.get(name) for name in ("max_prompt_length", "max_completion_length")}
+    of_lengths = ("max_prompt_length", "max_completion_length", "truncate_prompt")
+    lengths: dict[str, Any] = {name: settings.get(name) for name in of_lengths}
     rows = pair.rows(settings["dataset"], **lengths)
     opponent_rows = pair.rows(settings["dataset"], **lengths, for_opponent=True) if pair.opponent is not None else []
     if len(rows) < 2:

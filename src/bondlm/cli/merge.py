@@ -238,7 +238,7 @@ def _point(
 
     policy = replace(wanted["policy"], name=f"toward_reference {point:g}", file=f"policy-{point:g}.jsonl")
     how: dict[str, Any] = {"dtype": str(settings.get("dtype", "auto")), "max_rows": settings["max_rows"]}
-    how["init_kwargs"] = settings["init_kwargs"].get("policy")
+    how |= {"cuda_graphs": settings["cuda_graphs"], "init_kwargs": settings["init_kwargs"].get("policy")}
     with tempfile.TemporaryDirectory() as scratch:
         merge.write(Path(scratch), toward_reference=point)
         job["pair"].samplers["policy"] = Sampler(scratch, rendering=rendering_of_job(settings), **how)

@@ -21,11 +21,14 @@ _PROMPTS = {
 }
 _SAMPLING = {
     "max_completion_length": "Maximum length of a completion in tokens. Default: as in the run's training, else 256.",
-    "max_prompt_length": "Longest prompt in tokens; a longer one is an error.",
+    "max_prompt_length": "Longest prompt in tokens; a longer one is an error, see truncate_prompt.",
+    "truncate_prompt": "Prompts that do not fit: 'never' refuses them, 'left' cuts off their beginning (text only). "
+    "Default: as in the run's training, else never.",
     "temperature": "1 samples the model's own distribution, 0 is greedy. Default: 1.",
     "seed": "Default: 42.",
     "dtype": "'auto' (bf16 where the hardware has it), 'float32' or 'bfloat16'.",
     "max_rows": "Maximum number of completions decoded together. Default: as many as fit into memory (on a CPU, 96).",
+    "cuda_graphs": "On CUDA, decode by replaying a recorded step. Default: as in the run's training, else true.",
 }
 _REWARDS = {
     "reward_funcs": "module:function, file.py:function, a classifier's name, nli:NAME, similarity:NAME, "

@@ -67,6 +67,14 @@ def answer_length(options: Mapping[str, Any]) -> int:
     return int(options.get("max_completion_length", of_run))
 
 
+def prompt_limits(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How long prompts may be: as requested; without a request prompts are cut as in the run folder's training."""
+    of_run = run_config(run_of(Path(str(options["model"]))))
+    truncate = options.get("truncate_prompt", of_run.get("truncate_prompt", "never"))
+    longest = None if truncate == "never" else of_run.get("max_prompt_length")
+    return {"truncate_prompt": truncate, "max_prompt_length": options.get("max_prompt_length", longest)}
+
+
 def made_from(options: Mapping[str, Any], sampler: Any, rows: Any, num_samples: int) -> dict[str, Any]:
     """The inputs that determine the answers, apart from software versions."""
     from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, rows_fingerprint
@@ -118,11 +126,12 @@ def generate(
             str(options["model"]),
             dtype=str(options.get("dtype", "auto")),
             max_rows=options.get("max_rows"),
+            cuda_graphs=(run_config(run_of(Path(str(options["model"])))) | options).get("cuda_graphs", True),
             init_kwargs=load_kwargs(str(options["model"])),
             rendering=replace(rendering, now=now or datetime.today()),  # the same day, however long it takes
         )
         lengths: dict[str, Any] = {"max_completion_length": answer_length(options)}
-        rows = sampler.rows(source, max_prompt_length=options.get("max_prompt_length"), **lengths)
+        rows = sampler.rows(source, **prompt_limits(options), **lengths)
         rewards = (
             load_rewards(
                 options["reward_funcs"],

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bondlm.errors import ConfigError
-from bondlm.objectives.rules import above, at_least, check
+from bondlm.objectives.rules import above, at_least, check, one_of
 
 DTYPES = ("auto", "float32", "bfloat16")
 LEAST_TEMPERATURE = 0.01  # smaller values mean greedy decoding, and logits divided by them may overflow
@@ -16,7 +16,11 @@ _LEAST = {
     "seed": 0,
 }
 _MAY_BE_UNSET = ("max_prompt_length", "max_rows")
-_LIMITS = {"reward_timeout_s": above(0, "seconds"), "reward_outage_s": at_least(0, "seconds")}
+_RULES = {
+    "reward_timeout_s": above(0, "seconds"),
+    "reward_outage_s": at_least(0, "seconds"),
+    "truncate_prompt": one_of("never", "left"),
+}
 
 
 def check_sampling(options: Mapping[str, Any]) -> None:
@@ -35,8 +39,10 @@ def check_sampling(options: Mapping[str, Any]) -> None:
         raise ConfigError(f"temperature={value!r}: must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
     if (dtype := options.get("dtype", "auto")) not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
-    limits = {name: rule for name, rule in _LIMITS.items() if name in options}
-    check(SimpleNamespace(**{name: options[name] for name in limits}), **limits)
+    if not isinstance(graphs := options.get("cuda_graphs", True), bool):
+        raise ConfigError(f"cuda_graphs={graphs!r}: must be true or false")
+    rules = {name: rule for name, rule in _RULES.items() if name in options}
+    check(SimpleNamespace(**{name: options[name] for name in rules}), **rules)
 
 
 def reward_limits(options: Mapping[str, Any]) -> dict[str, Any]:

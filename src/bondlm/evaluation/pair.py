@@ -86,6 +86,7 @@ class Pair:
         *,
         dtype: str = "auto",
         max_rows: int | None = None,
+        cuda_graphs: bool = True,
         init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
         rendering: Rendering = Rendering(),  # noqa: B008  frozen, so safe as a default
         is_start: bool = False,
@@ -99,7 +100,7 @@ class Pair:
             ConfigError: a model cannot be loaded, or policy and reference do not share tokenizer, vocabulary and kind,
                 or another reference ends its answers elsewhere.
         """
-        how: dict[str, Any] = {"dtype": dtype, "max_rows": max_rows, "rendering": rendering}
+        how: dict[str, Any] = {"dtype": dtype, "max_rows": max_rows, "rendering": rendering, "cuda_graphs": cuda_graphs}
         of = init_kwargs or {}
         self.samplers: dict[Role, Sampler] = {"policy": Sampler(policy, init_kwargs=of.get("policy"), **how)}
         ends = self.samplers["policy"].encoder.eos_ids
@@ -119,6 +120,7 @@ class Pair:
         *,
         max_prompt_length: int | None,
         max_completion_length: int,
+        truncate_prompt: str = "never",
         for_opponent: bool = False,
     ) -> list[dict[str, Any]]:
         """Read and encode prompts as training does.
@@ -127,8 +129,8 @@ class Pair:
             ConfigError, DataError: prompts that cannot be used.
         """
         sampler = self.opponent if for_opponent and self.opponent is not None else self.samplers["policy"]
-        limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-        return sampler.rows(source, held_out=True, **limits)  # type: ignore[arg-type]
+        limits: dict[str, Any] = {"max_prompt_length": max_prompt_length, "truncate_prompt": truncate_prompt}
+        return sampler.rows(source, held_out=True, max_completion_length=max_completion_length, **limits)
 
     def log_ratio(self, rows: Sequence[Mapping[str, Any]], samples: Samples) -> Tensor:
         """Log pi(y) - log pi_ref(y) (P, M), both from the same kind of forward pass, so that rounding cancels."""

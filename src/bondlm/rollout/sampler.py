@@ -30,6 +30,7 @@ class Sampler:
         *,
         dtype: str = "auto",
         max_rows: int | None = None,
+        cuda_graphs: bool = True,
         init_kwargs: Mapping[str, Any] | None = None,
         rendering: Rendering = Rendering(),  # noqa: B008  frozen, so safe as a default
         eos_ids: tuple[int, ...] | None = None,
@@ -54,9 +55,8 @@ class Sampler:
         self.encoder = replace(encoder, eos_ids=eos_ids or encoder.eos_ids)
         find_decoding(self.model)
         check_model(self.model, self.device, is_noise_allowed=True)  # it is not trained here
-        self.engine = TransformersEngine(
-            self._use, eos_ids=self.encoder.eos_ids, pad_id=self.encoder.pad_id, max_rows=max_rows
-        )
+        how = {"eos_ids": self.encoder.eos_ids, "pad_id": self.encoder.pad_id}
+        self.engine = TransformersEngine(self._use, max_rows=max_rows, cuda_graphs=cuda_graphs, **how)
 
     @contextmanager
     def _use(self, role: str) -> Iterator[Any]:
@@ -68,6 +68,7 @@ class Sampler:
         *,
         max_prompt_length: int | None = None,
         max_completion_length: int = 256,
+        truncate_prompt: str = "never",
         held_out: bool = False,
     ) -> list[dict[str, Any]]:
         """Read and encode prompts; `held_out` ones come from the split that is not for training.
@@ -76,7 +77,7 @@ class Sampler:
             ConfigError, DataError: prompts that cannot be used.
         """
         limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-        rows = self.encoder.limited_to(**limits).encoded(source, held_out=held_out)
+        rows = self.encoder.limited_to(truncate_prompt=truncate_prompt, **limits).encoded(source, held_out=held_out)
         return [{name: value for name, value in row.items() if name != PROMPT_ROW} for row in rows]
 
     def sample(
