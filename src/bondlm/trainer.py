@@ -82,13 +82,13 @@ from bondlm.training.processes import (
     waiting_for_others,
     work_digest,
 )
-from bondlm.training.prompting import rendering_of_run
+from bondlm.training.prompting import note_rendering, rendering_of_run
 from bondlm.training.ranks import aggregation_of_run
 from bondlm.training.sampling import SamplingTrainer
 from bondlm.training.saving import PAGE_FILE
 from bondlm.training.schedules import skip_unmeasured
 from bondlm.training.signal_factor import SignalFactor, learning_pace
-from bondlm.training.start import note_start, start_of
+from bondlm.training.start import keep_start, start_of
 from bondlm.training.step import Step
 from bondlm.training.stopping import PAUSING, StopCallback
 from bondlm.training.tables import TablesCallback
@@ -154,7 +154,6 @@ class BONDTrainer(SamplingTrainer):
         self.drops, self.main_eval = data.drops, data.main_eval
         self.objective: Objective = objective_of(args, num_logged=data.num_logged)
         self.aggregation = aggregation_of_run(args, reward_funcs, self.objective)
-        # The policy, the anchor and the reference, and the encoder between text and tokens.
         model = prepare_policy(model, args, peft_config, quantization_config)
         refuse_other_files(Path(str(args.output_dir)))
         if processing_class is None:
@@ -187,7 +186,8 @@ class BONDTrainer(SamplingTrainer):
             optimizers=optimizers,
         )
         self.objective = objective_of(args, num_logged=data.num_logged)  # scored samples that are too long are left out
-        note_start(self.roles, self.encoder, self.args, start)
+        if self.args.should_save:
+            note_rendering(Path(str(args.output_dir)), self.encoder.rendering, replace=False)
         check_overlap(self.train_dataset, self.eval_dataset, strict=args.strict)
         self.world = World.of(args)
         self._place_roles()
@@ -420,9 +420,8 @@ class BONDTrainer(SamplingTrainer):
         With `average_weights`, the model holds the averaged weights when this returns.
 
         Raises:
-            CheckpointError: there is no checkpoint, or it has no anchor; a checkpoint is named although `output_dir`
-                holds newer ones or another run; or, without `resume_from_checkpoint`, `output_dir` holds another run or
-                this is a second call.
+            CheckpointError: there is no checkpoint, or it has no anchor; one is named although `output_dir` has newer
+                ones or another run; or, without `resume_from_checkpoint`, it holds a run or this is a second call.
             ConfigError: settings differ from the checkpoint's; `allow_config_change` allows it for some of them.
         """
         refuse_later(self.args)
@@ -434,6 +433,7 @@ class BONDTrainer(SamplingTrainer):
         together = waiting_for_others(self.world, wait_s=self.args.ddp_timeout)
         with hold as write, self.stop.training(self), writing_to(folder), together:
             self.run_folder.write_settings = self.writes_settings or write
+            keep_start(self.roles, self.encoder, self.args, self._named.get("model"), is_new=checkpoint is None)
             self.anchor_callback.restore_from(checkpoint)
             output = super().train(checkpoint, trial, ignore_keys_for_eval)
             self.average.settle()

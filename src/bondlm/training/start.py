@@ -12,9 +12,7 @@ from bondlm.errors import ConfigError
 from bondlm.models.adapters import adapter_weights, adds_nothing, edits_base
 from bondlm.models.on_file import changed_weight
 from bondlm.models.sharding import whole
-from bondlm.runs.manifest import newest_checkpoint
 from bondlm.training.processes import World, decided_by_main
-from bondlm.training.prompting import note_rendering
 from bondlm.training.saving import answering
 
 _log = logging.getLogger(__name__)
@@ -24,7 +22,7 @@ START = "start"  # in the run folder
 def start_of(model: Any, name: str, output_dir: Any, *, adapter: bool) -> str:
     """The name of the run's start, which is its reference, for the settings file; empty if no file has it.
 
-    For a model in memory that has a trained adapter this is a folder of the run, written by `note_start`. `adapter`:
+    For a model in memory that has a trained adapter this is a folder of the run, written by `keep_start`. `adapter`:
     whether it gets a fresh one.
 
     Raises:
@@ -51,22 +49,21 @@ def start_of(model: Any, name: str, output_dir: Any, *, adapter: bool) -> str:
     return str(Path(str(output_dir)).absolute() / START) if is_trained else name
 
 
-def note_start(roles: Any, encoder: Any, args: Any, start: str) -> None:
-    """Store in the run folder how prompts are rendered, and the adapter that the run starts with if no file has it.
+def keep_start(roles: Any, encoder: Any, args: Any, start: str | None, *, is_new: bool) -> None:
+    """Store the adapter that a run starts with in its folder, if that is what `start` names; the policy still has it.
 
-    Every process must call this.
+    A run that goes on must start with the same one. Every process must call this.
 
     Raises:
-        ConfigError: the folder's run started with another adapter.
+        ConfigError: the run started with another adapter.
     """
-    folder, world = Path(str(args.output_dir)), World.of(args)
-    if args.should_save:
-        note_rendering(folder, encoder.rendering, replace=False)
-    kept = folder.absolute() / START
+    kept = Path(str(args.output_dir)).absolute() / START
     if start != str(kept):
         return
-    weights = {name: whole(weight) for name, weight in adapter_weights(roles.model).items()}
-    decided_by_main(lambda: _refuse_another(kept, weights), world, wait_s=args.ddp_timeout)
+    if not is_new:
+        weights = {name: whole(weight) for name, weight in adapter_weights(roles.model).items()}
+        decided_by_main(lambda: _refuse_another(kept, weights), World.of(args), wait_s=args.ddp_timeout)
+        return
     roles.save(str(kept), is_main=args.should_save)
     if args.should_save:
         encoder.tokenizer.save_pretrained(str(kept))
@@ -75,7 +72,7 @@ def note_start(roles: Any, encoder: Any, args: Any, start: str) -> None:
 
 def _refuse_another(kept: Path, weights: dict[str, torch.Tensor]) -> None:
     file = kept / "adapter_model.safetensors"
-    if newest_checkpoint(kept.parent)[0] is None or not file.is_file():
+    if not file.is_file():
         return
     before = load_file(file)
     if before.keys() != weights.keys() or not all(torch.equal(before[n], w.cpu()) for n, w in weights.items()):
