@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bondlm.cli import main
+from bondlm.cli.training import write_facts
 from bondlm.stages.reward_model import Pairs
 from stages.helpers import CHEAP, preferences, save, write
 
@@ -138,6 +139,14 @@ def test_the_other_settings_of_an_sft_work(tmp_path: Path, kind: str, extra: lis
     given = command(tmp_path, "sft", *extra, model=save(tmp_path / "model", kind))
     evaluated = ["--eval_dataset", str(tmp_path / "rows.jsonl"), "--eval_strategy", "steps", "--eval_steps", "1"]
     assert main([*given, *evaluated, "--max_steps", "2"]) == 0
+
+
+def test_of_several_processes_one_writes_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in ("1", "0"):
+        assert not list(tmp_path.iterdir())
+        monkeypatch.setenv("RANK", rank)
+        write_facts(tmp_path, "sft.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["sft.json"]
 
 
 def test_held_out_pairs_are_scored_as_many_at_a_time_as_is_said(

@@ -14,7 +14,7 @@ from rich.console import Console
 from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
 from bondlm.objectives.rules import Rule, above, at_least, between, off, one_of, whole
-from bondlm.runs.folder import plain, weights_file, write_whole
+from bondlm.runs.folder import is_main_process, plain, weights_file, write_whole
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -172,7 +172,9 @@ def fit(trainer: Any, console: Console) -> float:
 
 
 def write_facts(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
-    """Write a JSON file of the results atomically, with versions."""
+    """Write a JSON file of the results atomically, with versions; of several processes the main one writes it."""
+    if not is_main_process():
+        return
     versions = {package: importlib.metadata.version(package) for package in ("bondlm", "torch", "transformers")}
     content = plain(dict(facts) | {"versions": versions})  # one prompt's interval is infinite, which JSON forbids
     write_whole(folder / name, json.dumps(content, indent=2, allow_nan=False) + "\n")
