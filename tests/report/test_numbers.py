@@ -32,6 +32,7 @@ def test_an_estimate_is_written_with_the_digits_that_its_interval_supports(value
 
 
 def test_a_number_is_written_with_three_digits():
+    assert [number(x) for x in (999.4, 999.7, -999.9)] == ["999", "1,000", "-1,000"]
     assert [number(x) for x in (None, 0.04567, 12345.6, 1.0, -3.14159)] == ["–", "0.0457", "12,346", "1", "-3.14"]
 
 

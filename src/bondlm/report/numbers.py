@@ -30,7 +30,7 @@ def number(value: Any) -> str:
     """Write a number with three significant digits; None (not finite, or absent) as a dash."""
     if value is None:
         return NONE
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def percent(value: Any) -> str:
