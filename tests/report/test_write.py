@@ -282,6 +282,16 @@ def test_the_reward_plane_has_the_curve_and_every_run(tmp_path):
     assert ">16<" in drawn  # the orders along the line
 
 
+def test_a_run_that_kept_earlier_weights_says_its_steps_and_theirs(tmp_path):
+    ending = {"steps": 40, "last_step": 60, "planned_steps": 60}
+    run = write_run(tmp_path / "best", change=ending)
+    assert "Trained for 60 steps. The weights are those of step 40, the best." in page_of(run).texts["soft"]
+    stopped = write_run(tmp_path / "goal", change=ending | {"planned_steps": 100, "stopped": "kl_budget"})
+    assert "Trained for 60 of 100 steps; stopped: kl_budget. The weights" in page_of(stopped).texts["soft"]
+    page = page_of(run, stopped, output=tmp_path / "both.html")
+    assert {row[page.tables["runs"][0].index("steps")] for row in page.tables["runs"][1:]} == {"60"}
+
+
 def test_only_the_contract_is_needed(tmp_path):
     run = tmp_path / "old"
     run.mkdir()

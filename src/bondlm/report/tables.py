@@ -41,7 +41,7 @@ def _runs(runs: Sequence[Run]) -> Table:
             "KL": estimates([result["kl"] for result in results]),
             "KL / Best-of-N's": plain([numbers.kl_ratio(result) for result in results]),
             "reward": estimates([result["reward"] for result in results]),
-            "steps": plain([result.get("steps") for result in results]),
+            "steps": plain([result.get("last_step") or result.get("steps") for result in results]),
             "mean length": plain([result.get("completions/mean_length") for result in results]),
         },
     )
