@@ -1,6 +1,7 @@
 """`bondlm check` on a tiny model."""
 
 import json
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from trainer.helpers import trainer
 from bondlm.cli import main
 from bondlm.cli.check import _check_neighbours, batch_advice
 from bondlm.errors import RewardError
+from bondlm.runs.checkpoint import require_space
 from cli.helpers import write_job
 
 
@@ -79,6 +81,31 @@ def test_check_says_what_n_buys_and_what_the_run_costs(tmp_path, capsys):
     assert "7 steps about" in out
     assert "6 x 2 answers, the first one 6 x 3" in out
     assert "GiB" in out
+
+
+def test_check_asks_for_the_disk_space_that_train_asks_for(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def asking(folder, **space):
+        asked.append(space.copy())
+        return require_space(folder, **space)
+
+    monkeypatch.setattr("bondlm.training.callbacks.require_space", asking)
+    monkeypatch.setattr("bondlm.runs.checkpoint.require_space", asking)
+    config = write_job(tmp_path, max_steps=2, save_total_limit=3, average_weights=0.5)
+    assert main(["check", "--config", str(config)]) == 0
+    size = asked[-1].pop("model_bytes")
+    assert main(["train", "--config", str(config)]) == 0
+    assert asked[0]["num_checkpoints"] == 0  # the dry step saves nothing
+    assert asked[1] == asked[2]
+    assert (asked[2]["num_checkpoints"], asked[2]["averaged"]) == (4, True)
+    needed = 4 * 5 * asked[2]["anchor_bytes"] + size
+    usage = shutil.disk_usage(tmp_path)
+    for free, code in ((needed, 0), (needed - 1, 7)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert main(["check", "--config", str(config), "--output_dir", str(tmp_path / "new")]) == code
+    assert "4 checkpoints and the model need about" in capsys.readouterr().err
+    assert main(["check", "--config", str(config), "--output_dir", str(tmp_path / "new"), "--save_strategy", "no"]) == 0
 
 
 def test_it_says_what_the_noise_of_the_gradient_means_for_the_batch(tmp_path, capsys):

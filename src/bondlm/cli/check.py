@@ -1,6 +1,5 @@
 """`bondlm check`: try once everything that a run needs, with one step at learning rate 0, and forecast gains from N."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import replace
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from bondlm.cli.console import make_console, say_json
 from bondlm.cli.judge_costs import say_costs
-from bondlm.errors import ConfigError, RewardError
+from bondlm.errors import RewardError
 from bondlm.runs.prompting import adopt_prompting, begun_by_0_1
 
 TIED_PAIRS_WARNED, ALIKE_WARNED, CUT_WARNED = 0.1, 0.2, 0.5
@@ -78,7 +77,8 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
         console.print(
             batch_advice(logs.get(SCALE), prompts_per_step(args)["prompts_per_step"]), highlight=False, soft_wrap=True
         )
-    found["disk"] = _check_disk(Path(str(options.get("output_dir") or "runs/bond")), size, console)
+    space = trainer.anchor_callback.space(args, args.save_total_limit) | {"model_bytes": size}
+    found["disk"] = _check_disk(Path(str(options.get("output_dir") or "runs/bond")), space, console)
     found["warnings"] = list(_warnings(args, logs, steps))
     for text in found["warnings"]:
         console.print(f"warning: {text}", highlight=False, soft_wrap=True)
@@ -262,13 +262,11 @@ def _agreement(trainer: Any) -> dict[str, float]:
     return found
 
 
-def _check_disk(folder: Path, size: int, console: Console) -> dict[str, int]:
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    needed = 5 * size  # times the model: covers optimizer state, anchor and two checkpoints
+def _check_disk(folder: Path, space: Mapping[str, Any], console: Console) -> dict[str, int]:
+    from bondlm.runs.checkpoint import require_space
+
+    free, needed = require_space(folder, **space)
     console.print(
         f"disk: {free / 2**30:.1f} GiB free, about {needed / 2**30:.2f} GiB needed", highlight=False, soft_wrap=True
     )
-    if free < needed:
-        raise ConfigError(f"{existing} has {free} bytes free, a run needs about {needed}")
     return {"free_bytes": free, "needed_bytes": needed}

@@ -33,23 +33,33 @@ MEANS_FILE = "means.json"  # metrics of the steps since the last log, of each pr
 
 
 def require_space(
-    folder: Path, anchor_bytes: int, *, num_checkpoints: int, by_deepspeed: bool = False, averaged: bool = False
-) -> None:
-    """Raise ResourceError unless `folder` has room for its checkpoints; checked before the first step.
+    folder: Path,
+    anchor_bytes: int,
+    *,
+    num_checkpoints: int,
+    by_deepspeed: bool = False,
+    averaged: bool = False,
+    model_bytes: int = 0,
+) -> tuple[int, int]:
+    """Check that `folder` has room for its checkpoints and `model_bytes`; returns the bytes free and needed.
 
     A checkpoint has the policy, its anchor in fp32 (`anchor_bytes`) and two moments of the optimizer: four times the
     trained weights, and once more if they are `averaged`. DeepSpeed writes the policy twice more, in its own dtype and
     in fp32.
+
+    Raises:
+        ResourceError: there is too little room.
     """
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    size = ((6 if by_deepspeed else 4) + averaged) * anchor_bytes
-    if free < num_checkpoints * size:
+    needed = num_checkpoints * ((6 if by_deepspeed else 4) + averaged) * anchor_bytes + model_bytes
+    if free < needed:
+        what = f"{num_checkpoints} checkpoints" + (" and the model" if model_bytes else "")
         raise ResourceError(
-            f"{existing} has {free / 2**30:.2f} GiB free, {num_checkpoints} checkpoints need about "
-            f"{num_checkpoints * size / 2**30:.2f} GiB: free some space, choose another output_dir, or lower "
-            "save_total_limit"
+            f"{existing} has {free / 2**30:.2f} GiB free, {what} need about {needed / 2**30:.2f} GiB: free some space, "
+            "choose another output_dir, or lower save_total_limit"
         )
+    return free, needed
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

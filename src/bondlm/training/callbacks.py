@@ -102,11 +102,8 @@ class AnchorCallback(TrainerCallback):
             self._data = prompts_per_step(args) | {"streamed": self._stream is not None}
             self._data |= data_digest(loader.dataset) if self._stream is None else {}
         with together(World.of(args)), writing_to(Path(args.output_dir)):
-            if args.should_save and str(args.save_strategy) != "no":
-                kept = (self._keep or 1) + 1  # a new one is written before the oldest is removed
-                folder, by_deepspeed = Path(args.output_dir), zero_stage(args) > 0
-                how = {"by_deepspeed": by_deepspeed, "averaged": self._average.fraction > 0}
-                require_space(folder, self._anchor.num_bytes, num_checkpoints=kept, **how)
+            if args.should_save:
+                require_space(Path(args.output_dir), **self.space(args, self._keep))
         if self._restore is not None:
             self.compare_data(self._restore)
             load_tensors(self._restore / ANCHOR_FILE, self._anchor.load_state_dict)
@@ -121,6 +118,12 @@ class AnchorCallback(TrainerCallback):
                 if (path := self._restore / name).is_file():
                     part.load_state(json.loads(path.read_text(encoding="utf-8")))
             self._restore = None
+
+    def space(self, args: Any, keep: int | None) -> dict[str, Any]:
+        """What `require_space` takes for a run with these settings that keeps the newest `keep` checkpoints."""
+        number = 0 if args.save_strategy == "no" else (keep or 1) + 1  # a new one is written before the oldest goes
+        how = {"by_deepspeed": zero_stage(args) > 0, "averaged": bool(args.average_weights)}
+        return {"anchor_bytes": self._anchor.num_bytes, "num_checkpoints": number, **how}
 
     def compare_data(self, checkpoint: Path) -> None:
         """Compare the prompts with a checkpoint's record; for a stream, once it has been read again up to there.
