@@ -120,6 +120,16 @@ def test_the_json_beside_it_holds_eval_json_unchanged(run, page):
     assert steps == [10, 20, 30, 40, 200]
 
 
+def test_the_evaluation_of_earlier_weights_is_at_their_step(tmp_path):
+    folder = write_run(tmp_path / "best")
+    result = json.loads((folder / "eval.json").read_text()) | {"steps": 30, "last_step": 40}
+    (folder / "eval.json").write_text(json.dumps(result))
+    page_of(folder)
+    points = json.loads((folder / "report.json").read_text())["runs"][0]["evaluations"]
+    assert [point["step"] for point in points] == [10, 20, 30, 30, 40]  # the path of the KL plane does not run back
+    assert points[3]["kl"] == result["kl"]
+
+
 def test_figures_are_files_and_in_the_page(run, page):
     names = {
         "best-of-n",

@@ -168,7 +168,8 @@ def _listed(value: Any) -> str:
 def evaluation_points(run: Run) -> list[dict[str, Any]]:
     """Return the evaluations of a run in order: step, and each measure as `{value, low, high}`.
 
-    The last one is from eval.json; the earlier ones are from the trainer, with its own (smaller) number of samples.
+    The one from eval.json is at the step of the saved weights; the others are from the trainer, with its own (smaller)
+    number of samples.
     """
     names = ("effective_n", "win_rate", "kl", "reward")
     points = [
@@ -176,7 +177,8 @@ def evaluation_points(run: Run) -> list[dict[str, Any]]:
         | {name: {end: row.get(f"eval_{name}{tail}") for end, tail in _TAILS.items()} for name in names}
         for row in run.evaluations
     ]
-    return [*points, {"step": run.result.get("steps")} | {name: run.result[name] for name in names}]
+    points.append({"step": run.result.get("steps")} | {name: run.result[name] for name in names})
+    return sorted(points, key=lambda point: math.inf if point["step"] is None else point["step"])
 
 
 _TAILS = {"value": "", "low": "_low", "high": "_high"}
