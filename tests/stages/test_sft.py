@@ -143,6 +143,28 @@ def test_the_saved_adapter_names_its_base(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_evaluations_are_shown_and_so_is_the_step_whose_weights_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "sft.jsonl", [row | {"completion": "blue"} for row in prompt_rows(4)])
+    held_out = write(tmp_path / "held-out.jsonl", [row | {"completion": "red"} for row in prompt_rows(4)])
+    command = ["sft", "--model", save(tmp_path / "model", "causal"), "--train_dataset", data]
+    command += ["--eval_dataset", held_out, "--output_dir", str(tmp_path / "out"), "--max_completion_length", "8"]
+    command += ["--max_steps", "4", "--learning_rate", "0.1", *CHEAP]
+    for name in ("eval", "save"):
+        command += [f"--{name}_strategy", "steps", f"--{name}_steps", "1"]
+    assert main([*command, "--load_best_model_at_end", "true"]) == 0
+    said = capsys.readouterr().out
+    losses = [float(line.split()[-1]) for line in said.splitlines() if line.startswith("step") and "held-out" in line]
+    assert len(losses) == 4
+    best = 1 + losses.index(min(losses))
+    assert best < 4
+    facts = json.loads((tmp_path / "out" / "sft.json").read_text())
+    assert (facts["steps"], facts["weights_of_step"]) == (4, best)
+    assert f"weights: of step {best}" in said
+    assert facts["held_out_loss"]["after"] == pytest.approx(min(losses), abs=1e-3)
+
+
 def test_a_fresh_adapter_is_that_of_the_seed(tmp_path: Path) -> None:
     model, rows = save(tmp_path / "model", "causal"), [row | {"completion": "x"} for row in prompt_rows(2)]
 

@@ -56,6 +56,7 @@ def run(options: dict[str, Any]) -> int:
         after = _loss(trainer) if eval_rows else None
         if after is not None and not isfinite(after):
             raise NonFiniteError(f"the held-out loss is {after} after training: lower learning_rate")
+        best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
         trainer.save_model(str(folder))
         write_facts(
             folder,
@@ -64,10 +65,13 @@ def run(options: dict[str, Any]) -> int:
                 "model": str(options["model"]),
                 "rows": len(train_rows),
                 "steps": trainer.state.global_step,
+                **({} if best is None else {"weights_of_step": best}),
                 "seconds": seconds,
                 "held_out_loss": None if after is None else {"before": before, "after": after, "rows": len(eval_rows)},
             },
         )
+        if best is not None:
+            console.print(f"weights: of step {best}, the best by the held-out loss", highlight=False)
         if after is not None:
             console.print(f"held-out loss per token: {before:.3f} -> {after:.3f}", highlight=False)
         console.print(f"model: {Path(folder)}", soft_wrap=True)

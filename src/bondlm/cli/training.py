@@ -146,7 +146,7 @@ def silence(trainer: Any) -> None:
 
 
 def fit(trainer: Any, console: Console) -> float:
-    """Train, printing a line per logged step; returns the seconds.
+    """Train, printing a line per logged step and per evaluation; returns the seconds.
 
     Raises:
         NonFiniteError: the loss, or a weight to be saved, became NaN or infinite.
@@ -165,9 +165,16 @@ def fit(trainer: Any, console: Console) -> float:
                     f"step {state.global_step}/{state.max_steps}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s",
                     highlight=False,
                 )
+            if logs and "eval_loss" in logs:
+                console.print(
+                    f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}",
+                    highlight=False,
+                )
 
-    trainer.add_callback(Lines())
+    lines = Lines()
+    trainer.add_callback(lines)
     trainer.train()
+    trainer.remove_callback(lines)
     return time.perf_counter() - began
 
 
