@@ -118,6 +118,8 @@ def test_the_template_gets_the_tools_of_the_row() -> None:
     assert json.loads(second.partition(begun)[0]) == [other]
     assert third.startswith(begun)
     assert text(made, prompt="Hi", tools=json.dumps([TOOL])) == first
+    optional = [{"name": "sun", "parameters": {"properties": {"a": {"type": "string", "default": None}}}}]
+    assert json.loads(text(made, prompt="Hi", tools=json.dumps(optional)).partition(begun)[0]) == optional
     with pytest.raises(DataError, match="row 0: `tools`"):
         made.encoded([{"prompt": "Hi", "tools": "[1"}])
     with pytest.raises(ConfigError, match="row 0: `tools`"):

@@ -93,7 +93,7 @@ class TemplateInputs:
 def _value(row: Mapping[str, Any], name: str) -> Any:
     value = row.get(name)
     try:
-        return without_none(json.loads(value) if isinstance(value, str) else value)
+        return json.loads(value) if isinstance(value, str) else without_none(value)  # text has no keys of other rows
     except ValueError as error:
         raise ValueError(f"`{name}` is not JSON: {error}") from error
 
