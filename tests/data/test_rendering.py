@@ -1,6 +1,7 @@
 """What becomes of a prompt: text and messages, what rows say beside them, and where an answer ends."""
 
 import json
+import re
 import logging
 from datetime import datetime
 from typing import Any
@@ -189,6 +190,18 @@ ENDS = {  # what a template writes behind an answer, and which token ends it; th
     "nothing, and the next turn ends it": ("{% if m.role == 'user' %}<|eot|>{% endif %}{{ c }}", 298, 298),
     "nothing at all": ("{{ c }}\n", None, 2),
 }
+
+
+def test_an_answer_has_one_end(caplog: pytest.LogCaptureFixture) -> None:
+    """As many data sets end their answers with the end token, or with a rendered end of turn."""
+    made = encoder()
+    (plain,) = made.encode_answers(["yes"], [user("Hi")])
+    assert "second" not in caplog.text
+    for written in (END, f"{END}\n", END + END):
+        assert made.encode_answers([f"yes{written}"], ["Hi"]) == [plain]
+    assert caplog.text.count("second") == 1
+    with pytest.raises(DataError, match=rf"line 2: '{re.escape(END)}' inside its answer"):
+        made.encode_answers(["yes", f"yes{END}no"], ["Hi"] * 2, ["line 1", "line 2"].__getitem__)
 
 
 @pytest.mark.parametrize(("template", "end", "learned"), ENDS.values(), ids=ENDS.keys())

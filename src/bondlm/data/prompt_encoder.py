@@ -111,14 +111,36 @@ class PromptEncoder:
     ) -> list[list[int]]:
         """Token ids of whole answers with their end token; in a conversation, that is the one the template writes.
 
+        An end token that a text ends with already is not added again. `where` gives the name of a row in messages.
+
         Raises:
-            DataError: the model cannot write a token.
+            DataError: the model cannot write a token, or would stop before the end of an answer.
         """
         rows = plain_ids(texts, self.tokenizer, add_special_tokens=False) if texts else []
         ends = [self.end_id(prompt) for prompt in prompts]
+        rows = self._without_ends(rows, {*self.eos_ids, *ends} & self._control, where)
         answers = [[*ids, end] for ids, end in zip(rows, ends, strict=True)]
         check_ids(answers, self.sizes.head, self.tokenizer, "answers", where)
         return answers
+
+    def _without_ends(
+        self, rows: Sequence[list[int]], ends: set[int], where: Callable[[int], str]
+    ) -> list[list[int]]:
+        """The ids before the first end token, after which there may only be space or more end tokens."""
+        kept, problems = [], []
+        for i, ids in enumerate(rows):
+            at = next((place for place, token_id in enumerate(ids) if token_id in ends), len(ids))
+            kept.append(ids[:at])
+            if self.tokenizer.decode([token_id for token_id in ids[at:] if token_id not in ends]).strip():
+                problems.append(f"{where(i)}: {self.tokenizer.convert_ids_to_tokens(ids[at])!r} inside its answer")
+            elif at < len(ids):
+                self._say("the text of answers ends with an end-of-sequence token: a second one is not added")
+        if problems:
+            raise DataError(
+                "answers hold tokens at which the model stops before they end. Remove these from the text, or the "
+                f"rows:\n{listed(problems, 'rows')}"
+            )
+        return kept
 
     def end_id(self, prompt: Prompt) -> int:
         """The token that ends an answer to this prompt, for learning answers that the model did not sample."""
@@ -132,6 +154,11 @@ class PromptEncoder:
 
     def _kind(self, prompt: Prompt) -> str:
         return self.rendering.kind_of(prompt, self.tokenizer)
+
+    @cached_property
+    def _control(self) -> set[int]:
+        """Control tokens; a model may also stop at an ordinary one, such as a line's end."""
+        return set(control_ids(self.tokenizer, ""))
 
     @cached_property
     def _turn_end(self) -> int | None:

@@ -126,12 +126,12 @@ def group_scored(
         Columns `prompt`, `logged_ids`, `logged_rewards`, and those that the chat template uses.
 
     Raises:
-        DataError: completions that are empty or too long.
+        DataError: completions that are empty or too long, or hold a token at which the model stops.
     """
     bad: dict[int, str] = {}
     groups: dict[str, list[int]] = {}
     first: dict[str, dict[str, Any]] = {}
-    ids_of = _ids_of_samples(dataset, encoder)
+    ids_of = _ids_of_samples(dataset, encoder, places)
     for i, row in enumerate(_rows(dataset)):
         if 1 <= len(ids_of[i]) <= encoder.max_completion_length:
             groups.setdefault(key := _key(row), []).append(i)
@@ -184,13 +184,13 @@ def _refuse_all(problems: Sequence[str]) -> None:
     raise DataError("no scored sample can be used:\n" + listed(problems, "rows"))
 
 
-def _ids_of_samples(dataset: Dataset, encoder: PromptEncoder) -> list[list[int]]:
+def _ids_of_samples(dataset: Dataset, encoder: PromptEncoder, places: Sequence[str]) -> list[list[int]]:
     """The token ids of each sample as drawn, if the file has them, otherwise from its text."""
     found, reread = [], 0
-    for row in _rows(dataset):
+    for row, place in zip(_rows(dataset), places, strict=True):
         ids = _drawn_ids(row, encoder)
         reread += ids is None and row.get(DRAWN_IDS) is not None
-        found.append(_read_again(row, encoder) if ids is None else ids)
+        found.append(_read_again(row, encoder, place) if ids is None else ids)
     if reread:
         _log.warning(
             "the token_ids of %d of %d samples are not their completion to this model: these are learned from the text",
@@ -221,8 +221,8 @@ def _drawn_ids(row: Mapping[str, Any], encoder: PromptEncoder) -> list[int] | No
     return list(ids) if is_whole and encoder.decode([[ids]]) == [[row["completion"]]] else None
 
 
-def _read_again(row: Mapping[str, Any], encoder: PromptEncoder) -> list[int]:
-    (ids,) = encoder.encode_answers([row["completion"]], [row["prompt"]])
+def _read_again(row: Mapping[str, Any], encoder: PromptEncoder, place: str) -> list[int]:
+    (ids,) = encoder.encode_answers([row["completion"]], [row["prompt"]], lambda _: place)
     return ids[:-1] if row.get("finished") is False else ids
 
 
