@@ -52,6 +52,21 @@ def test_the_margin_in_training_is_the_difference_of_the_rewards_later(tmp_path:
     assert accuracy_of(margins_of(model, pairs, rows, batch_size=2), rows).accuracy.value == pytest.approx(wins)
 
 
+@pytest.mark.parametrize("margin", [1.0, -1.0])
+def test_an_accuracy_of_few_pairs_has_a_wide_interval_also_where_all_are_right(margin: float) -> None:
+    from bondlm.stages.reward_model import accuracy_of
+
+    rows = preferences(2)
+    value, low, high = accuracy_of(torch.tensor([margin] * 2, dtype=torch.float64), rows).accuracy
+    assert value == (margin > 0)
+    assert high - low == pytest.approx(1 - 0.025**0.5)  # two right of two: the chance is at least sqrt(0.025)
+    assert low <= value <= high
+    mixed = accuracy_of(torch.tensor([1.0, -1.0], dtype=torch.float64), rows).accuracy
+    assert mixed == (0.5, 0.0, 1.0)
+    (alone,) = preferences(1)
+    assert accuracy_of(torch.tensor([margin], dtype=torch.float64), [alone]).accuracy.low == -float("inf")
+
+
 def test_only_the_head_of_a_reward_model_may_be_random(tmp_path: Path) -> None:
     from bondlm.stages.reward_model import load_base
 

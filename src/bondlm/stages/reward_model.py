@@ -180,9 +180,19 @@ def accuracy_of(margin_B: Tensor, rows: Sequence[Mapping[str, Any]]) -> Accuracy
     for row, win in zip(rows, wins_B.tolist(), strict=True):
         by_prompt.setdefault(repr(row["prompt"]), []).append(win)
     shares = torch.tensor([sum(wins) / len(wins) for wins in by_prompt.values()], dtype=torch.float64)
-    return Accuracy(
-        accuracy=bootstrap_mean(shares), pairs=len(rows), prompts=len(by_prompt), margin=float(margin_B.mean())
-    )
+    return Accuracy(accuracy=_estimate(shares), pairs=len(rows), prompts=len(by_prompt), margin=float(margin_B.mean()))
+
+
+def _estimate(shares: Tensor) -> Estimate:
+    """The mean of the prompts' shares with a 95% interval.
+
+    It is Clopper and Pearson's if all are 0, or all are 1: resampling these would give an interval without a width.
+    """
+    mean = bootstrap_mean(shares)
+    if len(shares) == 1 or mean.value not in (0, 1):
+        return mean
+    far = 0.025 ** (1 / len(shares))
+    return Estimate(1.0, far, 1.0) if mean.value else Estimate(0.0, 0.0, 1 - far)
 
 
 def preference_trainer(
