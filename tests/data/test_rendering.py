@@ -1,8 +1,8 @@
 """What becomes of a prompt: text and messages, what rows say beside them, and where an answer ends."""
 
 import json
-import re
 import logging
+import re
 from datetime import datetime
 from typing import Any
 

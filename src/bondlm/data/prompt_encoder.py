@@ -123,9 +123,7 @@ class PromptEncoder:
         check_ids(answers, self.sizes.head, self.tokenizer, "answers", where)
         return answers
 
-    def _without_ends(
-        self, rows: Sequence[list[int]], ends: set[int], where: Callable[[int], str]
-    ) -> list[list[int]]:
+    def _without_ends(self, rows: Sequence[list[int]], ends: set[int], where: Callable[[int], str]) -> list[list[int]]:
         """The ids before the first end token, after which there may only be space or more end tokens."""
         kept, problems = [], []
         for i, ids in enumerate(rows):
