@@ -118,6 +118,9 @@ def test_a_bad_row_of_several_files_is_named_with_its_file(tmp_path: Path) -> No
         ("a.json", b'[{"prompt": "a"}, {"prompt": "a", "prompt": "b"}]', r"a\.json: .*'prompt' appears twice"),
         ("a.json", b'["a"]', r"a\.json: row 0: .*not text"),
         ("a.json", b"[]", r"a\.json: it has no rows"),
+        ("a.json", b'{\n "data": [\n  {"prompt": "a"}\n ]\n}', r"^\S*a\.json: holds an object, not rows"),
+        ("a.json", b'{"data": [\n  {"prompt": "a"}\n ]}', r"^\S*a\.json: holds an object, not rows"),
+        ("a.csv", b"prompt;k\na;1\n", r"a\.csv: no column `prompt`, it has prompt;k\. Separate.*commas"),
         ("a.csv", b"", r"a\.csv: cannot be read: .*[Ee]mpty"),
         ("a.csv", b"prompt\n", r"a\.csv: it has no rows"),
         ("a.csv", b"question\na\n", r"a\.csv: no column `prompt`, it has question"),
@@ -140,11 +143,13 @@ def test_lists_of_files_are_of_one_kind_and_fit_together(tmp_path: Path) -> None
     Dataset.from_dict({"prompt": ["a"], "k": [1]}).to_parquet(tmp_path / "a.parquet")
     Dataset.from_dict({"prompt": ["a"], "k": ["x"]}).to_parquet(tmp_path / "b.parquet")
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "a folder").mkdir()
     for files, reason in (
         (["a.parquet", "a.jsonl"], "one kind"),
         (["a.parquet", "b.parquet"], r"b\.parquet: columns of one name.*\bk\b"),
         (["a.jsonl", "gone.jsonl"], r"gone\.jsonl: .*No such file"),
         (["a.jsonl", "org/name"], "org/name: no such file"),
+        (["a.jsonl", "a folder"], r"a folder: a folder.*a folder/\*\.jsonl"),
     ):
         with pytest.raises(DataError, match=reason):
             load_prompts([tmp_path / name for name in files])

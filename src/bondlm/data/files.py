@@ -54,6 +54,10 @@ def files_of(source: Any) -> list[str] | None:
     found: list[str] = []
     for part in source:
         paths = _matching(expanded(str(part)))
+        if paths is None and Path(expanded(str(part))).is_dir():
+            raise DataError(
+                f"{part}: a folder, which a list cannot hold. Give it alone, or its files as {part}/*.jsonl."
+            )
         if paths is None:
             raise DataError(
                 f"{part}: no such file. A list of texts names files; prompts themselves are rows such as "
@@ -115,7 +119,8 @@ def json_rows(paths: Sequence[str]) -> Iterator[Line]:
         DataError: a file cannot be read.
     """
     for path in paths:
-        yield from _json_array(path) if suffix_of(path) == ".json" and _is_array(path) else json_lines(path)
+        whole = suffix_of(path) == ".json" and _is_whole(path)
+        yield from _json_array(path) if whole else json_lines(path)
 
 
 def json_lines(path: str) -> Iterator[Line]:
@@ -165,11 +170,11 @@ def _open(path: str) -> IO[bytes]:
     return opened
 
 
-def _is_array(path: str) -> bool:
-    """Whether a .json file holds a single list; many have one object per line."""
+def _is_whole(path: str) -> bool:
+    """Whether a .json file holds a single value; many have one object per line."""
     for line in _binary_lines(path):
         if start := line.removeprefix(b"\xef\xbb\xbf").strip(b" \t\r\n"):
-            return start.startswith(b"[")
+            return start.startswith(b"[") or (start.startswith(b"{") and start.endswith((b"{", b"[", b",")))
     return False
 
 
@@ -181,6 +186,8 @@ def _json_array(path: str) -> Iterator[Line]:
         raise DataError(f"{path}:{error.lineno}: {_json_problem(error)}") from error
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: holds {kind_of(rows)}, not rows. Give a list of rows, or one row per line.")
     for i, row in enumerate(rows):
         yield Line(f"{path}: row {i}", row)
 

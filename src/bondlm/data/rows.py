@@ -127,7 +127,10 @@ def check_columns(columns: Iterable[str], name: str, *, typed: bool = True) -> N
     """
     names = list(columns)
     if typed and names and "prompt" not in names:
-        raise DataError(f"{name}: no column `prompt`, it has {', '.join(names)}. Rename the column with the prompts.")
+        todo = "Rename the column with the prompts"
+        if any(";" in column or "\t" in column for column in names):
+            todo = "Separate the values by commas, in a .tsv file by tabs"
+        raise DataError(f"{name}: no column `prompt`, it has {', '.join(names)}. {todo}.")
     reserved = [column for column in names if column in RESERVED]
     if reserved:
         raise DataError(
