@@ -1,6 +1,7 @@
 """Where a run starts if the name of its model does not say it: from an adapter, or from weights changed in memory."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,10 @@ def test_an_adapter_in_memory_is_kept_as_the_runs_start_and_reference(base: str,
     assert named_model(run) == str(run / "start")
     assert torch.equal(logits(load_model(str(run / "start"), dtype=torch.float32)), before)
     assert not torch.equal(logits(load_model(str(run), dtype=torch.float32)), before)
-    options, _ = complete({"model": str(run), "dataset": "x", "reward_funcs": "nli:y"})
-    assert options["reference"] == str(run / "start")
+    for folder in (run, tmp_path / "moved"):
+        options, _ = complete({"model": str(folder), "dataset": "x", "reward_funcs": "nli:y"})
+        assert options["reference"] == str(folder / "start")
+        shutil.copytree(run, tmp_path / "moved", dirs_exist_ok=True)
     again = trainer(run, trained_adapter(base), save_strategy="steps", save_steps=1, learning_rate=0.1)
     again.train(resume_from_checkpoint=True)
     with pytest.raises(ConfigError, match="started with the adapter"):

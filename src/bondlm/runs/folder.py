@@ -19,6 +19,7 @@ from bondlm.errors import CheckpointError, ConfigError
 
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner"
 CONFIG_FILE = "config.yaml"
+START = "start"  # of a run: the adapter that it started with, if no other folder has it
 BY_PYTHON = "# written by BONDTrainer\n"  # its first line, where no command wrote it
 ENVIRONMENT_FILE = "env.json"
 METRICS_FILE = "metrics.jsonl"
@@ -229,6 +230,8 @@ def run_config(folder: Path) -> dict[str, Any]:
             f"{path} cannot be read ({reason}), so the run's settings are unknown: restore it, or remove "
             "it to continue with the settings that you give now"
         )
+    if Path(str(config.get("model"))).name == START and (folder / START).is_dir():
+        config["model"] = str(folder.absolute() / START)  # where the folder is now
     return config
 
 

@@ -12,11 +12,11 @@ from bondlm.errors import ConfigError
 from bondlm.models.adapters import adapter_weights, adds_nothing, edits_base
 from bondlm.models.on_file import changed_weight
 from bondlm.models.sharding import whole
+from bondlm.runs.folder import START
 from bondlm.training.processes import World, decided_by_main
 from bondlm.training.saving import answering
 
 _log = logging.getLogger(__name__)
-START = "start"  # in the run folder
 
 
 def start_of(model: Any, name: str, output_dir: Any, *, adapter: bool) -> str:

@@ -150,7 +150,9 @@ def write_weights(model: Any, path: Path) -> None:
     is written in the head's dtype, which is the server's: under autocast it is a tensor of its own, in fp32.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied, weight = _is_tied(model), embedding.weight
+    weight = embedding.weight
+    # By values: autocast has replaced the head's weight, and configs of models that see images say it in several ways.
+    is_tied = head.weight.shape == weight.shape and torch.equal(head.weight, weight.to(head.weight.dtype))
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -166,13 +168,9 @@ def write_weights(model: Any, path: Path) -> None:
             logging.enable_progress_bar()
 
 
-def _is_tied(model: Any) -> bool:
-    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-
-
 def written_bytes(model: Any, dtype: torch.dtype) -> int:
     """About what `write_weights` writes in `dtype`."""
     count = model.num_parameters()
-    if _is_tied(model):
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         count += vocabulary_size(model.config) * hidden_size(model.config)
     return int(ROOM * count * dtype.itemsize)
