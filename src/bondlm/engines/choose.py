@@ -2,8 +2,10 @@
 
 import logging
 import platform
+import shutil
 import sys
 import uuid
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,8 @@ def weights_folder(args: BONDConfig, roles: Roles, processes: Processes) -> Path
     size = written_bytes(roles.core, served_dtype(roles))
     has_room = processes.rank == 0 and size <= HOST_SHARE * host_memory()
     mine = shared_folder(size) if has_room else None
+    if mine is not None:
+        weakref.finalize(roles, shutil.rmtree, mine, ignore_errors=True)  # it goes with the trainer
     return processes.gather_objects([mine])[0]
 
 

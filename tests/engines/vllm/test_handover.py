@@ -1,5 +1,6 @@
 """Weights through shared memory: where it has room, for this process alone, and gone with it."""
 
+import gc
 import os
 import signal
 import stat
@@ -102,6 +103,9 @@ def test_only_servers_of_ours_on_this_machine_are_given_weights_there(
     whole.autocast = torch.bfloat16
     choose.weights_folder(args, whole, both)
     assert asked == ([int(1.1 * size), int(0.55 * size)] if shared else [])
+    del whole
+    gc.collect()
+    assert tmp_path.exists() != shared  # it goes with the trainer, not only with Python
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared memory here")

@@ -1,7 +1,9 @@
 """Two adapters on a vLLM server, against a stub: what is sent, and whose weights answer. A real one: test_real.py."""
 
 import copy
+import gc
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +222,15 @@ def test_training_samples_what_it_learns(plain_stub: Stub, tmp_path: Path) -> No
     assert len(gaps) == 3
     assert max(gaps) < 1e-4
     assert len({body["cache_salt"] for body in plain_stub.drawn()}) == 6  # policy and anchor, anew at each step
+
+
+def test_nothing_keeps_the_engine_of_a_trainer_that_is_deleted(plain_stub: Stub, tmp_path: Path) -> None:
+    made = trainer(tmp_path, plain_stub, max_steps=1)
+    made.train()
+    engine = weakref.ref(made.engine)
+    del made
+    gc.collect()
+    assert engine() is None
 
 
 def test_training_on_stale_samples_ends(plain_stub: Stub, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A server of our own: how it starts, what it says when it does not, and that it never outlives its run."""
 
+import gc
 import os
 import shlex
 import signal
@@ -99,13 +100,24 @@ def test_stop_ends_the_server_and_its_workers(server_python: str, tmp_path: Path
     assert gone(server.pid)
 
 
+def test_a_server_ends_with_what_holds_it(server_python: str, tmp_path: Path) -> None:
+    """A loop over seeds in a notebook used to leave one server per trainer."""
+    holder = [start(server_python, tmp_path)]
+    pid, worker = holder[0].pid, int((tmp_path / "server.log").read_text().split()[0])
+    holder.append(holder)  # type: ignore[arg-type]  # a cycle, as in a trainer
+    del holder
+    gc.collect()
+    assert gone(worker)
+    assert gone(pid)
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
 def test_no_server_outlives_its_run(server_python: str, tmp_path: Path, end: signal.Signals | None) -> None:
     """However the run ends: killed, terminated, or by an exception."""
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom bondlm.engines.vllm.server import LocalServer\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        f"LocalServer({server_python!r}, 'm', [], log=folder / 'server.log', start_timeout=30, on_cpu=True)\n"
+        f"server = LocalServer({server_python!r}, 'm', [], log=folder / 'server.log', start_timeout=30, on_cpu=True)\n"
         "print('up', flush=True)\n" + ("time.sleep(100)" if end else "raise RuntimeError('a bug')")
     )
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -1,12 +1,12 @@
 """A vLLM server of our own: started for a run, watched until it answers, and ended with the run."""
 
-import atexit
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +33,10 @@ STOP_GRACE = 10.0  # seconds between asking a server to end and killing it
 
 
 class LocalServer:
-    """A running vLLM server on this machine's loopback interface; `stop` ends it, and so does the end of Python."""
+    """A running vLLM server on this machine's loopback interface.
+
+    `stop` ends it, and so does the end of Python, or of this object: a trainer that is deleted leaves no server.
+    """
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class LocalServer:
                 env=_environment(on_cpu, gpu, options),
                 start_new_session=True,
             )
-        atexit.register(self.stop)
+        self._end = weakref.finalize(self, _end, self._process)
         try:
             self._wait(start_timeout)
         except BaseException:
@@ -120,17 +123,21 @@ class LocalServer:
 
     def stop(self) -> None:
         """End the server and its workers; safe to call twice."""
-        atexit.unregister(self.stop)
-        for number, patience in ((signal.SIGTERM, STOP_GRACE), (signal.SIGKILL, STOP_GRACE)):
-            try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                break
-            try:
-                self._process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-        self._process.poll()
+        self._end()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and its group: by request, then by force."""
+    for number, patience in ((signal.SIGTERM, STOP_GRACE), (signal.SIGKILL, STOP_GRACE)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    process.poll()
 
 
 def _environment(on_cpu: bool, gpu: int | None, options: Sequence[str]) -> dict[str, str]:
