@@ -13,7 +13,15 @@ from tiny import prompt_rows, tiny_causal, tiny_t5, tiny_tokenizer
 from bondlm import BONDTrainer
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines import choose
-from bondlm.engines.choose import PROBE_ANSWER, PROBE_TEXT, engine_choice, probe_ids, server_options, share_of
+from bondlm.engines.choose import (
+    PROBE_ANSWER,
+    PROBE_TEXT,
+    check_vllm_can,
+    engine_choice,
+    probe_ids,
+    server_options,
+    share_of,
+)
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import wrap_adapter
 from engines.vllm.helpers import TOKENIZER, config, length, trainer
@@ -44,6 +52,16 @@ def test_the_choice_is_said_with_its_reason_for_this_device(settings: dict[str, 
         **{"vllm_base_url": "http://a", "vllm_sleep": "auto", "device": torch.device("cpu")} | settings
     )
     assert re.search(said, engine_choice(args))
+
+
+@pytest.mark.parametrize("option", ["--port 8123", "--port=8123", "--host=0.0.0.0", "--ssl_keyfile k", "--api-key k"])
+def test_options_that_hide_the_runs_own_server_are_refused(option: str, tmp_path: Path) -> None:
+    """It waited for its own port until vllm_start_timeout."""
+    args = config(tmp_path, vllm_server="auto", vllm_server_args=["--max-num-seqs", "4", *option.split()])
+    name = option.replace("=", " ").replace("_", "-").split()[0]
+    advice = "VLLM_API_KEY" if name == "--api-key" else "remove it"
+    with pytest.raises(ConfigError, match=f"^vllm_server_args: {name} .*{advice}"):
+        check_vllm_can(args, tiny_causal(TOKENIZER))
 
 
 @pytest.mark.parametrize(

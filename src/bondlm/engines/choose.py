@@ -48,6 +48,8 @@ light is scattered far more than red light. In 1871 Lord Rayleigh showed that it
 frequency: (700 / 450) ** 4 = 5.86."""
 PROBE_TOKENS = 128
 OWN_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # a user who gives one has sized the memory
+# Options by which the run would no longer find or know its server.
+OUR_OPTIONS = ("--host", "--port", "--uds", "--root-path", "--model", "--api-key")
 HOST_SHARE = 0.25  # of main memory; a container's limit may be lower than what /dev/shm reports
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts
 
@@ -283,6 +285,7 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
                 "engine=vllm serves the base as it is on file, and this adapter (init_lora_weights, layer_replication) "
                 f"has changed it: {instead}"
             )
+    _refuse_our_options(args)
     if args.vllm_server == "auto" and not model.config._name_or_path:
         raise ConfigError("vllm_server=auto needs a model that was loaded from a folder or by hub name")
     if args.vllm_server == "auto" and (names := unserved_kwargs(args.model_init_kwargs)):
@@ -291,6 +294,16 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
             f"{model.config._name_or_path!r}, and the server would not: {instead}, or save the changed model to a "
             "folder and train that"
         )
+
+
+def _refuse_our_options(args: BONDConfig) -> None:
+    for name in (word.partition("=")[0].replace("_", "-") for word in args.vllm_server_args or []):
+        if name in OUR_OPTIONS or name.startswith("--ssl-"):
+            todo = "set VLLM_API_KEY to the key" if name == "--api-key" else "remove it"
+            raise ConfigError(
+                f"vllm_server_args: {name} is for a server that you start yourself (vllm_base_url), and with it the run "
+                f"would not reach its own: {todo}"
+            )
 
 
 def max_rank(model: Any) -> int:
