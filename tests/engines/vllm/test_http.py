@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bondlm.engines.vllm.http import ATTEMPTS
+from bondlm.engines.vllm.http import ATTEMPTS, how_to_start
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.errors import BondError, ConfigError, EngineError, NonFiniteError, ResourceError
 from bondlm.models.roles import Roles
@@ -110,6 +110,20 @@ def test_a_server_that_is_down_is_refused_with_the_command(roles: Roles, tmp_pat
     stub.url = f"http://127.0.0.1:{port}"
     with pytest.raises(ConfigError, match=rf"api_server.*--port {port}"):
         connect(stub, roles, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("http://127.0.0.1:8123", "127.0.0.1", 8123),
+        ("http://[::1]", "::1", 8000),
+        ("http://gpu-7:8001/prefix", "gpu-7", 8001),
+        ("https://vllm.example.org", "vllm.example.org", 8000),
+        ("http://gpu-7:no", "gpu-7", 8000),
+    ],
+)
+def test_the_command_to_start_a_server_has_the_address(url: str, host: str, port: int) -> None:
+    assert f"--host {host} --port {port} --" in how_to_start(url, "MODEL", ["--enable-lora"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 from tenacity import (
@@ -248,9 +249,11 @@ def of_answer(answer: Any, key: str) -> Any:
 
 def how_to_start(url: str, model: str, options: Sequence[str]) -> str:
     """The sentence that says how to start a server by hand."""
-    port = url.rsplit(":", 1)[-1].rstrip("/") if url.count(":") > 1 else "8000"
+    where, port = urlsplit(url), None
+    with suppress(ValueError):  # no number of a port
+        port = where.port
     setting = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if "--enable-lora" in options else "VLLM_SERVER_DEV_MODE=1"
     return (
         f"To start one by hand: {setting} python -m vllm.entrypoints.openai.api_server "
-        f"--model {model} --host 127.0.0.1 --port {port} {shlex.join(options)} (docs/vllm.md)"
+        f"--model {model} --host {where.hostname or '127.0.0.1'} --port {port or 8000} {shlex.join(options)} (docs/vllm.md)"
     )
