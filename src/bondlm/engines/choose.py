@@ -106,8 +106,14 @@ def make_engine(
         urls = addresses(args, processes, server)
         how: dict[str, Any] = {"timeout": args.vllm_timeout}
         how["start_options"] = LORA_OPTIONS if is_lora else WHOLE_OPTIONS
+        ours = {} if server is None else {server.url: server.how_it_ended}
         engine = (VLLMEngine if is_lora else WholeModelEngine)(
-            *([VLLMClient(url, **how) for url in urls], model, roles.adapter_roles, roles.use),
+            *(
+                [VLLMClient(url, how_it_ended=ours.get(url), **how) for url in urls],
+                model,
+                roles.adapter_roles,
+                roles.use,
+            ),
             processes=processes,
             eos_ids=encoder.eos_ids,
             probe_ids=probe_ids(encoder),

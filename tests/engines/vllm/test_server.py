@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bondlm.engines.vllm.http import VLLMClient
 from bondlm.engines.vllm.server import LocalServer
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, ResourceError
 
 
 def script(folder: Path, code: str) -> str:
@@ -98,6 +99,27 @@ def test_stop_ends_the_server_and_its_workers(server_python: str, tmp_path: Path
     server.stop()
     assert gone(worker)
     assert gone(server.pid)
+
+
+def test_a_server_that_has_ended_says_how_and_its_log_is_kept(server_python: str, tmp_path: Path) -> None:
+    server = start(server_python, tmp_path)
+    client = VLLMClient(server.url, timeout=5, max_wait=0.02, how_it_ended=server.how_it_ended)
+    assert server.how_it_ended() == ""
+    worker = int((tmp_path / "server.log").read_text().split()[0])
+    with (tmp_path / "server.log").open("a") as log:
+        log.write("OutOfMemoryError: no KV cache\n")
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    for child in map(int, children):  # the server and its guard, but not the shell around them
+        if b"STUB_PORT" in Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(child, signal.SIGKILL)
+    with pytest.raises(ResourceError, match=r"has ended \(code 137, killed.*server\.log.*no KV cache"):
+        client.is_asleep()
+    server.stop()
+    assert gone(worker)
+    again = start(server_python, tmp_path)
+    again.stop()
+    assert "no KV cache" in (tmp_path / "server.log.1").read_text()
+    assert "no KV cache" not in (tmp_path / "server.log").read_text()
 
 
 def test_a_server_ends_with_what_holds_it(server_python: str, tmp_path: Path) -> None:

@@ -34,7 +34,13 @@ class VLLMClient:
     """A connection to one server; safe to use from many threads."""
 
     def __init__(
-        self, url: str, *, timeout: float, max_wait: float = 10.0, start_options: Sequence[str] = LORA_OPTIONS
+        self,
+        url: str,
+        *,
+        timeout: float,
+        max_wait: float = 10.0,
+        start_options: Sequence[str] = LORA_OPTIONS,
+        how_it_ended: Callable[[], str] | None = None,
     ) -> None:
         """No call waits longer than `timeout` seconds for an answer, and no retry begins later than that.
 
@@ -43,9 +49,10 @@ class VLLMClient:
             timeout: seconds.
             max_wait: longest pause between two tries, seconds; pauses are random.
             start_options: options that error messages suggest for starting the server.
+            how_it_ended: asked after a failed connection to a server of our own; empty if it still runs.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._timeout, self._max_wait = timeout, max_wait
+        self._timeout, self._max_wait, self._how_it_ended = timeout, max_wait, how_it_ended
         self.by_hand = how_to_start(self.url, "MODEL", start_options)
         self._random = random.Random()  # noqa: S311 (spreads retries; the run's own generators must not move)
         key = os.environ.get("VLLM_API_KEY")
@@ -201,7 +208,8 @@ class VLLMClient:
                 "vllm_timeout"
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:  # RuntimeError: the client was closed
-            raise ResourceError(f"no answer from the vLLM server at {self.url}{path}: {error!r}") from error
+            ended = "" if self._how_it_ended is None else self._how_it_ended()
+            raise ResourceError(ended or f"no answer from the vLLM server at {self.url}{path}: {error!r}") from error
         if response.status_code in (401, 403):
             raise ConfigError(f"{self.url} refuses access (HTTP {response.status_code}): set VLLM_API_KEY to its key")
         if response.status_code >= 500 and response.status_code not in retried:  # the server refuses and says why

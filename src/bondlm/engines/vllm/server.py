@@ -30,6 +30,8 @@ exit $code
 LAUNCHERS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHERS_START = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 STOP_GRACE = 10.0  # seconds between asking a server to end and killing it
+END_GRACE = 2.0  # seconds until a server that refuses connections has an exit code
+KILLED = (137, -9)
 
 
 class LocalServer:
@@ -75,6 +77,8 @@ class LocalServer:
         log.parent.mkdir(parents=True, exist_ok=True)
         if shutil.which(python) is None:
             raise ConfigError(f"vllm_python={python!r} cannot be run: there is no such program. {self._by_hand}")
+        if log.is_file():  # the last server's: it may say why that one ended
+            log.replace(log.with_name(f"{log.name}.1"))
         with log.open("w", encoding="utf-8") as out:
             self._process = subprocess.Popen(  # noqa: S603 - the user's own interpreter
                 ["/bin/sh", "-c", GUARDED, "bondlm", *command],
@@ -109,6 +113,18 @@ class LocalServer:
         raise ConfigError(
             f"the vLLM server did not answer within vllm_start_timeout={limit:g} s; the last lines of "
             f"{str(self._log)!r}: {self._last_lines()}. {self._by_hand}"
+        )
+
+    def how_it_ended(self) -> str:
+        """The exit code and the last lines of the log; empty while the server runs."""
+        try:
+            code = self._process.wait(END_GRACE)
+        except subprocess.TimeoutExpired:
+            return ""
+        why = ", killed, as a system does that is out of memory" if code in KILLED else ""
+        return (
+            f"the run's own vLLM server has ended (code {code}{why}); the last lines of {str(self._log)!r}: "
+            f"{self._last_lines()}"
         )
 
     def _last_lines(self) -> str:
