@@ -15,6 +15,7 @@ from bondlm.data.fingerprints import model_fingerprint, reward_fingerprint, same
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.rendering import Rendering
 from bondlm.errors import ConfigError, DataError
+from bondlm.runs.redact import redacted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def check_origin(origin: Origin, model: str, reward_funcs: Any, args: BONDConfig
     specs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     if all(isinstance(spec, str) for spec in specs) and [reward_fingerprint(spec) for spec in specs] != origin.rewards:
         warnings.warn(
-            f"bondlm: reward_funcs={specs!r} measure the result, but other rewards scored the samples of "
+            f"bondlm: reward_funcs={redacted(specs)!r} measure the result, but other rewards scored the samples of "
             f"{origin.path!r} ({', '.join(str(reward.get('spec')) for reward in origin.rewards)})",
             stacklevel=4,
         )
