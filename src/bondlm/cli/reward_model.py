@@ -14,7 +14,7 @@ from bondlm.cli.options import REWARD_MODEL
 from bondlm.cli.train import lora_config, require
 from bondlm.errors import DataError
 from bondlm.objectives.rules import Rule, off, one_of
-from bondlm.runs.folder import locked
+from bondlm.runs.folder import is_main_process, locked
 
 Rows = list[dict[str, Any]]
 
@@ -151,8 +151,9 @@ class _Job:
         margin_B = margins_of(trained, pairs, self.eval_rows, **self._batches())
         if self.options.get("use_peft"):
             trainer.model = trained.merge_and_unload()  # rewards are loaded as whole models
-        with suppress(OSError):  # a member's folder has checkpoints, if these were requested
-            folder.rmdir()
+        if is_main_process():  # another one would remove the folder that this one is about to write into
+            with suppress(OSError):  # a member's folder has checkpoints, if these were requested
+                folder.rmdir()
         facts = {"prompt_format": pairs.prompt_format, "steps": trainer.state.global_step, "seconds": seconds}
         return trainer, margin_B, facts
 
