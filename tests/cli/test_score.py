@@ -41,6 +41,11 @@ def test_score_writes_rows_and_sample_takes_the_best_of_them(tmp_path, capsys):
     assert f"output='{tmp_path / 'scored.jsonl'}'" in printed
     assert "4 answer(s) to each prompt: 6/6 prompts" in printed
     assert "\n\n" not in printed
+    assert main(["sample", *common, "--best_of", "4"]) == 0
+    out, err = capsys.readouterr()
+    said = [float(line.split()[1]) for line in err.splitlines() if line.startswith("reward ")]
+    assert said == pytest.approx([row["reward"] for row in best], rel=1e-3)
+    assert "reward " not in out
 
 
 @pytest.mark.parametrize("torn", [False, True, "seed", "eos_ids"])

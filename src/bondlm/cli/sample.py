@@ -20,7 +20,7 @@ CHUNK = 16  # prompts between two writes
 
 
 def run(options: dict[str, Any]) -> int:
-    """Print the answers, or write them as JSONL rows {prompt, completion} (with `reward` if one was requested)."""
+    """Print the answers, or write them as JSONL rows {prompt, completion}; with their rewards if any were requested."""
     check_sampling(options)
     best_of = options.get("best_of", 1)
     if not options.get("model"):
@@ -53,6 +53,8 @@ def run(options: dict[str, Any]) -> int:
                     soft_wrap=True,
                 )
             console.print(visible(row["completion"]), soft_wrap=True)
+            if "reward" in row:  # on stderr, so that stdout has only the answers
+                errors.print(f"reward {row['reward']:.4g}", highlight=False)
     return 0
 
 
