@@ -40,22 +40,23 @@ def run(options: dict[str, Any]) -> int:
                 draft.add([best(group) for group in rows])
             draft.finish()
         return 0
-    answers = generate(options, source, best_of, errors)
+    console = make_console()
+    for rows in generate(options, source, best_of, errors):
+        for group in rows:
+            _show(best(group), console, errors, with_prompt=options.get("prompt") is None)
+    return 0
+
+
+def _show(row: Mapping[str, Any], console: Any, errors: Any, *, with_prompt: bool) -> None:
+    """Print an answer, and its reward on stderr, so that stdout has only answers."""
     from bondlm.evaluation.table import visible
 
-    console = make_console()
-    for rows in answers:
-        for group in rows:
-            row = best(group)
-            if options.get("prompt") is None:
-                console.print(
-                    visible(f"> {row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]['content']}"),
-                    soft_wrap=True,
-                )
-            console.print(visible(row["completion"]), soft_wrap=True)
-            if "reward" in row:  # on stderr, so that stdout has only the answers
-                errors.print(f"reward {row['reward']:.4g}", highlight=False)
-    return 0
+    if with_prompt:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        console.print(visible(f"> {prompt}"), soft_wrap=True)
+    console.print(visible(row["completion"]), soft_wrap=True)
+    if "reward" in row:
+        errors.print(f"reward {row['reward']:.4g}", highlight=False)
 
 
 def best(group: list[dict[str, Any]]) -> dict[str, Any]:

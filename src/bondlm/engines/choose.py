@@ -307,8 +307,8 @@ def _refuse_our_options(args: BONDConfig) -> None:
         if name in OUR_OPTIONS or name.startswith("--ssl-"):
             todo = "set VLLM_API_KEY to the key" if name == "--api-key" else "remove it"
             raise ConfigError(
-                f"vllm_server_args: {name} is for a server that you start yourself (vllm_base_url), and with it the run "
-                f"would not reach its own: {todo}"
+                f"vllm_server_args: {name} is for a server that you start yourself (vllm_base_url); the run would not "
+                f"reach its own with it: {todo}"
             )
 
 

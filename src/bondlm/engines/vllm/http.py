@@ -262,6 +262,6 @@ def how_to_start(url: str, model: str, options: Sequence[str]) -> str:
         port = where.port
     setting = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" if "--enable-lora" in options else "VLLM_SERVER_DEV_MODE=1"
     return (
-        f"To start one by hand: {setting} python -m vllm.entrypoints.openai.api_server "
-        f"--model {model} --host {where.hostname or '127.0.0.1'} --port {port or 8000} {shlex.join(options)} (docs/vllm.md)"
+        f"To start one by hand: {setting} python -m vllm.entrypoints.openai.api_server --model {model} "
+        f"--host {where.hostname or '127.0.0.1'} --port {port or 8000} {shlex.join(options)} (docs/vllm.md)"
     )
