@@ -118,7 +118,7 @@ def test_x2_code_that_comes_with_a_model_is_not_run(
 
 
 # Classes of PEFT and our own: they have no such argument.
-WITHOUT_CODE = ("PeftConfig", "PeftModel", "reward_class")
+WITHOUT_CODE = ("GenerationConfig", "PeftConfig", "PeftModel", "reward_class")
 
 
 def test_x2_no_source_trusts_remote_code() -> None:

@@ -327,16 +327,23 @@ def prepare_policy(
 
 
 def _check_as_loaded(model: Any) -> None:
-    """Refuse an adapter that the base's class has loaded, and a generation config that would fail when saved."""
+    """Refuse an adapter that the base's class has loaded, and drop a generation config that would fail when saved.
+
+    Nothing is lost but its tokens' ids, which are kept: a run draws without it, and saves its own.
+    """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
             "model: transformers has loaded it from an adapter, which it put on its base. To go on with that adapter, "
             "give the name of its folder (from the hub: `hf download NAME --local-dir FOLDER`); for a new one on top, "
             "merge it (PeftModel.merge_and_unload), save the model and give that folder"
         )
-    say = "model.generation_config cannot be saved with the model, correct it: {}".format
-    with refused(say), TemporaryDirectory() as folder:  # one that was loaded is repaired as it is saved, others are not
-        copy.deepcopy(model.generation_config).save_pretrained(folder)
+    config = model.generation_config
+    try:
+        with TemporaryDirectory() as folder:  # transformers repairs one that was loaded, and refuses others
+            copy.deepcopy(config).save_pretrained(folder)
+    except ValueError:
+        kept = {name: value for name, value in config.to_dict().items() if name.endswith("_token_id")}
+        model.generation_config = GenerationConfig(**kept)
 
 
 def _check_encoder_decoder(model: Any, args: BONDConfig) -> None:
