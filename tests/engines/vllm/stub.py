@@ -39,6 +39,10 @@ class Stub:
         self.url = ""
         self.is_asleep = self.is_closed = False
 
+    def start_anew(self) -> None:
+        self._adapters.clear()
+        self._loaded.clear()
+
     def bodies(self, path: str) -> list[Any]:
         return [body for seen, body in self.requests if seen == path]
 
@@ -69,6 +73,8 @@ class Stub:
             return 200, {"is_sleeping": self.is_asleep}
         if path != "/v1/completions":
             return 404, {"detail": "Not Found"}
+        if isinstance(self._model, PeftModel) and body["model"] not in (*self._adapters, "base"):
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         with self._lock, self._serving(body["model"]) as model:
             # Closed: a late answer would be in the middle of PyTorch when the interpreter exits, and abort it.
             if self.is_asleep or self.is_closed:

@@ -127,6 +127,16 @@ def test_a_reload_that_did_nothing_is_caught(engine: VLLMEngine, stub: Stub, rol
     assert caught.value.exit_code == 5
 
 
+def test_a_server_that_was_started_anew_gets_the_reference_again(engine: VLLMEngine, stub: Stub) -> None:
+    """Each step sends policy and anchor; the next evaluation ended the run, since the reference was not there."""
+    before = engine.generate(IDS, 2, role="reference", max_new_tokens=6, seeds=SEEDS)
+    stub.start_anew()
+    engine.sync()
+    assert engine.generate(IDS, 2, role="reference", max_new_tokens=6, seeds=SEEDS) == before
+    stub.start_anew()
+    draw_both(engine)
+
+
 def test_a_reload_is_tried_twice(engine: VLLMEngine, stub: Stub, roles: Roles) -> None:
     change(roles, 1e-3)
     stub.fault = ignore_reloads(1)

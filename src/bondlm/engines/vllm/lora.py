@@ -40,7 +40,7 @@ from bondlm.engines.together import Processes, together
 from bondlm.engines.vllm.http import VLLMClient, of_answer
 from bondlm.engines.vllm.served import GAP_LIMIT, Served
 from bondlm.engines.vllm.server import LocalServer
-from bondlm.errors import DataError, EngineError, NonFiniteError, ResourceError
+from bondlm.errors import ConfigError, DataError, EngineError, NonFiniteError, ResourceError
 from bondlm.models.adapters import plain_lora
 from bondlm.models.facts import vocabulary_size
 
@@ -299,7 +299,13 @@ class VLLMEngine:
         if self._is_asleep:
             self._wake()
             self._give_again(wanted)
-        drawn = self._drawn(prompts, wanted, max_new_tokens, temperature)
+        try:
+            drawn = self._drawn(prompts, wanted, max_new_tokens, temperature)
+        except ConfigError as error:  # on all processes
+            if "HTTP 404" not in str(error):
+                raise
+            self._give_again(wanted)  # a server that was started anew: each step sends only what moves
+            drawn = self._drawn(prompts, wanted, max_new_tokens, temperature)
         self._sleep()
         return drawn
 
