@@ -60,11 +60,7 @@ class Stub:
         if path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             return self._of_adapter(path, body)
         if path == "/collective_rpc":
-            if body["method"] == "reload_weights":
-                folder = Path(body["kwargs"]["weights_path"])
-                state = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-                self._model.load_state_dict(state)
-            return 200, {"results": [None]}
+            return self._rpc(**body)
         if path in ("/sleep?level=1", "/wake_up"):
             self.is_asleep = path != "/wake_up"
             self._adapters = {name: {k: v * 0 for k, v in state.items()} for name, state in self._adapters.items()}
@@ -83,6 +79,13 @@ class Stub:
         answer = {"choices": choices}
         self.spoil(answer)
         return 200, answer
+
+    def _rpc(self, method: str, **arguments: Any) -> Answer:
+        if method == "reload_weights":
+            folder = Path(arguments["kwargs"]["weights_path"])
+            state = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+            self._model.load_state_dict(state)
+        return 200, {"results": [None]}
 
     def _of_adapter(self, path: str, body: Any) -> Answer:
         name, known = body["lora_name"], body["lora_name"] in self._loaded
