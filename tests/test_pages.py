@@ -39,7 +39,8 @@ HERE = "run by tests/test_pages.py"
 # Names that are not bondlm's: of accelerate, DeepSpeed, vLLM and others, of eval sets and functions on the pages.
 FOREIGN = {
     *("config_file", "fsdp_state_dict_type", "machine_rank", "main_process_ip", "mixed_precision", "num_machines"),
-    *("enable_thinking", "nccl_m2n", "rms_norm_eps", "sharded_rdt", "sparse_nccl", "zero3_init_flag"),
+    *("enable_thinking", "nccl_m2n", "rms_norm_eps", "sharded_rdt", "sparse_nccl", "tie_word_embeddings"),
+    "zero3_init_flag",
     *("eval_chat_effective_n", "eval_math_kl", "eval_math_win_rate"),
     *("buffer_size", "num_decay_steps", "warmup_stable_decay", "my_rewards", "not_repetitive", "prefer_short"),
 }
