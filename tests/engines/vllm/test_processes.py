@@ -49,8 +49,10 @@ def settings(*stubs: Stub, **more: object) -> dict[str, Any]:
 
 def asked(*stubs: Stub) -> Counter[str]:
     """What samples were asked for, by everything that they depend on."""
-    fields = ("model", "prompt", "n", "seed", "max_tokens", "temperature")
-    return Counter(str([body[name] for name in fields]) for stub in stubs for body in stub.drawn())
+    fields = ("prompt", "n", "seed", "max_tokens", "temperature")
+    drawn = [body for stub in stubs for body in stub.drawn()]
+    roles = [body["model"].rpartition("-")[2] for body in drawn]  # the rest of an adapter's name is the run's
+    return Counter(str([role, *(body[name] for name in fields)]) for role, body in zip(roles, drawn, strict=True))
 
 
 def weights(config: Path, file: str) -> torch.Tensor:
