@@ -248,8 +248,12 @@ def test_other_settings_do_not_continue_a_run(tmp_path, capsys):
     assert main(["train", "--config", str(config)]) == 0
     assert main(["train", "--config", str(config), "--beta", "0.25"]) == 2
     assert "beta: None -> 0.25" in capsys.readouterr().err
-    assert main(["train", "--config", str(config), "--resume", "never"]) == 6
+    for never in ("never", "no"):  # YAML reads the second as False
+        assert main(["train", "--config", str(config), "--resume", never]) == 6
+        assert "already holds a run" in capsys.readouterr().err
     assert main(["train", "--config", str(config), "--max_steps", "3"]) == 0
+    for auto in ("null", "true", "''"):
+        assert main(["train", "--config", str(config), "--max_steps", "3", "--resume", auto]) == 0
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path):

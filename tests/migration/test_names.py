@@ -216,6 +216,16 @@ class WithItsOwn(BONDConfig):
         super().__init__(**settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("lr", "learning_rate"), ("epochs", "num_train_epochs"), ("batch_size", "per_device_train_batch_size")],
+)
+def test_a_short_name_is_one_that_people_write(name: str, meant: str, tmp_path: Path) -> None:
+    """The most similar name was `auto_find_batch_size`, or none."""
+    with pytest.raises(ConfigError, match=f"did you mean {meant!r}"):
+        BONDConfig(output_dir=str(tmp_path), use_cpu=True, **{name: 1})
+
+
 def test_a_subclass_that_is_no_dataclass_of_its_own(tmp_path: Path) -> None:
     """It ended in a KeyError."""
     assert Plain(output_dir=str(tmp_path), use_cpu=True, eta=0.3, num_generations=None).eta == 0.3

@@ -285,7 +285,7 @@ def _resume_point(
     path = named if path is None else path
     if path is None:
         return None, []
-    if options.get("resume") == "never":
+    if _resume(options) == "never":
         raise CheckpointError(f"{folder} already holds a run: choose another output_dir, or resume: auto")
     changes = _changed_settings(folder / CONFIG_FILE, options, rewards)
     if named is not None and changes:  # a second start, not the same command
@@ -296,8 +296,14 @@ def _resume_point(
 
 
 def _named_checkpoint(options: Mapping[str, Any]) -> Path | None:
-    wish = str(options.get("resume", "auto"))
+    wish = _resume(options)
     return None if wish in ("auto", "never") else Path(wish)
+
+
+def _resume(options: Mapping[str, Any]) -> str:
+    """`auto`, `never` or a checkpoint; YAML reads `no` as False, and nothing as None."""
+    wish = options.get("resume")
+    return ("auto" if wish else "never") if isinstance(wish, bool) else str(wish or "auto")
 
 
 def _begun_from(folder: Path, options: Mapping[str, Any], checkpoint: str | None) -> str | None:

@@ -49,7 +49,7 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
 {data.to_yaml()}
 ---
 
-# {kind.capitalize()} aligned with {name} (Best-of-N Distillation)
+# {kind[0].upper()}{kind[1:]} aligned with {name} (Best-of-N Distillation)
 
 One sample of this {kind} was measured to be {_worth(result)},
 on {result["num_prompts"]} held-out prompts at temperature 1{_at_most(result)}, judged by {rewards}.

@@ -20,6 +20,13 @@ else:
     NoOption = InitVar[str]  # TRL's ModelConfig has an option of that name, and a parser cannot have two
 
 
+SHORT = {  # as people write them
+    "lr": "learning_rate",
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("batch_size", "bs", "train_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("steps", "num_steps"), "max_steps"),
+    **dict.fromkeys(("data", "train_file", "train_data"), "train_dataset"),
+}
 LONGEST_SHOWN = 200  # characters
 
 
@@ -62,8 +69,8 @@ def own_arguments(given: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """For a message: the known name that is most similar to this one, if any is."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    """For a message: the known name that is meant by this one or most similar to it, if any is."""
+    close = [SHORT[name]] if SHORT.get(name) in known else difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
