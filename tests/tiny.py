@@ -114,6 +114,7 @@ def tiny_causal(
     seed: int = 0,
     layers: int = 2,
     hidden: int = 32,
+    tied: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> LlamaForCausalLM:
     """Llama with grouped-query attention (4 heads, 2 for keys and values) and far from uniform distributions."""
@@ -126,6 +127,7 @@ def tiny_causal(
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         initializer_range=0.3,
+        tie_word_embeddings=tied,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

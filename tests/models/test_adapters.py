@@ -30,7 +30,6 @@ from peft import (
 )
 from tiny import PROMPTS, tiny_causal, tiny_tokenizer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bondlm.engines.local.engine import TransformersEngine
 from bondlm.errors import ConfigError
@@ -252,15 +251,7 @@ def test_an_adapter_of_another_name_lies_at_the_root_of_its_folder(tmp_path: Pat
 @torch.no_grad()
 def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone() -> None:
     """Merged, it would be added to both: a sampler's model was nats per token away from the trained one."""
-    config = LlamaConfig(
-        vocab_size=60,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = get_peft_model(LlamaForCausalLM(config).eval(), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    model = get_peft_model(tiny_causal(TOKENIZER, tied=True), LoraConfig(target_modules=["q_proj", "lm_head"]))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.normal_(std=0.3)

@@ -89,7 +89,7 @@ def test_a_fresh_adapter_needs_no_start_of_its_own(base: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_an_adapter_on_a_base_that_is_on_no_file_is_refused(base: str, tmp_path: Path, fresh: bool) -> None:
-    """It would be loaded onto the one on file: 6.8 nats per token away, without a word."""
+    """It would be loaded onto the one on file, and be another model there."""
     merged = trained_adapter(base).merge_and_unload()
     given = {"peft_config": lora()} if fresh else {}
     with pytest.raises(ConfigError, match=r"changed since they were loaded.*q_proj"):

@@ -373,7 +373,7 @@ def _note_environment(
     content: dict[str, Any] = {"versions": versions, "platform": platform.platform(), "engine": engine}
     content["weights"] = held.removeprefix("weights: ")
     content["directory"] = str(Path.cwd())  # base of relative names in config.yaml
-    content |= {"rewards": redacted(list(rewards)), "config_changes": before + begun["config_changes"]}
+    content |= {"rewards": list(rewards), "config_changes": before + begun["config_changes"]}
     content |= {"resumed_from": begun["resumed_from"]} if begun["resumed_from"] else {}
     write_whole(path, json.dumps(content, indent=1) + "\n")
 

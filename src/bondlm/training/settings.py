@@ -127,7 +127,7 @@ def write_settings(
     write_whole(folder / CONFIG_FILE, BY_PYTHON + yaml.safe_dump(content, sort_keys=False))
     known = run_environment(folder) if goes_on else {}
     if changes or "rewards" not in known:
-        rewards, before = redacted(sources()), known.get("config_changes", [])
+        rewards, before = sources(), known.get("config_changes", [])
         known |= {"rewards": rewards, "config_changes": [*before, *changes]}
         write_whole(folder / ENVIRONMENT_FILE, json.dumps(known, indent=1) + "\n")
 

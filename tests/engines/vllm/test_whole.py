@@ -240,14 +240,9 @@ def test_a_stale_server_pauses_the_run_which_goes_on_with_a_good_one(plain_stub:
     assert [row[GAP_METRIC] < 1e-4 for row in made.state.log_history if GAP_METRIC in row] == [True] * 3
 
 
-def tied_model() -> LlamaForCausalLM:
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=300, tie_word_embeddings=True, **shape))
-
-
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_a_tied_head_is_written_too(tmp_path: Path, autocast: torch.dtype | None) -> None:
-    roles = Roles(tied_model())
+    roles = Roles(tiny_causal(TOKENIZER, tied=True))
     roles.autocast = autocast
     with roles.use("policy") as model:
         write_weights(model, tmp_path / "weights")
