@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_causal, tiny_t5, tiny_tokenizer
 from torch import Tensor
+from transformers import GenerationConfig
 
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import save_adapter
@@ -182,6 +183,9 @@ def test_what_has_no_merge_is_refused_by_name(tmp_path: Path) -> None:
     template = adapter(tmp_path / "template", start, 4)
     tiny_tokenizer(chat=False).save_pretrained(template)
     (template / "chat_template.jinja").unlink()
+    ends = [adapter(tmp_path / f"ends{seed}", start, seed) for seed in (5, 6)]
+    for folder, ids in zip(ends, ([1, 7], [7]), strict=True):
+        GenerationConfig(eos_token_id=ids).save_pretrained(folder)
     cases: list[tuple[list[Path], list[Path], str]] = [
         ([one], [start], "at least 2"),
         ([one, one], [start, start], "same weights"),
@@ -189,6 +193,7 @@ def test_what_has_no_merge_is_refused_by_name(tmp_path: Path) -> None:
         ([one, two], [start, other], "bases"),
         ([one, tokens], [start, start], "tokenizers"),
         ([one, template], [start, start], "chat templates"),
+        ([one, *ends], [start] * 3, r"ends5' end at the tokens \[1, 7\] and those of .*ends6' at \[7\]"),
         ([one, trained(tmp_path / "whole", start, 3)], [start, start], "adapter"),
         ([one, adapter(tmp_path / "rank", start, 3, r=3)], [start, start], "ranks"),
         ([one, adapter(tmp_path / "layers", start, 3, target_modules=["v_proj"])], [start, start], "layers"),

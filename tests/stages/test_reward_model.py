@@ -52,6 +52,21 @@ def test_the_margin_in_training_is_the_difference_of_the_rewards_later(tmp_path:
     assert accuracy_of(margins_of(model, pairs, rows, batch_size=2), rows).accuracy.value == pytest.approx(wins)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_answer_that_ends_with_its_end_token_is_learned_as_a_reward_gets_it(
+    tmp_path: Path, chat: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    from bondlm.stages.reward_model import Pairs
+
+    model, tokenizer = load_base(save(tmp_path / "model", "causal"))
+    rows, pairs = preferences(3, chat=chat), Pairs(model, tokenizer)
+    ended = [row | {"chosen": f"{row['chosen']}{tokenizer.eos_token}\n"} for row in rows]
+    assert pairs.encode(ended) == pairs.encode(rows)
+    assert [record.getMessage() for record in caplog.records if "left out" in record.getMessage()] == [
+        f"the text of answers ends with {tokenizer.eos_token!r}: it is left out, as no reward gets it"
+    ]
+
+
 @pytest.mark.parametrize("margin", [1.0, -1.0])
 def test_an_accuracy_of_few_pairs_has_a_wide_interval_also_where_all_are_right(margin: float) -> None:
     from bondlm.stages.reward_model import accuracy_of

@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from bondlm.data.fingerprints import model_fingerprint, same_model, weights_digest
@@ -118,13 +119,14 @@ def merge_folders(
         init_kwargs: for `from_pretrained` of the models that they were trained from.
 
     Raises:
-        ConfigError: they have different bases, tokenizers, kinds, layers or ranks, there are fewer than two, or one is
-            given twice; or `rank` is out of range.
+        ConfigError: they have different bases, tokenizers, end tokens, kinds, layers or ranks, there are fewer than
+            two, or one is given twice; or `rank` is out of range.
     """
     is_adapter = _are_adapters(folders)
     digests = _refuse_twice(folders)
     _refuse_other_bases(folders, references)
     _refuse_other_tokens(folders)
+    _refuse_other_ends(folders)
     how: dict[str, Any] = {"folders": folders, "digests": digests}
     start = _Start(references[0], init_kwargs or {})
     if is_adapter:
@@ -190,6 +192,26 @@ def _refuse_other_tokens(folders: Sequence[Path]) -> None:
                     f"{str(folders[0])!r} and {str(folder)!r} have different {what}: merge runs that read and "
                     "write the same tokens"
                 )
+
+
+def _refuse_other_ends(folders: Sequence[Path]) -> None:
+    """Refuse runs whose answers end at different tokens; runs of bondlm 0.1 do not say at which."""
+    ends = {str(folder): end for folder in folders if (end := _end_ids(folder)) is not None}
+    first = next(iter(ends), "")
+    for folder, ids in ends.items():
+        if ids != ends[first]:
+            raise ConfigError(
+                f"the answers of {first!r} end at the tokens {sorted(ends[first])} and those of {folder!r} at "
+                f"{sorted(ids)} (eos_token_id in {GENERATION_CONFIG_NAME}): merge runs that were trained with the same "
+                "ones"
+            )
+
+
+def _end_ids(folder: Path) -> set[int] | None:
+    if not (folder / GENERATION_CONFIG_NAME).is_file():
+        return None
+    ids = GenerationConfig.from_pretrained(str(folder)).eos_token_id
+    return None if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 # -- whole models

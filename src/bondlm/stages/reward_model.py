@@ -5,6 +5,7 @@
 Shapes: B pairs, T tokens (padded).
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierRewa
 from bondlm.rewards.texts import bad_lengths, check_choice, token_limit
 from bondlm.stages.rows import places_of
 from bondlm.stages.trainer import StageTrainer
+
+_log = logging.getLogger(__name__)
 
 
 def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
@@ -83,6 +86,7 @@ class Pairs:
             parameter.requires_grad_(trainable)  # the reward froze it
         self._pad_id = int(model.config.pad_token_id)
         self._limit = token_limit(model, tokenizer, max_length)
+        self._specials, self._is_warned = tokenizer.all_special_tokens, False
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
         """Token ids of both answers, each after its prompt.
@@ -100,13 +104,24 @@ class Pairs:
         return encoded
 
     def _ids(self, row: Mapping[str, Any], name: str, place: str) -> list[int]:
-        prompt, answer = row["prompt"], row[name]
+        prompt, answer = row["prompt"], self._without_end(row[name])
         try:
             return self._reward.encode(
                 prompt, answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
             )
         except DataError as error:
             raise DataError(f"{place}: `{name}`: {error}") from error
+
+    def _without_end(self, answer: str) -> str:
+        """The answer as a reward gets it: its text holds no end token, which the encoding writes."""
+        text = answer.rstrip()
+        end = next((token for token in self._specials if text.endswith(token)), None)
+        if end is None:
+            return answer
+        if not self._is_warned:
+            self._is_warned = True
+            _log.warning("the text of answers ends with %r: it is left out, as no reward gets it", end)
+        return self._without_end(text.removesuffix(end))
 
     def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
         """2B padded rows, all chosen ones first."""
