@@ -176,6 +176,7 @@ COMMAND_LINE: dict[str, Foreign] = {
     "dataset_test_split": Foreign(_SPLIT),
     "dataset_streaming": Foreign("use streaming", (False,)),
     "datasets": Foreign("train_dataset takes one data set: mix them before"),
+    "test_split_size": Foreign("give the held-out part as eval_dataset"),
     "ignore_bias_buffers": Foreign("a debugging aid of TRL's scripts; remove it", (False,)),
     "model_revision": Foreign(_OF_THE_MODEL % "revision: main", ("main",)),
     "attn_implementation": Foreign(_OF_THE_MODEL % "attn_implementation: sdpa"),
