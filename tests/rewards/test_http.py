@@ -17,7 +17,7 @@ import pytest
 
 from bondlm.errors import BondError, ConfigError, RewardError, RewardOutageError
 from bondlm.rewards import HTTPReward, NamedReward, check_room, load_rewards, score
-from bondlm.rewards.client import MAX_REQUESTS, PLAIN_VARIABLE, Client
+from bondlm.rewards.client import MAX_REQUESTS, PLAIN_VARIABLE, PROXY_VARIABLE, Client
 from bondlm.rewards.http import TOKEN_VARIABLE
 from rewards.reward_stub import changed, good, serving, slow, status
 
@@ -72,12 +72,16 @@ def test_a_large_batch_travels_in_parts_a_bounded_number_at_a_time() -> None:
 
 
 def test_two_servers_are_asked_together() -> None:
-    with serving(slow(1.0)) as one, serving(slow(1.0)) as two:
-        rewards = load_rewards([one.url, two.url], [1.0, 0.5])
+    meeting = threading.Barrier(2)
+
+    def answer(handler: Any, items: Any) -> None:
+        meeting.wait(timeout=30)  # for the request to the other server
+        good(handler, items)
+
+    with serving(answer) as one, serving(answer) as two:
+        rewards = load_rewards([one.url, two.url], [1.0, 0.5], timeout=60.0)
         assert [reward.name for reward in rewards] == ["score", "score_2"]
-        began = time.monotonic()
         assert score(rewards, ["p"], ["4"]).total.tolist() == [6.0]
-        assert time.monotonic() - began < 1.9
 
 
 def test_calls_share_a_connection_and_no_generator_of_the_run_moves() -> None:
@@ -285,3 +289,18 @@ def test_a_private_authority_is_trusted_if_it_is_named_and_else_refused_at_once(
         assert time.monotonic() - began < 10
         monkeypatch.setenv("SSL_CERT_FILE", str(made))
         assert ask(url, ["5"]) == [5.0]
+
+
+def test_a_proxy_is_used_if_it_is_named_for_it_and_only_to_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PLAIN_VARIABLE, "1")
+    far = "http://rewards.invalid/score"  # a name that no resolver knows
+    with pytest.raises(RewardOutageError, match=r"behind the proxy in HTTP_PROXY, set BONDLM_PROXY"):
+        ask(far, ["5"], outage=0.2)
+    with serving() as proxy:
+        monkeypatch.setenv(PROXY_VARIABLE, proxy.url.removesuffix("/score"))
+        assert ask(far, ["5"]) == [5.0]
+    with serving() as own:
+        assert ask(own.url, ["5"]) == [5.0]  # the proxy is gone
+    monkeypatch.setenv(PROXY_VARIABLE, "proxy.example:3128")
+    with pytest.raises(ConfigError, match="BONDLM_PROXY is not the address"):
+        ask(far, ["5"])

@@ -22,7 +22,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from bondlm.errors import ConfigError, RewardError, RewardOutageError
 
-PLAIN_VARIABLE, CA_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP", "SSL_CERT_FILE"
+PLAIN_VARIABLE, PROXY_VARIABLE, CA_VARIABLE = "BONDLM_REWARD_PLAIN_HTTP", "BONDLM_PROXY", "SSL_CERT_FILE"
+PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 MAX_REQUESTS = 8  # in flight together
 LONGEST_CONNECT, LONGEST_PAUSE = 10.0, 30.0  # seconds
 LEAST_BYTES = 65_536  # of an answer: a longer one is not what we asked for
@@ -77,10 +78,14 @@ class Client:
             outage: seconds without any answer after which the client gives up.
             max_requests: maximum requests in flight.
             is_final: whether a status that is usually transient is permanent, judged by its body.
+
+        Raises:
+            ConfigError: the proxy that the environment names for it is not an address.
         """
         self.name = name
         self._url, self._headers, self._what, self._advice = url, headers, what, advice
         self._timeout, self._outage, self._is_final = timeout, outage, is_final
+        self._proxy = _proxy_to(url)
         self._client: httpx.AsyncClient | None = None
         self._max_requests, self._slots = max_requests, asyncio.Semaphore(max_requests)
         self._failing_since: float | None = None  # shared by all requests: the circuit breaker
@@ -102,7 +107,8 @@ class Client:
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._max_requests),
                 headers=self._headers,
                 verify=_trusted(),
-                trust_env=False,  # proxies are for the web, not for our own server
+                proxy=self._proxy,
+                trust_env=False,  # a proxy would read what is sent by plain http: it must be named on purpose
                 follow_redirects=False,  # another host must not see the token
             )
         async with self._slots:  # no time limit runs while a request waits for a slot
@@ -132,8 +138,15 @@ class Client:
     def _give_up(self, state: RetryCallState) -> NoReturn:
         raise RewardOutageError(
             f"the {self._what} {self.name} has not answered for {self._outage - self._left():.0f} s "
-            f"(reward_outage_s={self._outage:g}): {_fault(state)}. Start it again; the same command continues the run."
+            f"(reward_outage_s={self._outage:g}): {_fault(state)}. {self._what_to_do()}; the same command continues "
+            "the run."
         ) from _fault(state)
+
+    def _what_to_do(self) -> str:
+        unused = [name for name in (*PROXIES, *map(str.lower, PROXIES)) if os.environ.get(name)]
+        if self._proxy is not None or not unused or _is_loopback(parts_of(self._url).hostname or ""):
+            return "Start it again"
+        return f"Start it again, or, if it is behind the proxy in {unused[0]}, set {PROXY_VARIABLE} to that address"
 
     async def _ask_in_turn(self, client: httpx.AsyncClient, body: str, limit: int) -> bytes:
         if self._failing_since is not None:
@@ -204,6 +217,15 @@ def _distrust(error: BaseException | None) -> str | None:
             return error.verify_message
         error = error.__cause__ or error.__context__
     return None
+
+
+def _proxy_to(url: str) -> httpx.Proxy | None:
+    address = os.environ.get(PROXY_VARIABLE)
+    if not address or _is_loopback(parts_of(url).hostname or ""):
+        return None
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"{PROXY_VARIABLE} is not the address of a proxy: give http://HOST:PORT or https://HOST:PORT")
+    return httpx.Proxy(address)
 
 
 def parts_of(url: str) -> SplitResult:
