@@ -119,6 +119,7 @@ def test_a_logger_is_looked_up_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert config(tmp_path, report_to=["tensorboard"]).report_to == ["tensorboard"]
 
 
+BEST: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "reward"}
 EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
 
@@ -133,6 +134,7 @@ EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_st
         (EVALUATED | {"metric_for_best_model": "entropy"}, "greater_is_better"),
         ({"save_strategy": "best", "metric_for_best_model": "reward"}, "eval_strategy='steps'"),
         ({"warmup_steps": 10, "lr_scheduler_type": "constant"}, "warmup_steps=10"),
+        (EVALUATED | {"save_steps": 2} | BEST, r"eval_steps=1 and save_steps=2\. Set both"),
     ],
 )
 def test_settings_of_the_best_model_are_looked_up_at_once(settings: dict[str, Any], named: str, tmp_path: Path) -> None:

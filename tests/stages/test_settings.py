@@ -117,6 +117,12 @@ def test_no_step_is_no_training(tmp_path: Path, stage: str, capsys: pytest.Captu
     assert "dataloader_drop_last=True" in capsys.readouterr().err
 
 
+def test_the_best_evaluation_of_an_sft_has_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = command(tmp_path, "sft", "--eval_dataset", str(tmp_path / "rows.jsonl"), "--load_best_model_at_end")
+    assert main([*given, "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "2"]) == 2
+    assert "eval_steps=1 and save_steps=2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_bare_no_of_yaml_is_a_strategy_and_null_the_default(tmp_path: Path, stage: str) -> None:
     strategies = ["--eval_strategy", "no", "--save_strategy", "no", "--logging_strategy", "no", "--max_steps", "1"]

@@ -9,6 +9,7 @@ from bondlm.cli.console import make_console
 from bondlm.cli.options import SFT
 from bondlm.cli.train import lora_config, require
 from bondlm.errors import ConfigError, NonFiniteError
+from bondlm.runs.ending import best_step
 from bondlm.runs.folder import locked
 
 FACTS_FILE = "sft.json"
@@ -56,7 +57,7 @@ def run(options: dict[str, Any]) -> int:
         after = _loss(trainer) if eval_rows else None
         if after is not None and not isfinite(after):
             raise NonFiniteError(f"the held-out loss is {after} after training: lower learning_rate")
-        best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+        best = best_step(trainer.args, trainer.state)
         trainer.save_model(str(folder))
         write_facts(
             folder,

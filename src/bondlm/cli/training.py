@@ -101,7 +101,7 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
-    from bondlm.config.checks import require_loggers
+    from bondlm.config.checks import check_best_checkpoint, require_loggers
     from bondlm.config.optimization import check_optimization
     from bondlm.training.data import require_a_batch
 
@@ -123,6 +123,7 @@ def training_arguments(
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"a setting was refused: {error}") from error
     require_loggers(list(args.report_to or ()))
+    check_best_checkpoint(args)
     check_optimization(args)
     require_a_batch(rows, args, "rows")
     return args

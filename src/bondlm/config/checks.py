@@ -81,6 +81,7 @@ def check_inherited(c: Any) -> None:
     require_loggers(list(c.report_to or ()))
     check_accelerator(c.accelerator_config)
     settle_direction(c)
+    check_best_checkpoint(c)
     check_init_kwargs(c.model_init_kwargs)
     check_optimization(c)
     if c.max_steps >= 0 and "num_train_epochs" in c.given:
@@ -105,6 +106,21 @@ def check_accelerator(settings: Any) -> None:
     for name, (value, why) in refused.items():
         if getattr(settings, name, None) is value:
             raise ConfigError(f"accelerator_config: {name}={str(value).lower()} {why}; remove it")
+
+
+def check_best_checkpoint(args: Any) -> None:
+    """Refuse `load_best_model_at_end` where the best evaluation may be of a step that has no checkpoint.
+
+    Trainer asks only for a multiple, and then brings back the weights of an earlier, worse evaluation.
+
+    Raises:
+        ConfigError: there are more evaluations than checkpoints.
+    """
+    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps != args.eval_steps:
+        raise ConfigError(
+            f"load_best_model_at_end=True: the best evaluation may be of a step without a checkpoint, as eval_steps="
+            f"{args.eval_steps:g} and save_steps={args.save_steps:g}. Set both to one number, or save_strategy='best'"
+        )
 
 
 def check_init_kwargs(keywords: Any) -> None:

@@ -30,8 +30,8 @@ class Ending:
 
 def best_step(args: Any, state: Any) -> int | None:
     """The step whose weights Trainer restored at the end of the run (`load_best_model_at_end`), if any."""
-    is_back = args.load_best_model_at_end and state.best_model_checkpoint is not None
-    return int(state.best_global_step) if is_back else None
+    restored = state.best_model_checkpoint if args.load_best_model_at_end else None
+    return None if restored is None else int(str(restored).rpartition("-")[2])
 
 
 def write_ending(folder: Path, ending: Ending) -> None:
