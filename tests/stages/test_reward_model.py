@@ -101,7 +101,8 @@ def test_a_model_that_is_trained_here_gets_one_text(tmp_path: Path) -> None:
 
 
 def test_a_step_is_the_mean_over_its_pairs_however_it_is_divided(tmp_path: Path) -> None:
-    name, rows = save(tmp_path / "model", "causal"), preferences(8)
+    name = save(tmp_path / "model", "causal")
+    rows = [row | {"margin": float(i)} for i, row in enumerate(preferences(8))]
 
     def weights(batch: int, parts: int) -> torch.Tensor:
         model, tokenizer = load_base(name)
@@ -116,3 +117,18 @@ def test_a_step_is_the_mean_over_its_pairs_however_it_is_divided(tmp_path: Path)
     whole, parts = weights(8, 1) - start, weights(2, 4) - start
     assert whole.norm() > 1e-3
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_a_margin_is_subtracted_in_the_loss_and_not_in_the_accuracy(tmp_path: Path) -> None:
+    """As in Llama 2 (section 3.2.2) and TRL's RewardTrainer; a pair without a margin has 0."""
+    from bondlm.stages.reward_model import margins_of
+
+    model, tokenizer = load_base(save(tmp_path / "model", "causal"))
+    rows = [row | margin for row, margin in zip(preferences(3), ({"margin": 3.0}, {}, {"margin": -1.5}), strict=True)]
+    args = TrainingArguments(str(tmp_path), use_cpu=True, remove_unused_columns=False)
+    trainer, pairs = preference_trainer(model, tokenizer, rows, args)
+    gaps_B = margins_of(model, pairs, rows)
+    torch.testing.assert_close(gaps_B, margins_of(model, pairs, preferences(3)))
+    loss = trainer.compute_loss(model, trainer.data_collator(list(trainer.train_dataset)))
+    by_hand = -torch.nn.functional.logsigmoid(gaps_B - torch.tensor([3.0, 0.0, -1.5])).mean()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)

@@ -39,6 +39,9 @@ def test_bad_answers_are_refused_with_their_line_before_a_model_is_loaded(
         ({"chosen": ""}, r"p\.jsonl:2: `chosen`.*empty"),
         ({"rejected": "\n"}, r"p\.jsonl:2: `rejected`.*empty"),
         ({"rejected": None}, r"p\.jsonl:2: `rejected`.*text.*NoneType"),
+        ({"margin": "3.0"}, r"p\.jsonl:2: `margin`.*number.*text"),
+        ({"margin": True}, r"p\.jsonl:2: `margin`.*number.*boolean"),
+        ({"margin": 1e300}, r"p\.jsonl:2: `margin`.*finite.*1e\+300"),
     ],
 )
 def test_bad_pairs_are_refused_with_their_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -46,6 +49,12 @@ def test_bad_pairs_are_refused_with_their_line(tmp_path: Path, change: dict[str,
     rows[1] |= change
     with pytest.raises(DataError, match=message):
         read_preferences(write(tmp_path / "p.jsonl", rows))
+
+
+def test_a_margin_is_read_with_its_pair(tmp_path: Path) -> None:
+    rows = [row | margin for row, margin in zip(preferences(3), ({"margin": 2}, {"margin": None}, {}), strict=True)]
+    read = read_preferences(write(tmp_path / "p.jsonl", rows))
+    assert [row.get("margin") for row in read] == [2.0, None, None]
 
 
 @pytest.mark.parametrize(("number", "stage"), [(13, "reward-model"), (9, "reward-model"), (13, "sft")])

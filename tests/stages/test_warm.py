@@ -38,7 +38,8 @@ def test_the_probed_head_is_the_minimum_of_its_loss(tmp_path: Path, kind: str) -
     if kind == "bert":
         folder = saved(tmp_path, bert_classifier(bert_tokenizer(), num_labels=1).float(), bert_tokenizer())
     model, tokenizer = load_base(folder if kind == "bert" else save(tmp_path, "causal"))
-    rows = [row | ANSWERS for row in preferences(5)] + [{"prompt": "sky", "chosen": " red", "rejected": " blue sea"}]
+    rows = [row | ANSWERS | {"margin": float(i % 2)} for i, row in enumerate(preferences(5))]
+    rows.append({"prompt": "sky", "chosen": " red", "rejected": " blue sea"})
     pairs = Pairs(model, tokenizer)
     body = {name: t.clone() for name, t in model.state_dict().items()}
     probe_head(model, pairs, rows)
@@ -55,10 +56,11 @@ def test_the_probed_head_is_the_minimum_of_its_loss(tmp_path: Path, kind: str) -
     basis = torch.eye(fitted.shape[1], dtype=torch.float64)
     gaps = torch.stack([margins(direction.unsqueeze(0)) for direction in basis], dim=1)
     square = gaps.pow(2).sum(dim=1).mean()
+    margins_wanted = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 0.0])
 
     def loss(weight: torch.Tensor) -> float:
         norm = float(weight.pow(2).sum() * square)
-        return float(softplus(-(gaps @ weight[0])).mean()) + norm / (2 * len(rows))
+        return float(softplus(margins_wanted - gaps @ weight[0]).mean()) + norm / (2 * len(rows))
 
     least = loss(fitted)
     torch.manual_seed(0)

@@ -42,6 +42,8 @@ def run(options: dict[str, Any]) -> int:
     train_rows, eval_rows, flipped = _rows(options)
     folder, console = fresh_folder(options, "runs/reward-model"), make_console()
     with locked(folder):
+        if count := sum("margin" in row for row in train_rows):
+            console.print(f"margin: {count} of {len(train_rows)} training pairs have one, which the loss uses")
         with console.status("loading PyTorch and the model"):
             from bondlm.rewards.classifier import FACTS_FILE
             from bondlm.stages.reward_model import load_base

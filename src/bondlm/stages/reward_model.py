@@ -2,6 +2,8 @@
 
     P(chosen beats rejected) = sigmoid(r(chosen) - r(rejected))     (Bradley and Terry 1952; as in arXiv 2203.02155)
 
+or sigmoid(r(chosen) - r(rejected) - margin) for pairs with a `margin` (arXiv 2307.09288, section 3.2.2).
+
 Shapes: B pairs, T tokens (padded).
 """
 
@@ -25,7 +27,7 @@ from bondlm.models.load import from_safetensors, refuse_missing, refused
 from bondlm.rewards.batching import pad_right
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
 from bondlm.rewards.texts import bad_lengths, check_choice, token_limit
-from bondlm.stages.rows import places_of
+from bondlm.stages.rows import MARGIN, places_of
 from bondlm.stages.trainer import StageTrainer
 
 _log = logging.getLogger(__name__)
@@ -128,6 +130,15 @@ class Pairs:
         ids = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
         return pad_right({"input_ids": ids}, list(range(len(ids))), self._pad_id, "cpu")
 
+    def with_margins(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The same batch for training, with each pair's `margin` (B,)."""
+        return self.collate(rows) | {MARGIN: margin_of(rows)}
+
+
+def margin_of(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The margin of each row (B,), 0 where it has none."""
+    return torch.tensor([row.get(MARGIN, 0.0) for row in rows], dtype=torch.float32)
+
 
 class PreferenceTrainer(StageTrainer):
     """`transformers.Trainer` with the Bradley-Terry loss."""
@@ -135,9 +146,12 @@ class PreferenceTrainer(StageTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of `-log sigmoid(r(chosen) - r(rejected))` over the pairs; without labels Trainer counts no items."""
-        margins_B = margins(model, inputs)
-        loss = -logsigmoid(margins_B).mean()
+        """Mean of `-log sigmoid(r(chosen) - r(rejected) - margin)` over the pairs.
+
+        Without labels Trainer counts no items.
+        """
+        margins_B = margins(model, {name: t for name, t in inputs.items() if name != MARGIN})
+        loss = -logsigmoid(margins_B - inputs[MARGIN]).mean()
         return (loss, {"margins": margins_B}) if return_outputs else loss
 
 
@@ -220,14 +234,15 @@ def preference_trainer(
     max_length: int | None = None,
     prompt_format: Literal["auto", "chat", "plain"] = "auto",
 ) -> tuple[PreferenceTrainer, Pairs]:
-    """A trainer for rows `{"prompt", "chosen", "rejected"}`, and its encoder, which the evaluation also uses.
+    """A trainer for rows `{"prompt", "chosen", "rejected"}`, perhaps with a `margin`, and its encoder for evaluation.
 
     Raises:
         ConfigError: the model cannot be used.
         DataError: rows are too long for the model.
     """
     pairs = Pairs(model, tokenizer, max_length, prompt_format)
-    train = pairs.encode(train_rows)
+    margins_N = margin_of(train_rows).tolist()
+    train = [{**ids, MARGIN: margin} for ids, margin in zip(pairs.encode(train_rows), margins_N, strict=True)]
     if peft_config is not None:
         set_seed(args.seed)  # a fresh adapter is random, and Trainer would seed only after creating it
         peft_config.task_type = "SEQ_CLS"  # type: ignore[assignment]  # this keeps the head trainable
@@ -236,7 +251,7 @@ def preference_trainer(
     trainer = PreferenceTrainer(
         model=model,
         args=args,
-        data_collator=pairs.collate,
+        data_collator=pairs.with_margins,
         train_dataset=train,
         processing_class=tokenizer,  # type: ignore[arg-type]
     )

@@ -9,11 +9,12 @@ from typing import Any
 
 from bondlm.data.columns import TEMPLATE_VARIABLES, TOOLS
 from bondlm.data.files import rows_of_files
-from bondlm.data.rows import Line, with_text
+from bondlm.data.rows import Line, kind_of, with_text
 from bondlm.errors import ConfigError, DataError, listed
 
 Row = dict[str, Any]
 PLACE = "place"  # of a row in its file, for messages
+MARGIN = "margin"  # by which the rewards of a pair should differ, as in TRL's RewardTrainer
 
 
 def read_answers(source: Any, column: str = "completion") -> list[Row]:
@@ -29,11 +30,12 @@ def read_answers(source: Any, column: str = "completion") -> list[Row]:
 def read_preferences(source: Any) -> list[Row]:
     """Rows `{"prompt", "chosen", "rejected"}`: two answers, of which a person preferred the first.
 
-    Rows of `bondlm prefer` in which nothing was preferred (ties, skipped pairs) are left out.
+    A row may have a `margin`, by which its rewards should differ. Rows of `bondlm prefer` in which nothing was
+    preferred (ties, skipped pairs) are left out.
 
     Raises:
-        DataError: the file cannot be read, or has rows without a prompt, with an empty answer, or with two equal
-            answers; or no row has a preference.
+        DataError: the file cannot be read, or has rows without a prompt, with an empty answer, with two equal answers,
+            or with a margin that is not a finite number; or no row has a preference.
     """
     all_rows = _checked(source, _preference_problem)
     rows = [line for line in all_rows if not _is_undecided(line.row)]
@@ -41,7 +43,7 @@ def read_preferences(source: Any) -> list[Row]:
         raise DataError(
             f"{source}: {len(all_rows)} rows, all ties or skipped pairs: give a file with preferred answers"
         )
-    return [_prompt_of(line) | {name: text_of(line.row[name]) for name in ("chosen", "rejected")} for line in rows]
+    return [_pair_of(line) for line in rows]
 
 
 def places_of(rows: Sequence[Mapping[str, Any]]) -> Callable[[int], str]:
@@ -55,6 +57,13 @@ def _prompt_of(line: Line) -> Row:
     columns = {name: row[name] for name in (TOOLS, TEMPLATE_VARIABLES) if row.get(name) is not None}
     columns[PLACE] = line.place
     return {"prompt": row["prompt"] if isinstance(row["prompt"], str) else with_text(row["prompt"])} | columns
+
+
+def _pair_of(line: Line) -> Row:
+    """The prompt, both answers, and the margin if the row has one."""
+    row = line.row
+    margin = {} if row.get(MARGIN) is None else {MARGIN: float(row[MARGIN])}
+    return _prompt_of(line) | {name: text_of(row[name]) for name in ("chosen", "rejected")} | margin
 
 
 def text_of(answer: Any) -> str:
@@ -97,7 +106,17 @@ def _preference_problem(row: Mapping[str, Any]) -> str | None:
             return problem
     if text_of(row["chosen"]).strip() == text_of(row["rejected"]).strip():
         return "`chosen` and `rejected` are equal: nothing was preferred, remove the row"
-    return None
+    return _margin_problem(row.get(MARGIN))
+
+
+def _margin_problem(margin: Any) -> str | None:
+    if margin is None:
+        return None
+    is_number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
+    if is_number and abs(margin) < 1e38:  # about fp32's largest; False for NaN
+        return None
+    shown = f"{margin:g}" if isinstance(margin, float) else kind_of(margin)
+    return f"`margin` must be a finite number, not {shown}"
 
 
 def hold_out(rows: Sequence[Row], every: int = 10) -> tuple[list[Row], list[Row]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bondlm.errors import ConfigError
-from bondlm.stages.reward_model import Pairs, in_batches, load_base
+from bondlm.stages.reward_model import Pairs, in_batches, load_base, margin_of
 
 RATES = (1.0, 0.5)  # of the learning rate, in turn
 DROPOUTS = (0.05, 0.1, 0.0)  # in turn: six members have six different combinations of both
@@ -117,18 +117,19 @@ def _feature_gaps(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], b
 def probe_head(model: Any, pairs: Pairs, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> None:
     """Fit only the head to the pairs, in place: Bradley-Terry on the features of the untouched model.
 
-    The objective is convex: the mean loss over B pairs, plus |w|^2 / (2B) for features with a mean square of 1.
+    The objective is convex: the mean loss over B pairs, plus |w|^2 / (2B) for features with a mean square of 1. The
+    loss has the pairs' margins.
     """
     model.eval()
     gaps_BD = _feature_gaps(model, pairs, rows, batch_size)
     scale = gaps_BD.pow(2).sum(dim=1).mean().sqrt().clamp(min=1e-12)
-    x_BD = gaps_BD / scale
+    x_BD, margin_B = gaps_BD / scale, margin_of(rows).double()
     w_D = torch.zeros(x_BD.shape[1], dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([w_D], max_iter=500, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = softplus(-(x_BD @ w_D)).mean() + w_D.dot(w_D) / (2 * len(x_BD))
+        value = softplus(margin_B - x_BD @ w_D).mean() + w_D.dot(w_D) / (2 * len(x_BD))
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
