@@ -3,11 +3,17 @@
 import argparse
 from pathlib import Path
 
-from bondlm.migration import ARGUMENTS, COMMAND_LINE, SETTINGS, Foreign
+from bondlm.migration import ARGUMENTS, COMMAND_LINE, SETTINGS, STAGES, Foreign
 
 PAGE = Path(__file__).parents[2] / "docs" / "trl.md"
 BEGIN, END = "<!-- names -->\n", "<!-- end of names -->"
-PARTS = (("Settings", SETTINGS), ("Options of scripts", COMMAND_LINE), ("Arguments of the trainer", ARGUMENTS))
+OF_STAGES = {name: foreign for name, foreign in STAGES.items() if SETTINGS.get(name) is not foreign}
+PARTS = (
+    ("Settings", SETTINGS),
+    ("Options of scripts", COMMAND_LINE),
+    ("Options of `sft` and `reward-model`", OF_STAGES),
+    ("Arguments of the trainer", ARGUMENTS),
+)
 
 
 def row(name: str, foreign: Foreign) -> str:

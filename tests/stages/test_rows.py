@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from bondlm.cli import main
@@ -49,6 +51,24 @@ def test_bad_pairs_are_refused_with_their_line(tmp_path: Path, change: dict[str,
     rows[1] |= change
     with pytest.raises(DataError, match=message):
         read_preferences(write(tmp_path / "p.jsonl", rows))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_trls_other_forms_of_rows_are_refused_with_what_to_do(tmp_path: Path, kind: str) -> None:
+    """Once, not in each of the lines."""
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for read, rows, message in (
+        (read_answers, [{"messages": talk}] * 3, "Split `messages`: the last one is the answer, `completion`"),
+        (read_preferences, [{"chosen": talk, "rejected": talk}] * 3, "Split `chosen` and `rejected`: what both begin"),
+    ):
+        path = tmp_path / f"rows.{kind}"
+        if kind == "jsonl":
+            write(path, rows)
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        with pytest.raises(DataError, match=r"no.* `prompt`") as caught:
+            read(str(path))
+        assert str(caught.value).count(message) == 1
 
 
 def test_a_margin_is_read_with_its_pair(tmp_path: Path) -> None:

@@ -97,13 +97,16 @@ def good_rows(lines: Iterable[Line], check: RowCheck, name: str, skipped: list[s
     Raises:
         DataError: bad rows (the first 10 are named), or no good one.
     """
-    good, problems, count = [], [], 0
+    good, problems, count, hint = [], [], 0, ""
     for i, line in enumerate(lines):
         count += 1
         if (reason := check.problem(line)) is None:
             good.append(i)
         else:
             problems.append(f"{line.place}: {reason}")
+            hint = hint or _other_form(line.row)
+    if hint and skipped is None:
+        raise DataError(f"{listed(problems, 'bad rows')}\n{hint}")
     raise_or_note(problems, skipped)
     if not good:
         why = f"none of its {count} rows can be used:\n{listed(problems, 'rows')}" if count else "it has no rows"
@@ -127,16 +130,26 @@ def check_columns(columns: Iterable[str], name: str, *, typed: bool = True) -> N
     """
     names = list(columns)
     if typed and names and "prompt" not in names:
-        todo = "Rename the column with the prompts"
+        todo = _other_form(names) or "Rename the column with the prompts."
         if any(";" in column or "\t" in column for column in names):
-            todo = "Separate the values by commas, in a .tsv file by tabs"
-        raise DataError(f"{name}: no column `prompt`, it has {', '.join(names)}. {todo}.")
+            todo = "Separate the values by commas, in a .tsv file by tabs."
+        raise DataError(f"{name}: no column `prompt`, it has {', '.join(names)}. {todo}")
     reserved = [column for column in names if column in RESERVED]
     if reserved:
         raise DataError(
             f"{name}: reserved column name: {', '.join(reserved)}. bondlm has a column, or an argument of reward "
             "functions, of that name. Rename the column."
         )
+
+
+def _other_form(columns: Any) -> str:
+    """What to do where the prompt is inside another column, as in TRL's other forms of data; these are its names."""
+    names = columns if isinstance(columns, list | Mapping) else ()
+    if "prompt" not in names and "messages" in names:
+        return "Split `messages`: the last one is the answer, `completion`, and those before it are the `prompt`."
+    if "prompt" not in names and "chosen" in names:
+        return "Split `chosen` and `rejected`: what both begin with is the `prompt`, and the rest of each its answer."
+    return ""
 
 
 def warn_of_media(columns: Iterable[str], name: str) -> None:

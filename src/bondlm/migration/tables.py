@@ -192,12 +192,54 @@ COMMAND_LINE: dict[str, Foreign] = {
     "use_dora": Foreign(_PEFT, (False,)),
 }
 
-# On the command line of `sft` and `reward-model`.
+_FILES = "train_dataset and eval_dataset each name their own files"
+_LENGTHS = (
+    "sft has max_prompt_length and max_completion_length, reward-model max_length; a longer row is refused, not cut"
+)
+_TOKENIZERS = "the tokenizer's own is used: set it there, and save the tokenizer"
+_UNPACKED = "each row is learned from by itself, and rows are not packed; remove it"
+_FP32 = "weights are trained in fp32; bf16: true or fp16: true computes in less"
+_ONLY_ANSWERS = "sft learns from the answer's tokens alone; remove it"
+_NOT_QUANTISED = "weights are not quantised; remove it"
+# On the command line of `sft` and `reward-model`: SFTConfig, RewardConfig, and what their scripts parse.
 STAGES: dict[str, Foreign] = {
-    UNSAFE_NAME: Foreign(UNSAFE_CODE, (False,)),
+    UNSAFE_NAME: SETTINGS[UNSAFE_NAME],
     **_OF_TRANSFORMERS,
-    "group_by_length": Foreign("sft has train_sampling_strategy: group_by_length", (False,)),
-    **{name: COMMAND_LINE[name] for name in ("model_name_or_path", "dataset_name")},
+    **{name: COMMAND_LINE[name] for name in ("model_name_or_path", "dataset_name", "test_split_size")},
+    "completion_only_loss": Foreign(_ONLY_ANSWERS, (True,)),
+    "assistant_only_loss": Foreign(_ONLY_ANSWERS, (False,)),
+    "loss_type": Foreign("sft has the cross-entropy, reward-model Bradley-Terry; remove it", ("nll",)),
+    "center_rewards_coefficient": Foreign("the loss is Bradley-Terry's alone; remove it", (0.0,)),
+    "router_aux_loss_coef": _OF_GRPO["router_aux_loss_coef"],
+    **dict.fromkeys(("packing", "eval_packing", "padding_free"), Foreign(_UNPACKED, (False,))),
+    "packing_strategy": Foreign(_UNPACKED, ("bfd",)),
+    "pad_to_multiple_of": Foreign("rows are padded to the longest of their batch; remove it", ("auto", 1)),
+    **dict.fromkeys(("max_length", "max_seq_length"), Foreign(_LENGTHS)),
+    "truncation_mode": Foreign(_LENGTHS, ("keep_start",)),
+    "dataset_text_field": Foreign("rows have a prompt and an answer; completion_column names the answer's column"),
+    "dataset_kwargs": Foreign("rows are read as they are; remove it", ({}, "{}")),
+    "dataset_num_proc": Foreign("one process reads the rows; remove it", (1,)),
+    "shuffle_dataset": Foreign("use train_sampling_strategy: random, the default, or sequential", (True, False)),
+    "group_by_length": Foreign(
+        "sft has train_sampling_strategy: group_by_length; reward-model does not sort by length", (False,)
+    ),
+    **dict.fromkeys(("eos_token", "pad_token"), Foreign(_TOKENIZERS)),
+    "chat_template_path": Foreign("the tokenizer's chat_template is used: set it there, and save the tokenizer"),
+    "disable_dropout": Foreign("dropout is as in the model's config: set it there", (False,)),
+    "activation_offloading": Foreign("use gradient_checkpointing", (False,)),
+    "model_init_kwargs": Foreign("the model is loaded as its folder says; remove it", ({}, "{}")),
+    **dict.fromkeys(("dtype", "torch_dtype"), Foreign(_FP32, ("float32",))),
+    "model_revision": Foreign("download it, and give the folder as model", ("main",)),
+    "attn_implementation": Foreign("transformers chooses it for the model; remove it"),
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit", "use_bnb_nested_quant"), Foreign(_NOT_QUANTISED, (False,))),
+    "bnb_4bit_quant_type": Foreign(_NOT_QUANTISED, ("nf4",)),
+    "bnb_4bit_quant_storage": Foreign(_NOT_QUANTISED),
+    **{name: COMMAND_LINE[name] for name in ("lora_target_parameters", "lora_modules_to_save")},
+    **{name: COMMAND_LINE[name] for name in ("use_rslora", "use_dora", "ignore_bias_buffers")},
+    "lora_task_type": Foreign(_PEFT, ("CAUSAL_LM", "SEQ_CLS")),
+    **dict.fromkeys(("dataset_config", "dataset_test_split", "datasets"), Foreign(_FILES)),
+    "dataset_train_split": Foreign(_FILES, ("train",)),
+    **dict.fromkeys(("dataset_streaming", "streaming"), Foreign("all rows are read before training", (False,))),
 }
 
 # Arguments of a trainer's constructor.
