@@ -150,6 +150,8 @@ WORDS: list[tuple[str, Any, str]] = [
     ("repetition_penalty", 1.1, "distribution"),
     ("generation_kwargs", {"top_k": 5}, "distribution"),
     ("num_iterations", 2, "one step per rollout"),
+    ("steps_per_generation", 8, "remove it if it is at most gradient_accumulation_steps"),
+    ("generation_batch_size", 64, "remove it"),
     ("epsilon", 0.3, "one step per rollout"),
     ("delta", 2.0, "one step per rollout"),
     ("loss_type", "grpo", "dapo"),

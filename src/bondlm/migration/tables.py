@@ -39,9 +39,13 @@ _SPLIT = "train_dataset and eval_dataset each name their own data, as NAME:CONFI
 
 _OF_GRPO = {
     "num_iterations": Foreign(f"{_ONE_STEP}; remove it", (1,)),
-    "steps_per_generation": Foreign(f"{_ONE_STEP}: raise per_device_train_batch_size instead", (1,)),
+    "steps_per_generation": Foreign(
+        f"remove it if it is at most gradient_accumulation_steps, one step per rollout; a larger one {_ONE_STEP}",
+        (1,),
+    ),
     "generation_batch_size": Foreign(
-        "a rollout is one optimizer step: per_device_train_batch_size * gradient_accumulation_steps prompts per process"
+        "a rollout is one optimizer step, of per_device_train_batch_size * gradient_accumulation_steps prompts per "
+        "process; remove it"
     ),
     "epsilon": Foreign(f"{_ONE_STEP}: nothing is clipped, remove it", (0.2,)),
     "epsilon_high": Foreign(f"{_ONE_STEP}: nothing is clipped, remove it", (0.2,)),
