@@ -1,6 +1,8 @@
 """Turn users' reward specs (a string, a function, a model, or a list of these) into named rewards."""
 
 import difflib
+import importlib.util
+import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -259,8 +261,28 @@ def _load_model_reward(
         raise ConfigError(f"reward {path!r} is a file: name the function in it, '{path}:function'.")
     reward_class, known = _KINDS[kind]
     options = dict(_option(kind, part, known) for part in query.split("&") if part)
-    reward = reward_class.from_pretrained(path, device=device, dtype=dtype, tokenizer=tokenizer, **options)
+    hint = _function_hint(path) if kind == "classifier" else ""
+    try:
+        reward = reward_class.from_pretrained(path, device=device, dtype=dtype, tokenizer=tokenizer, **options)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{hint}") from error
     return _last_part(path), reward
+
+
+def _function_hint(path: str) -> str:
+    """For a name that may be meant as a function, as TRL's scripts write `my_lib.rewards.f`: how it is written here.
+
+    Raises:
+        ConfigError: it is one of a package that Python finds; the hub need not be asked.
+    """
+    if not all(part.isidentifier() for part in path.split(".")) or Path(path).exists():
+        return ""
+    module, _, function = path.rpartition(".")
+    hint = f" A function is written '{module or 'module'}:{function}'."
+    package = path.partition(".")[0]
+    if module and (package in sys.modules or importlib.util.find_spec(package) is not None):
+        raise ConfigError(f"reward {path!r} is not a model.{hint}")
+    return hint
 
 
 def _option(kind: str, text: str, known: dict[str, Callable[[str], Any]]) -> tuple[str, Any]:
