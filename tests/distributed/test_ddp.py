@@ -110,15 +110,16 @@ def test_an_evaluation_asks_the_rewards_once_about_each_answer(sharded: bool, he
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_save"])
+@pytest.mark.parametrize("event", ["on_epoch_begin", "on_step_begin", "on_step_end", "on_log", "on_save"])
 def test_a_callback_of_one_process_stops_all_and_what_was_learned_is_saved(event: str, tmp_path: Path) -> None:
     """A limit of time, or a file, that only one process sees."""
     every = 4 if event == "on_step_end" else 2
     job: dict[str, Any] = {"max_steps": 5, "logging_steps": every, "save_strategy": "steps", "save_steps": every}
-    job |= {"kind": "causal", "stop_rank": 1, "stop": (2, event), "per_device_train_batch_size": 2}
+    job |= {"kind": "causal", "rows": 8, "stop_rank": 1, "stop": (2, event), "per_device_train_batch_size": 2}
     check(run_tiny(tmp_path / "out", 2, timeout=60, **job))
-    assert [row["step"] for row in outcome(tmp_path / "out") if "loss" in row] == [2]
-    assert fault(tmp_path / "out" / "checkpoint-2") is None
+    steps = [2, 3] if event == "on_step_begin" else [2]  # a step that has begun is finished
+    assert [row["step"] for row in outcome(tmp_path / "out") if "loss" in row] == steps
+    assert fault(tmp_path / "out" / f"checkpoint-{steps[-1]}") is None
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.manifest import MANIFEST_FILE, fault, newest_checkpoint, seal, verify
+from bondlm.runs.manifest import MANIFEST_FILE, fault, newest_checkpoint, seal, seal_changed, verify
 
 
 def checkpoint(folder: Path, step: int = 4) -> Path:
@@ -114,3 +115,18 @@ def test_never_afresh_by_accident(tmp_path: Path) -> None:
         (checkpoint(tmp_path, step) / MANIFEST_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"checkpoint-2.*checkpoint-1"):
         newest_checkpoint(tmp_path)
+
+
+def test_only_what_was_added_or_rewritten_is_sealed_again(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path)
+    before = (path / MANIFEST_FILE).stat().st_mtime_ns
+    seal_changed(path)
+    assert (path / MANIFEST_FILE).stat().st_mtime_ns == before
+    shutil.copy2(__file__, path / "copied.py")  # with its old time
+    assert "copied.py is not in the manifest" in str(fault(path))
+    (path / "anchor.safetensors").write_bytes(b"other")
+    seal_changed(path)
+    assert fault(path) is None
+    (path / "global" / "shard.pt").unlink()
+    seal_changed(path)
+    assert "shard.pt is missing" in str(fault(path))

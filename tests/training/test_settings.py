@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from tiny import prompt_rows
-from trainer.helpers import config, lora, same, trainer
+from trainer.helpers import config, lora, low_ids, same, trainer
 
 from bondlm import BONDTrainer
 from bondlm.config import changed_settings
@@ -93,6 +93,8 @@ def test_settings_set_as_attributes_count(tmp_path: Path) -> None:
     args = config(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     args.learning_rate = 0.5
     assert own_copy(args).given["learning_rate"] == 0.5
+    args.objective, args.eta = "self_bond", 0.02
+    assert (own_copy(args).anchor, own_copy(args).average_weights) == ("fixed", pytest.approx(1 / 3))
     made = run(tmp_path)
     made.args.copied_from.max_steps = 1
     with pytest.raises(ConfigError, match=r"max_steps=1 was set after.*trainer.args.max_steps"):
@@ -101,6 +103,29 @@ def test_settings_set_as_attributes_count(tmp_path: Path) -> None:
     made.args.max_steps = 1
     made.train()
     assert made.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("missing_eos", "dropp", "missing_eos='dropp': choose one of"),
+        ("eta", 7.0, "eta=7.0: must lie in"),
+        ("beta_rl", 0.1, "beta_rl=0.1: objective='jbond' does not use it"),
+        ("load_best_model_at_end", True, "needs metric_for_best_model"),
+        ("temperature", 0.5, "temperature=0.5: completions are drawn from the model's own distribution"),
+        ("lerning_rate", 1.0, "unknown setting 'lerning_rate' .did you mean 'learning_rate'"),
+    ],
+)
+def test_settings_set_as_attributes_are_checked_as_if_they_were_given(
+    tmp_path: Path, name: str, value: Any, said: str
+) -> None:
+    args = config(tmp_path)
+    args.note = "a user's own"
+    setattr(args, name, value)
+    with pytest.raises(ConfigError, match=said):
+        BONDTrainer(model="unread", args=args, train_dataset=prompt_rows(4), reward_funcs=low_ids)
+    delattr(args, name) if name not in args.settled else setattr(args, name, args.settled[name])
+    assert own_copy(args).given == args.given
 
 
 def test_what_may_change_does_and_a_change_that_is_allowed_is_on_file(tmp_path: Path) -> None:

@@ -125,6 +125,47 @@ def test_a_run_that_a_callback_ends_is_logged_and_saved(settings, saved, tmp_pat
     assert sorted(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*")) == saved
 
 
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end"])
+def test_a_wish_to_stop_inside_a_step_waits_for_its_end(event, tmp_path):
+    """Trainer leaves inside it, and the step that was not taken was counted twice after the resume."""
+    how = {"gradient_accumulation_steps": 2, "objective": "self_bond", "n": 2, "num_samples": 4, "logging_steps": 1}
+    how |= {"adaptive_strength": True, "save_strategy": "steps", "save_steps": 100, "max_steps": 4, "eta": 0.02}
+
+    def stop(args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == 2
+
+    callback = TrainerCallback()
+    setattr(callback, event, stop)
+    made = trainer(tmp_path / "stopped", callbacks=[callback], **how)
+    made.train()
+    assert made.state.global_step == 3
+    assert (tmp_path / "stopped" / "checkpoint-3").is_dir()
+    resumed = trainer(tmp_path / "stopped", **how)
+    resumed.train(resume_from_checkpoint=True)
+    whole = trainer(tmp_path / "whole", **how)
+    whole.train()
+    assert same(weights(resumed.roles.core), weights(whole.roles.core))
+    assert (resumed.signal_factor.state(), resumed.drops.state()) == (whole.signal_factor.state(), whole.drops.state())
+
+
+def test_a_checkpoint_holds_what_a_callback_has_written_into_it(tmp_path):
+    """The manifest was written before callbacks that are added later had their turn."""
+
+    class Writes(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            folder = tmp_path / f"checkpoint-{state.global_step}"
+            (folder / "state_of_mine.json").write_text("{}")
+            (folder / "generation_config.json").write_text('{"do_sample": true}')
+
+    how = {"save_strategy": "steps", "save_steps": 1}
+    made = trainer(tmp_path, **how)
+    made.add_callback(Writes())
+    made.train()
+    longer = trainer(tmp_path, max_steps=3, **how)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 3
+
+
 @pytest.mark.parametrize("strategy", [{"eval_strategy": "steps", "eval_steps": 1}, {"eval_strategy": "epoch"}])
 def test_a_signal_does_not_wait_for_an_evaluation(strategy, tmp_path):
     class Signals(TrainerCallback):

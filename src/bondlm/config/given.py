@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bondlm.errors import ConfigError
+from bondlm.migration import SETTINGS, own_names
+from bondlm.migration.names import nearest
 
 # What transformers makes of a default ("none" becomes [], None an object), last seen. `dataclasses.replace` passes it
 # to the new object, and nobody gave it.
@@ -21,15 +23,19 @@ def given_settings(config: Any, defaults: Mapping[str, Any], names: Iterable[str
 def note_settled(config: Any, names: Iterable[str], derived: Iterable[str]) -> None:
     """Remember what became of the settings; `derived` ones have defaults that depend on other settings."""
     config.settled = {name: getattr(config, name) for name in names}
+    config.made = frozenset(vars(config))
     _settled_defaults.update({n: v for n, v in config.settled.items() if n not in config.given and n not in derived})
 
 
 def own_copy(config: Any) -> Any:
-    """A copy for a trainer, which fills in defaults; what was set by attribute so far is given, too.
+    """A copy for a trainer, which fills in defaults; what was set by attribute so far is checked as if it was given.
 
     Raises:
-        ConfigError: it is no `BONDConfig`.
+        ConfigError: it is no `BONDConfig`; a value that was set is one that the constructor refuses, or its name is
+            TRL's or nearly a setting's.
     """
+    from bondlm.config.bond_config import BONDConfig  # it imports this module
+
     if not hasattr(config, "settled"):
         raise ConfigError(
             f"args is a {type(config).__name__}, and BONDTrainer takes a BONDConfig: it has the settings of "
@@ -37,6 +43,10 @@ def own_copy(config: Any) -> Any:
         )
     mine = copy.copy(config)
     mine.given = config.given | _set_since(config, config.settled)
+    if mine.given != config.given:
+        vars(mine).update({n: v for n, v in vars(BONDConfig(**mine.given)).items() if n in config.settled})
+    names = [name for name in vars(config).keys() - config.made if name in SETTINGS or nearest(name, config.settled)]
+    own_names({name: getattr(config, name) for name in sorted(names)}, config.settled)
     mine.settled, mine.copied_from = {name: getattr(config, name) for name in config.settled}, config
     return mine
 

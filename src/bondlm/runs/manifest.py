@@ -39,6 +39,16 @@ def seal(folder: Path) -> None:
     _sync_folder(folder.parent)
 
 
+def seal_changed(folder: Path) -> None:
+    """Write the manifest anew if anything was added or rewritten since, such as by a user's callback."""
+    manifest = folder / MANIFEST_FILE
+    sealed_at, known = manifest.stat().st_mtime_ns, json.loads(manifest.read_text(encoding="utf-8"))["files"].keys()
+    now = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    changed = {name for name, time in now.items() if name not in known or time > sealed_at} - {MANIFEST_FILE}
+    if changed and known <= now.keys():  # a file that was removed stays a fault
+        seal(folder)
+
+
 def fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted; None if every byte is unchanged since it was sealed."""
     if folder.is_symlink() or (folder / MANIFEST_FILE).is_symlink():
@@ -57,7 +67,7 @@ def fault(folder: Path) -> str | None:
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
     extra = sorted(there - set(files) - {MANIFEST_FILE})
     if extra:
-        return f"{extra[0]} is not in the manifest"
+        return f"{extra[0]} is not in the manifest (another program's file can be removed)"
     return next((reason for name, entry in files.items() if (reason := _file_fault(folder, name, entry))), None)
 
 

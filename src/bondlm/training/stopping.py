@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from bondlm.engines.together import together
 from bondlm.errors import ConfigError, EngineError, ResourceError, RewardError
+from bondlm.runs.checkpoint import writing_to
 from bondlm.runs.ending import ENDING_FILE, Ending, best_step, read_ending, write_ending
-from bondlm.runs.manifest import fault
+from bondlm.runs.manifest import fault, seal_changed
 from bondlm.training.processes import World, decided_by_main
 
 _log = logging.getLogger(__name__)
@@ -20,6 +22,7 @@ _log = logging.getLogger(__name__)
 # Faults of a reward, a server or a disk, or lack of memory: the weights are those of the last step, and worth a
 # checkpoint.
 PAUSING = (RewardError, EngineError, ResourceError, ConfigError)
+_STOPS = ("should_training_stop", "should_epoch_stop")
 
 
 class StopCallback(TrainerCallback):
@@ -43,7 +46,7 @@ class StopCallback(TrainerCallback):
     @contextmanager
     def training(self, trainer: Any) -> Iterator[None]:
         """Mark a run of `train`: after it, errors are no longer kept for later."""
-        last = _WishesOfAll(self)
+        last = _LastCallback(self)
         trainer.add_callback(last)
         logger = logging.getLogger("transformers.trainer")
         logger.addFilter(self._is_true)
@@ -216,17 +219,42 @@ class StopCallback(TrainerCallback):
                 _log.warning("the run stops: %s", self._reason)
 
 
-class _WishesOfAll(TrainerCallback):
-    """Behind the user's callbacks: what one of them asks for on one process is done by all."""
+class _LastCallback(TrainerCallback):
+    """Behind the user's callbacks: what one of them asks for on one process is done by all, after a whole step."""
 
     def __init__(self, stop: StopCallback) -> None:
         self._stop = stop
+        self._held: set[str] = set()  # wishes made inside a step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Share what was asked for."""
         _ask_everywhere(args, control)
 
-    on_epoch_end = on_save = on_step_end
+    on_epoch_begin = on_epoch_end = on_train_begin
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hold a wish to stop: Trainer would leave inside the step, whose samples are already counted."""
+        for wish in _STOPS:
+            if getattr(control, wish) and not self._stop.is_paused:
+                self._held.add(wish)
+                setattr(control, wish, False)
+
+    on_substep_end = on_step_begin
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Share what was asked for, in this step or at its end."""
+        for wish in self._held:
+            setattr(control, wish, True)
+        self._held = set()
+        _ask_everywhere(args, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Share it; a checkpoint holds what the callbacks have written into it."""
+        world, folder = World.of(args), Path(args.output_dir)
+        with together(world), writing_to(folder):
+            if args.should_save:
+                seal_changed(folder / f"checkpoint-{state.global_step}")
+        _ask_everywhere(args, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Share it, with a row that all processes log."""
@@ -244,7 +272,7 @@ def _ask_everywhere(args: Any, control: Any) -> None:
 
     Every process must call this.
     """
-    flags = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+    flags = (*_STOPS, "should_save", "should_evaluate", "should_log")
     asked = World.of(args).max(torch.tensor([float(getattr(control, flag)) for flag in flags]))
     for flag, is_set in zip(flags, asked.tolist(), strict=True):
         setattr(control, flag, bool(is_set))
