@@ -167,6 +167,21 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         assert 0.92 <= count / repetitions <= 0.98, (name, count / repetitions)
 
 
+def test_a_policy_that_never_falls_short_has_no_sharp_n_by_any_measure():
+    rng = np.random.default_rng(2)
+    refs = (rng.random((150, 32)) < 0.8).astype(float)
+    mine = np.ones((150, 8))
+    found = compare_samples(mine, refs, np.ones_like(mine), np.ones_like(mine)).matched
+    assert found["win_rate"] == effective_n(mine, refs)
+    for name, n in found.items():
+        assert (n.value, n.high) == (math.inf, math.inf), name
+        assert 1 < n.low < 4, name
+    mine[0, 0] = 0.0  # one failure: a point, and a resample without it has no upper bound
+    for name, n in compare_samples(mine, refs, np.ones_like(mine), np.ones_like(mine)).matched.items():
+        assert 3 < n.value < 6, name
+        assert (1 < n.low < n.value, n.high) == (True, math.inf), name
+
+
 def test_the_histogram_of_the_reference_is_flat_with_and_without_ties():
     rng = np.random.default_rng(0)
     for values in (rng.normal(size=(4000, 20)), rng.integers(0, 3, (4000, 20)).astype(float)):

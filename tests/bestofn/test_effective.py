@@ -94,7 +94,8 @@ def test_continuous_rewards_give_the_odds():
         ([[2.5, 9.0, 2.5, 2.5, 2.5]], [[0.0, 1.0, 2.0, 3.0]], 4.0),  # odds 16 : 4, just M
         ([[0.0]], [[0.0, 0.0, 0.0]], 1.0),  # all tied
         ([[0.1]], [[0.0, 0.0, 0.0]], math.inf),  # above a flat curve
-        ([[1.0]], [[0.0, 1.0, 1.0, 1.0]], 2.0),  # the curve is flat from N = 2 on: the smallest N
+        ([[1.0]], [[0.0, 1.0, 1.0, 1.0]], math.inf),  # the curve is flat from N = 2 on: any N above has this win rate
+        ([[1.0]], [[0.0, 0.0, 0.0, 1.0]], math.inf),  # as good as the best of M, where the curve is not flat yet
         ([[1.5]], [[0.0, 1.0, 1.0, 1.0]], math.inf),  # above its end
         ([[1.0, 1.0, 2.0]], [[0.0, 2.0]], 1.4),  # odds 7 : 5, M = 2
         ([[1.0, 3.0, 3.0, 3.0, 1.0, 1.0]], [[0.0, 2.0]], math.inf),  # odds 3, M = 2
@@ -108,14 +109,44 @@ def test_exact_small_cases(rewards, refs, value):
 
 
 @pytest.mark.parametrize("num_ref", range(4, 40))
-def test_a_saturated_curve_is_reached_at_its_end_and_never_passed(num_ref):
+def test_a_policy_at_the_end_of_a_saturated_curve_has_no_upper_bound(num_ref):
     # Pass rates 1/2 and 1/3 or so: the curve is flat at its end but for rounding, which must not decide.
     refs = np.stack([np.arange(num_ref) % 2, np.arange(num_ref) % 3 == 0]).astype(float)
-    best = effective_n(np.ones((2, 3)), refs, num_bootstrap=2).value
     curve = best_of_n_win_rates(refs).mean(0)
-    assert best == pytest.approx(1 + np.argmax(curve >= curve[-1] - 1e-13), rel=1e-6)
-    if best < num_ref - 1:
-        assert effective_n(np.array([[1.0] * 3, [1.0, 1.0, 2.0]]), refs, num_bootstrap=2).value == math.inf
+    flat_from = 1 + np.argmax(curve >= curve[-1] - 1e-13)
+    for mine in ([[1.0] * 3] * 2, [[1.0] * 3, [1.0, 1.0, 2.0]]):
+        assert effective_n(np.array(mine), refs)[0:3:2] == (math.inf, math.inf)
+    once_short = np.ones((2, 300))
+    once_short[0, 7] = 0.0
+    assert 1 < effective_n(once_short, refs).value <= flat_from
+
+
+@pytest.mark.parametrize(
+    ("num_ref", "m", "rate", "n"),
+    [(16, 4, 0.7, 8), (16, 4, 0.8, 4), (16, 4, 0.9, 4), (16, 4, 0.9, 8), (32, 8, 0.8, 8), (32, 8, 0.7, 8)],
+)
+def test_a_policy_that_hardly_ever_fails_has_an_interval_that_holds_its_n(num_ref, m, rate, n):
+    rng = np.random.default_rng(0)
+    found = [
+        effective_n(
+            (rng.random((150, m)) < 1 - (1 - rate) ** n).astype(float),
+            (rng.random((150, num_ref)) < rate).astype(float),
+            num_bootstrap=400,
+        )
+        for _ in range(40)
+    ]
+    assert sum(e.low <= n <= e.high for e in found) >= 37
+    assert all(1 < e.low < num_ref / 2 for e in found), "what no failure shows is a bound from below, and a modest one"
+
+
+def test_a_few_prompts_that_are_always_won_bound_n_from_below_only():
+    refs = np.random.default_rng(0).normal(size=(3, 16))
+    assert effective_n(refs + 99.0, refs) == (math.inf, 1.0, math.inf, 16)  # 3 of 3: a win rate of 0.29 or more
+    always = effective_n(np.full((60, 2), 99.0), np.random.default_rng(1).normal(size=(60, 64)))
+    lowest = 0.025 ** (1 / 60)
+    assert always == pytest.approx((math.inf, lowest / (1 - lowest), math.inf, 64))
+    assert effective_n(refs - 99.0, refs).high == pytest.approx((1 - 0.025 ** (1 / 3)) / 0.025 ** (1 / 3))
+    assert effective_n(np.zeros((9, 2)), np.zeros((9, 4))) == (1.0, 1.0, math.inf, 4)  # all tied: nothing is known
 
 
 def test_rounding_at_the_flat_end_of_a_curve_does_not_decide():

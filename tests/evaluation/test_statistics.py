@@ -119,6 +119,21 @@ def test_sharpening_verbosity_truncation_few_prompts_and_disagreement_are_said()
     assert warned(narrow, reference, {}, "depends on how it is measured") != []
 
 
+def test_a_policy_that_never_falls_short_is_said_and_has_no_ratio():
+    _, reference, _ = case(num_prompts=150)
+    passed = (reference.rewards_PM > -0.8).double()
+    policy, reference = scored(np.ones((150, 4)), log_ratio=1.0), scored(passed, log_ratio=-0.5)
+    result = summarize(policy, reference, {})
+    assert result["effective_n"]["text"].startswith("> 16 [")
+    assert 1 < result["effective_n"]["low"] < 4
+    assert result["kl_ratio"] is None
+    (warning,) = result["warnings"]
+    assert "bounded from below only" in warning
+    failed = np.ones((150, 4))
+    failed[0, 0] = 0.0
+    assert summarize(scored(failed, log_ratio=1.0), reference, {})["warnings"] == []
+
+
 def test_one_prompt_has_numbers_without_intervals():
     result = plain(summarize(*case(num_prompts=1)))
     assert result["win_rate"]["low"] is None

@@ -50,6 +50,16 @@ def bootstrap_mean(values: object, *, confidence: float = 0.95, num_bootstrap: i
     return Estimate(value, *percentile_interval(means_R, confidence))
 
 
+def share_ends(share: float, num_prompts: int, confidence: float) -> tuple[float, float]:
+    """Return the interval of a mean in [0, 1] to which all prompts contribute alike.
+
+    Resampling would give it no width. After P prompts without an exception, up to `1 - (alpha/2)^(1/P)` of all prompts
+    may be exceptions (Clopper and Pearson), which have 0 or 1.
+    """
+    alike = ((1.0 - confidence) / 2.0) ** (1.0 / num_prompts)
+    return share * alike, min(1.0, share * alike + (1.0 - alike))
+
+
 def resample_means(values_PJ: torch.Tensor, num_bootstrap: int, seed: int) -> torch.Tensor:
     """Return the (R, J) column means of `num_bootstrap` resamples of the rows.
 

@@ -19,7 +19,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +27,16 @@ from bondlm.bestofn._arrays import check_finite, check_same_shape, to_float64
 from bondlm.bestofn.bootstrap import Estimate, check_settings, percentile_interval, resample_means
 from bondlm.bestofn.distribution import log_collisions
 from bondlm.bestofn.divergences import kl_k3
-from bondlm.bestofn.effective import EffectiveN, _solve, best_of_n_win_rates, win_rates
+from bondlm.bestofn.effective import (
+    EffectiveN,
+    _solve,
+    best_of_n_win_rates,
+    never_falls_short,
+    open_ended,
+    shortfalls,
+    widened,
+    win_rates,
+)
 from bondlm.bestofn.matching import (
     best_of_n_log_quantiles,
     best_of_n_opponents,
@@ -136,8 +144,10 @@ def compare_samples(
     num_ref = refs.shape[-1]
     orders = against_orders(num_ref) if orders is None else list(orders)
     columns = _columns(mine, refs, ratio, tokens, orders) | _kl_columns(mine, refs, ratio, ref_ratio, orders)
-    means = _Means(columns, confidence, num_bootstrap, seed)
-    matched = _matched(means, num_ref)
+    # Resampled apart, as one more column could change the last bits of the others.
+    lacking = {"lacking": shortfalls(columns["win_rate"][:, 0], refs)[:, None]}
+    means = _Means([columns, lacking], confidence, num_bootstrap, seed)
+    matched = _matched(means, num_ref, is_best=never_falls_short(mine, refs))
     kls = best_of_n_kls(refs, [*range(1, num_ref + 1), min(matched["win_rate"].value, num_ref)])
     return Comparison(
         **{name: means.estimate(name) for name in _SIMPLE},
@@ -206,19 +216,24 @@ def _forward_kl(refs: Tensor, ref_ratio: Tensor, n: int) -> Tensor:
 class _Means:
     """Means over prompts of named columns, and the same means in every resample."""
 
-    def __init__(self, columns: Mapping[str, Tensor], confidence: float, num_bootstrap: int, seed: int) -> None:
-        self._confidence = confidence
-        ends, self._slices = 0, {}
-        for name, values_PJ in columns.items():
-            self._slices[name] = slice(ends, ends + values_PJ.shape[1])
-            ends += values_PJ.shape[1]
-        table_PJ = torch.cat(list(columns.values()), dim=1)
-        self._mean_1C = table_PJ.mean(0, keepdim=True)
-        self._draws_RJ = resample_means(table_PJ, num_bootstrap, seed) if len(table_PJ) > 1 else None
+    def __init__(
+        self, groups: Sequence[Mapping[str, Tensor]], confidence: float, num_bootstrap: int, seed: int
+    ) -> None:
+        self.confidence = confidence
+        self.prompts: dict[str, Tensor] = {}  # (P, J) by name
+        self._means: dict[str, Tensor] = {}  # (1, J)
+        self._draws: dict[str, Tensor] = {}  # (R, J); none with a single prompt
+        for columns in groups:
+            table_PJ, sizes = torch.cat(list(columns.values()), dim=1), [len(v[0]) for v in columns.values()]
+            self.prompts |= columns
+            self._means |= zip(columns, table_PJ.mean(0, keepdim=True).split(sizes, 1), strict=True)
+            if len(table_PJ) > 1:
+                draws_RJ = resample_means(table_PJ, num_bootstrap, seed)
+                self._draws |= zip(columns, draws_RJ.split(sizes, 1), strict=True)
 
     def mean(self, name: str) -> list[float]:
         """Return the means of the columns of that name."""
-        means: list[float] = self._mean_1C[0, self._slices[name]].tolist()
+        means: list[float] = self._means[name][0].tolist()
         return means
 
     def estimate(self, name: str, column: int = 0) -> Estimate:
@@ -227,27 +242,33 @@ class _Means:
 
     def estimate_of(self, function: Callable[[Callable[[str], Tensor]], Tensor]) -> Estimate:
         """Return a function of the means with its interval; it gets `rows(name)` (R, J) and returns (R,)."""
-        value = float(function(partial(self._rows, self._mean_1C)))
+        value = float(function(self._means.__getitem__))
         if math.isnan(value):
             return Estimate(value, value, value)
-        if self._draws_RJ is None:
+        if not self._draws:
             return Estimate(value, -math.inf, math.inf)
-        draws_R = function(partial(self._rows, self._draws_RJ))
-        return Estimate(value, *percentile_interval(draws_R, self._confidence))
-
-    def _rows(self, table_RJ: Tensor, name: str) -> Tensor:
-        return table_RJ[:, self._slices[name]]
+        return Estimate(value, *percentile_interval(function(self._draws.__getitem__), self.confidence))
 
 
-def _matched(means: _Means, num_ref: int) -> dict[str, EffectiveN]:
-    """Return the effective N by each measure; a log-quantile cannot be matched beyond M−1."""
+def _matched(means: _Means, num_ref: int, *, is_best: bool) -> dict[str, EffectiveN]:
+    """Return the effective N by each measure; a log-quantile cannot be matched beyond M−1.
+
+    If no sample of the policy is below the best of its prompt (`is_best`), each has the lower end of the win rate's.
+    """
+    worth = means.estimate_of(
+        lambda rows: open_ended(_solve(torch.cat([rows("win_rate"), rows("curve_win_rate")], 1)), rows("lacking")[:, 0])
+    )
+    curve_1N = means.prompts["curve_win_rate"].mean(0, keepdim=True)
+    worth = widened(worth, means.prompts["win_rate"][:, 0], curve_1N, is_best, means.confidence)
     found = {
-        "win_rate": means.estimate_of(lambda rows: _solve(torch.cat([rows("win_rate"), rows("curve_win_rate")], 1))),
+        "win_rate": worth,
         "log_quantile": means.estimate_of(
             lambda rows: solve_log_quantile(rows("cut_log_quantile"), rows("curve_log_quantile"))
         ),
         "reward": means.estimate_of(lambda rows: solve_reward(rows("reward")[:, 0], rows("curve_reward"))),
     }
+    if is_best:
+        found = {name: Estimate(n.value, min(n.low, worth.low), math.inf) for name, n in found.items()}
     max_n = {"win_rate": num_ref, "log_quantile": num_ref - 1, "reward": num_ref}
     return {name: EffectiveN(n.value, max(1.0, n.low), n.high, max_n[name]) for name, n in found.items()}
 

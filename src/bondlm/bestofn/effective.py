@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bondlm.bestofn._arrays import Array, back, to_float64
-from bondlm.bestofn.bootstrap import check_settings, percentile_interval, resample_means
+from bondlm.bestofn.bootstrap import Estimate, check_settings, percentile_interval, resample_means, share_ends
 from bondlm.bestofn.quantiles import count_below
 
 # A win rate this close (relative, in odds) counts as reached. Rounding would otherwise miss two ends of a curve: the
@@ -108,6 +108,9 @@ def effective_n(
     rewards this is `N = w/(1−w)`. Where ties make the curve flat, the result is the smallest N that reaches w. With
     M = 2 the curve has a single point, and the odds are taken to grow by one per draw, as with continuous rewards.
 
+    A policy that wins as often as the best of a prompt's M samples would has no N that the data bound from above, since
+    the curve is flat from some N <= M on. Its N is `inf`.
+
     Args:
         rewards: (P, m) rewards of policy samples, or (m,) for one prompt.
         ref_rewards: (P, M) rewards of M >= 2 reference samples of the same prompts, or (M,).
@@ -116,9 +119,10 @@ def effective_n(
         seed: of the resampling.
 
     Returns:
-        `EffectiveN`. `value = 1.0` for w <= 1/2, and `inf` if w is beyond N = M or above the end of a curve that ties
+        `EffectiveN`. `value = 1.0` for w <= 1/2, and `inf` if w is beyond N = M or reaches the end of a curve that ties
         make flat. The interval is a percentile bootstrap over prompts, and its ends may be `inf` too; with fewer than 2
-        prompts it is [1, inf].
+        prompts it is [1, inf]. Where no sample of the policy is below the best of its prompt, or all prompts have the
+        same win rate, resamples show too little spread, and the ends are those of `bootstrap.share_ends`.
 
     Raises:
         ValueError: on NaN, empty input, shapes that do not fit, M < 2, or bootstrap settings out of range.
@@ -129,11 +133,48 @@ def effective_n(
     max_n = refs.shape[-1]
     # Column 0: the policy; columns 1..M-1: Best-of-N. One matrix so that a resample draws both from the same prompts.
     table_PM = torch.cat([wins, best_of_n_win_rates(refs).reshape(-1, max_n - 1)], dim=1)
-    value = float(_solve(table_PM.mean(0, keepdim=True)))
+    mean_1M = table_PM.mean(0, keepdim=True)
+    lacking_P1 = shortfalls(wins[:, 0], refs)[:, None]
+    value = float(open_ended(_solve(mean_1M), lacking_P1.mean(0)))
     if len(table_PM) < 2:
         return EffectiveN(value, 1.0, math.inf, max_n)
-    draws_R = _solve(resample_means(table_PM, num_bootstrap, seed))
-    return EffectiveN(value, *percentile_interval(draws_R, confidence), max_n)
+    # Resampled apart from the table, as one more column could change its last bits.
+    lacking_R = resample_means(lacking_P1, num_bootstrap, seed)[:, 0]
+    draws_R = open_ended(_solve(resample_means(table_PM, num_bootstrap, seed)), lacking_R)
+    found = Estimate(value, *percentile_interval(draws_R, confidence))
+    is_best = never_falls_short(to_float64(rewards, "rewards").detach().cpu(), refs)
+    return EffectiveN(*widened(found, wins[:, 0], mean_1M[:, 1:], is_best, confidence), max_n)
+
+
+def shortfalls(wins_P: torch.Tensor, refs_PM: torch.Tensor) -> torch.Tensor:
+    """Return what each prompt's win rate (P,) lacks to that of a policy that always draws the best of the M rewards."""
+    num_ref = refs_PM.shape[-1]
+    num_best = (refs_PM == refs_PM.amax(-1, keepdim=True)).sum(-1).reshape(-1)
+    # Whole numbers are divided here as in `_win_rates`, so that a policy that never falls short lacks exactly 0.
+    return (2 * num_ref - num_best).double() / (2.0 * num_ref) - wins_P
+
+
+def never_falls_short(mine_Pm: torch.Tensor, refs_PM: torch.Tensor) -> bool:
+    """Return whether no sample of the policy is below the best reference reward of its prompt."""
+    return bool((mine_Pm.amin(-1) >= refs_PM.amax(-1)).all())
+
+
+def open_ended(n_R: torch.Tensor, lacking_R: torch.Tensor) -> torch.Tensor:
+    """Return each N, or `inf` where it is above 1 and nothing is lacking (`shortfalls`): the flat end of the curve."""
+    return torch.where((lacking_R <= _ODDS_TOLERANCE) & (n_R > 1.0), torch.full_like(n_R, math.inf), n_R)
+
+
+def widened(
+    found: Estimate, wins_P: torch.Tensor, curve_1N: torch.Tensor, is_best: bool, confidence: float
+) -> Estimate:
+    """Return N with wider ends where resamples cannot show its spread (`share_ends`)."""
+    if len(wins_P) < 2 or not (is_best or bool((wins_P == wins_P[0]).all())):
+        return found
+    low, high = (
+        float(_solve(torch.cat([torch.full_like(curve_1N[:, :1], win), curve_1N], dim=1)))
+        for win in share_ends(float(wins_P.mean()), len(wins_P), confidence)
+    )
+    return Estimate(found.value, min(found.low, low), math.inf if is_best else max(found.high, high))
 
 
 def _win_rates(rewards: object, ref_rewards: object) -> torch.Tensor:

@@ -147,21 +147,25 @@ def winner_log_quantile(ref_rewards: Array, n: int) -> Array:
 def solve_reward(value_R: Tensor, curve_RM: Tensor) -> Tensor:
     """Return the real N >= 1 at which each row's curve, linear between n = 1..M, reaches the value; inf beyond M.
 
-    Where the curve is flat the result is the smallest N.
+    Where the curve is flat the result is the smallest N, but inf at its end: a policy that is as good as the best of
+    all M samples may be worth any N.
     """
     curve_RM = curve_RM.cummax(1).values  # it never decreases but for rounding
     # Relative to the curve's rise and to the rewards themselves: a flat curve differs only by rounding.
     scale_R = torch.maximum(curve_RM[:, -1] - curve_RM[:, 0], 0.01 * curve_RM.abs().amax(1))
     scale_R = scale_R.clamp(min=torch.finfo(torch.float64).tiny)  # all rewards 0
     gap_RM = (value_R[:, None] - curve_RM) / scale_R[:, None]
-    return _first_crossing(gap_RM)
+    return _open_ended(_first_crossing(gap_RM), gap_RM[:, -1] >= -_TOLERANCE)
 
 
 def solve_log_quantile(policy_RN: Tensor, curve_RN: Tensor) -> Tensor:
     """Return the real N >= 1 at which each row's Best-of-n log-quantile reaches the policy's; inf beyond M−1.
 
-    Column n−1 of both is cut after M−n terms. Between integers −1/log-quantile is linear, which is exact for
-    continuous rewards (there it is N itself) up to the terms that are cut off.
+    It is inf as well for a policy with log-quantile 0, which is never below a sample of the reference: with ties the
+    curve reaches 0 and is flat from there on.
+
+    Column n−1 of both is cut after M−n terms. Between integers −1/log-quantile is linear, which is exact for continuous
+    rewards (there it is N itself) up to the terms that are cut off.
     """
     gap_RN = policy_RN - curve_RN
     product_RN = policy_RN * curve_RN
@@ -170,7 +174,12 @@ def solve_log_quantile(policy_RN: Tensor, curve_RN: Tensor) -> Tensor:
     left, right = scaled_RN[:, :-1], scaled_RN[:, 1:]
     usable = torch.isfinite(left) & torch.isfinite(right)
     share_RN = torch.where(usable, left / (left - right), gap_RN[:, :-1] / (gap_RN[:, :-1] - gap_RN[:, 1:]))
-    return _first_crossing(gap_RN, share_RN)
+    return _open_ended(_first_crossing(gap_RN, share_RN), policy_RN[:, 0] >= 0)
+
+
+def _open_ended(n_R: Tensor, at_end_R: Tensor) -> Tensor:
+    """Return each N, or inf where it is above 1 and the policy is at the end of the curve."""
+    return torch.where(at_end_R & (n_R > 1), torch.full_like(n_R, math.inf), n_R)
 
 
 def _first_crossing(gap_RK: Tensor, share_RK: Tensor | None = None) -> Tensor:

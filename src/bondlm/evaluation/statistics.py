@@ -8,6 +8,7 @@ from typing import Any
 import bondlm
 from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, log_quantile, win_rates
 from bondlm.bestofn.comparison import Against, Comparison, compare_samples
+from bondlm.bestofn.effective import never_falls_short
 from bondlm.bestofn.matching import winner_log_quantile
 from bondlm.data.fingerprints import rows_fingerprint
 from bondlm.evaluation.samples import text_metrics
@@ -178,6 +179,11 @@ def _warnings(result: Comparison, numbers: Mapping[str, Any], policy: Samples, r
             "the effective N depends on how it is measured: "
             + ", ".join(f"{name.replace('_', '-')} {n}" for name, n in result.matched.items())
             + ". Rewards that tie, or a policy narrower or wider than Best-of-N",
+        ),
+        (
+            never_falls_short(policy.rewards_PM, reference.rewards_PM),
+            "none of the policy's samples is below the best of the reference's for its prompt, so N is bounded from "
+            "below only. Harder prompts, or a reward with more levels, would measure it",
         ),
         (
             numbers["completions/clipped_ratio"] > CUT_WARNED,
