@@ -297,7 +297,7 @@ class BONDTrainer(SamplingTrainer):
         num_prompts = count_prompts(world, is_real, step=step, digest=self._digest)
         if not rows or self.control.should_training_stop:
             return [], num_prompts
-        is_logged = logs_at(step, self.args, self.state, ends_epoch=ends_epoch(self.accelerator))
+        is_logged = logs_at(step, self.args, self.state, ends_epoch=ends_epoch())
         try:
             rollout = self.step.roll_out(rows, step, torch.tensor(is_real), with_reference=is_logged)
         except PAUSING as error:

@@ -12,7 +12,7 @@ from tiny import prompt_rows
 from trainer.helpers import logged, same, trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 
-from bondlm.errors import EngineError
+from bondlm.errors import ConfigError, EngineError
 from bondlm.runs.ending import Ending, read_ending, step_of_weights
 from bondlm.training.stopping import StopCallback
 
@@ -189,6 +189,104 @@ def test_a_run_that_a_callback_ends_at_an_epochs_evaluation_is_saved(tmp_path):
     made.train()
     assert made.state.global_step < 6
     assert (tmp_path / f"checkpoint-{made.state.global_step}").is_dir()
+
+
+class Counts(TrainerCallback):
+    """The steps of saves, and a signal at one step."""
+
+    def __init__(self, signal_at=0):
+        self.saves, self.signal_at, self.made = [], signal_at, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.signal_at:
+            self.made.stop.signal = signal.SIGTERM
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saves.append(state.global_step)
+
+
+EPOCHS = {"rows": 8, "per_device_train_batch_size": 2, "save_strategy": "epoch"}  # four steps an epoch
+
+
+def test_a_checkpoint_is_written_once(tmp_path):
+    """At the end of the epoch that a signal, a goal or max_steps cut short it was written again, over the first."""
+    counts = Counts(signal_at=3)
+    counts.made = trainer(tmp_path / "signal", max_steps=8, callbacks=[counts], **EPOCHS)
+    counts.made.train()
+    assert counts.saves == [3]
+    goal = {"eval_dataset": prompt_rows(10)[8:], "eval_strategy": "steps", "eval_steps": 2, "kl_budget": 1e-9}
+    counts = Counts()
+    trainer(tmp_path / "goal", max_steps=8, learning_rate=0.1, callbacks=[counts], **EPOCHS | goal).train()
+    assert counts.saves == [2]
+
+
+def test_a_finished_run_that_is_started_again_writes_and_measures_nothing(tmp_path):
+    asked = []
+
+    def reward(completions):
+        asked.append(len(completions))
+        return [float(len(text)) for text in completions]
+
+    how = EPOCHS | {"max_steps": 3, "eval_dataset": prompt_rows(10)[8:], "eval_strategy": "epoch"}
+    trainer(tmp_path, reward=reward, **how).train()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint-3").iterdir()}
+    rows, num_asked, counts = logged(tmp_path), len(asked), Counts()
+    trainer(tmp_path, reward=reward, callbacks=[counts], **how).train(resume_from_checkpoint=True)
+    assert (counts.saves, len(asked), logged(tmp_path)) == ([], num_asked, rows)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoint-3").iterdir()} == before
+
+
+@pytest.mark.parametrize("signal_at", [3, 4])
+def test_a_resume_logs_an_epoch_as_if_it_had_never_stopped(signal_at, tmp_path):
+    """The row of an epoch that a signal cut short held its first steps, and the next row held them again."""
+    how = EPOCHS | {"max_steps": 8, "logging_strategy": "epoch", "logging_first_step": False}
+    whole = trainer(tmp_path / "whole", **how)
+    whole.train()
+    counts = Counts(signal_at=signal_at)
+    counts.made = trainer(tmp_path / "stopped", callbacks=[counts], **how)
+    counts.made.train()
+    trainer(tmp_path / "stopped", **how).train(resume_from_checkpoint=True)
+    rows = [[(r["step"], r["loss"]) for r in logged(tmp_path / name) if "loss" in r] for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+    assert [step for step, _ in rows[0]] == [4, 8]
+
+
+def test_a_checkpoint_of_an_epochs_last_step_knows_the_epochs_evaluation(tmp_path):
+    """It was saved before, and a schedule that looks at the evaluation forgot it at the resume."""
+    how = EPOCHS | {"max_steps": 12, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "epoch"}
+    how |= {"eval_dataset": prompt_rows(10)[8:], "metric_for_best_model": "kl", "learning_rate": 0.05}
+    how |= {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5}}
+
+    class Dies(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 10:
+                raise KeyboardInterrupt
+
+    whole = trainer(tmp_path / "whole", **how)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "killed", callbacks=[Dies()], **how).train()
+    resumed = trainer(tmp_path / "killed", **how)
+    resumed.train(resume_from_checkpoint=True)
+    rates = [[r["learning_rate"] for r in logged(tmp_path / n) if "learning_rate" in r] for n in ("whole", "killed")]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 1  # the schedule has looked at it
+    assert same(weights(resumed.roles.core), weights(whole.roles.core))
+
+
+def test_a_callback_that_cuts_an_epoch_short_is_refused(tmp_path):
+    """A resume counts whole epochs, and learned from the same prompts again."""
+
+    class Cuts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 2
+
+    with pytest.raises(ConfigError, match="step 2: a callback has set should_epoch_stop"):
+        trainer(tmp_path / "saved", max_steps=6, callbacks=[Cuts()], **EPOCHS).train()
+    assert (tmp_path / "saved" / "checkpoint-2").is_dir()
+    kept = trainer(tmp_path / "unsaved", max_steps=6, callbacks=[Cuts()], **EPOCHS | {"save_strategy": "no"})
+    kept.train()
+    assert kept.state.global_step == 6
 
 
 def test_a_finished_run_says_so_and_takes_no_step(tmp_path, caplog):

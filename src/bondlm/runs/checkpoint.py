@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bondlm.errors import BondError, CheckpointError, ConfigError, DataError, ResourceError
-from bondlm.runs.folder import whole
+from bondlm.runs.folder import is_main_process, whole
 from bondlm.runs.manifest import remove_unfinished
 
 DATA_FILE = "data.json"
@@ -156,7 +156,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         size = max((_size(path) for path in folder.glob("checkpoint-*")), default=0)
         existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         if full:
-            removed = remove_unfinished(folder)
+            removed = remove_unfinished(folder) if is_main_process() else []  # the main process may still write there
             raise ResourceError(
                 f"the disk of {existing} is full: {shutil.disk_usage(existing).free} bytes are free, a checkpoint "
                 f"needs about {size}. {'; '.join(removed) or 'Nothing half-written is left'}. The same command "

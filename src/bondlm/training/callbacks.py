@@ -317,7 +317,8 @@ class RunFolderCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """One object per logged step."""
-        if state.is_world_process_zero and logs and self._failure is None:
+        is_empty = self.stop.is_finished and "train_runtime" in (logs or {})  # of a call that took no step
+        if state.is_world_process_zero and logs and self._failure is None and not is_empty:
             files = {METRICS_FILE: [{"step": state.global_step, **logs}]}
             if "loss" in logs:
                 files[SAMPLES_FILE] = [{"step": state.global_step, **row} for row in self.samples()]

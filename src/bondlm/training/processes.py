@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.state import GradientState
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from torch import Tensor, nn
 
@@ -177,7 +178,7 @@ def real_rows(accelerator: Any, batch_sizes: Sequence[int], num_rows: int) -> li
     `remainder`, is -1 after a resume in the middle of an epoch.)
     """
     is_real = [True] * sum(batch_sizes)
-    if accelerator.num_processes == 1 or not batch_sizes or not ends_epoch(accelerator):
+    if accelerator.num_processes == 1 or not batch_sizes or not ends_epoch():
         return is_real
     last = batch_sizes[-1]
     own = num_rows % (last * accelerator.num_processes) or last * accelerator.num_processes
@@ -185,9 +186,9 @@ def real_rows(accelerator: Any, batch_sizes: Sequence[int], num_rows: int) -> li
     return is_real[last:] + [first + i < own for i in range(last)]
 
 
-def ends_epoch(accelerator: Any) -> bool:
+def ends_epoch() -> bool:
     """Whether the window of rows just read is the last of its epoch."""
-    return bool(accelerator.gradient_state.end_of_dataloader)
+    return bool(GradientState().end_of_dataloader)
 
 
 def weights_digest(tensors: Iterable[Tensor]) -> int:

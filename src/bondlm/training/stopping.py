@@ -15,7 +15,7 @@ from bondlm.errors import ConfigError, EngineError, ResourceError, RewardError
 from bondlm.runs.checkpoint import writing_to
 from bondlm.runs.ending import ENDING_FILE, Ending, best_step, read_ending, write_ending
 from bondlm.runs.manifest import fault, seal_changed
-from bondlm.training.processes import World, decided_by_main
+from bondlm.training.processes import World, decided_by_main, ends_epoch
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class StopCallback(TrainerCallback):
         self._failure: Exception | None = None
         self.stopped = False  # stopped by a signal on all ranks, and saved
         self.finished = False  # all is saved, so a signal need not wait
+        self.is_finished = False  # nothing was left to train
         self._reason: str | None = None  # why a goal ended the run
         self._is_training = False
         self._saved: int | None = None  # the step of the last checkpoint
@@ -67,7 +68,8 @@ class StopCallback(TrainerCallback):
         folder, world = Path(args.output_dir), World.of(args)
         before = decided_by_main(lambda: read_ending(folder), world, wait_s=args.ddp_timeout)
         self._reason = before.reason if before is not None and self._is_where(before, state.global_step) else None
-        if self._reason is not None or state.global_step >= state.max_steps:
+        self.is_finished = self._reason is not None or state.global_step >= state.max_steps
+        if self.is_finished:
             control.should_training_stop = True
             if world.is_main:
                 _log.warning("%s", self._nothing_to_train(folder, state))
@@ -163,12 +165,14 @@ class StopCallback(TrainerCallback):
             self._save_alone(args, state, control)
         elif self.stopped:
             control.should_evaluate = False
+        elif self.is_finished:
+            control.should_evaluate = control.should_log = False
         self.save_ended(args, state, control)
 
     def save_ended(self, args: Any, state: Any, control: Any) -> None:
         """Save a run that a user's callback ends here; every process must call this."""
         if self.is_ended_by_callback(state, control) and _strategy(args) in ("steps", "epoch"):
-            control.should_save = control.should_save or not self._has_checkpoint(args, state)
+            control.should_save = control.should_save or not self.has_checkpoint(args, state)
 
     def is_ended_by_callback(self, state: Any, control: Any) -> bool:
         """Whether the run ends here because a callback of the user's says so."""
@@ -177,9 +181,9 @@ class StopCallback(TrainerCallback):
 
     def _save_alone(self, args: Any, state: Any, control: Any) -> None:
         control.should_evaluate = False
-        control.should_save = state.global_step > 0 and not self._has_checkpoint(args, state)
+        control.should_save = state.global_step > 0 and not self.has_checkpoint(args, state)
 
-    def _has_checkpoint(self, args: Any, state: Any) -> bool:
+    def has_checkpoint(self, args: Any, state: Any) -> bool:
         """Whether this step has a checkpoint that verifies; every process must call this."""
         if self._saved == state.global_step:  # by this run: not read again, which may take minutes
             return True
@@ -194,7 +198,7 @@ class StopCallback(TrainerCallback):
         failure, self._failure = self._failure, None
         if failure is None:
             return
-        if state.global_step > 0 and not self._has_checkpoint(args, state):
+        if state.global_step > 0 and not self.has_checkpoint(args, state):
             save()
         raise failure
 
@@ -225,12 +229,24 @@ class _LastCallback(TrainerCallback):
     def __init__(self, stop: StopCallback) -> None:
         self._stop = stop
         self._held: set[str] = set()  # wishes made inside a step
+        self._ends_epoch = self._saves_later = False
+
+    def _share(self, args: Any, state: Any, control: Any) -> None:
+        """Let all processes do it; refuse to cut an epoch short, as a resume counts whole ones."""
+        _ask_everywhere(args, control)
+        if control.should_epoch_stop and not control.should_training_stop and _strategy(args) != "no":
+            error = ConfigError(
+                f"step {state.global_step}: a callback has set should_epoch_stop, and a resumed run would learn from "
+                "prompts twice: set should_training_stop, or save_strategy='no'"
+            )
+            error.known_to_all = True  # type: ignore[attr-defined]
+            self._stop.pause(error, args, state, control)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Share what was asked for."""
-        _ask_everywhere(args, control)
+        self._share(args, state, control)
 
-    on_epoch_begin = on_epoch_end = on_train_begin
+    on_epoch_begin = on_train_begin
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold a wish to stop: Trainer would leave inside the step, whose samples are already counted."""
@@ -242,11 +258,23 @@ class _LastCallback(TrainerCallback):
     on_substep_end = on_step_begin
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Share what was asked for, in this step or at its end."""
+        """Share what was asked for, in this step or at its end; what comes at the epoch's end comes before its save."""
         for wish in self._held:
             setattr(control, wish, True)
         self._held = set()
-        _ask_everywhere(args, control)
+        self._share(args, state, control)
+        self._ends_epoch = ends_epoch()
+        is_early = self._ends_epoch and "epoch" in (args.eval_strategy, args.logging_strategy)
+        self._saves_later = control.should_save and is_early
+        control.should_save = control.should_save and not is_early
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Share what was asked for; a checkpoint that is complete is not written again, as a kill would destroy it."""
+        control.should_save, self._saves_later = control.should_save or self._saves_later, False
+        if self._stop.stopped and not self._ends_epoch:
+            control.should_log = False  # the epoch's row comes when it is over
+        self._share(args, state, control)
+        control.should_save = control.should_save and not self._stop.has_checkpoint(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Share it; a checkpoint holds what the callbacks have written into it."""
@@ -254,16 +282,16 @@ class _LastCallback(TrainerCallback):
         with together(world), writing_to(folder):
             if args.should_save:
                 seal_changed(folder / f"checkpoint-{state.global_step}")
-        _ask_everywhere(args, control)
+        self._share(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Share it, with a row that all processes log."""
         if "loss" in (logs or {}):
-            _ask_everywhere(args, control)
+            self._share(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Share it, and save a run that ends here: at an epoch's end nothing comes after the evaluation."""
-        _ask_everywhere(args, control)
+        self._share(args, state, control)
         self._stop.save_ended(args, state, control)
 
 
