@@ -48,6 +48,8 @@ BOTH = {
     "enable_jit_checkpoint": "true",
     "logging_nan_inf_filter": "true",
     "do_predict": "true",
+    "use_liger_kernel": "true",
+    "liger_kernel_config": "{rope: true}",
     "label_names": "[x]",
     "prediction_loss_only": "true",
     "batch_eval_metrics": "true",

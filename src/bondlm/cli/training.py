@@ -47,6 +47,7 @@ _RULES: dict[str, Rule] = {
     "ignore_data_skip": off(_RESUMES),
     "restore_callback_states_from_checkpoint": off(_RESUMES),
     "enable_jit_checkpoint": off(_RESUMES),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), off("the losses here are bondlm's own; remove it")),
     "do_predict": off("nothing is predicted; `bondlm sample` answers prompts"),
     "label_names": off("the labels are the answers' tokens, or pairs, which have none; remove it"),
     "prediction_loss_only": off(_NO_METRICS),
