@@ -7,7 +7,7 @@ Shape suffixes: J rewards, P prompts, M samples of a prompt, K samples among whi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -58,19 +58,25 @@ def mean_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) 
     return torch.from_numpy((total / norm_P1).astype(np.float64))
 
 
-def worst_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) -> Tensor:
+def worst_ranks(values_JPM: Tensor, among_JPK: Tensor | None, weights: Sequence[float]) -> Tensor:
     """The lowest of each sample's mid-ranks under J rewards: (P, M) in [0, 1]. Samples with equal lowest ranks tie.
 
     Args:
         values_JPM: as in `mean_ranks`.
-        among_JPK: as in `mean_ranks`.
+        among_JPK: other samples: each value gets a place among these as they are ranked among themselves, see
+            `_place_among`. None: the samples themselves.
         weights: 1, −1 (less is better) or 0 (left out) per reward.
+
+    Raises:
+        ValueError: NaN for only some of a prompt's samples.
     """
+    if among_JPK is not None:
+        return _place_among(lambda pool_JPK: worst_ranks(pool_JPK, None, weights), values_JPM, among_JPK)
     lowest_PM = torch.full(values_JPM.shape[1:], math.inf, dtype=torch.float64)
-    for values_PM, among_PK, weight in zip(values_JPM, among_JPK, weights, strict=True):
+    for values_PM, weight in zip(values_JPM, weights, strict=True):
         if weight:
-            twice_PM, applies_P1 = _directed(values_PM, among_PK, weight)
-            ranks_PM = twice_PM / (2.0 * among_PK.shape[1])
+            twice_PM, applies_P1 = _directed(values_PM, values_PM, weight)
+            ranks_PM = twice_PM / (2.0 * values_PM.shape[1])
             lowest_PM = torch.where(applies_P1, torch.minimum(lowest_PM, ranks_PM), lowest_PM)
     return lowest_PM
 
@@ -87,50 +93,85 @@ def lexicographic_ranks(
 
     Args:
         values_JPM: as in `mean_ranks`.
-        among_JPK: other samples, among which the ranks are counted; only they form the classes. A sample belongs to the
-            first class whose best member is at most the tolerance above or below it; if there is none, it ranks between
-            two classes. So a rank is a win rate against the K samples, as they are ranked among themselves. None: the
-            samples themselves.
+        among_JPK: as in `worst_ranks`. A rank is then a win rate against the K samples.
         weights: 1, −1 (less is better) or 0 (left out) per reward.
         tolerances: one number >= 0 per reward, in units of the reward.
+
+    Raises:
+        ValueError: NaN for only some of a prompt's samples.
     """
-    num_others = values_JPM.shape[2] if among_JPK is not None else 0
-    all_JPM = values_JPM if among_JPK is None else torch.cat([values_JPM, among_JPK], dim=2)
-    check_no_nan(all_JPM[~all_JPM.isnan().all(dim=2)], "values_JPM")
-    levels = [(w * values_PM, t) for values_PM, w, t in zip(all_JPM, weights, tolerances, strict=True) if w]
+    if among_JPK is not None:
+        return _place_among(lambda pool: lexicographic_ranks(pool, None, weights, tolerances), values_JPM, among_JPK)
+    check_no_nan(values_JPM[~values_JPM.isnan().all(dim=2)], "values_JPM")
+    levels = [(w * values_PM, t) for values_PM, w, t in zip(values_JPM, weights, tolerances, strict=True) if w]
     places = [
-        _places([(values_PM[p].tolist(), tolerance) for values_PM, tolerance in levels], num_others)
-        for p in range(all_JPM.shape[1])
+        _places([(values_PM[p].tolist(), tolerance) for values_PM, tolerance in levels])
+        for p in range(values_JPM.shape[1])
     ]
     places_PM = torch.tensor(places, dtype=torch.float64)
-    return mid_ranks(places_PM[:, : values_JPM.shape[2]], places_PM[:, num_others:])
+    return mid_ranks(places_PM, places_PM)
 
 
-def _places(levels: Sequence[tuple[list[float], float]], num_others: int) -> list[int]:
-    """A number for each sample of a prompt, higher is better, equal for ties; the first samples form no classes."""
+def _place_among(rank: Callable[[Tensor], Tensor], values_JPM: Tensor, among_JPK: Tensor) -> Tensor:
+    """Where each value would stand among K samples, on the scale of the K samples' own ranks: (P, M) in [0, 1].
+
+    Each value is ranked together with the K samples, so that one more sample from the same distribution beats half of
+    them on average. (Ranked among K samples that do not include it, it could fall below all of them under any of the
+    J rewards, as none of them can: it would lose too often.) Its share of wins may lie between two places in the order
+    that the K samples have among themselves, if some of these tie there. It then takes the lower or the upper place,
+    with chances that preserve the mean share. Equal values of a prompt take the same place, and the choice depends on
+    ranks alone.
+
+    Args:
+        rank: the ranks of samples among themselves, (J, P, M) -> (P, M) in (0, 1).
+        values_JPM: as in `mean_ranks`.
+        among_JPK: the K samples. A reward that does not apply to the values is left out for these as well.
+    """
+    among_JPK = among_JPK.where(~values_JPM.isnan().all(dim=2, keepdim=True), math.nan)
+    pools = [rank(torch.cat([value_JP1, among_JPK], dim=2)) for value_JP1 in values_JPM.split(1, dim=2)]
+    twice_PM = torch.cat([_twice_ranks(ranks_PK[:, :1], ranks_PK[:, 1:]) for ranks_PK in pools], dim=1).numpy()
+    own_PK = rank(among_JPK).numpy()
+    placed = [_rounded(twice_M, own_K) for twice_M, own_K in zip(twice_PM, own_PK, strict=True)]
+    return torch.from_numpy(np.stack(placed))
+
+
+def _rounded(twice_M: np.ndarray[Any, Any], own_K: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Values, equal to or between the ranks `own_K` or beyond them, that win `twice_M / (2K)` against these on average.
+
+    A value that is above the ranks of L of the K samples and ties with E can only win L, L + E/2 or L + E times.
+    """
+    scale = 2 * len(own_K)  # ranks and wins are whole numbers in units of 1/(2K)
+    whole_K = (own_K * scale).round().astype(np.int64)
+    levels, counts = np.unique(whole_K, return_counts=True)
+    above = 2 * counts.cumsum()  # wins of a value above each level
+    places = np.sort(np.concatenate([[0], above, above - counts]))
+    upper = np.searchsorted(places, twice_M)
+    lower = np.maximum(upper - 1, 0)
+    share = (twice_M - places[lower]) / np.maximum(places[upper] - places[lower], 1)
+    chosen = np.where(share > np.random.default_rng(whole_K).random(), places[upper], places[lower])
+    ends = max(levels[0] - counts[0], 0), min(levels[-1] + counts[-1], scale)
+    return np.interp(chosen, [0, *(above - counts), scale], [ends[0], *levels, ends[1]]) / scale
+
+
+def _places(levels: Sequence[tuple[list[float], float]]) -> list[int]:
+    """A number for each sample of a prompt, higher is better, equal for ties."""
     classes = [list(range(len(levels[0][0])))]
     for values_M, tolerance in levels:
         if not all(math.isnan(value) for value in values_M):
-            classes = [part for members in classes for part in _cut(members, values_M, tolerance, num_others)]
+            classes = [part for members in classes for part in _cut(members, values_M, tolerance)]
     place = {i: -number for number, members in enumerate(classes) for i in members}
     return [place[i] for i in range(len(place))]
 
 
-def _cut(members: Sequence[int], values_M: Sequence[float], tolerance: float, num_others: int) -> list[list[int]]:
-    """Cut samples into classes, the best first; the remaining samples are put into these or between them."""
+def _cut(members: Sequence[int], values_M: Sequence[float], tolerance: float) -> list[list[int]]:
+    """Cut samples into classes, the best first."""
     parts: list[list[int]] = []
-    for i in sorted((i for i in members if i >= num_others), key=lambda i: -values_M[i]):
+    for i in sorted(members, key=lambda i: -values_M[i]):
         if parts and values_M[parts[-1][0]] - values_M[i] <= tolerance:
             parts[-1].append(i)
         else:
             parts.append([i])
-    best = [values_M[part[0]] for part in parts]
-    between: list[list[int]] = [[] for _ in range(len(parts) + 1)]
-    for i in (i for i in members if i < num_others):
-        k = next((k for k, value in enumerate(best) if value - values_M[i] <= tolerance), len(best))
-        is_equal = k < len(best) and values_M[i] - best[k] <= tolerance
-        (parts[k] if is_equal else between[k]).append(i)
-    return [part for both in zip(between, [*parts, []], strict=True) for part in both if part]
+    return parts
 
 
 def _directed(values_PM: Tensor, among_PK: Tensor, weight: float) -> tuple[Tensor, Tensor]:

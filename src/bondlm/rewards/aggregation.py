@@ -87,8 +87,9 @@ class Aggregation:
         if self.how == "lexicographic":
             tolerances = self.tolerances if self.tolerances is not None else [0.0] * len(rewards)
             return lexicographic_ranks(values_JPM, among_JPK, weights, tolerances)
-        ranks = mean_ranks if self.how == "quantile" else worst_ranks
-        return ranks(values_JPM, values_JPM if among_JPK is None else among_JPK, weights)
+        if self.how == "worst":
+            return worst_ranks(values_JPM, among_JPK, weights)
+        return mean_ranks(values_JPM, values_JPM if among_JPK is None else among_JPK, weights)
 
 
 SUM = Aggregation()
