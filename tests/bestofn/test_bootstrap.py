@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bondlm.bestofn import Estimate, bootstrap_mean
-from bondlm.bestofn.bootstrap import resample_means
+from bondlm.bestofn.bootstrap import bootstrap_win_rate, resample_means
 
 
 def test_interval_is_that_of_the_normal_distribution_for_many_prompts():
@@ -37,6 +37,19 @@ def test_columns_are_resampled_together_and_chunks_join(monkeypatch):
 def test_constants_and_single_prompts():
     assert bootstrap_mean(np.full(9, 2.5)) == (2.5, 2.5, 2.5)
     assert bootstrap_mean(torch.tensor([2.5])) == (2.5, -math.inf, math.inf)
+
+
+def test_win_rates_that_are_all_alike_have_the_exact_interval_and_others_that_of_resampling():
+    # Clopper and Pearson for 3 of 3 and 0 of 20: the rate at which that has a chance of 2.5%.
+    assert bootstrap_win_rate(np.ones(3)) == pytest.approx((1.0, 0.025 ** (1 / 3), 1.0))
+    assert bootstrap_win_rate(np.zeros(20)) == pytest.approx((0.0, 0.0, 1 - 0.025 ** (1 / 20)))
+    assert bootstrap_win_rate(np.ones(20), confidence=0.5) == pytest.approx((1.0, 0.25 ** (1 / 20), 1.0))
+    half = bootstrap_win_rate(torch.full((20,), 0.5))
+    assert (half.value, half.low + half.high) == pytest.approx((0.5, 1.0))
+    assert half.high - half.low == pytest.approx(1 - 0.025 ** (1 / 20))
+    assert bootstrap_win_rate(torch.tensor([0.5])) == (0.5, -math.inf, math.inf)
+    mixed = np.random.default_rng(0).random(50)
+    assert bootstrap_win_rate(mixed) == bootstrap_mean(mixed)
 
 
 @pytest.mark.parametrize(

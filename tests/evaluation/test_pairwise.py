@@ -118,6 +118,17 @@ def test_a_judge_that_contradicts_the_optimised_reward_is_warned_of() -> None:
     assert compared([], rows, policy, reference, result) == {}
 
 
+def test_a_few_pairs_that_a_judge_decides_alike_are_no_proof() -> None:
+    rows = [{"prompt": f"p{i}"} for i in range(3)]
+    policy, reference = samples([["y"]] * 3), samples([["x"] * 2] * 3)
+    result = {"win_rate": {"value": 0.8, "low": 0.7, "high": 0.9}, "warnings": []}
+    contrary = NamedReward("j", RankReward(lambda completions: [-len(set(text) & {"y"}) for text in completions]))
+    found = compared([contrary], rows, policy, reference, result)
+    wins = found["pairwise"]["j"]["win_rate"]["reference"]
+    assert (wins["value"], wins["low"], wins["high"]) == pytest.approx((0.0, 0.0, 1 - 0.025 ** (1 / 3)))
+    assert found["warnings"] == []
+
+
 @pytest.mark.parametrize(("agreement", "said"), [(0.0, "order"), (0.5, "itself"), (0.7, None), (float("nan"), None)])
 def test_a_judge_that_disagrees_with_itself_is_warned_of(agreement: float, said: str | None) -> None:
     why = why_unsteady(agreement)

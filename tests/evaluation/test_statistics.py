@@ -134,6 +134,17 @@ def test_a_policy_that_never_falls_short_is_said_and_has_no_ratio():
     assert summarize(scored(failed, log_ratio=1.0), reference, {})["warnings"] == []
 
 
+def test_win_rates_that_all_prompts_share_have_an_interval_and_rewards_that_they_share_have_none():
+    reference = scored(np.random.default_rng(0).random((5, 16)), log_ratio=0.0, judges={"j": np.zeros((5, 16))})
+    policy = scored(np.full((5, 4), 2.0), log_ratio=1.0, judges={"j": np.ones((5, 4))})
+    result = summarize(policy, reference, {"policy, greedy": policy}, opponent=reference)
+    shown = [result["win_rate"], result["judges"]["j"]["win_rate"], result["opponent"]["win_rate"]]
+    shown += [result["baselines"]["policy, greedy"]["win_rate"], result["against_best_of"][2]["win_rate"]]
+    for wins in shown:
+        assert (wins["value"], wins["low"], wins["high"]) == pytest.approx((1.0, 0.025 ** (1 / 5), 1.0))
+    assert result["reward"] == {"value": 2.0, "low": 2.0, "high": 2.0}
+
+
 def test_one_prompt_has_numbers_without_intervals():
     result = plain(summarize(*case(num_prompts=1)))
     assert result["win_rate"]["low"] is None

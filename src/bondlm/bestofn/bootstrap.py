@@ -50,6 +50,25 @@ def bootstrap_mean(values: object, *, confidence: float = 0.95, num_bootstrap: i
     return Estimate(value, *percentile_interval(means_R, confidence))
 
 
+def bootstrap_win_rate(win_rates: object, *, confidence: float = 0.95, num_bootstrap: int = 2000) -> Estimate:
+    """Return the mean of one win rate, or other share in [0, 1], per prompt with its interval.
+
+    It is that of `bootstrap_mean`, but with the ends of `share_ends` where all prompts have the same value.
+
+    Raises:
+        ValueError: as `bootstrap_mean`.
+    """
+    found = bootstrap_mean(win_rates, confidence=confidence, num_bootstrap=num_bootstrap)
+    return with_share_ends(found, to_float64(win_rates, "win_rates").detach().cpu(), confidence)
+
+
+def with_share_ends(found: Estimate, shares_P: torch.Tensor, confidence: float) -> Estimate:
+    """Return the interval of the mean of these shares, with the ends of `share_ends` where all are the same."""
+    if len(shares_P) < 2 or not bool((shares_P == shares_P[0]).all()):
+        return found
+    return Estimate(found.value, *share_ends(float(shares_P[0]), len(shares_P), confidence))
+
+
 def share_ends(share: float, num_prompts: int, confidence: float) -> tuple[float, float]:
     """Return the interval of a mean in [0, 1] to which all prompts contribute alike.
 

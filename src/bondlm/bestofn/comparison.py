@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bondlm.bestofn._arrays import check_finite, check_same_shape, to_float64
-from bondlm.bestofn.bootstrap import Estimate, check_settings, percentile_interval, resample_means
+from bondlm.bestofn.bootstrap import Estimate, check_settings, percentile_interval, resample_means, with_share_ends
 from bondlm.bestofn.distribution import log_collisions
 from bondlm.bestofn.divergences import kl_k3
 from bondlm.bestofn.effective import (
@@ -151,6 +151,7 @@ def compare_samples(
     kls = best_of_n_kls(refs, [*range(1, num_ref + 1), min(matched["win_rate"].value, num_ref)])
     return Comparison(
         **{name: means.estimate(name) for name in _SIMPLE},
+        win_rate=means.win_rate("win_rate"),
         matched=matched,
         kl_per_token=means.estimate_of(lambda rows: rows("kl")[:, 0] / rows("tokens")[:, 0]),
         kl_k3_per_token=means.estimate_of(lambda rows: rows("kl_k3")[:, 0] / rows("tokens")[:, 0]),
@@ -162,7 +163,7 @@ def compare_samples(
     )
 
 
-_SIMPLE = ("reward", "reference_reward", "gain", "win_rate", "log_quantile", "kl", "kl_k3")
+_SIMPLE = ("reward", "reference_reward", "gain", "log_quantile", "kl", "kl_k3")
 
 
 def against_orders(num_ref: int) -> list[int]:
@@ -240,6 +241,10 @@ class _Means:
         """Return the mean of one column with its interval."""
         return self.estimate_of(lambda rows: rows(name)[:, column])
 
+    def win_rate(self, name: str, column: int = 0) -> Estimate:
+        """Return the mean of one column of win rates with its interval."""
+        return with_share_ends(self.estimate(name, column), self.prompts[name][:, column], self.confidence)
+
     def estimate_of(self, function: Callable[[Callable[[str], Tensor]], Tensor]) -> Estimate:
         """Return a function of the means with its interval; it gets `rows(name)` (R, J) and returns (R,)."""
         value = float(function(self._means.__getitem__))
@@ -292,7 +297,7 @@ def _against(means: _Means, orders: list[int]) -> list[Against]:
     return [
         Against(
             n=n,
-            win_rate=means.estimate("against_win_rate", i),
+            win_rate=means.win_rate("against_win_rate", i),
             forward_kl=means.estimate("forward_kl", i),
             backward_kl=means.estimate("backward_kl", i),
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bondlm.bestofn import bootstrap_mean
+from bondlm.bestofn.bootstrap import bootstrap_win_rate
 from bondlm.data.columns import PROMPT_IDS, PROMPT_ROW
 from bondlm.data.tokens import as_messages
 from bondlm.errors import RewardError
@@ -132,7 +132,7 @@ def _judged(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs)
         wins = torch.tensor([0.5 if k is None else float(mean_K[k]) for k in chosen], dtype=torch.float64)
         kept = wins[~wins.isnan()]
         if len(kept):
-            against[name] = interval(bootstrap_mean(kept)) | {"num_prompts": len(kept)}
+            against[name] = interval(bootstrap_win_rate(kept)) | {"num_prompts": len(kept)}
     decided_K = known_K & (wins_2K != 0.5).any(dim=0)  # a judge that has no preference agrees with nothing
     same = (wins_2K[0] == wins_2K[1])[decided_K]
     return {

@@ -7,6 +7,7 @@ from typing import Any
 
 import bondlm
 from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, log_quantile, win_rates
+from bondlm.bestofn.bootstrap import bootstrap_win_rate
 from bondlm.bestofn.comparison import Against, Comparison, compare_samples
 from bondlm.bestofn.effective import never_falls_short
 from bondlm.bestofn.matching import winner_log_quantile
@@ -108,7 +109,7 @@ def _baselines(result: Comparison, reference: Samples, others: Mapping[str, Samp
     for name, samples in others.items():
         rows[name] = {
             "reward": interval(bootstrap_mean(samples.rewards_PM.mean(dim=1))),
-            "win_rate": interval(bootstrap_mean(win_rates(samples.rewards_PM, reference.rewards_PM))),
+            "win_rate": interval(bootstrap_win_rate(win_rates(samples.rewards_PM, reference.rewards_PM))),
             "effective_n": interval(effective_n(samples.rewards_PM, reference.rewards_PM)),
             "log_quantile": interval(bootstrap_mean(_log_quantiles(samples, reference))),
             **_texts_of(name, samples),
@@ -132,7 +133,7 @@ def _log_quantiles(samples: Samples, reference: Samples) -> Any:
 def _opponent(policy: Samples, opponent: Samples) -> dict[str, Any]:
     return {
         "reward": interval(bootstrap_mean(opponent.rewards_PM.mean(dim=1))),
-        "win_rate": interval(bootstrap_mean(win_rates(policy.rewards_PM, opponent.rewards_PM))),
+        "win_rate": interval(bootstrap_win_rate(win_rates(policy.rewards_PM, opponent.rewards_PM))),
         "num_samples": opponent.rewards_PM.shape[1],
         **text_metrics(opponent),
     }
@@ -148,7 +149,7 @@ def _judge(mine: Any, refs: Any) -> dict[str, Any]:
         "reward": interval(bootstrap_mean(mine.mean(dim=1))),
         "reference_reward": interval(bootstrap_mean(refs.mean(dim=1))),
         "gain": interval(bootstrap_mean(mine.mean(dim=1) - refs.mean(dim=1))),
-        "win_rate": interval(bootstrap_mean(win_rates(mine, refs))),
+        "win_rate": interval(bootstrap_win_rate(win_rates(mine, refs))),
     }
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments, set_seed
 
-from bondlm.bestofn import Estimate, bootstrap_mean
+from bondlm.bestofn import Estimate
+from bondlm.bestofn.bootstrap import bootstrap_win_rate
 from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError, DataError, NonFiniteError, listed
 from bondlm.models.adapters import wrap_adapter
@@ -209,19 +210,9 @@ def accuracy_of(margin_B: Tensor, rows: Sequence[Mapping[str, Any]]) -> Accuracy
     for row, win in zip(rows, wins_B.tolist(), strict=True):
         by_prompt.setdefault(repr(row["prompt"]), []).append(win)
     shares = torch.tensor([sum(wins) / len(wins) for wins in by_prompt.values()], dtype=torch.float64)
-    return Accuracy(accuracy=_estimate(shares), pairs=len(rows), prompts=len(by_prompt), margin=float(margin_B.mean()))
-
-
-def _estimate(shares: Tensor) -> Estimate:
-    """The mean of the prompts' shares with a 95% interval.
-
-    It is Clopper and Pearson's if all are 0, or all are 1: resampling these would give an interval without a width.
-    """
-    mean = bootstrap_mean(shares)
-    if len(shares) == 1 or mean.value not in (0, 1):
-        return mean
-    far = 0.025 ** (1 / len(shares))
-    return Estimate(1.0, far, 1.0) if mean.value else Estimate(0.0, 0.0, 1 - far)
+    return Accuracy(
+        accuracy=bootstrap_win_rate(shares), pairs=len(rows), prompts=len(by_prompt), margin=float(margin_B.mean())
+    )
 
 
 def preference_trainer(

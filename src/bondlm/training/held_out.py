@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from bondlm.bestofn import EffectiveN, Estimate, bootstrap_mean, effective_n, win_rates
+from bondlm.bestofn.bootstrap import bootstrap_win_rate
 from bondlm.rollout.samples import Samples
 
 
@@ -48,11 +49,11 @@ def compare(policy: Samples, reference: Samples, log_ratio_Pm: Tensor) -> HeldOu
     return HeldOut(
         reward=bootstrap_mean(policy.rewards_PM.mean(dim=1)),
         reference_reward=bootstrap_mean(reference.rewards_PM.mean(dim=1)),
-        win_rate=bootstrap_mean(win_rates(policy.rewards_PM, reference.rewards_PM)),
+        win_rate=bootstrap_win_rate(win_rates(policy.rewards_PM, reference.rewards_PM)),
         effective_n=effective_n(policy.rewards_PM, reference.rewards_PM),
         kl=bootstrap_mean(log_ratio_Pm.mean(dim=1)),
         goals={
-            name: (bootstrap_mean(win_rates(mine, refs)), effective_n(mine, refs))
+            name: (bootstrap_win_rate(win_rates(mine, refs)), effective_n(mine, refs))
             for name, (mine, refs) in policy.goals(reference).items()
         },
     )
