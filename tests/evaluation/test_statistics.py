@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +144,19 @@ def test_win_rates_that_all_prompts_share_have_an_interval_and_rewards_that_they
     for wins in shown:
         assert (wins["value"], wins["low"], wins["high"]) == pytest.approx((1.0, 0.025 ** (1 / 5), 1.0))
     assert result["reward"] == {"value": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_repeated_prompts_are_said_and_do_not_count_as_more():
+    policy, reference, others = case(num_prompts=64)
+    assert warned(policy, reference, others, "prompts") == []
+    twice = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "who?"}]
+    few, repeated = warned(replace(policy, prompts=[*twice] * 32), reference, others, "prompts")
+    assert few.startswith("only 2 prompts")
+    assert repeated.startswith("of 64 held-out prompts only 2 are distinct")
+    (repeated,) = warned(replace(policy, prompts=[*policy.prompts[:32]] * 2), reference, others, "prompts")
+    assert "only 32 are distinct" in repeated
+    hardly = [*policy.prompts[:60], *policy.prompts[:4]]
+    assert warned(replace(policy, prompts=hardly), reference, others, "prompts") == []
 
 
 def test_one_prompt_has_numbers_without_intervals():

@@ -18,6 +18,7 @@ from bondlm.rollout.samples import Samples
 BEST_OF = (2, 4, 8)
 FEW_PROMPTS = 30
 CUT_WARNED, LONGER_WARNED = 0.5, 1.5
+REPEATED_WARNED = 0.9  # distinct prompts per row: below, intervals are more than 5% too narrow
 
 
 def summarize(
@@ -169,11 +170,17 @@ def _cost(policy: Samples, reference: Samples, worth: float) -> dict[str, float]
 def _warnings(result: Comparison, numbers: Mapping[str, Any], policy: Samples, reference: Samples) -> list[str]:
     """Caveats that a reader must know about the headline."""
     worth = result.matched["win_rate"]
+    num_rows, distinct = len(policy.prompts), len({repr(prompt) for prompt in policy.prompts})
     length, ref_length = float(policy.lengths_PM.mean()), float(reference.lengths_PM.mean())
     found = [
         (
-            len(policy.prompts) < FEW_PROMPTS,
-            f"only {len(policy.prompts)} prompts: the intervals are rough (with one prompt there is none)",
+            distinct < FEW_PROMPTS,
+            f"only {distinct} prompts: the intervals are rough (with one prompt there is none)",
+        ),
+        (
+            distinct < REPEATED_WARNED * num_rows,
+            f"of {num_rows} held-out prompts only {distinct} are distinct: the intervals are too narrow, as they count "
+            "each repetition as a prompt of its own. Give each prompt once",
         ),
         (
             any(n.low > worth.high or n.high < worth.low for n in result.matched.values()),
