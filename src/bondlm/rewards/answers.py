@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bondlm.errors import RewardError
 
-_ADVICE = "Return one finite number a completion, and a low one for completions that cannot be judged."
+_ADVICE = "Return one finite number per completion."
 
 
 @dataclass(frozen=True)
