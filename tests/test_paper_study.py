@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import prompt_rows, tiny_t5, tiny_tokenizer
+from transformers import TrainerCallback
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
@@ -28,6 +29,7 @@ import write_up  # noqa: E402
 
 from bondlm import BONDConfig, BONDTrainer  # noqa: E402
 from bondlm.data.prompt_encoder import PromptEncoder  # noqa: E402
+from bondlm.runs.folder import plain  # noqa: E402
 from bondlm.training import dropped  # noqa: E402
 
 REWARD = """
@@ -147,6 +149,26 @@ def test_a_run_may_stop_by_its_own_evaluation(tiny_study: Path) -> None:
     study.main(["over", *BUDGET, "--seeds", "1", "--points", "2", "--only", "kl-budget1"])
     done = json.loads((tiny_study / "runs/paper/over/kl-budget1-s1/done.json").read_text())
     assert 1 <= done["steps"] <= 6
+
+
+def test_a_run_is_measured_at_the_weights_that_it_saves(tiny_study: Path) -> None:
+    """With a fixed point and a constant learning rate these are averaged weights; the last step's were measured."""
+    settings = {"objective": "self_bond", "n": 2, "num_samples": 3, "lr_scheduler_type": "constant"}
+    own = plans.Run(name="own", settings=settings | {"learning_rate": 0.02})
+    task, args = tasks.TASKS["summarization"], study.arguments(["x1", *BUDGET, "--steps", "3"])
+    config = study.config_of(task, own, 0, tiny_study / "run", args)
+    trainer, bench = study.prepare(task, config, None, args)
+    assert trainer.args.average_weights > 0
+    found = []
+
+    class Measure(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            found.append(bench.measure(4, both_kls=True))
+
+    trainer.add_callback(Measure())
+    trainer.train()
+    assert len(found) == 3
+    assert plain(found[-1]) == plain(bench.measure(4, both_kls=True))
 
 
 def test_every_run_of_every_experiment_is_a_valid_config(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ end `--until` seconds after the start, or when the run folder has a file `stop`.
 as they are measured; a run whose last row is there counts as done, on any machine, and is skipped.
 
 A row: run, seed, step, win_rate, kl, entropy, effective_n, kl_ratio, judges, length, distinct_2, with `..._low` and
-`..._high` (95%, over prompts), learning seconds, settings, command, commit, device, attempt (differs if a run was cut
-and repeated) and is_last. All runs wait between two steps while the run folder has a file `pause` no older than 90 s,
-so that another measurement can have the machine to itself.
+`..._high` (95%, over prompts), learning seconds, settings, average_weights (if not 0, the averaged weights were
+measured; rows without the field are of the last step's weights), command, commit, device, attempt (differs if a run was
+cut and repeated) and is_last. All runs wait between two steps while the run folder has a file `pause` no older than
+90 s, so that another measurement can have the machine to itself.
 """
 
 import argparse

@@ -113,6 +113,7 @@ def train(args: Any, name: str, seed: int, folder: Path) -> None:
     trainer = trainer_of(args, name, seed, folder)
     row = {"run": name, "seed": seed, "attempt": folder.name} | common(args)
     row |= {"settings": RUNS[name].as_settings(args.steps), "completions_a_step": args.completions}
+    row |= {"average_weights": trainer.args.average_weights}
     trainer.add_callback(watch(args, trainer, row))
     trainer.train()
     if torch.cuda.is_available():

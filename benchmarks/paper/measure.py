@@ -61,12 +61,16 @@ class Bench:
         return scored.by_name
 
     def measure(self, num_samples: int, *, both_kls: bool) -> dict[str, Any]:
-        """The numbers of `eval.json` (docs/evaluation.md) for the current policy."""
-        samples = self._trainer.sample(self.rows, "policy", num_samples)
-        policy = self._scored(samples, self._judge(samples), self._trainer.log_ratio(samples))
-        # The reference's log-probabilities of its samples are those recorded at sampling.
-        sampled = torch.tensor([[c.logprob for c in row] for row in self.reference.completions])
-        ratio = self._trainer.log_probability(self.reference, "policy") - sampled if both_kls else None
+        """The numbers of `eval.json` (docs/evaluation.md) for the weights that the run would save now.
+
+        With `average_weights`, these are the averaged weights.
+        """
+        with self._trainer.average.in_place():
+            samples = self._trainer.sample(self.rows, "policy", num_samples)
+            policy = self._scored(samples, self._judge(samples), self._trainer.log_ratio(samples))
+            # The reference's log-probabilities of its samples are those recorded at sampling.
+            sampled = torch.tensor([[c.logprob for c in row] for row in self.reference.completions])
+            ratio = self._trainer.log_probability(self.reference, "policy") - sampled if both_kls else None
         result = summarize(policy, self._scored(self.reference, self._reference_judges, ratio), {})
         return {name: result[name] for name in KEPT if name in result}
 
