@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
 import directions  # noqa: E402
+import frontier  # noqa: E402
+import frontier_results  # noqa: E402
 import frontier_speed  # noqa: E402
 import plans  # noqa: E402
 import run as study  # noqa: E402
@@ -252,3 +254,32 @@ def test_the_queue_on_a_gpu_encodes_prompts_once(tmp_path: Path, monkeypatch: py
     )
     assert len(made.train_dataset) == 8
     assert len(made.eval_dataset) == 3
+
+
+def test_a_run_of_another_size_is_not_done(tmp_path: Path) -> None:
+    """A small run in the results file made the queue on a GPU skip the large one of the same name."""
+    file = tmp_path / "results.jsonl"
+
+    def asked(*more: str) -> Any:
+        return frontier.arguments(["rloo-0.3", "--results", str(file), *more])
+
+    small = asked("--steps", "4", "--completions", "12")
+    row = {"run": "rloo-0.3", "seed": 0, "step": 4, "is_last": True}
+    frontier_results.append(small, row | frontier_results.size_of(small))
+    assert frontier.done_runs(small) == {("rloo-0.3", 0)}
+    for other in (("--held-out", "9"), ("--length", "5"), ("--sft-steps", "1"), ("--steps", "5")):
+        assert not frontier.done_runs(asked("--steps", "4", "--completions", "12", *other))
+    assert not frontier.done_runs(asked())
+    assert {("own-n16", 0), ("rloo-0.45-fall", 0)} <= frontier.done_runs(frontier.arguments([]))  # rows without a size
+    assert not frontier.done_runs(frontier.arguments(["--steps", "120"]))
+
+
+def test_a_line_of_the_results_that_was_cut_costs_its_run_alone(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    args = frontier.arguments(["--results", str(file)])
+    for seed in (0, 1):
+        frontier_results.append(args, {"run": "rloo-0.3", "seed": seed, "is_last": True})
+    file.write_bytes(file.read_bytes()[:-9])
+    assert frontier.done_runs(args) == {("rloo-0.3", 0)}
+    frontier_results.append(args, {"run": "rloo-0.3", "seed": 2, "is_last": True})
+    assert frontier.done_runs(args) == {("rloo-0.3", 0), ("rloo-0.3", 2)}

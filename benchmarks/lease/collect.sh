@@ -19,7 +19,10 @@ import json
 from pathlib import Path
 
 for line in Path("frontier.jsonl").read_text().splitlines()[-40:] if Path("frontier.jsonl").exists() else []:
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except ValueError:  # a line that was cut
+        continue
     numbers = " ".join(f"{n} {row[n]:.3f}" for n in ("win_rate", "kl", "kl_ratio", "entropy", "seconds") if row.get(n))
     print(f"{row['run']:22} s{row['seed']} step {row['step']:3} {numbers}")
 END

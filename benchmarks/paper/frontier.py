@@ -8,10 +8,11 @@ The T5 task (examples/summarization: package descriptions, entailment reward, Mi
 reference is made, once for all runs: 500 SFT steps of 32, then samples for the held-out prompts. Then worker processes
 take runs off the queue one after another. A run that fails leaves its log, and a worker that dies is replaced. All runs
 end `--until` seconds after the start, or when the run folder has a file `stop`. Rows are appended to the results file
-as they are measured; a run whose last row is there counts as done, on any machine, and is skipped.
+as they are measured; a run whose last row is there, at the same size (steps, completions per step, length, SFT steps,
+held-out documents), counts as done, on any machine, and is skipped.
 
-A row: run, seed, step, win_rate, kl, entropy, effective_n, kl_ratio, judges, length, distinct_2, with `..._low` and
-`..._high` (95%, over prompts), learning seconds, settings, average_weights (if not 0, the averaged weights were
+A row: run, seed, size, step, win_rate, kl, entropy, effective_n, kl_ratio, judges, length, distinct_2, with `..._low`
+and `..._high` (95%, over prompts), learning seconds, settings, average_weights (if not 0, the averaged weights were
 measured; rows without the field are of the last step's weights), command, commit, device, attempt (differs if a run was
 cut and repeated) and is_last. All runs wait between two steps while the run folder has a file `pause` no older than
 90 s, so that another measurement can have the machine to itself.
@@ -20,7 +21,6 @@ cut and repeated) and is_last. All runs wait between two steps while the run fol
 import argparse
 import contextlib
 import gc
-import json
 import subprocess
 import sys
 import time
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from frontier_map import COMPLETIONS, RUNS, STEPS, queue
+from frontier_results import done_runs
 from frontier_signals import MODEL, READY, STOP, is_over, wait_for
 
 HERE = Path(__file__).parent
@@ -71,15 +72,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # -- the queue
 
 
-def is_done(args: Any) -> set[tuple[str, int]]:
-    """Runs whose last row is in the results."""
-    lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return {(row["run"], row["seed"]) for row in rows if row["is_last"]}
-
-
 def num_done(args: Any) -> int:
-    return len(is_done(args) & set(queue(args.runs, args.seeds)))
+    return len(done_runs(args) & set(queue(args.runs, args.seeds)))
 
 
 def claims(args: Any) -> Path:
@@ -88,7 +82,7 @@ def claims(args: Any) -> Path:
 
 def claim(args: Any) -> tuple[str, int] | None:
     """Take the next run that no worker has taken, if there is one."""
-    done = is_done(args)
+    done = done_runs(args)
     for name, seed in queue(args.runs, args.seeds):
         if (name, seed) in done:
             continue
@@ -100,7 +94,7 @@ def claim(args: Any) -> tuple[str, int] | None:
 
 def left(args: Any) -> int:
     """Number of runs that no worker has taken."""
-    done = is_done(args)
+    done = done_runs(args)
     jobs = [job for job in queue(args.runs, args.seeds) if job not in done]
     return sum(not (claims(args) / f"{name}-s{seed}").exists() for name, seed in jobs)
 
@@ -193,7 +187,7 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.list:
-        done = is_done(args)
+        done = done_runs(args)
         for name, seed in queue(args.runs, args.seeds):
             print(f"{name:24}seed {seed}  {'done' if (name, seed) in done else ''}")
     elif args.worker:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from frontier_map import RUNS
+from frontier_results import append, size_of
 from frontier_signals import MODEL, READY, is_over, wait_for, wait_while_paused, write
 from frontier_speed import all_prompts
 
@@ -112,8 +113,8 @@ def train(args: Any, name: str, seed: int, folder: Path) -> None:
 
     trainer = trainer_of(args, name, seed, folder)
     row = {"run": name, "seed": seed, "attempt": folder.name} | common(args)
-    row |= {"settings": RUNS[name].as_settings(args.steps), "completions_a_step": args.completions}
-    row |= {"average_weights": trainer.args.average_weights}
+    row |= {"settings": RUNS[name].as_settings(args.steps), "average_weights": trainer.args.average_weights}
+    row |= size_of(args)
     trainer.add_callback(watch(args, trainer, row))
     trainer.train()
     if torch.cuda.is_available():
@@ -184,12 +185,3 @@ def common(args: Any) -> dict[str, Any]:
         "device": f"{device}, {args.workers} runs side by side{os.environ.get('BONDLM_DEVICE_NOTE', '')}",
         "versions": versions(),
     }
-
-
-def append(args: Any, row: dict[str, Any]) -> None:
-    """Append one line in a single write, since several processes share the file."""
-    from bondlm.runs.folder import plain
-
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("ab", buffering=0) as file:
-        file.write((json.dumps(plain(row)) + "\n").encode())
