@@ -3,8 +3,10 @@
 import json
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -65,6 +67,37 @@ def test_another_learning_rate_is_refused_without_a_way_that_leads_nowhere(
     assert "--allow_config_change" not in error
 
 
+def test_the_same_prompts_under_another_name_may_be_named_and_others_not(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The offer says so: with other rows it led to a second refusal, after the models were loaded."""
+    shutil.copy("train.jsonl", "renamed.jsonl")
+    command = ["train", "--config", "run.yaml", "--train_dataset", "renamed.jsonl", "--max_steps", "2", *QUICK]
+    assert main(command) == 2
+    assert "--allow_config_change, which allows another name of the same rows" in capsys.readouterr().err
+    assert main([*command, "--allow_config_change"]) == 0
+    assert "training from step 1 to 2: 4 prompts per step" in capsys.readouterr().out
+
+
+def test_a_step_has_no_more_prompts_than_there_are(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("few.jsonl").write_text("".join(Path("train.jsonl").read_text().splitlines(keepends=True)[:3]))
+    few = ["--train_dataset", "few.jsonl", "--output_dir", "few", "--per_device_train_batch_size", "8"]
+    assert main(["train", "--config", "run.yaml", *few, *QUICK]) == 0
+    assert "training from step 0 to 1: 3 prompts per step" in capsys.readouterr().out
+
+
+def test_no_command_prints_warnings_for_programmers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(options: dict[str, Any]) -> int:
+        warnings.warn_explicit("old", FutureWarning, "modeling_utils.py", 1, module="transformers.modeling_utils")
+        return 0
+
+    monkeypatch.setattr("bondlm.cli.sample.run", warn)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert main(["sample", "--model", "m"]) == 0
+    assert seen == []
+
+
 def test_a_run_folder_works_from_anywhere(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,7 +145,7 @@ def test_a_run_that_is_not_there_is_said_to_be_missing(
     assert main(["eval", "--model", "runs/nope"]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert main(["eval", "--model", "nope"]) == 2
-    assert "'nope' is no folder here" in capsys.readouterr().err
+    assert "there is no folder 'nope'" in capsys.readouterr().err
 
 
 def test_the_first_ctrl_c_is_answered_at_once(

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pickle import UnpicklingError
@@ -62,6 +63,7 @@ def _run(argv: Sequence[str] | None) -> int:
     command, rest = arguments[0], arguments[1:]
     if command in COMMANDS and any(word in ("--help", "-h") for word in rest):
         return _say(command_help(command))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # they are for bondlm's authors
     try:
         options = parse(command, rest)
         _refuse_several(command)

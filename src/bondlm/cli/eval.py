@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -95,8 +94,9 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     settings["init_kwargs"] = _init_kwargs(settings)
     for name in ("reference", "dataset", "reward_funcs", "output"):
         if not settings.get(name):
-            what = "is no run folder that says it" if model.is_dir() else "is no folder here (a run would say it)"
-            raise ConfigError(f"{name} is required: {str(model)!r} {what}. Set it in the config or with --{name}")
+            shown = repr(str(model))
+            what = f"{shown} is not a run folder, so it names none" if model.is_dir() else f"there is no folder {shown}"
+            raise ConfigError(f"{name} is required ({what}): add --{name}, or give a run folder as --model")
     if run_of(Path(settings["output"])) != Path(settings["output"]):
         raise ConfigError(
             f"output={settings['output']!r} is a checkpoint, and with more files in it no run can be continued from "
@@ -177,7 +177,6 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
     from bondlm.models.load import fast_dtype
     from bondlm.rewards import aggregation_of, check_room, load_rewards
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     pair = Pair(

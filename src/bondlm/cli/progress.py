@@ -1,7 +1,7 @@
 """Progress of a run: a bar with ETA on a terminal, and one plain line per logged step everywhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from rich.console import Console
@@ -56,6 +56,8 @@ class ProgressReporter(TrainerCallback):
             return
         world = f", {args.world_size} processes" if args.world_size > 1 else ""
         prompts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if isinstance(rows := self._trainer.train_dataset, Sized):  # a stream has no length
+            prompts = min(prompts, len(rows))
         self.console.print(
             f"training from step {state.global_step} to {state.max_steps}: {prompts} prompts per step{world}"
         )

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import signal
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from importlib.metadata import version
@@ -166,7 +165,6 @@ def build_trainer(options: Mapping[str, Any], args: Any = None) -> Any:
 
     from bondlm.trainer import BONDTrainer
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     args = training_arguments(options) if args is None else args

@@ -43,15 +43,16 @@ def changed_settings(
     if fixed := [n for n in names if _may_change(n) == "never"]:
         values = "; ".join(said[n] for n in fixed)
         raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a run ({values}): a checkpoint of {folder} holds what "
-            "they made (its optimizer, its adapter, its averaged weights). Give the same to continue it, or start a "
+            f"{', '.join(fixed)} cannot change in a run ({values}): the checkpoints of {folder} depend "
+            "on them (optimizer, adapter, averaged weights). Give the same to continue it, or start a "
             "new run from its weights in another output_dir"
         )
     changed += edited
     if changed and not allowed:
+        only = ", which allows another name of the same rows" if "train_dataset" in names else ""
         raise ConfigError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}): give the same ones to continue it, "
-            "choose another output_dir, or add --allow_config_change (in Python train(allow_config_change=True))"
+            f"choose another output_dir, or add --allow_config_change{only} (in Python train(allow_config_change=True))"
         )
     return changed
 
