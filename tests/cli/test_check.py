@@ -79,7 +79,7 @@ def test_check_says_what_n_buys_and_what_the_run_costs(tmp_path, capsys):
     out = " ".join(printed.err.split())
     assert "6 prompts, 9 answers each" in out
     assert "7 steps about" in out
-    assert "6 x 2 answers, the first one 6 x 3" in out
+    assert "6 x 2 answers; the first one also draws 6 x 3" in out
     assert "GiB" in out
 
 

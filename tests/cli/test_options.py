@@ -88,6 +88,13 @@ def test_wrong_usage_ends_with_2_and_says_what(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("- a\n", "not a list"), ("1: a\n", "not other names")])
+def test_a_config_without_settings_is_refused_in_words(text, said, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"c\.yaml.*{said}"):
+        parse("train", ["--config", str(tmp_path / "c.yaml")])
+
+
 def test_yaml_with_objects_is_refused_and_not_run(tmp_path):
     marker = tmp_path / "marker"
     (tmp_path / "c.yaml").write_text(f"eta: !!python/object/apply:pathlib.Path.touch ['{marker}']\n")

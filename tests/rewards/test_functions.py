@@ -63,7 +63,7 @@ def test_an_edited_file_is_read_again(folder):
             r"a list is written '\[my_rewards\.py:short, my_rewards\.py:seen\]'",
         ),
         ("my_rewards.py:absent", "'absent'.*Judge, dataclass, seen, short"),
-        ("my_rewards.py:limit", "int.*'limit'"),
+        ("my_rewards.py:limit", "a number called 'limit'"),
         ("no_such_module:short", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("my_rewards:short", r"'my_rewards\.py:short'"),
     ],

@@ -33,7 +33,7 @@ def ending(folder: Path, step: int, reporter: Any, result: Mapping[str, Any] | N
 
 def _cost(step: int, reporter: Any, result: Mapping[str, Any] | None) -> str:
     taken = step - reporter.first_step
-    steps = f"{step} steps" if taken == step else f"{step} steps, {taken} of them now"
+    steps = f"{step} steps" if taken == step else f"{step} steps ({taken} in this session)"
     spent = f"{steps} in {clock_text(reporter.training_seconds)}"
     if result is None:
         return spent

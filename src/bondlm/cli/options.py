@@ -297,8 +297,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {str(path)!r} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {str(path)!r} is not YAML: {error}") from error
+    if content is None:
+        raise ConfigError(f"--config {str(path)!r} is empty: write `name: value` lines, or leave it out")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"--config {str(path)!r} must hold `name: value` lines, not {type(content).__name__}")
+        kind = "other names than text" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ConfigError(f"--config {str(path)!r} must hold `name: value` lines, not {kind}")
     return content
 
 

@@ -109,9 +109,10 @@ def _print_evaluation(console: Console, trainer: Any, seconds: float) -> None:
         return
     num_prompts = sum(map(len, dataset.values())) if isinstance(dataset, dict) else len(dataset)
     each, once = trainer.args.eval_num_samples, trainer.args.eval_num_reference_samples
+    first, later = _duration(num_prompts * once * seconds), _duration(num_prompts * each * seconds)
     console.print(
-        f"An evaluation draws {num_prompts} x {each} answers, the first one {num_prompts} x {once} of the untouched "
-        f"model too: about {_duration(num_prompts * each * seconds)} and {_duration(num_prompts * once * seconds)}.",
+        f"An evaluation draws {num_prompts} x {each} answers; the first one also draws {num_prompts} x {once} from the "
+        f"untouched model: about {later} and {first}.",
         highlight=False,
         soft_wrap=True,
     )

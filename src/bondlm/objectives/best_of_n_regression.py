@@ -38,7 +38,7 @@ class BestOfNRegression:
     def __post_init__(self) -> None:
         """Check the settings."""
         check(self, n=whole(2, "Best-of-1 is the anchor itself"))
-        check(self, num_samples=whole(self.n, f"n={self.n} needs at least n scored samples a prompt"))
+        check(self, num_samples=whole(self.n, f"n={self.n} needs at least n scored samples per prompt"))
 
     @property
     def plan(self) -> SamplePlan:

@@ -36,7 +36,7 @@ class Listwise:
     def __post_init__(self) -> None:
         """Check the settings."""
         check(self, n=whole(2, "Best-of-1 is the anchor itself"))
-        check(self, num_samples=whole(self.n, f"n={self.n} needs at least n samples a prompt"))
+        check(self, num_samples=whole(self.n, f"n={self.n} needs at least n samples per prompt"))
 
     @property
     def plan(self) -> SamplePlan:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from bondlm.data.rows import kind_of
 from bondlm.errors import ConfigError, as_list
 
 
@@ -30,7 +31,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
         found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        what = "nothing" if function is None else f"a {type(function).__name__}"
+        what = "nothing" if function is None else kind_of(function)
         raise ConfigError(
             f"reward {spec!r}: {source!r} has {what} called {name!r}, and a reward must be callable. "
             f"It has these callables: {', '.join(found) or 'none'}."

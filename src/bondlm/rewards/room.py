@@ -73,7 +73,7 @@ def _check_columns(reward: NamedReward, row: Mapping[str, Any]) -> None:
             names = ("prompts", "completions", "truncated", "completion_ids", *columns)
             accepted_arguments(reward.name, reward.function, {name: [] for name in names}, dict.fromkeys(NAMES))
     except ConfigError as error:
-        raise ConfigError(f"{error} The data set is the one with the prompt {_shown(row)!r}.") from error
+        raise ConfigError(f"{error} (In the data set that contains the prompt {_shown(row)!r}.)") from error
 
 
 def _check_json(reward: NamedReward, rows: Sequence[Mapping[str, Any]]) -> None:
