@@ -1,14 +1,17 @@
 """Win rates from pairs in both orders, against plain counting, and judges with a bias that the two orders cancel."""
 
+import io
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from bondlm.errors import RewardError
 from bondlm.evaluation.pairwise import compared, judge_pairs, pairs_of, why_unsteady
+from bondlm.evaluation.table import _print_pairwise
 from bondlm.rewards import NamedReward, RankReward
 from bondlm.rollout.samples import Samples
 
@@ -89,8 +92,10 @@ def test_a_judge_without_a_preference_agrees_with_nothing() -> None:
     found = judged(lambda completions: [0.0] * len(completions))
     assert all(rate["value"] == 0.5 for rate in found["win_rate"].values())
     assert math.isnan(found["agreement"])
+    assert found["num_decided"] == 0
     sometimes = judged(lambda prompt, completions: longer(completions) if prompt < "p2" else [0.0] * len(completions))
     assert sometimes["agreement"] == 1.0
+    assert 0 < sometimes["num_decided"] < sometimes["num_pairs"]
 
 
 def test_pairs_without_a_ranking_are_left_out_and_counted() -> None:
@@ -127,6 +132,21 @@ def test_a_few_pairs_that_a_judge_decides_alike_are_no_proof() -> None:
     wins = found["pairwise"]["j"]["win_rate"]["reference"]
     assert (wins["value"], wins["low"], wins["high"]) == pytest.approx((0.0, 0.0, 1 - 0.025 ** (1 / 3)))
     assert found["warnings"] == []
+
+
+@pytest.mark.parametrize(("decided", "warns"), [(9, False), (10, True)])
+def test_agreement_is_a_share_of_the_pairs_with_a_preference_and_a_few_prove_nothing(decided: int, warns: bool) -> None:
+    rows = [{"prompt": f"p{i:02}"} for i in range(P)]
+    policy, reference = samples([["y"]] * P), samples([["xx"]] * P)
+    judge = RankReward(lambda prompt, completions: [1.0, 0.0] if prompt < f"p{decided:02}" else [0.0, 0.0])
+    result = {"win_rate": {"value": 0.6, "low": 0.5, "high": 0.7}, "warnings": []}
+    found = compared([NamedReward("j", judge)], rows, policy, reference, result)
+    numbers = found["pairwise"]["j"]
+    assert (numbers["num_pairs"], numbers["num_decided"], numbers["agreement"]) == (P, decided, 0.0)
+    assert [f"0% of the {decided} pairs" in warning for warning in found["warnings"]] == [True] * warns
+    console = Console(record=True, width=120, file=io.StringIO())
+    _print_pairwise(console, found["pairwise"])
+    assert f"decides 0% of {decided} pairs alike in both orders; in {P - decided} it has no" in console.export_text()
 
 
 @pytest.mark.parametrize(("agreement", "said"), [(0.0, "order"), (0.5, "itself"), (0.7, None), (float("nan"), None)])

@@ -23,6 +23,7 @@ from bondlm.rollout.samples import Samples
 
 REFERENCE = "reference"
 LEAST_AGREEMENT, BY_PLACE = 0.7, 0.3  # between both orders: chance gives 0.5, judging only by place 0
+FEW_DECIDED = 10  # fewer pairs say nothing about it
 
 
 def in_given_order(reward: NamedReward) -> NamedReward:
@@ -89,10 +90,10 @@ def compared(
         and numbers["win_rate"][REFERENCE]["high"] < 1 / 2 < result["win_rate"]["low"]
     ]
     unsteady = [
-        f"the judge {name!r} decides only {numbers['agreement']:.0%} of {numbers['num_pairs']} pairs alike in both "
-        f"orders: it {why}. Its win rates say little"
+        f"the judge {name!r} decides only {numbers['agreement']:.0%} of the {numbers['num_decided']} pairs in which it "
+        f"has a preference alike in both orders: it {why}. Its win rates say little"
         for name, numbers in found.items()
-        if (why := why_unsteady(numbers["agreement"])) is not None
+        if numbers["num_decided"] >= FEW_DECIDED and (why := why_unsteady(numbers["agreement"])) is not None
     ]
     return {"pairwise": found, "warnings": [*result["warnings"], *lost, *unsteady]}
 
@@ -139,6 +140,7 @@ def _judged(judge: NamedReward, rows: Sequence[Mapping[str, Any]], pairs: Pairs)
         "win_rate": against,
         "num_pairs": len(mean_K),
         "num_failed": int((~known_K).sum()),
+        "num_decided": len(same),
         "agreement": float(same.double().mean()) if len(same) else math.nan,
     }
 

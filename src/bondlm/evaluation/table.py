@@ -217,9 +217,12 @@ def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
             table.add_row("untouched" + opponent.removeprefix("reference"), spread(wins, 3), str(wins["num_prompts"]))
         console.print(table)
         agreement = f"{numbers['agreement']:.0%}" if math.isfinite(numbers["agreement"]) else "none"
+        decided = numbers.get("num_decided") or numbers["num_pairs"]
+        tied = numbers["num_pairs"] - numbers["num_failed"] - decided
+        undecided = f"; in {tied} it has no preference" if tied > 0 else ""
         failed = f"; {numbers['num_failed']} were not ranked and are left out" if numbers["num_failed"] else ""
         console.print(
-            f"{visible(name)} decides {agreement} of {numbers['num_pairs']} pairs alike in both orders{failed}.",
+            f"{visible(name)} decides {agreement} of {decided} pairs alike in both orders{undecided}{failed}.",
             highlight=False,
             soft_wrap=True,
         )

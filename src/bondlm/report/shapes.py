@@ -37,7 +37,8 @@ EVAL_SHAPE: dict[str, Any] = {
     "stopped": "text",
     "judges": {"*": {"reward": "estimate", "reference_reward": "estimate", "win_rate": "estimate"}},
     "pairwise": {
-        "*": {"win_rate": {"*": "estimate"}, **dict.fromkeys(("num_pairs", "num_failed", "agreement"), "number")}
+        "*": {"win_rate": {"*": "estimate"}}
+        | dict.fromkeys(("num_pairs", "num_failed", "num_decided", "agreement"), "number")
     },
     "warnings": ["text"],
     "cost": {"*": "number"},
