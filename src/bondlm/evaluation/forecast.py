@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bondlm.bestofn import Estimate, best_of_n_win_rates, bootstrap_mean, expected_best_of_n, kl_bound
+from bondlm.bestofn.quantiles import tied_share
 from bondlm.evaluation.table import narrow_table
 
 PROMPTS, SAMPLES = 16, 9  # one sample more than the largest N, as the opponent
@@ -77,9 +78,7 @@ def frontier(rewards_PM: Tensor) -> Iterator[Worth]:
 
 def tie_rate(rewards_PM: Tensor) -> float:
     """Share of pairs of samples of the same prompt whose rewards are equal."""
-    equal_PMM = rewards_PM[:, :, None] == rewards_PM[:, None, :]
-    num_samples = rewards_PM.shape[1]
-    return float((equal_PMM.sum() - rewards_PM.numel()) / (len(rewards_PM) * num_samples * (num_samples - 1)))
+    return float(tied_share(rewards_PM).mean())
 
 
 def print_cost(console: Console, trainer: Any, args: Any, seconds: float) -> None:
