@@ -47,6 +47,16 @@ def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():
     assert "nan" not in text
 
 
+def test_a_number_that_no_answer_has_is_an_empty_cell() -> None:
+    policy, reference, others = case(text="one")  # distinct-2 needs two words
+    others["policy, greedy"] = scored(policy.rewards_PM[:, :1], text="one")
+    result = summarize(policy, reference, others)
+    assert math.isnan(result["distinct_2"])
+    console = piped()
+    print_table(console, result)
+    assert "nan" not in console.file.getvalue()
+
+
 def test_a_policy_below_its_reference_has_no_n() -> None:
     policy, reference, others = case()
     worse = scored(-policy.rewards_PM, log_ratio=1.2)

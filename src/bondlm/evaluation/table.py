@@ -182,7 +182,9 @@ def _row(name: str, numbers: Mapping[str, Any]) -> list[str]:
 
 
 def _number(numbers: Mapping[str, Any], key: str, shape: str) -> str:
-    return shape.format(numbers[key]) if key in numbers else ""
+    """The number in this form; empty if it is missing or not finite, such as distinct-2 of one-word answers."""
+    value = numbers.get(key)
+    return "" if value is None or not math.isfinite(value) else shape.format(value)
 
 
 def _print_goals(console: Console, goals: Mapping[str, Any]) -> None:
