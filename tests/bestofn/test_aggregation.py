@@ -128,6 +128,18 @@ def test_classes_of_a_tolerance_begin_with_the_best() -> None:
     assert lexicographic_ranks(values, None, [1, 1], [1.0, 9.0]).tolist() == [[0.5] * 4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_difference_of_just_the_tolerance_is_within_it_whatever_its_rounding(dtype: torch.dtype) -> None:
+    for k in range(9):
+        pair = torch.tensor([[[(k + 1) / 10, k / 10]]], dtype=dtype).double()
+        assert lexicographic_ranks(pair, None, [1], [0.1]).tolist() == [[0.5, 0.5]], k
+        assert lexicographic_ranks(pair[:, :, :1], pair[:, :, 1:], [1], [0.1]).tolist() == [[0.5]], k
+        assert lexicographic_ranks(pair[:, :, 1:], pair[:, :, :1], [1], [0.1]).tolist() == [[0.5]], k
+        assert lexicographic_ranks(pair, None, [1], [0.0999]).tolist() == [[0.75, 0.25]], k
+    tiny = torch.tensor([[[1.0, 1.0 - 1e-15]]], dtype=torch.float64)
+    assert lexicographic_ranks(tiny, None, [1], [0.0]).tolist() == [[0.75, 0.25]], "without a tolerance only equals tie"
+
+
 def own_ranks(how: str, pool: Tensor) -> Tensor:
     if how == "worst":
         return worst_ranks(pool, None, [1] * len(pool))

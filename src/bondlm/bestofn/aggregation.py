@@ -18,6 +18,9 @@ from torch import Tensor
 from bondlm.bestofn._arrays import check_no_nan
 from bondlm.bestofn.quantiles import count_below
 
+# Relative. Differences of decimal fractions miss the tolerance by rounding: 0.9 - 0.8 < 0.1 < 0.8 - 0.7.
+_ROUNDING = 1e-6
+
 
 def mid_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
     """Share of the K samples that each value exceeds, with ties counting half: (P, M) in [0, 1].
@@ -95,7 +98,8 @@ def lexicographic_ranks(
         values_JPM: as in `mean_ranks`.
         among_JPK: as in `worst_ranks`. A rank is then a win rate against the K samples.
         weights: 1, −1 (less is better) or 0 (left out) per reward.
-        tolerances: one number >= 0 per reward, in units of the reward.
+        tolerances: one number >= 0 per reward, in units of the reward. A difference that exceeds one by a millionth of
+            it counts as within it, so that 0.8 and 0.7 are equal for 0.1, as 0.9 and 0.8 are.
 
     Raises:
         ValueError: NaN for only some of a prompt's samples.
@@ -165,6 +169,7 @@ def _places(levels: Sequence[tuple[list[float], float]]) -> list[int]:
 
 def _cut(members: Sequence[int], values_M: Sequence[float], tolerance: float) -> list[list[int]]:
     """Cut samples into classes, the best first."""
+    tolerance *= 1 + _ROUNDING
     parts: list[list[int]] = []
     for i in sorted(members, key=lambda i: -values_M[i]):
         if parts and values_M[parts[-1][0]] - values_M[i] <= tolerance:
