@@ -62,6 +62,15 @@ def test_a_number_that_is_not_finite_is_in_the_text_alone(tmp_path: Path) -> Non
     assert "> 16" in card.text
 
 
+@pytest.mark.parametrize(("measured", "said"), [(8, False), (4, True), (None, False)])
+def test_another_length_than_that_of_training_is_said(tmp_path: Path, measured: int | None, said: bool) -> None:
+    (tmp_path / "config.yaml").write_text("max_completion_length: 8")
+    write_card(tmp_path, result(max_completion_length=measured))
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert ("and at most 8 tokens (measured with at most 4)." in text) == said
+    assert ("and at most 8 tokens." in text) != said
+
+
 def test_judges_that_compare_are_measured_numbers_too(tmp_path: Path) -> None:
     wins = {"reference": NUMBERS, "reference, best of 4": NUMBERS | {"high": 1.75}}
     write_card(tmp_path, result(pairwise={"small": {"win_rate": wins, "num_pairs": 9}}))

@@ -69,7 +69,7 @@ on {result["num_prompts"]} held-out prompts at temperature 1{_at_most(result)}, 
 
 {usage(folder, config)}
 `generation_config.json` makes it answer from the distribution that was measured: at temperature 1, without top-k or
-top-p, with the same end tokens, and at most {_length(config)} tokens.
+top-p, with the same end tokens, and at most {_length(config)} tokens{_measured_at(config, result)}.
 
 A higher reward says nothing about facts or safety that the reward does not measure.
 
@@ -174,6 +174,12 @@ def _at_most(result: Mapping[str, Any]) -> str:
     """The maximum length of the measured answers, if the result states it."""
     length = result.get("max_completion_length")
     return "" if length is None else f" with answers of at most {length} tokens"
+
+
+def _measured_at(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """The maximum length of the measured answers, if it is not that of `generation_config.json`."""
+    length = result.get("max_completion_length")
+    return "" if length in (None, _length(config)) else f" (measured with at most {length})"
 
 
 def _held_out(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
