@@ -19,7 +19,9 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
 import directions  # noqa: E402
 import frontier  # noqa: E402
+import frontier_map  # noqa: E402
 import frontier_results  # noqa: E402
+import frontier_run  # noqa: E402
 import frontier_speed  # noqa: E402
 import plans  # noqa: E402
 import run as study  # noqa: E402
@@ -182,6 +184,16 @@ def test_every_run_of_every_experiment_is_a_valid_config(tmp_path: Path) -> None
         assert 0.7 * task.completions <= drawn <= 1.4 * task.completions, (name, run.name)
     names = [(name, run.name) for name, _, run in plans.runs(list(plans.EXPERIMENTS))]
     assert len(set(names)) == len(names)
+
+
+def test_every_run_of_the_queue_for_a_gpu_is_a_valid_config(tmp_path: Path) -> None:
+    objectives = set()
+    for name in frontier_map.RUNS:
+        args = BONDConfig(**frontier_run.settings_of(frontier.arguments([]), name, 0, tmp_path))
+        drawn = args.per_device_train_batch_size * study.plan_total(frontier_map.RUNS[name].settings)
+        assert 0.9 * frontier_map.COMPLETIONS <= drawn <= frontier_map.COMPLETIONS, name
+        objectives.add((args.objective, args.gamma_ref > 0))
+    assert {("grpo", False), ("jbond", False), ("jbond", True), ("bond", False), ("self_bond", False)} <= objectives
 
 
 def test_missing_files_are_named_with_the_commands_that_make_them(

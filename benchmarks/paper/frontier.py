@@ -189,7 +189,7 @@ def main() -> None:
     if args.list:
         done = done_runs(args)
         for name, seed in queue(args.runs, args.seeds):
-            print(f"{name:24}seed {seed}  {'done' if (name, seed) in done else ''}")
+            print(f"{name:26}seed {seed}  {'done' if (name, seed) in done else ''}")
     elif args.worker:
         sys.path.insert(0, str(HERE.parent))  # facts
         sys.exit(work(args))

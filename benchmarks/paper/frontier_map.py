@@ -6,7 +6,7 @@ One seed of every run, in this order, then more seeds of the leaders and of the 
 from dataclasses import dataclass
 from typing import Any
 
-from plans import Settings, jbond, rloo
+from plans import Settings, iterated, jbond, rloo
 
 COMPLETIONS = 192  # per step
 STEPS = 480
@@ -34,6 +34,11 @@ class FrontierRun:
 def own(n: int, samples: int = 8, **more: Any) -> Settings:
     """BOND with the policy's own quantiles: Best-of-n as a fixed point."""
     return {"objective": "self_bond", "n": n, "num_samples": samples} | more
+
+
+def grpo(beta_rl: float) -> Settings:
+    """GRPO with a KL penalty to the reference."""
+    return {"objective": "grpo", "beta_rl": beta_rl, "num_samples": 8, "anchor": "fixed"}
 
 
 def listwise(n: int, samples: int, **more: Any) -> Settings:
@@ -75,6 +80,16 @@ RUNS = {
     "own-n4-harmonic-fall": FrontierRun(settings=own(4, log_quantile="harmonic"), falls=True),
     "jbond-eta0.3-fall": FrontierRun(settings=jbond(0.3), falls=True),
     "rloo-0.1-fall": FrontierRun(settings=rloo(0.1), falls=True),
+    # What completes the comparison: GRPO, a moving anchor with a pull to the reference, and anchors that are copied.
+    "rloo-0.2-fall": FrontierRun(settings=rloo(0.2), falls=True),
+    "grpo-0.1-fall": FrontierRun(settings=grpo(0.1), falls=True),
+    "grpo-0.3-fall": FrontierRun(settings=grpo(0.3), falls=True),
+    "grpo-0.6-fall": FrontierRun(settings=grpo(0.6), falls=True),
+    "jbond-eta0.3-ref0.5-fall": FrontierRun(settings=jbond(0.3, gamma_ref=0.5), falls=True),
+    "jbond-eta0.3-ref1-fall": FrontierRun(settings=jbond(0.3, gamma_ref=1.0), falls=True),
+    "own-n2-fall": FrontierRun(settings=own(2), falls=True),
+    "iterated-n2-every60": FrontierRun(settings=iterated(2, 60)),
+    "iterated-n4-every60": FrontierRun(settings=iterated(4, 60)),
 }
 # Once every run has one seed, these get more, in this order: claims rest on them.
 SEEDED = (
