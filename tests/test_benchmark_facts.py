@@ -7,9 +7,11 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("peers", "roofline", "tricks", "vllm", "step", "t5_step", "warm", "overoptimised")
@@ -55,3 +57,19 @@ def test_what_a_script_imports_from_the_package_is_there(path: Path) -> None:
             for name in (alias.name for alias in node.names):
                 found = hasattr(module, name) or find_spec(f"{node.module}.{name}") is not None
                 assert found, f"line {node.lineno}: {node.module} has no {name}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's count of this process")
+def test_memory_is_counted_from_what_the_loaded_model_holds(facts: Any) -> None:
+    """It was counted from the peak of making the model, which work that fits below it did not exceed."""
+    growth = import_module("growth")
+    args = SimpleNamespace(hidden=64, layers=1, dtype="bfloat16")
+    model = growth.llama(args, 64, longest=8)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+    high = torch.ones(2**27)  # 0.5 GiB
+    del high
+    held = growth.held_gib()
+    work = torch.ones(2**25)
+    assert 0.12 < growth.peak_gib() - held < 0.2
+    del work
