@@ -184,7 +184,7 @@ COMMAND_LINE: dict[str, Foreign] = {
     "ignore_bias_buffers": Foreign("a debugging aid of TRL's scripts; remove it", (False,)),
     "model_revision": Foreign(_OF_THE_MODEL % "revision: main", ("main",)),
     "attn_implementation": Foreign(_OF_THE_MODEL % "attn_implementation: sdpa"),
-    "load_in_8bit": Foreign(_QUANTISED, (False,)),
+    "load_in_8bit": Foreign(_OF_THE_MODEL % "quantization_config: {load_in_8bit: true}", (False,)),
     "load_in_4bit": Foreign(_QUANTISED, (False,)),
     "bnb_4bit_quant_type": Foreign(_QUANTISED, ("nf4",)),
     "bnb_4bit_quant_storage": Foreign(_QUANTISED),
