@@ -47,6 +47,12 @@ def test_no_ratio_where_best_of_n_needs_no_kl_or_nobody_knows_n():
         assert result["kl_of_best_of_n"] == pytest.approx(needed)
 
 
+def test_no_ratio_where_the_kl_is_not_told_from_0():
+    policy, reference, others = case()
+    result = summarize(scored(policy.rewards_PM, log_ratio=-0.1), reference, others)
+    assert (result["kl_ratio"], result["kl_of_best_of_n"] > 0.5) == (None, True)
+
+
 def test_ties_make_best_of_n_cheaper_than_the_bound():
     policy, reference, others = case()
     tied = [scored((s.rewards_PM > 1.0).double(), log_ratio=1.2) for s in (policy, reference)]

@@ -53,6 +53,14 @@ def test_there_is_no_ratio_where_n_is_not_told_from_1():
     assert headline(result) == "One sample = Best-of-1.0 [1.0, 1.1]."
 
 
+@pytest.mark.parametrize(("value", "low"), [(-0.0019, -0.0038), (0.001, -0.001), (-0.1, None)])
+def test_there_is_no_ratio_where_the_kl_is_not_told_from_0(value, low):
+    """The estimate of a KL may be negative: it was "at -0.0x the KL that Best-of-2.6 needs"."""
+    result = eval_json() | {"kl": {"value": value, "low": low, "high": 0.01}, "kl_ratio": value / 0.5}
+    assert kl_ratio(result) is None
+    assert headline(result) == "One sample = Best-of-6.3 [5.0, 7.6]."
+
+
 def test_a_policy_below_its_reference_has_no_n():
     result = eval_json() | {"win_rate": {"value": 0.31, "low": 0.2, "high": 0.4}}
     assert headline(result) == "One sample is below the reference (win rate 0.31, under 0.5), so there is no N."

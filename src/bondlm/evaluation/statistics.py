@@ -80,6 +80,7 @@ def _numbers(result: Comparison) -> dict[str, Any]:
     worth = result.matched["win_rate"]
     needed = result.kl_of_best_of_n
     known = math.isfinite(worth.value) and needed > 0 and not worth.low <= 1  # near N = 1 any KL is a large multiple
+    known = known and not result.kl.low <= 0  # an estimate of a KL may be negative
     simple = ("win_rate", "kl", "reward", "log_quantile", "kl_k3", "kl_per_token", "kl_k3_per_token")
     bins = len(result.histogram)
     return {

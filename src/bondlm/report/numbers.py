@@ -71,10 +71,13 @@ def kl_ratio(result: Mapping[str, Any]) -> float | None:
     """Return the policy's KL in units of the KL that Best-of-N needs at its effective N.
 
     None where N is unknown, or not told from 1: its interval holds 1, where any KL is an arbitrarily large multiple.
+    Also where the KL is not told from 0, since the estimate may be negative.
     """
     value, low = result["effective_n"]["value"], result["effective_n"].get("low")
     if value is None or (low is not None and low <= 1):
         return None  # beyond the reference's samples, only a bound of N is known
+    if any(end is not None and end <= 0 for end in (result["kl"]["value"], result["kl"].get("low"))):
+        return None
     if "kl_ratio" in result:
         return _number_or_none(result["kl_ratio"])
     kl, needed = result["kl"]["value"], result.get("kl_of_best_of_n")
