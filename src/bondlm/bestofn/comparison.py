@@ -227,10 +227,10 @@ class _Means:
         for columns in groups:
             table_PJ, sizes = torch.cat(list(columns.values()), dim=1), [len(v[0]) for v in columns.values()]
             self.prompts |= columns
-            self._means |= zip(columns, table_PJ.mean(0, keepdim=True).split(sizes, 1), strict=True)
+            self._means |= zip(columns, torch.split_with_sizes(table_PJ.mean(0, keepdim=True), sizes, 1), strict=True)
             if len(table_PJ) > 1:
                 draws_RJ = resample_means(table_PJ, num_bootstrap, seed)
-                self._draws |= zip(columns, draws_RJ.split(sizes, 1), strict=True)
+                self._draws |= zip(columns, torch.split_with_sizes(draws_RJ, sizes, 1), strict=True)
 
     def mean(self, name: str) -> list[float]:
         """Return the means of the columns of that name."""
