@@ -35,7 +35,7 @@ engines() {
   run 140 python3 benchmarks/vllm.py --vllm-python "$VLLM_PYTHON" --dtype bfloat16 --tokens 128 --out "$results/vllm.jsonl" "$@"
 }
 train() {
-  run 72 python3 -m bondlm train --engine vllm --vllm_server auto --vllm_python "$VLLM_PYTHON" \
+  run "${limit:-72}" python3 -m bondlm train --engine vllm --vllm_server auto --vllm_python "$VLLM_PYTHON" \
     --vllm_server_args '["--enforce-eager"]' --reward_funcs examples/everyday/reward.py:not_repetitive \
     --reward_weights "[1.0]" --lr_scheduler_type constant --warmup_steps 0 --bf16 true --save_steps 2 \
     --eval_num_samples 1 --eval_num_reference_samples 2 "$@"
@@ -81,9 +81,11 @@ case ${1:-check} in
       -k "frequencies or own_distribution or reload or in_turn or training or fine_tuning"
     ;;
   vllm-more)
-    # `vllm_server: auto` on one card, real weights; the second command resumes from the first one's checkpoint.
-    train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 2
-    train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 4
+    # `vllm_server: auto` on one card, real weights. The first command may be the machine's first start of vLLM; the
+    # second resumes from its checkpoint, and fails if there is none.
+    limit=110 train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 2
+    train --config examples/everyday/jbond.yaml --output_dir runs/on-gpu-vllm-lora --max_steps 4 \
+      --resume runs/on-gpu-vllm-lora/checkpoint-2
     mkdir -p runs
     grep -v -E "^(use_peft|lora_r|learning_rate):" examples/everyday/jbond.yaml > runs/on-gpu-full.yaml
     train --config runs/on-gpu-full.yaml --output_dir runs/on-gpu-vllm-full --max_steps 2
