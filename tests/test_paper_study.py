@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
+import dial  # noqa: E402
 import directions  # noqa: E402
 import frontier  # noqa: E402
 import frontier_map  # noqa: E402
@@ -295,3 +296,9 @@ def test_a_line_of_the_results_that_was_cut_costs_its_run_alone(tmp_path: Path) 
     assert frontier.done_runs(args) == {("rloo-0.3", 0)}
     frontier_results.append(args, {"run": "rloo-0.3", "seed": 2, "is_last": True})
     assert frontier.done_runs(args) == {("rloo-0.3", 0), ("rloo-0.3", 2)}
+
+
+def test_the_table_of_the_dial_passes_over_ratios_that_are_not_there() -> None:
+    rows: list[dict[str, Any]] = [{"kl_ratio": 2.0}, {"kl_ratio": None}]
+    assert [dial.mean_of(rows, "kl_ratio"), dial.mean_of(rows[1:], "kl_ratio")] == ["2.000 (1 of 2)", "-"]
+    assert dial.mean_of([{"kl": 1.0}, {"kl": 2.0}], "kl") == "1.500"

@@ -138,6 +138,14 @@ def judged(samples: Samples, written: list[str]) -> float:
     return mean(rouge_l(text, one) for texts, one in zip(samples.texts, written, strict=True) for text in texts)
 
 
+def mean_of(rows: list[dict[str, Any]], key: str) -> str:
+    """The mean over the rows that have a number there; a ratio is None where N is 1 or beyond the samples."""
+    found = [row[key] for row in rows if row[key] is not None]
+    if not found:
+        return "-"
+    return f"{mean(found):.3f}" + (f" ({len(found)} of {len(rows)})" if len(found) < len(rows) else "")
+
+
 def table() -> None:
     """Print means over seeds."""
     found = [json.loads(line) for line in OUT.read_text().splitlines()]
@@ -148,7 +156,7 @@ def table() -> None:
         for method in METHODS:
             rows = [r for r in found if (r["method"], r["step"], r["learning_rate"]) == (method, step, rate)]
             if rows:
-                cells = [f"{mean(r[key] for r in rows):.3f}" for key in ("effective_n", "win_rate", "kl", "kl_ratio")]
+                cells = [mean_of(rows, key) for key in ("effective_n", "win_rate", "kl", "kl_ratio")]
                 print(f"| {method} | {step} | {rate:g} | {len(rows)} | " + " | ".join(cells) + " |")
 
 
