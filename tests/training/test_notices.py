@@ -14,7 +14,7 @@ from bondlm.errors import ConfigError
 from bondlm.objectives.make import OBJECTIVES, make_objective
 from bondlm.objectives.self_bond import SelfBOND
 from bondlm.training.callbacks import logs_at
-from bondlm.training.notices import OutOfReachCallback, needs_other_prompts, warmup_warning
+from bondlm.training.notices import OutOfReachCallback, anchor_warning, needs_other_prompts, warmup_warning
 from bondlm.training.signal_factor import MAX_FACTOR
 
 
@@ -34,6 +34,20 @@ def test_a_warmup_that_takes_the_run_is_said(tmp_path: Path) -> None:
     assert warmup_warning(config(tmp_path, warmup_steps=0), 1) is None
     assert warmup_warning(config(tmp_path, warmup_steps=0.6, lr_scheduler_type="linear"), 50) is not None
     assert warmup_warning(config(tmp_path, lr_scheduler_type="constant"), 24) is None
+
+
+def test_an_anchor_that_is_never_copied_is_said(tmp_path: Path) -> None:
+    args = config(tmp_path, anchor="periodic", anchor_update_every=50)
+    assert "anchor_update_every=50 of a run of 40 steps: the anchor never moves" in (anchor_warning(args, 40) or "")
+    assert anchor_warning(args, 50) is not None  # a copy after the last step
+    assert anchor_warning(args, 51) is None
+    assert anchor_warning(config(tmp_path, eta=0.1), 40) is None
+
+
+def test_a_run_says_that_its_anchor_is_never_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(tmp_path, max_steps=1, anchor="periodic", anchor_update_every=1)
+    made.train()
+    assert "anchor_update_every=1 of a run of 1 steps" in said(caplog)
 
 
 def test_who_takes_the_baseline_from_other_prompts() -> None:

@@ -151,9 +151,11 @@ def batch_advice(scale: float | None, prompts: int) -> str:
 
 
 def _warnings(args: Any, logs: Mapping[str, float], steps: int) -> Iterator[str]:
-    from bondlm.training.notices import warmup_warning
+    from bondlm.training.notices import anchor_warning, warmup_warning
 
     if (text := warmup_warning(args, steps)) is not None:
+        yield text
+    if (text := anchor_warning(args, steps)) is not None:
         yield text
     if (text := _ties_warning(logs)) is not None:
         yield text

@@ -203,9 +203,10 @@ def problems(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any
     if c.gamma_ref and (plan.policy == 0 or not anchor_may_move(c.objective)):
         why = "its KL to the reference has weight 1" if plan.policy else "it draws no samples of the policy"
         found.append(f"gamma_ref={c.gamma_ref!r}: objective={c.objective!r} does not use it ({why}), remove it")
-    elif c.gamma_ref and c.anchor == "fixed":
+    elif c.gamma_ref and (c.anchor == "fixed" or (c.anchor == "ema" and c.eta == 0)):
+        still = "anchor='fixed'" if c.anchor == "fixed" else f"an anchor with eta={c.eta!r}"
         found.append(
-            f"gamma_ref={c.gamma_ref!r}: anchor='fixed' is the reference itself, and the objective has a KL to it; "
+            f"gamma_ref={c.gamma_ref!r}: {still} is the reference itself, and the objective has a KL to it; "
             "remove gamma_ref, or let the anchor move"
         )
     found.extend(_of_no_weight(c, defaults))

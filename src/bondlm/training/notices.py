@@ -34,6 +34,8 @@ class FirstStepCallback(TrainerCallback):
             return
         if (text := warmup_warning(args, state.max_steps, begun=state.global_step)) is not None:
             _log.warning("%s", text)
+        if (text := anchor_warning(args, state.max_steps)) is not None:
+            _log.warning("%s", text)
         prompts = args.world_size * args.train_batch_size * args.gradient_accumulation_steps
         if prompts == 1 and needs_other_prompts(self._objective):
             _log.warning(
@@ -68,6 +70,16 @@ def warmup_warning(args: Any, max_steps: int, *, begun: int = 0) -> str | None:
         f"warmup_steps={args.warmup_steps:g} of a run of {max_steps} steps: "
         + (f"it ends at {reached:.0%}{rate}" if reached < 1 else f"it learns with less{rate} for half of it or more")
         + f". Set warmup_steps to a tenth of the run ({max(1, max_steps // 10)}), or make the run longer"
+    )
+
+
+def anchor_warning(args: Any, max_steps: int) -> str | None:
+    """A warning if a periodic anchor is never copied before the last step of a run of `max_steps`."""
+    if args.anchor != "periodic" or args.anchor_update_every < max_steps:
+        return None
+    return (
+        f"anchor_update_every={args.anchor_update_every} of a run of {max_steps} steps: the anchor never moves, as "
+        f"with anchor='fixed'. Set anchor_update_every below {max_steps}, or make the run longer"
     )
 
 
