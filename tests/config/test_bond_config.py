@@ -132,7 +132,7 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "self_bond", "gamma": 0.1}, "gamma=0.1"),
     ({"objective": "best_of_n_sft", "gamma_ref": 0.1}, "gamma_ref=0.1"),
     ({"objective": "jbond", "gamma_ref": 0.1, "anchor": "fixed"}, "gamma_ref=0.1"),
-    ({"objective": "jbond", "gamma_ref": 0.1, "eta": 0.0}, "an anchor with eta=0.0"),
+    ({"objective": "jbond", "gamma_ref": 0.1, "eta": 0.0}, "gamma_ref=0.1"),
     ({"vllm_base_url": "http://other:8000"}, "vllm_base_url='http://other:8000'"),  # of an external server of vllm
 ]
 
