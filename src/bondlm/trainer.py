@@ -127,7 +127,7 @@ class BONDTrainer(SamplingTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | Path | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: BONDConfig | None = None,
         train_dataset: Dataset | Sequence[Mapping[str, Any]] | str | None = None,
@@ -142,7 +142,7 @@ class BONDTrainer(SamplingTrainer):
     ) -> None:
         own_arguments(others, list(inspect.signature(BONDTrainer).parameters))
         args = own_copy(BONDConfig(output_dir="bondlm_output") if args is None else args)
-        model = located(expanded(model)) if isinstance(model, str) else model
+        model = located(expanded(str(model))) if isinstance(model, str | Path) else model
         name = model if isinstance(model, str) else name_of(model)
         refuse_own_folder(name, args.output_dir)
         require_metric_of(named_sets(eval_dataset), args.metric_for_best_model)

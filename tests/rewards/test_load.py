@@ -168,6 +168,8 @@ def test_a_module_needs_its_tokenizer_and_goes_to_the_device(models):
     expected = reward.function(["rain"], ["in the sea"])
     assert loaded.function(["rain"], ["in the sea"]) == pytest.approx(expected, abs=1e-6)
     assert load_rewards(model, processing_classes=tokenizer, device="meta")[0].function.model.device.type == "meta"
+    with pytest.raises(ConfigError, match=r"reward_processing_classes: 'models/rm' is a name"):
+        load_rewards(model, processing_classes="models/rm")
     with pytest.raises(ConfigError, match=r"Linear.*config"):
         load_rewards(nn.Linear(1, 1), processing_classes=tokenizer)
 

@@ -43,6 +43,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "adapter",
     ),
     "a name that is nowhere": (lambda: "/nowhere/at/all", {}, "/nowhere/at/all"),
+    "a path that is nowhere": (lambda: Path("/nowhere/at/all"), {}, "/nowhere/at/all"),
     "no model": (lambda: nn.Linear(2, 2), {}, "model is a Linear: give a model of transformers or PEFT"),
 }
 
@@ -53,6 +54,18 @@ def test_models_that_cannot_be_trained_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path, model(), **settings)
+
+
+def test_a_tokenizer_is_given_and_not_named(tmp_path: Path) -> None:
+    for name in ("tiny", Path("tiny")):
+        with pytest.raises(ConfigError, match="processing_class='tiny': give the tokenizer itself"):
+            BONDTrainer(
+                tiny_causal(TOKENIZER),
+                len,
+                config(tmp_path),
+                train_dataset=prompt_rows(4),
+                processing_class=name,  # type: ignore[arg-type]
+            )
 
 
 def test_settings_of_another_trainer_and_a_file_as_folder_are_refused(tmp_path: Path) -> None:

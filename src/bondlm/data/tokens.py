@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bondlm.data import control
@@ -54,8 +55,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, generation_eos_ids: int 
         All EOS ids, each once, and the padding id (the first EOS id if the tokenizer has no padding token).
 
     Raises:
-        ConfigError: If there is no EOS id at all, or one that is not a token id.
+        ConfigError: If there is no EOS id at all, or one that is not a token id; or the tokenizer is only named.
     """
+    if isinstance(tokenizer, str | Path):
+        raise ConfigError(f"processing_class={str(tokenizer)!r}: give the tokenizer itself, not its name")
     listed = list(generation_eos_ids) if isinstance(generation_eos_ids, Sequence) else [generation_eos_ids]
     eos_ids = tuple(dict.fromkeys(i for i in [*listed, tokenizer.eos_token_id] if i is not None))
     if not eos_ids:

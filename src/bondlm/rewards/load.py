@@ -118,6 +118,8 @@ def load_rewards(
         raise ConfigError("no reward: give at least one function or model.")
     weight_list = _one_each("reward_weights", weights, len(spec_list), default=1.0)
     tokenizers = _one_each("reward_processing_classes", processing_classes, len(spec_list), default=None)
+    if named := [tokenizer for tokenizer in tokenizers if isinstance(tokenizer, str | Path)]:
+        raise ConfigError(f"reward_processing_classes: {str(named[0])!r} is a name: give the tokenizer itself.")
     rewards: list[NamedReward] = []
     for spec, weight, tokenizer in zip(spec_list, weight_list, tokenizers, strict=True):
         if isinstance(spec, str) and spec.startswith(SERVERS):
