@@ -150,10 +150,19 @@ def read_table(path: str, text_column: str = "completion") -> tuple[pyarrow.Tabl
         if suffix_of(path) == ".parquet":
             return pyarrow.parquet.read_table(path), []
         return _read_csv(path, text_column)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: cannot be read: not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+        if isinstance(error, UnicodeDecodeError | pyarrow.ArrowInvalid) and suffix_of(path) != ".parquet":
+            _refuse_other_encoding(path)
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _refuse_other_encoding(path: str) -> None:
+    """Name the first line that is not UTF-8, which spreadsheets often do not write; Arrow names columns, or bytes."""
+    for number, line in enumerate(_binary_lines(path), start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}): save it as UTF-8") from error
 
 
 def _binary_lines(path: str) -> Iterator[bytes]:
@@ -224,7 +233,7 @@ def _read_csv(path: str, text_column: str) -> tuple[pyarrow.Table, list[Line]]:
         table = read(types | dict.fromkeys(kept, pyarrow.string())) if kept else table
     for i, each in enumerate(table.schema):
         if pyarrow.types.is_binary(each.type):
-            raise DataError(f"{path}: the column {each.name!r} is not UTF-8")
+            _refuse_other_encoding(path)
         if table.column_names.index(each.name) != i:
             raise DataError(f"{path}: two columns are called {each.name!r}")
     return table, odd
