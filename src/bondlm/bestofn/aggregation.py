@@ -132,7 +132,7 @@ def _place_among(rank: Callable[[Tensor], Tensor], values_JPM: Tensor, among_JPK
         among_JPK: the K samples. A reward that does not apply to the values is left out for these as well.
     """
     among_JPK = among_JPK.where(~values_JPM.isnan().all(dim=2, keepdim=True), math.nan)
-    pools = [rank(torch.cat([value_JP1, among_JPK], dim=2)) for value_JP1 in values_JPM.split(1, dim=2)]
+    pools = [rank(torch.cat([value_JP1, among_JPK], dim=2)) for value_JP1 in torch.split(values_JPM, 1, dim=2)]
     twice_PM = torch.cat([_twice_ranks(ranks_PK[:, :1], ranks_PK[:, 1:]) for ranks_PK in pools], dim=1).numpy()
     own_PK = rank(among_JPK).numpy()
     placed = [_rounded(twice_M, own_K) for twice_M, own_K in zip(twice_PM, own_PK, strict=True)]
@@ -154,7 +154,7 @@ def _rounded(twice_M: np.ndarray[Any, Any], own_K: np.ndarray[Any, Any]) -> np.n
     share = (twice_M - places[lower]) / np.maximum(places[upper] - places[lower], 1)
     chosen = np.where(share > np.random.default_rng(whole_K).random(), places[upper], places[lower])
     ends = max(levels[0] - counts[0], 0), min(levels[-1] + counts[-1], scale)
-    return np.interp(chosen, [0, *(above - counts), scale], [ends[0], *levels, ends[1]]) / scale
+    return np.asarray(np.interp(chosen, [0, *(above - counts), scale], [ends[0], *levels, ends[1]]) / scale)
 
 
 def _places(levels: Sequence[tuple[list[float], float]]) -> list[int]:
