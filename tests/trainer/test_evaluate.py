@@ -93,9 +93,11 @@ def test_evaluation_is_repeatable_and_leaves_the_run_alone(tmp_path: Path) -> No
     assert {name.split("_")[1] for name in parts if name != "epoch"} == {"one", "two"}
 
 
-@pytest.mark.parametrize(("target_n", "gain", "steps"), [(3.0, 10, 1), (3.0, 0, 3), (None, 10, 3)])
+@pytest.mark.parametrize(
+    ("target_n", "gain", "num_prompts", "steps"), [(3.0, 10, 24, 1), (3.0, 0, 24, 3), (None, 10, 4, 3), (3.0, 10, 4, 3)]
+)
 def test_target_n_stops_the_run_once_it_is_reached(
-    target_n: float | None, gain: float, steps: int, tmp_path: Path
+    target_n: float | None, gain: float, num_prompts: int, steps: int, tmp_path: Path
 ) -> None:
     def stub(dataset: Any) -> Any:
         """Policy samples that are the reference's, with `gain` on every reward."""
@@ -103,10 +105,15 @@ def test_target_n_stops_the_run_once_it_is_reached(
         return replace(samples, rewards_PM=samples.rewards_PM + gain), samples
 
     made = trainer(
-        tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, eval_dataset=prompt_rows(4), target_n=target_n
+        tmp_path,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=prompt_rows(num_prompts),
+        target_n=target_n,
     )
     made.held_out_samples = stub  # type: ignore[method-assign]
-    made.train()
+    made.train()  # four prompts that are always won are no proof of any N
     assert made.state.global_step == steps
 
 
