@@ -250,3 +250,10 @@ def test_kinds():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_best_and_worst_of_an_outcome_below_rounding_is_a_number() -> None:
+    """Its level had a mass of 0 from the difference of two sums: 0/0 in its row and column."""
+    joint = best_and_worst_probs(torch.tensor([0.6, 0.4, 1e-18]).double(), torch.tensor([0.0, 1.0, 2.0]).double(), 2)
+    expected = torch.tensor([[0.36, 0.0, 0.0], [0.48, 0.16, 0.0], [0.0, 0.0, 0.0]]).double()
+    assert torch.allclose(joint, expected, atol=1e-12)

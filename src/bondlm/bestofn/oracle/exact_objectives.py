@@ -269,13 +269,16 @@ def best_and_worst_probs(anchor_probs: Array, rewards: Array, n: int) -> Array:
         raise ValueError(f"n must be an integer >= 2; got {n!r}")
     p_lt_K, p_le_K = exact_quantiles(anchor_probs, rewards)
     anchor_K = check_probs(to_float64(anchor_probs, "anchor_probs"), "anchor_probs")
+    rewards_K = to_float64(rewards, "rewards")
 
     def within(upper_K: Tensor, lower_K: Tensor) -> Tensor:
         """Probability that all n are in the range; 0 where it is empty."""
         return (upper_K.unsqueeze(-1) - lower_K.unsqueeze(-2)).clamp(min=0.0) ** n
 
     levels_KK = within(p_le_K, p_lt_K) - within(p_lt_K, p_lt_K) - within(p_le_K, p_le_K) + within(p_lt_K, p_le_K)
-    share_K = torch.where(anchor_K > 0, anchor_K / (p_le_K - p_lt_K), torch.zeros_like(anchor_K))
+    is_tied_KK = rewards_K.unsqueeze(-1) == rewards_K.unsqueeze(-2)
+    mass_K = (is_tied_KK * anchor_K.unsqueeze(-2)).sum(-1)  # p_≤ - p_< would be 0 for a level of tiny mass
+    share_K = torch.where(anchor_K > 0, anchor_K / mass_K, torch.zeros_like(anchor_K))
     pairs_KK = levels_KK.clamp(min=0.0) * share_K.unsqueeze(-1) * share_K.unsqueeze(-2)  # clamp: rounding, about 1e-16
     return back(pairs_KK, anchor_probs, rewards)
 
