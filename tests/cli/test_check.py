@@ -109,12 +109,12 @@ def test_check_asks_for_the_disk_space_that_train_asks_for(tmp_path, capsys, mon
 
 
 def test_it_says_what_the_noise_of_the_gradient_means_for_the_batch(tmp_path, capsys):
-    """Measured in the dry step where that accumulates, and nothing is said where it does not."""
+    """Measured in the dry step where that accumulates; otherwise it says how to have it measured."""
     config = write_job(tmp_path)
     assert main(["check", "--config", str(config), "--json"]) == 0
     printed = capsys.readouterr()
     assert "noise_scale" not in json.loads(printed.out)
-    assert "prompts per step" not in printed.err
+    assert "advice on their number needs gradient_accumulation_steps" in " ".join(printed.err.split())
     assert main(["check", "--config", str(config), "--gradient_accumulation_steps", "2", "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)

@@ -72,11 +72,14 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
     print_cost(console, trainer, args, logs["step_time"])
     steps = num_steps(args, trainer.train_dataset)
     found |= {"num_steps": steps, "seconds": steps * logs["step_time"]}
+    prompts, advice = prompts_per_step(args)["prompts_per_step"], ""
     if TRACE in logs:
         found["noise_scale"] = logs.get(SCALE)
-        console.print(
-            batch_advice(logs.get(SCALE), prompts_per_step(args)["prompts_per_step"]), highlight=False, soft_wrap=True
-        )
+        advice = batch_advice(logs.get(SCALE), prompts)
+    elif args.gradient_accumulation_steps == 1:
+        advice = f"prompts per step: {prompts}; advice on their number needs gradient_accumulation_steps of 2 or more"
+    if advice:
+        console.print(advice, highlight=False, soft_wrap=True)
     space = trainer.anchor_callback.space(args, args.save_total_limit) | {"model_bytes": size}
     found["disk"] = _check_disk(Path(str(options.get("output_dir") or "runs/bond")), space, console)
     found["warnings"] = list(_warnings(args, logs, steps))
