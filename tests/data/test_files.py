@@ -128,7 +128,11 @@ def test_a_bad_row_of_several_files_is_named_with_its_file(tmp_path: Path) -> No
         ("a.csv", b"prompt,k\na,\xff\n", r"a\.csv:2: not UTF-8 \(byte 0xff\): save it as UTF-8"),
         ("a.csv", b"prompt,k\n\xff,a\n", r"a\.csv:2: not UTF-8 \(byte 0xff\): save it as UTF-8"),
         ("a.csv", "prompt\na\n".encode("utf-16"), r"a\.csv:1: not UTF-8 \(byte 0xff\): save it as UTF-8"),
-        ("a.csv.gz", gzip.compress("prompt\nQué\n".encode("latin-1")), r"a\.csv\.gz:2: not UTF-8 \(byte 0xe9\)"),
+        (
+            "a.csv.gz",
+            gzip.compress("prompt\nQué\n".encode("latin-1"), mtime=0),
+            r"a\.csv\.gz:2: not UTF-8 \(byte 0xe9\)",
+        ),
         ("a.parquet.gz", b"", r"a\.parquet\.gz: unknown kind"),
         ("a.jsonl", b'{"prompt": "a"}', "no configs and splits"),
     ],
