@@ -141,6 +141,20 @@ def test_a_name_stays_as_it_is_written(text, tmp_path):
     assert parse("train", ["--eval_dataset", "{a: b.jsonl}"])["eval_dataset"] == {"a": "b.jsonl"}
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("sample", "has no n, objective, which bondlm train has: leave them out; --model RUN"),
+        ("sft", "has no n, objective, reward_funcs, which bondlm train has: leave them out$"),
+        ("report", "has no n, objective, reward_funcs, which"),
+    ],
+)
+def test_a_runs_config_given_to_another_command_is_told_from_a_misspelling(command, said, tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: self_bond\nn: 4\nreward_funcs: a.py:f\n")
+    with pytest.raises(ConfigError, match=f"bondlm {command} {said}"):
+        parse(command, ["--config", str(tmp_path / "c.yaml")])
+
+
 def test_a_name_that_stands_twice_in_a_file_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("eta: 0.1\nseed: 3\neta: 0.3\n")
     with pytest.raises(ConfigError, match="'eta' is there twice"):

@@ -1,7 +1,7 @@
 """Options of each command: a YAML file, overridden by `--name value`; unknown names are refused with a suggestion."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import yaml
 from bondlm.cli.presets import with_preset
 from bondlm.data.paths import expanded
 from bondlm.errors import ConfigError
-from bondlm.migration import own_names
+from bondlm.migration import STAGES, own_names
 from bondlm.migration.names import nearest
 
 _MODEL = {"model": "Model folder or hub name, or an adapter folder. Required."}
@@ -261,12 +261,21 @@ def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     known = set(COMMANDS[command][1])
     if command in ("train", "check"):
         return own_names(options, known | _training_names(), command=command)
-    if command in ("sft", "reward-model"):
-        return own_names(options, known | _plain_training_names(), command=command)
+    plain = _plain_training_names() if command in ("sft", "reward-model") else set()
+    _refuse_names_of_train(command, options.keys() - known - plain - STAGES.keys())
+    if plain:
+        return own_names(options, known | plain, command=command)
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name!r}{nearest(name, known)}; see `bondlm {command} --help`")
     return dict(options)
+
+
+def _refuse_names_of_train(command: str, unknown: Set[str]) -> None:
+    """Say of a run's config, given to another command, which of its names this one does not have."""
+    if found := sorted(unknown & (TRAIN.keys() | _training_names()) if unknown else ()):
+        todo = "; --model RUN takes what it needs from the run" if command in ("sample", "score", "eval") else ""
+        raise ConfigError(f"bondlm {command} has no {', '.join(found)}, which bondlm train has: leave them out{todo}")
 
 
 def _value(name: str, text: str) -> Any:
