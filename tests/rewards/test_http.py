@@ -28,6 +28,8 @@ TOKEN = "s3cr3t-t0k3n-0123456789"
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     monkeypatch.delenv(PLAIN_VARIABLE, raising=False)
+    for name in (PROXY_VARIABLE, "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # it would refuse every connection
 
 

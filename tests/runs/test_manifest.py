@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,16 +118,26 @@ def test_never_afresh_by_accident(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path)
 
 
-def test_only_what_was_added_or_rewritten_is_sealed_again(tmp_path: Path) -> None:
+def test_what_was_added_or_replaced_is_sealed_again(tmp_path: Path) -> None:
     path = checkpoint(tmp_path)
-    before = (path / MANIFEST_FILE).stat().st_mtime_ns
-    seal_changed(path)
-    assert (path / MANIFEST_FILE).stat().st_mtime_ns == before
-    shutil.copy2(__file__, path / "copied.py")  # with its old time
-    assert "copied.py is not in the manifest" in str(fault(path))
-    (path / "anchor.safetensors").write_bytes(b"other")
-    seal_changed(path)
-    assert fault(path) is None
+    for name in ("copied.py", "empty.txt"):  # one new, one in the place of another
+        shutil.copy2(__file__, path / name)  # with its old time
+        assert name in str(fault(path))
+        seal_changed(path)
+        assert fault(path) is None
     (path / "global" / "shard.pt").unlink()
     seal_changed(path)
     assert "shard.pt is missing" in str(fault(path))
+    shutil.rmtree(path)
+    seal_changed(path)
+
+
+def test_what_is_unchanged_is_not_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-4"
+    path.mkdir()
+    (path / "anchor.safetensors").write_bytes(b"x")
+    time.sleep(0.1)  # clocks of file systems are coarse
+    seal(path)
+    before = (path / MANIFEST_FILE).stat().st_mtime_ns
+    seal_changed(path)
+    assert (path / MANIFEST_FILE).stat().st_mtime_ns == before

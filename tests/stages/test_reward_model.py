@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from bondlm.cli import main
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, DataError
 from bondlm.rewards import load_rewards, score
 from bondlm.stages.reward_model import load_base, preference_trainer
 from stages.helpers import CHEAP, preferences, save, write
@@ -65,6 +65,9 @@ def test_an_answer_that_ends_with_its_end_token_is_learned_as_a_reward_gets_it(
     assert [record.getMessage() for record in caplog.records if "left out" in record.getMessage()] == [
         f"the text of answers ends with {tokenizer.eos_token!r}: it is left out, as no reward gets it"
     ]
+    for answers in ({"rejected": rows[0]["chosen"] + tokenizer.eos_token}, {"chosen": tokenizer.eos_token}):
+        with pytest.raises(DataError, match="row 1: without end tokens an answer is empty, or both are equal"):
+            pairs.encode([rows[1], rows[0] | answers])
 
 
 @pytest.mark.parametrize("margin", [1.0, -1.0])

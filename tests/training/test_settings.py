@@ -95,6 +95,8 @@ def test_settings_set_as_attributes_count(tmp_path: Path) -> None:
     assert own_copy(args).given["learning_rate"] == 0.5
     args.objective, args.eta = "self_bond", 0.02
     assert (own_copy(args).anchor, own_copy(args).average_weights) == ("fixed", pytest.approx(1 / 3))
+    args.bf16 = True
+    assert own_copy(args).mixed_precision == "bf16"  # which transformers derives from it
     made = run(tmp_path)
     made.args.copied_from.max_steps = 1
     with pytest.raises(ConfigError, match=r"max_steps=1 was set after.*trainer.args.max_steps"):
@@ -120,7 +122,7 @@ def test_settings_set_as_attributes_are_checked_as_if_they_were_given(
     tmp_path: Path, name: str, value: Any, said: str
 ) -> None:
     args = config(tmp_path)
-    args.note = "a user's own"
+    args.note, args.model_name = "a user's own", "another"  # which is a little like `label_names`
     setattr(args, name, value)
     with pytest.raises(ConfigError, match=said):
         BONDTrainer(model="unread", args=args, train_dataset=prompt_rows(4), reward_funcs=low_ids)

@@ -123,8 +123,7 @@ def _place_among(rank: Callable[[Tensor], Tensor], values_JPM: Tensor, among_JPK
     them on average. (Ranked among K samples that do not include it, it could fall below all of them under any of the
     J rewards, as none of them can: it would lose too often.) Its share of wins may lie between two places in the order
     that the K samples have among themselves, if some of these tie there. It then takes the lower or the upper place,
-    with chances that preserve the mean share. Equal values of a prompt take the same place, and the choice depends on
-    ranks alone.
+    with chances that preserve the mean share. Equal values of a prompt take the same place.
 
     Args:
         rank: the ranks of samples among themselves, (J, P, M) -> (P, M) in (0, 1).
@@ -132,14 +131,26 @@ def _place_among(rank: Callable[[Tensor], Tensor], values_JPM: Tensor, among_JPK
         among_JPK: the K samples. A reward that does not apply to the values is left out for these as well.
     """
     among_JPK = among_JPK.where(~values_JPM.isnan().all(dim=2, keepdim=True), math.nan)
-    pools = [rank(torch.cat([value_JP1, among_JPK], dim=2)) for value_JP1 in torch.split(values_JPM, 1, dim=2)]
-    twice_PM = torch.cat([_twice_ranks(ranks_PK[:, :1], ranks_PK[:, 1:]) for ranks_PK in pools], dim=1).numpy()
+    pools = [torch.cat([value_JP1, among_JPK], dim=2) for value_JP1 in torch.split(values_JPM, 1, dim=2)]
+    ranked = [rank(pool_JPK) for pool_JPK in pools]
+    twice_PM = torch.cat([_twice_ranks(ranks_PK[:, :1], ranks_PK[:, 1:]) for ranks_PK in ranked], dim=1).numpy()
+    draws_PM = np.stack([_draws(pool_JPK) for pool_JPK in pools], axis=1)
     own_PK = rank(among_JPK).numpy()
-    placed = [_rounded(twice_M, own_K) for twice_M, own_K in zip(twice_PM, own_PK, strict=True)]
+    placed = [_rounded(*of_prompt) for of_prompt in zip(twice_PM, own_PK, draws_PM, strict=True)]
     return torch.from_numpy(np.stack(placed))
 
 
-def _rounded(twice_M: np.ndarray[Any, Any], own_K: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _draws(pool_JPK: Tensor) -> np.ndarray[Any, Any]:
+    """A number in [0, 1) per prompt (P,), as if random, from the order of its samples under the rewards that apply."""
+    twice_PJK = torch.stack([_twice_ranks(pool_PK, pool_PK).long() for pool_PK in pool_JPK.nan_to_num()], dim=1)
+    applies_PJ = ~pool_JPK.isnan().all(dim=2).T
+    orders = [twice_JK[applies_J].flatten() for twice_JK, applies_J in zip(twice_PJK, applies_PJ, strict=True)]
+    return np.array([np.random.default_rng(order.numpy()).random() for order in orders])
+
+
+def _rounded(
+    twice_M: np.ndarray[Any, Any], own_K: np.ndarray[Any, Any], draw_M: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
     """Values, equal to or between the ranks `own_K` or beyond them, that win `twice_M / (2K)` against these on average.
 
     A value that is above the ranks of L of the K samples and ties with E can only win L, L + E/2 or L + E times.
@@ -152,7 +163,7 @@ def _rounded(twice_M: np.ndarray[Any, Any], own_K: np.ndarray[Any, Any]) -> np.n
     upper = np.searchsorted(places, twice_M)
     lower = np.maximum(upper - 1, 0)
     share = (twice_M - places[lower]) / np.maximum(places[upper] - places[lower], 1)
-    chosen = np.where(share > np.random.default_rng(whole_K).random(), places[upper], places[lower])
+    chosen = np.where(share > draw_M, places[upper], places[lower])
     ends = max(levels[0] - counts[0], 0), min(levels[-1] + counts[-1], scale)
     return np.asarray(np.interp(chosen, [0, *(above - counts), scale], [ends[0], *levels, ends[1]]) / scale)
 

@@ -1,12 +1,12 @@
 """Which settings a user gave: in the constructor of `BONDConfig`, or by setting an attribute later."""
 
 import copy
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bondlm.errors import ConfigError
 from bondlm.migration import SETTINGS, own_names
-from bondlm.migration.names import nearest
 
 # What transformers makes of a default ("none" becomes [], None an object), last seen. `dataclasses.replace` passes it
 # to the new object, and nobody gave it.
@@ -44,11 +44,17 @@ def own_copy(config: Any) -> Any:
     mine = copy.copy(config)
     mine.given = config.given | _set_since(config, config.settled)
     if mine.given != config.given:
-        vars(mine).update({n: v for n, v in vars(BONDConfig(**mine.given)).items() if n in config.settled})
-    names = [name for name in vars(config).keys() - config.made if name in SETTINGS or nearest(name, config.settled)]
+        made = vars(BONDConfig(**mine.given))
+        vars(mine).update({n: v for n, v in made.items() if n not in ("given", "settled", "made")})
+    names = [name for name in vars(config).keys() - config.made if name in SETTINGS or _is_near(name, config.settled)]
     own_names({name: getattr(config, name) for name in sorted(names)}, config.settled)
     mine.settled, mine.copied_from = {name: getattr(config, name) for name in config.settled}, config
     return mine
+
+
+def _is_near(name: str, known: Iterable[str]) -> bool:
+    """Whether it is a setting's name misspelt, and not an attribute of the script's own."""
+    return bool(difflib.get_close_matches(name, list(known), n=1, cutoff=0.85))
 
 
 def refuse_later(mine: Any) -> None:

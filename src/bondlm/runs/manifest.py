@@ -10,6 +10,7 @@ import shlex
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,8 @@ _OTHER_FORMAT = f"{MANIFEST_FILE} has format"
 def seal(folder: Path) -> None:
     """Write the manifest of a complete checkpoint, after its files have been synced to disk."""
     files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST_FILE:
-            files[path.relative_to(folder).as_posix()] = {
-                "size": path.stat().st_size,
-                "sha256": _digest(path, sync=True),
-            }
+    for path in sorted(_files(folder)):
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _digest(path, sync=True)}
     write_whole(folder / MANIFEST_FILE, json.dumps({"format": FORMAT, "files": files}, indent=1))
     for each in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         _sync_folder(each)
@@ -40,13 +37,22 @@ def seal(folder: Path) -> None:
 
 
 def seal_changed(folder: Path) -> None:
-    """Write the manifest anew if anything was added or rewritten since, such as by a user's callback."""
+    """Write the manifest anew if anything was added or replaced since, such as by a user's callback.
+
+    What was removed, or moved away as a whole, stays a fault of the checkpoint.
+    """
     manifest = folder / MANIFEST_FILE
-    sealed_at, known = manifest.stat().st_mtime_ns, json.loads(manifest.read_text(encoding="utf-8"))["files"].keys()
-    now = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    changed = {name for name, time in now.items() if name not in known or time > sealed_at} - {MANIFEST_FILE}
-    if changed and known <= now.keys():  # a file that was removed stays a fault
-        seal(folder)
+    with suppress(FileNotFoundError):  # removed, perhaps at this moment
+        sealed_at, known = manifest.stat().st_ctime_ns, json.loads(manifest.read_text(encoding="utf-8"))["files"].keys()
+        # Unlike the time of modification, that of change is also new for a copy that keeps its times.
+        now = {path.relative_to(folder).as_posix(): path.stat().st_ctime_ns for path in _files(folder)}
+        changed = {name for name, time in now.items() if name not in known or time >= sealed_at}
+        if changed and known <= now.keys():
+            seal(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE]
 
 
 def fault(folder: Path) -> str | None:

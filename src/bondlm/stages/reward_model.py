@@ -95,13 +95,18 @@ class Pairs:
         """Token ids of both answers, each after its prompt.
 
         Raises:
-            DataError: rows that are too long for the model, or refused by its chat template, named by place.
+            DataError: rows that are too long for the model, refused by its chat template, or without a difference
+                between their answers but for end tokens, named by place.
         """
         where, names, problems = places_of(rows), ("chosen", "rejected"), []
         encoded = [{name: self._ids(row, name, where(i)) for name in names} for i, row in enumerate(rows)]
         for name in names:
             wrong = bad_lengths([row[name] for row in encoded], self._limit, "shorten the texts, or leave the row out")
             problems += [f"{where(i)}: `{name}`: the reward model {failure.reason}" for i, failure in wrong.items()]
+        for i, row in enumerate(rows):
+            texts = [self._without_end(row[name]).strip() for name in names]
+            if not all(texts) or texts[0] == texts[1]:
+                problems.append(f"{where(i)}: without end tokens an answer is empty, or both are equal: remove the row")
         if problems:
             raise DataError(listed(problems, "bad rows"))
         return encoded
