@@ -42,7 +42,7 @@ REST = ["--reference", "r", "--dataset", "d.jsonl", "--reward_funcs", "f.py:f", 
     [
         (["train", "--learning_rat", "1"], "'learning_rat' .*'learning_rate'"),
         (["tran"], "'tran' .*'train'"),
-        (["score", "--beta", "1"], "has no beta"),
+        (["score", "--beta", "1"], "option 'beta'"),
         (["train", "--vllm_mode", "server"], "vllm_mode='server': .*vllm_server"),
         (["check", "--model_name_or_path", "m"], "model_name_or_path='m': .*use model"),
         (["train", "--resume_from_checkpoint", "true"], "resume_from_checkpoint=True: .*use resume"),

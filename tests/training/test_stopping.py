@@ -274,6 +274,25 @@ def test_a_checkpoint_of_an_epochs_last_step_knows_the_epochs_evaluation(tmp_pat
     assert same(weights(resumed.roles.core), weights(whole.roles.core))
 
 
+def test_a_save_that_ends_a_run_inside_an_epoch_knows_the_evaluation_that_follows(tmp_path):
+    """A limit of time, for example: the best evaluation is of the step that it saves."""
+
+    class Limits(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_training_stop = state.global_step == 6
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_reward"] = float(state.global_step)
+
+    best = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "reward"}
+    counts = Counts()
+    how = EPOCHS | best | {"max_steps": 8, "eval_dataset": prompt_rows(10)[8:], "callbacks": [Limits(), counts]}
+    made = trainer(tmp_path, **how)
+    made.train()
+    assert counts.saves == [4, 6]
+    assert made.state.best_model_checkpoint.endswith("checkpoint-6")
+
+
 def test_a_callback_that_cuts_an_epoch_short_is_refused(tmp_path):
     """A resume counts whole epochs, and learned from the same prompts again."""
 

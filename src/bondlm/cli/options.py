@@ -273,7 +273,8 @@ def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_names_of_train(command: str, unknown: Set[str]) -> None:
     """Say of a run's config, given to another command, which of its names this one does not have."""
-    if found := sorted(unknown & (TRAIN.keys() | _training_names()) if unknown else ()):
+    found = sorted(unknown & (TRAIN.keys() | _training_names())) if len(unknown) > 1 else []
+    if len(found) > 1:  # a single one is rather meant for an option of this command
         todo = "; --model RUN takes what it needs from the run" if command in ("sample", "score", "eval") else ""
         raise ConfigError(f"bondlm {command} has no {', '.join(found)}, which bondlm train has: leave them out{todo}")
 

@@ -243,7 +243,7 @@ def spread(numbers: Mapping[str, float], digits: int) -> str:
 def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print samples for a few prompts, evenly spread over the set and not hand-picked."""
     chosen = rows[:: max(1, len(rows) // NUM_SHOWN)][:NUM_SHOWN]
-    table = Table(title="Before and after: one random sample each, of prompts evenly spaced", show_lines=True)
+    table = Table(title="Before and after: one random sample each, for evenly spaced prompts", show_lines=True)
     for key in rows[0]:
         table.add_column(key.replace("_", " "), ratio=1)
     for row in chosen:

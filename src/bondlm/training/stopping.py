@@ -264,7 +264,8 @@ class _LastCallback(TrainerCallback):
         self._held = set()
         self._share(args, state, control)
         self._ends_epoch = ends_epoch()
-        is_early = self._ends_epoch and "epoch" in (args.eval_strategy, args.logging_strategy)
+        comes_next = self._ends_epoch or control.should_training_stop
+        is_early = comes_next and "epoch" in (args.eval_strategy, args.logging_strategy)
         is_early = is_early and _strategy(args) != "best"  # which saves after its evaluation, or not at all
         self._saves_later = control.should_save and is_early
         control.should_save = control.should_save and not is_early
