@@ -43,6 +43,7 @@ FOREIGN = {
     "zero3_init_flag",
     *("eval_chat_effective_n", "eval_math_kl", "eval_math_win_rate"),
     *("buffer_size", "num_decay_steps", "warmup_stable_decay", "my_rewards", "not_repetitive", "prefer_short"),
+    "accuracy_reward",
 }
 WORDS = {word for path in (ROOT / "src").rglob("*.py") for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
 OPTIONS = {name for _, names in COMMANDS.values() for name in names} | set(SETTINGS) | {"config", "judge"}

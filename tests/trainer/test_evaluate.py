@@ -161,10 +161,10 @@ def test_judges_that_rank_are_asked_when_every_set_is_measured(fails: bool, tmp_
 def test_the_set_that_main_eval_names_ends_the_run(main: str, steps: int, tmp_path: Path) -> None:
     def stub(dataset: Any) -> Any:
         samples = made.sample(list(dataset), "reference", 4)
-        gain = 10 if len(dataset) == 4 else 0
+        gain = 10 if len(dataset) == 16 else 0
         return replace(samples, rewards_PM=samples.rewards_PM + gain), samples
 
-    sets = {"bad": prompt_rows(3), "good": prompt_rows(4)}
+    sets = {"bad": prompt_rows(3), "good": prompt_rows(16)}  # four that are always won do not prove N = 3
     goal = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "target_n": 3.0}
     made = trainer(tmp_path, eval_dataset=sets, main_eval=main, **goal)
     made.held_out_samples = stub  # type: ignore[method-assign]
