@@ -159,9 +159,9 @@ def never_falls_short(mine_Pm: torch.Tensor, refs_PM: torch.Tensor) -> bool:
     return bool((mine_Pm.amin(-1) >= refs_PM.amax(-1)).all())
 
 
-def open_ended(n_R: torch.Tensor, lacking_R: torch.Tensor) -> torch.Tensor:
-    """Return each N, or `inf` where it is above 1 and nothing is lacking (`shortfalls`): the flat end of the curve."""
-    return torch.where((lacking_R <= _ODDS_TOLERANCE) & (n_R > 1.0), torch.full_like(n_R, math.inf), n_R)
+def open_ended(n_R: torch.Tensor, lacking_R: torch.Tensor, tolerance: float = _ODDS_TOLERANCE) -> torch.Tensor:
+    """Return each N, or `inf` where it is above 1 and the policy lacks nothing to the flat end of the curve."""
+    return torch.where((lacking_R <= tolerance) & (n_R > 1.0), torch.full_like(n_R, math.inf), n_R)
 
 
 def widened(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bondlm.bestofn._arrays import Array, back, check_order
+from bondlm.bestofn.effective import open_ended
 from bondlm.bestofn.quantiles import count_below
 
 # A curve this close (relative) counts as reached: rounding must not decide where a curve ends flat.
@@ -155,7 +156,7 @@ def solve_reward(value_R: Tensor, curve_RM: Tensor) -> Tensor:
     scale_R = torch.maximum(curve_RM[:, -1] - curve_RM[:, 0], 0.01 * curve_RM.abs().amax(1))
     scale_R = scale_R.clamp(min=torch.finfo(torch.float64).tiny)  # all rewards 0
     gap_RM = (value_R[:, None] - curve_RM) / scale_R[:, None]
-    return _open_ended(_first_crossing(gap_RM), gap_RM[:, -1] >= -_TOLERANCE)
+    return open_ended(_first_crossing(gap_RM), -gap_RM[:, -1], _TOLERANCE)
 
 
 def solve_log_quantile(policy_RN: Tensor, curve_RN: Tensor) -> Tensor:
@@ -174,12 +175,7 @@ def solve_log_quantile(policy_RN: Tensor, curve_RN: Tensor) -> Tensor:
     left, right = scaled_RN[:, :-1], scaled_RN[:, 1:]
     usable = torch.isfinite(left) & torch.isfinite(right)
     share_RN = torch.where(usable, left / (left - right), gap_RN[:, :-1] / (gap_RN[:, :-1] - gap_RN[:, 1:]))
-    return _open_ended(_first_crossing(gap_RN, share_RN), policy_RN[:, 0] >= 0)
-
-
-def _open_ended(n_R: Tensor, at_end_R: Tensor) -> Tensor:
-    """Return each N, or inf where it is above 1 and the policy is at the end of the curve."""
-    return torch.where(at_end_R & (n_R > 1), torch.full_like(n_R, math.inf), n_R)
+    return open_ended(_first_crossing(gap_RN, share_RN), -policy_RN[:, 0], 0.0)
 
 
 def _first_crossing(gap_RK: Tensor, share_RK: Tensor | None = None) -> Tensor:
