@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bondlm.bestofn import win_rates
-from bondlm.bestofn.aggregation import lexicographic_ranks, mean_ranks, mid_ranks, worst_ranks
+from bondlm.bestofn.aggregation import lexicographic_ranks, mean_ranks, mid_ranks, weighted_sum, worst_ranks
 
 NAN = float("nan")
 
@@ -51,6 +51,24 @@ def test_equal_means_tie_to_the_last_bit() -> None:
     rows = torch.tensor([[[3.0, 1, 2]], [[1.0, 2, 3]], [[2.0, 3, 1]]])  # a cycle: each is first, second and third
     for weight in (1.0, 0.7, 1 / 3):
         assert mean_ranks(rows, rows, [weight] * 3).tolist() == [[0.5, 0.5, 0.5]]
+
+
+def test_equal_weighted_sums_of_whole_rewards_tie_to_the_last_bit() -> None:
+    passes = [torch.tensor(row, dtype=torch.float64) for row in ([1, 0, 0], [0, 1, 3], [0, 1, 0])]
+    assert weighted_sum(passes, [0.6, 0.2, 0.4]).tolist() == [0.6, 0.6, 0.6]
+    assert weighted_sum(passes, [-0.3, -0.1, -0.2]).tolist() == [-0.3, -0.3, -0.3]
+    assert weighted_sum(passes[1:], [1 / 3, 0.0]).tolist() == [
+        0.0,
+        1 / 3,
+        3 * (1 / 3),
+    ]  # 16 digits
+
+
+@pytest.mark.parametrize("weights", [[1.5, 0.5, 1.0, 0.25], [1, 1, 1, 1], [0.1, 0.7, -0.3, 2.0], [1 / 3, 1e-9, 1e9, 3]])
+def test_a_weighted_sum_is_the_plain_one(weights: list[float]) -> None:
+    values = list(torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    plain = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    torch.testing.assert_close(weighted_sum(values, weights), plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("among", [None, rewards(3, samples=4)])

@@ -20,6 +20,7 @@ from bondlm.bestofn.quantiles import count_below
 
 # Relative. Differences of decimal fractions miss the tolerance by rounding: 0.9 - 0.8 < 0.1 < 0.8 - 0.7.
 _ROUNDING = 1e-6
+_LARGEST_WHOLE = 2**32  # times a whole reward up to 2^20: exact in float64
 
 
 def mid_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
@@ -32,6 +33,24 @@ def mid_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
         ValueError: on NaN, or shapes that do not fit.
     """
     return _twice_ranks(values_PM, among_PK) / (2.0 * among_PK.shape[1])
+
+
+def weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`Σ_j w_j r_j`, shaped like each of the J rewards.
+
+    Weights are read as the decimal fractions that they are written as, and summed as whole multiples of their common
+    unit: for rewards that are whole numbers, sums that are equal in theory are equal to the last bit, as 0.6 and 0.2 +
+    0.4 are not in floating point.
+
+    Args:
+        values: the J rewards, float64, all of one shape.
+        weights: one finite number per reward.
+    """
+    whole_J, unit = _whole_numbers(weights)
+    is_exact = max(map(abs, whole_J)) <= _LARGEST_WHOLE
+    factors = zip(values, whole_J if is_exact else weights, strict=True)
+    total = sum((factor * value for value, factor in factors), torch.zeros_like(values[0]))
+    return total / unit if is_exact else total
 
 
 def mean_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) -> Tensor:
@@ -51,7 +70,7 @@ def mean_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) 
     Raises:
         ValueError: NaN for only some of a prompt's samples.
     """
-    whole_J = _whole_numbers(weights)
+    whole_J, _ = _whole_numbers(weights)
     total: Any = 0  # arrays of whole numbers of any size
     norm_P1: Any = 0
     for values_PM, among_PK, weight in zip(values_JPM, among_JPK, whole_J, strict=True):
@@ -203,8 +222,8 @@ def _twice_ranks(values_PM: Tensor, among_PK: Tensor) -> Tensor:
     return lower_PM + at_most_PM
 
 
-def _whole_numbers(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the same proportions as the weights."""
+def _whole_numbers(weights: Sequence[float]) -> tuple[list[int], int]:
+    """The weights as whole multiples of 1 / (a whole number), and that number."""
     fractions = [Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(fraction.denominator for fraction in fractions))
-    return [int(fraction * scale) for fraction in fractions]
+    return [int(fraction * scale) for fraction in fractions], scale

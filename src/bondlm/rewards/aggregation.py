@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bondlm.bestofn.aggregation import lexicographic_ranks, mean_ranks, worst_ranks
+from bondlm.bestofn.aggregation import lexicographic_ranks, mean_ranks, weighted_sum, worst_ranks
 from bondlm.errors import ConfigError
 from bondlm.rewards.scoring import NamedReward
 
@@ -78,10 +78,7 @@ class Aggregation:
         """
         weights = [reward.weight for reward in rewards]
         if not self.by_order:
-            total = torch.zeros_like(by_name[rewards[0].name])
-            for reward in rewards:
-                total = total + reward.weight * by_name[reward.name].nan_to_num(nan=0.0, posinf=None, neginf=None)
-            return total
+            return weighted_sum([by_name[reward.name].nan_to_num(nan=0.0) for reward in rewards], weights)
         values_JPM = torch.stack([by_name[reward.name] for reward in rewards])
         among_JPK = None if among is None else torch.stack([among[reward.name] for reward in rewards])
         if self.how == "lexicographic":

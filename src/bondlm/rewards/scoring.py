@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bondlm.bestofn.aggregation import mid_ranks
+from bondlm.bestofn.aggregation import mid_ranks, weighted_sum
 from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards.answers import checked, place_of, refuse_non_finite
 from bondlm.rewards.calls import RewardFunction, call_all
@@ -115,8 +115,9 @@ def score(
     if missing:
         _refuse_partly_missing(rewards, missing, prompts, group_B[:own], bad)
     total = torch.zeros(own, dtype=torch.float64)
-    for reward in rewards if add else ():
-        total = total + reward.weight * by_name[reward.name][:own].masked_fill(_rows(missing, reward, own), 0.0)
+    if add:
+        values = [by_name[reward.name][:own].masked_fill(_rows(missing, reward, own), 0.0) for reward in rewards]
+        total = weighted_sum(values, [reward.weight for reward in rewards])
     refuse_non_finite("the weighted sum", total, prompts, bad)
     return Scores(total, by_name, bad or {}, extras.columns, extras.metrics)
 
