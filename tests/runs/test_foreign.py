@@ -7,6 +7,7 @@ from trainer.helpers import trainer
 
 from bondlm.errors import CheckpointError
 from bondlm.runs.foreign import WRITTEN, foreign_file
+from bondlm.runs.manifest import remove_unfinished
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -32,4 +33,16 @@ def test_a_run_of_0_1_is_known(tmp_path: Path) -> None:
     assert foreign_file(tmp_path) is None
     (tmp_path / "env.json").write_text('{"versions": 3}')
     (tmp_path / "checkpoint-2").mkdir()
+    assert foreign_file(tmp_path) == "config.yaml"
+    (tmp_path / "checkpoint-2" / "manifest.json").write_text("{}")
     assert foreign_file(tmp_path) is None
+
+
+def test_checkpoints_of_another_trainer_are_let_be(tmp_path: Path) -> None:
+    weights = tmp_path / "checkpoint-500" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("another trainer's")
+    assert remove_unfinished(tmp_path) == []
+    with pytest.raises(CheckpointError, match="checkpoint-500.*another program wrote it.*output_dir"):
+        trainer(tmp_path, max_steps=1).train()
+    assert weights.read_text() == "another trainer's"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.folder import METRICS_FILE, has_steps, write_whole
+from bondlm.runs.folder import BY_PYTHON, CONFIG_FILE, METRICS_FILE, has_steps, run_environment, write_whole
+from bondlm.runs.prompting import PROMPTING_FILE
 
 MANIFEST_FILE = "manifest.json"
 SEALED_FILE = ".sealed"  # in the run folder: a checkpoint was completed here at some time
@@ -63,7 +64,7 @@ def fault(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         files, version = manifest["files"], manifest["format"]
     except FileNotFoundError:
-        return f"no {MANIFEST_FILE}: it was not finished"
+        return f"no {MANIFEST_FILE}: it was not finished, or another program wrote it"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({error})"
     if version != FORMAT:
@@ -121,13 +122,28 @@ def newest_checkpoint(folder: Path, *, but: Sequence[Path] = ()) -> tuple[Path |
     return None, rejected
 
 
+def was_a_run(folder: Path) -> bool:
+    """Whether a run was begun there: each leaves its prompting.json, one of bondlm 0.1 one of the other signs."""
+    if any((folder / sign).exists() for sign in (PROMPTING_FILE, SEALED_FILE)):
+        return True
+    if any(folder.glob(f"checkpoint-*/{MANIFEST_FILE}")):
+        return True
+    config = folder / CONFIG_FILE
+    if config.is_file() and config.read_bytes().startswith(BY_PYTHON.encode()):
+        return True
+    versions = run_environment(folder).get("versions")
+    return isinstance(versions, dict) and "bondlm" in versions
+
+
 def unfinished(folder: Path) -> list[Path]:
-    """What an interrupted save left behind.
+    """What an interrupted save of a run left behind; nothing in a folder where no run was begun.
 
     This means temporary folders, and checkpoints without a manifest that are newer than every sealed one (the run will
     write them again). If no save was ever completed, removing them loses nothing. If one was, and all manifests are
     gone, nothing is listed, and `newest_checkpoint` reports that no checkpoint can be trusted.
     """
+    if not was_a_run(folder):  # another trainer's checkpoints
+        return []
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and not path.is_symlink()]
     sealed = [_step(path) for path in found if (path / MANIFEST_FILE).exists()]
     stale = [path for path in found if ".tmp" in path.name]
