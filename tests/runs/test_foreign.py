@@ -43,6 +43,6 @@ def test_checkpoints_of_another_trainer_are_let_be(tmp_path: Path) -> None:
     weights.parent.mkdir()
     weights.write_text("another trainer's")
     assert remove_unfinished(tmp_path) == []
-    with pytest.raises(CheckpointError, match="checkpoint-500.*another program wrote it.*output_dir"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-500.*another program wrote it.*output_dir"):
         trainer(tmp_path, max_steps=1).train()
     assert weights.read_text() == "another trainer's"
