@@ -1,5 +1,6 @@
 """The tables of a report, as text: one precision per column, and no empty columns."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -69,8 +70,8 @@ def _judges(judges: Mapping[str, Mapping[str, Any]]) -> Table:
     return _table(
         [("judge", list(judges))],
         {
-            "policy": estimates([row.get("reward") for row in rows]),
-            "reference": estimates([row.get("reference_reward") for row in rows]),
+            "policy": [numbers.estimate(row.get("reward")) for row in rows],  # each judge has its own scale
+            "reference": [numbers.estimate(row.get("reference_reward")) for row in rows],
             "win rate of the policy": estimates([row.get("win_rate") for row in rows]),
         },
     )
@@ -94,10 +95,19 @@ def _table(names: list[tuple[str, list[str]]], columns: Mapping[str, list[str]])
 
 
 def estimates(values: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """Estimates with as many decimals as the widest interval of the column supports."""
+    """Estimates with as many decimals as the widest interval of the column supports, small ones with two digits."""
     known = [numbers.interval_decimals(value) for value in values if value and not value.get("text")]
-    decimals = min((found for found in known if found is not None), default=None)
-    return [numbers.estimate(value, decimals) for value in values]
+    common = min((found for found in known if found is not None), default=None)
+    return [numbers.estimate(value, None if common is None else _enough(value, common)) for value in values]
+
+
+def _enough(value: Mapping[str, Any] | None, common: int) -> int:
+    """`common`, or the decimals that show two digits of the number, if its interval supports them."""
+    own = numbers.interval_decimals(value) if value and not value.get("text") else None
+    if not value or own is None:
+        return common
+    largest = max(abs(value[end]) for end in ("value", "low", "high") if value[end] is not None)
+    return max(common, min(own, 1 - math.floor(math.log10(largest))))
 
 
 def plain(values: Sequence[float | None]) -> list[str]:
