@@ -4,6 +4,8 @@ Every class is also a standard exception, so ``except ValueError`` keeps working
 code with which the command line ends (`cli` is the only place that turns one into the other).
 """
 
+import errno
+import re
 from collections.abc import Sequence
 
 MAX_LISTED = 10
@@ -84,6 +86,16 @@ class LostRankError(BondError, RuntimeError):
     """Another process of the run died, or did not answer within ddp_timeout (exit code 6)."""
 
     exit_code = 6
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a write failed because a disk or quota is full, or a file too large."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (
+        found := re.search(r"\(os error (\d+)\)", str(error))
+    ):  # raised by Rust, as safetensors does
+        number = int(found.group(1))
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def listed(problems: Sequence[str], what: str) -> str:

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from bondlm.cli import main
+from bondlm.runs.folder import is_main_process
 
 
 @pytest.mark.parametrize(
@@ -18,8 +20,10 @@ from bondlm.cli import main
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nDetails"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte"),
         OSError(errno.ENOSPC, "No space left"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
     ],
-    ids=["Python", "GPU", "CPU", "disk"],
+    ids=["Python", "GPU", "CPU", "disk", "quota", "file size"],
 )
 def test_what_is_spent_is_code_7(error, monkeypatch, capsys):
     def run(options):
@@ -36,6 +40,8 @@ def test_commands_that_would_do_all_work_in_each_process_are_refused_in_several(
     assert main([command]) == 2
     assert f"bondlm {command} runs in one process, and WORLD_SIZE=2" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "1")  # left behind by a launcher
+    assert is_main_process()
     assert main([command]) == 2
     assert "WORLD_SIZE" not in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 from tiny import tiny_causal, tiny_tokenizer
 
-from bondlm.data.files import rows_of_files
+from bondlm.data.files import files_of, rows_of_files
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.prompts import load_prompts
 from bondlm.data.stream import PromptStream
@@ -201,3 +201,11 @@ def test_a_column_of_images_is_said_once_to_be_no_part_of_the_prompts(
         caplog.clear()
     PromptStream(files[0], encoder, lambda bad, good: None, skips_rows=False)
     assert caplog.text.count("column images;") == 1
+
+
+def test_a_file_that_is_named_twice_is_refused(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "p"}\n')
+    assert len(files_of([str(tmp_path / "a.jsonl"), str(tmp_path / "b.*")])) == 2
+    with pytest.raises(DataError, match=r"a\.jsonl is named twice"):
+        files_of([str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")])

@@ -55,3 +55,12 @@ def test_a_manifest_guards_the_samples_and_nothing_else(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(ConfigError, match=r"manifest\.json"):
         claim(tmp_path, {"seed": 2}, ["s.jsonl"])
+
+
+def test_a_model_with_a_hash_is_the_same_under_another_name(tmp_path):
+    (tmp_path / "s.jsonl").write_text("")
+    (tmp_path / "manifest.json").write_text(json.dumps({"policy": {"name": "m", "sha256": "a0", "merged": True}}))
+    claim(tmp_path, {"policy": {"name": "/elsewhere/m", "sha256": "a0", "merged": True}}, ["s.jsonl"])
+    for other in ({"name": "m", "sha256": "b1", "merged": True}, {"name": "m", "sha256": "a0", "merged": False}):
+        with pytest.raises(ConfigError, match="another evaluation"):
+            claim(tmp_path, {"policy": other}, ["s.jsonl"])

@@ -147,6 +147,9 @@ def test_agreement_is_a_share_of_the_pairs_with_a_preference_and_a_few_prove_not
     console = Console(record=True, width=120, file=io.StringIO())
     _print_pairwise(console, found["pairwise"])
     assert f"decides 0% of {decided} pairs alike in both orders; in {P - decided} it has no" in console.export_text()
+    undecided = {"j": numbers | {"num_decided": 0, "agreement": float("nan")}}
+    _print_pairwise(console, undecided)
+    assert f"has no preference in any of {P} pairs" in console.export_text()
 
 
 @pytest.mark.parametrize(("agreement", "said"), [(0.0, "order"), (0.5, "itself"), (0.7, None), (float("nan"), None)])

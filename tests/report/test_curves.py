@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bondlm.report.curves import MAX_POINTS, curve_figure, mean_phases, series
-from bondlm.report.figures import RLOO_KL_RATIOS, RLOO_WIN_RATES
+from bondlm.report.figures import RLOO_KL_RATIOS, RLOO_WIN_RATES, run_style
 from bondlm.report.numbers import best_of_n_kl
 from bondlm.report.read import read_run
 from report.helpers import write_jsonl, write_run
@@ -49,3 +49,7 @@ def test_the_band_of_rloo_is_that_of_the_study():
     assert (min(row["win_rate"] for row in swept), max(row["win_rate"] for row in swept)) == pytest.approx(
         RLOO_WIN_RATES, abs=0.001
     )
+
+
+def test_runs_of_a_page_differ_in_colour_or_marker():
+    assert len({run_style(index) for index in range(49)}) == 49

@@ -155,6 +155,7 @@ def test_drop_after_keeps_the_rows_up_to_a_step(tmp_path: Path, step: int, kept:
     path = tmp_path / "samples.jsonl"
     append_jsonl(path, [{"step": s, "text": ODD} for s in (0, 2, 2, 4)])
     before = path.read_bytes()
+    path.write_bytes(before + b"null\n[1]\n")  # not written by a run
     drop_after(path, step)
     assert before.startswith(path.read_bytes())
     rows = [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]

@@ -5,7 +5,6 @@ errors into exit codes.
 """
 
 import atexit
-import errno
 import logging
 import os
 import signal
@@ -21,7 +20,7 @@ from typing import Any
 from bondlm import __version__
 from bondlm.cli.help import command_help, greeting, main_help
 from bondlm.cli.options import COMMANDS, parse
-from bondlm.errors import BondError, ConfigError, RewardError, Terminated
+from bondlm.errors import BondError, ConfigError, RewardError, Terminated, out_of_space
 from bondlm.runs.redact import redact, visible
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -75,7 +74,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail("interrupted", INTERRUPTED)
     except UnpicklingError as error:  # Trainer loads them only as data, so foreign code does not run
         return _fail(f"a file of the checkpoint is no plain data and was not loaded: {error}", CHECKPOINT)
-    except (MemoryError, RuntimeError, OSError) as error:
+    except Exception as error:
         spent = _what_is_spent(error)
         if spent is None:
             raise
@@ -93,8 +92,8 @@ def _refuse_several(command: str) -> None:
 
 
 def _what_is_spent(error: Exception) -> str | None:
-    if isinstance(error, OSError):
-        return "the disk is full" if error.errno == errno.ENOSPC else None
+    if out_of_space(error):
+        return "the disk is full"
     return "out of memory" if _is_out_of_memory(error) else None
 
 

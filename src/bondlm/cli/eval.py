@@ -40,7 +40,7 @@ def run(options: dict[str, Any]) -> int:
     settings, config = complete(options)
     folder = Path(settings["output"])
     errors = make_console(stderr=True)
-    with locked(folder):
+    with locked(folder, "output"):
         with errors.status("loading PyTorch, the models and the rewards"):
             job = load_job(settings)
         result, policy, reference = _evaluate(folder, settings, job, errors)

@@ -19,12 +19,13 @@ def run(options: dict[str, Any]) -> int:
     if len(sources) != 1:
         raise ConfigError("name one run folder or one file of samples: bondlm prefer RUN")
     count, port = _whole(options, "pairs_per_prompt", 1, 1), _whole(options, "port", 0, 0)
+    seed = _whole(options, "seed", 42, 0)
     samples = samples_file(Path(str(sources[0])))
     path = Path(str(options.get("output") or samples.with_name(OUTPUT)))
     console = make_console()
     with held(path):
         choices = Choices(path)
-        pairs = read_pairs(samples, count, int(options.get("seed", 42)))
+        pairs = read_pairs(samples, count, seed)
         try:
             server = PreferServer(choices, pairs, port)
         except (OSError, OverflowError) as error:

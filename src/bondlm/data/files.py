@@ -45,7 +45,8 @@ def files_of(source: Any) -> list[str] | None:
     """The files named by a path, a pattern or a list of these; None if `source` is something else.
 
     Raises:
-        DataError: no file matches a pattern, a list contains something else, or files are of different kinds.
+        DataError: no file matches a pattern, a list contains something else or a file twice, or files are of different
+            kinds.
     """
     if isinstance(source, str | Path):
         return _matching(expanded(str(source)))
@@ -64,6 +65,10 @@ def files_of(source: Any) -> list[str] | None:
                 '{"prompt": "..."}.'
             )
         found += paths
+    resolved = [Path(path).resolve() for path in found]
+    if len(set(resolved)) < len(resolved):
+        twice = next(path for i, path in enumerate(found) if resolved[i] in resolved[:i])
+        raise DataError(f"{twice} is named twice: its prompts would count twice")
     if len({suffix_of(path) in JSON for path in found}) > 1:
         raise DataError(f"{', '.join(found[:4])}: JSON files and tables are mixed; give files of one kind")
     return found

@@ -38,10 +38,17 @@ def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], ma
         before = {}
     names = sorted(set(before) | set(fingerprint))
     changed = [
-        f"{n}: {before.get(n)!r} -> {fingerprint.get(n)!r}" for n in names if before.get(n) != fingerprint.get(n)
+        f"{n}: {before.get(n)!r} -> {fingerprint.get(n)!r}" for n in names if _differ(before.get(n), fingerprint.get(n))
     ]
     if changed:
         raise ConfigError(f"{str(folder)!r} holds samples of another evaluation ({'; '.join(changed)}): {advice}")
+
+
+def _differ(before: Any, now: Any) -> bool:
+    """Whether two entries differ; a model or data set with a hash is the same under any name, in a moved folder say."""
+    if all(isinstance(entry, dict) and {"name", "sha256"} <= set(entry) for entry in (before, now)):
+        now = now | {"name": before["name"]}
+    return bool(before != now)
 
 
 def finished_prompts(path: Path, prompts: Sequence[Any], num_samples: int) -> int:

@@ -218,13 +218,15 @@ def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
         for opponent, wins in numbers["win_rate"].items():
             table.add_row("untouched" + opponent.removeprefix("reference"), spread(wins, 3), str(wins["num_prompts"]))
         console.print(table)
-        agreement = f"{numbers['agreement']:.0%}" if math.isfinite(numbers["agreement"]) else "none"
-        decided = numbers.get("num_decided") or numbers["num_pairs"]
+        decided = numbers["num_decided"]
         tied = numbers["num_pairs"] - numbers["num_failed"] - decided
         undecided = f"; in {tied} it has no preference" if tied > 0 else ""
+        says = f"decides {numbers['agreement']:.0%} of {decided} pairs alike in both orders{undecided}"
+        if not decided:
+            says = f"has no preference in any of {tied} pairs"
         failed = f"; {numbers['num_failed']} were not ranked and are left out" if numbers["num_failed"] else ""
         console.print(
-            f"{visible(name)} decides {agreement} of {decided} pairs alike in both orders{undecided}{failed}.",
+            f"{visible(name)} {says}{failed}.",
             highlight=False,
             soft_wrap=True,
         )

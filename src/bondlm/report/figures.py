@@ -22,9 +22,9 @@ RLOO_WIN_RATES, RLOO_KL_RATIOS = (0.750, 0.876), (1.74, 1.86)
 
 
 def run_style(index: int) -> tuple[str, str]:
-    """Colour and marker of the index-th run, the same in all figures."""
+    """Colour and marker of the index-th run, the same in all figures; the first 49 differ."""
     colours = list(COLOURS.values())
-    return colours[index % len(colours)], MARKERS[index % len(MARKERS)]
+    return colours[index % len(colours)], MARKERS[(index + index // len(colours)) % len(MARKERS)]
 
 
 def best_of_n_figure(run: Run) -> Figure | None:

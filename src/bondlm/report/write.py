@@ -1,7 +1,6 @@
 """Write the page of run folders, its figures and its numbers to disk."""
 
 import base64
-import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bondlm.errors import ConfigError
+from bondlm.errors import ConfigError, out_of_space
 from bondlm.report import numbers, tables
 from bondlm.report.read import Run, read_runs
 from bondlm.report.safe import visible
@@ -58,7 +57,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         write_whole(numbers_file, json.dumps(found, indent=2, allow_nan=False) + "\n")
         write_whole(page, render(runs, drawn, version("bondlm")))
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if out_of_space(error):
             raise
         raise ConfigError(
             f"{str(error.filename)!r} cannot be written ({error.strerror}): choose another place with --output"

@@ -3,10 +3,8 @@
 `transformers.Trainer` saves policy, optimizer, scheduler, RNGs and state.
 """
 
-import errno
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +15,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bondlm.errors import BondError, CheckpointError, ConfigError, DataError, ResourceError
+from bondlm.errors import BondError, CheckpointError, ConfigError, DataError, ResourceError, out_of_space
 from bondlm.runs.folder import is_main_process, whole
 from bondlm.runs.manifest import remove_unfinished
 
 DATA_FILE = "data.json"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ANCHOR_FILE = "anchor.safetensors"
 AVERAGE_FILE = "average.safetensors"
 QUANTILE_FILE = "quantile.safetensors"
@@ -170,16 +167,15 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 def _is_full(error: Exception, folder: Path) -> bool | None:
     """True: no space; False: `folder` cannot be written; None: the error is not about writing there."""
+    if out_of_space(error):
+        return True
     if isinstance(error, OSError):
-        if error.errno in NO_SPACE:
-            return True
         name = error.filename if isinstance(error.filename, str | Path) else None
         inside = name is not None and Path(name).resolve().is_relative_to(folder.resolve())
         return False if inside else None
     text = str(error)
     if isinstance(error, SafetensorError) or "I/O error" in text:  # raised by Rust, with the error number in its text
-        found = re.search(r"os error (\d+)", text)
-        return None if found is None else int(found.group(1)) in NO_SPACE
+        return False if "os error" in text else None
     # torch's writer does not say why it failed; if the folder still exists, the disk is full.
     return folder.is_dir() if "PytorchStreamWriter" in text or "inline_container" in text else None
 

@@ -32,12 +32,12 @@ CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 def is_main_process() -> bool:
     """Whether this process writes the run folder; known before the processes are connected."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder for this run; with several processes the main one holds the lock for all.
+def locked(folder: Path, setting: str = "output_dir") -> Iterator[None]:
+    """Lock the folder that `setting` names for this run; with several processes the main one holds the lock for all.
 
     The lock belongs to the operating system and ends with its process in any case, so there are no stale locks. The
     file next to it is only for the message.
@@ -50,18 +50,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     if folder.is_symlink():
-        raise ConfigError(f"output_dir={str(folder)!r} is a link: name the folder that it points to")
+        raise ConfigError(f"{setting}={str(folder)!r} is a link: name the folder that it points to")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / LOCK_FILE, blocking=False, is_singleton=True)
         is_ours = lock.is_locked  # held by the command that started this run
         if not is_ours:
-            _take(lock, folder, _owner(folder), "output_dir")
+            _take(lock, folder, _owner(folder), setting)
             (folder / OWNER_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except FileExistsError as error:
-        raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder") from error
+        raise ConfigError(f"{setting}={str(folder)!r} is a file: choose a folder") from error
     except OSError as error:
-        raise ConfigError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{setting}={str(folder)!r} cannot be written: {error.strerror}") from error
     if is_ours:
         yield
         return
@@ -156,7 +156,8 @@ def _logged(path: Path) -> Iterator[tuple[bytes, int]]:
             row = json.loads(line)
         except ValueError:
             continue
-        yield line, row.get("step", 0)
+        if isinstance(row, dict):
+            yield line, row.get("step", 0)
 
 
 @contextmanager

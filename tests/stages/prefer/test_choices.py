@@ -113,3 +113,12 @@ def test_one_page_at_a_time_writes_a_file(tmp_path: Path) -> None:
         pass
     with pytest.raises(ConfigError, match="output"), held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("content", ["prompt,chosen\na,b\nlast line", "one line", '{"prompt": "p"}\nnotes', '{"a": 1'])
+def test_nothing_is_cut_off_a_file_that_is_not_of_choices(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.csv"
+    path.write_text(content)
+    with pytest.raises(DataError, match="not a choice"):
+        Choices(path)
+    assert path.read_text() == content

@@ -15,6 +15,7 @@ from bondlm.stages.prefer.pairs import Pair, key_of, prompt_of
 
 Verdict = Literal["left", "right", "tie", "skip"]
 VERDICTS = get_args(Verdict)
+_BEGINNING = b'{"prompt": '
 
 
 class Choices:
@@ -27,9 +28,10 @@ class Choices:
             DataError: a row is not a choice.
         """
         self.path = path
-        _mend(path)
         lines = list(json_lines(str(path))) if path.exists() else []
-        self._keys = {_key(line.row, line.place, line.problem) for line in lines}
+        whole = lines[:-1] if lines and _is_torn(path) else lines
+        self._keys = {_key(line.row, line.place, line.problem) for line in whole}
+        _mend(path)
 
     def left_of(self, pairs: Iterable[Pair]) -> list[Pair]:
         """The pairs that are not decided yet."""
@@ -67,19 +69,31 @@ def _key(row: Any, place: str, problem: str | None) -> str:
     return key_of(row, row[names[0]], row[names[1]])
 
 
-def _mend(path: Path) -> None:
-    """Remove an incomplete last line, which was never confirmed; add the line end to a complete one that lacks it."""
-    content = path.read_bytes() if path.exists() else b""
-    tail = content.rpartition(b"\n")[2]
-    if not tail.strip():
-        return
+def _last_line(path: Path) -> bytes:
+    """What stands behind the last line end."""
+    return path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line is the beginning of a choice, as `Choices.add` writes them: nothing else is removed."""
+    tail = _last_line(path)
+    if not tail.strip() or tail[: len(_BEGINNING)] != _BEGINNING[: len(tail)]:
+        return False
     try:
         json.loads(tail)
     except ValueError:
-        os.truncate(path, len(content) - len(tail))
-        return
-    with path.open("ab") as file:
-        file.write(b"\n")
+        return True
+    return False
+
+
+def _mend(path: Path) -> None:
+    """Remove an incomplete last line, which was never confirmed; add the line end to a complete one that lacks it."""
+    tail = _last_line(path)
+    if _is_torn(path):
+        os.truncate(path, path.stat().st_size - len(tail))
+    elif tail.strip():
+        with path.open("ab") as file:
+            file.write(b"\n")
 
 
 @contextmanager
