@@ -242,6 +242,34 @@ def test_x7_secrets_are_redacted(text: str, capsys: pytest.CaptureFixture[str]) 
         assert redact(plain) == plain
 
 
+KEYS = (
+    "sk-proj-Ab3dEf6hIj9lMn2pQr5tUv8xYz1bCd4f-gH7jKl0nOp3rSt6vWx9zAb2d_EfGhIjKlMnOpQrStUvWx",
+    "sk-ant-api03-Ab3dEf6hIj9lMn2pQr5tUv8xYz1bCd4fgH7jKl0nOp3rSt6vWx9zAb2d-AA",
+    "sk-or-v1-0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "sk-lf-1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed",
+    "sk-T3BlbkFJAb3dEf6hIj9lMn2pQr5tUv8xYz1bCd4fgH7jKl0n",
+    "hf_AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh",
+    "ghp_Ab3dEf6hIj9lMn2pQr5tUv8xYz1bCd4fgH7j",
+    "github_pat_11ABCDEFG0abcdefghijkl_0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijklm",
+    "xoxb-123456789012-1234567890123-AbCdEfGhIjKlMnOpQrStUvWx",
+)
+
+
+def test_x7_a_name_that_begins_as_a_key_does_is_kept_and_a_key_is_hidden_there_too() -> None:
+    settings = {
+        "model": "org/sk-mistral-7b-instruct-v2",
+        "eval_dataset": {"main": "data/sk-wikipedia-prompts-2024.jsonl", "other": "data/hf_ultrafeedback_prompts.csv"},
+        "reward_funcs": ["rewards/sk-vyhodnotenie-otazky.py:length"],
+        "output_dir": "runs/sk-tiny-llama-slovak-v2",
+        "chat_template_kwargs": {"eos_token": "</s>"},
+    }
+    assert redacted(settings) == settings
+    for key in KEYS:
+        assert redact(f"x {key}") == "x <secret>"
+        for name in ("model", "train_dataset", "judges"):
+            assert redacted({name: [f"org/{key}"]}) == {name: ["org/<secret>"]}
+
+
 def test_x7_a_traceback_holds_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(options: Any) -> int:
         raise ZeroDivisionError("https://me:hunter2@host/\x1b[2J")

@@ -46,7 +46,7 @@ def reward_fingerprint(spec: Any) -> Any:
     """The reward's spec without secrets, with a hash of the file or weights it names, or of a function's source."""
     if not isinstance(spec, str):
         return _source_fingerprint(spec)
-    text, written = spec, {"spec": redact(spec)}
+    text, written = spec, {"spec": redact(spec, is_name=True)}
     if (file := _source_file(expanded(text.removeprefix("rank:").rpartition(":")[0]))) is not None:
         return written | {"sha256": _hash_of(file)}
     if text.startswith("judge:"):

@@ -79,8 +79,8 @@ def check_origin(origin: Origin, model: str, reward_funcs: Any, args: BONDConfig
     specs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     if all(isinstance(spec, str) for spec in specs) and [reward_fingerprint(spec) for spec in specs] != origin.rewards:
         warnings.warn(
-            f"bondlm: reward_funcs={redacted(specs)!r} measure the result, but other rewards scored the samples of "
-            f"{origin.path!r} ({', '.join(str(reward.get('spec')) for reward in origin.rewards)})",
+            f"bondlm: reward_funcs={redacted(specs, is_name=True)!r} measure the result, but other rewards scored the "
+            f"samples of {origin.path!r} ({', '.join(str(reward.get('spec')) for reward in origin.rewards)})",
             stacklevel=4,
         )
 

@@ -15,9 +15,14 @@ _PATTERNS = (
     (re.compile(rf"(?i)([?&;]{_NAMES}=)[^&\s#'\";]+"), rf"\g<1>{HIDDEN}"),
     (re.compile(rf"(?i)(--{_NAMES}['\"]?[\s,=]+['\"]?)[^\s'\",\]]+"), rf"\g<1>{HIDDEN}"),
     (re.compile(r"(?i)\b(bearer|basic)(\s+)[a-z0-9._~+/=-]{8,}"), rf"\g<1>\g<2>{HIDDEN}"),
-    (re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xoxb-)[A-Za-z0-9_-]{16,}"), HIDDEN),
 )
-_SECRET_NAME = re.compile(rf"(?i)^{_NAMES}$")
+_KEY = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xoxb-)[A-Za-z0-9_-]{16,}")
+_WORD = re.compile(r"[A-Za-z]{0,16}|[A-Za-z0-9]{1,8}")  # of a name; each kind of key has a longer part, with digits
+# Settings that name models, data, files and folders, such as sk-mistral-7b-instruct-v2.
+_NAMING = {"model", "reference", "opponent", "reward_funcs", "judges", "dataset", "train_dataset", "eval_dataset"} | {
+    *("output", "output_dir", "logging_dir", "run_name", "hub_model_id", "runs", "resume", "member_starts"),
+}
+_SECRET_NAME = re.compile(rf"(?i)^(?!(?:eos|bos|pad|unk|sep|cls|mask)_token$){_NAMES}$")
 _SECRET_OPTION = re.compile(rf"(?i)^--{_NAMES}$")
 _NOT_PLAIN = re.compile(r"[^\x20-\x7e\n\t]")
 _CONTROL = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -36,24 +41,37 @@ def _shown(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 
 
-def redact(text: str) -> str:
-    """`text` without tokens, bearer headers, and passwords in addresses."""
+def redact(text: str, *, is_name: bool = False) -> str:
+    """`text` without tokens, bearer headers, and passwords in addresses.
+
+    Args:
+        text: any text.
+        is_name: it names a model, data or a file: what begins as a key does and consists of words is kept.
+    """
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
-    return text
+    return _KEY.sub(lambda found: found[0] if is_name and _is_of_words(found[0]) else HIDDEN, text)
 
 
-def redacted(value: Any) -> Any:
-    """`value` with all its texts redacted, and all entries whose names mark them as secrets."""
+def _is_of_words(text: str) -> bool:
+    return all(_WORD.fullmatch(part) for part in re.split("[-_]", text))
+
+
+def redacted(value: Any, *, is_name: bool = False) -> Any:
+    """`value` with all its texts redacted (see `redact`), and all entries whose names mark them as secrets."""
     if isinstance(value, str):
-        return redact(value)
+        return redact(value, is_name=is_name)
     if isinstance(value, Mapping):
         return {
-            key: HIDDEN if isinstance(item, str) and _SECRET_NAME.match(str(key)) else redacted(item)
+            key: HIDDEN
+            if isinstance(item, str) and _SECRET_NAME.match(str(key))
+            else redacted(item, is_name=is_name or key in _NAMING)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         after = [isinstance(item, str) and _SECRET_OPTION.match(item) for item in value]  # --api-key, then the key
         pairs = zip(value, [None, *after], strict=False)
-        return [HIDDEN if secret and isinstance(item, str) else redacted(item) for item, secret in pairs]
+        return [
+            HIDDEN if secret and isinstance(item, str) else redacted(item, is_name=is_name) for item, secret in pairs
+        ]
     return value
