@@ -1,7 +1,7 @@
 """Options of each command: a YAML file, overridden by `--name value`; unknown names are refused with a suggestion."""
 
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -213,18 +213,19 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Merge the file and the command line; names may be written with `-` or `_`.
 
     Raises:
-        ConfigError: the command or a name is unknown, a value is missing, or the file is not a YAML mapping.
+        ConfigError: the command or a name is unknown, an option is given twice, a value is missing, or the file is not
+            a YAML mapping.
     """
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}; see `bondlm --help`")
     given: dict[str, Any] = {}
     judges: list[str] = []
-    path: str | None = None
+    folders: list[str] = []
     words = list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("--") and command in ("prefer", "merge", "report"):
-            given.setdefault("runs", []).append(word)
+            folders.append(word)
             continue
         if not word.startswith("--"):
             raise ConfigError(
@@ -237,12 +238,15 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
         name = name.replace("-", "_")
         if name in NEED_TEXT and not (has_value and text):
             raise ConfigError(f"{word.partition('=')[0]} has no value, or an empty one: write --{name} VALUE")
-        if name == "config":
-            path = text
-        elif name == "judge" and "judges" in COMMANDS[command][1]:
+        if name == "judge" and "judges" in COMMANDS[command][1]:
             judges.append(text)
         else:
+            _refuse_twice(name, given)
             given[name] = _value(name, text)
+    if folders:
+        _refuse_twice("runs", given)
+        given["runs"] = folders
+    path = given.pop("config", None)
     options = (_read(Path(path).expanduser()) if path is not None else {}) | given
     if judges:
         named = options.get("judges") or []
@@ -250,6 +254,15 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     known = known_options(command, options)
     _refuse_other_than_text(known)
     return with_preset({name: value if name == "prompt" else expanded(value) for name, value in known.items()})
+
+
+def _refuse_twice(name: str, given: Container[str]) -> None:
+    if name not in given or name == "judge":  # which a command has several times, or not at all
+        return
+    if name == "runs":
+        raise ConfigError("--runs is given beside run folders without an option name: write all of them without one")
+    todo = "give one file" if name == "config" else f"give it once, and several values as a list, --{name} '[A, B]'"
+    raise ConfigError(f"--{name} is given twice: {todo}")
 
 
 def known_options(command: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +293,8 @@ def _refuse_names_of_train(command: str, unknown: Set[str]) -> None:
 
 
 def _value(name: str, text: str) -> Any:
-    if name in ("prompt", "model", "reference", "opponent", "output") or text.startswith("*"):  # alias with no anchor
+    # YAML would take the "*" of a pattern for an alias.
+    if name in ("config", "prompt", "model", "reference", "opponent", "output") or text.startswith("*"):
         return text
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
