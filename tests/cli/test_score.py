@@ -80,16 +80,28 @@ def test_an_interrupted_file_does_not_look_whole_and_the_same_command_continues_
         partial.write_bytes(partial.read_bytes()[:-9])
     if torn == "eos_ids":  # answers end elsewhere
         GenerationConfig(eos_token_id=[2, 7]).save_pretrained(tmp_path / "model")
-    assert main([*arguments, "--seed", "43"] if torn == "seed" else arguments) == 0
-    said = capsys.readouterr().err
     if isinstance(torn, str):
-        assert f"out.jsonl.part was made with another {torn}: it is written anew" in said
-        assert sum(drawn[3:]) == 16
-    else:
-        assert f"out.jsonl.part is continued: {4 if torn else 8} of 16 prompts are answered" in said
-        assert sum(drawn[3:]) == (12 if torn else 8)
-        assert out.read_bytes() == (tmp_path / "at_once.jsonl").read_bytes()
+        before = partial.read_bytes()
+        assert main([*arguments, "--seed", "43"] if torn == "seed" else arguments) == 2
+        said = capsys.readouterr().err
+        assert f"out.jsonl.part' holds {8 * samples} answers that were made with another {torn} (" in said
+        assert partial.read_bytes() == before
+        return
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert f"out.jsonl.part is continued: {4 if torn else 8} of 16 prompts are answered" in said
+    assert sum(drawn[3:]) == (12 if torn else 8)
+    assert out.read_bytes() == (tmp_path / "at_once.jsonl").read_bytes()
     assert not list(tmp_path.glob("out.jsonl.part*"))
+
+
+def test_a_file_of_the_user_that_is_called_as_a_draft_is_kept(tmp_path, capsys):
+    notes = tmp_path / "out.jsonl.part"
+    notes.write_text("my notes of three weeks")
+    given = ["--model", "nowhere", "--prompt", "x", "--output", str(tmp_path / "out.jsonl")]
+    assert main(["sample", *given]) == 2
+    assert "out.jsonl.part', where the answers are collected, exists without" in capsys.readouterr().err
+    assert notes.read_text() == "my notes of three weeks"
 
 
 def test_two_commands_do_not_write_one_output(tmp_path, capsys):

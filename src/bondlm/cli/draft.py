@@ -43,7 +43,7 @@ class Draft:
         """Prepare the draft; nothing is written yet.
 
         Raises:
-            ConfigError: the file already exists, or cannot be written.
+            ConfigError: the file already exists, or cannot be written, or the draft was written by something else.
         """
         self.path = Path(name)
         if self.path.exists():
@@ -57,6 +57,11 @@ class Draft:
             raise ConfigError(f"output={name!r} cannot be written: {error.strerror}") from error
         if not self._partial.stat().st_size:
             self._partial.unlink()  # no draft must seem to exist before it has begun
+        elif not self._then:
+            raise ConfigError(
+                f"{str(self._partial)!r}, where the answers are collected, exists without a readable "
+                f"{self._notes.name}, so it is unknown what is in it: remove it, or choose another output"
+            )
 
     @property
     def now(self) -> datetime | None:
@@ -65,14 +70,21 @@ class Draft:
         return None if text is None else datetime.fromisoformat(text)
 
     def begin(self, made_from: Mapping[str, Any], num_prompts: int, chunk: int) -> int:
-        """Begin or continue; returns the number of prompts that a draft with the same inputs has, in whole chunks."""
+        """Begin or continue; returns the number of prompts that a draft with the same inputs has, in whole chunks.
+
+        Raises:
+            ConfigError: the draft has answers that were made from other inputs.
+        """
         from bondlm.runs.folder import write_whole
 
         made_from = json.loads(json.dumps(made_from))
         whole = self._whole_rows()
         if whole and (other := [name for name in made_from if made_from[name] != self._then.get(name)]):
-            self._say(f"{self._partial} was made with another {', '.join(other)}: it is written anew")
-            whole = []
+            changes = ", ".join(f"{name} ({self._then.get(name)!r} -> {made_from[name]!r})" for name in other)
+            raise ConfigError(
+                f"{str(self._partial)!r} holds {len(whole)} answers that were made with another {changes}: give the "
+                "same options to continue, remove it, or choose another output"
+            )
         prompts = len(whole) // self._rows_per_prompt
         prompts -= 0 if prompts == num_prompts else prompts % chunk
         self._partial.write_bytes(b"".join(whole[: prompts * self._rows_per_prompt]))
