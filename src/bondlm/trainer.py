@@ -229,10 +229,9 @@ class BONDTrainer(SamplingTrainer):
         )
         self.anchor.before_other_weights = self.roles.keep_reference
         self.average = WeightAverage(self.roles.model, args.average_weights or 0.0)
-        learned = self.objective.plan.learned_quantile
+        learned, target = self.objective.plan.learned_quantile, self.objective.plan.steered_to
         self.quantile_model = quantile_model(hidden_size(self.roles.core.config), args) if learned else None
-        steered_to = self.objective.plan.steered_to
-        self.signal_factor = None if steered_to is None else SignalFactor(steered_to)
+        self.signal_factor = None if target is None else SignalFactor(target)
         states: dict[str, Any] = {CUTS_FILE: self._smaller, DROPS_FILE: self.drops}
         states |= {FACTOR_FILE: self.signal_factor} if self.signal_factor else {}
         self.stop = StopCallback(args.target_n, args.kl_budget)
@@ -428,7 +427,8 @@ class BONDTrainer(SamplingTrainer):
         folder = Path(str(self.args.output_dir))
         checkpoint = checkpoint_to_resume(folder, resume_from_checkpoint, taken=self.state.global_step)
         self._digest = 0 if self.train_dataset is None else work_digest(self.args, self.train_dataset)
-        of_run = None if self.writes_settings else self._named | self.args.given, self.roles.adapter, self._reward_funcs
+        settings = None if self.writes_settings else self._named | self.args.given
+        of_run = settings, self.roles.adapter, self._reward_funcs
         hold = held(folder, self.args, checkpoint, *of_run, allowed=allow_config_change)
         together = waiting_for_others(self.world, wait_s=self.args.ddp_timeout)
         with hold as write, self.stop.training(self), writing_to(folder), together:
