@@ -1,6 +1,7 @@
 import contextlib
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,3 +106,12 @@ def test_what_is_kept_apart_counts_for_no_phase_outside(now: list[float]) -> Non
         now[0] += 2
     assert seconds == {"inner": 10.0, "innermost": 20.0}
     assert clock.drain() == {"outer": 3.0}
+
+
+def test_a_sum_that_was_infinite_stays_so_when_the_number_of_processes_changes() -> None:
+    kept = [{"loss": (math.inf, 2.0)}, {"loss": (1.0, 2.0)}, {"other": (1.0, 2.0)}]
+    first, second = StepMeans(), StepMeans()
+    first.load_state(kept, replace(ALONE, size=2))
+    second.load_state(kept, replace(ALONE, size=2, rank=1))
+    assert first.state() == {"loss": (math.inf, 4.0), "other": (1.0, 2.0)}
+    assert second.state() == {}

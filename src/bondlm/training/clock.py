@@ -101,12 +101,11 @@ class StepMeans:
     def load_state(self, of_ranks: Sequence[Mapping[str, Sequence[float]]], world: World) -> None:
         """Continue from the records of all ranks; if the number of ranks has changed, the first rank takes all."""
         self._sums.clear()
-        mine = of_ranks if len(of_ranks) != world.size else of_ranks[world.rank : world.rank + 1]
-        for state in mine:
+        taken = [of_ranks[world.rank]] if len(of_ranks) == world.size else of_ranks if world.rank == 0 else []
+        for state in taken:
             for name, (total, weight) in state.items():
-                share = 0.0 if mine is of_ranks and world.rank > 0 else 1.0
                 before = self._sums[name]
-                self._sums[name] = (before[0] + share * total, before[1] + share * weight)
+                self._sums[name] = (before[0] + total, before[1] + weight)
 
     def drain(self, world: World) -> dict[str, float]:
         """The means since the last call, for all names on any process; every process must call this."""
