@@ -112,8 +112,7 @@ class AnchorCallback(TrainerCallback):
             if self._quantile_model is not None:
                 load_tensors(self._restore / QUANTILE_FILE, self._quantile_model.load_tensors)
             if (path := self._restore / MEANS_FILE).is_file():
-                state = json.loads(path.read_text(encoding="utf-8"))
-                self._means.load_state(state, World.of(args))
+                self._means.load_state(json.loads(path.read_text(encoding="utf-8")), World.of(args))
             for name, part in self._states.items():
                 if (path := self._restore / name).is_file():
                     part.load_state(json.loads(path.read_text(encoding="utf-8")))
@@ -156,13 +155,14 @@ class AnchorCallback(TrainerCallback):
         # DeepSpeed has already stepped, within `backward`, unless it found the same.
         self.skipped = step_was_skipped(optimizer) if zero_stage(args) else not _finite_on_all_ranks(model, args)
         self._record({"skipped_steps": float(self.skipped)})
-        scaler = getattr(optimizer, "scaler", None)
-        is_empty = self.skipped and self._run_folder.is_left_with_nothing(args)  # a mean over no prompts
-        if self.skipped and not is_empty and _finds_its_scale(scaler) and not self._run_folder.has_bad_loss(args):
-            return  # the scaler does not step either
-        self._skips_in_a_row = self._skips_in_a_row + 1 if self.skipped else 0
         if not self.skipped:
+            self._skips_in_a_row = 0
             return
+        scaler = getattr(optimizer, "scaler", None)
+        is_empty = self._run_folder.is_left_with_nothing(args)  # a mean over no prompts
+        if not is_empty and _finds_its_scale(scaler) and not self._run_folder.has_bad_loss(args):
+            return  # the scaler does not step either
+        self._skips_in_a_row += 1
         if scaler is None:
             for parameter in model.parameters():
                 parameter.grad = None  # an optimizer does not change a parameter without gradient
@@ -170,13 +170,8 @@ class AnchorCallback(TrainerCallback):
             self._run_folder.write_skipped(args, state, control)
         if self._skips_in_a_row <= args.max_skipped_steps:
             return
-        error: BondError = NonFiniteError(
-            f"step {state.global_step + 1}: the gradient is not finite, {self._skips_in_a_row} steps in a row "
-            f"(max_skipped_steps={args.max_skipped_steps}). Neither policy nor anchor has moved; the prompts are "
-            f"in {SKIPPED_FILE}. A smaller learning_rate or fp32 weights usually help."
-        )
-        if is_empty:
-            error = ConfigError(_nothing_left(state.global_step + 1, self._skips_in_a_row, args))
+        step, steps = state.global_step + 1, self._skips_in_a_row
+        error = _nothing_left(step, steps, args) if is_empty else _no_finite_gradient(step, steps, args)
         error.known_to_all = True
         if not self._run_folder.stop.is_paused:  # what was learned before is saved first
             self._run_folder.stop.pause(error, args, state, control)
@@ -380,7 +375,16 @@ def _may_end(step: int, args: Any, state: Any, *, ends_epoch: bool) -> bool:
     return bool(args.eval_strategy == "steps" and step % state.eval_steps == 0)
 
 
-def _nothing_left(step: int, steps: int, args: Any) -> str:
+def _no_finite_gradient(step: int, steps: int, args: Any) -> BondError:
+    """That steps moved nothing, and what usually helps."""
+    return NonFiniteError(
+        f"step {step}: the gradient is not finite, {steps} steps in a row "
+        f"(max_skipped_steps={args.max_skipped_steps}). Neither policy nor anchor has moved; the prompts are "
+        f"in {SKIPPED_FILE}. A smaller learning_rate or fp32 weights usually help."
+    )
+
+
+def _nothing_left(step: int, steps: int, args: Any) -> BondError:
     """Why steps had no prompt to learn from, and what to set."""
     why, todo = "their rewards failed", "fix the rewards, or lower max_skipped_frac to see the first failure"
     if args.missing_eos == "drop":
@@ -389,7 +393,7 @@ def _nothing_left(step: int, steps: int, args: Any) -> str:
             f"{args.max_completion_length}"
         )
         todo = "raise max_completion_length, or use missing_eos='worst' or 'keep'"
-    return (
+    return ConfigError(
         f"step {step}: no prompt was left to learn from, {steps} steps in a row (max_skipped_steps="
         f"{args.max_skipped_steps}): {why} ({DROPPED_FILE}). Neither policy nor anchor has moved; {todo}"
     )
