@@ -82,12 +82,12 @@ def _checked(model: Any, device: torch.device, *, is_noise_allowed: bool, distri
 
 
 @contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, in which it samples, and restore its mode afterwards."""
+def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Lend the model in eval mode, in which it samples, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        yield model
     finally:
         model.train(was_training)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bondlm.errors import ConfigError
 from bondlm.models.adapters import adds_nothing, save_adapter
 from bondlm.models.precision import Fp32Head
+from bondlm.models.probe import in_eval_mode
 from bondlm.models.row_adapters import RowAdapters, can_join, joined
 from bondlm.models.sharding import Replica, copied, gather_to_main, named_weights
 
@@ -122,7 +123,7 @@ class Roles:
         with nullcontext(self.model) if replica is None else replica.holding(weights) as model:
             rows = RowAdapters(1 + len(others), next(model.parameters()).device)
             with (
-                _eval_mode(model.get_base_model()) as core,
+                in_eval_mode(model.get_base_model()) as core,
                 joined(model, by_name, rows),
                 computing_in(core, self.autocast),
             ):
@@ -144,12 +145,13 @@ class Roles:
             return
         if not self.is_peft:
             model = self.model if role == "policy" else self._copies[role]
-            with _eval_mode(model), _visiting(model, self._device) if role in self._at_rest_on_cpu else nullcontext():
+            visits = role in self._at_rest_on_cpu
+            with in_eval_mode(model), _visiting(model, self._device) if visits else nullcontext():
                 with computing_in(model, self.autocast):
                     yield model
             return
         with (
-            _eval_mode(self.core) as core,
+            in_eval_mode(self.core) as core,
             _holding(self.model, self._values.get(role, {})),
             self._adapters_of(self.model, role),
             computing_in(core, self.autocast),
@@ -254,16 +256,6 @@ def _visiting(model: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 def _copied_to(device: torch.device, data: torch.Tensor) -> torch.Tensor:
     return data.to(device, non_blocking=True)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(was_training)
 
 
 def _frozen_copy(model: nn.Module) -> nn.Module:
