@@ -16,6 +16,7 @@ from bondlm.cli.judge_costs import say_costs
 from bondlm.cli.report import write_page
 from bondlm.cli.sampling import check_sampling, reward_limits
 from bondlm.cli.start import adapter_config, load_kwargs, start_kwargs
+from bondlm.cli.training import quiet
 from bondlm.data.paths import as_seen_from, refuse_absent_folder
 from bondlm.errors import ConfigError, DataError
 from bondlm.runs.ending import describe_ending, step_of_weights
@@ -170,15 +171,12 @@ def load_job(settings: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: policy and reference do not fit, or something cannot be loaded.
         DataError: prompts that cannot be used, or too few for an interval.
     """
-    from transformers.utils import logging as transformers_logging
-
     from bondlm.evaluation.pair import Pair, sample_sets
     from bondlm.evaluation.rouge import rouge_judge
     from bondlm.models.load import fast_dtype
     from bondlm.rewards import aggregation_of, check_room, load_rewards
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     pair = Pair(
         settings["model"],
         str(settings["reference"]),

@@ -13,6 +13,7 @@ from bondlm.cli.console import Counter, make_console, make_progress
 from bondlm.cli.draft import Draft, drafted
 from bondlm.cli.judge_costs import costs_said
 from bondlm.cli.sampling import check_sampling, reward_limits
+from bondlm.cli.training import quiet
 from bondlm.errors import ConfigError
 from bondlm.runs.folder import refuse_unfinished, run_config, run_of
 
@@ -113,16 +114,13 @@ def generate(
     Prompts that the `draft` already has are left out; with `token_ids`, scored answers also get theirs.
     """
     with console.status("loading PyTorch, the model and the rewards"):
-        from transformers.utils import logging as transformers_logging
-
         from bondlm.cli.prompting import rendering_of
         from bondlm.cli.start import load_kwargs
         from bondlm.models.load import fast_dtype
         from bondlm.rewards import SUM, aggregation_of, check_room, load_rewards
         from bondlm.rollout.sampler import Sampler
 
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        quiet()
         rendering = rendering_of(options, run=Path(str(options["model"])), takes_rendered=False)
         now = rendering.now or (draft.now if draft is not None else None)
         sampler = Sampler(

@@ -23,6 +23,7 @@ from bondlm.cli.ending import ending
 from bondlm.cli.judge_costs import judge_costs
 from bondlm.cli.options import LORA, TRAIN
 from bondlm.cli.report import write_page
+from bondlm.cli.training import quiet
 from bondlm.errors import CheckpointError, ConfigError, Terminated
 from bondlm.objectives.rules import Rule, above, between, check, whole
 from bondlm.runs.folder import (
@@ -161,12 +162,10 @@ def build_trainer(options: Mapping[str, Any], args: Any = None) -> Any:
         ConfigError: a value is refused.
     """
     from transformers import PrinterCallback
-    from transformers.utils import logging as transformers_logging
 
     from bondlm.trainer import BONDTrainer
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     args = training_arguments(options) if args is None else args
     trainer = BONDTrainer(
         model=str(options["model"]),

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,7 +134,6 @@ def quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def silence(trainer: Any) -> None:
