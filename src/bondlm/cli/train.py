@@ -136,17 +136,13 @@ def training_arguments(options: Mapping[str, Any]) -> Any:
         ConfigError: a value is refused.
     """
     from bondlm.config import BONDConfig
+    from bondlm.config.changes import spelled
+    from bondlm.config.checks import refused_plainly
 
-    settings = {name: value for name, value in options.items() if name not in TRAIN}
-    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if settings.get(name) is False:  # YAML's reading of a bare `no`
-            settings[name] = "no"
+    settings = {name: spelled(name, value) for name, value in options.items() if name not in TRAIN}
     try:
-        return BONDConfig(**{"disable_tqdm": True, "save_total_limit": 2} | settings)
-    except (ValueError, TypeError, ImportError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"a setting was refused: {error}") from error
+        with refused_plainly():
+            return BONDConfig(**{"disable_tqdm": True, "save_total_limit": 2} | settings)
     except RuntimeError as error:  # from PyTorch, if the processes cannot connect
         place = ", ".join(f"{name}={os.environ.get(name)}" for name in RENDEZVOUS)
         raise ConfigError(

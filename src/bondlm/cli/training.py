@@ -100,14 +100,12 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
-    from bondlm.config.checks import check_best_checkpoint, require_loggers
+    from bondlm.config.changes import spelled
+    from bondlm.config.checks import check_best_checkpoint, refused_plainly, require_loggers
     from bondlm.config.optimization import check_optimization
     from bondlm.training.data import require_a_batch
 
-    settings = {k: v for k, v in options.items() if k not in own and k not in LORA and k != "output_dir"}
-    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if settings.get(name) is False:  # what YAML makes of a bare `no`
-            settings[name] = "no"
+    settings = {k: spelled(k, v) for k, v in options.items() if k not in own and k not in LORA and k != "output_dir"}
     if "save_strategy" not in settings and "save_steps" in settings:
         settings["save_strategy"] = "steps"  # transformers' default
     elif "save_strategy" not in settings and (limit := settings.get("save_total_limit")):
@@ -117,10 +115,8 @@ def training_arguments(
         )
     if settings.get("save_strategy") == "best":
         settings.setdefault("metric_for_best_model", "loss")
-    try:
+    with refused_plainly():
         args = TrainingArguments(**(DEFAULTS | {"learning_rate": learning_rate, "output_dir": str(folder)} | settings))
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"a setting was refused: {error}") from error
     require_loggers(list(args.report_to or ()))
     check_best_checkpoint(args)
     check_optimization(args)

@@ -76,11 +76,14 @@ def _whole(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of(settings: Mapping[str, Any], name: str) -> Any:
     """A setting's value, in one spelling."""
-    value = settings.get(name)
-    if value is False and name.endswith("_strategy"):  # what YAML makes of a bare `no`
-        return "no"
+    value = spelled(name, settings.get(name))
     default = DEFAULTS.get(name, False if name == "use_peft" else None)
     return getattr(default, "value", default) if value is None else value
+
+
+def spelled(name: str, value: Any) -> Any:
+    """A setting's value as it was meant: YAML makes False of a bare `no`."""
+    return "no" if value is False and name in ("eval_strategy", "save_strategy", "logging_strategy") else value
 
 
 def _may_change(name: str) -> str:

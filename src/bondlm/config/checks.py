@@ -68,8 +68,10 @@ def refused_plainly() -> Iterator[None]:
     """
     try:
         yield
+    except ConfigError:
+        raise
     except (ValueError, TypeError, ImportError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"a setting was refused: {error}") from error
+        raise ConfigError(f"a setting was refused: {error}") from error
 
 
 def check_inherited(c: Any) -> None:
