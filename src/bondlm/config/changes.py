@@ -35,7 +35,7 @@ def changed_settings(
         ConfigError: a setting differs that cannot change in a run, or another one and changes are not `allowed`.
     """
     free = {"always", "if endless"} if _is_endless(now) else {"always"}
-    held, asked = _whole(before), _whole(now)
+    held, asked = settled_settings(before), settled_settings(now)
     known = sorted({*before, *now, *DERIVED})
     names = [n for n in known if held.get(n) != asked.get(n) and _may_change(n) not in free]
     said = {n: f"{n}: {_said(n, before, held)!r} -> {_said(n, now, asked)!r}" for n in names}
@@ -62,8 +62,8 @@ def _said(name: str, given: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
     return whole[name] if name in DERIVED else given.get(name)
 
 
-def _whole(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings, those that are not given with the values that they have then."""
+def settled_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a run: those that are given, and the values that the others have then."""
     whole = {name: _of(settings, name) for name in (*SETTINGS, *FIXED_NAMES, *settings)}
     if whole["anchor"] is None:
         whole["anchor"] = default_anchor(whole["objective"])

@@ -5,16 +5,8 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from bondlm.config import (
-    LORA_LEARNING_RATE,
-    OFF_POLICY,
-    PAPER_LEARNING_RATE,
-    SETTINGS,
-    BONDConfig,
-    default_anchor,
-    default_average,
-    objective_of,
-)
+from bondlm.config import OFF_POLICY, SETTINGS, objective_of
+from bondlm.config.changes import settled_settings
 
 
 def describe_objective(name: str, objective: Any) -> dict[str, Any]:
@@ -42,13 +34,7 @@ def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
         runs = f"{len(merge['runs'])} {config.get('objective', 'BOND')} runs"
         how = {name: merge[name] for name in ("toward_reference", "rank") if name in merge}
         return {"name": f"{merge['method']} of {runs}"} | how
-    defaults = {f.name: f.default for f in dataclasses.fields(BONDConfig) if f.default is not dataclasses.MISSING}
-    args = SimpleNamespace(**defaults | {name: value for name, value in config.items() if name in defaults})
-    args.anchor = args.anchor or default_anchor(args.objective)
-    if args.average_weights is None:
-        args.average_weights = default_average(args)
-    if args.learning_rate is None:
-        args.learning_rate = LORA_LEARNING_RATE if config.get("use_peft") else PAPER_LEARNING_RATE
+    args = SimpleNamespace(**settled_settings(config))
     described = describe_settings(args, objective_of(args))
     if args.objective in OFF_POLICY and args.num_samples is None:
         described.pop("num_samples", None)  # as many as the data has per prompt, which the settings do not tell
