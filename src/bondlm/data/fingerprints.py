@@ -18,7 +18,6 @@ from bondlm.runs.redact import redact
 
 WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json")
 NOT_THE_USERS = ("bondlm", "transformers", "peft", "torch", "builtins")
-_BLOCK = 1 << 20
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object in memory: another one each time that a row is read
 
 
@@ -130,5 +129,4 @@ def _hash_of(file: Path) -> str:
 
 def _add_file(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+        hashlib.file_digest(file, lambda: digest)  # updates it

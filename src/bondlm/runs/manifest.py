@@ -21,7 +21,6 @@ from bondlm.runs.prompting import PROMPTING_FILE
 MANIFEST_FILE = "manifest.json"
 SEALED_FILE = ".sealed"  # in the run folder: a checkpoint was completed here at some time
 FORMAT = 1
-_CHUNK = 1 << 20
 _OTHER_FORMAT = f"{MANIFEST_FILE} has format"
 
 
@@ -272,10 +271,8 @@ def _step(path: Path) -> int:
 
 
 def _digest(path: Path, *, sync: bool = False) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256")
         if sync:
             os.fsync(file.fileno())
     return digest.hexdigest()
