@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.console import make_console, say_json
+from bondlm.cli.console import make_console, say, say_json
 from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import RewardError
 from bondlm.runs.prompting import adopt_prompting, begun_by_0_1
@@ -49,14 +49,14 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
     with console.status("loading PyTorch, the model, data and rewards"):
         args, trainer, checkpoint = _prepared(options, scratch, console)
     versions = {name: version(name) for name in PACKAGES}
-    console.print(", ".join(map(" ".join, versions.items())), highlight=False, soft_wrap=True)
+    say(console, ", ".join(map(" ".join, versions.items())))
     number = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else "streamed"
     console.print(f"model, tokenizer and rewards loaded; {number} training prompts")
     with console.status("one dry step"):
         trainer.train()
     if checkpoint is not None:
         _compare(trainer, Path(checkpoint), allowed=bool(options.get("allow_config_change")))
-        console.print(f"train continues from {checkpoint}", highlight=False, soft_wrap=True)
+        say(console, f"train continues from {checkpoint}")
     logs = next(row for row in trainer.state.log_history if "loss" in row)
     found: dict[str, Any] = {"versions": versions, "num_prompts": number, "metrics": logs}
     if trainer.rewards:
@@ -68,7 +68,7 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
     size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
     for name in sorted(logs):
         if name.split("/")[0] in ("reward", "rewards", "completions", "time", "step_time", "bond"):
-            console.print(f"  {name:32} {logs[name]:.4g}", highlight=False, soft_wrap=True)
+            say(console, f"  {name:32} {logs[name]:.4g}")
     print_cost(console, trainer, args, logs["step_time"])
     steps = num_steps(args, trainer.train_dataset)
     found |= {"num_steps": steps, "seconds": steps * logs["step_time"]}
@@ -79,12 +79,12 @@ def _dry_run(options: dict[str, Any], scratch: str, console: Console) -> dict[st
     elif args.gradient_accumulation_steps == 1:
         advice = f"prompts per step: {prompts}; advice on their number needs gradient_accumulation_steps of 2 or more"
     if advice:
-        console.print(advice, highlight=False, soft_wrap=True)
+        say(console, advice)
     space = trainer.anchor_callback.space(args, args.save_total_limit) | {"model_bytes": size}
     found["disk"] = _check_disk(Path(str(options.get("output_dir") or "runs/bond")), space, console)
     found["warnings"] = list(_warnings(args, logs, steps))
     for text in found["warnings"]:
-        console.print(f"warning: {text}", highlight=False, soft_wrap=True)
+        say(console, f"warning: {text}")
     say_costs(console, trainer.rewards)
     return found
 
@@ -230,13 +230,9 @@ def _say_agreement(trainer: Any, console: Console) -> dict[str, float]:
 
     found = _agreement(trainer)
     for name, share in found.items():
-        console.print(
-            f"{name} ranks {share:.0%} of the pairs of answers alike when they are in the opposite order",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(console, f"{name} ranks {share:.0%} of the pairs of answers alike when they are in the opposite order")
         if (why := why_unsteady(share)) is not None:
-            console.print(f"warning: {name} {why}", highlight=False, soft_wrap=True)
+            say(console, f"warning: {name} {why}")
     return found
 
 
@@ -271,7 +267,5 @@ def _check_disk(folder: Path, space: Mapping[str, Any], console: Console) -> dic
     from bondlm.runs.checkpoint import require_space
 
     free, needed = require_space(folder, **space)
-    console.print(
-        f"disk: {free / 2**30:.1f} GiB free, about {needed / 2**30:.2f} GiB needed", highlight=False, soft_wrap=True
-    )
+    say(console, f"disk: {free / 2**30:.1f} GiB free, about {needed / 2**30:.2f} GiB needed")
     return {"free_bytes": free, "needed_bytes": needed}

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from bondlm.cli import write_out
 from bondlm.runs.folder import is_main_process, plain
@@ -21,8 +22,13 @@ def make_console(*, stderr: bool = False) -> Console:
     With several processes only the main one prints, but all print errors on stderr.
     """
     stream = sys.stderr if stderr else sys.stdout
-    quiet = not stderr and not is_main_process()
-    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, quiet=quiet, markup=False)
+    width, quiet = None if stream.isatty() else PIPE_WIDTH, not stderr and not is_main_process()
+    return Console(stderr=stderr, width=width, quiet=quiet, markup=False, highlight=False)
+
+
+def say(console: Console, text: str | Text) -> None:
+    """Print a line that is never wrapped, so that a path or a command in it can be copied."""
+    console.print(text, soft_wrap=True)
 
 
 def say_json(value: Mapping[str, Any]) -> None:
@@ -84,7 +90,7 @@ class Counter:
             pace = elapsed_and_eta(now - self._began, self._done - self._known, self._total - self._known)
             pace = f"{now - self._began:.0f} s" if is_last else pace
             line = f"{self._name}: {self._done}/{self._total} {self._unit}, {pace}"
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, line)
 
     def close(self) -> None:
         """Remove the bar."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bondlm.cli.console import say
 from bondlm.errors import ConfigError
 
 
@@ -132,7 +133,7 @@ class Draft:
         return lines
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
 
 def _is_json(line: bytes) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from bondlm.cli.console import Counter, make_console, make_progress, say_json
+from bondlm.cli.console import Counter, make_console, make_progress, say, say_json
 from bondlm.cli.judge_costs import say_costs
 from bondlm.cli.report import write_page
 from bondlm.cli.sampling import check_sampling, reward_limits
@@ -61,7 +61,7 @@ def run(options: dict[str, Any]) -> int:
             write_page(folder, console)
         print_samples(console, list(side_by_side(policy, reference)))
         print_table(console, result)
-        console.print(f"written to {folder}", soft_wrap=True)
+        say(console, f"written to {folder}")
     if settings.get("json"):
         say_json(result)
     return 0
@@ -335,7 +335,7 @@ def compare_pairs(
     names = ", ".join(judge.name for judge in judges)
 
     def announce(count: int) -> None:
-        console.print(f"{names}: {count} pairs in both orders, {2 * count} questions each", soft_wrap=True)
+        say(console, f"{names}: {count} pairs in both orders, {2 * count} questions each")
 
     return compared(judges, job["rows"], policy, reference, result, announce)
 

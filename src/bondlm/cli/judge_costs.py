@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bondlm.cli.console import say
 from bondlm.runs.folder import is_main_process
 
 PROBED = 8  # prompts for which judges are asked before the run
@@ -24,7 +25,7 @@ def judge_costs(console: Console, trainer: Any, others: Sequence[Any] = ()) -> I
     class Forecast(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             for name, (calls, tokens) in expected_costs(trainer, state.global_step, state.max_steps).items():
-                _say(console, f"judge {name}: this run needs about {calls} calls and {tokens} tokens{_where(args)}")
+                say(console, f"judge {name}: this run needs about {calls} calls and {tokens} tokens{_where(args)}")
 
     if not judges_of([*trainer.rewards, *others]):
         yield
@@ -47,11 +48,11 @@ def costs_said(console: Console, rewards: Sequence[Any]) -> Iterator[None]:
 
 def say_costs(console: Console, rewards: Sequence[Any], where: str = "") -> None:
     """Print one line per judge with its calls and tokens so far."""
-    for name, judge in judges_of(rewards).items():
+    for name, judge in judges_of(rewards).items() if is_main_process() else ():
         used = judge.usage
         how = "" if used.is_counted else " (a guess: the server does not count)"
         more = f"; {used.cached} more answers were on disk" if used.cached else ""
-        _say(console, f"judge {name}: {used.calls} calls, {used.tokens} tokens{how}{where}{more}")
+        say(console, f"judge {name}: {used.calls} calls, {used.tokens} tokens{how}{where}{more}")
 
 
 def judges_of(rewards: Sequence[Any]) -> dict[str, Any]:
@@ -134,8 +135,3 @@ def _evaluated_steps(trainer: Any, first_step: int, last_step: int) -> list[int]
 
 def _where(args: Any) -> str:
     return " of this process" if args.world_size > 1 else ""
-
-
-def _say(console: Console, line: str) -> None:
-    if is_main_process():
-        console.print(line, highlight=False, soft_wrap=True)

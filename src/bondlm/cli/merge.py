@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from bondlm.cli.console import make_console, make_progress
+from bondlm.cli.console import make_console, make_progress, say
 from bondlm.cli.eval import (
     FROM_RUN,
     compare_pairs,
@@ -77,7 +77,7 @@ def run(options: dict[str, Any]) -> int:
             _write(output, merge, config, toward, console)
         if points:
             _evaluate_curve(output, merge, options, points, console)
-    console.print(f"run folder: {output}; `bondlm eval --model {output}` evaluates it", soft_wrap=True, highlight=False)
+    say(console, f"run folder: {output}; `bondlm eval --model {output}` evaluates it")
     return 0
 
 
@@ -192,7 +192,7 @@ def _write(output: Path, merge: Any, config: Mapping[str, Any], toward: float, c
     if merge.rank is not None:
         lines.append(f"LoRA of rank {merge.rank} (exact: {merge.full_rank}), relative error {error:.2g}")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 # -- the curve

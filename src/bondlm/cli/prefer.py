@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bondlm.cli.console import make_console
+from bondlm.cli.console import make_console, say
 from bondlm.errors import ConfigError
 
 OUTPUT = "preferences.jsonl"
@@ -32,21 +32,17 @@ def run(options: dict[str, Any]) -> int:
             raise ConfigError(f"port={port}: cannot listen on it: {error}") from error
         with server:
             if server.num_left:
-                console.print(
+                say(
+                    console,
                     f"{server.num_left} of {len(pairs)} pairs to decide: open {server.url}\n"
                     "Keys: left and right arrow, t (tie), s (skip), q (end). Ctrl-C ends it, too.",
-                    highlight=False,
-                    soft_wrap=True,
-                    markup=False,
                 )
                 try:
                     server.serve_forever(poll_interval=0.05)
                 except KeyboardInterrupt:
                     pass  # every choice is already saved
             left, kept = server.num_left, server.kept
-    console.print(
-        f"{kept} more choices, {left} of {len(pairs)} pairs left: {path}", highlight=False, soft_wrap=True, markup=False
-    )
+    say(console, f"{kept} more choices, {left} of {len(pairs)} pairs left: {path}")
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-from bondlm.cli.console import Counter, elapsed_and_eta, make_progress
+from bondlm.cli.console import Counter, elapsed_and_eta, make_progress, say
 from bondlm.evaluation.table import print_evaluation
 
 LINE = (
@@ -91,9 +91,7 @@ class ProgressReporter(TrainerCallback):
             if not self.console.is_terminal:  # the bar shows it on a terminal
                 steps, all_steps = state.global_step - self.first_step, state.max_steps - self.first_step
                 parts.append(elapsed_and_eta(time.monotonic() - self._began, steps, all_steps))
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts), highlight=False, soft_wrap=True
-            )
+            say(self.console, f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
             self._sum(logs)
         for prefix in [name.removesuffix("_effective_n") for name in logs if name.endswith("_effective_n")][-1:]:
             self.evaluation_seconds += logs.get(f"{prefix}_runtime", 0.0)

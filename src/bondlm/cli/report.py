@@ -6,13 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.console import make_console
+from bondlm.cli.console import make_console, say
 
 
 def write_page(folder: Path, console: Console) -> None:
     """Write the page of a run folder that was just evaluated, or print a line if a package for it is missing."""
     if find_spec("jinja2") is None or find_spec("matplotlib") is None:
-        console.print("no report.html: pip install 'bondlm[report]', then bondlm report", highlight=False)
+        console.print("no report.html: pip install 'bondlm[report]', then bondlm report")
         return
     from bondlm.report import write_report
 
@@ -29,5 +29,5 @@ def run(options: dict[str, Any]) -> int:
         from bondlm.report import write_report
 
         page = write_report(folders, output)
-    console.print(f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False, markup=False)
+    say(console, f"report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.console import make_console
+from bondlm.cli.console import make_console, say
 from bondlm.cli.options import REWARD_MODEL
 from bondlm.cli.train import lora_config, require
 from bondlm.errors import DataError
@@ -60,7 +60,7 @@ def run(options: dict[str, Any]) -> int:
         facts = job.one(members[0]) if len(members) == 1 else job.mean_of(members)
         known = {"model": str(options["model"]), "train_pairs": len(train_rows), "flipped_pairs": flipped}
         write_facts(folder, FACTS_FILE, known | facts)
-        console.print(f"reward model: {folder} (use it as reward_funcs: {folder})", soft_wrap=True)
+        say(console, f"reward model: {folder} (use it as reward_funcs: {folder})")
     return 0
 
 
@@ -96,7 +96,8 @@ class _Job:
             probe_head(self.base.to(device), pairs, self.train_rows, **self._batches())
         mean, margins, found = AveragedModel(self.base.cpu()), [], []
         for number, member in enumerate(members, 1):
-            self._say(f"member {number} of {len(members)}: " + ", ".join(f"{k} {v}" for k, v in asdict(member).items()))
+            differs = ", ".join(f"{name} {value}" for name, value in asdict(member).items())
+            say(self.console, f"member {number} of {len(members)}: {differs}")
             model = load_member(member, self.base, self.tokenizer, seed=members[0].seed)
             trainer, margin_B, facts = self._fit(model, member, self.folder / f"member-{number}")
             mean.update_parameters(trainer.model.cpu())
@@ -167,7 +168,7 @@ class _Job:
         value, low, high = found.accuracy.value, found.accuracy.low, found.accuracy.high
         interval = f" [{low:.3f}, {high:.3f}]" if math.isfinite(low) else ""  # with one prompt there is none
         of = f"{found.pairs} pair{'s' * (found.pairs != 1)} of {found.prompts} prompt{'s' * (found.prompts != 1)}"
-        self._say(f"{what} {value:.3f}{interval} on {of}")
+        say(self.console, f"{what} {value:.3f}{interval} on {of}")
         return {
             "accuracy": {"value": value, "low": low, "high": high},
             "margin": found.margin,
@@ -178,13 +179,11 @@ class _Job:
     def _warn_if_apart(self, mean: Mapping[str, Any], members: list[dict[str, Any]]) -> None:
         worst = min(member["accuracy"]["value"] for member in members)
         if mean["accuracy"]["high"] < worst:
-            self._say(
+            say(
+                self.console,
                 f"warning: the mean of the weights is worse than its worst member ({worst:.3f}): they have moved too "
-                "far apart to be averaged. Lower learning_rate, or train fewer steps"
+                "far apart to be averaged. Lower learning_rate, or train fewer steps",
             )
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def _rows(options: dict[str, Any]) -> tuple[Rows, Rows, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bondlm.cli.console import Counter, make_console, make_progress
+from bondlm.cli.console import Counter, make_console, make_progress, say
 from bondlm.cli.draft import Draft, drafted
 from bondlm.cli.judge_costs import costs_said
 from bondlm.cli.sampling import check_sampling, reward_limits
@@ -54,10 +54,10 @@ def _show(row: Mapping[str, Any], console: Any, errors: Any, *, with_prompt: boo
 
     if with_prompt:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        console.print(visible(f"> {prompt}"), soft_wrap=True)
-    console.print(visible(row["completion"]), soft_wrap=True)
+        say(console, visible(f"> {prompt}"))
+    say(console, visible(row["completion"]))
     if "reward" in row:
-        errors.print(f"reward {row['reward']:.4g}", highlight=False)
+        errors.print(f"reward {row['reward']:.4g}")
 
 
 def best(group: list[dict[str, Any]]) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _warn_of_constant(rewards_PM: Any, texts: Any, rows: Any, console: Console) 
 
     text = constant_rewards(rewards_PM, texts, [row["prompt"] for row in rows])
     if text is not None:
-        console.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"warning: {text}")
 
 
 def _as_rows(

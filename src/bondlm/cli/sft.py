@@ -5,7 +5,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from bondlm.cli.console import make_console
+from bondlm.cli.console import make_console, say
 from bondlm.cli.options import SFT
 from bondlm.cli.train import lora_config, require
 from bondlm.errors import ConfigError, NonFiniteError
@@ -46,10 +46,10 @@ def run(options: dict[str, Any]) -> int:
                 rendering=rendering_of(options),
             )
         if common := overlap(train_rows, eval_rows):
-            console.print(
+            say(
+                console,
                 f"warning: {common} of {len(eval_rows)} rows of eval_dataset have a prompt that is also in "
                 "train_dataset: the loss on these says little",
-                soft_wrap=True,
             )
         silence(trainer)
         before = _loss(trainer) if eval_rows else None
@@ -72,10 +72,10 @@ def run(options: dict[str, Any]) -> int:
             },
         )
         if best is not None:
-            console.print(f"weights: of step {best}, the best by the held-out loss", highlight=False)
+            console.print(f"weights: of step {best}, the best by the held-out loss")
         if after is not None:
-            console.print(f"held-out loss per token: {before:.3f} -> {after:.3f}", highlight=False)
-        console.print(f"model: {Path(folder)}", soft_wrap=True)
+            console.print(f"held-out loss per token: {before:.3f} -> {after:.3f}")
+        say(console, f"model: {Path(folder)}")
     return 0
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from bondlm.cli import INTERRUPTED, STOPPED
-from bondlm.cli.console import make_console
+from bondlm.cli.console import make_console, say
 from bondlm.cli.ending import ending
 from bondlm.cli.judge_costs import judge_costs
 from bondlm.cli.options import LORA, TRAIN
@@ -72,7 +72,7 @@ def run(options: dict[str, Any]) -> int:
             judges = load_judges(options, trainer)
         engine, held = engine_choice(trainer.args), _weights_held(trainer.args)
         for line in (engine, *_signal(trainer), held):
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, line)
 
         def write_settings() -> None:
             begun = {"resumed_from": _begun_from(folder, options, checkpoint), "config_changes": changes}
@@ -99,7 +99,7 @@ def run(options: dict[str, Any]) -> int:
             if args.push_to_hub:
                 trainer.push_to_hub()
         for line in ending(folder, trainer.state.global_step, reporter, result):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            say(console, line)
     return 0
 
 
@@ -112,7 +112,7 @@ def _evaluate(trainer: Any, folder: Path, console: Console, reporter: Any, judge
         seconds, tokens = reporter.mean_phases()
         print_phases(console, seconds, tokens, reporter.evaluation_seconds)
         for line in trainer.drops.summary():
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, line)
     if trainer.eval_dataset is None:
         return None
     result = evaluate_run(trainer, folder, console, reporter, judges)
@@ -273,7 +273,7 @@ def _resume_point(
     if named is not None and run_environment(folder).get("resumed_from") != str(named.resolve()):
         return _first_from(named, folder, options, rewards, is_real=is_real)
     for line in remove_unfinished(folder) if is_real and is_main_process() else []:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     path, rejected = newest_checkpoint(folder, but=unfinished(folder))
     path = named if path is None else path
     if path is None:
@@ -284,7 +284,7 @@ def _resume_point(
     if named is not None and changes:  # a second start, not the same command
         return _first_from(named, folder, options, rewards, is_real=is_real)
     for reason in rejected:
-        console.print(f"not resumed from {reason}", highlight=False, soft_wrap=True)
+        say(console, f"not resumed from {reason}")
     return str(path), changes
 
 
@@ -413,8 +413,5 @@ def _stop_on_signals() -> Iterator[list[Any]]:
 
 
 def _say_stopped(console: Console, folder: Path, number: int) -> int:
-    console.print(
-        f"stopped by {signal.Signals(number).name}; saved in {folder}. The same command continues the run.",
-        soft_wrap=True,
-    )
+    say(console, f"stopped by {signal.Signals(number).name}; saved in {folder}. The same command continues the run.")
     return INTERRUPTED if number == signal.SIGINT else STOPPED

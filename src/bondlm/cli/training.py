@@ -156,14 +156,10 @@ def fit(trainer: Any, console: Console) -> float:
                 if not abs(loss) < float("inf"):
                     raise NonFiniteError(f"step {state.global_step}: the loss is {loss}: lower learning_rate")
                 console.print(
-                    f"step {state.global_step}/{state.max_steps}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s",
-                    highlight=False,
+                    f"step {state.global_step}/{state.max_steps}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s"
                 )
             if logs and "eval_loss" in logs:
-                console.print(
-                    f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}",
-                    highlight=False,
-                )
+                console.print(f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.4f}")
 
     lines = Lines()
     trainer.add_callback(lines)

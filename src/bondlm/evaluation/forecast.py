@@ -40,7 +40,6 @@ def print_frontier(console: Console, trainer: Any) -> Tensor:
     console.print(
         f"{tie_rate(samples.rewards_PM):.0%} of the pairs of a prompt's answers have equal rewards; "
         f"{float((1 - samples.finished_PM).mean()):.0%} of the answers were cut off.",
-        highlight=False,
         soft_wrap=True,
     )
     _print_evaluation(console, trainer, seconds)
@@ -88,7 +87,6 @@ def print_cost(console: Console, trainer: Any, args: Any, seconds: float) -> Non
     console.print(
         f"A step takes about {_duration(seconds)} (the first is the slowest), {steps} steps about "
         f"{_duration(steps * seconds)}, evaluations not counted." + ("" if peak is None else f" Memory: {peak}."),
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -112,7 +110,6 @@ def _print_evaluation(console: Console, trainer: Any, seconds: float) -> None:
     console.print(
         f"An evaluation draws {num_prompts} x {each} answers; the first one also draws {num_prompts} x {once} from the "
         f"untouched model: about {later} and {first}.",
-        highlight=False,
         soft_wrap=True,
     )
 

@@ -112,7 +112,7 @@ def _judge_and_show(
     if is_main:
         write_card(folder, found.result)
     if name:
-        console.print(f"held-out prompts of {name}:", highlight=False)
+        console.print(f"held-out prompts of {name}:")
     print_samples(console, list(side_by_side(found.policy, found.reference)))
     print_table(console, found.result, headline=reporter is None or not is_main)
 

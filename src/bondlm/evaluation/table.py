@@ -24,8 +24,10 @@ def visible(text: str) -> Text:
 
 def wide_console() -> Console:
     """A console on stdout; if that is neither a terminal nor a notebook, it is as wide as the tables."""
-    console = Console(markup=False)
-    return console if console.is_terminal or console.is_jupyter else Console(width=PIPE_WIDTH, markup=False)
+    console = Console(markup=False, highlight=False)
+    if not (console.is_terminal or console.is_jupyter):
+        console.width = PIPE_WIDTH
+    return console
 
 
 def narrow_table(title: str, *columns: str, left: int = 1) -> Table:
@@ -59,9 +61,7 @@ def print_table(console: Console, result: Mapping[str, Any], *, headline: bool =
         worth = f"= Best-of-{result['effective_n']['text']} of the untouched one"
         at = f", at KL {spread(result['kl'], 2)} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f})"
         lost = below(result, "the untouched one")
-        console.print(
-            f"One sample of the trained model {worth + at if lost is None else f'is {lost}'}.", highlight=False
-        )
+        console.print(f"One sample of the trained model {worth + at if lost is None else f'is {lost}'}.")
 
 
 def _add_distributions(
@@ -92,7 +92,7 @@ def _print_details(console: Console, result: Mapping[str, Any]) -> None:
     _add_distributions(table, result, _detail_row)
     console.print(table)
     kls = [f"{name} {spread(result[key], 3)}" for key, name in KL_ESTIMATES if key in result]
-    console.print(f"KL to the untouched model, nats: {', '.join(kls)}", highlight=False, soft_wrap=True)
+    console.print(f"KL to the untouched model, nats: {', '.join(kls)}", soft_wrap=True)
     if not result.get("against_best_of"):
         return
     against = ("n", "win rate", "KL from Best-of-n\n(forward)", "KL to Best-of-n\n(backward)")
@@ -133,7 +133,7 @@ def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
             f"{cost['n']:.0f} rewards"
         )
         text = f"One answer: {cost['tokens']:.0f} tokens{best if cost['n'] > 1 else ''}."
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def print_evaluation(
@@ -225,11 +225,7 @@ def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
         if not decided:
             says = f"has no preference in any of {tied} pairs"
         failed = f"; {numbers['num_failed']} were not ranked and are left out" if numbers["num_failed"] else ""
-        console.print(
-            f"{visible(name)} {says}{failed}.",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(f"{visible(name)} {says}{failed}.", soft_wrap=True)
 
 
 def spread(numbers: Mapping[str, float], digits: int) -> str:
