@@ -202,10 +202,12 @@ def _refuse_partly_missing(
                 f"reward {weighed[0]!r} is None {place_of(rows[0], prompts)}, and no other reward applies there. "
                 "Return one finite number for each completion"
             )
-        if problem is not None and bad is None:
+        if problem is None:
+            continue
+        if bad is None:
             raise RewardError(problem)
-        for row in rows if problem is not None and bad is not None else ():
-            bad.setdefault(row, problem)  # type: ignore[union-attr, arg-type]
+        for row in rows:
+            bad.setdefault(row, problem)
 
 
 def _offered_arguments(
