@@ -135,7 +135,7 @@ def check_overlap(train: Any, evaluation: Dataset | dict[str, Dataset] | None, *
                 f"it. Remove them from one of the two:\n{listed(rows, 'rows')}"
             )
         if common:
-            _log.warning("%d of %d evaluation prompts%s are training prompts too", *(len(common), len(part), where))
+            _log.warning("%d of %d evaluation prompts%s are training prompts too", len(common), len(part), where)
 
 
 def _common_rows(train: Iterable[Row], evaluation: Iterable[Row]) -> list[int]:

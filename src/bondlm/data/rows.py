@@ -157,7 +157,8 @@ def warn_of_media(columns: Iterable[str], name: str) -> None:
     if found := sorted({*columns} & {*_MEDIA}):
         _log.warning(
             "%s: bondlm gives models only text, and nothing of the column %s; only reward functions get it",
-            *(name, ", ".join(found)),
+            name,
+            ", ".join(found),
         )
 
 

@@ -175,7 +175,11 @@ def _number_learned(args: BONDConfig, counts: Mapping[str, int], first: Mapping[
         )
         _log.warning(
             "%d of %d scored samples are learned from, %d of each prompt: the prompt %s has no more%s",
-            *(number * len(counts), sum(counts.values()), number, _short(shortest), more if best > number else ""),
+            number * len(counts),
+            sum(counts.values()),
+            number,
+            _short(shortest),
+            more if best > number else "",
         )
     return number
 
@@ -194,7 +198,8 @@ def _ids_of_samples(dataset: Dataset, encoder: PromptEncoder, places: Sequence[s
     if reread:
         _log.warning(
             "the token_ids of %d of %d samples are not their completion to this model: these are learned from the text",
-            *(reread, len(found)),
+            reread,
+            len(found),
         )
     return found
 

@@ -348,7 +348,11 @@ def _cut_left(
     _log.warning(
         "%d of %d prompts are longer than %d tokens (the longest has %d): their beginning is cut off "
         "(truncate_prompt='left'), the first is %s",
-        *(len(too_long), len(ids), limit, most, where(too_long[0])),
+        len(too_long),
+        len(ids),
+        limit,
+        most,
+        where(too_long[0]),
     )
     return ids
 

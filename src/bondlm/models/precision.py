@@ -86,7 +86,9 @@ def train_in_fp32(model: PreTrainedModel | PeftModel, *, autocast: bool) -> None
     _log.warning(
         "trainable weights in %s would lose small updates: they are float32 now, %.2f GiB in all instead of %.2f "
         "(bf16=True still computes in bfloat16)",
-        *(str(was).removeprefix("torch."), _num_bytes(model) / 2**30, before / 2**30),
+        str(was).removeprefix("torch."),
+        _num_bytes(model) / 2**30,
+        before / 2**30,
     )
 
 

@@ -98,7 +98,7 @@ class SequenceClassifierReward:
             _logger.warning(
                 "the reward model %s has no chat template, and gets prompt and completion as one text without a "
                 "separator. Encoders are mostly trained on pairs: set prompt_format=pair, or plain if this is right",
-                *(self.model.config.name_or_path or type(model).__name__,),
+                self.model.config.name_or_path or type(model).__name__,
             )
         self.tokenizer = tokenizer
         self.truncate = truncate

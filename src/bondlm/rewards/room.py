@@ -57,7 +57,11 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
             _log.warning(
                 "reward %r takes %d tokens, but a prompt with a completion of max_completion_length=%d may have %d; "
                 "such prompts are dropped: lower max_completion_length, or %s",
-                *(reward.name, limit, max_completion_length, most, cut),
+                reward.name,
+                limit,
+                max_completion_length,
+                most,
+                cut,
             )
 
 

@@ -141,7 +141,8 @@ class DropBudget:
         if num_left_out == num_rows and world.is_main:
             _log.warning(
                 "step %d is skipped: for every prompt %s. Raise max_completion_length, or use missing_eos='worst'",
-                *(step, REASON),
+                step,
+                REASON,
             )
         if self._is_too_many(all_dropped, seen):
             first = next(iter(dropped.values()), "None of them on this process").rstrip(".")

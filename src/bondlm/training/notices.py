@@ -42,7 +42,8 @@ class FirstStepCallback(TrainerCallback):
                 "per_device_train_batch_size=1 with gradient_accumulation_steps=%d on %d process: each step has one "
                 "prompt, so there is no baseline (the mean return of the step's other prompts) and gradients are "
                 "noisy. Raise one of them",
-                *(args.gradient_accumulation_steps, args.world_size),
+                args.gradient_accumulation_steps,
+                args.world_size,
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,7 +120,12 @@ class TiesCallback(TrainerCallback):
                 "step %d: %.0f%% of the %s, and it has been more than %.0f%% for %d steps (%s). Equal samples teach "
                 "nothing: BOND learns from their order. See whether the reward is constant, or has few values (0/1, "
                 "clipped, rounded); use one that is graded, or add a second one that breaks ties (docs/rewards.md)",
-                *(state.global_step, 100 * tied, what, 100 * most, steps, name),
+                state.global_step,
+                100 * tied,
+                what,
+                100 * most,
+                steps,
+                name,
             )
 
 
@@ -152,8 +158,11 @@ class OutOfReachCallback(TrainerCallback):
                 "step %d: adaptive_strength has kept the signal at its limit, %g times that of n=%d for a free policy, "
                 "for %d steps; the measured N is %.1f. The policy needs too much KL for its "
                 "win rate, or learns too slowly: ask for a smaller n, or learn longer with more prompts per step",
-                *(state.global_step, MAX_FACTOR, self._wanted),
-                *(state.global_step - self._below, logs["bond/effective_n"]),
+                state.global_step,
+                MAX_FACTOR,
+                self._wanted,
+                state.global_step - self._below,
+                logs["bond/effective_n"],
             )
             self._wanted = None
 
@@ -164,5 +173,8 @@ class OutOfReachCallback(TrainerCallback):
                 "step %d: adaptive_strength does not adapt while more than %.0f%% of the pairs of a prompt's samples "
                 "tie: N would be measured too high. The signal stays %.2g times that of n=%d for a free policy; "
                 "eval_effective_n says which N is reached. Use a reward that is graded, or choose n by it",
-                *(step, 100 * MAX_TIED, factor, self._wanted),
+                step,
+                100 * MAX_TIED,
+                factor,
+                self._wanted,
             )

@@ -42,7 +42,8 @@ def start_of(model: Any, name: str, output_dir: Any, *, adapter: bool) -> str:
         _log.warning(
             "the model's weights have been changed since they were loaded from %r (first: %s): the settings file names "
             "no model. Save the model before training if `bondlm eval` or `merge` are to use it as --reference",
-            *(name, changed),
+            name,
+            changed,
         )
         return ""
     is_trained = isinstance(model, PeftModel) and not adds_nothing(model)
