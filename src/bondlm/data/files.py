@@ -109,12 +109,9 @@ def rows_of_files(source: Any, text_column: str = "completion") -> list[Line]:
 
 
 def _table_rows(path: str, text_column: str) -> Iterator[Line]:
-    table, odd = read_table(path, text_column)
-    check_columns(table.column_names, path)
+    table, places, odd = read_table(path, text_column)
     yield from odd
-    left_out = {line.place for line in odd}
-    places = [f"{path}: row {i}" for i in range(table.num_rows + len(odd))]
-    yield from map(Line, [place for place in places if place not in left_out], table.to_pylist())
+    yield from map(Line, places, table.to_pylist())
 
 
 def json_rows(paths: Sequence[str]) -> Iterator[Line]:
@@ -145,20 +142,25 @@ def json_lines(path: str) -> Iterator[Line]:
             yield Line(place, None, str(error))
 
 
-def read_table(path: str, text_column: str = "completion") -> tuple[pyarrow.Table, list[Line]]:
-    """A CSV or Parquet file, and its lines with too few or too many values; a CSV's `text_column` is text.
+def read_table(path: str, text_column: str = "completion") -> tuple[pyarrow.Table, list[str], list[Line]]:
+    """A CSV or Parquet file with the places of its rows, and its lines with too few or too many values.
+
+    A CSV's `text_column` is text.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or `check_columns` refuses its columns.
     """
     try:
-        if suffix_of(path) == ".parquet":
-            return pyarrow.parquet.read_table(path), []
-        return _read_csv(path, text_column)
+        is_parquet = suffix_of(path) == ".parquet"
+        table, odd = (pyarrow.parquet.read_table(path), []) if is_parquet else _read_csv(path, text_column)
     except (UnicodeDecodeError, OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         if isinstance(error, UnicodeDecodeError | pyarrow.ArrowInvalid) and suffix_of(path) != ".parquet":
             _refuse_other_encoding(path)
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    check_columns(table.column_names, path)
+    left_out = {line.place for line in odd}
+    places = [f"{path}: row {i}" for i in range(table.num_rows + len(odd))]
+    return table, [place for place in places if place not in left_out], odd
 
 
 def _refuse_other_encoding(path: str) -> None:

@@ -77,13 +77,10 @@ def load_prompts(
 def _load_tables(files: Sequence[str], skipped: list[str] | None, check: RowCheck, places: list[str]) -> Dataset:
     parts, odd = [], list[Line]()
     for path in files:
-        table, own = read_table(path)
-        check_columns(table.column_names, path)
+        table, own_places, own_odd = read_table(path)
         parts.append(Dataset(table))
-        left_out = {line.place for line in own}
-        numbers = (f"{path}: row {i}" for i in range(table.num_rows + len(own)))
-        places += [place for place in numbers if place not in left_out]
-        odd += own
+        places += own_places
+        odd += own_odd
     try:
         dataset = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     except ValueError as error:
