@@ -77,5 +77,4 @@ class GRPO:
     def loss(self, logp_PL: Tensor, anchor_logp_PC: Tensor, signal_PC: Tensor, baseline_PC: Tensor) -> Loss:
         """Mean over the prompt's samples of -log pi (R - baseline)."""
         advantage_PC = self.returns(signal_PC, logp_PL.detach(), anchor_logp_PC) - baseline_PC
-        all_tied_P = (signal_PC == signal_PC[:, :1]).all(dim=1)  # rounding leaves 1e-13 where 0 would be right
-        return with_share_without_signal(policy_gradient(logp_PL, advantage_PC), all_tied_P)
+        return with_share_without_signal(policy_gradient(logp_PL, advantage_PC), signal_PC)

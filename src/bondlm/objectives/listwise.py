@@ -63,4 +63,4 @@ class Listwise:
         loss_P = -(signal_PC * (logp_PL - anchor_logp_PC).log_softmax(dim=1)).sum(dim=1)
         entropy_P = torch.special.entr(signal_PC).sum(dim=1)  # the worst of many samples may have weight 0
         loss = Loss(loss_P, {"bond/listwise_kl": (loss_P - entropy_P).detach()})
-        return with_share_without_signal(loss, (signal_PC == signal_PC[:, :1]).all(dim=1))
+        return with_share_without_signal(loss, signal_PC)

@@ -49,6 +49,7 @@ def policy_gradient(logp_PL: Tensor, advantage_PL: Tensor) -> Loss:
     return Loss((-logp_PL * advantage_PL).mean(dim=1), {"bond/advantage": advantage_PL.mean(dim=1)})
 
 
-def with_share_without_signal(loss: Loss, no_signal_P: Tensor) -> Loss:
+def with_share_without_signal(loss: Loss, signal_PC: Tensor) -> Loss:
     """The loss, with a metric: the share of prompts whose samples all tie, so nothing is learned from their rewards."""
-    return loss._replace(metrics=loss.metrics | {"bond/frac_no_signal": no_signal_P.to(loss.loss_P.dtype)})
+    all_tied_P = (signal_PC == signal_PC[:, :1]).all(dim=1)  # not "all 0": GRPO's rounding leaves 1e-13
+    return loss._replace(metrics=loss.metrics | {"bond/frac_no_signal": all_tied_P.to(loss.loss_P.dtype)})
