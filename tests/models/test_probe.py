@@ -95,6 +95,16 @@ def test_a_decoder_without_a_first_token_is_refused() -> None:
             ask()
 
 
+def test_a_first_token_that_is_forced_is_refused() -> None:
+    model = tiny_t5(TOKENIZER)
+    model.generation_config.forced_bos_token_id = 7
+    for ask in (lambda: check_model(model, CPU), lambda: find_decoding(model)):
+        with pytest.raises(ConfigError, match="forces the token 7"):
+            ask()
+    model.config.bos_token_id = 7  # BART's <s>, which it has learned to write
+    find_decoding(model)
+
+
 def test_attention_that_counts_columns_is_found_where_padding_parts_them() -> None:
     """gpt_neo's window and mpt's ALiBi count columns: a common beginning with padding behind it moves them."""
     for family in ("gpt_neo", "mpt"):

@@ -34,6 +34,19 @@ def frozen_model() -> nn.Module:
     return tiny_causal(TOKENIZER).requires_grad_(False)
 
 
+def tied_in_memory_alone() -> nn.Module:
+    model = tiny_causal(TOKENIZER)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def partly_on_disk() -> nn.Module:
+    model = tiny_causal(TOKENIZER)
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": "disk"}
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "init kwargs of a loaded model": (lambda: None, {"model_init_kwargs": {"a": 1}}, "model_init_kwargs"),
     "no trainable parameter": (frozen_model, {}, "trainable"),
@@ -44,6 +57,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     ),
     "a name that is nowhere": (lambda: "/nowhere/at/all", {}, "/nowhere/at/all"),
     "a path that is nowhere": (lambda: Path("/nowhere/at/all"), {}, "/nowhere/at/all"),
+    "a head that is tied in memory alone": (tied_in_memory_alone, {}, "tie_word_embeddings = True"),
+    "layers on the disk": (partly_on_disk, {}, r"device_map.*QLoRA"),
+    "a compiled model": (lambda: torch.compile(tiny_causal(TOKENIZER)), {}, "torch_compile=True"),
     "no model": (lambda: nn.Linear(2, 2), {}, "model is a Linear: give a model of transformers or PEFT"),
 }
 
@@ -194,3 +210,12 @@ def test_a_config_of_an_adapter_that_is_none_is_named(tmp_path: Path) -> None:
 def test_there_is_nothing_to_predict(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="predict: completions have no labels"):
         trainer(tmp_path).predict(prompt_rows(2))
+
+
+def test_a_model_that_was_cast_after_loading_has_rounded_positions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path / "as it is", tiny_causal(TOKENIZER))
+    assert "rotary" not in caplog.text
+    trainer(tmp_path / "cast", tiny_causal(TOKENIZER).to(torch.bfloat16))
+    assert "rounded its rotary frequencies" in caplog.text

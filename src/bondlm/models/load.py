@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ _LOAD_ERRORS = (
     *(OSError, ValueError, TypeError, ImportError, RuntimeError, LookupError, AttributeError),
     *(SafetensorError, StrictDataclassError),
 )
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -301,8 +304,8 @@ def prepare_policy(
     elif names := [name for name, value in given.items() if value]:
         raise ConfigError(f"{names[0]} is only for a model given by name: this one is loaded already")
     _check_as_loaded(model)
-    if peft_config is None and not isinstance(model, PeftModel) and getattr(model, "is_quantized", False):
-        raise ConfigError("quantised weights cannot be trained: pass peft_config to train an adapter (QLoRA)")
+    if peft_config is None and not isinstance(model, PeftModel):
+        _check_whole(model)
     if peft_config is not None:
         model = fresh_adapter(model, peft_config, sharded=shards_weights(args))
     if model.config.is_encoder_decoder:
@@ -327,15 +330,30 @@ def prepare_policy(
 
 
 def _check_as_loaded(model: Any) -> None:
-    """Refuse an adapter that the base's class has loaded, and drop a generation config that would fail when saved.
+    """Refuse a model that is not whole, or not the model itself; drop a generation config that would fail when saved.
 
-    Nothing is lost but its tokens' ids, which are kept: a run draws without it, and saves its own.
+    Of that, nothing is lost but its tokens' ids, which are kept: a run draws without it, and saves its own.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError("model: torch.compile has wrapped it: give the model itself, and set torch_compile=True")
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if "disk" in places or (len(places) > 1 and "cpu" in places):
+        raise ConfigError(
+            "model: device_map or max_memory has put layers on the disk or the CPU, from where they cannot be trained: "
+            "load it in a smaller dtype, quantised (QLoRA), or sharded over several GPUs (docs/scaling.md)"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
             "model: transformers has loaded it from an adapter, which it put on its base. To go on with that adapter, "
             "give the name of its folder (from the hub: `hf download NAME --local-dir FOLDER`); for a new one on top, "
             "merge it (PeftModel.merge_and_unload), save the model and give that folder"
+        )
+    casts = (b.dtype for name, b in model.named_buffers() if "inv_freq" in name)
+    if (cast := next((dtype for dtype in casts if dtype.itemsize < 4), None)) is not None:
+        _log.warning(
+            "the model was cast to %s after it was loaded, which has rounded its rotary frequencies; a saved model "
+            "has exact ones. Load it with from_pretrained(..., dtype=...) instead",
+            str(cast).removeprefix("torch."),
         )
     config = model.generation_config
     try:
@@ -344,6 +362,19 @@ def _check_as_loaded(model: Any) -> None:
     except ValueError:
         kept = {name: value for name, value in config.to_dict().items() if name.endswith("_token_id")}
         model.generation_config = GenerationConfig(**kept)
+
+
+def _check_whole(model: Any) -> None:
+    """Check that a whole model can be trained, and has its head when it is saved and loaded."""
+    if getattr(model, "is_quantized", False):
+        raise ConfigError("quantised weights cannot be trained: pass peft_config to train an adapter (QLoRA)")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    ties = model.config.tie_word_embeddings, model.config.get_text_config(decoder=True).tie_word_embeddings
+    if head is not None and head.weight is embedding.weight and not any(ties):
+        raise ConfigError(
+            "the model's head is its embedding, but its config has tie_word_embeddings=False: a saved model would "
+            "have no head. Set model.config.tie_word_embeddings = True"
+        )
 
 
 def _check_encoder_decoder(model: Any, args: BONDConfig) -> None:

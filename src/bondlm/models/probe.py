@@ -249,14 +249,21 @@ def tolerance_of(plain: Logits, *, is_low: bool) -> float:
 
 
 def check_decoder(model: Any) -> None:
-    """Check that an encoder-decoder model states its decoder's start token.
+    """Check that an encoder-decoder model states its decoder's start token, and forces no other one after it.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not, or forces one.
     """
     if model.config.is_encoder_decoder and start_id(model) is None:
         raise ConfigError(
             f"{type(model).__name__}: its config has no decoder_start_token_id, the token that its decoder begins with"
+        )
+    forced = getattr(model.generation_config, "forced_bos_token_id", None)
+    if model.config.is_encoder_decoder and forced is not None and forced != model.config.bos_token_id:
+        raise ConfigError(
+            f"{type(model).__name__}: its generation config forces the token {forced} at the beginning of an answer "
+            "(forced_bos_token_id, the language to write in), but bondlm draws every token from the model: answers "
+            "would be in a language of its choice. Set forced_bos_token_id to null if the model knows the language"
         )
 
 
