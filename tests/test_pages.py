@@ -157,7 +157,7 @@ MORE = {
 RUNS_OF = {
     "report.md": ("runs/jbond", "runs/bond", "runs/sft"),
     "evaluation.md": ("my-adapter", "runs/qwen"),
-    "using.md": ("runs/qwen",),
+    "using.md": ("runs/qwen", "runs/whole"),
 }
 RUN_PAGES = [page for page in PAGES if any(block.mark == HERE for block in blocks(page))]
 
@@ -207,6 +207,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_page_runs_as_it_is_written(page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bondlm, "BONDConfig", lambda **settings: BONDConfig(**settings | FEW))
     for name in RUNS_OF.get(page.name, ()):
+        if name == "runs/whole":  # any whole model with its tokenizer
+            shutil.copytree("Qwen/Qwen3-0.6B", name)
+            continue
         shutil.copytree("runs/everyday", name)
         if name == "my-adapter":  # of another program
             (Path(name) / "config.yaml").unlink()

@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.helpers import write_job
+from rewards.small_models import saved
+from tiny import tiny_causal
+from trainer.helpers import TOKENIZER, lora, trainer
 from transformers import GenerationConfig
 
 from bondlm.cli import main
+from bondlm.evaluation.usage import usage
 
 
 def snippet(card: Path) -> str:
@@ -35,11 +40,32 @@ def test_the_cards_code_answers_as_the_run_does(
     answering = GenerationConfig.from_pretrained("run")
     assert (answering.do_sample, answering.temperature, answering.top_k, answering.top_p) == (True, 1.0, 0, 1.0)
     assert answering.max_new_tokens == 8
-    greedy = code.replace("from_pretrained(place))\nprint", "from_pretrained(place), do_sample=False)\nprint")
+    greedy = code.replace("generate(**inputs)", "generate(**inputs, do_sample=False)")
     assert greedy != code
     exec(greedy, {})
     assert capsys.readouterr().out == f"{expected}\n"
     exec(code, {})  # as it stands: one sample
+
+
+def test_the_code_for_an_adapter_answers_by_the_distribution_that_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DoRA adapter, of which transformers' own loader drops a part, on a base that penalises and bans tokens."""
+    monkeypatch.chdir(tmp_path)
+    base = tiny_causal(TOKENIZER)
+    base.generation_config.update(num_beams=3, do_sample=True, suppress_tokens=[5, 6], min_new_tokens=4)
+    base.generation_config.update(repetition_penalty=1.5, no_repeat_ngram_size=2)
+    saved(tmp_path / "base", base, TOKENIZER)
+    made = trainer(Path("run"), "base", peft_config=lora(use_dora=True), dtype="float32", learning_rate=3e-2)
+    made.train()
+    made.save_model()
+    names: dict[str, Any] = {}
+    exec(usage(Path("run"), {}).removeprefix("```python").removesuffix("```\n"), names)
+    model, ids = names["model"], torch.tensor([[20, 10, 20, 12, 10]])
+    with torch.no_grad(), made.roles.use("policy") as policy:
+        trained = policy(input_ids=ids).logits[0, -1]
+        drawn = model.generate(input_ids=ids, output_scores=True, return_dict_in_generate=True, max_new_tokens=1)
+    torch.testing.assert_close(drawn.scores[0][0], trained, atol=1e-4, rtol=0)
 
 
 def test_a_base_that_samples_otherwise_or_ends_elsewhere_does_not_leak_into_the_folder(tmp_path: Path) -> None:

@@ -19,17 +19,24 @@ PLAIN = """inputs = tokenizer("What is rain?", return_tensors="pt")
 def usage(folder: Path, config: Mapping[str, Any]) -> str:
     """A Markdown code block; the folder has its hub name if the run is on the hub, otherwise its path if relative."""
     place = str(config.get("hub_model_id") or (folder if not folder.is_absolute() else folder.name))
-    kind, answer = "AutoModelForCausalLM", 'output[0, inputs["input_ids"].shape[1] :]'
+    kind, answer = "ForCausalLM", 'output[0, inputs["input_ids"].shape[1] :]'
     if _is_encoder_decoder(folder):  # its output does not include the prompt
-        kind, answer = "AutoModelForSeq2SeqLM", "output[0]"
-    about = "  # with peft installed: it is an adapter" if (folder / "adapter_config.json").is_file() else ""
+        kind, answer = "ForSeq2SeqLM", "output[0]"
+    if (folder / "adapter_config.json").is_file():
+        # transformers' own loader drops the magnitudes of DoRA, and generate() the fields that this file leaves empty.
+        imports = f"from peft import AutoPeftModel{kind}\nfrom transformers import AutoTokenizer, GenerationConfig"
+        load = f"""model = AutoPeftModel{kind}.from_pretrained(place)
+model.get_base_model().generation_config = GenerationConfig.from_pretrained(place)"""
+    else:
+        imports = f"from transformers import AutoModel{kind}, AutoTokenizer"
+        load = f"model = AutoModel{kind}.from_pretrained(place)"
     return f"""```python
-from transformers import {kind}, AutoTokenizer, GenerationConfig
+{imports}
 
 place = "{place}"
-model = {kind}.from_pretrained(place){about}
+{load}
 tokenizer = AutoTokenizer.from_pretrained(place)
-{_inputs(folder)}output = model.generate(**inputs, generation_config=GenerationConfig.from_pretrained(place))
+{_inputs(folder)}output = model.generate(**inputs)
 print(tokenizer.decode({answer}, skip_special_tokens=True))
 ```
 """
