@@ -66,9 +66,9 @@ def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | Non
             raise ConfigError(f"max_length is {max_length}, and the model has {rows} positions: give at most {rows}.")
         return max_length
     config_limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (tokenizer.model_max_length, config_limit, rows) if limit is not None]
-    limit = min(limits, default=None)
-    # Tokenizers without a limit state 10**30.
+    stated = (tokenizer.model_max_length, config_limit, rows)
+    limit = min((limit for limit in stated if limit is not None and limit > 0), default=None)
+    # Tokenizers without a limit state 10**30, XLNet's config -1.
     return None if limit is None or limit > 10**9 else int(limit)
 
 
