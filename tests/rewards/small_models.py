@@ -9,9 +9,11 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    ConvBertConfig,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    XLNetConfig,
 )
 
 COMPLETIONS = [
@@ -76,6 +78,23 @@ def bert_classifier(tokenizer: Any, **settings: Any) -> BertForSequenceClassific
 
 def bert_encoder(tokenizer: Any) -> BertModel:
     return _built(BertModel, bert_config(tokenizer))
+
+
+def unmasked_config(family: str, tokenizer: Any, **settings: Any) -> Any:
+    """A ConvBERT, whose convolutions reach padding, or an XLNet, whose head reads the last position."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.5,
+    } | settings
+    if family == "xlnet":
+        return XLNetConfig(d_model=16, n_layer=2, n_head=2, d_inner=32, **settings)
+    sizes = {"hidden_size": 16, "embedding_size": 16, "intermediate_size": 32}
+    return ConvBertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes, **settings)
+
+
+def unmasked(auto_class: Any, *configured: Any, **settings: Any) -> Any:
+    return _built(auto_class.from_config, unmasked_config(*configured, **settings))
 
 
 def llama_classifier(tokenizer: Any, *, pad_token_id: int | None = None, labels: int = 1) -> Any:

@@ -14,7 +14,7 @@ from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards import NamedReward, NLIReward, SequenceClassifierReward, check_room, load_rewards, score
 from bondlm.rewards.classifier import FACTS_FILE, FALLBACK_TEMPLATES
 
-from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved
+from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved, unmasked
 
 PROMPTS = [prompt for prompt, _ in ROWS]
 COMPLETIONS = [completion for _, completion in ROWS]
@@ -47,6 +47,16 @@ def test_bert_micro_batches_equal_one_by_one(max_batch):
     model, tokenizer = bert()
     rows, tokens = max_batch
     reward = SequenceClassifierReward(model, tokenizer, batch_size=rows, batch_tokens=tokens)
+    expected = [plain_score(model, tokenizer(prompt + completion)["input_ids"]) for prompt, completion in ROWS]
+    assert max(expected) - min(expected) > 0.1
+    assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["convbert", "xlnet"])
+def test_a_model_that_does_not_mask_padding_gets_none(family):
+    tokenizer = bert_tokenizer()
+    model = unmasked(AutoModelForSequenceClassification, family, tokenizer, num_labels=1)
+    reward = SequenceClassifierReward(model, tokenizer)
     expected = [plain_score(model, tokenizer(prompt + completion)["input_ids"]) for prompt, completion in ROWS]
     assert max(expected) - min(expected) > 0.1
     assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)

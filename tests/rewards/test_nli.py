@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny import tiny_t5, tiny_tokenizer
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards import NamedReward, NLIReward, check_room, load_rewards, score
 
-from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved
+from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved, unmasked
 
 PREMISES = [prompt for prompt, _ in ROWS]
 HYPOTHESES = [completion for _, completion in ROWS]
@@ -63,6 +64,15 @@ def test_reward_from_known_logits(options, expected):
     assert NLIReward(model, tokenizer, **options)(["p", "longer"], ["h", "i"]) == pytest.approx(
         [expected] * 2, abs=1e-5
     )
+
+
+@pytest.mark.parametrize("family", ["convbert", "xlnet"])
+def test_a_model_that_does_not_mask_padding_gets_none(family):
+    tokenizer, id2label = bert_tokenizer(), {index: label for label, index in LABELS.items()}
+    reward = NLIReward(unmasked(AutoModelForSequenceClassification, family, tokenizer, id2label=id2label), tokenizer)
+    alone = [reward([premise], [hypothesis])[0] for premise, hypothesis in ROWS]
+    assert max(alone) - min(alone) > 0.1
+    assert reward(PREMISES, HYPOTHESES) == pytest.approx(alone, abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_tokens", [16_384, 250])

@@ -5,11 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_t5, tiny_tokenizer
+from transformers import AutoModel
 
 from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards import NamedReward, SimilarityReward, score
 
-from .small_models import ROWS, bert_encoder, bert_tokenizer, saved
+from .small_models import ROWS, bert_encoder, bert_tokenizer, saved, unmasked
 
 PROMPTS = [prompt for prompt, _ in ROWS]
 COMPLETIONS = [completion for _, completion in ROWS]
@@ -36,6 +37,15 @@ def test_micro_batched_cosines_equal_one_by_one(bounds):
     assert max(expected) - min(expected) > 0.05
     assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-6)
     assert [reward([p], [c])[0] for p, c in ROWS] == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_encoder_that_does_not_mask_padding_gets_none():
+    tokenizer = bert_tokenizer()
+    reward = SimilarityReward(unmasked(AutoModel, "convbert", tokenizer), tokenizer)
+    alone = [reward([prompt], [prompt + completion])[0] for prompt, completion in ROWS]
+    longer = [prompt + completion for prompt, completion in ROWS]
+    assert max(alone) - min(alone) > 0.01
+    assert reward(PROMPTS, longer) == pytest.approx(alone, abs=1e-6)
 
 
 def test_a_text_is_like_itself_and_the_scale_does_not_matter():

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from rewards.small_models import bert_tokenizer, saved, unmasked
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from transformers import AutoModel, TrainingArguments
 
 from bondlm.cli import main
 from bondlm.errors import ConfigError, DataError
@@ -93,6 +94,11 @@ def test_only_the_head_of_a_reward_model_may_be_random(tmp_path: Path) -> None:
     save_file({k: v for k, v in load_file(path).items() if "layers.1.mlp" not in k}, path, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.down_proj.*random numbers"):
         load_base(str(path.parent))
+
+
+def test_a_base_whose_scores_depend_on_padding_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"convbert.*padding"):
+        load_base(saved(tmp_path, unmasked(AutoModel, "convbert", bert_tokenizer()), bert_tokenizer()))
 
 
 def test_a_model_that_is_trained_here_gets_one_text(tmp_path: Path) -> None:

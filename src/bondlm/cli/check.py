@@ -208,7 +208,8 @@ def _check_neighbours(trainer: Any) -> None:
                 raise RewardError(
                     f"row {i}: the reward {name!r} is {value} when scored alone and {in_batch} in a batch, and at most "
                     f"{allowed:.2g} of that is rounding: it depends on the rest of the batch (often a padding bug), so "
-                    "its order is meaningless. Score row by row, or mask the padding; see docs/rewards.md"
+                    "its order is meaningless. Score row by row (batch_size=1 of a model), or mask the padding; see "
+                    "docs/rewards.md"
                 )
 
 

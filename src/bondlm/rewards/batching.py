@@ -12,6 +12,20 @@ from torch import Tensor
 TokenRows = Mapping[str, Sequence[Sequence[int]]]
 """A tokenizer's answer without padding: ``input_ids`` and perhaps ``token_type_ids``, each B rows of ids."""
 
+# Families of transformers whose convolutions, Fourier transforms or pooled keys do not mask padding, or whose head
+# reads the last position even if it is padding.
+_PADDING_MATTERS = {
+    "canine",
+    "convbert",
+    "fnet",
+    "funnel",
+    "mobilebert",
+    "nystromformer",
+    "reformer",
+    "xlnet",
+    "yoso",
+}
+
 
 def micro_batches(
     lengths: Sequence[int], *, max_rows: int, max_tokens: int, kinds: Sequence[int] | None = None
@@ -40,8 +54,19 @@ def micro_batches(
     return sorted(batches, key=lambda rows: -lengths[rows[0]])
 
 
-def end_counts(model: Any, rows_B: Sequence[Sequence[int]]) -> list[int]:
-    """The number of end-of-sequence tokens in each row: heads like BART's and T5's want it equal within a batch."""
+def padding_matters(model: Any) -> bool:
+    """Whether padding changes what a model of this family computes for the tokens before it."""
+    return model.config.model_type in _PADDING_MATTERS
+
+
+def batch_kinds(model: Any, rows_B: Sequence[Sequence[int]]) -> list[int]:
+    """A number for each row; only rows with the same one may share a batch.
+
+    It is the row's length if the model must not be given padding. Otherwise it is the row's count of end-of-sequence
+    tokens, which heads like BART's and T5's want equal within a batch.
+    """
+    if padding_matters(model):
+        return [len(ids) for ids in rows_B]
     end = model.config.eos_token_id if model.config.is_encoder_decoder else None
     return [0 if end is None else list(ids).count(end) for ids in rows_B]
 

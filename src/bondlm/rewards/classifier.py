@@ -17,7 +17,7 @@ from bondlm.data.chat_templates import render_chat
 from bondlm.data.rendering import TEMPLATE_ERRORS, as_chat
 from bondlm.errors import ConfigError, DataError
 from bondlm.rewards.answers import Failure
-from bondlm.rewards.batching import end_counts, head_pad_id, map_micro_batches, pad_right
+from bondlm.rewards.batching import batch_kinds, head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import (
     AS_TEXT,
@@ -48,8 +48,8 @@ class SequenceClassifierReward:
     The text is always built with the *reward* model's tokenizer. Chats are rendered with its chat template. If it has
     one, a plain prompt and its completion are also rendered with it, as a user message and an answer; otherwise plain
     texts are prompt + completion, or a pair (``prompt_format``). Rows are scored in micro-batches of similar length,
-    padded on the right. A row's score does not depend on its neighbours except for rounding: in bf16, by about 0.02 of
-    its value, or 0.02 for values below 1.
+    padded on the right; of equal length, if the model does not mask padding everywhere (MobileBERT). A row's score does
+    not depend on its neighbours except for rounding: in bf16, by about 0.02 of its value, or 0.02 for values below 1.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class SequenceClassifierReward:
             lambda rows: self._forward(encoded, rows),
             max_rows=self.batch_size if self._pad_id is not None else 1,
             max_tokens=self.batch_tokens,
-            kinds=end_counts(self.model, encoded["input_ids"]),
+            kinds=batch_kinds(self.model, encoded["input_ids"]),
         )
         return with_failures(scores.tolist(), failed, len(rows_B))
 

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from bondlm.errors import ConfigError, DataError
 from bondlm.rewards.answers import Failure
-from bondlm.rewards.batching import end_counts, head_pad_id, map_micro_batches, pad_right
+from bondlm.rewards.batching import batch_kinds, head_pad_id, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_config, load_model, load_tokenizer
 from bondlm.rewards.texts import (
     AS_TEXT,
@@ -163,7 +163,7 @@ class NLIReward:
             lambda rows: self._margins(encoded, rows),
             max_rows=self.batch_size if self._pad_id is not None else 1,
             max_tokens=self.batch_tokens,
-            kinds=end_counts(self.model, encoded["input_ids"]),
+            kinds=batch_kinds(self.model, encoded["input_ids"]),
         )
         rewards = margins if self.output == "margin" else logsigmoid(margins)
         return with_failures(rewards.tolist(), failed, len(rows_B))

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from bondlm.data.paths import refuse_absent_folder
 from bondlm.errors import ConfigError
-from bondlm.rewards.batching import map_micro_batches, pad_right
+from bondlm.rewards.batching import batch_kinds, map_micro_batches, pad_right
 from bondlm.rewards.pretrained import frozen, load_model, load_tokenizer
 from bondlm.rewards.texts import (
     AS_TEXT,
@@ -166,6 +166,7 @@ class SimilarityReward:
             lambda rows: self._forward({"input_ids": rows_B}, rows),
             max_rows=self.batch_size,
             max_tokens=self.batch_tokens,
+            kinds=batch_kinds(self.model, rows_B),
         )
 
     def _encode(self, text: str) -> list[int]:

@@ -25,7 +25,7 @@ from bondlm.data.paths import refuse_absent_folder, why_not_loaded
 from bondlm.errors import ConfigError, DataError, NonFiniteError, listed
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.load import from_safetensors, refuse_missing, refused
-from bondlm.rewards.batching import pad_right
+from bondlm.rewards.batching import pad_right, padding_matters
 from bondlm.rewards.classifier import FALLBACK_TEMPLATES, SequenceClassifierReward
 from bondlm.rewards.texts import bad_lengths, check_choice, token_limit
 from bondlm.stages.rows import MARGIN, places_of
@@ -41,7 +41,7 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
     the saved reward can score conversations.
 
     Raises:
-        ConfigError: the model cannot be loaded, or weights below the head are missing.
+        ConfigError: the model cannot be loaded, weights below the head are missing, or padding changes its scores.
     """
     refuse_absent_folder(name, "model")
     if (Path(name) / "adapter_config.json").is_file():
@@ -50,6 +50,11 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
     with refused(lambda e: f"cannot load {name!r} as the base of a reward model: {why_not_loaded(name, e)}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = from_safetensors(AutoModelForSequenceClassification, name, num_labels=1, dtype=torch.float32)
+    if padding_matters(model):
+        raise ConfigError(
+            f"{name!r} is a {model.config.model_type}, in which padding changes the scores, and training pads: take a "
+            "base of another family, such as BERT, DeBERTa or Qwen"
+        )
     body = f"{model.base_model_prefix}."
     of_body = {
         "missing_keys": [key for key in info["missing_keys"] if key.startswith(body)],
