@@ -160,6 +160,13 @@ def test_pairs_are_asked_in_both_orders_and_wins_are_counted() -> None:
     assert ask(NamedReward("r", reward)).total.tolist() == BY_LENGTH
 
 
+@pytest.mark.parametrize("chance", [0.1, 0.6, 0.7, 0.9])
+def test_a_preference_for_the_first_answer_cancels_to_the_last_bit(chance: float) -> None:
+    """Summed one by one, 8 equal samples had the order of their places."""
+    reward = by_pairs(lambda first, second: [chance] * len(first))
+    assert reward("p", completions=list("abcdefgh")) == [7.0] * 8
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -4,6 +4,7 @@ Shapes: B rows (one prompt with one completion each); rows of one prompt are a g
 """
 
 import inspect
+import math
 import reprlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from numbers import Integral
@@ -110,11 +111,11 @@ def _wins(chances: Any, pairs: Sequence[tuple[int, int]], count: int) -> list[fl
     if len(known) != len(pairs) or not all(0 <= chance <= 1 for chance in known):
         asked = f"for each of {len(pairs)} pairs the chance, in [0, 1], that its first answer is better"
         return Failure(f"returned {reprlib.repr(chances)}: expected {asked}")
-    scores = [0.0] * count
+    terms: list[list[float]] = [[] for _ in range(count)]
     for (i, j), chance in zip(pairs, known, strict=True):
-        scores[i] += chance
-        scores[j] += 1 - chance
-    return scores
+        terms[i] += [chance]
+        terms[j] += [1.0, -chance]
+    return [math.fsum(of_sample) for of_sample in terms]  # exact in any order, so equal samples tie
 
 
 async def _later(members: Sequence[Sequence[int]], answers: Sequence[Any]) -> list[Any]:
