@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, EncoderDecoderCache
 
 from bondlm.data.context import start_id
@@ -92,12 +93,11 @@ def _fastest(
 
 def padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
     """Ids and mask (P, S); the mask comes from the lengths, since the padding id may be the end-of-sequence id."""
-    width = max(len(prompt) for prompt in prompts)
-    fills = [[pad_id] * (width - len(p)) for p in prompts]
-    masks = [([0] * len(fill), [1] * len(p)) for fill, p in zip(fills, prompts, strict=True)]
-    ids = [fill + list(p) if left else list(p) + fill for fill, p in zip(fills, prompts, strict=True)]
-    mask = [hidden + real if left else real + hidden for hidden, real in masks]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    side = "left" if left else "right"
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    ids_PS = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask_PS = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    return ids_PS.to(device), mask_PS.to(device)
 
 
 def similar_lengths(lengths: Sequence[int], *, worth_a_pass: float, most_tokens: float = math.inf) -> Iterator[range]:
