@@ -98,8 +98,15 @@ def test_an_adapter_on_a_base_that_is_on_no_file_is_refused(base: str, tmp_path:
 
 
 def test_an_adapter_that_changes_its_base_by_itself_is_trained(base: str, tmp_path: Path) -> None:
+    """PiSSA takes from the base what the adapter starts with, and the base on file still has it."""
     model = get_peft_model(load(base), lora(init_lora_weights="pissa"))
-    trainer(tmp_path / "run", model).train()
+    before = logits(model)
+    made = trainer(tmp_path / "run", model, learning_rate=0.1)
+    made.train()
+    made.save_model()
+    saved = logits(load_model(str(tmp_path / "run"), dtype=torch.float32))
+    assert torch.allclose(saved, logits(made.model), atol=1e-5)
+    assert not torch.allclose(saved, before, atol=1e-3)
 
 
 def test_whole_weights_that_are_on_no_file_have_no_name(
