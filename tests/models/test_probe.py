@@ -95,14 +95,18 @@ def test_a_decoder_without_a_first_token_is_refused() -> None:
             ask()
 
 
-def test_a_first_token_that_is_forced_is_refused() -> None:
+def test_a_forced_first_token_is_refused_unless_the_decoder_starts_with_it_or_it_is_bos() -> None:
+    """NLLB and mBART-50 get the language to write in so; BART writes its BOS by itself."""
     model = tiny_t5(TOKENIZER)
-    model.generation_config.forced_bos_token_id = 7
+    model.generation_config.forced_bos_token_id = 250
     for ask in (lambda: check_model(model, CPU), lambda: find_decoding(model)):
-        with pytest.raises(ConfigError, match="forces the token 7"):
+        with pytest.raises(ConfigError, match=r"forced_bos_token_id.*decoder_start_token_id: 250"):
             ask()
-    model.config.bos_token_id = 7  # BART's <s>, which it has learned to write
-    find_decoding(model)
+    for name in ("bos_token_id", "decoder_start_token_id"):
+        before = getattr(model.config, name)
+        setattr(model.config, name, 250)
+        find_decoding(model)
+        setattr(model.config, name, before)
 
 
 def test_attention_that_counts_columns_is_found_where_padding_parts_them() -> None:

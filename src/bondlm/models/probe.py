@@ -249,21 +249,25 @@ def tolerance_of(plain: Logits, *, is_low: bool) -> float:
 
 
 def check_decoder(model: Any) -> None:
-    """Check that an encoder-decoder model states its decoder's start token, and forces no other one after it.
+    """Check that an encoder-decoder model states its decoder's start token, and forces no other token behind it.
 
     Raises:
-        ConfigError: it does not, or forces one.
+        ConfigError: it does not state it, or its generation config forces a first token (a target language).
     """
-    if model.config.is_encoder_decoder and start_id(model) is None:
+    if not model.config.is_encoder_decoder:
+        return
+    start = start_id(model)
+    if start is None:
         raise ConfigError(
             f"{type(model).__name__}: its config has no decoder_start_token_id, the token that its decoder begins with"
         )
     forced = getattr(model.generation_config, "forced_bos_token_id", None)
-    if model.config.is_encoder_decoder and forced is not None and forced != model.config.bos_token_id:
+    if forced is not None and forced not in (start, model.config.bos_token_id):  # BART learned to write its BOS
         raise ConfigError(
-            f"{type(model).__name__}: its generation config forces the token {forced} at the beginning of an answer "
-            "(forced_bos_token_id, the language to write in), but bondlm draws every token from the model: answers "
-            "would be in a language of its choice. Set forced_bos_token_id to null if the model knows the language"
+            f"{type(model).__name__}: its generation config forces completions to begin with token {forced} "
+            "(forced_bos_token_id), but bondlm draws every token from the model. Let the decoder begin with it "
+            f"(model_init_kwargs: {{decoder_start_token_id: {forced}}}), or remove it from generation_config.json if "
+            "the model writes it by itself"
         )
 
 
