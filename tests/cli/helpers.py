@@ -72,3 +72,11 @@ def write_job(folder: Path, *, kind: str = "causal", **options: object) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config | options))
     return path
+
+
+def with_other(arguments: list[str], name: str, *values: str) -> list[str]:
+    """The command line with other values of an option that takes several, and may not be given twice."""
+    if name not in arguments:
+        return [*arguments, name, *values]
+    place = arguments.index(name)
+    return [*arguments[:place], name, *values, *arguments[place + 2 :]]

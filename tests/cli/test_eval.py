@@ -10,7 +10,7 @@ from tiny import prompt_rows, tiny_causal, tiny_gpt2, tiny_t5, tiny_tokenizer
 from bondlm.cli import main
 from bondlm.cli.eval import complete
 from bondlm.errors import ConfigError
-from cli.helpers import write_job
+from cli.helpers import with_other, write_job
 
 FILES = (*("reference", "policy", "reference-greedy", "reference-t0.3", "reference-t0.7", "policy-greedy"),)
 
@@ -117,7 +117,7 @@ def test_another_policy_may_be_met_later_and_nothing_else_is_drawn_again(tmp_pat
     assert "opponent:" in capsys.readouterr().err
     (out / "opponent.jsonl").unlink()
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompt_rows(4)))
-    again = [*arguments, "--dataset", f"{tmp_path}/plain.jsonl", "--output", f"{tmp_path}/plain"]
+    again = [*with_other(arguments, "--dataset", f"{tmp_path}/plain.jsonl"), "--output", f"{tmp_path}/plain"]
     assert main([*again, "--opponent", f"{tmp_path}/other-tokens"]) == 0  # tokens of its own
 
 
@@ -166,7 +166,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_samples(tmp_pa
 def test_samples_of_something_else_are_refused(tmp_path, change, message, capsys):
     arguments = job(tmp_path, num_prompts=2)
     assert main(arguments) == 0
-    assert main([*arguments, *(word.format(folder=tmp_path) for word in change)]) == 2
+    assert main(with_other(arguments, *(word.format(folder=tmp_path) for word in change))) == 2
     error = capsys.readouterr().err
     assert f"({message}" in error
     assert str(tmp_path / "out") in error
@@ -233,7 +233,7 @@ def test_bad_input_ends_with_its_code_and_says_what(tmp_path, change, code, mess
     other_models(tmp_path)
     (tmp_path / "one.jsonl").write_text('{"prompt": "alone"}\n')
     (tmp_path / "none.jsonl").write_text("")
-    assert main([*arguments, *(word.format(folder=tmp_path) for word in change)]) == code
+    assert main(with_other(arguments, *(word.format(folder=tmp_path) for word in change))) == code
     assert message in capsys.readouterr().err
 
 
@@ -318,6 +318,6 @@ def test_a_reward_may_have_the_name_of_the_reference_columns_judge(tmp_path):
     (tmp_path / "rouge.py").write_text(
         "def rouge_l(completions, **columns):\n    return [float(len(c[-1]['content'])) for c in completions]\n"
     )
-    assert main([*arguments, "--reward_funcs", f"{tmp_path}/rouge.py:rouge_l"]) == 0
+    assert main(with_other(arguments, "--reward_funcs", f"{tmp_path}/rouge.py:rouge_l")) == 0
     result = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert (result["rewards"], list(result["judges"])) == (["rouge_l"], ["rouge_l_2"])

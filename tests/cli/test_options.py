@@ -19,6 +19,10 @@ def test_names_of_trls_that_ask_for_what_happens_anyway_are_left_out():
     assert parse("train", ["--temperature", "1.0", "--use_vllm", "false", "--eta", "0.1"]) == {"eta": 0.1}
 
 
+def test_the_last_value_of_an_option_with_one_value_counts():
+    assert parse("train", ["--eta", "0.1", "--eta", "0.2"]) == {"eta": 0.2}
+
+
 def test_judge_is_judges_one_at_a_time():
     given = ["--judge", "a.py:f", "--judge", "similarity:m"]
     assert parse("eval", given) == {"judges": ["a.py:f", "similarity:m"]}

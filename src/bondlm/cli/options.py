@@ -191,6 +191,8 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
 
 # Paths and names, which YAML may misread as numbers, dates or booleans.
 NAMES = ("output_dir", "dataset", "train_dataset", "eval_dataset", "reward_funcs", "judges", "run_name", "hub_model_id")
+# Options with several values, of which one that is given again must not drop the first; else the last one counts.
+SEVERAL = ("reward_funcs", "reward_weights", "judges", "dataset", "train_dataset", "eval_dataset", "orders", "runs")
 NEED_TEXT = (*NAMES, "config", "judge", "model", "reference", "opponent", "output")
 
 
@@ -213,8 +215,8 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Merge the file and the command line; names may be written with `-` or `_`.
 
     Raises:
-        ConfigError: the command or a name is unknown, an option is given twice, a value is missing, or the file is not
-            a YAML mapping.
+        ConfigError: the command or a name is unknown, an option with several values is given twice, a value is missing,
+            or the file is not a YAML mapping.
     """
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)}; see `bondlm --help`")
@@ -257,7 +259,7 @@ def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _refuse_twice(name: str, given: Container[str]) -> None:
-    if name not in given or name == "judge":  # which a command has several times, or not at all
+    if name not in given or name not in (*SEVERAL, "config"):
         return
     if name == "runs":
         raise ConfigError("--runs is given beside run folders without an option name: write all of them without one")
