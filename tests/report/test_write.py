@@ -233,6 +233,26 @@ def test_what_does_not_fit_is_cut_and_said(tmp_path, monkeypatch):
     assert data["rows"][1][0].startswith("Prompt 2:")
 
 
+def keys_of(*runs):
+    return [[row[7] for row in data["rows"]] for data in data_of(page_of(*runs, output=runs[0].parent / "p.html"))]
+
+
+def test_runs_on_the_same_prompts_share_a_prompt_by_its_place_else_by_its_whole_text(tmp_path, monkeypatch):
+    same = {"prompts_sha256": "a1"}
+    runs = [write_run(tmp_path / name, change=same) for name in "ab"]
+    rows = [row | {"prompt": "go on"} for row in sample_rows(3)]  # of three conversations
+    for run in runs:
+        write_jsonl(run / "eval_samples.jsonl", rows)
+    assert keys_of(*runs) == [[0, 1, 2], [0, 1, 2]]
+    other = write_run(tmp_path / "c", change={"prompts_sha256": "b2"})
+    start = "An instruction with examples. " * 20
+    rows = [row | {"prompt": f"{start}{text}"} for row, text in zip(rows, ("x", "y", "y"), strict=True)]
+    write_jsonl(other / "eval_samples.jsonl", list(reversed(rows)))
+    write_jsonl(runs[0] / "eval_samples.jsonl", rows)
+    monkeypatch.setattr("bondlm.report.samples.CUTS", (250,))
+    assert keys_of(runs[0], other) == [[0, None, None], [None, None, 0]]
+
+
 def test_several_runs_are_compared(tmp_path):
     runs = [write_run(tmp_path / name, n=n) for name, n in (("a", 6.3), ("b", 4.2), ("c", 2.4))]
     page = page_of(*runs, output=tmp_path / "compare.html")

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bondlm.data.rows import conversation_text
 from bondlm.evaluation.card import write_card
 from bondlm.evaluation.describe import describe_settings
 from bondlm.evaluation.pairwise import compared
@@ -173,7 +174,7 @@ def side_by_side(policy: Samples, reference: Samples, best_of: int = 8) -> Itera
     best = reference.rewards_PM[:, :best_of].argmax(dim=1).tolist()
     for i, prompt in enumerate(policy.prompts):
         yield {
-            "prompt": prompt if isinstance(prompt, str) else prompt[-1]["content"],
+            "prompt": conversation_text(prompt),
             "reference": _sample(reference, i, 0),
             f"reference_best_of_{best_of}": _sample(reference, i, best[i]),
             "policy": _sample(policy, i, 0),

@@ -9,10 +9,10 @@
   const previous = document.getElementById("previous");
   const next = document.getElementById("next");
   const orders = Array.from(document.querySelectorAll("button[data-order]"));
-  const byPrompt = runs.map((run) => new Map(run.rows.map((row) => [row[0], row])));
+  const byPrompt = runs.map((run) => new Map(run.rows.filter((row) => row[7] !== null).map((row) => [row[7], row])));
   const state = { run: 0, order: "file", page: 0, found: [] };
 
-  // A row is [prompt, reference, reward, best of n, reward, policy, reward].
+  // A row is [prompt, reference, reward, best of n, reward, policy, reward, key of the prompt in all runs].
   const gain = (row) => (row[6] === null || row[2] === null ? null : row[6] - row[2]);
   const haystack = (row) => [row[0], row[1], row[3], row[5]].join("\n").toLowerCase();
 
@@ -45,7 +45,7 @@
     if (runs[state.run].best) answers.append(answer("reference, " + runs[state.run].best, row[3], row[4], "best"));
     answers.append(answer(runs.length > 1 ? runs[state.run].name : "policy", row[5], row[6], "policy"));
     runs.forEach((other, index) => {
-      const same = index === state.run ? undefined : byPrompt[index].get(row[0]);
+      const same = index === state.run ? undefined : byPrompt[index].get(row[7]);
       if (same) answers.append(answer(other.name, same[5], same[6], "other"));
     });
     made.append(prompt, element("div", "gain" + sign, words), answers);
