@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from data.helpers import INJECTIONS, encode, user
-from tiny import BOS, CHATML, prompt_rows, tiny_causal, tiny_tokenizer
+from tiny import BOS, CHATML, END, PAD, START, prompt_rows, tiny_causal, tiny_tokenizer
+from tokenizers import processors
 from trainer.helpers import TOKENIZER, ends_often, logged, low_ids, same, trainer, weights
 
 from bondlm.data.columns import PROMPT_IDS
@@ -214,6 +215,13 @@ def test_t4_what_begins_every_text_stays_and_conversations_are_not_cut(tmp_path:
     assert whole[0] == tokenizer.bos_token_id
     cut = encode([prompt_rows(1)[0]["prompt"]], tokenizer, max_prompt_length=5, truncate_prompt="left")
     assert cut == [[tokenizer.bos_token_id, *whole[-4:]]]
+    language = tiny_tokenizer()  # as NLLB writes the language to translate from, and GLM `[gMASK]<sop>`
+    language.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{PAD} {START} $A {END}", pair=None, special_tokens=[(PAD, 0), (START, 1), (END, 2)]
+    )
+    (cut, short) = encode(["word " * 9, "Hi"], language, max_prompt_length=6, truncate_prompt="left")
+    assert cut == [0, 1, *TOKENIZER.encode("word " * 9)[-4:]]
+    assert short == [0, 1, *TOKENIZER.encode("Hi")]
     ends = encode(["word " * 9], tiny_tokenizer(adds_eos=True), max_prompt_length=5, truncate_prompt="left")
     assert ends == [TOKENIZER.encode("word " * 9)[-5:]]  # a decoder-only model gets no end behind its prompt
     seq2seq: dict[str, Any] = {"is_encoder_decoder": True, "max_prompt_length": 5, "truncate_prompt": "left"}

@@ -124,8 +124,8 @@ def encode_prompts(
             prompt and the completion into it, an encoder-decoder model only the prompt.
         max_completion_length: Longest completion, in tokens.
         is_encoder_decoder: Whether the prompt goes into an encoder, and so keeps the EOS that its tokenizer adds.
-        truncate_prompt: How to treat a text that does not fit: "never" refuses it, "left" removes its beginning (except
-            BOS) and warns with the number of such texts.
+        truncate_prompt: How to treat a text that does not fit: "never" refuses it, "left" removes its beginning and
+            warns with the number of such texts. What the tokenizer puts before every text (BOS, a language) is kept.
         allow_special_tokens_in_text: Let text such as `<|im_end|>` inside a prompt become the control token. If False,
             such prompts are refused, because data could otherwise write system messages.
         rendering: How text is treated, and the variables of the template.
@@ -166,7 +166,7 @@ def encode_prompts(
         ids = [_single_bos(row, tokenizer.bos_token_id) for row in ids]
     room = 0 if is_encoder_decoder else max_completion_length
     if truncate_prompt == "left":
-        ids = _cut_left(ids, _longest(max_prompt_length, context_length, room), tokenizer.bos_token_id, where)
+        ids = _cut_left(ids, _longest(max_prompt_length, context_length, room), tokenizer, where)
     _refuse_bad_lengths(ids, max_prompt_length, context_length, room, problems)
     return [[] if row in problems.skipped else own for row, own in enumerate(ids)]
 
@@ -334,16 +334,24 @@ def _longest(max_prompt_length: int | None, context_length: int | None, completi
     return min((limit for limit in (max_prompt_length, room) if limit is not None), default=None)
 
 
+def _put_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the tokenizer puts before every text: BOS, GLM's `[gMASK]<sop>`, NLLB's language."""
+    nothing, some = plain_ids(["", "a"], tokenizer, add_special_tokens=True)
+    parted = (i for i, (one, other) in enumerate(zip(nothing, some, strict=False)) if one != other)
+    return nothing[: next(parted, len(nothing))]
+
+
 def _cut_left(
-    ids: list[list[int]], limit: int | None, bos_id: int | None, where: Callable[[int], str]
+    ids: list[list[int]], limit: int | None, tokenizer: PreTrainedTokenizerBase, where: Callable[[int], str]
 ) -> list[list[int]]:
-    """The last `limit` tokens of longer prompts; a BOS is kept, because the model has never seen a text without it."""
+    """The last `limit` tokens of longer prompts, behind what begins every text: the model has seen none without it."""
     too_long = [row for row, own in enumerate(ids) if limit is not None and 0 < limit < len(own)]
     if limit is None or not too_long:
         return ids
     ids, most = list(ids), max(len(own) for own in ids)
+    heads = [head for head in (_put_before(tokenizer), [tokenizer.bos_token_id]) if head]  # a BOS may be in the text
     for row in too_long:
-        head = ids[row][:1] if ids[row][0] == bos_id else []
+        head = next((head for head in heads if ids[row][: len(head)] == head), [])
         ids[row] = [*head, *ids[row][len(ids[row]) - limit + len(head) :]]
     _log.warning(
         "%d of %d prompts are longer than %d tokens (the longest has %d): their beginning is cut off "
