@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from bondlm import BONDConfig
 from bondlm.config import SETTINGS, require_metric_of
 from bondlm.config.bond_config import DEFAULTS
+from bondlm.config.checks import refused_plainly
 from bondlm.errors import ConfigError
 
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -204,3 +205,14 @@ def test_names_and_values_that_are_none_are_named(value: Any, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"chat_template_kwargs=.*\{name: value\}"):
         BONDConfig(output_dir=str(tmp_path), chat_template_kwargs=value)
     assert BONDConfig(output_dir=str(tmp_path), chat_template_kwargs='{"a": 1}').chat_template_kwargs == {"a": 1}
+
+
+def test_only_an_error_of_another_library_becomes_ours_and_its_cause() -> None:
+    ours, theirs = ConfigError("eta=3: too large"), ValueError("no such optimizer")
+    with pytest.raises(ConfigError) as caught, refused_plainly():
+        raise ours
+    assert caught.value is ours
+    assert caught.value.__cause__ is None  # it was itself
+    with pytest.raises(ConfigError, match="a setting was refused: no such optimizer") as caught, refused_plainly():
+        raise theirs
+    assert caught.value.__cause__ is theirs
