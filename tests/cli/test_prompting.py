@@ -10,7 +10,6 @@ from bondlm.cli import main
 from bondlm.cli.prompting import rendering_of
 from bondlm.data import prompt_encoder
 from bondlm.errors import ConfigError
-from bondlm.runs.folder import CONFIG_FILE
 from bondlm.runs.prompting import PROMPTING_FILE, read_prompting
 from cli.helpers import write_job
 
@@ -62,15 +61,12 @@ def test_all_commands_read_a_plain_prompt_alike(tmp_path, read, capsys, prompt_f
         assert first["prompt"] == PROMPTS[0]
 
 
-def test_a_run_folder_of_0_1_is_evaluated_as_it_was_trained(tmp_path):
-    (tmp_path / CONFIG_FILE).write_text("model: x\n")
-    assert rendering_of({}, run=tmp_path, keeps_0_1=True).leaves_text
-    assert not rendering_of({}, run=tmp_path).leaves_text  # `sample` and `score` made messages then, too
+def test_a_run_folder_says_how_prompts_are_rendered_unless_an_option_does(tmp_path):
     (tmp_path / PROMPTING_FILE).write_text(
         '{"prompt_format": "rendered", "chat_template_kwargs": {"a": 1}, "now": "2026-01-02T03:04:05"}'
     )
-    taken = rendering_of({}, run=tmp_path, keeps_0_1=True)
-    assert (taken.prompt_format, taken.variables, taken.now.day, taken.leaves_text) == ("rendered", {"a": 1}, 2, False)
+    taken = rendering_of({}, run=tmp_path)
+    assert (taken.prompt_format, taken.variables, taken.now.day) == ("rendered", {"a": 1}, 2)
     assert rendering_of({}, run=tmp_path, takes_rendered=False).prompt_format == "auto"
     asked = rendering_of({"prompt_format": "plain", "chat_template_kwargs": {}}, run=tmp_path)
     assert (asked.prompt_format, asked.variables) == ("plain", {})

@@ -48,8 +48,6 @@ def test_plain_text_stays_so_where_it_is_asked_for_or_there_is_no_template() -> 
     plain = [tiny_tokenizer().encode(prompt) for prompt in PROMPTS]
     assert encoder(prompt_format="plain").encode(PROMPTS) == plain
     assert encoder(tiny_tokenizer(chat=False)).encode(PROMPTS) == plain
-    assert encoder(leaves_text=True).encode(PROMPTS) == plain
-    assert encoder(leaves_text=True).encode(CHATS) == encode(CHATS, tiny_tokenizer())
 
 
 def test_what_the_rule_does_is_said_once_and_only_where_it_decides(caplog: pytest.LogCaptureFixture) -> None:

@@ -268,7 +268,9 @@ def test_several_runs_are_compared(tmp_path):
 def test_runs_with_other_rewards_references_or_prompts_are_told_apart(tmp_path):
     runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
     assert "do not compare" not in str(page_of(*runs, output=tmp_path / "same.html").texts)
-    for run, change in ((runs[1], {"rewards": ["<other>"], "num_prompts": 7}), (runs[2], {"reference": "org/base"})):
+    others = {"rewards": ["<other>"], "num_prompts": 7, "prompts_sha256": "2"}
+    changes = ({"prompts_sha256": "1"}, others, {"reference": "org/base"})
+    for run, change in zip(runs, changes, strict=True):
         result = json.loads((run / "eval.json").read_text())
         (run / "eval.json").write_text(json.dumps(result | change))
     page = page_of(*runs, output=tmp_path / "compare.html")

@@ -259,12 +259,12 @@ def test_plain_text_is_what_its_own_template_or_training_makes_of_it(tmp_path):
     folder = tmp_path / "reward"
     model.save_pretrained(folder)
     llama()[1].save_pretrained(folder)
-    for facts, expected in ((None, "chat"), ({}, "plain"), ({"prompt_format": "chat"}, "chat")):
+    for facts, expected in ((None, "chat"), ({"prompt_format": "plain"}, "plain"), ({"prompt_format": "chat"}, "chat")):
         if facts is not None:
             (folder / FACTS_FILE).write_text(json.dumps(facts))
         assert SequenceClassifierReward.from_pretrained(str(folder)).prompt_format == expected
     assert load_rewards(f"classifier:{folder}?prompt_format=plain")[0].function.prompt_format == "plain"
-    for damaged in ('["chat"]', '{"prompt_format"'):
+    for damaged in ('["chat"]', '{"prompt_format"', "{}"):
         (folder / FACTS_FILE).write_text(damaged)
         with pytest.raises(ConfigError, match=r"reward\.json .*cannot be read"):
             SequenceClassifierReward.from_pretrained(str(folder))

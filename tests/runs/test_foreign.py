@@ -26,15 +26,11 @@ def test_other_files_and_those_of_earlier_runs_are_let_be(tmp_path: Path) -> Non
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_run_of_0_1_is_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", ["prompting.json", ".sealed"])
+def test_a_run_is_known_by_what_it_always_leaves(sign: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: m\n")
     assert foreign_file(tmp_path) == "config.yaml"
-    (tmp_path / "env.json").write_text('{"versions": {"bondlm": "0.1.0"}}')
-    assert foreign_file(tmp_path) is None
-    (tmp_path / "env.json").write_text('{"versions": 3}')
-    (tmp_path / "checkpoint-2").mkdir()
-    assert foreign_file(tmp_path) == "config.yaml"
-    (tmp_path / "checkpoint-2" / "manifest.json").write_text("{}")
+    (tmp_path / sign).touch()
     assert foreign_file(tmp_path) is None
 
 
@@ -45,4 +41,5 @@ def test_checkpoints_of_another_trainer_are_let_be(tmp_path: Path) -> None:
     assert remove_unfinished(tmp_path) == []
     with pytest.raises(CheckpointError, match=r"checkpoint-500.*another program wrote it.*output_dir"):
         trainer(tmp_path, max_steps=1).train()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [weights]
     assert weights.read_text() == "another trainer's"

@@ -15,7 +15,7 @@ from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.rendering import Rendering
 from bondlm.errors import ConfigError, DataError
 from bondlm.models.load import load_model
-from bondlm.runs.prompting import PROMPTING_FILE, begun_by_0_1, read_prompting
+from bondlm.runs.prompting import PROMPTING_FILE, read_prompting
 from trainer.helpers import TOKENIZER, lora, low_ids, trainer
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
@@ -66,27 +66,11 @@ def test_a_run_goes_on_the_next_day_with_the_date_that_it_began_with(
     assert "02 Jan 2026" in tokenizer.decode(ids(other)[0])
 
 
-def test_a_run_of_0_1_goes_on_with_text_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer(tmp_path, max_steps=1, prompt_format="plain", **SAVING).train()
-    for name in (PROMPTING_FILE, "config.yaml"):  # what 0.1 did not write
-        (tmp_path / name).unlink()
-    assert begun_by_0_1(tmp_path)
-    with pytest.raises(ConfigError, match="prompt_format"):
-        trainer(tmp_path, max_steps=2, prompt_format="chat").train(resume_from_checkpoint=True)
-    for max_steps in (2, 3):
-        made = trainer(tmp_path, max_steps=max_steps, prompt_format="auto", **SAVING)
-        assert "bondlm 0.1" in caplog.text
-        made.train(resume_from_checkpoint=True)
-        assert made.state.global_step == max_steps
-        assert begun_by_0_1(tmp_path)
-
-
 def test_the_folder_keeps_the_rendering(tmp_path: Path) -> None:
     trainer(tmp_path, train_dataset=prompt_rows(4))
     noted = read_prompting(tmp_path)
     assert noted is not None
     assert (noted["prompt_format"], noted["chat_template_kwargs"]) == ("plain", {})
-    assert not begun_by_0_1(tmp_path)
 
 
 def test_a_resume_that_is_refused_leaves_it_as_it_was(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from bondlm.cli.console import make_console, say, say_json
 from bondlm.cli.judge_costs import say_costs
 from bondlm.errors import RewardError
-from bondlm.runs.prompting import adopt_prompting, begun_by_0_1
+from bondlm.runs.prompting import adopt_prompting
 
 TIED_PAIRS_WARNED, ALIKE_WARNED, CUT_WARNED = 0.1, 0.2, 0.5
 NEIGHBOUR_TOLERANCE = 1e-3  # of a reward, or of 1 if that is more
@@ -96,8 +96,7 @@ def _compare(trainer: Any, checkpoint: Path, *, allowed: bool) -> None:
 
     require_same_sharding(checkpoint, trainer.args)
     compare_settings(checkpoint, None, trainer.roles.adapter, allowed=allowed)
-    if not begun_by_0_1(checkpoint.resolve().parent):  # whose prompts the scratch folder renders differently
-        trainer.anchor_callback.compare_data(checkpoint)
+    trainer.anchor_callback.compare_data(checkpoint)
 
 
 def _prepared(options: dict[str, Any], scratch: str, console: Console) -> tuple[Any, Any, str | None]:

@@ -231,8 +231,8 @@ def rendering_of_job(settings: Mapping[str, Any]) -> Any:
     from bondlm.runs.prompting import PROMPTING_FILE, read_prompting, write_prompting
 
     model, output = Path(settings["model"]), Path(settings["output"])
-    rendering = rendering_of(settings, run=model, keeps_0_1=True)
-    if rendering.now is None and not rendering.leaves_text:
+    rendering = rendering_of(settings, run=model)
+    if rendering.now is None:
         before = read_prompting(output)
         rendering = replace(rendering, now=before["now"] if before else datetime.today())
         if not (output / PROMPTING_FILE).is_file():

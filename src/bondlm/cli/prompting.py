@@ -6,18 +6,15 @@ from typing import Any
 
 from bondlm.errors import ConfigError
 from bondlm.runs.folder import run_of
-from bondlm.runs.prompting import begun_by_0_1, read_prompting
+from bondlm.runs.prompting import read_prompting
 
 
-def rendering_of(
-    options: Mapping[str, Any], *, run: Path | None = None, keeps_0_1: bool = False, takes_rendered: bool = True
-) -> Any:
+def rendering_of(options: Mapping[str, Any], *, run: Path | None = None, takes_rendered: bool = True) -> Any:
     """The `Rendering` that the options ask for.
 
     Args:
         options: `prompt_format` and `chat_template_kwargs`, if they are set.
         run: the model's folder, possibly of a run or a checkpoint; its training rendering is the default.
-        keeps_0_1: leave text unchanged for a run of bondlm 0.1, which was trained that way.
         takes_rendered: whether to adopt "rendered" from a run: right for its data, but not for a question.
 
     Raises:
@@ -36,5 +33,4 @@ def rendering_of(
         raise ConfigError(f"prompt_format={prompt_format!r}: must be one of {', '.join(FORMATS)}")
     if not isinstance(variables, Mapping):
         raise ConfigError(f"chat_template_kwargs={variables!r}: names and values are needed, {{name: value}}")
-    is_old = keeps_0_1 and run is not None and begun_by_0_1(run)
-    return Rendering(prompt_format=prompt_format, variables=variables, now=settings.get("now"), leaves_text=is_old)
+    return Rendering(prompt_format=prompt_format, variables=variables, now=settings.get("now"))

@@ -170,16 +170,10 @@ class PromptEncoder:
         """Log once how text is treated, and whether a turn ends with a token that is not the model's end."""
         kind = self._kind(prompt)
         if isinstance(prompt, str) and self.rendering.prompt_format == "auto" and has_template(self.tokenizer):
-            if kind == "chat":
-                self._say(
-                    "each plain prompt is given to this chat model as one user message (prompt_format='auto'; "
-                    "'plain' passes it unchanged)"
-                )
-            else:
-                self._say(
-                    "plain prompts are given to this chat model unchanged, because the run began that way with bondlm "
-                    "0.1 (prompt_format='plain'); a new run would make them user messages"
-                )
+            self._say(
+                "each plain prompt is given to this chat model as one user message (prompt_format='auto'; "
+                "'plain' passes it unchanged)"
+            )
         if isinstance(prompt, list | tuple) and kind == "chat" and prompt[-1]["role"] == "assistant":
             self._say("prompts that end with an assistant's message are continued where it ends")
         if kind == "plain" or not has_template(self.tokenizer):

@@ -25,7 +25,6 @@ class Rendering:
     prompt_format: str = "auto"
     variables: Mapping[str, Any] = field(default_factory=dict)  # chat_template_kwargs
     now: datetime | None = None  # the time that templates get; None: the current time
-    leaves_text: bool = False  # "auto" leaves text unchanged, as bondlm 0.1 did
 
     def kind_of(self, prompt: Any, tokenizer: Any) -> str:
         """How prompts like this one are treated: "chat", "plain", "rendered" or "ids".
@@ -48,7 +47,7 @@ class Rendering:
             return asked
         if asked == "chat":
             return "chat"
-        return "plain" if self.leaves_text or not has_template(tokenizer) else "chat"
+        return "chat" if has_template(tokenizer) else "plain"
 
     def render(self, chat: Sequence[Mapping[str, Any]], tokenizer: Any, row: "TemplateInputs", place: str) -> str:
         """Render a conversation up to the assistant's next message, or to the end of its last one, to be continued."""

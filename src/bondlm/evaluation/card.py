@@ -34,7 +34,7 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
     config, objective = run_config(folder), dict(result["objective"])
     base = str(config.get("model") or result["reference"])
     is_adapter = (folder / "adapter_config.json").is_file()
-    kind, held_out = "LoRA adapter" if is_adapter else "model", _held_out(config, result)
+    kind, held_out = "LoRA adapter" if is_adapter else "model", _held_out(result)
     rewards = ", ".join(str(name) for name in result["rewards"])
     name = objective.pop("name")
     numbers = "\n".join(f"| {label} | {_shown(result[key])} |" for label, key in _measured(result))
@@ -182,9 +182,7 @@ def _measured_at(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return "" if length in (None, _length(config)) else f" (measured with at most {length})"
 
 
-def _held_out(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """The evaluated prompts; results of bondlm 0.1 do not state them and always use the run's own prompts."""
-    if "dataset" not in result:
-        return _list(config.get("eval_dataset"))
+def _held_out(result: Mapping[str, Any]) -> str:
+    """The evaluated prompts, with the name of their set."""
     name = f"{result['held_out']} " if "held_out" in result else ""
     return f"{name}{_list(result['dataset'])}".strip()

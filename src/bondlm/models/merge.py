@@ -195,7 +195,7 @@ def _refuse_other_tokens(folders: Sequence[Path]) -> None:
 
 
 def _refuse_other_ends(folders: Sequence[Path]) -> None:
-    """Refuse runs whose answers end at different tokens; runs of bondlm 0.1 do not say at which."""
+    """Refuse runs whose answers end at different tokens."""
     ends = {str(folder): end for folder in folders if (end := _end_ids(folder)) is not None}
     first = next(iter(ends), "")
     for folder, ids in ends.items():

@@ -130,10 +130,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
     """List how runs differ from the first one in things that the numbers depend on, if both values are known."""
     first, found = runs[0], []
     for other in runs[1:]:
-        for keys, name, hit, show in COMPARED:
+        for key, name, hit, show in COMPARED:
             mine, theirs = first.result, other.result
-            known = next((key for key in keys if None not in (mine.get(key), theirs.get(key))), keys[0])
-            if None not in (mine.get(known), theirs.get(known)) and mine[known] != theirs[known]:
+            if None not in (mine.get(key), theirs.get(key)) and mine[key] != theirs[key]:
                 found.append(
                     f"{first.name} and {other.name} differ in {name} ({show(mine)}; {show(theirs)}): their {hit} do "
                     "not compare"
@@ -150,17 +149,11 @@ def _shown_prompts(result: Mapping[str, Any]) -> str:
     return f"{_listed(result['dataset'])}, {count}" if result.get("dataset") else count
 
 
-# Compared by the first key that both have, since files of bondlm 0.1 have no hash of prompts.
 COMPARED = (
-    (("rewards",), "their rewards", "mean rewards, win rates and effective N", _shown("rewards")),
-    (("reference",), "their reference", "win rates, effective N and KL", _shown("reference")),
-    (("prompts_sha256", "num_prompts"), "their held-out prompts", "numbers", _shown_prompts),
-    (
-        ("max_completion_length",),
-        "the maximum length of their answers",
-        "numbers",
-        _shown("max_completion_length"),
-    ),
+    ("rewards", "their rewards", "mean rewards, win rates and effective N", _shown("rewards")),
+    ("reference", "their reference", "win rates, effective N and KL", _shown("reference")),
+    ("prompts_sha256", "their held-out prompts", "numbers", _shown_prompts),
+    ("max_completion_length", "the maximum length of their answers", "numbers", _shown("max_completion_length")),
 )
 
 

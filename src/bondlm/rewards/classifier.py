@@ -266,10 +266,10 @@ def trained_format(path: str) -> Literal["auto", "chat", "plain"]:
     if not facts.is_file():
         return "auto"
     try:
-        found = dict(json.loads(facts.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = json.loads(facts.read_text(encoding="utf-8"))["prompt_format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{facts} of the reward model cannot be read: {error}. Restore it, or remove it.") from error
-    return "chat" if found.get("prompt_format") == "chat" else "plain"  # 0.1 joined prompt and answer
+    return "chat" if found == "chat" else "plain"
 
 
 def _check_one_label(config: Any, name: str) -> None:

@@ -123,7 +123,7 @@ def refuse_other_data(path: Path, now: Mapping[str, Any]) -> None:
             f"train_dataset has changed since {path.parent.name} was saved ({rows} rows then, {now['rows']} now, with "
             "other contents): restore it, or start a new run from these weights in another output_dir"
         )
-    if before.get("prompts_per_step", now["prompts_per_step"]) != now["prompts_per_step"]:
+    if before["prompts_per_step"] != now["prompts_per_step"]:
         raise ConfigError(
             f"{path.parent.name} was trained with {before['prompts_per_step']} prompts per step ({before['made_of']}), "
             f"now it would be {now['prompts_per_step']} ({now['made_of']}): prompts would be left out or trained "

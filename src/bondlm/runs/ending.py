@@ -40,7 +40,7 @@ def write_ending(folder: Path, ending: Ending) -> None:
 
 
 def read_ending(folder: Path) -> Ending | None:
-    """The ending of a run folder; None if there is none: the run is still active, was killed, or is of bondlm 0.1.
+    """The ending of a run folder; None if there is none: the run is still active or was killed.
 
     Raises:
         CheckpointError: the file cannot be read.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.folder import BY_PYTHON, CONFIG_FILE, METRICS_FILE, has_steps, run_environment, write_whole
+from bondlm.runs.folder import METRICS_FILE, has_steps, write_whole
 from bondlm.runs.prompting import PROMPTING_FILE
 
 MANIFEST_FILE = "manifest.json"
@@ -122,16 +122,8 @@ def newest_checkpoint(folder: Path, *, but: Sequence[Path] = ()) -> tuple[Path |
 
 
 def was_a_run(folder: Path) -> bool:
-    """Whether a run was begun there: each leaves its prompting.json, one of bondlm 0.1 one of the other signs."""
-    if any((folder / sign).exists() for sign in (PROMPTING_FILE, SEALED_FILE)):
-        return True
-    if any(folder.glob(f"checkpoint-*/{MANIFEST_FILE}")):
-        return True
-    config = folder / CONFIG_FILE
-    if config.is_file() and config.read_bytes().startswith(BY_PYTHON.encode()):
-        return True
-    versions = run_environment(folder).get("versions")
-    return isinstance(versions, dict) and "bondlm" in versions
+    """Whether a run was begun there: PROMPTING_FILE is its first file, SEALED_FILE comes with a checkpoint."""
+    return any((folder / sign).exists() for sign in (PROMPTING_FILE, SEALED_FILE))
 
 
 def unfinished(folder: Path) -> list[Path]:

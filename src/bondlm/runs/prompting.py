@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, write_whole
+from bondlm.runs.folder import write_whole
 
 PROMPTING_FILE = "prompting.json"
 
@@ -45,10 +45,3 @@ def adopt_prompting(source: Path, folder: Path) -> None:
     """Continue in `folder` with the rendering of the run in `source`."""
     if folder.resolve() != source.resolve() and (before := read_prompting(source)) is not None:
         write_prompting(folder, before["prompt_format"], before["chat_template_kwargs"], before["now"])
-
-
-def begun_by_0_1(folder: Path) -> bool:
-    """Whether the folder has a run of bondlm 0.1, which gave text to chat models unchanged."""
-    if (folder / PROMPTING_FILE).is_file():
-        return False
-    return (folder / CONFIG_FILE).is_file() or (folder / METRICS_FILE).is_file() or any(folder.glob("checkpoint-*"))

@@ -111,10 +111,10 @@ class AnchorCallback(TrainerCallback):
                 load_tensors(self._restore / AVERAGE_FILE, self._average.load_state_dict)
             if self._quantile_model is not None:
                 load_tensors(self._restore / QUANTILE_FILE, self._quantile_model.load_tensors)
-            if (path := self._restore / MEANS_FILE).is_file():
-                self._means.load_state(json.loads(path.read_text(encoding="utf-8")), World.of(args))
+            means = json.loads((self._restore / MEANS_FILE).read_text(encoding="utf-8"))
+            self._means.load_state(means, World.of(args))
             for name, part in self._states.items():
-                if (path := self._restore / name).is_file():
+                if (path := self._restore / name).is_file():  # a changed objective may need what the old one lacked
                     part.load_state(json.loads(path.read_text(encoding="utf-8")))
             self._restore = None
 

@@ -44,7 +44,6 @@ class DropBudget:
         self._num_rows = 0
         self._places: list[str] = []  # of the remaining rows, until they are encoded
         self.seen = self.dropped = self.left_out = 0
-        self._counted = False
 
     def state(self) -> dict[str, int]:
         """The counts of prompts seen and left out so far, for a checkpoint."""
@@ -52,7 +51,6 @@ class DropBudget:
 
     def load_state(self, state: Mapping[str, int]) -> None:
         """Continue from a checkpoint."""
-        self._counted = True
         self.seen, self.dropped, self.left_out = state["seen"], state["dropped"], state["left_out"]
 
     def load(self, source: Any, *, token_ids: bool = False) -> Dataset:
@@ -127,13 +125,9 @@ class DropBudget:
         """
         dropped = {i: reason for i, reason in samples.dropped.items() if is_real_P[i]}
         left_out = [i for i in sorted(samples.left_out) if is_real_P[i]]
-        before = (0, 0) if self._counted else self._in_file(before=step)
-        ranks = world.gather(torch.tensor([[int(is_real_P.sum()), len(dropped), len(left_out), *before]]))
-        num_rows, num_dropped, num_left_out = ranks[:, :3].sum(dim=0).tolist()
-        so_far = torch.tensor([self.seen, self.dropped, self.left_out])
-        if not self._counted:  # a resumed run of bondlm 0.1: estimate what it saw from its step and its files
-            so_far = torch.tensor([(step - 1) * num_rows, *ranks[0, 3:].tolist()])
-        seen, all_dropped, all_left_out = (so_far + torch.tensor([num_rows, num_dropped, num_left_out])).tolist()
+        ranks = world.gather(torch.tensor([[int(is_real_P.sum()), len(dropped), len(left_out)]]))
+        num_rows, num_dropped, num_left_out = ranks.sum(dim=0).tolist()
+        seen, all_dropped, all_left_out = self.seen + num_rows, self.dropped + num_dropped, self.left_out + num_left_out
         lost = dropped | dict.fromkeys(left_out, REASON)
         listed_rows = [{"step": step, "prompt": rows[i]["prompt"], "reason": r} for i, r in lost.items()]
         if failure := append_by_each(self._path, listed_rows, world):
@@ -152,7 +146,7 @@ class DropBudget:
             )
             error.known_to_all = True
             raise error
-        self._counted, self.seen, self.dropped, self.left_out = True, seen, all_dropped, all_left_out
+        self.seen, self.dropped, self.left_out = seen, all_dropped, all_left_out
         return {"bond/frac_dropped": (num_dropped + num_left_out) / num_rows}
 
     def summary(self) -> list[str]:
@@ -172,11 +166,3 @@ class DropBudget:
 
     def _is_too_many(self, count: int, total: int) -> bool:
         return count > (max(1.0, self._fraction * total) if self._fraction > 0 else 0.0)
-
-    def _in_file(self, *, before: int) -> tuple[int, int]:
-        """Prompts in the file from earlier steps: those whose reward failed, and those with a truncated completion."""
-        if not self._path.is_file():
-            return 0, 0
-        rows = [json.loads(line) for line in self._path.read_bytes().splitlines()]
-        cut = [row["reason"] == REASON for row in rows if row["step"] < before]
-        return len(cut) - sum(cut), sum(cut)

@@ -13,7 +13,7 @@ from bondlm.errors import CheckpointError, ConfigError
 from bondlm.models.deepspeed import require_same_sharding
 from bondlm.runs.folder import METRICS_FILE, locked, weights_file
 from bondlm.runs.foreign import foreign_file
-from bondlm.runs.manifest import newest_checkpoint, remove_unfinished
+from bondlm.runs.manifest import newest_checkpoint, remove_unfinished, was_a_run
 from bondlm.training.processes import World, decided_by_main
 from bondlm.training.settings import INPUTS, as_on_file, compare_settings, fingerprints, write_settings
 
@@ -25,8 +25,8 @@ def refuse_other_files(folder: Path) -> None:
 
     Raises:
         ConfigError: it is a file.
-        CheckpointError: the folder has a model of another command but no log or checkpoint of a run; or it has a file
-            with a name that a run writes, but no sign of an earlier run.
+        CheckpointError: the folder has a model of another command but no log or checkpoint of a run; or it has
+            checkpoints or a file with a name that a run writes, but no sign of an earlier run.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder, which the run makes if need be")
@@ -35,6 +35,8 @@ def refuse_other_files(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} already holds a model ({name}) that no run trained there: choose another output_dir or remove it"
         )
+    if not was_a_run(folder):
+        newest_checkpoint(folder)  # refuses another trainer's, before PROMPTING_FILE makes the folder that of a run
     if (name := foreign_file(folder)) is not None:
         raise CheckpointError(
             f"{folder / name} is there already, and nothing says that a run wrote it. A run writes its own {name}: "

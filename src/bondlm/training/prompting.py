@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.data.rendering import Rendering
-from bondlm.runs.prompting import begun_by_0_1, read_prompting, write_prompting
+from bondlm.runs.prompting import read_prompting, write_prompting
 from bondlm.training.processes import World, decided_by_main
 
 
@@ -16,21 +16,16 @@ def rendering_of_run(args: Any, *, drawn: datetime | None = None) -> Rendering:
     """
     folder = Path(str(args.output_dir))
 
-    def decide() -> tuple[datetime, bool]:
+    def decide() -> datetime:
         before = read_prompting(folder)
-        return (before["now"] if before else drawn or datetime.today()), begun_by_0_1(folder)
+        return before["now"] if before else drawn or datetime.today()
 
-    now, is_old = decided_by_main(decide, World.of(args), wait_s=args.ddp_timeout)
-    return Rendering(
-        prompt_format=args.prompt_format,
-        variables=args.chat_template_kwargs or {},
-        now=now,
-        leaves_text=is_old,
-    )
+    now = decided_by_main(decide, World.of(args), wait_s=args.ddp_timeout)
+    return Rendering(prompt_format=args.prompt_format, variables=args.chat_template_kwargs or {}, now=now)
 
 
 def note_rendering(folder: Path, rendering: Rendering, *, replace: bool = True) -> None:
-    """Store the rendering in the run folder; for a run of bondlm 0.1 nothing is stored, by which it is recognised."""
-    if rendering.now is None or rendering.leaves_text or (not replace and read_prompting(folder) is not None):
+    """Store the rendering in the run folder; with `replace=False` only if it has none yet."""
+    if rendering.now is None or (not replace and read_prompting(folder) is not None):
         return
     write_prompting(folder, rendering.prompt_format, rendering.variables, rendering.now)
