@@ -63,6 +63,18 @@ def test_several_goals_are_shown_together_and_each_by_itself(tmp_path, capsys):
     assert again == result
 
 
+def test_a_reward_that_is_none_for_the_greedy_answers_alone_is_refused(tmp_path, capsys):
+    """The mean of that row was a sum without one of its terms."""
+    arguments = job(tmp_path, num_prompts=6)
+    (tmp_path / "box.py").write_text(
+        "def box(prompts, completions, **_):\n"
+        "    return [None if len(prompts) == len({str(p) for p in prompts}) else 1.0] * len(prompts)\n"
+    )
+    rewards = json.dumps([f"{tmp_path}/reward.py:letters", f"{tmp_path}/box.py:box"])
+    assert main([*arguments, "--reward_funcs", rewards]) == 4
+    assert "'box' is None" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_judge_compares_answers_pair_by_pair_and_the_samples_do_not_depend_on_it(tmp_path, capsys):
     arguments = job(tmp_path, num_prompts=6)
     for says, wins in ((by_scalar, scalar), (as_presented, lambda text: 0.0)):

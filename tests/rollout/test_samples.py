@@ -10,7 +10,7 @@ from bondlm.data.columns import PROMPT_IDS
 from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.engines import Completion, Role
 from bondlm.errors import RewardError
-from bondlm.rewards import NamedReward
+from bondlm.rewards import Aggregation, NamedReward
 from bondlm.rollout.samples import SamplingParams, draw, score_samples
 from bondlm.rollout.seeds import Seeds
 from bondlm.training.metrics import completion_metrics
@@ -166,6 +166,24 @@ def test_weights_are_applied_to_the_sum_alone() -> None:
 def test_a_nan_never_gets_through() -> None:
     with pytest.raises(RewardError, match="nan"):
         scored([[answer("a")], [answer("b")]], lambda completions: [1.0, float("nan")])
+
+
+@pytest.mark.parametrize("how", ["sum", "quantile", "worst", "lexicographic"])
+@pytest.mark.parametrize("lacking", ["policy", "reference"])
+def test_a_reward_applies_to_both_models_samples_of_a_prompt_or_to_none(how: Any, lacking: str) -> None:
+    """Their sums differed in a term, and the win rate compared them."""
+    length = NamedReward("length", lambda completions: [float(len(c)) for c in completions])
+
+    def samples(model: str, reference: Any = None) -> Any:
+        box = NamedReward(
+            "box", lambda completions: [1.0] + [None if model == lacking else 2.0] * (len(completions) - 1)
+        )
+        named = {"encoder": ENCODER, "aggregation": Aggregation(how), "reference": reference}
+        return score_samples([length, box], ROWS, [[answer("ab")], [answer("abcd")]], **named)
+
+    with pytest.raises(RewardError, match=r"'box' is None.*row 1.*'two'"):
+        samples("policy", samples("reference"))
+    assert samples("other", samples("another")).by_name["box"].tolist() == [[1.0], [2.0]]
 
 
 def test_completion_metrics_by_hand() -> None:

@@ -303,12 +303,13 @@ def draw_set(
 ) -> None:
     """Draw and score the missing samples; those of the reference, number 0, come first.
 
-    Rewards that rank, and combinations of rewards by order, count ranks among the reference's samples.
+    Rewards that rank, and combinations of rewards by order, count ranks among the reference's samples. Each of several
+    rewards must apply to the same prompts as it does there.
     """
     from bondlm.evaluation.pair import fill
 
     rows, first = job["opponent_rows"] if wanted.of_opponent else job["rows"], job["sets"][0]
-    has_ranks = job["aggregation"].by_order or any(reward.ranks for reward in job["rewards"])
+    is_compared = len(job["rewards"]) > 1 or job["aggregation"].by_order or job["rewards"][0].ranks
     fill(
         folder / wanted.file,
         wanted,
@@ -321,7 +322,7 @@ def draw_set(
         max_completion_length=settings["max_completion_length"],
         on_prompts_done=Counter(progress, f"{wanted.name} x {wanted.num_samples}", len(job["rows"])),
         aggregation=job["aggregation"],
-        reference_file=(folder / first.file, first.num_samples) if number and has_ranks else None,
+        reference_file=(folder / first.file, first.num_samples) if number and is_compared else None,
     )
 
 

@@ -219,7 +219,7 @@ def fill(
         max_completion_length: maximum tokens of a completion.
         on_prompts_done: called with the number of prompts added to the file.
         aggregation: how several rewards become one.
-        reference_file: the file of the reference's samples among which ranks are counted, and their number per prompt.
+        reference_file: the file of the reference's samples to compare with, and their number per prompt.
     """
     done = finished_prompts(path, [row["prompt"] for row in rows], wanted.num_samples)
     on_prompts_done(done)

@@ -177,6 +177,24 @@ def applies_everywhere(by_name: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(by_name)
 
 
+def refuse_uneven(by_name: Mapping[str, Tensor], among: Mapping[str, Tensor], prompts: Sequence[Any]) -> None:
+    """Refuse a reward that is None (NaN) for a prompt's samples here, (P, M), and not there, (P, K), or vice versa.
+
+    The two sums would differ in a term.
+
+    Raises:
+        RewardError: there is such a reward and prompt.
+    """
+    for name in [name for name in by_name if name in among]:
+        uneven_P = by_name[name].isnan().any(dim=1) != among[name].isnan().any(dim=1)
+        for row in uneven_P.nonzero()[:1, 0].tolist():
+            raise RewardError(
+                f"reward {name!r} is None for some of the samples that an evaluation compares, and a number for others "
+                f"{place_of(row, prompts)}: return None for all completions of a prompt, if it does not apply there, "
+                "or for none"
+            )
+
+
 def _refuse_partly_missing(
     rewards: Sequence[NamedReward],
     missing: Mapping[str, set[int]],

@@ -18,6 +18,7 @@ from bondlm.data.prompt_encoder import PromptEncoder
 from bondlm.data.tokens import as_messages
 from bondlm.engines import Completion, Engine, RemoteEngine, Role
 from bondlm.rewards import SUM, Aggregation, NamedReward, Scores, score
+from bondlm.rewards.scoring import refuse_uneven
 from bondlm.rollout.seeds import Seeds
 
 
@@ -178,8 +179,11 @@ def score_samples(
         trainer_state: for reward functions that ask for it.
         aggregation: how several rewards become one.
         reference: scored samples of the same prompts, among which ranks are counted, so that ranks from several calls
-            can be compared. None: ranks among the completions themselves. Not used if nothing ranks.
+            can be compared. None: ranks among the completions themselves.
         num_judges: this many of the last rewards are judges: scored separately and not combined with the others.
+
+    Raises:
+        RewardError: a reward fails (without `drop`), or applies to a prompt's completions and not to the reference's.
     """
     if not rows:  # there are fewer prompts than processes, and none is left for this one
         return Samples.of_rows([], [], torch.zeros(0, 0, dtype=torch.float64), texts=[])
@@ -206,6 +210,8 @@ def score_samples(
             by_name[reward.name] = mine
             if reference is not None and aggregation.by_order:
                 among[reward.name] = reference.by_name[reward.name]
+    if reference is not None:
+        refuse_uneven(by_name, reference.by_name, [row["prompt"] for row in rows])
     total = aggregation.combine(rewards[: len(rewards) - num_judges], by_name, None if reference is None else among)
     return Samples.of_rows(
         rows,
