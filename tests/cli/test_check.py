@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from bondlm.cli import main
 from bondlm.cli.check import _check_neighbours, batch_advice
 from bondlm.errors import RewardError
 from bondlm.runs.checkpoint import require_space
+from bondlm.runs.prompting import write_prompting
 from cli.helpers import write_job
 
 
@@ -240,6 +242,7 @@ def test_check_leaves_a_save_that_was_cut_short_to_train(tmp_path, capsys):
     config = write_job(tmp_path, max_steps=1, eval_dataset=None)
     stale = tmp_path / "run" / "checkpoint-3"
     stale.mkdir(parents=True)
+    write_prompting(stale.parent, "auto", {}, datetime.now())  # by which a run begins
     assert main(["check", "--config", str(config)]) == 0
     assert stale.is_dir()
     assert main(["train", "--config", str(config)]) == 0
