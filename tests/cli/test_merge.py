@@ -11,6 +11,8 @@ from rewards.judge_stub import by_scalar, judging
 from safetensors.torch import load_file, save_file
 
 from bondlm.cli import main
+from bondlm.cli.training import fresh_folder
+from bondlm.errors import CheckpointError
 from cli.helpers import write_job
 from cli.test_eval_ranks import RANKS
 
@@ -165,3 +167,19 @@ def test_runs_that_do_not_fit(runs: Path, tmp_path: Path, capsys: pytest.Capture
     (other / "prompting.json").write_text(json.dumps(prompting))
     assert main(["merge", f"{runs}/run1", str(other), "--output_dir", out]) == 2
     assert "prompt_format" in capsys.readouterr().err
+
+
+def test_files_of_the_user_and_an_unfinished_run_are_not_replaced(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, begun = tmp_path / "mine", tmp_path / "begun"
+    for folder, name in ((mine, "config.yaml"), (begun, "prompting.json")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    assert main(command(runs, mine)) == 2
+    assert f"{mine / 'config.yaml'} would be replaced by the merge" in capsys.readouterr().err
+    assert main(command(runs, begun)) == 6
+    assert "holds a run that has not saved its model" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="holds a run"):  # so do sft and reward-model
+        fresh_folder({"output_dir": str(begun)}, "")
+    assert [path.read_text() for path in tmp_path.glob("*/*")] == ["{}", "{}"]

@@ -57,10 +57,19 @@ def test_a_manifest_guards_the_samples_and_nothing_else(tmp_path):
         claim(tmp_path, {"seed": 2}, ["s.jsonl"])
 
 
-def test_a_model_with_a_hash_is_the_same_under_another_name(tmp_path):
-    (tmp_path / "s.jsonl").write_text("")
-    (tmp_path / "manifest.json").write_text(json.dumps({"policy": {"name": "m", "sha256": "a0", "merged": True}}))
-    claim(tmp_path, {"policy": {"name": "/elsewhere/m", "sha256": "a0", "merged": True}}, ["s.jsonl"])
-    for other in ({"name": "m", "sha256": "b1", "merged": True}, {"name": "m", "sha256": "a0", "merged": False}):
+def test_another_programs_manifest_is_refused_and_kept(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(ConfigError, match=r"manifest\.json' was not written by an evaluation"):
+        claim(tmp_path, {"policy": {"name": "m"}, "seed": 1}, ["policy.jsonl"])
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
+
+
+def test_a_model_that_was_moved_is_the_same_by_its_weights(tmp_path):
+    (tmp_path / "policy.jsonl").touch()
+    before = {"policy": {"name": "m", "sha256": "a0"}, "reference": {"name": "hub/m", "revision": "1"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(before))
+    moved = before | {"policy": {"name": "/runs/m", "sha256": "a0"}}
+    claim(tmp_path, moved, ["policy.jsonl"])
+    for other in ({"policy": {"name": "m", "sha256": "b1"}}, {"reference": {"name": "hub/n", "revision": "1"}}):
         with pytest.raises(ConfigError, match="another evaluation"):
-            claim(tmp_path, {"policy": other}, ["s.jsonl"])
+            claim(tmp_path, before | other, ["policy.jsonl"])

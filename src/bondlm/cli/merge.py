@@ -39,6 +39,7 @@ from bondlm.runs.folder import (
     weights_file,
     write_whole,
 )
+from bondlm.runs.foreign import foreign_file
 from bondlm.runs.prompting import adopt_prompting, read_prompting
 from bondlm.runs.redact import redacted
 
@@ -63,6 +64,8 @@ def run(options: dict[str, Any]) -> int:
     goes_on = bool(points) and run_config(output).get("merge") == config["merge"]
     if not goes_on:  # otherwise the merge exists, and its curve is unfinished or another one is requested
         fresh_folder(options, "")
+        if (name := foreign_file(output)) is not None:
+            raise ConfigError(f"{output / name} would be replaced by the merge: choose another output_dir")
     with locked(output):
         with console.status("loading PyTorch and the runs"):
             from bondlm.models.merge import merge_folders

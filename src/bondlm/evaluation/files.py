@@ -19,11 +19,14 @@ def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], ma
     """Write the manifest of a fresh folder, or check that the samples in it have this fingerprint.
 
     Raises:
-        ConfigError: the folder holds samples of something else; the message names each difference.
+        ConfigError: the folder holds samples of something else, of which the message names each difference, or another
+            program's manifest.
     """
     path = folder / manifest
     present = [name for name in files if (folder / name).exists()]
     if not present:
+        if path.exists() and not _is_fingerprint(path, fingerprint):
+            raise ConfigError(f"{str(path)!r} was not written by an evaluation: choose another output folder")
         write_whole(path, json.dumps(fingerprint, indent=2) + "\n")
         return
     advice = f"choose another output folder, or remove {', '.join(present)} from {str(folder)!r} to draw them again"
@@ -38,17 +41,27 @@ def claim(folder: Path, fingerprint: Mapping[str, Any], files: Sequence[str], ma
         before = {}
     names = sorted(set(before) | set(fingerprint))
     changed = [
-        f"{n}: {before.get(n)!r} -> {fingerprint.get(n)!r}" for n in names if _differ(before.get(n), fingerprint.get(n))
+        f"{n}: {before.get(n)!r} -> {fingerprint.get(n)!r}"
+        for n in names
+        if _by_weights(before.get(n)) != _by_weights(fingerprint.get(n))
     ]
     if changed:
         raise ConfigError(f"{str(folder)!r} holds samples of another evaluation ({'; '.join(changed)}): {advice}")
 
 
-def _differ(before: Any, now: Any) -> bool:
-    """Whether two entries differ; a model or data set with a hash is the same under any name, in a moved folder say."""
-    if all(isinstance(entry, dict) and {"name", "sha256"} <= set(entry) for entry in (before, now)):
-        now = now | {"name": before["name"]}
-    return bool(before != now)
+def _is_fingerprint(path: Path, like: Mapping[str, Any]) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and bool(content.keys() & like.keys())
+
+
+def _by_weights(value: Any) -> Any:
+    """A model's fingerprint without its name if it has the hash of its weights: the folder may have been moved."""
+    if isinstance(value, dict) and value.get("sha256"):
+        return {key: item for key, item in value.items() if key != "name"}
+    return value
 
 
 def finished_prompts(path: Path, prompts: Sequence[Any], num_samples: int) -> int:
