@@ -42,3 +42,10 @@ def test_a_config_that_names_little_is_described_whole_and_by_its_own_knobs():
     assert "average_weights" not in describe_config({"objective": "self_bond", "lr_scheduler_type": "cosine"})
     assert describe_config({"gamma_ref": 0.5})["gamma_ref"] == 0.5
     assert "num_samples" not in describe_config({"objective": "best_of_n_regression", "n": 4, "anchor": "fixed"})
+
+
+@pytest.mark.parametrize("objective", ["bonbon", "best_of_n_sft", "listwise", "best_of_n_regression"])
+def test_an_anchor_that_depends_on_the_data_is_left_out(objective):
+    """Fixed where the run learned from scored samples, and otherwise moving: the settings do not tell."""
+    assert not {"anchor", "eta"} & describe_config({"objective": objective, "n": 4}).keys()
+    assert describe_config({"objective": objective, "n": 4, "anchor": "ema"})["eta"] == 0.02

@@ -36,6 +36,9 @@ def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": f"{merge['method']} of {runs}"} | how
     args = SimpleNamespace(**settled_settings(config))
     described = describe_settings(args, objective_of(args))
-    if args.objective in OFF_POLICY and args.num_samples is None:
-        described.pop("num_samples", None)  # as many as the data has per prompt, which the settings do not tell
+    if args.objective in OFF_POLICY:  # the settings do not tell whether it learned from scored samples
+        of_anchor = ["anchor", *(name for name, s in SETTINGS.items() if s.needs == ("anchor", args.anchor))]
+        untold = [] if config.get("anchor") else of_anchor
+        untold += ["num_samples"] if args.num_samples is None else []  # as many as the data has per prompt
+        described = {name: value for name, value in described.items() if name not in untold}
     return described
