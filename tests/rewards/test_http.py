@@ -230,6 +230,14 @@ def test_ids_of_the_wrong_type_are_not_ours() -> None:
             ask(server.url, ["1"])
 
 
+def test_null_is_a_bad_value_beside_another_reward_too() -> None:
+    """It was left out of the sum, as None of a function is."""
+    with serving(changed(lambda rows: [row | {"reward": None} for row in rows])) as server:
+        both = [NamedReward("r", HTTPReward(server.url)), NamedReward("one", lambda completions: [1.0])]
+        scores = score(both, ["p"], ["5"], allow_bad_rows=True)
+        assert "'r' is nan" in scores.bad[0]
+
+
 def test_the_example_server_speaks_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "reward_server.py"))
     monkeypatch.setattr(example["Handler"], "log_message", lambda *args: None)

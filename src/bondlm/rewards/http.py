@@ -4,6 +4,7 @@ The protocol is in docs/rewards.md, a server of twenty lines in examples/reward_
 """
 
 import json
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,13 +85,15 @@ def refuse_no_json(columns: Mapping[str, Any]) -> None:
 
 
 def _by_id(name: str, answer: bytes, ids: Sequence[str]) -> list[Any]:
-    """The rewards in the order of `ids`; NaN and infinity become NaN, which `score` refuses as usual.
+    """The rewards in the order of `ids`; NaN, infinity and null become NaN, which `score` refuses as usual.
+
+    Many languages write NaN as null, so null does not say that the reward does not apply, as None of a function does.
 
     Raises:
         RewardError: the answer is not the requested JSON, or has other ids.
     """
     try:
-        data = json.loads(answer, parse_constant=lambda word: float("nan"), object_pairs_hook=_without_repetition)
+        data = json.loads(answer, parse_constant=lambda word: math.nan, object_pairs_hook=_without_repetition)
         found = {row["id"]: row["reward"] for row in data["rewards"]}
         repeated = len(found) < len(data["rewards"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -104,7 +107,7 @@ def _by_id(name: str, answer: bytes, ids: Sequence[str]) -> list[Any]:
             f"the reward server {name} answers for other ids than it was asked for: {len(data['rewards'])} rewards for "
             f"{len(ids)} items, missing {missing}, unknown {extra}"
         )
-    return [found[i] for i in ids]
+    return [math.nan if found[i] is None else found[i] for i in ids]
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
