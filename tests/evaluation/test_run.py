@@ -1,7 +1,11 @@
 import json
 import math
+from types import SimpleNamespace
 
-from bondlm.evaluation.run import side_by_side, write_results
+import pytest
+
+from bondlm.evaluation.run import _baseline, side_by_side, write_results
+from bondlm.evaluation.statistics import summarize
 from evaluation.helpers import case
 
 
@@ -25,3 +29,24 @@ def test_a_sample_is_shown_with_the_whole_conversation_of_its_prompt():
     policy.prompts[0] = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]
     shown = next(side_by_side(policy, reference))["prompt"]
     assert shown == "[user]\nWhat is a kettle?\n\n[assistant]\nA vessel.\n\n[user]\nGo on."
+
+
+@pytest.mark.parametrize(
+    ("engine", "server", "temperature", "is_known"),
+    [
+        ("vllm", "external", 0.7, False),
+        ("vllm", "external", 1.0, True),
+        ("vllm", "auto", 0.7, True),
+        ("transformers", "external", 0.7, True),
+    ],
+)
+def test_no_entropy_of_a_temperature_that_a_server_may_not_count(
+    engine: str, server: str, temperature: float, is_known: bool
+) -> None:
+    policy, reference, others = case(num_prompts=20)
+    drawn = others["reference, T=0.7"]
+    args = SimpleNamespace(engine=engine, vllm_server=server, eval_num_samples=4)
+    trainer = SimpleNamespace(args=args, sample=lambda *given, **how: drawn)
+    found = _baseline(trainer, [], reference, "reference", temperature)
+    row = summarize(policy, reference, {"reference, T=0.7": found})["baselines"]["reference, T=0.7"]
+    assert ("entropy" in row) == is_known

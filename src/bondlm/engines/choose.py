@@ -20,7 +20,7 @@ from bondlm.engines.local.engine import TransformersEngine
 from bondlm.engines.local.probe import find_decoding
 from bondlm.engines.together import Processes, together
 from bondlm.engines.vllm.handover import shared_folder
-from bondlm.engines.vllm.http import LORA_OPTIONS, WHOLE_OPTIONS, VLLMClient
+from bondlm.engines.vllm.http import LORA_OPTIONS, OWN_DISTRIBUTION, WHOLE_OPTIONS, WHOLE_PROMPTS, VLLMClient
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.engines.vllm.memory import (
     Growth,
@@ -105,7 +105,8 @@ def make_engine(
             server = start_server(args, model, roles, folder, longest_prompt + args.max_completion_length)
         urls = addresses(args, processes, server)
         how: dict[str, Any] = {"timeout": args.vllm_timeout}
-        how["start_options"] = LORA_OPTIONS if is_lora else WHOLE_OPTIONS
+        on_cpu = (WHOLE_PROMPTS,) if args.device.type == "cpu" else ()
+        how["start_options"] = (*(LORA_OPTIONS if is_lora else WHOLE_OPTIONS), *on_cpu)
         ours = {} if server is None else {server.url: server.how_it_ended}
         engine = (VLLMEngine if is_lora else WholeModelEngine)(
             *(
@@ -349,8 +350,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _law_options(args: BONDConfig) -> list[str]:
-    options = ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
+    options = [*OWN_DISTRIBUTION]
     if args.device.type == "cpu":
         options.append("--enforce-eager")  # compiling takes minutes and gains little on a CPU
-        options.append("--no-enable-chunked-prefill")  # on a CPU, vLLM 0.32 crashes when a prompt with a seed is split
+        options.append(WHOLE_PROMPTS)
     return options + list(args.vllm_server_args or [])

@@ -6,12 +6,14 @@ sharpening on its own also raises the reward. `bondlm eval` has more such baseli
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bondlm.data.rows import conversation_text
@@ -143,6 +145,9 @@ def _baseline(
 ) -> Samples:
     count = 1 if temperature == 0 else max(1, trainer.args.eval_num_samples // 2)
     samples: Samples = trainer.sample(rows, role, count, temperature=temperature, reference=reference)
+    if trainer.args.engine == "vllm" and trainer.args.vllm_server == "external" and temperature != 1:
+        # Nothing tells whether a server that is not ours reports log-probabilities of this temperature or of 1.
+        samples = replace(samples, logprobs_PM=torch.full_like(samples.logprobs_PM, math.nan))
     return samples
 
 

@@ -123,9 +123,10 @@ def _baselines(result: Comparison, reference: Samples, others: Mapping[str, Samp
 
 
 def _texts_of(name: str, samples: Samples) -> dict[str, float]:
-    """`text_metrics`, without the entropy for greedy answers, whose log-probabilities are those of temperature 1."""
+    """`text_metrics`, without an entropy that is not known: greedy answers' log-probabilities are of temperature 1."""
     found = text_metrics(samples)
-    return {key: value for key, value in found.items() if key != "entropy"} if name.endswith("greedy") else found
+    is_known = math.isfinite(found["entropy"]) and not name.endswith("greedy")
+    return found if is_known else {key: value for key, value in found.items() if key != "entropy"}
 
 
 def _log_quantiles(samples: Samples, reference: Samples) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bondlm.engines.vllm.http import ATTEMPTS, how_to_start
+from bondlm.engines.vllm.http import ATTEMPTS, LORA_OPTIONS, WHOLE_OPTIONS, how_to_start
 from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.errors import BondError, ConfigError, EngineError, NonFiniteError, ResourceError
 from bondlm.models.roles import Roles
@@ -124,6 +124,13 @@ def test_a_server_that_is_down_is_refused_with_the_command(roles: Roles, tmp_pat
 )
 def test_the_command_to_start_a_server_has_the_address(url: str, host: str, port: int) -> None:
     assert f"--host {host} --port {port} --" in how_to_start(url, "MODEL", ["--enable-lora"])
+
+
+@pytest.mark.parametrize("options", [LORA_OPTIONS, WHOLE_OPTIONS])
+def test_the_command_starts_a_server_that_reports_what_it_draws_from(options: tuple[str, ...]) -> None:
+    """By default vLLM reports log-probabilities of temperature 1 at every temperature."""
+    command = how_to_start("http://127.0.0.1:8000", "MODEL", options)
+    assert "--generation-config vllm --logprobs-mode processed_logprobs" in command
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,11 @@ from bondlm.errors import ConfigError, EngineError, NonFiniteError, ResourceErro
 
 RETRIED = (429, 500, 502, 503, 504)
 PASSING = (502, 503, 504)  # retried; 500 is not, since vLLM uses it to refuse
-LORA_OPTIONS = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "64")
-WHOLE_OPTIONS = ("--load-format", "dummy")  # started without weights, until it receives ours
+# Without these a server samples as generation_config.json says, and reports log-probabilities of temperature 1 always.
+OWN_DISTRIBUTION = ("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs")
+WHOLE_PROMPTS = "--no-enable-chunked-prefill"  # on a CPU, vLLM 0.32 crashes when a prompt with a seed is split
+LORA_OPTIONS = ("--enable-lora", "--max-loras", "3", "--max-lora-rank", "64", *OWN_DISTRIBUTION)
+WHOLE_OPTIONS = ("--load-format", "dummy", *OWN_DISTRIBUTION)  # started without weights, until it receives ours
 ATTEMPTS = 4
 CONNECT_TIMEOUT = 5.0  # seconds
 
