@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bondlm.errors import ConfigError, ResourceError, RewardError, RewardOutageError
-from bondlm.rewards import NamedReward, RankReward, load_rewards, score
+from bondlm.rewards import NamedReward, RankReward, by_pairs, load_rewards, score
 from bondlm.rewards.calls import call_all
 
 COLUMNS = {"solution": ["4", "5"], "completion_ids": [[1, 2], [3]], "truncated": [False, True]}
@@ -83,6 +83,37 @@ async def fails_later(completions):
 
 def fails_at_once(completions):
     raise KeyError("answer")
+
+
+def fails_while_read(completions):
+    for text in completions:
+        yield text["score"]
+
+
+async def fails_while_read_later(completions):
+    return (text["score"] for text in completions)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        fails_while_read,
+        fails_while_read_later,
+        lambda completions: map(lambda text: text["score"], completions),
+        RankReward(fails_while_read),
+        RankReward(fails_while_read_later),
+        by_pairs(lambda first, second: fails_while_read(first)),
+    ],
+)
+def test_what_an_iterator_raises_is_the_functions_error(function):
+    """It left as it was, without the reward's name, or was taken for a bad ranking."""
+    for allow_bad_rows in (False, True):
+        with pytest.raises(RewardError, match=r"reward 'r' raised TypeError: string indices"):
+            score([NamedReward("r", function)], ["p"] * 2, ["a", "b"], groups=[0, 0], allow_bad_rows=allow_bad_rows)
+
+
+def test_an_iterator_is_an_answer():
+    assert run(lambda completions: (len(text) for text in completions)).total.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("function", [fails_at_once, fails_later])

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import os
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -118,15 +118,20 @@ def _hint(offered: Mapping[str, list[Any]]) -> str:
 
 def _call(name: str, function: RewardFunction, arguments: Mapping[str, list[Any]], hint: str = "") -> Any:
     try:
-        return function(**arguments)
+        return exhausted(function(**arguments))
     except (Exception, SystemExit) as error:  # sys.exit(0) would end the command as if it had succeeded
         raise _failure(name, error, hint) from error
+
+
+def exhausted(answer: Any) -> Any:
+    """What a generator or another iterator yields, as a list: it runs the user's code. Other answers as they are."""
+    return list(answer) if isinstance(answer, Iterator) and not inspect.isawaitable(answer) else answer
 
 
 async def _named_await(name: str, awaitable: Awaitable[Any], limit: float | None, hint: str = "") -> Any:
     try:
         async with asyncio.timeout(limit) as watch:
-            return await awaitable
+            return exhausted(await awaitable)
     except TimeoutError as error:
         if not watch.expired():  # a timeout of the function itself
             raise _failure(name, error, hint) from error

@@ -11,7 +11,7 @@ from numbers import Integral
 from typing import Any
 
 from bondlm.rewards.answers import Failure
-from bondlm.rewards.calls import accepted_arguments, await_together
+from bondlm.rewards.calls import accepted_arguments, await_together, exhausted
 
 PER_COMPLETION = ("completions", "completion_ids", "truncated")
 
@@ -104,6 +104,7 @@ def _wins(chances: Any, pairs: Sequence[tuple[int, int]], count: int) -> list[fl
     """Each sample's sum of chances to win, over both orders of each pair."""
     if chances is None:
         return None
+    chances = exhausted(chances)
     try:
         known = [float(chance) for chance in chances]
     except (TypeError, ValueError):
@@ -143,6 +144,7 @@ def in_order(members: Sequence[Sequence[int]], answers: Sequence[Any]) -> list[A
 
 
 def _values(answer: Any, count: int) -> list[Any]:
+    answer = exhausted(answer)
     if answer is None or isinstance(answer, Failure):
         return [answer] * count
     if isinstance(answer, Mapping):
