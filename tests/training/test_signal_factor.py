@@ -88,7 +88,7 @@ def test_where_many_samples_tie_it_stays() -> None:
     again = SignalFactor(8)
     again.load_state(factor.state())
     assert again.state() == factor.state()
-    again.load_state({"factor": 1.0, "fast": 0.6, "slow": 0.6})  # a checkpoint of an earlier version
+    again.load_state({"factor": 1.0, "fast": 0.6, "slow": 0.6, "tied": 0.0})
     assert again.measured_n == pytest.approx(1.5)
     few = SignalFactor(8)
     few.update(0.6, pace=1.0, tied=0.05)

@@ -72,9 +72,8 @@ class SignalFactor:
         return {"factor": self.factor, "fast": self._fast, "slow": self._slow, "tied": self._tied}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; one of an earlier version has no ties."""
-        self.factor, self._fast, self._slow = state["factor"], state["fast"], state["slow"]
-        self._tied = state.get("tied")
+        """Continue from a checkpoint."""
+        self.factor, self._fast, self._slow, self._tied = (state[name] for name in ("factor", "fast", "slow", "tied"))
 
 
 def learning_pace(optimizer: Any) -> float:
