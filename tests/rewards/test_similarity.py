@@ -95,8 +95,6 @@ def test_long_texts_are_refused_or_lose_their_end():
     scores = score([NamedReward("s", short)], *rows, allow_bad_rows=True)
     assert set(scores.bad) == {0, 1}
     assert scores.total[2] == pytest.approx(SimilarityReward(model, tokenizer)(["rain"], ["blue"])[0], abs=1e-6)
-    with pytest.raises(RewardError, match=rf"row 1: the reward model {message}"):
-        short.embed(["rain", COMPLETIONS[5]])
     cut = SimilarityReward(model, tokenizer, max_length=12, truncate="right")
     head = " ".join(COMPLETIONS[5].split()[:10])  # ten words, [CLS] and [SEP]
     assert cut(["rain"], [COMPLETIONS[5]]) == pytest.approx(SimilarityReward(model, tokenizer)(["rain"], [head]))

@@ -23,7 +23,6 @@ from bondlm.rewards.texts import (
     check_choice,
     completion_text,
     prompt_text,
-    refuse_bad_lengths,
     token_limit,
     with_failures,
 )
@@ -150,17 +149,8 @@ class SimilarityReward:
         """Tokens of the longer of prompt and completion, since each is embedded separately."""
         return max(len(self._encode(prompt_text(row["prompt"]))), completion_tokens)
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """The mean of each text's last hidden states, or the first of them: (B, D), float64 on the CPU.
-
-        Raises:
-            RewardError: A text is longer than the limit and ``truncate`` is None.
-        """
-        rows_B = [self._encode(text) for text in texts]
-        refuse_bad_lengths(rows_B, self._limit, ADVICE)
-        return self._embed(rows_B)
-
     def _embed(self, rows_B: list[list[int]]) -> Tensor:
+        """The mean of each text's last hidden states, or the first of them: (B, D), float64 on the CPU."""
         return map_micro_batches(
             [len(row) for row in rows_B],
             lambda rows: self._forward({"input_ids": rows_B}, rows),

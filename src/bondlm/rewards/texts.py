@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bondlm.errors import ConfigError, DataError, RewardError
+from bondlm.errors import ConfigError, DataError
 from bondlm.rewards.answers import Failure
 
 TABLES = ("position_embeddings", "embed_positions", "wpe")  # absolute positions, by the names of their modules
@@ -98,12 +98,6 @@ def bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice: str) -
         elif limit is not None and len(ids) > limit:
             failed[row] = Failure(f"takes {limit} tokens and has {len(ids)} tokens to score ({advice})")
     return failed
-
-
-def refuse_bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice: str) -> None:
-    """Raise RewardError for the first row that has no token or more than ``limit``."""
-    for row, failure in bad_lengths(rows, limit, advice).items():
-        raise RewardError(f"row {row}: the reward model {failure.reason}")
 
 
 def with_failures(values: Sequence[float], failed: Mapping[int, Failure], count: int) -> list[Any]:
