@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,6 @@ from bondlm.cli import main
 from bondlm.cli.check import _check_neighbours, batch_advice
 from bondlm.errors import RewardError
 from bondlm.runs.checkpoint import require_space
-from bondlm.runs.prompting import write_prompting
 from cli.helpers import write_job
 
 
@@ -240,9 +238,10 @@ def test_check_refuses_the_folder_that_train_refuses_and_leaves_it_as_it_is(tmp_
 
 def test_check_leaves_a_save_that_was_cut_short_to_train(tmp_path, capsys):
     config = write_job(tmp_path, max_steps=1, eval_dataset=None)
+    assert main(["train", "--config", str(config), "--save_strategy", "no"]) == 0
+    (tmp_path / "run" / "model.safetensors").unlink()  # as if killed in its first save
     stale = tmp_path / "run" / "checkpoint-3"
-    stale.mkdir(parents=True)
-    write_prompting(stale.parent, "auto", {}, datetime.now())  # by which a run begins
+    stale.mkdir()
     assert main(["check", "--config", str(config)]) == 0
     assert stale.is_dir()
     assert main(["train", "--config", str(config)]) == 0

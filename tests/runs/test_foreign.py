@@ -1,5 +1,6 @@
 """A run writes over no file of the user's."""
 
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from trainer.helpers import trainer
 from bondlm.errors import CheckpointError
 from bondlm.runs.foreign import WRITTEN, foreign_file
 from bondlm.runs.manifest import remove_unfinished
+from bondlm.runs.prompting import write_prompting
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -38,6 +40,7 @@ def test_checkpoints_of_another_trainer_are_let_be(tmp_path: Path) -> None:
     weights = tmp_path / "checkpoint-500" / "model.safetensors"
     weights.parent.mkdir()
     weights.write_text("another trainer's")
+    write_prompting(tmp_path, "auto", {}, datetime.now())  # by an evaluation whose output is this folder
     assert remove_unfinished(tmp_path) == []
     with pytest.raises(CheckpointError, match=r"checkpoint-500.*another program wrote it.*output_dir"):
         trainer(tmp_path, max_steps=1).train()

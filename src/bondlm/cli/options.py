@@ -192,7 +192,11 @@ COMMANDS: dict[str, tuple[str, dict[str, str]]] = {
 # Paths and names, which YAML may misread as numbers, dates or booleans.
 NAMES = ("output_dir", "dataset", "train_dataset", "eval_dataset", "reward_funcs", "judges", "run_name", "hub_model_id")
 # Options with several values, of which one that is given again must not drop the first; else the last one counts.
-SEVERAL = ("reward_funcs", "reward_weights", "judges", "dataset", "train_dataset", "eval_dataset", "orders", "runs")
+SEVERAL = (
+    *("reward_funcs", "reward_weights", "reward_tolerances", "judges", "dataset", "train_dataset", "eval_dataset"),
+    *("orders", "runs", "curve", "report_to", "lora_target_modules", "vllm_base_url", "vllm_server_args"),
+    *("member_starts", "member_learning_rates"),
+)
 NEED_TEXT = (*NAMES, "config", "judge", "model", "reference", "opponent", "output")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bondlm.errors import CheckpointError
-from bondlm.runs.folder import METRICS_FILE, has_steps, write_whole
+from bondlm.runs.folder import CONFIG_FILE, METRICS_FILE, has_steps, write_whole
 from bondlm.runs.prompting import PROMPTING_FILE
 
 MANIFEST_FILE = "manifest.json"
@@ -126,6 +126,11 @@ def was_a_run(folder: Path) -> bool:
     return any((folder / sign).exists() for sign in (PROMPTING_FILE, SEALED_FILE))
 
 
+def has_settings(folder: Path) -> bool:
+    """Whether a run has gone as far as its first step there: an evaluation, too, leaves PROMPTING_FILE."""
+    return (folder / SEALED_FILE).exists() or (was_a_run(folder) and (folder / CONFIG_FILE).exists())
+
+
 def unfinished(folder: Path) -> list[Path]:
     """What an interrupted save of a run left behind; nothing in a folder where no run was begun.
 
@@ -133,7 +138,7 @@ def unfinished(folder: Path) -> list[Path]:
     write them again). If no save was ever completed, removing them loses nothing. If one was, and all manifests are
     gone, nothing is listed, and `newest_checkpoint` reports that no checkpoint can be trusted.
     """
-    if not was_a_run(folder):  # another trainer's checkpoints
+    if not has_settings(folder):  # another trainer's checkpoints
         return []
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and not path.is_symlink()]
     sealed = [_step(path) for path in found if (path / MANIFEST_FILE).exists()]

@@ -13,7 +13,7 @@ from bondlm.errors import CheckpointError, ConfigError
 from bondlm.models.deepspeed import require_same_sharding
 from bondlm.runs.folder import METRICS_FILE, locked, weights_file
 from bondlm.runs.foreign import foreign_file
-from bondlm.runs.manifest import newest_checkpoint, remove_unfinished, was_a_run
+from bondlm.runs.manifest import has_settings, newest_checkpoint, remove_unfinished
 from bondlm.training.processes import World, decided_by_main
 from bondlm.training.settings import INPUTS, as_on_file, compare_settings, fingerprints, write_settings
 
@@ -35,7 +35,7 @@ def refuse_other_files(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} already holds a model ({name}) that no run trained there: choose another output_dir or remove it"
         )
-    if not was_a_run(folder):
+    if not has_settings(folder):
         newest_checkpoint(folder)  # refuses another trainer's, before PROMPTING_FILE makes the folder that of a run
     if (name := foreign_file(folder)) is not None:
         raise CheckpointError(
