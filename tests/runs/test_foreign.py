@@ -36,13 +36,16 @@ def test_a_run_is_known_by_what_it_always_leaves(sign: str, tmp_path: Path) -> N
     assert foreign_file(tmp_path) is None
 
 
-def test_checkpoints_of_another_trainer_are_let_be(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluated", [False, True])  # by `bondlm eval`, with this folder as its output
+def test_checkpoints_of_another_trainer_are_let_be(evaluated: bool, tmp_path: Path) -> None:
     weights = tmp_path / "checkpoint-500" / "model.safetensors"
     weights.parent.mkdir()
     weights.write_text("another trainer's")
-    write_prompting(tmp_path, "auto", {}, datetime.now())  # by an evaluation whose output is this folder
+    if evaluated:
+        write_prompting(tmp_path, "auto", {}, datetime.now())
+    before = {*tmp_path.rglob("*")}
     assert remove_unfinished(tmp_path) == []
     with pytest.raises(CheckpointError, match=r"checkpoint-500.*another program wrote it.*output_dir"):
         trainer(tmp_path, max_steps=1).train()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [weights]
+    assert {*tmp_path.rglob("*")} == before
     assert weights.read_text() == "another trainer's"
