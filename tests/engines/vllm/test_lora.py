@@ -19,6 +19,7 @@ from bondlm.engines.vllm.lora import VLLMEngine
 from bondlm.errors import ConfigError, DataError, EngineError, NonFiniteError
 from bondlm.models.adapters import wrap_adapter
 from bondlm.models.roles import Roles
+from engines.vllm import stub as stub_module
 from engines.vllm.helpers import EOS, IDS, SEEDS, TOKENIZER, change, connect, draw_both, ignore_reloads, trainer
 from engines.vllm.stub import Answer, Stub, serving
 
@@ -186,10 +187,31 @@ def test_rounding_of_mixed_precision_is_not_taken_for_a_stale_reload(
     made = trainer(tmp_path, plain_stub, bf16=True, learning_rate=learning_rate, max_steps=8)
     made.train()
     assert made.state.global_step == 8
+    for size in (0.1, 0.3, 1.0):  # nor is it after long ways
+        change(made.roles, size)
+        made.engine.sync()  # type: ignore[attr-defined]
     plain_stub.fault = ignore_reloads(10**9)
     change(made.roles, 0.3)
     with pytest.raises(EngineError, match=r"reload|differ by"):
         made.engine.sync()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("part", "factor"), [("v_proj", 0.0), ("lora_B", 0.5)], ids=["without a layer", "another scaling"]
+)
+def test_a_part_of_an_adapter_is_caught(
+    engine: VLLMEngine, stub: Stub, roles: Roles, monkeypatch: pytest.MonkeyPatch, part: str, factor: float
+) -> None:
+    """The probe moves, about as far as it should."""
+    whole = stub_module.scaled
+
+    def spoiled(folder: Path) -> dict[str, torch.Tensor]:
+        return {name: tensor * (factor if part in name else 1.0) for name, tensor in whole(folder).items()}
+
+    monkeypatch.setattr(stub_module, "scaled", spoiled)
+    change(roles, 3e-2)
+    with pytest.raises(EngineError, match="differ by"):
+        engine.sync()
 
 
 def test_other_weights_are_caught(engine: VLLMEngine, stub: Stub, roles: Roles) -> None:

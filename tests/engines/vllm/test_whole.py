@@ -155,7 +155,7 @@ def test_a_reload_of_a_part_is_caught(engine: WholeModelEngine, roles: Roles, st
 
     stub.answer = but_the_head  # type: ignore[method-assign]
     change(roles.model, 5e-3)
-    with pytest.raises(EngineError, match=r"differ by .*0\.001"):
+    with pytest.raises(EngineError, match="differ by"):
         draw_both(engine)
 
 

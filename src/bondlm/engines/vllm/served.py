@@ -19,6 +19,10 @@ GAP_LIMIT = 0.5  # nats per token (fault N7): beyond rounding, the server holds 
 FIRST_GAP_LIMIT = 0.15
 LEAST_NOISE = 1e-5  # nats per token: rounding in fp32 on both sides
 NOISE_RATIO = 2.0  # times the first gap: rounding alone moves a side that learns in bf16 up to 1.6 times as far
+GAP_GROWTH = 4.0  # times the first gap, which comes from the rounding of two programs
+LEAST_GAP_LIMIT = 1e-3  # nats per token; smaller gaps are rounding in fp32
+# Rounding grows with the logits: a gap of up to this part of the model's way since the first probe is not refused.
+DRIFT_RATIO = 0.05
 STALE_RATIO = 0.25  # a reload moves the probe about as far as the trainer's weights do (1), a stale one not at all (0)
 
 
@@ -41,11 +45,14 @@ class Served:
             raise ConfigError(f"the vLLM server at {client.url} is asleep: wake it with POST {client.url}/wake_up")
         self.gap_limit = FIRST_GAP_LIMIT
         self.noise = LEAST_NOISE  # nats per token: if the trainer's probe moves by more, the server's must move too
+        self._ours = np.zeros(0)  # the trainer's last probe (T - 1)
         self.gap = 0.0  # mean absolute difference to the trainer at the last probe, nats per token
+        self._first: np.ndarray | None = None  # the trainer's probe (T - 1) at the first gap
         self._moved: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when it last moved
 
     def probe(self, name: str, salt: str, ours: np.ndarray) -> np.ndarray:
         """The log-probabilities (T - 1) of the probe text under the model of that name; sets `gap` to `ours`."""
+        self._ours = ours
         theirs = np.asarray(self.client.prompt_logprobs(name, self._probe_ids, salt))
         self.gap = float(np.abs(ours - theirs).mean())
         return theirs
@@ -54,16 +61,22 @@ class Served:
         """Take the gap of the last probe, with the same weights on both sides, as the effect of rounding on the probe.
 
         In mixed precision each step rounds anew on either side, so the server must move only if the trainer moves
-        further.
+        further. A server that takes only a part of the weights moves nearly as far as the trainer: the gap shows it.
         """
-        self.noise, self.gap_limit = max(LEAST_NOISE, NOISE_RATIO * self.gap), GAP_LIMIT
+        self.noise = max(LEAST_NOISE, NOISE_RATIO * self.gap)
+        self.gap_limit = min(GAP_LIMIT, max(LEAST_GAP_LIMIT, GAP_GROWTH * self.gap))
+        self._first = self._ours
+
+    def _limit(self, ours: np.ndarray) -> float:
+        """The largest gap that rounding explains."""
+        drift = 0.0 if self._first is None else float(np.abs(ours - self._first).mean())
+        return max(self.gap_limit, min(GAP_LIMIT, DRIFT_RATIO * drift))
 
     def mismatch(self, name: str, salt: str, ours: np.ndarray) -> str:
         """Why the server cannot be holding our weights under `name`; empty if it may be."""
         theirs = self.probe(name, salt, ours)
-        if not self.gap <= self.gap_limit:
-            limit = f"{self.gap_limit:.2g}"
-            return f"server and trainer differ by {self.gap:.2g} nats per token on a probe text (limit {limit})"
+        if not self.gap <= (limit := self._limit(ours)):
+            return f"server and trainer differ by {self.gap:.2g} nats per token on a probe text (limit {limit:.2g})"
         if name in self._moved:
             our_move, their_move = (
                 float(np.abs(now - before).mean())

@@ -4,8 +4,7 @@ A server gets the policy's weights and draws its samples, then the anchor's weig
 need twice the memory and draw no faster on the device that they share. The weights go through a folder:
 `reload_weights(weights_path=...)`, called by vLLM's route `/collective_rpc`, works without a GPU that both sides can
 reach, unlike vLLM's routes for NCCL and CUDA IPC, and was found to work as documented (docs/vllm.md). Each reload is
-checked by the log-probabilities of the probe text, as for an adapter. Here the gap must also stay nearly constant,
-because partial reloads have been observed.
+checked by the log-probabilities of the probe text, as for an adapter.
 """
 
 import shutil
@@ -22,12 +21,10 @@ from transformers.utils import logging
 from bondlm.engines.base import Completion, Role
 from bondlm.engines.together import together
 from bondlm.engines.vllm.lora import VLLMEngine
-from bondlm.engines.vllm.served import GAP_LIMIT, Served
+from bondlm.engines.vllm.served import Served
 from bondlm.errors import ConfigError
 from bondlm.models.facts import hidden_size, vocabulary_size
 
-GAP_GROWTH = 4.0  # times the gap of the first reload, which comes from the rounding of two programs
-LEAST_GAP_LIMIT = 1e-3  # nats per token; smaller gaps are rounding in fp32
 DIGEST_WORDS = 2**20  # at a time
 ROOM = 1.1  # for weights in fp32 that are not of linear layers, and the files' other parts
 ONE_FILE = "100TB"  # vLLM would not read another file next to a sharded checkpoint with an index
@@ -50,7 +47,6 @@ class WholeModelEngine(VLLMEngine):
         self._hold("policy")
         for server in self._kept:
             server.take_first_gap()
-            server.gap_limit = min(GAP_LIMIT, max(LEAST_GAP_LIMIT, GAP_GROWTH * server.gap))
 
     def sync(self) -> None:
         """Do nothing yet: a server holds one role's weights at a time, and gets them when the role draws."""
