@@ -1,6 +1,7 @@
 """Evaluations: what a policy has gained over its reference, and that measuring leaves the run alone."""
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -308,3 +309,15 @@ def test_an_evaluation_in_a_callback_leaves_the_steps_books_alone(tmp_path: Path
     for row, runtime in zip(steps, evaluations, strict=True):
         assert min(row["time/learn"], row["time/optimizer"], runtime) > 0
         assert row["step_time"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("time/")))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1e-39, math.nan, math.inf, True])
+def test_a_temperature_that_samples_nothing_is_refused(tmp_path: Path, temperature: float) -> None:
+    """At -1 the distribution would be upside down, and its samples look like any others."""
+    with pytest.raises(ConfigError, match="temperature="):
+        trainer(tmp_path).sample([], "policy", 2, temperature=temperature)
+
+
+def test_a_role_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"role='polcy'.*anchor"):
+        trainer(tmp_path).sample([], "polcy", 2)  # type: ignore[arg-type]

@@ -1,15 +1,13 @@
 """Sampling options of `sample`, `score`, `eval` and `merge --curve`, checked before any work, and limits of rewards."""
 
-import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from bondlm.errors import ConfigError
-from bondlm.objectives.rules import above, at_least, check, one_of
+from bondlm.objectives.rules import above, at_least, check, one_of, temperature
 
 DTYPES = ("auto", "float32", "bfloat16")
-LEAST_TEMPERATURE = 0.01  # smaller values mean greedy decoding, and logits divided by them may overflow
 _LEAST = {
     **dict.fromkeys(("best_of", "num_samples", "max_completion_length", "max_prompt_length", "max_rows"), 1),
     "num_reference_samples": 2,
@@ -20,6 +18,7 @@ _RULES = {
     "reward_timeout_s": above(0, "seconds"),
     "reward_outage_s": at_least(0, "seconds"),
     "truncate_prompt": one_of("never", "left"),
+    "temperature": temperature(),
 }
 
 
@@ -35,8 +34,6 @@ def check_sampling(options: Mapping[str, Any]) -> None:
         value = options[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: must be a whole number >= {least}")
-    if not _is_temperature(value := options.get("temperature", 1.0)):
-        raise ConfigError(f"temperature={value!r}: must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
     if (dtype := options.get("dtype", "auto")) not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     if not isinstance(graphs := options.get("cuda_graphs", True), bool):
@@ -49,9 +46,3 @@ def reward_limits(options: Mapping[str, Any]) -> dict[str, Any]:
     """The time limits that the options set, as `load_rewards` takes them."""
     keywords = {"reward_timeout_s": "timeout", "reward_outage_s": "outage"}
     return {keyword: options[name] for name, keyword in keywords.items() if name in options}
-
-
-def _is_temperature(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value == 0 or (math.isfinite(value) and value >= LEAST_TEMPERATURE)

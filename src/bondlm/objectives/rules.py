@@ -8,6 +8,8 @@ from typing import Any
 
 from bondlm.errors import ConfigError
 
+LEAST_TEMPERATURE = 0.01  # smaller values mean greedy decoding, and logits divided by them may overflow
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -66,6 +68,14 @@ def beginning_with(*starts: str) -> Rule:
         return len({t.rstrip("/").removesuffix("/v1") for t in texts}) == len(texts)
 
     return Rule(holds, f"must begin with {' or '.join(starts)}, each of a list, and none be there twice")
+
+
+def temperature() -> Rule:
+    """0 (greedy), or a finite number that logits can be divided by."""
+    return Rule(
+        lambda v: _is_number(v) and not isinstance(v, bool) and (v == 0 or LEAST_TEMPERATURE <= v < math.inf),
+        f"must be 0 (greedy) or at least {LEAST_TEMPERATURE}",
+    )
 
 
 def off(why: str) -> Rule:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from bondlm.engines import Role
 from bondlm.engines.together import together
 from bondlm.models.logprobs import Group
+from bondlm.objectives.rules import check, one_of
+from bondlm.objectives.rules import temperature as temperature_rule
 from bondlm.rewards import NamedReward
 from bondlm.rollout.parts import joined, part_of
 from bondlm.rollout.samples import Samples
-from bondlm.rollout.seeds import Seeds
+from bondlm.rollout.seeds import ROLE_NUMBER, Seeds
 from bondlm.training.held_out import HeldOut, compare
 from bondlm.training.metrics import completion_metrics
 from bondlm.training.processes import World, gather_in_order
@@ -46,7 +49,12 @@ class SamplingTrainer(SavingTrainer):
         Each process draws for `per_device_eval_batch_size` prompts at a time, and scores only its own. Rewards that
         rank do so among the samples of `reference`, if given; with `drop`, prompts whose reward fails are marked
         instead of raising.
+
+        Raises:
+            ConfigError: there is no such role, or the temperature is neither 0 (greedy) nor at least 0.01.
         """
+        asked = SimpleNamespace(role=role, temperature=temperature)
+        check(asked, role=one_of(*ROLE_NUMBER), temperature=temperature_rule())
         mine = self.world.mine(len(rows))
         seeds = Seeds.of_evaluation(self.args.seed, temperature)
         most = max(1, math.ceil(len(rows) / self.world.size))  # per process, since all make the same number of calls
