@@ -74,7 +74,7 @@ def test_the_same_prompts_under_another_name_may_be_named_and_others_not(
     shutil.copy("train.jsonl", "renamed.jsonl")
     command = ["train", "--config", "run.yaml", "--train_dataset", "renamed.jsonl", "--max_steps", "2", *QUICK]
     assert main(command) == 2
-    assert "--allow_config_change, which allows another name of the same rows" in capsys.readouterr().err
+    assert "--allow_config_change, which accepts the same rows under another name" in capsys.readouterr().err
     assert main([*command, "--allow_config_change"]) == 0
     assert "training from step 1 to 2: 4 prompts per step" in capsys.readouterr().out
 

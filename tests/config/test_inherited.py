@@ -192,7 +192,7 @@ def test_the_best_models_metric_is_of_the_data_sets_that_are_there() -> None:
     for metric in ("completions/max_length", "reference_reward_low"):
         require_metric_of(None, f"eval_{metric}")
     for metric, rewards in (("rewards/lenght/win_rate", ["length", "other"]), ("rewards/length/win_rate", ["length"])):
-        with pytest.raises(ConfigError, match=rf"metric_for_best_model='{metric}': .*length|with one reward"):
+        with pytest.raises(ConfigError, match=rf"metric_for_best_model='{metric}': .*length|with a single reward"):
             require_metric_of(None, metric, rewards)
     for names, metric in ((None, "b_reward"), (["a"], "eval_b_reward")):
         with pytest.raises(ConfigError, match="metric_for_best_model"):

@@ -86,7 +86,7 @@ def test_a_tokenizer_is_given_and_not_named(tmp_path: Path) -> None:
 
 def test_settings_of_another_trainer_and_a_file_as_folder_are_refused(tmp_path: Path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(ConfigError, match="args is a TrainingArguments, and BONDTrainer takes a BONDConfig"):
+    with pytest.raises(ConfigError, match="args is a TrainingArguments, but BONDTrainer needs a BONDConfig"):
         BONDTrainer(tiny_causal(TOKENIZER), len, args, train_dataset=prompt_rows(2))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"output_dir='.*file' is a file"):

@@ -44,14 +44,14 @@ def changed_settings(
         values = "; ".join(said[n] for n in fixed)
         raise ConfigError(
             f"{', '.join(fixed)} cannot change in a run ({values}): the checkpoints of {folder} depend "
-            "on them (optimizer, adapter, averaged weights). Give the same to continue it, or start a "
+            "on them (optimizer, adapter, averaged weights). Keep them to continue the run, or start a "
             "new run from its weights in another output_dir"
         )
     changed += edited
     if changed and not allowed:
-        only = ", which allows another name of the same rows" if "train_dataset" in names else ""
+        only = ", which accepts the same rows under another name" if "train_dataset" in names else ""
         raise ConfigError(
-            f"{folder} holds a run with other settings ({'; '.join(changed)}): give the same ones to continue it, "
+            f"{folder} holds a run that was made with other settings ({'; '.join(changed)}): use those to continue it, "
             f"choose another output_dir, or add --allow_config_change{only} (in Python train(allow_config_change=True))"
         )
     return changed

@@ -88,7 +88,7 @@ def check_inherited(c: Any) -> None:
     check_optimization(c)
     if c.max_steps >= 0 and "num_train_epochs" in c.given:
         _log.warning(
-            "num_train_epochs=%g: max_steps=%d says how long the run is, and wins; remove one of the two",
+            "num_train_epochs=%g is ignored: max_steps=%d sets the length of the run; remove one of the two",
             *(c.num_train_epochs, c.max_steps),
         )
 
@@ -100,10 +100,10 @@ def check_accelerator(settings: Any) -> None:
         ConfigError: one of them is asked for.
     """
     refused = {
-        "dispatch_batches": (True, "sends tensors, and prompts are text"),
-        "split_batches": (True, "makes another number of prompts per step than per_device_train_batch_size says"),
+        "dispatch_batches": (True, "sends tensors, but prompts are text"),
+        "split_batches": (True, "makes the number of prompts per step differ from per_device_train_batch_size"),
         "even_batches": (False, "gives the processes different numbers of prompts"),
-        "use_seedable_sampler": (False, "shuffles a resumed run in another way"),
+        "use_seedable_sampler": (False, "shuffles a resumed run differently"),
     }
     for name, (value, why) in refused.items():
         if getattr(settings, name, None) is value:
@@ -121,7 +121,8 @@ def check_best_checkpoint(args: Any) -> None:
     if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps != args.eval_steps:
         raise ConfigError(
             f"load_best_model_at_end=True: the best evaluation may be of a step without a checkpoint, as eval_steps="
-            f"{args.eval_steps:g} and save_steps={args.save_steps:g}. Set both to one number, or save_strategy='best'"
+            f"{args.eval_steps:g} and save_steps={args.save_steps:g}. Set both to the same number, or "
+            "save_strategy='best'"
         )
 
 
@@ -167,7 +168,8 @@ def require_metric_of(names: Iterable[str] | None, metric: str | None, rewards: 
         raise ConfigError(f"metric_for_best_model={metric!r}: an evaluation logs no such metric, choose one {choices}")
     goal, has_goals = GOAL.search(text), rewards is None or len(rewards) > 1
     if goal is not None and not (has_goals and (rewards is None or goal[2] in rewards)):
-        why = f"the rewards are called {', '.join(rewards or ())}" if has_goals else "with one reward it is the whole"
+        lone = f"with a single reward it is {goal[3]} itself"
+        why = f"the rewards are called {', '.join(rewards or ())}" if has_goals else lone
         raise ConfigError(f"metric_for_best_model={metric!r}: {why}; an evaluation logs no such metric")
 
 
@@ -208,13 +210,13 @@ def problems(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any
     elif c.gamma_ref and (c.anchor == "fixed" or (c.anchor == "ema" and c.eta == 0)):
         still = "anchor='fixed'" if c.anchor == "fixed" else f"an anchor with eta={c.eta!r}"
         found.append(
-            f"gamma_ref={c.gamma_ref!r}: {still} is the reference itself, and the objective has a KL to it; "
-            "remove gamma_ref, or let the anchor move"
+            f"gamma_ref={c.gamma_ref!r}: {still} is the reference itself, and the objective already has a KL "
+            "to it; remove gamma_ref, or let the anchor move"
         )
     found.extend(_of_no_weight(c, defaults))
     if c.missing_eos == "worst" and plan.total == 1:
         found.append(
-            f"missing_eos='worst': objective={c.objective!r} draws one sample per prompt, and there is no other to "
+            f"missing_eos='worst': objective={c.objective!r} draws one sample per prompt, so there is no other to "
             "rank it below; use 'drop', or a reward that looks at `truncated`"
         )
     return found
@@ -298,7 +300,7 @@ def _of_no_weight(c: Any, defaults: Mapping[str, Any]) -> Iterator[str]:
 def _contradictions(c: Any) -> Iterator[str]:
     """What two settings say together, or a setting and this machine."""
     if c.output_dir == "":
-        yield "output_dir='': name a folder, which the run makes if need be"
+        yield "output_dir='': name a folder (it is created if it does not exist)"
     if c.deepspeed and find_spec("deepspeed") is None:
         yield f"deepspeed={c.deepspeed!r}: its package is not installed. pip install 'bondlm[deepspeed]'"
     if c.anchor != "fixed" and not anchor_may_move(c.objective):
@@ -314,14 +316,14 @@ def _contradictions(c: Any) -> Iterator[str]:
     if c.average_weights and keeps_best(c):
         asks = "load_best_model_at_end" if c.load_best_model_at_end else "save_strategy='best'"
         yield (
-            f"average_weights={c.average_weights}: {asks} keeps the weights of a step, and the evaluation that chose "
-            f"them was the average's; set average_weights=0, or remove {asks}"
+            f"average_weights={c.average_weights}: {asks} keeps the weights of one step, but the evaluation that "
+            f"chose them measured the average; set average_weights=0, or remove {asks}"
         )
     for name in ("target_n", "kl_budget"):
         if getattr(c, name) is not None and c.eval_strategy == "no":
             yield (
-                f"{name}={getattr(c, name)}: only an evaluation uses it, and eval_strategy='no' makes none in "
-                "training: set eval_strategy='steps' with eval_steps, and an eval_dataset"
+                f"{name}={getattr(c, name)}: only an evaluation uses it, and with eval_strategy='no' training "
+                "runs none: set eval_strategy='steps' with eval_steps, and an eval_dataset"
             )
     yield from _of_best_model(c)
     if c.eval_steps is not None and c.eval_strategy == "no":
@@ -348,7 +350,7 @@ def _of_best_model(c: Any) -> Iterator[str]:
     if metric is None and asker is not None:
         yield f"{asker} needs metric_for_best_model: set it to what an evaluation measures, {choices}"
     elif metric is not None and _measure(metric) is None:
-        yield f"metric_for_best_model={metric!r}: an evaluation has no such metric of its own, choose one {choices}"
+        yield f"metric_for_best_model={metric!r}: an evaluation logs no such metric, choose one {choices}"
     elif metric is not None and c.greater_is_better is None:
         yield f"metric_for_best_model={metric!r}: set greater_is_better, to say which end is better"
     if asker is not None and c.eval_strategy == "no":

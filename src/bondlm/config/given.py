@@ -38,7 +38,7 @@ def own_copy(config: Any) -> Any:
 
     if not hasattr(config, "settled"):
         raise ConfigError(
-            f"args is a {type(config).__name__}, and BONDTrainer takes a BONDConfig: it has the settings of "
+            f"args is a {type(config).__name__}, but BONDTrainer needs a BONDConfig, which has the settings of "
             "TrainingArguments and those of BOND (docs/trl.md)"
         )
     mine = copy.copy(config)
@@ -65,8 +65,7 @@ def refuse_later(mine: Any) -> None:
     """
     for name, value in _set_since(mine.copied_from, mine.settled).items():
         raise ConfigError(
-            f"{name}={value!r} was set after the trainer was made, which has a copy of its args: set it before, or set "
-            f"trainer.args.{name}"
+            f"{name}={value!r} was set after the trainer had copied its args: set it before, or set trainer.args.{name}"
         )
 
 

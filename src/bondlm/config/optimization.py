@@ -51,7 +51,7 @@ def check_own(optimizers: Sequence[Any], args: Any) -> None:
     for what, made, names in zip(("optimizer", "schedule"), optimizers, (OF_OPTIMIZER, OF_SCHEDULE), strict=True):
         unused = [f"{name}={args.given[name]!r}" for name in names if made is not None and name in args.given]
         if unused:
-            raise ConfigError(f"{unused[0]}: optimizers= brings its own {what}, which has its own; remove the setting")
+            raise ConfigError(f"{unused[0]}: the {what} passed in optimizers= replaces it; remove the setting")
 
 
 def _optimizer(args: Any) -> torch.optim.Optimizer | None:
@@ -60,7 +60,7 @@ def _optimizer(args: Any) -> torch.optim.Optimizer | None:
 
     name, own = OptimizerNames(args.optim).value, _own_arguments(args)
     if args.optim_args and not all(part.count("=") == 1 for part in args.optim_args.split(",")):
-        raise ConfigError(f"optim_args={args.optim_args!r}: give name=value, with commas between them")
+        raise ConfigError(f"optim_args={args.optim_args!r}: write name=value, separated by commas")
     if args.optim_target_modules and not any(part in name for part in WITH_TARGETS):
         raise ConfigError(
             f"optim_target_modules={args.optim_target_modules!r}: optim={name!r} does not use it, remove it (LoRA's "
@@ -70,7 +70,7 @@ def _optimizer(args: Any) -> torch.optim.Optimizer | None:
         kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
         for said, without in own.items():
             if Trainer.get_optimizer_cls_and_kwargs(without) == (kind, keywords):
-                raise ConfigError(f"{said}: it changes nothing of optim={name!r}, remove it")
+                raise ConfigError(f"{said}: optim={name!r} ignores it, remove it")
         made: torch.optim.Optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **keywords)
     except ConfigError:
         raise

@@ -36,9 +36,9 @@ def _unless(why: str, *neutral: Any) -> Setting:
     return Setting(rule=Rule(lambda value: value in neutral, why))
 
 
-_NO_LABELS = "completions have rewards and no labels; remove it"
+_NO_LABELS = "completions have rewards, not labels; remove it"
 _NO_LOOP = "evaluate() draws and scores completions: use per_device_eval_batch_size and max_rows"
-_NO_LOSS = "evaluate() measures reward, win rate, effective N and KL, and has no other metrics; remove it"
+_NO_LOSS = "evaluate() measures only reward, win rate, effective N and KL; remove it"
 _PRECISION = "an evaluation uses the run's precision: set bf16 or fp16, or dtype"
 _BY_LENGTH = "prompts of similar length learn together anyway; remove it"
 
@@ -68,9 +68,9 @@ _WITHOUT_EFFECT: dict[str, Setting] = {
         "num_tokens, num_tokens/learned and num_tokens/compared are always logged; remove it", False, "no"
     ),
     "logging_nan_inf_filter": _unless(
-        "a loss that is not finite is not part of the logged mean, and its step is skipped and counted; remove it", True
+        "a loss that is not finite is left out of the logged mean, and its step is skipped and counted; remove it", True
     ),
-    "use_cache": _unless("sampling has a cache, and learning needs none; remove it", False),
+    "use_cache": _unless("sampling always uses a cache, and learning needs none; remove it", False),
     "liger_kernel_config": _unless("use_liger_kernel is not supported; remove it", None),
     "enable_jit_checkpoint": _unless(
         "its checkpoints lack the anchor; SIGTERM makes `bondlm train` save and end, without it", False
@@ -122,8 +122,8 @@ OF_TRANSFORMERS: dict[str, Setting] = {
     "save_total_limit": Setting(
         rule=at_least(2, "a crash while saving could leave no checkpoint"), may_change="always"
     ),
-    "save_only_model": Setting(rule=off("no run could be continued from such checkpoints")),
-    "ignore_data_skip": Setting(rule=off("a run that is continued would take its first prompts again")),
+    "save_only_model": Setting(rule=off("a run cannot be resumed from such checkpoints")),
+    "ignore_data_skip": Setting(rule=off("a resumed run would train on its first prompts again")),
     "use_liger_kernel": Setting(
         rule=off(
             "remove it. Trainer would put the kernels into the policy after the anchor and the reference were copied "

@@ -67,7 +67,7 @@ def beginning_with(*starts: str) -> Rule:
             return False
         return len({t.rstrip("/").removesuffix("/v1") for t in texts}) == len(texts)
 
-    return Rule(holds, f"must begin with {' or '.join(starts)}, each of a list, and none be there twice")
+    return Rule(holds, f"must begin with {' or '.join(starts)} (every entry of a list), without duplicates")
 
 
 def temperature() -> Rule:
