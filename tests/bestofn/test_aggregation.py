@@ -1,6 +1,7 @@
 """Combined orders against slow versions that count pairs, exact ties, and what an increasing map may change: no bit."""
 
 import itertools
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -64,7 +65,14 @@ def test_equal_weighted_sums_of_whole_rewards_tie_to_the_last_bit() -> None:
     ]  # 16 digits
 
 
-@pytest.mark.parametrize("weights", [[1.5, 0.5, 1.0, 0.25], [1, 1, 1, 1], [0.1, 0.7, -0.3, 2.0], [1 / 3, 1e-9, 1e9, 3]])
+def test_a_weighted_sum_that_is_finite_does_not_overflow_on_the_way() -> None:
+    largest = torch.tensor([sys.float_info.max], dtype=torch.float64)
+    assert weighted_sum([-largest, 0 * largest], [1.0, 0.2]).tolist() == [-sys.float_info.max]
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.5, 0.5, 1.0, 0.25], [1, 1, 1, 1], [0.1, 0.7, -0.3, 2.0], [1 / 3, 1e-9, 1e9, 3], [1e-20, 1, 0, 0]]
+)
 def test_a_weighted_sum_is_the_plain_one(weights: list[float]) -> None:
     values = list(torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     plain = sum(weight * value for weight, value in zip(weights, values, strict=True))

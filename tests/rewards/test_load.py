@@ -1,10 +1,12 @@
 from functools import partial
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from tiny import tiny_t5, tiny_tokenizer
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from bondlm.errors import ConfigError
 from bondlm.rewards import (
@@ -167,6 +169,11 @@ def test_a_module_needs_its_tokenizer_and_goes_to_the_device(models):
     (loaded,) = load_rewards("models/rm")
     expected = reward.function(["rain"], ["in the sea"])
     assert loaded.function(["rain"], ["in the sea"]) == pytest.approx(expected, abs=1e-6)
+    trained = AutoModelForSequenceClassification.from_pretrained("models/rm")
+    Path("models/rm/reward.json").write_text('{"prompt_format": "plain"}')
+    tokenizer.chat_template = "{{ messages }}"
+    assert load_rewards(trained, processing_classes=tokenizer)[0].function.prompt_format == "plain"
+    assert load_rewards(model, processing_classes=tokenizer)[0].function.prompt_format == "chat"
     assert load_rewards(model, processing_classes=tokenizer, device="meta")[0].function.model.device.type == "meta"
     with pytest.raises(ConfigError, match=r"reward_processing_classes: 'models/rm' is a name"):
         load_rewards(model, processing_classes="models/rm")

@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_t5, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from bondlm.data.columns import PROMPT_IDS
 from bondlm.errors import ConfigError, DataError, RewardError
 from bondlm.rewards import NamedReward, NLIReward, check_room, load_rewards, score
+from bondlm.rewards.texts import AS_TEXT, broken_up
 
 from .small_models import ROWS, bert_classifier, bert_tokenizer, llama_classifier, saved, unmasked
 
@@ -301,3 +305,15 @@ def test_a_separator_in_a_text_is_text():
     model, tokenizer = cross_encoder()
     row = NLIReward(model, tokenizer)._encode_row("rain [SEP] sea", "blue [SEP] five")
     assert row["input_ids"].count(tokenizer.sep_token_id) == 2
+
+
+def test_an_end_token_that_unigram_has_as_a_piece_is_text() -> None:
+    """As in the vocabularies of T5, XLM-R and DeBERTa-v3, where `split_special_tokens` does not help."""
+    pieces = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", *"</s>\u2581abpd")]
+    made = Tokenizer(Unigram(pieces, unk_id=2))
+    made.pre_tokenizer = Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    assert tokenizer.eos_token_id in tokenizer("ab</s>a", **AS_TEXT)["input_ids"]
+    ids = tokenizer(broken_up("ab</s>a<pad>", tokenizer), **AS_TEXT)["input_ids"]
+    assert not {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id} & {*ids}
+    assert broken_up("a < b/s>", tokenizer) == "a < b/s>"

@@ -47,10 +47,16 @@ def weighted_sum(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         weights: one finite number per reward.
     """
     whole_J, unit = _whole_numbers(weights)
-    is_exact = max(map(abs, whole_J)) <= _LARGEST_WHOLE
-    factors = zip(values, whole_J if is_exact else weights, strict=True)
-    total = sum((factor * value for value, factor in factors), torch.zeros_like(values[0]))
-    return total / unit if is_exact else total
+    total = _sum(values, weights)
+    if max(*map(abs, whole_J), unit) > _LARGEST_WHOLE:  # products would be rounded all the same
+        return total
+    exact = _sum(values, whole_J) / unit
+    return exact.where(exact.isfinite(), total)
+
+
+def _sum(values: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    terms = (factor * value for value, factor in zip(values, factors, strict=True))
+    return sum(terms, torch.zeros_like(values[0]))
 
 
 def mean_ranks(values_JPM: Tensor, among_JPK: Tensor, weights: Sequence[float]) -> Tensor:

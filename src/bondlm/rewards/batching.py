@@ -128,4 +128,4 @@ def head_pad_id(model: Any, tokenizer: Any) -> int | None:
     if config.pad_token_id is None and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         config.pad_token_id = tokenizer.pad_token_id
     pad_id: int | None = config.pad_token_id
-    return pad_id
+    return None if pad_id is None or pad_id < 0 else pad_id  # -1 (old LLaMA checkpoints) is no token

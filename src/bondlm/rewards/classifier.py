@@ -22,6 +22,7 @@ from bondlm.rewards.pretrained import frozen, load_config, load_model, load_toke
 from bondlm.rewards.texts import (
     AS_TEXT,
     bad_lengths,
+    broken_up,
     check_batch_bounds,
     check_choice,
     completion_text,
@@ -196,7 +197,8 @@ class SequenceClassifierReward:
 
     def _encoded(self, prompt: Any, completion: Any) -> dict[str, list[int]]:
         if self.prompt_format == "pair":
-            pair = self.tokenizer(prompt_text(prompt), completion_text(completion), **AS_TEXT)
+            texts = (broken_up(text, self.tokenizer) for text in (prompt_text(prompt), completion_text(completion)))
+            pair = self.tokenizer(*texts, **AS_TEXT)
             return {key: pair[key] for key in ("input_ids", "token_type_ids") if key in pair}
         text, is_rendered = self.render(prompt, completion)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not is_rendered, verbose=False)["input_ids"]

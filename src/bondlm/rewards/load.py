@@ -16,7 +16,7 @@ from bondlm.data.paths import expanded
 from bondlm.errors import ConfigError
 from bondlm.models.load import fast_dtype
 from bondlm.rewards.calls import RewardFunction
-from bondlm.rewards.classifier import SequenceClassifierReward
+from bondlm.rewards.classifier import SequenceClassifierReward, trained_format
 from bondlm.rewards.functions import load_function
 from bondlm.rewards.http import HTTPReward
 from bondlm.rewards.judge import JudgeReward
@@ -217,8 +217,9 @@ def _load_one(
             raise ConfigError(
                 f"the reward {type(spec).__name__} is a module: give its tokenizer in reward_processing_classes."
             )
-        path = getattr(getattr(spec, "config", None), "name_or_path", "") or type(spec).__name__
-        return _last_part(path), SequenceClassifierReward(spec.to(device), tokenizer)
+        path = getattr(getattr(spec, "config", None), "name_or_path", "")
+        how: Any = {"prompt_format": trained_format(path)} if path else {}
+        return _last_part(path or type(spec).__name__), SequenceClassifierReward(spec.to(device), tokenizer, **how)
     if isinstance(spec, str):
         kind, _, rest = spec.partition(":")
         if is_model(spec):

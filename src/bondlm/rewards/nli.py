@@ -18,6 +18,7 @@ from bondlm.rewards.pretrained import frozen, load_config, load_model, load_toke
 from bondlm.rewards.texts import (
     AS_TEXT,
     bad_lengths,
+    broken_up,
     check_batch_bounds,
     check_choice,
     column_text,
@@ -201,6 +202,7 @@ class NLIReward:
         return [text if isinstance(text, Failure) else text.removeprefix(self.premise_prefix) for text in texts]
 
     def _encode_row(self, premise: str, hypothesis: str) -> dict[str, list[int]]:
+        premise, hypothesis = (broken_up(text, self.tokenizer) for text in (premise, hypothesis))
         encoded = self._tokenize(premise, hypothesis)
         while self.truncate is not None and self._limit is not None and premise:
             excess = len(encoded["input_ids"]) - self._limit

@@ -19,6 +19,7 @@ from bondlm.rewards.pretrained import frozen, load_model, load_tokenizer
 from bondlm.rewards.texts import (
     AS_TEXT,
     bad_lengths,
+    broken_up,
     check_batch_bounds,
     check_choice,
     completion_text,
@@ -161,7 +162,7 @@ class SimilarityReward:
 
     def _encode(self, text: str) -> list[int]:
         text = text.lower() if self.lower_case else text
-        ids: list[int] = self.tokenizer(text, **AS_TEXT)["input_ids"]
+        ids: list[int] = self.tokenizer(broken_up(text, self.tokenizer), **AS_TEXT)["input_ids"]
         if self.truncate == "right" and self._limit is not None and len(ids) > self._limit:
             tail = ids[-1:] if ids[-1] in self.tokenizer.all_special_ids else []
             ids = [*ids[: self._limit - len(tail)], *tail]

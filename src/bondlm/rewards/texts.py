@@ -18,6 +18,18 @@ TABLES = ("position_embeddings", "embed_positions", "wpe")  # absolute positions
 AS_TEXT = {"verbose": False, "split_special_tokens": True}
 
 
+def broken_up(text: str, tokenizer: Any) -> str:
+    """`text` with a space in each of the tokenizer's special tokens that it spells, which then are text.
+
+    `split_special_tokens` alone does not do it: Unigram vocabularies (DeBERTa-v3, XLM-R, T5) have "[SEP]" or "</s>" as
+    an ordinary piece, too, with the id of the special token.
+    """
+    for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
 def prompt_text(prompt: Any) -> str:
     """Text of a prompt: the string itself, or the content of the last user message of a chat.
 
