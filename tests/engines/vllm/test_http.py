@@ -17,7 +17,10 @@ from engines.vllm.helpers import EOS, IDS, SEEDS, connect, draw_both
 from engines.vllm.stub import Answer, Stub, first, slow
 
 
-@pytest.mark.parametrize("answer", [(500, "oops"), (503, {"error": {"message": "busy"}}), (200, "reset")])
+@pytest.mark.parametrize(
+    "answer",
+    [(500, "oops"), (503, {"error": {"message": "busy"}}), (408, ""), (425, ""), (529, "full"), (200, "reset")],
+)
 def test_a_fault_that_passes_is_ridden_out(engine: VLLMEngine, stub: Stub, answer: Answer) -> None:
     expected = draw_both(engine)
     stub.fault, generator = first(ATTEMPTS - 1, answer), random.getstate()
@@ -56,7 +59,11 @@ def lose_a_sample(answer: dict[str, Any]) -> None:
     [
         (nan_logprob, NonFiniteError, "log-probability"),
         (drop_last_token, EngineError, "end-of-sequence|0 tokens"),
-        (lose_a_sample, EngineError, r"\b1 samples.*\b2\b"),
+        (lose_a_sample, EngineError, r"samples \[\d\], 2 were"),
+        (spoil_choice(index="0"), EngineError, "samples .'0'"),
+        (spoil_choice(token_ids=5), EngineError, "token_ids=5"),
+        (spoil_choice(logprobs={"token_logprobs": 5}), EngineError, "token_logprobs=5"),
+        (spoil_choice(token_ids=[True], logprobs={"token_logprobs": [-1.0]}), EngineError, "vocabulary"),
         (spoil_choice(prompt_token_ids=[1, 2]), EngineError, "prompt"),
         (spoil_choice(token_ids=[5000], logprobs={"token_logprobs": [-1.0]}), EngineError, "vocabulary"),
         (spoil_choice(logprobs={"token_logprobs": [-1.0] * 99}), EngineError, "99 log-probabilities"),
@@ -77,6 +84,8 @@ def test_an_answer_that_is_wrong_is_not_learned_from(
     ("answer", "error", "message"),
     [
         ((500, "EngineDeadError"), ResourceError, "HTTP 500.*EngineDeadError"),
+        ((529, "full"), ResourceError, "HTTP 529"),
+        ((501, "no such method"), ConfigError, "HTTP 501"),
         ((200, "reset"), ResourceError, "no answer"),
         ((400, {"error": {"message": "the prompt is too long"}}), ConfigError, "the prompt is too long"),
         ((401, ""), ConfigError, "VLLM_API_KEY"),
@@ -137,6 +146,8 @@ def test_the_command_starts_a_server_that_reports_what_it_draws_from(options: tu
     ("path", "answer", "message"),
     [
         ("/v1/models", (200, {"data": []}), "is this a vLLM server"),
+        ("/v1/models", (200, {"data": ["m"]}), "is this a vLLM server"),
+        ("/v1/models", (200, {"data": [{"max_model_len": 64}]}), "is this a vLLM server"),
         ("/v1/models", (404, "nothing here"), "nothing here"),
         ("/v1/load_lora_adapter", (404, {"detail": "Not Found"}), "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
         (

@@ -22,8 +22,7 @@ from tenacity import (
 
 from bondlm.errors import ConfigError, EngineError, NonFiniteError, ResourceError
 
-RETRIED = (429, 500, 502, 503, 504)
-PASSING = (502, 503, 504)  # retried; 500 is not, since vLLM uses it to refuse
+REFUSAL = 500  # where vLLM uses it to refuse, it is not retried
 # Without these a server samples as generation_config.json says, and reports log-probabilities of temperature 1 always.
 OWN_DISTRIBUTION = ("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs")
 WHOLE_PROMPTS = "--no-enable-chunked-prefill"  # on a CPU, vLLM 0.32 crashes when a prompt with a seed is split
@@ -82,8 +81,10 @@ class VLLMClient:
         except (ResourceError, EngineError) as error:
             raise ConfigError(f"{error}. {self.by_hand}") from error
         for model in models if isinstance(models, list) else []:
-            if model.get("parent") is None and isinstance(model.get("max_model_len"), int):
-                return str(model["id"]), model["max_model_len"]
+            if isinstance(model, dict) and model.get("parent") is None:
+                name, length = model.get("id"), model.get("max_model_len")
+                if isinstance(name, str) and type(length) is int:
+                    return name, length
         raise ConfigError(f"{self.url}/v1/models lists no base model with its max_model_len: is this a vLLM server?")
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -95,10 +96,10 @@ class VLLMClient:
             ConfigError: the server refuses, for example because its maximum rank is too small.
         """
         with suppress(ConfigError):  # there was none of that name; a server without adapter support fails below
-            self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, retried=PASSING)
+            self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, refusal=REFUSAL)
         body = {"lora_name": name, "lora_path": str(folder.resolve())}
         try:
-            response = self._send("POST", "/v1/load_lora_adapter", body, retried=PASSING)
+            response = self._send("POST", "/v1/load_lora_adapter", body, refusal=REFUSAL)
         except ConfigError as error:
             if "already been loaded" in str(error):  # a retry after a lost answer: the probe will tell
                 return
@@ -117,7 +118,7 @@ class VLLMClient:
             ConfigError: the server has no such route, or the method failed.
         """
         try:
-            self._send("POST", "/collective_rpc", {"method": method} | arguments, retried=PASSING)
+            self._send("POST", "/collective_rpc", {"method": method} | arguments, refusal=REFUSAL)
         except ConfigError as error:
             if "HTTP 404" not in str(error):
                 raise
@@ -192,14 +193,16 @@ class VLLMClient:
             raise EngineError(f"{self.url}{path} sent {type(answer).__name__}, not an object")
         return answer
 
-    def _send(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *, retried: Sequence[int] = RETRIED
-    ) -> Any:
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None, *, refusal: int | None = None) -> Any:
         """Make one call and retry after transient faults, which is harmless, since every sample has its own seed."""
+
+        def passes(response: Any) -> bool:
+            return response.status_code != refusal and _is_transient(response.status_code)
+
         trial = Retrying(
             stop=stop_after_attempt(ATTEMPTS) | stop_after_delay(self._timeout),
             wait=lambda state: self._random.uniform(0, min(self._max_wait, 0.2 * 2 ** (state.attempt_number - 1))),
-            retry=retry_if_exception_type(httpx.TransportError) | retry_if_result(_failed(retried)),
+            retry=retry_if_exception_type(httpx.TransportError) | retry_if_result(passes),
             retry_error_callback=_last_outcome,
         )
         try:
@@ -215,9 +218,7 @@ class VLLMClient:
             raise ResourceError(ended or f"no answer from the vLLM server at {self.url}{path}: {error!r}") from error
         if response.status_code in (401, 403):
             raise ConfigError(f"{self.url} refuses access (HTTP {response.status_code}): set VLLM_API_KEY to its key")
-        if response.status_code >= 500 and response.status_code not in retried:  # the server refuses and says why
-            raise ConfigError(f"{self.url}{path}: {_message(response)}")
-        if response.status_code in RETRIED:
+        if passes(response):
             raise ResourceError(
                 f"the vLLM server at {self.url} failed at {path} with HTTP {response.status_code}, {ATTEMPTS} times: "
                 f"{_message(response)}. See its log"
@@ -232,8 +233,9 @@ def _last_outcome(state: RetryCallState) -> Any:
     return None if state.outcome is None else state.outcome.result()
 
 
-def _failed(statuses: Sequence[int]) -> Callable[[Any], bool]:
-    return lambda response: response.status_code in statuses
+def _is_transient(status: int) -> bool:
+    """Whether a call may succeed later: 520 to 530 come from a gateway without its server, 529 from a full one."""
+    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))  # what it cannot do
 
 
 def _message(response: Any) -> str:

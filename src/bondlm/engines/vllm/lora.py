@@ -366,6 +366,7 @@ class VLLMEngine:
             "repetition_penalty": 1.0,
             "frequency_penalty": 0.0,
             "presence_penalty": 0.0,
+            "watermarking": False,
             "ignore_eos": True,  # that is the server's own list; ours follows
             "stop_token_ids": self._eos_ids,
             "logprobs": 0,
@@ -380,16 +381,19 @@ class VLLMEngine:
     ) -> list[Completion]:
         """The samples of the answer in order, each checked, since a wrong sample must not be learned from."""
         where = f"the vLLM server at {url}"
-        if sorted(of_answer(c, "index") for c in choices) != list(range(count)):
-            raise EngineError(f"{where} sent {len(choices)} samples, {count} were asked for")
+        places = [of_answer(c, "index") for c in choices]
+        if not all(type(place) is int for place in places) or sorted(places) != list(range(count)):
+            raise EngineError(f"{where} sent samples {places}, {count} were asked for")
         completions = []
-        for choice in sorted(choices, key=lambda c: int(c["index"])):
+        for choice in sorted(choices, key=lambda c: c["index"]):
             ids, logprobs = of_answer(choice, "token_ids"), of_answer(choice.get("logprobs"), "token_logprobs")
             if of_answer(choice, "prompt_token_ids") != list(prompt):
                 raise EngineError(f"{where} answered another prompt than it was sent (it re-tokenised or cut it)")
+            if not isinstance(ids, list) or not isinstance(logprobs, list):
+                raise EngineError(f"{where} sent token_ids={ids!r}, token_logprobs={logprobs!r}: these are no lists")
             if not ids or len(ids) != len(logprobs) or len(ids) > max_new_tokens:
                 raise EngineError(f"{where} sent {len(ids)} tokens with {len(logprobs)} log-probabilities")
-            if not all(isinstance(t, int) and 0 <= t < self._vocab_size for t in ids):
+            if not all(type(t) is int and 0 <= t < self._vocab_size for t in ids):
                 raise EngineError(f"{where} sent token ids outside the vocabulary of {self._vocab_size}")
             if any(t in self._eos_ids for t in ids[:-1]):
                 raise EngineError(f"{where} went on after an end-of-sequence token ({self._eos_ids})")
