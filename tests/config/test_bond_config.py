@@ -71,6 +71,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("weight_decay", -0.1),
     ("max_grad_norm", -1.0),
     ("seed", -1),
+    ("seed", 2**32),
     ("reward_weights", 0.5),
     ("reward_weights", "abc"),
     ("model_init_kwargs", "abc"),
@@ -132,6 +133,8 @@ OBJECTIVE_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"objective": "self_bond", "gamma": 0.1}, "gamma=0.1"),
     ({"objective": "best_of_n_sft", "gamma_ref": 0.1}, "gamma_ref=0.1"),
     ({"objective": "jbond", "gamma_ref": 0.1, "anchor": "fixed"}, "gamma_ref=0.1"),
+    ({"engine": "vllm", "max_rows": 4}, "max_rows=4"),
+    ({"engine": "vllm", "cuda_graphs": False}, "cuda_graphs=False"),
     ({"objective": "jbond", "gamma_ref": 0.1, "eta": 0.0}, "gamma_ref=0.1"),
     ({"vllm_base_url": "http://other:8000"}, "vllm_base_url='http://other:8000'"),  # of an external server of vllm
 ]

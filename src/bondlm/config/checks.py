@@ -326,11 +326,23 @@ def _contradictions(c: Any) -> Iterator[str]:
                 "runs none: set eval_strategy='steps' with eval_steps, and an eval_dataset"
             )
     yield from _of_best_model(c)
+    yield from _of_server(c)
     if c.eval_steps is not None and c.eval_strategy == "no":
         yield f"eval_steps={c.eval_steps}: with eval_strategy='no' there is no evaluation; set eval_strategy='steps'"
     warmup = c.warmup_steps
     if c.lr_scheduler_type in WITHOUT_WARMUP and warmup not in (0, 100):  # 100 is the default
         yield f"warmup_steps={warmup}: lr_scheduler_type={c.lr_scheduler_type!r} has no warm-up, use another schedule"
+
+
+def _of_server(c: Any) -> Iterator[str]:
+    """Settings of the transformers engine's decoding, which a server knows nothing of."""
+    options = {"max_rows": (None, "--max-num-seqs"), "cuda_graphs": (True, "--enforce-eager")}
+    for name, (default, option) in options.items():
+        if c.engine == "vllm" and getattr(c, name) != default:
+            yield (
+                f"{name}={getattr(c, name)!r}: with engine='vllm' the server decides, by its option {option} "
+                f"(vllm_server_args, or the command that you start it with); remove {name}"
+            )
 
 
 def keeps_best(c: Any) -> bool:

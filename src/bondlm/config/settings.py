@@ -3,7 +3,7 @@
 from dataclasses import Field, dataclass, field
 from typing import Any, Literal
 
-from bondlm.objectives.rules import Rule, above, at_least, finite, off, one_of
+from bondlm.objectives.rules import Rule, above, at_least, between, finite, off, one_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +117,8 @@ OF_TRANSFORMERS: dict[str, Setting] = {
     "gradient_accumulation_steps": Setting(rule=at_least(1), may_change="always", shared=True),
     **dict.fromkeys(("optim", "adam_beta1", "adam_beta2", "adam_epsilon"), Setting(may_change="never")),
     "weight_decay": Setting(rule=finite(0), may_change="never", shared=True),
-    **dict.fromkeys(("seed", "data_seed", "max_grad_norm"), Setting(rule=at_least(0), shared=True)),
+    "seed": Setting(rule=between(0, 2**32 - 1), shared=True),  # NumPy takes no larger one
+    **dict.fromkeys(("data_seed", "max_grad_norm"), Setting(rule=at_least(0), shared=True)),
     **dict.fromkeys(("bf16", "fp16"), Setting(shared=True)),
     "save_total_limit": Setting(
         rule=at_least(2, "a crash while saving could leave no checkpoint"), may_change="always"
