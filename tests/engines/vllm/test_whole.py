@@ -113,6 +113,30 @@ def ignored(times: int) -> Callable[[str, Any], Answer | None]:
     return first(times, (200, {"results": [None]}), "/collective_rpc")
 
 
+def test_a_small_change_on_a_server_that_rounds_is_noticed(stub: Stub, roles: Roles, tmp_path: Path) -> None:
+    """In bf16 server and trainer differ by more than another run may have moved; the server's own scores tell."""
+
+    def round_off(answer: dict[str, Any]) -> None:
+        for k, row in enumerate(answer["choices"][0].get("prompt_logprobs", [None])[1:]):
+            row[next(iter(row))]["logprob"] += 0.06 * (-1) ** k
+
+    stub.spoil = round_off
+    engine = connect(stub, roles, tmp_path)
+    for _ in range(2):
+        engine.generate(IDS, 1, role="policy", max_new_tokens=4, seeds=SEEDS)
+    assert reloads(stub) == ["policy"]
+    change(stub._model, 5e-3)
+    engine.generate(IDS, 1, role="policy", max_new_tokens=4, seeds=SEEDS)
+    assert reloads(stub) == ["policy", "policy"]
+
+
+def test_every_reload_looks_for_the_weights(engine: WholeModelEngine, stub: Stub) -> None:
+    """A server that was restarted without weights since the last step would not."""
+    draw_both(engine)
+    methods = [body["method"] for body in stub.bodies("/collective_rpc")]
+    assert methods == ["update_config", "reload_weights"] * (len(methods) // 2)
+
+
 def test_a_reload_that_did_nothing_is_caught(engine: WholeModelEngine, roles: Roles, stub: Stub) -> None:
     change(roles.model, 1e-5)
     stub.fault = ignored(10**9)

@@ -44,7 +44,7 @@ class VLLMClient:
         start_options: Sequence[str] = LORA_OPTIONS,
         how_it_ended: Callable[[], str] | None = None,
     ) -> None:
-        """No call waits longer than `timeout` seconds for an answer, and no retry begins later than that.
+        """No call waits longer than `timeout` seconds for the next bytes, and no retry begins later than that.
 
         Args:
             url: the server's address, such as http://127.0.0.1:8000.

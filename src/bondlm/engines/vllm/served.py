@@ -45,7 +45,7 @@ class Served:
             raise ConfigError(f"the vLLM server at {client.url} is asleep: wake it with POST {client.url}/wake_up")
         self.gap_limit = FIRST_GAP_LIMIT
         self.noise = LEAST_NOISE  # nats per token: if the trainer's probe moves by more, the server's must move too
-        self._ours = np.zeros(0)  # the trainer's last probe (T - 1)
+        self._ours = self._theirs = np.zeros(0)  # the last probe (T - 1) of trainer and server
         self.gap = 0.0  # mean absolute difference to the trainer at the last probe, nats per token
         self._first: np.ndarray | None = None  # the trainer's probe (T - 1) at the first gap
         self._moved: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # probe of trainer and server when it last moved
@@ -53,7 +53,7 @@ class Served:
     def probe(self, name: str, salt: str, ours: np.ndarray) -> np.ndarray:
         """The log-probabilities (T - 1) of the probe text under the model of that name; sets `gap` to `ours`."""
         self._ours = ours
-        theirs = np.asarray(self.client.prompt_logprobs(name, self._probe_ids, salt))
+        self._theirs = theirs = np.asarray(self.client.prompt_logprobs(name, self._probe_ids, salt))
         self.gap = float(np.abs(ours - theirs).mean())
         return theirs
 
@@ -91,6 +91,15 @@ class Served:
                 )
         self._moved[name] = (ours, theirs)
         return ""
+
+    def scores_as_before(self, name: str, salt: str, ours: np.ndarray) -> bool:
+        """Probe; whether the server's own score is that of the last probe, of weights that should be there still.
+
+        It needs not agree to the bit: a server may round otherwise next to other requests.
+        """
+        before = self._theirs
+        change = float(np.abs(self.probe(name, salt, ours) - before).mean())
+        return change <= max(LEAST_GAP_LIMIT, self.noise / NOISE_RATIO / 2)  # half the first gap
 
     def require_model(self, ours: np.ndarray, salt: str, trained: str) -> None:
         """Check that it serves the model named `trained`, which gives the probe text the log-probabilities `ours`.

@@ -41,9 +41,6 @@ class WholeModelEngine(VLLMEngine):
     def _start(self) -> None:
         """The first reload must work; until then servers started as recommended hold random weights."""
         self._held: tuple[int, ...] | None = None  # digest of the weights on the servers
-        with together(self._processes):
-            for server in self._kept:  # a server that was started without weights would not look for any
-                server.client.rpc("update_config", args=[{"load_config": {"load_format": "auto"}}])
         self._hold("policy")
         for server in self._kept:
             server.take_first_gap()
@@ -77,8 +74,8 @@ class WholeModelEngine(VLLMEngine):
         must = digest != self._held
         with together(self._processes):
             for server in () if must else self._kept:  # has something else changed them?
-                server.probe(*self._names(role, server), ours)
-                must = must or not server.gap <= server.gap_limit
+                is_alike = server.scores_as_before(*self._names(role, server), ours)
+                must = must or not (is_alike and server.gap <= server.gap_limit)
                 self._note_gap(role)
         return any(self._processes.gather_objects([must]))
 
@@ -86,6 +83,8 @@ class WholeModelEngine(VLLMEngine):
         write_weights(model, path)
 
     def _load(self, role: Role, server: Served, path: Path) -> None:
+        # A server that was started without weights would not look for any; it may be another one since the last step.
+        server.client.rpc("update_config", args=[{"load_config": {"load_format": "auto"}}])
         try:
             server.client.rpc("reload_weights", kwargs={"weights_path": str(path.resolve())})
         except ConfigError as error:
