@@ -3,10 +3,11 @@
 import io
 import math
 
+import pytest
 from rich.console import Console
 
 from bondlm.evaluation.statistics import summarize
-from bondlm.evaluation.table import print_evaluation, print_phases, print_table
+from bondlm.evaluation.table import print_evaluation, print_phases, print_table, spread
 from evaluation.helpers import case, scored
 
 
@@ -26,6 +27,25 @@ def test_an_evaluation_during_training_is_a_table_without_inf():
     assert "> 16" in text
     assert "inf" not in text
     assert "0.750 ±0.250" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "digits", "shown"),
+    [
+        (0.824, 0.781, 0.866, 2, "0.82 ±0.04"),
+        (0.5, 0.41, 0.67, 3, "0.500 ±0.130"),
+        (0.5, 0.45, 0.7, 3, "0.500 [0.450, 0.700]"),
+        (1.0, 0.912, 1.0, 3, "1.000 [0.912, 1.000]"),
+        (0.0, 0.0, 0.842, 3, "0.000 [0.000, 0.842]"),
+        (0.011, 0.010, 0.015, 2, "0.01 ±0.00"),  # to two digits its ends are those of ±
+        (2.0, 2.0, 2.0, 2, "2.00 ±0.00"),
+        (2.0, -math.inf, math.inf, 2, "2.00"),
+        (math.nan, math.nan, math.nan, 2, ""),
+    ],
+)
+def test_an_interval_that_lies_to_one_side_of_its_value_is_printed_with_its_ends(value, low, high, digits, shown):
+    """As ±0.044, the interval of 40 prompts that were all won would end at 1.044, and begin above its own lower end."""
+    assert spread({"value": value, "low": low, "high": high}, digits) == shown
 
 
 def test_the_final_tables_show_order_verbosity_both_kls_and_the_cost():

@@ -23,7 +23,7 @@ def test_evaluate_prints_the_table_and_report_writes_the_page(
     logs = made.evaluate()
     out = capsys.readouterr().out
     assert "step 1: held-out prompts" in out
-    assert f"{logs['eval_reward']:.3f} ±" in out
+    assert f"{logs['eval_reward']:.3f} " in out
     other = made.evaluate(prompt_rows(16)[12:], metric_key_prefix="eval_other")
     assert set(other) == {name.replace("eval_", "eval_other_", 1) for name in logs}
     assert "held-out prompts of other" in capsys.readouterr().out

@@ -229,13 +229,21 @@ def _print_pairwise(console: Console, judges: Mapping[str, Any]) -> None:
 
 
 def spread(numbers: Mapping[str, float], digits: int) -> str:
-    """The value with half the width of its interval, if that is known; empty if the value is not finite."""
-    if not math.isfinite(numbers["value"]):
+    """The value with its interval, if that is known; empty if the value is not finite.
+
+    "0.750 ±0.250" has half the interval's width. "1.000 [0.912, 1.000]" has its ends: one of them is more than twice as
+    far from the value as the other, and ± would show another interval.
+    """
+    value, low, high = numbers["value"], numbers["low"], numbers["high"]
+    if not math.isfinite(value):
         return ""
-    half = (numbers["high"] - numbers["low"]) / 2
-    return (
-        f"{numbers['value']:.{digits}f} ±{half:.{digits}f}" if math.isfinite(half) else f"{numbers['value']:.{digits}f}"
-    )
+    shown, half = f"{value:.{digits}f}", (high - low) / 2
+    if not math.isfinite(half):
+        return shown
+    shift = abs((low + high) / 2 - value)
+    if shift > half / 3 and shift > 0.5 * 10**-digits:
+        return f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{shown} ±{half:.{digits}f}"
 
 
 def print_samples(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
