@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from bondlm.evaluation.statistics import summarize
-from bondlm.evaluation.table import print_evaluation, print_phases, print_table, spread
+from bondlm.evaluation.table import print_curve, print_evaluation, print_phases, print_table, spread
 from evaluation.helpers import case, scored
 
 
@@ -86,6 +86,23 @@ def test_a_policy_below_its_reference_has_no_n() -> None:
     text = console.file.getvalue()
     assert "One sample of the trained model is below the untouched one (win rate 0.1955, under 0.5)" in text
     assert "Best-of-N itself needs" not in text
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_what_best_of_n_needs_is_a_lower_bound_where_n_is_beyond_the_samples(best: bool) -> None:
+    """1.84 nats and 160 tokens are those of Best-of-16: the N of a policy that always wins may be 20 or 2,000."""
+    policy, reference, others = case(num_prompts=40)
+    others["policy, greedy"] = scored(policy.rewards_PM[:, :1])
+    result = summarize(scored(policy.rewards_PM + 10.0 * best, log_ratio=3.0), reference, others)
+    assert math.isinf(result["effective_n"]["value"]) is best
+    console = piped()
+    print_table(console, result)
+    print_curve(console, [{"toward_reference": 0.0} | result])
+    text = " ".join(console.file.getvalue().split())
+    needs = "(Best-of-N itself needs at least 1.84)"
+    cost = "Best-of-N of the untouched model: at least 160 tokens, and at least 16 rewards."
+    assert [needs in text, cost in text, "≥ 1.84" in text] == [best] * 3
+    assert ("at least" in text) is ("≥" in text) is best
 
 
 def test_the_tables_fit_80_columns() -> None:

@@ -346,6 +346,11 @@ def test_numbers_that_are_not_finite_are_dashes_and_n_beyond_the_samples_is_said
     page = page_of(run)
     assert page.texts["headline"] == "One sample = Best-of-N with N > 16 [12.1, > 16]."
     assert dict(page.tables["measures"])["KL to the reference (k3)"] == "–"
+    needed = f"at least {result['kl_of_best_of_n']:.3g}"
+    assert dict(page.tables["measures"])["KL of Best-of-N"] == needed
+    assert f"Best-of-N needs {needed}" in page.texts["tiles"]
+    html = " ".join((run / "report.html").read_text(encoding="utf-8").split())
+    assert "Best-of-N of the reference costs at least 281 tokens: at least 6.81 times as many" in html
     assert "NaN" not in (run / "report.json").read_text()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bondlm.cli.console import clock_text
 from bondlm.runs.ending import read_ending
-from bondlm.runs.worth import below
+from bondlm.runs.worth import at_least, below
 
 
 def ending(folder: Path, step: int, reporter: Any, result: Mapping[str, Any] | None) -> Iterator[str]:
@@ -39,5 +39,6 @@ def _cost(step: int, reporter: Any, result: Mapping[str, Any] | None) -> str:
         return spent
     from bondlm.evaluation.table import spread
 
-    needs = "" if below(result) else f", where Best-of-N itself needs {result['kl_of_best_of_n']:.2f}"
+    needed = f"{at_least(result)}{result['kl_of_best_of_n']:.2f}"
+    needs = "" if below(result) else f", where Best-of-N itself needs {needed}"
     return f"KL {spread(result['kl'], 2)} nats{needs}; {spent}"

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bondlm.bestofn import EffectiveN
 from bondlm.runs import redact
-from bondlm.runs.worth import below
+from bondlm.runs.worth import at_least, below
 
 NUM_SHOWN = 4
 PIPE_WIDTH = 120  # without a terminal, rich assumes 80 columns, which breaks tables and lines in log files
@@ -56,10 +56,11 @@ def print_table(console: Console, result: Mapping[str, Any], *, headline: bool =
     if "opponent" in result:
         meeting = f"Win rate against {result.get('opponent_model', 'the opponent')}: "
         console.print(visible(meeting + spread(result["opponent"]["win_rate"], 3)), soft_wrap=True)
-    _print_cost(console, result.get("cost"))
+    _print_cost(console, result)
     if headline:
         worth = f"= Best-of-{result['effective_n']['text']} of the untouched one"
-        at = f", at KL {spread(result['kl'], 2)} nats (Best-of-N itself needs {result['kl_of_best_of_n']:.2f})"
+        needs = f"Best-of-N itself needs {at_least(result)}{result['kl_of_best_of_n']:.2f}"
+        at = f", at KL {spread(result['kl'], 2)} nats ({needs})"
         lost = below(result, "the untouched one")
         console.print(f"One sample of the trained model {worth + at if lost is None else f'is {lost}'}.")
 
@@ -126,11 +127,13 @@ def _detail_row(name: str, numbers: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _print_cost(console: Console, cost: Mapping[str, float] | None) -> None:
+def _print_cost(console: Console, result: Mapping[str, Any]) -> None:
+    cost = result.get("cost")
     if cost is not None:
+        bound = at_least(result)
         best = (
-            f"; Best-of-{cost['n']} of the untouched model: {cost['best_of_n_tokens']:.0f} tokens, and "
-            f"{cost['n']:.0f} rewards"
+            f"; Best-of-{'N' if bound else cost['n']} of the untouched model: {bound}{cost['best_of_n_tokens']:.0f} "
+            f"tokens, and {bound}{cost['n']:.0f} rewards"
         )
         text = f"One answer: {cost['tokens']:.0f} tokens{best if cost['n'] > 1 else ''}."
         console.print(text, soft_wrap=True)
@@ -165,8 +168,8 @@ def print_curve(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     title = "From the merge (0) to the reference (1). 95% intervals over prompts."
     table = narrow_table(title, *columns, left=0)
     for row in rows:
-        worth, needed = str(row["effective_n"]["text"]), row["kl_of_best_of_n"]
-        cells = (spread(row["win_rate"], 3), worth, spread(row["kl"], 2), f"{needed:.2f}")
+        worth, needed = str(row["effective_n"]["text"]), f"{'≥ ' if at_least(row) else ''}{row['kl_of_best_of_n']:.2f}"
+        cells = (spread(row["win_rate"], 3), worth, spread(row["kl"], 2), needed)
         table.add_row(f"{row['toward_reference']:g}", *cells, spread(row["reward"], 3))
     console.print(table)
 

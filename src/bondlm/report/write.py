@@ -15,6 +15,7 @@ from bondlm.report.safe import visible
 from bondlm.report.samples import samples_block
 from bondlm.runs.folder import ENVIRONMENT_FILE, EVAL_FILE, write_whole
 from bondlm.runs.manifest import MANIFEST_FILE
+from bondlm.runs.worth import at_least
 
 PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
 RUN_FILES = (EVAL_FILE, ENVIRONMENT_FILE, MANIFEST_FILE)
@@ -102,6 +103,7 @@ def render(runs: Sequence[Run], drawn: Sequence[Any], bondlm_version: str) -> st
         headlines=[numbers.headline(run.result) for run in runs],
         warnings=tables.warnings(runs),
         ratios=[numbers.kl_ratio(run.result) for run in runs],
+        at_least=at_least(runs[0].result),
         untouched_reward=numbers.untouched_reward(runs[0].result),
         tables=tables.tables(runs),
         figures=[figure for figure in drawn if not figure.training],

@@ -1,5 +1,6 @@
-"""What is said of a policy that no Best-of-N is worth: it certainly wins less than half against its reference."""
+"""What is said of an N that there is not, since the policy certainly loses, or that is only known from below."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,3 +16,13 @@ def below(result: Mapping[str, Any], reference: str = "the reference") -> str | 
     if wins is None or wins["high"] is None or not wins["high"] < 0.5:  # a single prompt has no interval
         return None
     return f"below {reference} (win rate {wins['value']:.4g}, under 0.5), so there is no N"
+
+
+def at_least(result: Mapping[str, Any]) -> str:
+    """Return "at least " where N is beyond the reference's samples, of which KL and cost are given then; else "".
+
+    Args:
+        result: of an evaluation, or as `eval.json` has it: an N beyond the samples is infinite, or None.
+    """
+    value = result["effective_n"]["value"]
+    return "at least " if value is None or math.isinf(value) else ""
