@@ -215,7 +215,7 @@ def test_check_refuses_the_folder_that_train_refuses_and_leaves_it_as_it_is(tmp_
 
     run.mkdir()
     (run / "README.md").write_text("mine")
-    assert "README.md is there already" in both()
+    assert "README.md already exists" in both()
     (run / "README.md").unlink()
     assert main(["train", "--config", str(config)]) == 0
     assert "learning_rate cannot change" in both("--learning_rate", "0.5")

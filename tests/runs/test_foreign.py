@@ -15,7 +15,7 @@ from bondlm.runs.prompting import write_prompting
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_file_that_no_run_wrote_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("beta: 0.9\n")
-    with pytest.raises(CheckpointError, match=rf"{tmp_path}/{name} is there already.*output_dir"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/{name} already exists.*output_dir"):
         trainer(tmp_path)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "beta: 0.9\n")]
 

@@ -64,7 +64,7 @@ def test_an_adapter_in_memory_is_kept_as_the_runs_start_and_reference(base: str,
         shutil.copytree(run, tmp_path / "moved", dirs_exist_ok=True)
     again = trainer(run, trained_adapter(base), save_strategy="steps", save_steps=1, learning_rate=0.1)
     again.train(resume_from_checkpoint=True)
-    with pytest.raises(ConfigError, match="started with the adapter"):
+    with pytest.raises(ConfigError, match="started from the adapter"):
         trainer(run, trained_adapter(base, seed=1), save_strategy="steps", save_steps=1, learning_rate=0.1).train(
             resume_from_checkpoint=True
         )

@@ -98,11 +98,11 @@ def check_streaming(args: Any) -> None:
         ConfigError: there are several processes, or no `max_steps`.
     """
     if args.max_steps <= 0:
-        raise ConfigError(f"max_steps={args.max_steps}: a streamed train_dataset has no number of rows, set it above 0")
+        raise ConfigError(f"max_steps={args.max_steps}: a streamed train_dataset has no length; set max_steps above 0")
     if args.world_size > 1:
         raise ConfigError(
-            f"world_size={args.world_size}: a streamed train_dataset is read by one process, or its prompts would be "
-            "trained several times. Use 1, or read it whole"
+            f"world_size={args.world_size}: a streamed train_dataset must be read by a single process, otherwise each "
+            "prompt would be trained several times. Use one process, or read it whole"
         )
     if args.dataloader_num_workers > 0:
         _log.warning(

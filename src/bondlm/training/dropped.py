@@ -139,7 +139,7 @@ class DropBudget:
                 REASON,
             )
         if self._is_too_many(all_dropped, seen):
-            first = next(iter(dropped.values()), "None of them on this process").rstrip(".")
+            first = next(iter(dropped.values()), "None of them is on this process").rstrip(".")
             error = RewardError(
                 f"step {step}: the rewards of {num_dropped} of {num_rows} prompts failed, {all_dropped} of "
                 f"{seen} so far (max_skipped_frac={self._fraction}). {first}. All are in {self._path.name}."

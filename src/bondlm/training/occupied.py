@@ -29,7 +29,7 @@ def refuse_other_files(folder: Path) -> None:
             checkpoints or a file with a name that a run writes, but no sign of an earlier run.
     """
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir={str(folder)!r} is a file: choose a folder, which the run makes if need be")
+        raise ConfigError(f"output_dir={str(folder)!r} is a file: name a folder (it is created if it does not exist)")
     name = weights_file(folder)
     if name is not None and not (folder / METRICS_FILE).exists() and newest_checkpoint(folder)[0] is None:
         raise CheckpointError(
@@ -39,8 +39,8 @@ def refuse_other_files(folder: Path) -> None:
         newest_checkpoint(folder)  # refuses another trainer's, before PROMPTING_FILE makes the folder that of a run
     if (name := foreign_file(folder)) is not None:
         raise CheckpointError(
-            f"{folder / name} is there already, and nothing says that a run wrote it. A run writes its own {name}: "
-            "choose another output_dir, or move the file away"
+            f"{folder / name} already exists, and nothing shows that a run wrote it; a run would overwrite it: choose "
+            "another output_dir, or move the file away"
         )
 
 

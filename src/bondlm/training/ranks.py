@@ -32,14 +32,14 @@ def _check_objective(args: Any, has_ranks: bool, aggregation: Aggregation, objec
     what = f"reward_aggregation={aggregation.how!r}" if aggregation.by_order else "a reward that ranks"
     if has_ranks and objective.plan.total == 1:
         raise ConfigError(
-            f"{what}: objective={args.objective!r} draws one sample per prompt, and there is no other to rank it "
+            f"{what}: objective={args.objective!r} draws one sample per prompt, so there is no other to rank it "
             "among; choose an objective that draws several"
         )
     if has_ranks and by_value and not args.ranks_as_values:
         raise ConfigError(
             f"{what}: objective={args.objective!r} learns from the values of rewards, and a rank among a prompt's own "
-            "samples is none. With ranks_as_values=True it takes ranks in [0, 1] for values (docs/rewards.md says what "
-            "it then optimises); jbond and the others of BOND need only the order"
+            "samples is not one. With ranks_as_values=True it takes ranks in [0, 1] for values (docs/rewards.md says "
+            "what it then optimises); jbond and the others of BOND need only the order"
         )
     if args.ranks_as_values and not (has_ranks and by_value):
         why = "nothing ranks" if by_value else f"objective={args.objective!r} learns only from the order"

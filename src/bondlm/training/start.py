@@ -78,6 +78,6 @@ def _refuse_another(kept: Path, weights: dict[str, torch.Tensor]) -> None:
     before = load_file(file)
     if before.keys() != weights.keys() or not all(torch.equal(before[n], w.cpu()) for n, w in weights.items()):
         raise ConfigError(
-            f"model: the run in {str(kept.parent)!r} started with the adapter in {str(kept)!r}, and this one has other "
-            "weights: give that folder's, or choose another output_dir"
+            f"model: the run in {str(kept.parent)!r} started from the adapter in {str(kept)!r}, but this one has "
+            "different weights: pass that folder's adapter, or choose another output_dir"
         )

@@ -86,7 +86,7 @@ class StopCallback(TrainerCallback):
         more = "max_steps or num_train_epochs" if self._reason is None else "that goal, or remove it,"
         return (
             f"the run in {folder} is finished: {state.global_step} of {state.max_steps} steps{why}. Nothing is "
-            f"trained. Raise {more} to go on, or choose another output_dir for a new run"
+            f"trained: raise {more} to continue, or choose another output_dir for a new run"
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -236,7 +236,7 @@ class _LastCallback(TrainerCallback):
         _ask_everywhere(args, control)
         if control.should_epoch_stop and not control.should_training_stop and _strategy(args) != "no":
             error = ConfigError(
-                f"step {state.global_step}: a callback has set should_epoch_stop, and a resumed run would learn from "
+                f"step {state.global_step}: a callback has set should_epoch_stop, but a resumed run would learn from "
                 "prompts twice: set should_training_stop, or save_strategy='no'"
             )
             error.known_to_all = True  # type: ignore[attr-defined]
@@ -315,8 +315,8 @@ def _missing_best(args: Any, metrics: Mapping[str, float]) -> ConfigError | None
     if not is_of_reward or best in metrics or f"{start}reward" not in metrics:  # the last is another data set's
         return None
     error = ConfigError(
-        f"metric_for_best_model={args.metric_for_best_model!r}: this reward applies to no held-out prompt (it was None "
-        "for all), so that nothing can be chosen by it: choose another metric, or add prompts that it applies to"
+        f"metric_for_best_model={args.metric_for_best_model!r}: this reward was None for every held-out prompt, so "
+        "nothing can be chosen by it: choose another metric, or add prompts to which it applies"
     )
     error.known_to_all = True  # type: ignore[attr-defined]
     return error
