@@ -97,7 +97,9 @@ def test_wrong_usage_ends_with_2_and_says_what(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("- a\n", "not a list"), ("1: a\n", "not other names")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "is empty"), ("- a\n", "not a list"), ("1: a\n", "but has names that are not text")]
+)
 def test_a_config_without_settings_is_refused_in_words(text, said, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=rf"c\.yaml.*{said}"):
@@ -166,7 +168,7 @@ def test_a_runs_config_given_to_another_command_is_told_from_a_misspelling(comma
 
 def test_a_name_that_stands_twice_in_a_file_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("eta: 0.1\nseed: 3\neta: 0.3\n")
-    with pytest.raises(ConfigError, match="'eta' is there twice"):
+    with pytest.raises(ConfigError, match="'eta' is given twice"):
         parse("train", ["--config", str(tmp_path / "c.yaml")])
     (tmp_path / "c.yaml").write_text("base: &base {eta: 0.1}\nmodel_init_kwargs: {<<: *base, eta: 0.3}\n")
     with pytest.raises(ConfigError, match="unknown option 'base'"):  # what a merge key overrides stands once

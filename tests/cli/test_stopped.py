@@ -45,7 +45,7 @@ def test_a_checkpoint_is_asked_as_its_run(stopped: Path, capsys: pytest.CaptureF
     checkpoint, output = stopped / "checkpoint-1", stopped.parent / "out"
     rewards = ("--reward_funcs", f"{stopped.parent}/reward.py:letters")
     assert main(["eval", "--model", str(checkpoint), *rewards, *FEW]) == 2
-    assert "is a checkpoint, and with more files in it" in capsys.readouterr().err
+    assert "is a checkpoint: files written into it" in capsys.readouterr().err
     assert main(["eval", "--model", str(checkpoint), *rewards, *FEW, "--output", str(output)]) == 0
     result = json.loads((output / "eval.json").read_text())
     assert (result["steps"], result["max_completion_length"]) == (1, 8)

@@ -86,7 +86,7 @@ def _refuse_several(command: str) -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if command in IN_ONE_PROCESS and size.isdecimal() and int(size) > 1:
         raise ConfigError(
-            f"bondlm {command} runs in one process, and WORLD_SIZE={size} says that a launcher has started several: "
+            f"bondlm {command} runs in one process, but WORLD_SIZE={size} says that a launcher has started several: "
             "start it without torchrun or accelerate launch, or unset WORLD_SIZE"
         )
 

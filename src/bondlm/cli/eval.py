@@ -100,8 +100,8 @@ def complete(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             raise ConfigError(f"{name} is required ({what}): add --{name}, or give a run folder as --model")
     if run_of(Path(settings["output"])) != Path(settings["output"]):
         raise ConfigError(
-            f"output={settings['output']!r} is a checkpoint, and with more files in it no run can be continued from "
-            "it: choose another folder with --output"
+            f"output={settings['output']!r} is a checkpoint: files written into it would make it unusable for "
+            "resuming. Choose another folder with --output"
         )
     check_sampling(settings)
     settings["orders"] = _orders(settings.get("orders"), settings["num_reference_samples"])
@@ -156,7 +156,8 @@ def _refuse_code_of(folder: Path, option: str, rewards: list[Any]) -> None:
             again = json.dumps([str(reward) for reward in rewards])
             raise ConfigError(
                 f"{folder / CONFIG_FILE} names the reward {spec!r}. Functions run code and servers get your prompts, "
-                f"so a run folder alone does not start them. If you trust them, add --{option} {shlex.quote(again)}"
+                "so they are not used just because a run folder names them. If you trust them, add "
+                f"--{option} {shlex.quote(again)}"
             )
 
 

@@ -144,7 +144,7 @@ def _init_kwargs(folders: Sequence[Path], reference: Any) -> dict[str, Any]:
         if other != first:
             raise ConfigError(
                 f"{str(folders[0])!r} was trained from a model that was loaded with model_init_kwargs={first!r}, and "
-                f"{str(folder)!r} with {other!r}: task vectors of different bases do not add up"
+                f"{str(folder)!r} with {other!r}: only runs from the same base can be merged"
             )
     return first
 

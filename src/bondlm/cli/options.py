@@ -206,7 +206,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -330,8 +330,8 @@ def _read(path: Path) -> dict[str, Any]:
     if content is None:
         raise ConfigError(f"--config {str(path)!r} is empty: write `name: value` lines, or leave it out")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        kind = "other names than text" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise ConfigError(f"--config {str(path)!r} must hold `name: value` lines, not {kind}")
+        kind = "but has names that are not text" if isinstance(content, dict) else f"not a {type(content).__name__}"
+        raise ConfigError(f"--config {str(path)!r} must hold `name: value` lines, {kind}")
     return content
 
 

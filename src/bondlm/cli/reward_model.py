@@ -21,7 +21,7 @@ Rows = list[dict[str, Any]]
 _MEASURED_ONCE = "the accuracy is measured once, after training; remove it"
 RULES: dict[str, Rule] = {
     "label_smoothing_factor": off("the loss is Bradley-Terry's, without labels; remove it (flip_labels swaps pairs)"),
-    "remove_unused_columns": off("a pair has no columns of the model's, and would be empty; remove it"),
+    "remove_unused_columns": off("every pair would be empty, as it has none of the model's columns; remove it"),
     "train_sampling_strategy": one_of("random", "sequential", why="a pair has two lengths"),
     "length_column_name": off("pairs are not sorted by length; remove it"),
     "eval_strategy": Rule(lambda value: value in ("no", False), _MEASURED_ONCE),
@@ -43,7 +43,7 @@ def run(options: dict[str, Any]) -> int:
     folder, console = fresh_folder(options, "runs/reward-model"), make_console()
     with locked(folder):
         if count := sum("margin" in row for row in train_rows):
-            console.print(f"margin: {count} of {len(train_rows)} training pairs have one, which the loss uses")
+            console.print(f"margin: the loss uses the margin of {count} of {len(train_rows)} training pairs")
         with console.status("loading PyTorch and the model"):
             from bondlm.rewards.classifier import FACTS_FILE
             from bondlm.stages.reward_model import load_base
@@ -55,7 +55,8 @@ def run(options: dict[str, Any]) -> int:
             training_arguments(options, folder, REWARD_MODEL, rate, len(train_rows))  # refused before a model is loaded
             base, tokenizer = load_base(str(options["model"]), seed=members[0].seed)
         if flipped:
-            console.print(f"flip_labels: {flipped} of {len(train_rows)} training pairs are the wrong way round")
+            swapped = f"{flipped} of {len(train_rows)} training pairs"
+            console.print(f"flip_labels: chosen and rejected are swapped in {swapped}")
         job = _Job(options, folder, console, train_rows, eval_rows, base, tokenizer)
         facts = job.one(members[0]) if len(members) == 1 else job.mean_of(members)
         known = {"model": str(options["model"]), "train_pairs": len(train_rows), "flipped_pairs": flipped}

@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 _RESUMES = "no checkpoint is resumed from, the command trains from the start; remove it"
-_NO_METRICS = "nothing else than the loss is measured; remove it"
+_NO_METRICS = "only the loss is measured; remove it"
 # Settings that the commands do not use or support; values of the wrong kind are also refused.
 _RULES: dict[str, Rule] = {
     "max_steps": Rule(lambda value: value == -1 or value >= 1, "must be >= 1, or -1 for num_train_epochs"),
@@ -41,7 +41,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("max_prompt_length", "max_completion_length", "max_length"), whole(1)),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), at_least(1)),
     "gradient_accumulation_steps": at_least(1),
-    "logging_nan_inf_filter": off("it shows 0 for a loss that is not finite, which must end the command; remove it"),
+    "logging_nan_inf_filter": off("it logs 0 for a loss that is not finite, which must end the command; remove it"),
     "resume_from_checkpoint": off(_RESUMES),
     "ignore_data_skip": off(_RESUMES),
     "restore_callback_states_from_checkpoint": off(_RESUMES),

@@ -132,7 +132,7 @@ def merge_folders(
     if is_adapter:
         return _merged_adapters(folders, start, method, rank, how)
     if rank is not None:
-        raise ConfigError(f"rank={rank}: only LoRA adapters have one, and these are whole models: remove it")
+        raise ConfigError(f"rank={rank}: only LoRA adapters have one, but these are whole models: remove it")
     return _merged_models(folders, start, method, how)
 
 
@@ -161,8 +161,8 @@ def _refuse_twice(folders: Sequence[Path]) -> list[str]:
         digest = weights_digest(folder)
         if digest in seen:
             raise ConfigError(
-                f"{str(seen[digest])!r} and {str(folder)!r} have the same weights, and a run merged with itself is "
-                "itself: give runs that differ, in their seed at least"
+                f"{str(seen[digest])!r} and {str(folder)!r} have the same weights, so merging them changes "
+                "nothing: give runs that differ, at least in their seed"
             )
         seen[digest] = folder
     return list(seen)
@@ -174,8 +174,8 @@ def _refuse_other_bases(folders: Sequence[Path], references: Sequence[str]) -> N
     for folder, reference in zip(folders[1:], references[1:], strict=True):
         if not same_model(first, model_fingerprint(reference, None)):
             raise ConfigError(
-                f"{str(folders[0])!r} was trained from {references[0]!r} and {str(folder)!r} from {reference!r}: task "
-                "vectors of different bases do not add up. If it is the same model under two names, give --reference"
+                f"{str(folders[0])!r} was trained from {references[0]!r} and {str(folder)!r} from {reference!r}: only "
+                "runs from the same base can be merged. If it is the same model under two names, give --reference"
             )
 
 
@@ -309,7 +309,7 @@ def _read_adapter(folder: Path) -> _Adapter:
     if kind != "LORA" or odd or change_of_base(config):
         said = odd[0] if odd else change_of_base(config) or kind
         raise ConfigError(
-            f"{str(folder)!r}: {said} is not plain LoRA, and only LoRA adapters and whole models can be merged"
+            f"{str(folder)!r}: {said} is not plain LoRA, but only LoRA adapters and whole models can be merged"
         )
     if rest is None:
         raise ConfigError(f"{str(folder)!r}: no adapter_model.safetensors; save it as safetensors")

@@ -52,7 +52,7 @@ def load_base(name: str, *, seed: int = 42) -> tuple[Any, Any]:
         model, info = from_safetensors(AutoModelForSequenceClassification, name, num_labels=1, dtype=torch.float32)
     if padding_matters(model):
         raise ConfigError(
-            f"{name!r} is a {model.config.model_type}, in which padding changes the scores, and training pads: take a "
+            f"{name!r} is a {model.config.model_type}, in which padding changes the scores, but training pads: take a "
             "base of another family, such as BERT, DeBERTa or Qwen"
         )
     body = f"{model.base_model_prefix}."
