@@ -279,7 +279,7 @@ def test_plain_text_is_what_its_own_template_or_training_makes_of_it(tmp_path):
         ({"truncate": "right"}, "truncate.*'right'.*None, 'left'"),
         ({"batch_size": 0}, r"batch_size.*\b0\b"),
         ({"max_length": 0}, r"max_length.*\b0\b"),
-        ({"max_length": 65}, "max_length is 65, and the model has 64 positions"),
+        ({"max_length": 65}, "max_length is 65, but the model has 64 positions"),
         ({"prompt_format": "pair", "truncate": "left"}, "'pair' takes no truncate"),
     ],
 )

@@ -209,7 +209,7 @@ def test_servers_have_limits_of_their_own_written_or_as_objects():
 
 @pytest.mark.parametrize("spec", ["judge:http://127.0.0.1:1/v1?model=m&cache=off", "http://127.0.0.1:1/score"])
 def test_a_server_has_no_use_for_a_processing_class(spec):
-    with pytest.raises(ConfigError, match="is a server and has no use for a processing class"):
+    with pytest.raises(ConfigError, match="is a server, which does not use a processing class"):
         load_rewards(spec, processing_classes=bert_tokenizer())
 
 

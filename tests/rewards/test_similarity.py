@@ -175,7 +175,7 @@ def test_a_text_is_pooled_as_the_folder_states(pooling, pool, tmp_path):
         ({}, {}, "pools by nothing"),
         ({"pooling_mode": "lasttoken"}, {}, "pools by lasttoken"),
         ({"pooling_mode": ["cls", "mean"]}, {}, "pools by cls, mean"),
-        ({"pooling_mode": "mean"}, {"kinds": ("Transformer", "Pooling", "Dense")}, "made of .*Dense"),
+        ({"pooling_mode": "mean"}, {"kinds": ("Transformer", "Pooling", "Dense")}, "consists of .*Dense"),
         ({"pooling_mode": "mean"}, {"prompts": {"query": "q: "}, "default_prompt_name": "query"}, "the prompt 'query'"),
     ],
 )
@@ -189,7 +189,7 @@ def test_an_encoder_that_does_more_is_refused(pooling, more, message, tmp_path):
 def test_a_damaged_list_of_modules_is_refused(modules, tmp_path):
     sentence_encoder(tmp_path, {"pooling_mode": "mean"})
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ConfigError, match=r"made of .*\(modules\.json\)"):
+    with pytest.raises(ConfigError, match=r"consists of .*\(modules\.json\)"):
         SimilarityReward.from_pretrained(str(tmp_path))
     sentence_encoder(tmp_path / "other", {"pooling_mode": "mean"})
     (tmp_path / "other/1_Pooling/config.json").write_text('["mean"]')

@@ -57,7 +57,7 @@ def files_of(source: Any) -> list[str] | None:
         paths = _matching(expanded(str(part)))
         if paths is None and Path(expanded(str(part))).is_dir():
             raise DataError(
-                f"{part}: a folder, which a list cannot hold. Give it alone, or its files as {part}/*.jsonl."
+                f"{part}: a list cannot contain a folder. Give the folder by itself, or its files as {part}/*.jsonl."
             )
         if paths is None:
             raise DataError(
@@ -212,7 +212,7 @@ def _read_csv(path: str, text_column: str) -> tuple[pyarrow.Table, list[Line]]:
     odd: list[Line] = []
 
     def note(row: Any) -> str:
-        text = f"{row.actual_columns} values, and the header names {row.expected_columns}: {row.text:.60}"
+        text = f"{row.actual_columns} values, but the header names {row.expected_columns}: {row.text:.60}"
         odd.append(Line(f"{path}: row {row.number - 2}", None, text))  # the header is number 1
         return "skip"
 

@@ -21,8 +21,8 @@ def main_set(args: BONDConfig, source: Any) -> str | None:
     if sets is None:
         if args.main_eval is not None:
             raise ConfigError(
-                f"main_eval={args.main_eval!r} names one of several eval sets, and there is one: remove it, or give "
-                "eval_dataset as a dictionary"
+                f"main_eval={args.main_eval!r} names one of several eval sets, but there is only one: remove it, or "
+                "give eval_dataset as a dictionary"
             )
         return None
     if not sets:

@@ -68,8 +68,8 @@ def check_origin(origin: Origin, model: str, reward_funcs: Any, args: BONDConfig
     """
     if not same_model(origin.model, mine := model_fingerprint(model, None)):
         text = (
-            f"model={model!r}: the samples of {origin.path!r} were drawn by another one, {origin.model.get('name')!r} "
-            f"({_hash(origin.model)} against {_hash(mine)})"
+            f"model={model!r}: the samples of {origin.path!r} were drawn by a different model, "
+            f"{origin.model.get('name')!r} ({_hash(origin.model)} against {_hash(mine)})"
         )
         if objective_of(args).plan.compare:  # plain fine-tuning may learn from another model's answers
             raise ConfigError(
@@ -115,7 +115,7 @@ def check_rendering(origins: Sequence[Origin], encoder: PromptEncoder, prompt: A
         template = str(getattr(encoder.tokenizer, "chat_template", None) or "")
         if pinned(template, then.now) != pinned(template, mine.now):
             raise ConfigError(
-                f"the chat template writes the date, and the samples of {origin.path!r} were drawn on "
+                f"the chat template writes the date, but the samples of {origin.path!r} were drawn on "
                 f"{then.now:%Y-%m-%d}, not on {mine.now:%Y-%m-%d}: learn from files of one day, in a new output_dir"
             )
 

@@ -90,6 +90,6 @@ def why_not_loaded(name: str, error: Exception) -> str:
     if "trust_remote_code" not in str(error):
         return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
     return (
-        "it comes with custom code, which trust_remote_code would run, and bondlm does not. Convert it to an "
+        "it comes with custom code, which trust_remote_code would run, but bondlm does not. Convert it to an "
         "architecture of transformers, or load it yourself and pass it to BONDTrainer"
     )

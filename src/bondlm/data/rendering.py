@@ -36,7 +36,7 @@ class Rendering:
         if not isinstance(prompt, str):
             is_ids = is_token_ids(prompt)
             if is_ids and asked != "rendered":
-                raise ConfigError(f"the prompts are token ids, and prompt_format={asked!r}: set it to 'rendered'")
+                raise ConfigError(f"the prompts are token ids, but prompt_format={asked!r}: set it to 'rendered'")
             if not is_ids and asked in ("plain", "rendered"):
                 raise ConfigError(
                     f"prompt_format={asked!r}: the prompts are conversations, which only a chat template turns into "

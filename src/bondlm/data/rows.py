@@ -156,7 +156,7 @@ def warn_of_media(columns: Iterable[str], name: str) -> None:
     """Say that images and the like are not given to a model, for which TRL and others take such columns."""
     if found := sorted({*columns} & {*_MEDIA}):
         _log.warning(
-            "%s: bondlm gives models only text, and nothing of the column %s; only reward functions get it",
+            "%s: bondlm gives models only text; the column %s reaches only the reward functions",
             name,
             ", ".join(found),
         )

@@ -256,7 +256,7 @@ def _settle(args: BONDConfig) -> None:
         )
     if args.missing_eos != "keep":
         raise ConfigError(
-            f"missing_eos={args.missing_eos!r}: it looks at samples that the run draws, and these are scored already. "
+            f"missing_eos={args.missing_eos!r}: it looks at samples that the run draws, but these are scored already. "
             "Remove it; the rows of `bondlm score` say which samples are `finished`"
         )
     if args.truncate_prompt != "never":

@@ -55,7 +55,7 @@ def read_whole(source: Any) -> Any:
     rows = list(islice(source.with_format(None), MOST_STREAMED + 1))
     if len(rows) > MOST_STREAMED:
         raise DataError(
-            f"the held-out prompts are a stream (IterableDataset) of more than {MOST_STREAMED} rows, and an evaluation "
+            f"the held-out prompts are a stream (IterableDataset) of more than {MOST_STREAMED} rows, but an evaluation "
             "answers each of them several times: pass a part of it, such as dataset.take(500)"
         )
     return rows

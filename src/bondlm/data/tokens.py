@@ -207,7 +207,7 @@ def _refuse_unused(
         named = f"{where(row)}: the column {'tools' if extras[row].tools else 'chat_template_kwargs'}"
     if named is not None:
         raise ConfigError(
-            f"{named} is for a chat template, and these prompts are not rendered with one ({kind}): remove it, rename "
+            f"{named} is for a chat template, but these prompts are not rendered with one ({kind}): remove it, rename "
             "the column, or give a chat model messages"
         )
 

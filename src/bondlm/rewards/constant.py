@@ -36,9 +36,9 @@ def _likely_cause(texts: Sequence[Sequence[str]], prompts: Sequence[Any]) -> str
     if not isinstance(prompts[0], str):
         return (
             "The prompts are conversations, so a completion is a list of messages, and len(completion) is 1 for all: "
-            'see that the reward reads its text, completion[0]["content"]'
+            'check that the reward reads its text, completion[0]["content"]'
         )
     return (
-        "See that the reward reads the completions, and has more values than a few (0/1, clipped, rounded: "
+        "Check that the reward reads the completions, and has more than a few values (0/1, clipped, rounded: "
         "docs/rewards.md)"
     )

@@ -33,7 +33,7 @@ def load_function(spec: str) -> Callable[..., Any]:
         found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         what = "nothing" if function is None else kind_of(function)
         raise ConfigError(
-            f"reward {spec!r}: {source!r} has {what} called {name!r}, and a reward must be callable. "
+            f"reward {spec!r}: {source!r} has {what} called {name!r}, but a reward must be callable. "
             f"It has these callables: {', '.join(found) or 'none'}."
         )
     return function

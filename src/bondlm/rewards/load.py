@@ -237,7 +237,7 @@ def _load_one(
 
 def _refuse_tokenizer(name: str, what: str, tokenizer: Any) -> None:
     if tokenizer is not None:
-        raise ConfigError(f"the reward {name!r} is {what} and has no use for a processing class: give None for it.")
+        raise ConfigError(f"the reward {name!r} is {what}, which does not use a processing class: give None for it.")
 
 
 def _load_named_function(spec: str, kind: str) -> RewardFunction:

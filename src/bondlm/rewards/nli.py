@@ -239,7 +239,7 @@ def _refuse_options(kind: str, **options: Any) -> None:
     """Refuse options that this kind of model would ignore."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ConfigError(f"the NLI model is {kind}, which has no use for {', '.join(given)}: remove it.")
+        raise ConfigError(f"the NLI model is {kind}, which does not use {', '.join(given)}: remove it.")
 
 
 def _entailment_id(config: Any, entailment_label: str | None) -> int:
@@ -252,7 +252,7 @@ def _entailment_id(config: Any, entailment_label: str | None) -> int:
     if len(found) != 1 or len(labels) < 2:
         wanted = repr(entailment_label) if entailment_label is not None else "'entail...'"
         raise ConfigError(
-            f"the NLI model's labels are {labels}, and one label {wanted} and at least one other are needed: "
+            f"the NLI model's labels are {labels}, but one label {wanted} and at least one other are needed: "
             "name it with entailment_label."
         )
     return labels.index(found[0])

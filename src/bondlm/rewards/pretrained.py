@@ -108,9 +108,9 @@ def _refuse_dropped(path: str, model: Any, dropped: Iterable[str]) -> None:
     lost = sorted(key for key in dropped if not key.startswith("lm_head."))
     if own and lost:
         raise ConfigError(
-            f"reward model {path!r} is a {own[0]}, and {lost[0]} fits nowhere in a {type(model).__name__}, so "
-            "its rewards would be others (code from the hub is never run): score with it in a function or a server of "
-            "your own."
+            f"reward model {path!r} is a {own[0]}, whose weight {lost[0]} has no place in a "
+            f"{type(model).__name__}: its rewards would be different (code from the hub is never run). Score with it "
+            "in a function or a server of your own."
         )
 
 

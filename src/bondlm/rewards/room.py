@@ -50,7 +50,7 @@ def check_room(rewards: Sequence[NamedReward], rows: Sequence[Mapping[str, Any]]
         cut = "let it cut what is too long with its option truncate (docs/rewards.md)"
         if alone > limit:
             raise ConfigError(
-                f"reward {reward.name!r} takes {limit} tokens, and a prompt has {alone} without any completion: leave "
+                f"reward {reward.name!r} takes {limit} tokens, but a prompt has {alone} without any completion: leave "
                 f"out such prompts, or {cut}"
             )
         if most > limit:

@@ -189,7 +189,7 @@ def refuse_uneven(by_name: Mapping[str, Tensor], among: Mapping[str, Tensor], pr
         uneven_P = by_name[name].isnan().any(dim=1) != among[name].isnan().any(dim=1)
         for row in uneven_P.nonzero()[:1, 0].tolist():
             raise RewardError(
-                f"reward {name!r} is None for some of the samples that an evaluation compares, and a number for others "
+                f"reward {name!r} is None for some of the samples that an evaluation compares, but a number for others "
                 f"{place_of(row, prompts)}: return None for all completions of a prompt, if it does not apply there, "
                 "or for none"
             )

@@ -191,9 +191,9 @@ def _stated_pooling(path: str) -> Literal["mean", "cls"]:
     kinds = [str(module.get("type")).rpartition(".")[2] for module in listed]
     if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:  # a cosine normalises in any case
         raise ConfigError(
-            f"similarity model {path!r} is made of {', '.join(kinds) or 'nothing known'} (modules.json), and this "
-            "reward knows Transformer, Pooling and Normalize: take another encoder, or write a reward function with "
-            "sentence-transformers"
+            f"similarity model {path!r} consists of {', '.join(kinds) or 'nothing known'} (modules.json), but this "
+            "reward supports only Transformer, Pooling and Normalize: use another encoder, or write a reward function "
+            "with sentence-transformers"
         )
     file = f"{modules[1].get('path') or '1_Pooling'}/config.json"
     stated = _facts_of(path, file)
@@ -203,8 +203,8 @@ def _stated_pooling(path: str) -> Literal["mean", "cls"]:
     if len(names) != 1 or names[0] not in POOLING:
         raise ConfigError(
             f"similarity model {path!r} pools by {', '.join(names) or 'nothing'} ({file}), "
-            "and this reward by mean or cls: take another encoder, or write a "
-            "reward function with sentence-transformers"
+            "but this reward supports only mean and cls: use another encoder, or write a reward function with "
+            "sentence-transformers"
         )
     settings = _facts_of(path, "config_sentence_transformers.json")
     name = settings.get("default_prompt_name")

@@ -75,7 +75,7 @@ def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | Non
         if max_length < 1:
             raise ConfigError(f"max_length is {max_length}: give at least 1 token.")
         if rows is not None and max_length > rows:
-            raise ConfigError(f"max_length is {max_length}, and the model has {rows} positions: give at most {rows}.")
+            raise ConfigError(f"max_length is {max_length}, but the model has {rows} positions: give at most {rows}.")
         return max_length
     config_limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     stated = (tokenizer.model_max_length, config_limit, rows)
