@@ -39,7 +39,7 @@ def zero(stage: int, *, flag: bool = False, beside: dict[str, Any] | None = None
         ({"n_gpu": 2}, "CUDA_VISIBLE_DEVICES"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}, "fsdp_version=1"),
         ({"fsdp": "full_shard", "fsdp_plugin_args": {}}, "fsdp_version=1"),
-        ({"fsdp": True, "parallel_mode": ParallelMode.NOT_PARALLEL}, "fsdp=True divides .* and there is one"),
+        ({"fsdp": True, "parallel_mode": ParallelMode.NOT_PARALLEL}, "fsdp=True divides .* but there is only one"),
         ({"deepspeed": "ds.json", "deepspeed_plugin": zero(2)}, "`accelerate launch`"),
         ({"deepspeed_plugin": zero(0)}, "zero_stage=0"),
         ({"deepspeed_plugin": zero(3, offload_param={"device": "nvme"})}, "offload_param_device=nvme"),

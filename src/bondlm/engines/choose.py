@@ -289,7 +289,7 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
             )
         if edits_base(model):
             raise ConfigError(
-                "engine=vllm serves the base as it is on file, and this adapter (init_lora_weights, layer_replication) "
+                "engine=vllm serves the base as it is on file, but this adapter (init_lora_weights, layer_replication) "
                 f"has changed it: {instead}"
             )
     _refuse_our_options(args)
@@ -298,8 +298,8 @@ def check_vllm_can(args: BONDConfig, model: Any) -> None:
     if args.vllm_server == "auto" and (names := unserved_kwargs(args.model_init_kwargs)):
         raise ConfigError(
             f"vllm_server=auto: model_init_kwargs.{names[0]} changes "
-            f"{model.config._name_or_path!r}, and the server would not: {instead}, or save the changed model to a "
-            "folder and train that"
+            f"{model.config._name_or_path!r}, but the server would load it unchanged: {instead}, or save the "
+            "changed model to a folder and train that"
         )
 
 

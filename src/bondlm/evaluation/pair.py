@@ -161,7 +161,7 @@ def _refuse_other_tokens(policy: Sampler, policy_name: str, reference: Sampler, 
     if sizes[0] != sizes[1] or kinds[0] != kinds[1]:
         raise ConfigError(
             f"the policy {policy_name!r} (vocabulary of {sizes[0]}, encoder-decoder: {kinds[0]}) and the reference "
-            f"{reference_name!r} ({sizes[1]}, {kinds[1]}) are models of different shapes: give the model that the "
+            f"{reference_name!r} ({sizes[1]}, {kinds[1]}) differ in shape: give the model that the "
             "policy was trained from as reference."
         )
 

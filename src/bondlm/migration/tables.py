@@ -17,14 +17,14 @@ class Foreign:
 
 UNSAFE_NAME = "trust_remote_code"
 UNSAFE_CODE = (
-    "would run code that comes with a model or data set, and bondlm does not; remove it: a model of transformers' own "
-    "needs none. Convert another one, or load it yourself and pass it to BONDTrainer"
+    "would run code that comes with a model or data set, but bondlm does not; remove it: a model of transformers' own "
+    "needs none. Convert any other model, or load it yourself and pass it to BONDTrainer"
 )
 _OWN_DISTRIBUTION = (
     "completions are drawn from the model's own distribution, so that their log-probabilities are those that are "
     "learned from; remove it"
 )
-_ONE_STEP = "belongs to GRPO's surrogate over several steps per rollout, and bondlm takes one step per rollout"
+_ONE_STEP = "belongs to GRPO's surrogate over several steps per rollout, but bondlm takes one step per rollout"
 _OTHER_LOSS = "belongs to a loss_type that bondlm does not have"
 _NO_ENTROPY = "bondlm has no entropy bonus; a KL keeps the policy broad: beta_rl, gamma or gamma_ref"
 _SERVER_OPTION = "an option of the server: vllm_server_args with vllm_server: auto, or where you start the server"

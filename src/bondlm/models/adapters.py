@@ -212,7 +212,9 @@ def remove_adapters(model: nn.Module) -> None:
     if done and hasattr(model, "peft_config"):
         del model.peft_config
     if done:
-        _LOGGER.warning("an adapter that get_peft_model had put on the model is taken off: training starts without it")
+        _LOGGER.warning(
+            "removed the adapter that an earlier get_peft_model had put on the model: training starts without it"
+        )
 
 
 def silence_adapter(model: PeftModel) -> None:

@@ -128,8 +128,8 @@ def require_same_sharding(checkpoint: Path, args: Any) -> None:
     if (stage, num_parts) != now:
         said = [f"ZeRO-{s} with {n} processes" if s else "no DeepSpeed" for s, n in ((stage, num_parts), now)]
         raise ConfigError(
-            f"{checkpoint.name} was written by {said[0]}, and now it is {said[1]}: the optimizer's state does not fit. "
-            "Start as then, or a new run from these weights in another output_dir"
+            f"{checkpoint.name} was written by {said[0]}, but this run uses {said[1]}: the optimizer's state does not "
+            "fit. Start as then, or a new run from these weights in another output_dir"
         )
 
 

@@ -211,7 +211,8 @@ def _resize_as(adapter: Path, model: Any) -> None:
         raise ConfigError(
             f"the adapter {str(adapter)!r} does not fit its base: {count} rows of {name}, {size} in the base, and no "
             f"{lost[0]}. Give the base that it was trained on; if its vocabulary was resized before training, PEFT has "
-            "lost the new rows of the end that was not in target_modules: train with both ends there, or with neither"
+            "dropped the new rows of the one that was not in target_modules: train with both the embedding and the "
+            "head there, or with neither"
         )
     model.resize_token_embeddings(max(rows.values()), mean_resizing=False)  # its new rows are read next
 
@@ -412,7 +413,7 @@ def _check_arguments(args: BONDConfig, peft_config: PeftConfig | None) -> None:
         raise ConfigError(f"peft_config={peft_config!r}: give a config of peft, such as LoraConfig(r=16)")
     if args.neftune_noise_alpha is not None:
         raise ConfigError(
-            f"neftune_noise_alpha={args.neftune_noise_alpha}: samples are drawn without noise, and what is learned "
+            f"neftune_noise_alpha={args.neftune_noise_alpha}: samples are drawn without noise, but what is learned "
             "from must have the log-probabilities that it was sampled with: remove it"
         )
     rates = {} if peft_config is None or not args.disable_dropout else dropout_rates(peft_config)

@@ -39,7 +39,7 @@ def take_dtype(init_kwargs: dict[str, Any], *, setting: str) -> torch.dtype | st
     asked = [init_kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in init_kwargs]
     found = {value if isinstance(value, torch.dtype) else _by_name(value) for value in asked if value is not None}
     if len(found) > 1:
-        raise ConfigError("model_init_kwargs: dtype and torch_dtype are two names for one setting, and they differ")
+        raise ConfigError("model_init_kwargs: dtype and torch_dtype are two names for one setting, but they differ")
     dtype = next(iter(found), None)
     if dtype is not None and setting != "auto" and dtype != getattr(torch, setting):
         raise ConfigError(f"dtype={setting} and model_init_kwargs.dtype={dtype} differ: remove one of them")
@@ -84,7 +84,7 @@ def train_in_fp32(model: PreTrainedModel | PeftModel, *, autocast: bool) -> None
     else:
         model.float()
     _log.warning(
-        "trainable weights in %s would lose small updates: they are float32 now, %.2f GiB in all instead of %.2f "
+        "trainable weights in %s would lose small updates: converted to float32, %.2f GiB in all instead of %.2f "
         "(bf16=True still computes in bfloat16)",
         str(was).removeprefix("torch."),
         _num_bytes(model) / 2**30,

@@ -61,8 +61,8 @@ def check_parallelism(args: Any) -> None:
     untried: list[str] = []
     if args.fsdp and not trained_in_parallel(args):
         raise ConfigError(
-            f"fsdp={args.fsdp!r} divides the weights among processes, and there is one: start several with `accelerate "
-            "launch` or torchrun, or remove it"
+            f"fsdp={args.fsdp!r} divides the weights among processes, but there is only one: start several with "
+            "`accelerate launch` or torchrun, or remove it"
         )
     if uses_fsdp(args):
         settings = args.fsdp_plugin_args or {}

@@ -75,7 +75,7 @@ def read_run(folder: Path, name: str) -> Run:
         if logged:
             todo = "run `bondlm eval` on it first"
         if logged and weights_file(folder) is None:
-            todo = "its run was stopped, goes on, or has not saved its model; the command that began it continues it"
+            todo = "its run was stopped, is still running, or has not saved its model; the same command continues it"
         raise ConfigError(f"{str(folder)!r} has no {EVAL_FILE}{'' if logged else f' and no {METRICS_FILE}'}: {todo}")
     logs = _read_jsonl(folder / METRICS_FILE)
     samples, best_of = _read_samples(folder / EVAL_SAMPLES_FILE)

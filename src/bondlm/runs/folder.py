@@ -208,7 +208,8 @@ def refuse_unfinished(folder: Path) -> None:
         if newest is not None:
             todo = f"the command that began it continues it, and {newest} is a model of its steps so far"
         raise ConfigError(
-            f"{str(folder)!r} holds no trained model: its run was stopped, goes on, or has not saved it; {todo}"
+            f"{str(folder)!r} holds no trained model: its run was stopped, is still running, or has not saved it; "
+            f"{todo}"
         )
 
 

@@ -220,14 +220,14 @@ def refuse_other_steps(folder: Path, checkpoint: Path) -> None:
                 f"{checkpoint} is not the newest checkpoint of its run: a later resume would take "
                 f"{' or '.join(str(path) for path in newer)}, which have steps that this run leaves out. To go back to "
                 f"step {step} remove them first (rm -r {shlex.join(map(str, newer))}), or choose another output_dir; "
-                "resume: auto (in Python resume_from_checkpoint=True) goes on from the newest"
+                "resume: auto (in Python resume_from_checkpoint=True) continues from the newest"
             )
         return
     logs = folder / METRICS_FILE
     if _checkpoints(folder) or has_steps(logs, up_to=step):
         raise CheckpointError(
             f"output_dir={str(folder)!r} already holds another run than that of {checkpoint}: choose a new output_dir. "
-            "resume: auto (in Python resume_from_checkpoint=True) goes on with the run that is there"
+            "resume: auto (in Python resume_from_checkpoint=True) continues the run that is there"
         )
 
 

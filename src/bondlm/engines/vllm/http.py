@@ -145,7 +145,7 @@ class VLLMClient:
         """
         self._send("POST", "/wake_up")
         if self.is_asleep():
-            raise ResourceError(f"the vLLM server at {self.url} does not wake up; see its log")
+            raise ResourceError(f"the vLLM server at {self.url} did not wake up; see its log")
 
     def prompt_logprobs(self, model: str, ids: Sequence[int], salt: str) -> list[float]:
         """Log-probability of each of `ids` except the first.
