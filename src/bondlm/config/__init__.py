@@ -1,4 +1,4 @@
-"""All settings of a run, and what must hold of them together. What a setting does lives with its user."""
+"""All settings of a run, and the checks on their combinations. What a setting does lives with the code that uses it."""
 
 from bondlm.config.bond_config import (
     DEFAULTS,

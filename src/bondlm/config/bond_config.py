@@ -388,25 +388,25 @@ class BONDConfig(TrainingArguments, metaclass=OwnNames):
         return self.per_device_eval_batch_size
 
     def shared_settings(self) -> dict[str, Any]:
-        """What all processes of a run must have alike."""
+        """The settings that must be equal on all processes."""
         return {name: getattr(self, name) for name, setting in SETTINGS.items() if setting.shared}
 
 
 def default_anchor(objective: str) -> AnchorSchedule:
-    """How the anchor moves if nothing is said."""
+    """The default of `anchor`."""
     schedule: AnchorSchedule = getattr(OBJECTIVES.get(objective), "default_anchor", "ema")
     return schedule if anchor_may_move(objective) else "fixed"
 
 
 def default_average(settings: Any) -> float:
-    """`average_weights` if nothing is said: on where the run has a fixed point, and its steps do not grow small."""
+    """The default of `average_weights`: on if the run has a fixed point and its learning rate does not decay."""
     has_fixed_point = settings.objective == "self_bond" or settings.gamma_ref > 0
     is_falling = settings.lr_scheduler_type not in ENDLESS_SCHEDULES
     return AVERAGED_FRACTION if has_fixed_point and not is_falling and not keeps_best(settings) else 0.0
 
 
 def _settle_scale_rewards(c: BONDConfig) -> None:
-    """TRL's words for it; where only the order of rewards counts, or nothing is scaled, they ask for what is done."""
+    """Accept TRL's spellings; for objectives that do not scale rewards, drop values that ask for just that."""
     if isinstance(c.scale_rewards, bool):
         c.scale_rewards = "group" if c.scale_rewards else "none"
     if c.objective in OBJECTIVES and c.objective not in users("scale_rewards"):
@@ -416,16 +416,16 @@ def _settle_scale_rewards(c: BONDConfig) -> None:
 
 
 def _longest_wait(c: BONDConfig) -> int:
-    """Seconds after which another process must be lost.
+    """Seconds after which another process counts as lost.
 
-    Between two collectives of a step a process draws and scores its own samples, and the wait for a server that is down
-    is the longest of it: one request until it is noticed, the outage, and one request more; of vLLM two requests, or
-    its start. The minute is for samples that end later than the others'.
+    Between two collectives of a step a process draws and scores its own samples. The longest part is the wait for a
+    server that is down: one request until that is noticed, the outage, and one more request; for vLLM two requests, or
+    its start. The extra minute is for samples that end later than those of other processes.
     """
     of_rewards = c.reward_outage_s + 2 * c.reward_timeout_s
     of_vllm = max(2 * c.vllm_timeout, c.vllm_start_timeout if c.vllm_server == "auto" else 0)
     longest = max(of_rewards, of_vllm if c.engine == "vllm" else 0) + 60
-    return max(DEFAULT_WAIT_S, math.ceil(min(longest, YEAR_S)))  # who waits for a server without end says infinity
+    return max(DEFAULT_WAIT_S, math.ceil(min(longest, YEAR_S)))  # infinity: wait for a server forever
 
 
 _FIELDS: dict[str, Field[Any]] = vars(BONDConfig)["__dataclass_fields__"]

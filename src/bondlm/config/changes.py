@@ -1,4 +1,4 @@
-"""Which settings of a run may be others when it goes on: one rule for the command and for Python."""
+"""Which settings may change when a run is resumed: one rule for the command line and for Python."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,12 +27,12 @@ FREE_IN_ADAPTER = ("lora_alpha", "lora_dropout", "alpha_pattern")
 def changed_settings(
     before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, *, allowed: bool, edited: Sequence[str] = ()
 ) -> list[str]:
-    """Each difference between the settings of the run in `folder` and those that it is to go on with.
+    """The differences between the settings of the run in `folder` and those given to resume it.
 
-    `edited` are changes of files that the settings only name. A setting that is left out has its default.
+    `edited` are changes to files that the settings only name. A setting that is left out has its default.
 
     Raises:
-        ConfigError: a setting differs that cannot change in a run, or another one and changes are not `allowed`.
+        ConfigError: a setting differs that can never change, or any setting does and changes are not `allowed`.
     """
     free = {"always", "if endless"} if _is_endless(now) else {"always"}
     held, asked = settled_settings(before), settled_settings(now)
@@ -63,7 +63,7 @@ def _said(name: str, given: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
 
 
 def settled_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a run: those that are given, and the values that the others have then."""
+    """All settings of a run: those that are given, and the resulting values of all others."""
     whole = {name: _of(settings, name) for name in (*SETTINGS, *FIXED_NAMES, *settings)}
     if whole["anchor"] is None:
         whole["anchor"] = default_anchor(whole["objective"])
@@ -75,7 +75,7 @@ def settled_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of(settings: Mapping[str, Any], name: str) -> Any:
-    """A setting's value, in one spelling."""
+    """A setting's value in canonical form."""
     value = spelled(name, settings.get(name))
     default = DEFAULTS.get(name, False if name == "use_peft" else None)
     return getattr(default, "value", default) if value is None else value
@@ -87,7 +87,7 @@ def spelled(name: str, value: Any) -> Any:
 
 
 def _may_change(name: str) -> str:
-    """Whether an option may have another value when a run goes on: see `bondlm.config.settings.Setting`."""
+    """Whether an option may have a different value when a run is resumed: see `bondlm.config.settings.Setting`."""
     if name in FREE_NAMES:
         return "always"
     if name.startswith(ADAPTER):

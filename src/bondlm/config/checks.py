@@ -1,4 +1,4 @@
-"""What must hold of the settings of a run together; each problem is one sentence with the value seen."""
+"""Checks on combinations of settings; each problem is one sentence that shows the value."""
 
 import logging
 import re
@@ -21,11 +21,11 @@ from bondlm.objectives.make import OBJECTIVES, anchor_may_move, make_objective, 
 
 _log = logging.getLogger(__name__)
 
-# What an evaluation measures, by whether more is better; each has its interval's ends under _low and _high.
+# What an evaluation measures, and whether more is better; the ends of each interval are under _low and _high.
 MEASURES = {"reward": True, "win_rate": True, "effective_n": True, "kl": False}
 ENDS = ("", "_low", "_high")
 OF_QUANTILES = ("log_quantile", "correction", "quantile", "quantile_learning_rate")  # which the backward KL has
-MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules that look at `metric_for_best_model`
+MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules that follow `metric_for_best_model`
 WITHOUT_WARMUP = ("constant", *MEASURING)
 OTHERS = (
     *(f"reference_reward{end}" for end in ENDS),
@@ -36,7 +36,7 @@ GOAL = re.compile(r"(?:^|_)(rewards/(.+)/(win_rate|effective_n))(?:_low|_high)?$
 
 
 def refuse_null(c: Any, defaults: Mapping[str, Any]) -> None:
-    """See that no setting is None that must have a value.
+    """Refuse None for a setting that must have a value.
 
     Raises:
         ConfigError: one is.
@@ -47,21 +47,21 @@ def refuse_null(c: Any, defaults: Mapping[str, Any]) -> None:
 
 
 def settle_best_model(c: Any) -> None:
-    """Which end of a measure is its better one, where the user has not said."""
+    """Set `greater_is_better` from the measure, unless the user has set it."""
     measure = _measure(c.metric_for_best_model)
     if measure is not None and c.greater_is_better is None:
         c.greater_is_better = MEASURES.get(measure.rpartition("/")[2])
 
 
 def settle_direction(c: Any) -> None:
-    """A schedule that looks at a metric must know which end of it is the better one; its own default is the low one."""
+    """Tell a schedule that follows a metric whether higher is better (its own default: lower)."""
     if c.lr_scheduler_type in MEASURING and c.greater_is_better is not None:
         c.lr_scheduler_kwargs = {"mode": "max" if c.greater_is_better else "min"} | (c.lr_scheduler_kwargs or {})
 
 
 @contextmanager
 def refused_plainly() -> Iterator[None]:
-    """Turn what transformers raises over settings into our error.
+    """Turn errors that transformers raises about settings into a ConfigError.
 
     Raises:
         ConfigError: a setting is refused.
@@ -75,10 +75,10 @@ def refused_plainly() -> Iterator[None]:
 
 
 def check_inherited(c: Any) -> None:
-    """Look at what `TrainingArguments` has made of the settings that are its own.
+    """Check the settings inherited from `TrainingArguments`, after its own `__post_init__`.
 
     Raises:
-        ConfigError: a logger that is not there, or a value that a run cannot use.
+        ConfigError: a logger does not exist or is not installed, or a run cannot use a value.
     """
     require_loggers(list(c.report_to or ()))
     check_accelerator(c.accelerator_config)
@@ -94,7 +94,7 @@ def check_inherited(c: Any) -> None:
 
 
 def check_accelerator(settings: Any) -> None:
-    """Refuse ways of sharing out the data that steps and resumes do not know.
+    """Refuse ways of distributing the data that steps and resumes do not support.
 
     Raises:
         ConfigError: one of them is asked for.
@@ -139,7 +139,7 @@ def check_init_kwargs(keywords: Any) -> None:
 
 
 def _measure(metric: Any) -> str | None:
-    """The measure of an evaluation that a metric's name means; of several data sets the name has theirs before it."""
+    """The measure that a metric's name refers to; with several data sets, the name of one precedes it."""
     names = {name + end: name for name in MEASURES for end in ENDS} | {name: name for name in OTHERS}
     text = str(metric).removeprefix("eval_")
     if (goal := GOAL.search(text)) is not None:
@@ -149,20 +149,20 @@ def _measure(metric: Any) -> str | None:
 
 
 def require_metric_of(names: Iterable[str] | None, metric: str | None, rewards: Sequence[str] | None = None) -> None:
-    """See that an evaluation logs `metric_for_best_model`.
+    """Check that an evaluation logs `metric_for_best_model`.
 
     Args:
-        names: those of the held-out data sets, if they have.
+        names: those of the held-out data sets, if they are named.
         metric: the setting.
-        rewards: names of the rewards, once these are known: several are measured one by one, too.
+        rewards: names of the rewards, once these are known: several are also measured one by one.
 
     Raises:
-        ConfigError: it is of none, and would be missed after the first evaluation.
+        ConfigError: no evaluation logs it, so that the run would fail after its first one.
     """
     if metric is None:
         return
     text, measure = metric.removeprefix("eval_"), str(_measure(metric))
-    starts = ["", *(f"{name}_" for name in names or ())]  # the set that leads is logged without its name, too
+    starts = ["", *(f"{name}_" for name in names or ())]  # the leading set is also logged without its name
     if not any(text.startswith(start + measure) for start in starts):
         choices = ", ".join(f"eval_{start}{measure}" for start in starts)
         raise ConfigError(f"metric_for_best_model={metric!r}: an evaluation logs no such metric, choose one {choices}")
@@ -174,7 +174,7 @@ def require_metric_of(names: Iterable[str] | None, metric: str | None, rewards: 
 
 
 def require_loggers(names: Sequence[str]) -> None:
-    """See that the loggers of a run are there.
+    """Check that the loggers of a run exist and are installed.
 
     Raises:
         ConfigError: there is no such logger, or its package is not installed.
@@ -196,7 +196,7 @@ PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "tensorboard": "t
 
 
 def problems(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any]) -> list[str]:
-    """Every contradiction, each as one sentence that says the value seen and what is allowed."""
+    """Every contradiction, each as one sentence that shows the value and what is allowed."""
     found = [*_outside_of_range(c, settings, defaults), *_unused(c, settings, defaults), *_contradictions(c)]
     if found:
         return found
@@ -235,7 +235,7 @@ def _outside_of_range(c: Any, settings: Mapping[str, Setting], defaults: Mapping
 
 
 def other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
-    """The sentence for a text where a number must be, and the like; other kinds of values have rules of their own."""
+    """The problem with a value of the wrong type, such as text for a number; None if there is none."""
     kinds -= {type(None)}
     is_switch = isinstance(value, bool)
     if value is None or not kinds:
@@ -255,7 +255,7 @@ def other_kind(name: str, value: Any, kinds: frozenset[type]) -> str | None:
 
 
 def _unused(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that differ from their defaults, though nothing in this run looks at them."""
+    """Settings that differ from their defaults although nothing in this run uses them."""
     for name, setting in settings.items():
         if getattr(c, name) == defaults.get(name, MISSING):
             continue
@@ -268,7 +268,7 @@ def _unused(c: Any, settings: Mapping[str, Setting], defaults: Mapping[str, Any]
 
 
 def _lacking(c: Any, name: str, settings: Mapping[str, Setting]) -> tuple[str, str] | None:
-    """The setting, and its value, that this one needs and the run has not; also what that one needs, and so on."""
+    """The setting and value that this one needs and the run lacks, following what those need in turn."""
     while (needs := settings[name].needs) is not None:
         if getattr(c, needs[0]) != needs[1]:
             return needs
@@ -298,7 +298,7 @@ def _of_no_weight(c: Any, defaults: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _contradictions(c: Any) -> Iterator[str]:
-    """What two settings say together, or a setting and this machine."""
+    """Contradictions between two settings, or between a setting and this machine."""
     if c.output_dir == "":
         yield "output_dir='': name a folder (it is created if it does not exist)"
     if c.deepspeed and find_spec("deepspeed") is None:
@@ -351,7 +351,7 @@ def keeps_best(c: Any) -> bool:
 
 
 def _of_best_model(c: Any) -> Iterator[str]:
-    """A metric is looked up after the first evaluation: see that it will be there."""
+    """Trainer looks the metric up after the first evaluation: check that it will exist."""
     askers = {
         "load_best_model_at_end=True": c.load_best_model_at_end,
         "save_strategy='best'": c.save_strategy == "best",

@@ -8,8 +8,8 @@ from typing import Any
 from bondlm.errors import ConfigError
 from bondlm.migration import SETTINGS, own_names
 
-# What transformers makes of a default ("none" becomes [], None an object), last seen. `dataclasses.replace` passes it
-# to the new object, and nobody gave it.
+# What transformers last made of a default ("none" becomes [], None an object). `dataclasses.replace` passes it to the
+# new object, although no user gave it.
 _settled_defaults: dict[str, Any] = {}
 
 
@@ -21,18 +21,18 @@ def given_settings(config: Any, defaults: Mapping[str, Any], names: Iterable[str
 
 
 def note_settled(config: Any, names: Iterable[str], derived: Iterable[str]) -> None:
-    """Remember what became of the settings; `derived` ones have defaults that depend on other settings."""
+    """Remember the final values of the settings; the defaults of `derived` ones depend on other settings."""
     config.settled = {name: getattr(config, name) for name in names}
     config.made = frozenset(vars(config))
     _settled_defaults.update({n: v for n, v in config.settled.items() if n not in config.given and n not in derived})
 
 
 def own_copy(config: Any) -> Any:
-    """A copy for a trainer, which fills in defaults; what was set by attribute so far is checked as if it was given.
+    """A copy for a trainer, which fills in defaults; attributes set since are checked like constructor arguments.
 
     Raises:
-        ConfigError: it is no `BONDConfig`; a value that was set is one that the constructor refuses, or its name is
-            TRL's or nearly a setting's.
+        ConfigError: it is no `BONDConfig`; the constructor refuses a value that was set, or its name is TRL's or
+            nearly a setting's.
     """
     from bondlm.config.bond_config import BONDConfig  # it imports this module
 
@@ -53,12 +53,12 @@ def own_copy(config: Any) -> Any:
 
 
 def _is_near(name: str, known: Iterable[str]) -> bool:
-    """Whether it is a setting's name misspelt, and not an attribute of the script's own."""
+    """Whether it is a misspelt setting rather than an attribute of the script's own."""
     return bool(difflib.get_close_matches(name, list(known), n=1, cutoff=0.85))
 
 
 def refuse_later(mine: Any) -> None:
-    """See that nothing was set on the original since it was copied.
+    """Refuse attributes that were set on the original after it was copied.
 
     Raises:
         ConfigError: something was.

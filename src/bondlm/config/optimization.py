@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of a run, tried on one number: Trainer makes them only when training begins."""
+"""Build the run's optimizer and schedule for a single number: Trainer builds them only when training begins."""
 
 import copy
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from transformers.training_args import OptimizerNames
 
 from bondlm.errors import ConfigError
 
-# What the names of optimizers contain that have target modules, and of those that need the model to be made.
+# Parts of the names of optimizers that have target modules, and of those that are built from the model.
 WITH_TARGETS = ("galore", "apollo")
 WITH_MODEL = (*WITH_TARGETS, "lomo")
 WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")  # schedules
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-# What a user's own optimizer, and own schedule, have instead.
+# Settings that a user's own optimizer, or own schedule, replaces.
 OF_OPTIMIZER = ("learning_rate", "weight_decay", "optim", "optim_args", "optim_target_modules", *ADAM)
 OF_SCHEDULE = ("warmup_steps", "lr_scheduler_kwargs")
 OF_LAYERS = ("every_n_layers", "offload")  # what transformers takes out of gradient_checkpointing_kwargs
@@ -24,10 +24,10 @@ _FIELDS = TrainingArguments.__dataclass_fields__
 
 
 def check_optimization(args: Any) -> None:
-    """Make what Trainer will make of these `TrainingArguments`.
+    """Build the optimizer and schedule that Trainer will build from these arguments.
 
     Raises:
-        ConfigError: it cannot be made, or does not use an argument that it is given.
+        ConfigError: one cannot be built, or ignores an argument that is given.
     """
     optimizer = _optimizer(args if args.learning_rate is not None else _changed(args, "learning_rate", 1.0))
     if optimizer is not None:
@@ -55,7 +55,7 @@ def check_own(optimizers: Sequence[Any], args: Any) -> None:
 
 
 def _optimizer(args: Any) -> torch.optim.Optimizer | None:
-    """The optimizer of one number; None of those that need the whole model."""
+    """The optimizer for one number; None for those that need the whole model."""
     from transformers import Trainer
 
     name, own = OptimizerNames(args.optim).value, _own_arguments(args)
@@ -84,7 +84,7 @@ def _optimizer(args: Any) -> torch.optim.Optimizer | None:
 
 
 def _own_arguments(args: Any) -> dict[str, Any]:
-    """What only the optimizer is told, and for each the settings without it."""
+    """Each argument that only the optimizer uses, with the settings without it."""
     found = {}
     parts = args.optim_args.split(",") if args.optim_args else []
     for i, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""What is known of each setting of a run: its range, what it needs, whether it may change when a run goes on."""
+"""Properties of each setting: its range, what it needs, whether it may change on resume."""
 
 from dataclasses import Field, dataclass, field
 from typing import Any, Literal
@@ -8,16 +8,16 @@ from bondlm.objectives.rules import Rule, above, at_least, between, finite, off,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What is known of a setting besides its default and its text.
+    """Properties of a setting besides its default and its help text.
 
-    `may_change` is about a run that is continued: it may have another value "on demand" (`allow_config_change`),
-    "always", "if endless" (its learning rates do not depend on its length), or "never" (the checkpoint holds it).
+    `may_change`: a resumed run may have a different value "on demand" (`allow_config_change`), "always", "if endless"
+    (its learning rates do not depend on its length), or "never" (the checkpoint holds it).
     """
 
     rule: Rule | None = None  # None: any value, or its objective has the rule
-    needs: tuple[str, str] | None = None  # another setting, and the value of it without which this one has no effect
+    needs: tuple[str, str] | None = None  # another setting, and the value it must have for this one to have an effect
     may_change: Literal["on demand", "always", "if endless", "never"] = "on demand"
-    shared: bool = False  # all processes of a run must have the same
+    shared: bool = False  # must be the same on all processes of a run
     kinds: frozenset[type] = frozenset()  # of its values, where these are plain
 
 
@@ -42,7 +42,7 @@ _NO_LOSS = "evaluate() measures only reward, win rate, effective N and KL; remov
 _PRECISION = "an evaluation uses the run's precision: set bf16 or fp16, or dtype"
 _BY_LENGTH = "prompts of similar length learn together anyway; remove it"
 
-# What Trainer reads in methods that `BONDTrainer` has its own of, or does not call.
+# What Trainer reads only in methods that `BONDTrainer` overrides or does not call.
 _WITHOUT_EFFECT: dict[str, Setting] = {
     "label_smoothing_factor": _unless(_NO_LABELS, 0),
     "label_names": _unless(_NO_LABELS, None, []),
@@ -86,7 +86,7 @@ _WITHOUT_EFFECT: dict[str, Setting] = {
 }
 
 LEVELS = ("passive", "debug", "info", "warning", "error", "critical", "detail")
-# Ranges that Trainer does not look at: it would never log, or fail after the first rollout.
+# Ranges that Trainer does not check: it would never log, or fail after the first rollout.
 LOOP: dict[str, Rule] = {
     "max_steps": at_least(-1, "-1 is for num_train_epochs"),  # 0 is a run of no step, as in transformers
     "num_train_epochs": at_least(0),
@@ -95,7 +95,7 @@ LOOP: dict[str, Rule] = {
     **dict.fromkeys(("log_level", "log_level_replica"), one_of(*LEVELS)),
 }
 
-# Of transformers' own settings, those of which something is known.
+# Properties of the settings inherited from transformers.
 OF_TRANSFORMERS: dict[str, Setting] = {
     **_WITHOUT_EFFECT,
     **{name: Setting(rule=rule) for name, rule in LOOP.items()},
