@@ -1,6 +1,6 @@
 """Errors that bondlm raises on purpose: each says what, where, the value seen and what to do.
 
-Every class is also a standard exception, so ``except ValueError`` keeps working in user code, and carries the exit
+Every class is also a standard exception, so `except ValueError` keeps working in user code, and carries the exit
 code with which the command line ends (`cli` is the only place that turns one into the other).
 """
 
@@ -15,9 +15,8 @@ class BondError(Exception):
     """Root of all errors that bondlm raises on purpose."""
 
     exit_code = 2
-    known_to_all = (
-        False  # every process of the run raises the same error at the same place, and can still save with the others
-    )
+    # Whether every process of the run raises the same error at the same place, and can still save with the others.
+    known_to_all = False
 
 
 class Terminated(BaseException):

@@ -28,7 +28,7 @@ class Engine(Protocol):
     """Draws completions for one role or for several at once; this is all that bondlm needs from an engine."""
 
     on_prompts_done: Callable[[int], object] | None
-    """Told, while it draws, how many more prompts have all their completions of a role; None: not told."""
+    """Called while it draws with the number of further prompts that have all completions of a role, unless None."""
 
     @property
     def exact(self) -> bool:

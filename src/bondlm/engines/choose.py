@@ -48,7 +48,7 @@ light is scattered far more than red light. In 1871 Lord Rayleigh showed that it
 frequency: (700 / 450) ** 4 = 5.86."""
 PROBE_TOKENS = 128
 OWN_SIZES = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")  # a user who gives one has sized the memory
-# Options by which the run would no longer find or know its server.
+# Options with which the run could no longer reach or recognise its server.
 OUR_OPTIONS = ("--host", "--port", "--uds", "--root-path", "--model", "--api-key")
 HOST_SHARE = 0.25  # of main memory; a container's limit may be lower than what /dev/shm reports
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank accepts

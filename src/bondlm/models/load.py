@@ -225,7 +225,7 @@ def _end_as(adapter: Path, model: Any) -> None:
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
-    """The Auto class; some models that see images have no other one, though only their text part is trained."""
+    """The Auto class; some vision-language models have only the image-text one, although only their text is trained."""
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     sees = (

@@ -70,8 +70,8 @@ def interval_decimals(value: Mapping[str, Any]) -> int | None:
 def kl_ratio(result: Mapping[str, Any]) -> float | None:
     """Return the policy's KL in units of the KL that Best-of-N needs at its effective N.
 
-    None where N is unknown, or not told from 1: its interval holds 1, where any KL is an arbitrarily large multiple.
-    Also where the KL is not told from 0, since the estimate may be negative.
+    None where N is unknown or cannot be distinguished from 1 (its interval contains 1), where any KL is an arbitrarily
+    large multiple; also where the KL cannot be distinguished from 0, since the estimate may be negative.
     """
     value, low = result["effective_n"]["value"], result["effective_n"].get("low")
     if value is None or (low is not None and low <= 1):

@@ -26,8 +26,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Write one HTML page about run folders, with its figures and numbers next to it; returns the page's path.
 
     Args:
-        folders: Run folders with an eval.json. The details are about the first; the others are compared with it.
-        output: The path of the page; None is report.html in the first folder. The numbers get the same name with
+        folders: run folders with an eval.json. The details are about the first; the others are compared with it.
+        output: the path of the page; None is report.html in the first folder. The numbers get the same name with
             `.json`. The figures (SVG and PNG) go to the folder `figures` next to it (`NAME-figures` if the page has
             another name, NAME.html).
 

@@ -1,4 +1,4 @@
-"""What is said of an N that there is not, since the policy certainly loses, or that is only known from below."""
+"""How to describe a policy that certainly loses, so that no N fits it, or whose N is only known from below."""
 
 import math
 from collections.abc import Mapping

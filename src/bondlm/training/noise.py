@@ -15,9 +15,8 @@ from bondlm.models.deepspeed import zero_stage
 from bondlm.models.sharding import shards_weights
 from bondlm.training.clock import StepMeans
 
-EVERY = (
-    10  # optimizer steps: in a measured step the first micro-batch is a random part, which has a little more padding
-)
+# Optimizer steps: in a measured step the first micro-batch is a random part, which has a little more padding.
+EVERY = 10
 TRACE, SQUARE, SCALE = "noise/trace", "noise/gradient_sq", "noise/scale"
 
 

@@ -53,7 +53,7 @@ def start_of(model: Any, name: str, output_dir: Any, *, adapter: bool) -> str:
 def keep_start(roles: Any, encoder: Any, args: Any, start: str | None, *, is_new: bool) -> None:
     """Store the adapter that a run starts with in its folder, if that is what `start` names; the policy still has it.
 
-    A run that goes on must start with the same one. Every process must call this.
+    A resumed run must start with the same one. Every process must call this.
 
     Raises:
         ConfigError: the run started with another adapter.

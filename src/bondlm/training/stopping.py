@@ -150,7 +150,7 @@ class StopCallback(TrainerCallback):
     def unmeasured(self, args: Any) -> dict[str, float]:
         """The metrics of an evaluation that paused the run: none, but for the one that Trainer looks up.
 
-        That is NaN: no new best value, and nothing for a schedule (`skip_unmeasured`).
+        That is NaN: not a new best value, and a schedule takes no step for it (`skip_unmeasured`).
         """
         metric = args.metric_for_best_model
         return {} if metric is None else {f"eval_{metric.removeprefix('eval_')}": math.nan}
@@ -224,7 +224,7 @@ class StopCallback(TrainerCallback):
 
 
 class _LastCallback(TrainerCallback):
-    """Behind the user's callbacks: what one of them asks for on one process is done by all, after a whole step."""
+    """Runs after the user's callbacks: what one of them requests on one process is done by all, after a whole step."""
 
     def __init__(self, stop: StopCallback) -> None:
         self._stop = stop
@@ -232,7 +232,7 @@ class _LastCallback(TrainerCallback):
         self._ends_epoch = self._saves_later = False
 
     def _share(self, args: Any, state: Any, control: Any) -> None:
-        """Let all processes do it; refuse to cut an epoch short, as a resume counts whole ones."""
+        """Do on all processes what any requested; refuse to cut an epoch short, since a resume counts whole epochs."""
         _ask_everywhere(args, control)
         if control.should_epoch_stop and not control.should_training_stop and _strategy(args) != "no":
             error = ConfigError(
@@ -243,7 +243,7 @@ class _LastCallback(TrainerCallback):
             self._stop.pause(error, args, state, control)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Share what was asked for."""
+        """Share the requests of the user's callbacks."""
         self._share(args, state, control)
 
     on_epoch_begin = on_train_begin
@@ -258,7 +258,7 @@ class _LastCallback(TrainerCallback):
     on_substep_end = on_step_begin
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Share what was asked for, in this step or at its end; what comes at the epoch's end comes before its save."""
+        """Share the requests made in this step or at its end; those of the epoch's end come before its save."""
         for wish in self._held:
             setattr(control, wish, True)
         self._held = set()
@@ -271,7 +271,7 @@ class _LastCallback(TrainerCallback):
         control.should_save = control.should_save and not is_early
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Share what was asked for; a checkpoint that is complete is not written again, as a kill would destroy it."""
+        """Share the requests; a complete checkpoint is not written again, since a kill would then destroy it."""
         control.should_save, self._saves_later = control.should_save or self._saves_later, False
         if self._stop.stopped and not self._ends_epoch:
             control.should_log = False  # the epoch's row comes when it is over
@@ -279,7 +279,7 @@ class _LastCallback(TrainerCallback):
         control.should_save = control.should_save and not self._stop.has_checkpoint(args, state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Share it; a checkpoint holds what the callbacks have written into it."""
+        """Share the requests; a checkpoint holds what the callbacks have written into it."""
         world, folder = World.of(args), Path(args.output_dir)
         with together(world), writing_to(folder):
             if args.should_save:
@@ -287,12 +287,12 @@ class _LastCallback(TrainerCallback):
         self._share(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Share it, with a row that all processes log."""
+        """Share the requests, with a row that all processes log."""
         if "loss" in (logs or {}):
             self._share(args, state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Share it, and save a run that ends here: at an epoch's end nothing comes after the evaluation."""
+        """Share the requests, and save a run that ends here: at an epoch's end nothing comes after the evaluation."""
         self._share(args, state, control)
         self._stop.save_ended(args, state, control)
 

@@ -31,9 +31,8 @@ FEW_ROWS = 256  # dropping some of 192 rows saved less than the new recording co
 # Encoder-decoder models whose decoders see every earlier token and take positions from a number on the device.
 COUNT_ON_DEVICE = ("t5", "mt5", "umt5")
 PROBED_STEPS = 3  # one not recorded, one recorded, one replayed
-MOST_DIFFERENCE = (
-    0.1  # total variation between two ways to compute a distribution; bf16 stays below it, a wrong mask does not
-)
+# Total variation between two ways to compute a distribution; bf16 stays below it, a wrong mask does not.
+MOST_DIFFERENCE = 0.1
 Step = Callable[[Tensor], Tensor]
 Recording = tuple[torch.cuda.CUDAGraph, Tensor]  # the graph, and the logits that a replay writes
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
