@@ -34,10 +34,10 @@ class Reached(NamedTuple):
 def rank_signal(n: float, num_samples: int, form: OwnQuantile, strength: float) -> _Vector:
     """Return the signal (K,) of a sample that is better than j = 0 .. K-1 of the K - 1 others, without ties.
 
-    - ``"tilt"``: log(1 + j/k (e^strength - 1)). The exponential tilt of the reference quantile has the least KL for
+    - `"tilt"`: log(1 + j/k (e^strength - 1)). The exponential tilt of the reference quantile has the least KL for
       its win rate, and this is its log-ratio as a function of the own quantile.
-    - ``"harmonic"``: -strength (H_k - H_j), H the harmonic numbers: strength times the unbiased estimate of log p.
-    - ``"best_of_n"``: log of 1/K over the share of the reference that falls into that K-th of Best-of-n's own mass,
+    - `"harmonic"`: -strength (H_k - H_j), H the harmonic numbers: strength times the unbiased estimate of log p.
+    - `"best_of_n"`: log of 1/K over the share of the reference that falls into that K-th of Best-of-n's own mass,
       ((j+1)/K)^(1/n) - (j/K)^(1/n); the worst sample loses `strength` more, for what K samples cannot resolve.
 
     Args:

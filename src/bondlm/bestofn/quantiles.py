@@ -44,12 +44,12 @@ def log_quantile(rewards: Array, ref_rewards: Array | None, method: LogQuantileM
 
     Methods, with p the true p_≤ and L the number of reference rewards strictly better:
 
-    - ``"jbond"``: `2^M · log ½` if the reward is strictly below all M, else 0 (Sessa et al. 2024, arXiv 2407.14622,
+    - `"jbond"`: `2^M · log ½` if the reward is strictly below all M, else 0 (Sessa et al. 2024, arXiv 2407.14622,
       Eq. 17; −log 16 at M = 2). Its mean is `2^M · log ½ · (1−p)^M`, which meets log p at p = ½. Exact Eq. 17 at
       M = 2; the factor grows so fast that a large M is useless.
-    - ``"clamped"``: `log max(p̂_≤, 1/(2M))`. The clamp replaces p̂ = 0, where the log is −∞. At M = 16 and p = 0.25 the
+    - `"clamped"`: `log max(p̂_≤, 1/(2M))`. The clamp replaces p̂ = 0, where the log is −∞. At M = 16 and p = 0.25 the
       mean is −1.500 (true: −1.386).
-    - ``"harmonic"``: `−(H_M − H_{M−L})`, H the harmonic numbers: the unbiased estimate of the first M terms of
+    - `"harmonic"`: `−(H_M − H_{M−L})`, H the harmonic numbers: the unbiased estimate of the first M terms of
       log p = −Σ_j (1−p)^j / j. Never −∞, and its only bias is the tail of that series.
 
     Args:

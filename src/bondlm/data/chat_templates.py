@@ -41,17 +41,17 @@ def render_chat(
     """Render messages as text with the tokenizer's chat template.
 
     Args:
-        chat: The messages.
-        tokenizer: Its `chat_template` is used.
-        add_generation_prompt: Whether the text ends where the assistant's answer begins.
-        continue_last: Whether it ends inside the last message, for the assistant to continue.
-        tools: The tools that the assistant may call, as JSON schemas.
-        variables: Other variables of the template (`chat_template_kwargs`).
-        now: The time that the template gets; None for the current time.
-        place: The place of the conversation, for messages.
+        chat: the messages.
+        tokenizer: its `chat_template` is used.
+        add_generation_prompt: whether the text ends where the assistant's answer begins.
+        continue_last: whether it ends inside the last message, for the assistant to continue.
+        tools: the tools that the assistant may call, as JSON schemas.
+        variables: other variables of the template (`chat_template_kwargs`).
+        now: the time that the template gets; None for the current time.
+        place: the place of the conversation, for messages.
 
     Raises:
-        ConfigError: The template writes more than 1 MB around the messages, or takes more than 5 s of CPU time. Errors
+        ConfigError: the template writes more than 1 MB around the messages, or takes more than 5 s of CPU time. Errors
             that it raises itself are passed on.
     """
     template = str(tokenizer.get_chat_template(tools=tools))  # type: ignore[arg-type]

@@ -34,21 +34,21 @@ def load_prompts(
     """Read a prompt data set and check every row.
 
     Args:
-        source: A file (JSON lines, JSON, CSV, Parquet), a pattern or a list of files, a folder written by
+        source: a file (JSON lines, JSON, CSV, Parquet), a pattern or a list of files, a folder written by
             `Dataset.save_to_disk`, the name of a data set on the hub (`NAME:CONFIG:SPLIT`), a `datasets.Dataset` (or a
             dictionary of splits), or a list of rows. Held-out prompts may also be an `IterableDataset`.
-        held_out: Whether the prompts are for an evaluation; then, of several splits, the one that is not `train` is
+        held_out: whether the prompts are for an evaluation; then, of several splits, the one that is not `train` is
             used.
-        skipped: A list that takes the reason for each bad row, which is then left out; None refuses bad rows.
-        token_ids: Whether prompts may be lists of token ids.
-        places: A list that takes the place of each row that is returned.
+        skipped: a list that takes the reason for each bad row, which is then left out; None refuses bad rows.
+        token_ids: whether prompts may be lists of token ids.
+        places: a list that takes the place of each row that is returned.
 
     Returns:
         The data set with its columns unchanged, except that messages whose content is a list of parts get their joined
         text. Columns that some rows lack are None there.
 
     Raises:
-        DataError: If the source cannot be read, has no rows, has bad rows (the first 10 are named as `path:line`,
+        DataError: if the source cannot be read, has no rows, has bad rows (the first 10 are named as `path:line`,
             `path: row i` or `row i`, counted from 0), mixes standard and conversational prompts, or has a reserved
             column or no column `prompt`.
     """

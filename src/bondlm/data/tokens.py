@@ -48,14 +48,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, generation_eos_ids: int 
     """Find the ids that end a completion and the padding id.
 
     Args:
-        tokenizer: The policy's tokenizer.
+        tokenizer: the policy's tokenizer.
         generation_eos_ids: `eos_token_id` of the policy's generation config: one id, several, or None.
 
     Returns:
         All EOS ids, each once, and the padding id (the first EOS id if the tokenizer has no padding token).
 
     Raises:
-        ConfigError: If there is no EOS id at all, or one that is not a token id; or the tokenizer is only named.
+        ConfigError: if there is no EOS id at all, or one that is not a token id; or the tokenizer is only named.
     """
     if isinstance(tokenizer, str | Path):
         raise ConfigError(f"processing_class={str(tokenizer)!r}: give the tokenizer itself, not its name")
@@ -117,29 +117,29 @@ def encode_prompts(
     model gets text as one user message (see `Rendering`).
 
     Args:
-        prompts: All text, all lists of messages (`{"role", "content"}`), or all token ids.
-        tokenizer: Tokenizer of the policy.
-        max_prompt_length: Maximum prompt length in tokens; None for no limit.
-        context_length: Positions of the model, in tokens; None for no limit (T5). A decoder-only model must fit the
+        prompts: all text, all lists of messages (`{"role", "content"}`), or all token ids.
+        tokenizer: tokenizer of the policy.
+        max_prompt_length: maximum prompt length in tokens; None for no limit.
+        context_length: positions of the model, in tokens; None for no limit (T5). A decoder-only model must fit the
             prompt and the completion into it, an encoder-decoder model only the prompt.
-        max_completion_length: Longest completion, in tokens.
-        is_encoder_decoder: Whether the prompt goes into an encoder, and so keeps the EOS that its tokenizer adds.
-        truncate_prompt: How to treat a text that does not fit: "never" refuses it, "left" removes its beginning and
+        max_completion_length: longest completion, in tokens.
+        is_encoder_decoder: whether the prompt goes into an encoder, and so keeps the EOS that its tokenizer adds.
+        truncate_prompt: how to treat a text that does not fit: "never" refuses it, "left" removes its beginning and
             warns with the number of such texts. What the tokenizer puts before every text (BOS, a language) is kept.
-        allow_special_tokens_in_text: Let text such as `<|im_end|>` inside a prompt become the control token. If False,
+        allow_special_tokens_in_text: let text such as `<|im_end|>` inside a prompt become the control token. If False,
             such prompts are refused, because data could otherwise write system messages.
-        rendering: How text is treated, and the variables of the template.
-        columns: Of each prompt's row, the columns that the template uses: `tools` and `chat_template_kwargs`.
-        skipped: Takes the reason for each unusable row, whose ids are then empty; None refuses such rows.
-        where: The name of a row in messages, by its number.
+        rendering: how text is treated, and the variables of the template.
+        columns: of each prompt's row, the columns that the template uses: `tools` and `chat_template_kwargs`.
+        skipped: takes the reason for each unusable row, whose ids are then empty; None refuses such rows.
+        where: the name of a row in messages, by its number.
 
     Returns:
         The ids of each prompt, in order.
 
     Raises:
-        ConfigError: If a chat template is needed but missing, not valid Jinja, too slow, writes too much, or does not
+        ConfigError: if a chat template is needed but missing, not valid Jinja, too slow, writes too much, or does not
             use its variables; or if conversations are to be truncated.
-        DataError: If rows are too long, empty, hold special tokens or are refused by the template. Up to 10 are named.
+        DataError: if rows are too long, empty, hold special tokens or are refused by the template. Up to 10 are named.
     """
     if not prompts:
         return []

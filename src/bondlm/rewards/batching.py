@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 TokenRows = Mapping[str, Sequence[Sequence[int]]]
-"""A tokenizer's answer without padding: ``input_ids`` and perhaps ``token_type_ids``, each B rows of ids."""
+"""A tokenizer's answer without padding: `input_ids` and perhaps `token_type_ids`, each B rows of ids."""
 
 # Families of transformers whose convolutions, Fourier transforms or pooled keys do not mask padding, or whose head
 # reads the last position even if it is padding.
@@ -35,10 +35,10 @@ def micro_batches(
     The longest come first, so that a batch that does not fit into memory fails at once and not after an hour.
 
     Args:
-        lengths: Tokens of each of the B rows.
-        max_rows: Maximum rows in a batch, at least 1.
-        max_tokens: Maximum tokens in a batch, padding included. A longer row gets a batch of its own.
-        kinds: Only rows with the same value share a batch; None means that any may.
+        lengths: tokens of each of the B rows.
+        max_rows: maximum rows in a batch, at least 1.
+        max_tokens: maximum tokens in a batch, padding included. A longer row gets a batch of its own.
+        kinds: only rows with the same value share a batch; None means that any may.
 
     Returns:
         Lists of row numbers; every row occurs once.
@@ -79,14 +79,14 @@ def map_micro_batches(
     max_tokens: int,
     kinds: Sequence[int] | None = None,
 ) -> Tensor:
-    """Apply ``run`` to each micro-batch and put the results back in the order of the rows.
+    """Apply `run` to each micro-batch and put the results back in the order of the rows.
 
     Args:
-        lengths: Tokens of each of the B rows, B >= 1.
-        run: Row numbers (b,) -> tensor (b, ...).
-        max_rows: Maximum rows in a batch.
-        max_tokens: Maximum tokens in a batch, padding included.
-        kinds: Only rows with the same value share a batch; None means that any may.
+        lengths: tokens of each of the B rows, B >= 1.
+        run: row numbers (b,) -> tensor (b, ...).
+        max_rows: maximum rows in a batch.
+        max_tokens: maximum tokens in a batch, padding included.
+        kinds: only rows with the same value share a batch; None means that any may.
 
     Returns:
         Tensor (B, ...).
@@ -103,7 +103,7 @@ def pad_right(encoded: TokenRows, rows: Sequence[int], pad_id: int, device: torc
     """Pad the given rows on the right to the longest of them; the mask comes from lengths, never from token ids.
 
     Returns:
-        Tensors (b, T): every entry of ``encoded``, and ``attention_mask``.
+        Tensors (b, T): every entry of `encoded`, and `attention_mask`.
     """
     width = max(len(encoded["input_ids"][row]) for row in rows)
     fill = {"input_ids": pad_id}
@@ -119,7 +119,7 @@ def pad_right(encoded: TokenRows, rows: Sequence[int], pad_id: int, device: torc
 def head_pad_id(model: Any, tokenizer: Any) -> int | None:
     """Pad id by which a classification head finds each row's last token; None means that rows are scored one by one.
 
-    Decoder-type classifiers of transformers read the logit at the last token that differs from ``config.pad_token_id``.
+    Decoder-type classifiers of transformers read the logit at the last token that differs from `config.pad_token_id`.
     The config's value is the one that the model was trained with. If there is none, the tokenizer's is written into the
     config, unless it is the end-of-sequence token: a final end-of-sequence token would then be skipped in a batch but
     read for a single row.

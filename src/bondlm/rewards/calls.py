@@ -13,7 +13,7 @@ import torch
 from bondlm.errors import BondError, ConfigError, ResourceError, RewardError, RewardOutageError
 
 RewardFunction: TypeAlias = Callable[..., Any]
-"""TRL's signature: ``f(prompts, completions, **columns) -> list[float]``, sync or async."""
+"""TRL's signature: `f(prompts, completions, **columns) -> list[float]`, sync or async."""
 
 
 def call_all(
@@ -28,15 +28,15 @@ def call_all(
 
     Args:
         named: (name, function) pairs.
-        offered: ``prompts``, ``completions`` and the columns, each a list of B.
-        extras: Further arguments that are not lists of B.
-        limits: Seconds that an asynchronous function may take, by name; a plain function cannot be interrupted.
+        offered: `prompts`, `completions` and the columns, each a list of B.
+        extras: further arguments that are not lists of B.
+        limits: seconds that an asynchronous function may take, by name; a plain function cannot be interrupted.
 
     Raises:
-        ConfigError: A function wants an argument that is not offered.
-        RewardOutageError: An asynchronous function took longer than its limit.
-        RewardError: A function raised; its own exception is the ``__cause__``.
-        ResourceError: A function ran out of memory.
+        ConfigError: a function wants an argument that is not offered.
+        RewardOutageError: an asynchronous function took longer than its limit.
+        RewardError: a function raised; its own exception is the `__cause__`.
+        ResourceError: a function ran out of memory.
     """
     answers: dict[int, Any] = {}
     pending: dict[int, Awaitable[Any]] = {}
@@ -66,13 +66,13 @@ def call_all(
 def accepted_arguments(
     name: str, function: RewardFunction, offered: Mapping[str, list[Any]], extras: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Keep the offered arguments that the function's signature accepts; with ``**kwargs`` that is all of them.
+    """Keep the offered arguments that the function's signature accepts; with `**kwargs` that is all of them.
 
     Lists and dicts are copied for each row, including nested ones (messages), so a function that changes its arguments
     cannot affect the next function or another row.
 
     Raises:
-        ConfigError: The signature demands an argument that is not offered, or takes arguments by position only.
+        ConfigError: the signature demands an argument that is not offered, or takes arguments by position only.
     """
     try:
         signature = inspect.signature(function)
@@ -183,7 +183,7 @@ def _event_loop(process_id: int) -> asyncio.AbstractEventLoop:
     """Start an event loop that lives as long as the process (a forked child, with another id, starts its own).
 
     There is one loop for all calls, because an HTTP client that the user keeps between calls is bound to the loop that
-    first used it: with ``asyncio.run`` its second use fails with "Event loop is closed".
+    first used it: with `asyncio.run` its second use fails with "Event loop is closed".
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name=f"bondlm-rewards-{process_id}", daemon=True).start()

@@ -48,7 +48,7 @@ class SequenceClassifierReward:
 
     The text is always built with the *reward* model's tokenizer. Chats are rendered with its chat template. If it has
     one, a plain prompt and its completion are also rendered with it, as a user message and an answer; otherwise plain
-    texts are prompt + completion, or a pair (``prompt_format``). Rows are scored in micro-batches of similar length,
+    texts are prompt + completion, or a pair (`prompt_format`). Rows are scored in micro-batches of similar length,
     padded on the right; of equal length, if the model does not mask padding everywhere (MobileBERT). A row's score does
     not depend on its neighbours except for rounding: in bf16, by about 0.02 of its value, or 0.02 for values below 1.
     """
@@ -68,20 +68,20 @@ class SequenceClassifierReward:
         """Wrap a model that is already on its device: in eval mode, frozen, its last layer in fp32.
 
         Args:
-            model: An ``AutoModelForSequenceClassification`` with ``num_labels == 1``.
-            tokenizer: The reward model's own tokenizer.
-            append_eos: End each plain or rendered text with the end-of-sequence token. "auto" does so when the
+            model: an `AutoModelForSequenceClassification` with `num_labels == 1`.
+            tokenizer: the reward model's own tokenizer.
+            append_eos: end each plain or rendered text with the end-of-sequence token. "auto" does so when the
                 tokenizer has no chat template; a text that already ends with the token never gets a second one.
-            prompt_format: How the model gets plain text: "chat" turns it into messages, "plain" joins prompt and
+            prompt_format: how the model gets plain text: "chat" turns it into messages, "plain" joins prompt and
                 completion, and "auto" means "chat" if the tokenizer has a chat template other than bondlm's own. "pair"
                 gives prompt (of a chat, the last user message) and completion as the two texts of a cross-encoder.
-            max_length: Maximum tokens of a row; None takes the limit stated by tokenizer and config.
+            max_length: maximum tokens of a row; None takes the limit stated by tokenizer and config.
             truncate: None refuses longer rows; "left" drops their oldest tokens and keeps a leading special token.
-            batch_size: Maximum rows in a forward pass.
-            batch_tokens: Maximum tokens in a forward pass, padding included.
+            batch_size: maximum rows in a forward pass.
+            batch_tokens: maximum tokens in a forward pass, padding included.
 
         Raises:
-            ConfigError: More than one label, or an option that is not one of those above.
+            ConfigError: more than one label, or an option that is not one of those above.
         """
         check_choice("append_eos", append_eos, ("auto", True, False))
         check_choice("truncate", truncate, (None, "left"))
@@ -124,10 +124,10 @@ class SequenceClassifierReward:
         tokenizer: Any = None,
         **options: Any,
     ) -> Self:
-        """Load a folder or hub id; ``options`` are those of the constructor.
+        """Load a folder or hub id; `options` are those of the constructor.
 
         Raises:
-            ConfigError: The model cannot be loaded, does not have exactly one label, or its head is not in the
+            ConfigError: the model cannot be loaded, does not have exactly one label, or its head is not in the
                 checkpoint.
         """
         from transformers import AutoModelForSequenceClassification
@@ -140,11 +140,11 @@ class SequenceClassifierReward:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
         """Score B rows (strings, or chats); B numbers, or a `Failure` for a row that cannot be scored.
 
-        A row cannot be scored if it has no token, is longer than the limit while ``truncate`` is None, or is a
+        A row cannot be scored if it has no token, is longer than the limit while `truncate` is None, or is a
         conversation that the chat template refuses.
 
         Raises:
-            ConfigError: The rows are chats, and the reward model's tokenizer has no chat template.
+            ConfigError: the rows are chats, and the reward model's tokenizer has no chat template.
         """
         failed: dict[int, Failure] = {}
         rows_B: list[dict[str, list[int]]] = []
@@ -179,8 +179,8 @@ class SequenceClassifierReward:
         """Tokens of a row of the data set with a completion of `completion_tokens`.
 
         Raises:
-            ConfigError: A chat, and the tokenizer has no chat template.
-            DataError: The chat template refuses the prompt.
+            ConfigError: a chat, and the tokenizer has no chat template.
+            DataError: the chat template refuses the prompt.
         """
         prompt = row["prompt"]
         empty = "" if isinstance(prompt, str) else [{"role": "assistant", "content": ""}]
@@ -190,8 +190,8 @@ class SequenceClassifierReward:
         """Token ids of a row as the model sees it.
 
         Raises:
-            ConfigError: A chat, and the tokenizer has no chat template.
-            DataError: The chat template refuses the conversation.
+            ConfigError: a chat, and the tokenizer has no chat template.
+            DataError: the chat template refuses the conversation.
         """
         return self._encoded(prompt, completion)["input_ids"]
 
@@ -213,8 +213,8 @@ class SequenceClassifierReward:
         """The text to score, and whether the chat template wrote it (then it already holds its special tokens).
 
         Raises:
-            ConfigError: A chat, and the tokenizer has no chat template.
-            DataError: The chat template refuses the conversation.
+            ConfigError: a chat, and the tokenizer has no chat template.
+            DataError: the chat template refuses the conversation.
         """
         from jinja2 import TemplateError
 

@@ -261,7 +261,7 @@ def checked_name(url: str, variable: str) -> str:
             f"http://{parts.hostname} would send prompts, completions and the token unencrypted over the network: use "
             f"https, or set the environment variable {PLAIN_VARIABLE}=1 if you trust that network"
         )
-    port = "" if parts.port is None else f":{parts.port}"  # of two servers on one host each has a name of its own
+    port = "" if parts.port is None else f":{parts.port}"  # so that two servers on one host have different names
     return f"{parts.hostname}{port}{parts.path}".rstrip("/")
 
 

@@ -14,13 +14,13 @@ from bondlm.errors import ConfigError, as_list
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """Load ``"module:function"`` or ``"path/to/file.py:function"``.
+    """Load `"module:function"` or `"path/to/file.py:function"`.
 
     A file's path is relative to the working directory. Its functions share their state, until the file is edited: then
-    it runs anew. A module is looked up as ``import`` does, so an edited one is not read again.
+    it runs anew. A module is looked up as `import` does, so an edited one is not read again.
 
     Raises:
-        ConfigError: The spec has another form, or the module or file cannot be loaded or has no such callable.
+        ConfigError: the spec has another form, or the module or file cannot be loaded or has no such callable.
     """
     source, _, name = spec.rpartition(":")
     if not source or not name.isidentifier():

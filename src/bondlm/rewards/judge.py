@@ -300,7 +300,7 @@ class JudgeReward:
             try:
                 answer = await self._client.post(json.dumps(_with_limit(request, OLD_LIMIT)), MOST_BYTES)
             except RefusedError:
-                raise error from None  # it was about something else
+                raise error from None  # the refusal had another reason
             self._limit = OLD_LIMIT
             return answer
 

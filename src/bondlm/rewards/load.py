@@ -81,37 +81,37 @@ def load_rewards(
 
     A spec is one of:
 
-    - a callable with TRL's signature ``f(prompts, completions, **columns) -> list[float]``, sync or async;
-    - an ``nn.Module``: a sequence classifier with one label; it needs a processing class;
-    - ``"module:function"`` or ``"path/to/file.py:function"``;
-    - a `RankReward`, or ``"rank:module:function"``: a function that ranks all samples of a prompt;
-    - ``"nli:MODEL"``: entailment (`NLIReward`); ``"similarity:MODEL"``: cosine (`SimilarityReward`);
-    - ``"judge:URL?model=NAME"``: a chat model that ranks all samples of a prompt (`JudgeReward`, docs/rewards.md);
-    - ``"http://HOST/PATH"`` or ``"https://..."``: a server (`HTTPReward`);
-    - ``"MODEL"`` or ``"classifier:MODEL"``: a sequence classifier with one label (`SequenceClassifierReward`).
+    - a callable with TRL's signature `f(prompts, completions, **columns) -> list[float]`, sync or async;
+    - an `nn.Module`: a sequence classifier with one label; it needs a processing class;
+    - `"module:function"` or `"path/to/file.py:function"`;
+    - a `RankReward`, or `"rank:module:function"`: a function that ranks all samples of a prompt;
+    - `"nli:MODEL"`: entailment (`NLIReward`); `"similarity:MODEL"`: cosine (`SimilarityReward`);
+    - `"judge:URL?model=NAME"`: a chat model that ranks all samples of a prompt (`JudgeReward`, docs/rewards.md);
+    - `"http://HOST/PATH"` or `"https://..."`: a server (`HTTPReward`);
+    - `"MODEL"` or `"classifier:MODEL"`: a sequence classifier with one label (`SequenceClassifierReward`).
 
     MODEL is a folder or hub id. Options of the class follow it as in a web address, such as
-    ``"nli:models/t5?template=flan&premise_prefix=summarize: "`` (``%26`` for ``&``, ``%20`` for a space that a shell
-    would split at). All take ``max_length``, ``truncate``, ``batch_size``, ``batch_tokens``; ``classifier`` also
-    ``append_eos`` and ``prompt_format``; ``nli`` also ``template``, ``positive``, ``negative`` (comma-separated
-    answers), ``entailment_label``, ``premise_column``, ``premise_prefix``, ``output``.
+    `"nli:models/t5?template=flan&premise_prefix=summarize: "` (`%26` for `&`, `%20` for a space that a shell
+    would split at). All take `max_length`, `truncate`, `batch_size`, `batch_tokens`; `classifier` also
+    `append_eos` and `prompt_format`; `nli` also `template`, `positive`, `negative` (comma-separated
+    answers), `entailment_label`, `premise_column`, `premise_prefix`, `output`.
 
     Args:
-        specs: One spec or a list.
-        weights: One weight per reward; None means 1 for each.
-        processing_classes: Tokenizers of reward models, one for each spec, or None for the model's own; for a single
+        specs: one spec or a list.
+        weights: one weight per reward; None means 1 for each.
+        processing_classes: tokenizers of reward models, one for each spec, or None for the model's own; for a single
             spec, the tokenizer itself is accepted too.
-        device: Where models go.
-        dtype: Dtype of models that are loaded here; "auto" takes that of the checkpoint.
-        timeout: Seconds that a request to a server, or a call of an asynchronous function, may take.
-        outage: Seconds without any answer from a server after which the run gives up.
-        taken: Names that other rewards of the run have.
+        device: where models go.
+        dtype: dtype of models that are loaded here; "auto" takes that of the checkpoint.
+        timeout: seconds that a request to a server, or a call of an asynchronous function, may take.
+        outage: seconds without any answer from a server after which the run gives up.
+        taken: names that other rewards of the run have.
 
     Returns:
         Rewards named after the function or the last part of the model's path; a second one of the same name gets "_2".
 
     Raises:
-        ConfigError: A spec, option, weight or processing class that cannot be used; for models, see their classes.
+        ConfigError: a spec, option, weight or processing class that cannot be used; for models, see their classes.
     """
     spec_list: list[Any] = list(specs) if isinstance(specs, (list, tuple)) else [specs]
     if not spec_list:
@@ -144,7 +144,7 @@ def _load_server(spec: str, **limits: Any) -> tuple[str, RewardFunction]:
 
 
 def load_judge(spec: str, **limits: Any) -> JudgeReward:
-    """The judge that ``"judge:URL?model=NAME&..."`` names; `limits` are its timeout and outage.
+    """The judge that `"judge:URL?model=NAME&..."` names; `limits` are its timeout and outage.
 
     Raises:
         ConfigError: there is no model, an option is unknown, or the criterion cannot be read.

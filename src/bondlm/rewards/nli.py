@@ -42,9 +42,9 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 class NLIReward:
     """Reward a completion for being entailed by its premise, using a cross-encoder or a T5 that answers in words.
 
-    With "margin" the reward is the log-odds of entailment: for a cross-encoder ``z_entail - logsumexp(z_others)`` over
-    its K labels, for a T5 ``z_positive - logsumexp(z_negatives)`` over the answers' first tokens at the first decoder
-    step. "log_prob" is ``logsigmoid(margin)``, the log-probability among the labels or answers. Each is an increasing
+    With "margin" the reward is the log-odds of entailment: for a cross-encoder `z_entail - logsumexp(z_others)` over
+    its K labels, for a T5 `z_positive - logsumexp(z_negatives)` over the answers' first tokens at the first decoder
+    step. "log_prob" is `logsigmoid(margin)`, the log-probability among the labels or answers. Each is an increasing
     function of the other; the margin keeps its resolution where the probability is near 1.
     """
 
@@ -68,22 +68,22 @@ class NLIReward:
         """Wrap a model that is already on its device: in eval mode, frozen, its last layer in fp32.
 
         Args:
-            model: Sequence classifier with an entailment label, or encoder-decoder language model.
-            tokenizer: The model's own tokenizer.
-            template: Encoder-decoder only: "true" (default), "flan", or a text with {premise} and {hypothesis}.
-            positive: Encoder-decoder only: the answer that means entailed; None takes the template's ("1").
-            negative: Encoder-decoder only: the answers that mean not entailed; None takes the template's ("0").
-            entailment_label: Cross-encoder only: its label; None takes the one that starts with "entail".
-            premise_column: Dataset column with the premises; None takes the prompt (of a chat: the last user message).
-            premise_prefix: Removed from the start of a premise, such as "summarize: ".
+            model: sequence classifier with an entailment label, or encoder-decoder language model.
+            tokenizer: the model's own tokenizer.
+            template: encoder-decoder only: "true" (default), "flan", or a text with {premise} and {hypothesis}.
+            positive: encoder-decoder only: the answer that means entailed; None takes the template's ("1").
+            negative: encoder-decoder only: the answers that mean not entailed; None takes the template's ("0").
+            entailment_label: cross-encoder only: its label; None takes the one that starts with "entail".
+            premise_column: dataset column with the premises; None takes the prompt (of a chat: the last user message).
+            premise_prefix: removed from the start of a premise, such as "summarize: ".
             output: "margin" or "log_prob".
-            max_length: Maximum tokens of a row; None takes the limit stated by tokenizer and config.
+            max_length: maximum tokens of a row; None takes the limit stated by tokenizer and config.
             truncate: None refuses longer rows; "premise" drops the end of their premise.
-            batch_size: Maximum rows in a forward pass.
-            batch_tokens: Maximum tokens in a forward pass, padding included.
+            batch_size: maximum rows in a forward pass.
+            batch_tokens: maximum tokens in a forward pass, padding included.
 
         Raises:
-            ConfigError: Labels or answers that cannot be told apart, or an option that does not fit the model.
+            ConfigError: labels or answers that cannot be told apart, or an option that does not fit the model.
         """
         check_choice("output", output, ("margin", "log_prob"))
         check_choice("truncate", truncate, (None, "premise"))
@@ -120,10 +120,10 @@ class NLIReward:
         tokenizer: Any = None,
         **options: Any,
     ) -> Self:
-        """Load a folder or hub id; ``options`` are those of the constructor.
+        """Load a folder or hub id; `options` are those of the constructor.
 
         Raises:
-            ConfigError: The model cannot be loaded, lacks weights, or does not fit the options.
+            ConfigError: the model cannot be loaded, lacks weights, or does not fit the options.
         """
         from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -140,11 +140,11 @@ class NLIReward:
         """Score B rows (strings, or chats); B numbers, or a `Failure` for a row that cannot be scored.
 
         A row cannot be scored if it is longer than the limit and may not be shortened, or has no text in
-        ``premise_column``.
+        `premise_column`.
 
         Raises:
-            ConfigError: ``premise_column`` is not among the columns.
-            DataError: A chat without a user message.
+            ConfigError: `premise_column` is not among the columns.
+            DataError: a chat without a user message.
         """
         hypotheses = [completion_text(completion) for completion in completions]
         premises = self._premises(prompts, columns)
@@ -178,8 +178,8 @@ class NLIReward:
         """Tokens of a row of the data set with a completion of `completion_tokens`.
 
         Raises:
-            ConfigError: ``premise_column`` is not among the columns.
-            DataError: A chat without a user message, or no text in ``premise_column``.
+            ConfigError: `premise_column` is not among the columns.
+            DataError: a chat without a user message, or no text in `premise_column`.
         """
         (premise,) = self._premises([row["prompt"]], {name: [value] for name, value in row.items()})
         if isinstance(premise, Failure):

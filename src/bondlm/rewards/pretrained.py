@@ -17,7 +17,7 @@ def frozen(model: nn.Module) -> Any:
     """Put a model in eval mode (no dropout), stop its gradients, and let its last layer compute in fp32.
 
     Raises:
-        ConfigError: It is not a transformers model.
+        ConfigError: it is not a transformers model.
     """
     if not hasattr(model, "config"):
         raise ConfigError(f"{type(model).__name__} has no config: a reward that is a module is a transformers model.")
@@ -45,7 +45,7 @@ def load_config(path: str) -> Any:
     """Read a model's configuration.
 
     Raises:
-        ConfigError: There is no such model, it needs remote code, or it is a PEFT adapter.
+        ConfigError: there is no such model, it needs remote code, or it is a PEFT adapter.
     """
     from transformers import AutoConfig
 
@@ -60,7 +60,7 @@ def load_tokenizer(path: str) -> Any:
     """Read a model's own tokenizer.
 
     Raises:
-        ConfigError: There is none, or it needs remote code.
+        ConfigError: there is none, or it needs remote code.
     """
     from transformers import AutoTokenizer
 
@@ -77,17 +77,17 @@ def load_model(
     is noise. It also drops weights that its class does not have.
 
     Args:
-        auto_class: A transformers Auto class.
-        path: Folder or hub id.
-        device: Where the model goes.
-        dtype: Its dtype, or "auto" for that of the checkpoint.
-        may_miss: Weights whose name contains this are not used and may be missing.
+        auto_class: a transformers Auto class.
+        path: folder or hub id.
+        device: where the model goes.
+        dtype: its dtype, or "auto" for that of the checkpoint.
+        may_miss: weights whose name contains this are not used and may be missing.
 
     Returns:
         The model on its device.
 
     Raises:
-        ConfigError: The model cannot be loaded, weights are missing, or some would be dropped of a model with code of
+        ConfigError: the model cannot be loaded, weights are missing, or some would be dropped of a model with code of
             its own.
     """
     refuse_absent_folder(path, "reward model")

@@ -27,7 +27,7 @@ class NamedReward:
     """A reward function with the name that metrics and errors use and its weight in the sum.
 
     Raises:
-        ConfigError: The weight is not a finite number.
+        ConfigError: the weight is not a finite number.
     """
 
     name: str
@@ -48,10 +48,10 @@ class NamedReward:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of B rows: ``total`` (B,), the weighted sum, and ``by_name``, each reward (B,) before its weight.
+    """Rewards of B rows: `total` (B,), the weighted sum, and `by_name`, each reward (B,) before its weight.
 
     All are float64 on the CPU. A reward that does not apply to a row is NaN there and left out of the row's total. The
-    value of a reward that ranks is the rank among the rows of the group, in [0, 1] (`mid_ranks`). ``bad`` gives the
+    value of a reward that ranks is the rank among the rows of the group, in [0, 1] (`mid_ranks`). `bad` gives the
     reason for each row without a finite value; it is empty unless requested.
     """
 
@@ -79,24 +79,24 @@ def score(
     A reward that returns None for all rows of a group does not apply to the group and is left out of its sums.
 
     Args:
-        rewards: At least one, with different names.
+        rewards: at least one, with different names.
         prompts: B strings, or B lists of chat messages.
         completions: B strings, or B lists of chat messages.
-        columns: Further arguments by name, each a sequence of B; a function gets the ones that its signature accepts.
-        allow_bad_rows: Instead of raising, note rows whose reward is not one finite real number in ``bad``.
+        columns: further arguments by name, each a sequence of B; a function gets the ones that its signature accepts.
+        allow_bad_rows: instead of raising, note rows whose reward is not one finite real number in `bad`.
         groups: B numbers that say which rows belong to the same prompt. Default: each row is its own group.
-        trainer_state: Passed to functions that ask for it.
-        num_for_comparison: This many of the last rows are only for comparison: rewards that rank see them, other
+        trainer_state: passed to functions that ask for it.
+        num_for_comparison: this many of the last rows are only for comparison: rewards that rank see them, other
             rewards do not and are NaN there, and the total leaves them out. Each belongs to the group of an earlier
             row.
-        add: Whether ``total`` is wanted. If not, it is 0, and a sum that is not finite is not an error.
+        add: whether `total` is wanted. If not, it is 0, and a sum that is not finite is not an error.
 
     Raises:
-        ConfigError: No reward, two rewards of the same name, a reward that ranks without ``groups``, or a reward that
+        ConfigError: no reward, two rewards of the same name, a reward that ranks without `groups`, or a reward that
             needs a missing argument.
-        DataError: Prompts, completions and columns differ in length, or a column has the name of an argument.
-        RewardError: A reward raised or did not return one finite real number per row.
-        ResourceError: A reward ran out of memory.
+        DataError: prompts, completions and columns differ in length, or a column has the name of an argument.
+        RewardError: a reward raised or did not return one finite real number per row.
+        ResourceError: a reward ran out of memory.
     """
     offered = _offered_arguments(prompts, completions, columns or {})
     names = [reward.name for reward in rewards]

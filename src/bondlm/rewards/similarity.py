@@ -61,17 +61,17 @@ class SimilarityReward:
         """Wrap an encoder that is already on its device; it is set to eval mode and frozen.
 
         Args:
-            model: An ``AutoModel`` whose output has ``last_hidden_state``, such as MiniLM.
-            tokenizer: The encoder's own tokenizer.
-            pooling: A text's embedding: the mean of its tokens' last hidden states, or that of the first token.
-            max_length: Maximum tokens of a text; None takes the limit stated by tokenizer and config.
+            model: an `AutoModel` whose output has `last_hidden_state`, such as MiniLM.
+            tokenizer: the encoder's own tokenizer.
+            pooling: a text's embedding: the mean of its tokens' last hidden states, or that of the first token.
+            max_length: maximum tokens of a text; None takes the limit stated by tokenizer and config.
             truncate: None refuses longer texts; "right" drops their end and keeps a final special token.
-            lower_case: Whether texts are embedded in lower case.
-            batch_size: Maximum texts in a forward pass.
-            batch_tokens: Maximum tokens in a forward pass, padding included.
+            lower_case: whether texts are embedded in lower case.
+            batch_size: maximum texts in a forward pass.
+            batch_tokens: maximum tokens in a forward pass, padding included.
 
         Raises:
-            ConfigError: An option that is not one of those above.
+            ConfigError: an option that is not one of those above.
         """
         check_choice("pooling", pooling, ("mean", "cls"))
         check_choice("truncate", truncate, (None, "right"))
@@ -97,13 +97,13 @@ class SimilarityReward:
         tokenizer: Any = None,
         **options: Any,
     ) -> Self:
-        """Load a folder or hub id; ``options`` are those of the constructor.
+        """Load a folder or hub id; `options` are those of the constructor.
 
-        A Sentence Transformers folder determines the pooling, the case, and the maximum length unless ``max_length``
+        A Sentence Transformers folder determines the pooling, the case, and the maximum length unless `max_length`
         is given.
 
         Raises:
-            ConfigError: The model cannot be loaded, lacks weights (other than those of a pooler, which is not used), or
+            ConfigError: the model cannot be loaded, lacks weights (other than those of a pooler, which is not used), or
                 has a pooling or a further module that is not supported here.
         """
         from transformers import AutoModel
@@ -123,10 +123,10 @@ class SimilarityReward:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Any]:
         """Score B rows (strings, or chats); B cosines, or a `Failure` for a row that cannot be scored.
 
-        A row cannot be scored if one of its texts has no token, or is longer than the limit while ``truncate`` is None.
+        A row cannot be scored if one of its texts has no token, or is longer than the limit while `truncate` is None.
 
         Raises:
-            DataError: A chat without a user message.
+            DataError: a chat without a user message.
         """
         pairs = [(prompt_text(p), completion_text(c)) for p, c in zip(prompts, completions, strict=True)]
         texts = list(dict.fromkeys([p for p, _ in pairs] + [c for _, c in pairs]))

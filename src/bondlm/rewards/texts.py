@@ -34,7 +34,7 @@ def prompt_text(prompt: Any) -> str:
     """Text of a prompt: the string itself, or the content of the last user message of a chat.
 
     Raises:
-        DataError: A chat has no user message, or content that is not text.
+        DataError: a chat has no user message, or content that is not text.
     """
     if isinstance(prompt, str):
         return prompt
@@ -49,7 +49,7 @@ def completion_text(completion: Any) -> str:
     """Text of a completion: the string itself, or the content of its last message.
 
     Raises:
-        DataError: No message, or content that is not text.
+        DataError: no message, or content that is not text.
     """
     if isinstance(completion, str):
         return completion
@@ -65,10 +65,10 @@ def _content(message: Any) -> str:
 
 
 def token_limit(model: Any, tokenizer: Any, max_length: int | None) -> int | None:
-    """Maximum tokens of a row: ``max_length``, or the smaller limit of tokenizer and model config (None: no limit).
+    """Maximum tokens of a row: `max_length`, or the smaller limit of tokenizer and model config (None: no limit).
 
     Raises:
-        ConfigError: ``max_length`` is below 1, or beyond the model's table of positions.
+        ConfigError: `max_length` is below 1, or beyond the model's table of positions.
     """
     rows = _table_rows(model)
     if max_length is not None:
@@ -102,7 +102,7 @@ def column_text(column: str, value: Any) -> str | Failure:
 
 
 def bad_lengths(rows: Sequence[Sequence[int]], limit: int | None, advice: str) -> dict[int, Failure]:
-    """The rows that have no token or more than ``limit``."""
+    """The rows that have no token or more than `limit`."""
     failed = {}
     for row, ids in enumerate(rows):
         if not ids:
@@ -125,6 +125,6 @@ def check_batch_bounds(batch_size: int, batch_tokens: int) -> None:
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raise ConfigError unless ``value`` is one of ``allowed``."""
+    """Raise ConfigError unless `value` is one of `allowed`."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
         raise ConfigError(f"{name} is {value!r}: choose one of {', '.join(map(repr, allowed))}.")
