@@ -38,7 +38,7 @@ def test_what_is_spent_is_code_7(error, monkeypatch, capsys):
 def test_commands_that_would_do_all_work_in_each_process_are_refused_in_several(command, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([command]) == 2
-    assert f"bondlm {command} runs in one process, and WORLD_SIZE=2" in capsys.readouterr().err
+    assert f"bondlm {command} runs in one process, but WORLD_SIZE=2" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "1")  # left behind by a launcher
     assert is_main_process()
