@@ -260,7 +260,7 @@ def test_x7_a_name_that_begins_as_a_key_does_is_kept_and_a_key_is_hidden_there_t
         "model": "org/sk-mistral-7b-instruct-v2",
         "eval_dataset": {"main": "data/sk-wikipedia-prompts-2024.jsonl", "other": "data/hf_ultrafeedback_prompts.csv"},
         "reward_funcs": ["rewards/sk-vyhodnotenie-otazky.py:length"],
-        "output_dir": "runs/sk-tiny-llama-slovak-v2",
+        "output_dir": "runs/sk-tiny-llama-20241129123000-v2",
         "chat_template_kwargs": {"eos_token": "</s>"},
     }
     assert redacted(settings) == settings

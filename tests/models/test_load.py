@@ -15,9 +15,10 @@ from transformers import LlamaForCausalLM, PegasusConfig, PegasusForConditionalG
 from bondlm.data.prompts import load_prompts
 from bondlm.errors import BondError, ConfigError
 from bondlm.models.adapters import save_adapter, wrap_adapter
-from bondlm.models.load import disable_dropout, fast_dtype, load_model, load_tokenizer
+from bondlm.models.load import _check_whole, disable_dropout, fast_dtype, load_model, load_tokenizer
 from bondlm.rewards import load_rewards
 from bondlm.stages.reward_model import load_base
+from models.families import build
 from models.test_adapters import KINDS, START_ELSEWHERE, learn
 from models.test_roles import MODELS, TOKENIZER, logits, lora, shake, trainable
 
@@ -273,3 +274,9 @@ def test_out_of_memory_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load)
     with pytest.raises(torch.OutOfMemoryError):
         load_model(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", ["encoder-decoder", "llama", "bart", "gemma3", "gpt2"])
+def test_whole_models_of_all_kinds_of_configs_can_be_trained(family: str) -> None:
+    """Not every config says whether head and embedding are one."""
+    _check_whole(build(family))

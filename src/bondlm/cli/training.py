@@ -13,7 +13,7 @@ from bondlm.cli.options import LORA
 from bondlm.errors import CheckpointError, ConfigError, NonFiniteError
 from bondlm.objectives.rules import Rule, above, at_least, between, off, one_of, whole
 from bondlm.runs.folder import is_main_process, plain, weights_file, write_whole
-from bondlm.runs.manifest import was_a_run
+from bondlm.runs.manifest import has_settings
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -88,7 +88,7 @@ def fresh_folder(options: Mapping[str, Any], default: str) -> Path:
     folder = Path(str(options.get("output_dir") or default))
     if (name := weights_file(folder)) is not None:
         raise CheckpointError(f"{folder} already holds a model ({name}): choose another output_dir or remove it")
-    if was_a_run(folder):
+    if has_settings(folder):
         raise CheckpointError(f"{folder} holds a run that has not saved its model: choose another output_dir")
     return folder
 

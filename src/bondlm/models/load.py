@@ -370,8 +370,9 @@ def _check_whole(model: Any) -> None:
     if getattr(model, "is_quantized", False):
         raise ConfigError("quantised weights cannot be trained: pass peft_config to train an adapter (QLoRA)")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    ties = model.config.tie_word_embeddings, model.config.get_text_config(decoder=True).tie_word_embeddings
-    if head is not None and head.weight is embedding.weight and not any(ties):
+    configs = model.config, model.config.get_text_config(decoder=True)
+    ties = {getattr(config, "tie_word_embeddings", None) for config in configs}  # not all configs have the setting
+    if head is not None and head.weight is embedding.weight and ties == {False}:
         raise ConfigError(
             "the model's head is its embedding, but its config has tie_word_embeddings=False: a saved model would "
             "have no head. Set model.config.tie_word_embeddings = True"
