@@ -6,6 +6,7 @@ import pytest
 from rewards.judge_stub import as_presented, by_scalar, judging, scalar
 
 from bondlm.cli import main
+from cli.helpers import with_other
 from cli.test_eval import job, rows
 
 RANKS = """
@@ -22,7 +23,7 @@ def test_a_ranking_shows_the_win_rate_and_the_n_of_the_scalar(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     results = []
     for name, reward in (("out", f"{tmp_path}/reward.py:letters"), ("ranked", f"rank:{tmp_path}/ranks.py:letters")):
-        assert main([*arguments, "--reward_funcs", reward, "--output", f"{tmp_path}/{name}"]) == 0
+        assert main([*with_other(arguments, "--reward_funcs", reward), "--output", f"{tmp_path}/{name}"]) == 0
         results.append(json.loads((tmp_path / name / "eval.json").read_text()))
     scalar, ranked = results
     for name in ("win_rate", "effective_n", "log_quantile", "against_best_of", "kl_of_best_of_n"):
@@ -37,11 +38,13 @@ def test_a_ranking_shows_the_win_rate_and_the_n_of_the_scalar(tmp_path):
 def test_several_goals_are_shown_together_and_each_by_itself(tmp_path, capsys):
     arguments = [*job(tmp_path, num_prompts=6), "--reward_aggregation", "quantile"]
     rewards = json.dumps([f"{tmp_path}/reward.py:letters", f"{tmp_path}/judge.py:short"])
-    assert main([*arguments, "--reward_funcs", rewards]) == 0
+    assert main(with_other(arguments, "--reward_funcs", rewards)) == 0
     shown = capsys.readouterr().out
     assert "Each reward by itself" in shown
     result = json.loads((tmp_path / "out" / "eval.json").read_text())
     assert set(result["goals"]) == {"letters", "short"}
+    way = {"reward_weights": [1.0, 1.0], "reward_aggregation": "quantile"}
+    assert {name: result[name] for name in ("rewards", *way)} == {"rewards": ["letters", "short"]} | way
     assert all({"win_rate", "effective_n", "gain"} <= set(goal) for goal in result["goals"].values())
     policy, reference = [rows(tmp_path / "out" / f"{name}.jsonl") for name in ("policy", "reference")]
     wins = []
@@ -58,7 +61,7 @@ def test_several_goals_are_shown_together_and_each_by_itself(tmp_path, capsys):
             assert row["reward"] == pytest.approx(sum(ranks) / 2)
             wins.append(sum((o["reward"] < row["reward"]) + 0.5 * (o["reward"] == row["reward"]) for o in others) / 8)
     assert result["win_rate"]["value"] == pytest.approx(sum(wins) / len(wins))
-    assert main([*arguments, "--reward_funcs", rewards, "--reward_tolerances", "[1, 2]"]) == 2
+    assert main([*with_other(arguments, "--reward_funcs", rewards), "--reward_tolerances", "[1, 2]"]) == 2
     (again,) = [json.loads((tmp_path / "out" / "eval.json").read_text())]
     assert again == result
 
@@ -71,7 +74,7 @@ def test_a_reward_that_is_none_for_the_greedy_answers_alone_is_refused(tmp_path,
         "    return [None if len(prompts) == len({str(p) for p in prompts}) else 1.0] * len(prompts)\n"
     )
     rewards = json.dumps([f"{tmp_path}/reward.py:letters", f"{tmp_path}/box.py:box"])
-    assert main([*arguments, "--reward_funcs", rewards]) == 4
+    assert main(with_other(arguments, "--reward_funcs", rewards)) == 4
     assert "'box' is None" in " ".join(capsys.readouterr().err.split())
 
 

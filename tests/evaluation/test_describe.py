@@ -1,7 +1,8 @@
 import pytest
 
-from bondlm.evaluation.describe import describe_config, describe_objective
+from bondlm.evaluation.describe import describe_config, describe_objective, describe_rewards
 from bondlm.objectives import BOND, JBOND, SelfBOND
+from bondlm.rewards import SUM, Aggregation, NamedReward
 
 
 def test_an_objective_is_described_by_its_settings():
@@ -49,3 +50,24 @@ def test_an_anchor_that_depends_on_the_data_is_left_out(objective):
     """Fixed where the run learned from scored samples, and otherwise moving: the settings do not tell."""
     assert not {"anchor", "eta"} & describe_config({"objective": objective, "n": 4}).keys()
     assert describe_config({"objective": objective, "n": 4, "anchor": "ema"})["eta"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "said"),
+    [
+        (SUM, {"reward_aggregation": "sum"}),
+        (Aggregation("worst"), {"reward_aggregation": "worst"}),
+        (Aggregation("lexicographic"), {"reward_aggregation": "lexicographic", "reward_tolerances": [0.0, 0.0]}),
+        (
+            Aggregation("lexicographic", [0.5, 0]),
+            {"reward_aggregation": "lexicographic", "reward_tolerances": [0.5, 0]},
+        ),
+    ],
+)
+def test_all_that_makes_one_reward_of_several_is_described(aggregation, said):
+    rewards = [NamedReward("length", len), NamedReward("half", len, weight=-1.0)]
+    assert describe_rewards(rewards, aggregation) == {
+        "rewards": ["length", "half"],
+        "reward_weights": [1.0, -1.0],
+        **said,
+    }

@@ -283,6 +283,23 @@ def test_runs_with_other_rewards_references_or_prompts_are_told_apart(tmp_path):
     assert len(json.loads((tmp_path / "compare.json").read_text())["differences"]) == 3
 
 
+def test_runs_that_combine_the_same_rewards_in_other_ways_do_not_compare(tmp_path):
+    """Their rewards have the same names, and a sum of 8.42 stands beside a rank of 0.49."""
+    runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    ways = [
+        {"reward_weights": [1.0, 0.5], "reward_aggregation": "sum"},
+        {"reward_weights": [1.0, 1.0], "reward_aggregation": "sum"},
+        {"reward_weights": [1.0, 0.5], "reward_aggregation": "worst"},
+    ]
+    for run, way in zip(runs, ways, strict=True):
+        (run / "eval.json").write_text(json.dumps(json.loads((run / "eval.json").read_text()) | way))
+    warning = page_of(*runs, output=tmp_path / "compare.html").texts["warning"]
+    hit = "their mean rewards, win rates and effective N do not compare"
+    assert f"a and b differ in the weights of their rewards (1.0, 0.5; 1.0, 1.0): {hit}" in warning
+    assert f"a and c differ in how their rewards are combined (sum; worst): {hit}" in warning
+    assert len(json.loads((tmp_path / "compare.json").read_text())["differences"]) == 2
+
+
 def test_other_prompts_of_the_same_number_and_other_lengths_do_not_compare(tmp_path):
     runs = [write_run(tmp_path / name) for name in ("a", "b", "c")]
     sets = ({"dataset": "a.jsonl", "prompts_sha256": "1"}, {"dataset": ["b.jsonl", "c.jsonl"], "prompts_sha256": "2"})

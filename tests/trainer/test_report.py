@@ -32,6 +32,7 @@ def test_evaluate_prints_the_table_and_report_writes_the_page(
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["effective_n"]["text"] in page.read_text()
     assert (result["steps"], result["planned_steps"]) == (1, 1)
+    assert (result["reward_weights"], result["reward_aggregation"]) == ([1.0], "sum")
     assert "beta 0.25" in (tmp_path / "README.md").read_text()
     assert "One sample of the trained model" in capsys.readouterr().out
 

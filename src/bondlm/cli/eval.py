@@ -343,7 +343,7 @@ def compare_pairs(
 
 
 def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
-    from bondlm.evaluation.describe import describe_config
+    from bondlm.evaluation.describe import describe_config, describe_rewards
 
     rewards, num_judges = job["rewards"], job["num_judges"]
     model = Path(settings["model"])
@@ -353,7 +353,7 @@ def _description(settings: Mapping[str, Any], config: Mapping[str, Any], job: Ma
         "steps": step_of_weights(model, last),
         **describe_ending(model),
         "objective": describe_config(config) if config else None,
-        "rewards": [reward.name for reward in rewards[: len(rewards) - num_judges]],
+        **describe_rewards(rewards[: len(rewards) - num_judges], job["aggregation"]),
         "model": settings["model"],
         "dataset": settings["dataset"],
         "max_completion_length": settings["max_completion_length"],

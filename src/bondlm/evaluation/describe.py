@@ -1,12 +1,13 @@
 """The settings of a run for `eval.json` and the model card: only those that its objective uses."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from bondlm.config import OFF_POLICY, SETTINGS, objective_of
 from bondlm.config.changes import settled_settings
+from bondlm.rewards import Aggregation, NamedReward
 
 
 def describe_objective(name: str, objective: Any) -> dict[str, Any]:
@@ -23,6 +24,15 @@ def describe_settings(args: Any, objective: Any) -> dict[str, Any]:
     names = ["anchor", *of_anchor, *(["gamma_ref"] if args.gamma_ref else []), "learning_rate"]
     names += ["average_weights"] if args.average_weights else []
     return describe_objective(args.objective, objective) | {name: getattr(args, name) for name in names}
+
+
+def describe_rewards(rewards: Sequence[NamedReward], aggregation: Aggregation) -> dict[str, Any]:
+    """The names of the rewards, and all that makes one reward of them: results compare only if these are the same."""
+    names, weights = [reward.name for reward in rewards], [reward.weight for reward in rewards]
+    described = {"rewards": names, "reward_weights": weights, "reward_aggregation": aggregation.how}
+    if aggregation.how == "lexicographic":
+        described["reward_tolerances"] = list(aggregation.tolerances or [0.0] * len(rewards))
+    return described
 
 
 def describe_config(config: Mapping[str, Any]) -> dict[str, Any]:

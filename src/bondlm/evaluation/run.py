@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bondlm.data.rows import conversation_text
 from bondlm.evaluation.card import write_card
-from bondlm.evaluation.describe import describe_settings
+from bondlm.evaluation.describe import describe_rewards, describe_settings
 from bondlm.evaluation.pairwise import compared
 from bondlm.evaluation.statistics import summarize
 from bondlm.evaluation.table import print_samples, print_table
@@ -87,7 +87,7 @@ def _measured(
         "steps": _steps_of_weights(trainer),
         **describe_ending(Path(str(args.output_dir))),
         "objective": describe_settings(args, trainer.objective),
-        "rewards": [reward.name for reward in trainer.rewards],
+        **describe_rewards(trainer.rewards, trainer.aggregation),
         "model": str(args.output_dir),
         "dataset": _name_of_set(Path(str(args.output_dir)), name),
         "max_completion_length": args.max_completion_length,

@@ -149,8 +149,12 @@ def _shown_prompts(result: Mapping[str, Any]) -> str:
     return f"{_listed(result['dataset'])}, {count}" if result.get("dataset") else count
 
 
+_OF_REWARDS = "mean rewards, win rates and effective N"
 COMPARED = (
-    ("rewards", "their rewards", "mean rewards, win rates and effective N", _shown("rewards")),
+    ("rewards", "their rewards", _OF_REWARDS, _shown("rewards")),
+    ("reward_weights", "the weights of their rewards", _OF_REWARDS, _shown("reward_weights")),
+    ("reward_aggregation", "how their rewards are combined", _OF_REWARDS, _shown("reward_aggregation")),
+    ("reward_tolerances", "the tolerances of their rewards", _OF_REWARDS, _shown("reward_tolerances")),
     ("reference", "their reference", "win rates, effective N and KL", _shown("reference")),
     ("prompts_sha256", "their held-out prompts", "numbers", _shown_prompts),
     ("max_completion_length", "the maximum length of their answers", "numbers", _shown("max_completion_length")),

@@ -43,6 +43,9 @@ EVAL_SHAPE: dict[str, Any] = {
     "warnings": ["text"],
     "cost": {"*": "number"},
     "rewards": ["text"],
+    "reward_aggregation": "text",
+    "reward_weights": ["number"],
+    "reward_tolerances": ["number"],
     "versions": {"*": "text"},
 }
 SAMPLE_SHAPE: dict[str, Any] = {"prompt": "text"}
