@@ -69,6 +69,18 @@ REST = ["--reference", "r", "--dataset", "d.jsonl", "--reward_funcs", "f.py:f", 
         (["score", "--model", "m"], "reward_funcs .*--reward_funcs"),
         (["sample", "--model", "m"], "--prompt TEXT .*--dataset FILE"),
         (["sample", "--model", "m", "--prompt", "x", "--best_of", "4"], "best_of=4: .*reward_funcs"),
+        (["sample", "--model", "m", "--prompt"], "--prompt has no value, or an empty one: write --prompt VALUE"),
+        (["sample", "--model", "m", "--prompt", "--temperature", "0.5"], "--prompt has no value"),
+        *(
+            (["sample", "--model", "m", "--prompt", "x", f"--{name}", value], f"{name}=.*: there are no reward_funcs")
+            for name, value in (
+                ("reward_weights", "[1]"),
+                ("reward_aggregation", "worst"),
+                ("reward_tolerances", "[0]"),
+                ("reward_timeout_s", "1"),
+                ("reward_outage_s", "0"),
+            )
+        ),
         (["eval", "--model", "m", *REST, "--num_reference_samples", "1"], "num_reference_samples=1: .*>= 2"),
         (["merge", "a", "b", "--output_dir", "o", "--curve", "--seed", "-1"], "seed=-1: .*>= 0"),
         (["eval", "--model", "m", *REST, "--reward_timeout_s", "0"], "reward_timeout_s=0: .*> 0"),

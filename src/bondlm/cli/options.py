@@ -197,7 +197,7 @@ SEVERAL = (
     *("orders", "runs", "curve", "report_to", "lora_target_modules", "vllm_base_url", "vllm_server_args"),
     *("member_starts", "member_learning_rates"),
 )
-NEED_TEXT = (*NAMES, "config", "judge", "model", "reference", "opponent", "output")
+NEED_TEXT = (*NAMES, "config", "judge", "model", "reference", "opponent", "output", "prompt")
 
 
 class _Loader(yaml.SafeLoader):

@@ -17,6 +17,7 @@ from bondlm.cli.training import quiet
 from bondlm.errors import ConfigError
 from bondlm.runs.folder import refuse_unfinished, run_config, run_of
 
+NEED_REWARDS = ("reward_weights", "reward_aggregation", "reward_tolerances", "reward_timeout_s", "reward_outage_s")
 CHUNK = 16  # prompts between two writes
 
 
@@ -31,6 +32,7 @@ def run(options: dict[str, Any]) -> int:
         raise ConfigError("give either --prompt TEXT or --dataset FILE")
     if best_of > 1 and not options.get("reward_funcs"):
         raise ConfigError(f"best_of={best_of}: above 1 it needs reward_funcs to choose by")
+    _refuse_idle(options)
     if best_of > 1 and options.get("temperature") == 0:
         raise ConfigError("temperature=0 draws the same answer every time: best_of needs a temperature above 0")
     source = options["dataset"] if options.get("prompt") is None else [{"prompt": options["prompt"]}]
@@ -46,6 +48,12 @@ def run(options: dict[str, Any]) -> int:
         for group in rows:
             _show(best(group), console, errors, with_prompt=options.get("prompt") is None)
     return 0
+
+
+def _refuse_idle(options: Mapping[str, Any]) -> None:
+    """Refuse options of rewards where there are none."""
+    if not options.get("reward_funcs") and (idle := [name for name in NEED_REWARDS if options.get(name) is not None]):
+        raise ConfigError(f"{idle[0]}={options[idle[0]]!r}: there are no reward_funcs, remove it or add them")
 
 
 def _show(row: Mapping[str, Any], console: Any, errors: Any, *, with_prompt: bool) -> None:
