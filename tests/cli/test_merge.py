@@ -78,7 +78,7 @@ def test_the_curve_goes_from_the_merge_to_the_reference(runs: Path, tmp_path: Pa
     assert abs(last["kl"]["value"]) < 1e-2 * abs(first["kl"]["value"])
     assert {"win_rate", "effective_n", "kl_of_best_of_n", "reward"} <= set(first)
     drawn = {path: path.read_bytes() for path in (out / "curve").glob("*.jsonl")}
-    assert main([*arguments[:-6], "--curve", "[0, 0.5]", *arguments[-6:]]) == 0
+    assert main(command(runs, out, "--curve", "[0, 0.5]", *rewards(runs))) == 0
     assert {path: path.read_bytes() for path in drawn} == drawn  # what is there is not drawn again
     assert [row["toward_reference"] for row in json.loads((out / "curve.json").read_text())] == [0.0, 0.5]
     # The samples of the merge itself are those that an evaluation of its folder would score.

@@ -190,7 +190,7 @@ def test_what_has_no_merge_is_refused_by_name(tmp_path: Path) -> None:
         ([one], [start], "at least 2"),
         ([one, one], [start, start], "same weights"),
         ([one, two, adapter(tmp_path / "again", start, 1)], [start] * 3, "same weights"),
-        ([one, two], [start, other], "bases"),
+        ([one, two], [start, other], "same base"),
         ([one, tokens], [start, start], "tokenizers"),
         ([one, template], [start, start], "chat templates"),
         ([one, *ends], [start] * 3, r"ends5' end at the tokens \[1, 7\] and those of .*ends6' at \[7\]"),
