@@ -87,9 +87,7 @@ def test_a_metric_of_a_reward_that_applies_to_no_held_out_prompt_pauses_the_run(
     made = trainer(
         tmp_path, reward=[applies, low_ids], max_steps=4, eval_strategy="steps", eval_steps=2, eval_dataset=rows, **how
     )
-    with pytest.raises(
-        ConfigError, match=r"metric_for_best_model='rewards/applies/win_rate'.*None for every held-out prompt"
-    ):
+    with pytest.raises(ConfigError, match=r"metric_for_best_model='rewards/applies/win_rate'.*None for every held-out"):
         made.train()
     assert fault(tmp_path / "checkpoint-2") is None
 
