@@ -1,5 +1,6 @@
 """Runs with adapters of every sort: what is logged, saved and resumed, and what is refused in one sentence."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from bondlm.errors import ConfigError
 from bondlm.models.load import load_model
-from trainer.helpers import TOKENIZER, ends_often, logged, lora, same, trainer
+from trainer.helpers import MODELS, TOKENIZER, ends_often, logged, lora, same, trainer
 
 IDS = torch.tensor([TOKENIZER.encode(PROMPTS[1])])
 ROLES = ("policy", "anchor", "reference")
@@ -208,3 +209,13 @@ def test_dropout_that_a_given_adapter_has_is_set_to_0_and_saved_so(
         assert not torch.equal(policy(input_ids=IDS).logits, policy(input_ids=IDS).logits)
     kept.save_model()
     assert LoraConfig.from_pretrained(str(tmp_path / "kept")).lora_dropout == 0.3
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"), [("t5", "SEQ_2_SEQ_LM", "CAUSAL_LM"), ("llama", "CAUSAL_LM", "SEQ_CLS")]
+)
+def test_the_saved_adapter_names_the_class_that_loads_it(kind: str, right: str, wrong: str, tmp_path: Path) -> None:
+    made = trainer(tmp_path, MODELS[kind](TOKENIZER), peft_config=lora(kind, task_type=wrong), max_steps=1)
+    made.train()
+    made.save_model()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == right

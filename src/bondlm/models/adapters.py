@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -168,6 +168,8 @@ def fresh_adapter(model: Any, peft_config: PeftConfig, *, sharded: bool) -> Peft
     if sharded and change:
         raise ConfigError(f"{change} changes weights that are sharded here: remove it, or train on one process")
     given = _logits(model) if change else None
+    if peft_config.task_type is not None:  # by which PEFT chooses the class that loads the adapter
+        peft_config.task_type = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     wrapped = wrap_adapter(model, peft_config)
     if sharded or (given is None and adds_nothing(wrapped)):
         return wrapped

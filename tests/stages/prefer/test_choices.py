@@ -70,7 +70,7 @@ def test_pairs_are_decided_whichever_side_they_stand_on(tmp_path: Path) -> None:
     assert Choices(path).left_of([turned, *PAIRS]) == PAIRS[1:]
 
 
-@pytest.mark.parametrize("torn", [b'{"prompt": "p1", "chos', b'{"prompt": "p\xc3', b"{"])
+@pytest.mark.parametrize("torn", [b'{"prompt": "p1", "chos', b'{"prompt": "p\xc3', b"{", b"\0\0\0"])
 def test_half_a_row_is_removed_and_its_pair_asked_again(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "p.jsonl"
     Choices(path).add(PAIRS[0], "left")

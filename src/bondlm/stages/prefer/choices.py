@@ -75,8 +75,13 @@ def _last_line(path: Path) -> bytes:
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether the last line is the beginning of a choice, as `Choices.add` writes them: nothing else is removed."""
+    """Whether the last line is the beginning of a choice, as `Choices.add` writes them, or zeros, which a power cut leaves.
+
+    Nothing else is removed.
+    """
     tail = _last_line(path)
+    if tail and not tail.strip(b"\0"):
+        return True
     if not tail.strip() or tail[: len(_BEGINNING)] != _BEGINNING[: len(tail)]:
         return False
     try:
