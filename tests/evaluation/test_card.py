@@ -15,6 +15,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "objective": {"name": "jbond", "n": 2, "beta": 0.5},
         "reference": "some/base",
         "rewards": ["letters"],
+        "dataset": None,
         "num_prompts": 6,
         "steps": 2,
         "effective_n": NUMBERS | {"text": "1.5 [1.0, 2.0]"},
@@ -29,7 +30,7 @@ def test_its_head_says_what_a_hub_reads(tmp_path: Path, adapter: bool) -> None:
     # A colon and a quote: what a hand-written head would not survive.
     config = {"model": "models/a: 'b'", "train_dataset": "train.jsonl", "eval_dataset": "data/held out.jsonl"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    write_card(tmp_path, result())
+    write_card(tmp_path, result(dataset=config["eval_dataset"]))
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "models/a: 'b'"
     assert card.data.library_name == ("peft" if adapter else "transformers")
