@@ -75,7 +75,7 @@ def _last_line(path: Path) -> bytes:
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether the last line is the beginning of a choice, as `Choices.add` writes them, or zeros, which a power cut leaves.
+    """Whether the last line is the beginning of a choice, as `Choices.add` writes them, or zeros after a power cut.
 
     Nothing else is removed.
     """
