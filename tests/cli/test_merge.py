@@ -173,13 +173,14 @@ def test_files_of_the_user_and_an_unfinished_run_are_not_replaced(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine, begun = tmp_path / "mine", tmp_path / "begun"
-    for folder, name in ((mine, "config.yaml"), (begun, "prompting.json")):
+    for folder, names in ((mine, ["config.yaml"]), (begun, ["config.yaml", "prompting.json"])):
         folder.mkdir()
-        (folder / name).write_text("{}")
+        for name in names:
+            (folder / name).write_text("{}")
     assert main(command(runs, mine)) == 2
     assert f"{mine / 'config.yaml'} would be replaced by the merge" in capsys.readouterr().err
     assert main(command(runs, begun)) == 6
     assert "holds a run that has not saved its model" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="holds a run"):  # so do sft and reward-model
         fresh_folder({"output_dir": str(begun)}, "")
-    assert [path.read_text() for path in tmp_path.glob("*/*")] == ["{}", "{}"]
+    assert [path.read_text() for path in tmp_path.glob("*/*")] == ["{}"] * 3

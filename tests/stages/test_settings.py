@@ -150,6 +150,7 @@ def test_the_other_settings_of_an_sft_work(tmp_path: Path, kind: str, extra: lis
 
 
 def test_of_several_processes_one_writes_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         assert not list(tmp_path.iterdir())
         monkeypatch.setenv("RANK", rank)

@@ -110,6 +110,7 @@ def test_the_head_of_every_role_computes_in_fp32_if_asked(kind: str, tmp_path: P
         model = ends_often(tiny_causal(TOKENIZER, dtype=torch.bfloat16 if kind == "adapter" else torch.float32))
         if kind == "tied":
             model.lm_head.weight = model.model.embed_tokens.weight
+            model.config.tie_word_embeddings = True
         adapter = {"peft_config": lora()} if kind == "adapter" else {"bf16": True}
         made = trainer(tmp_path, model, cast_lm_head_to_fp32=asked, max_steps=1, eta=0.5, **adapter)
         made.train()

@@ -170,7 +170,7 @@ def test_a_setting_that_an_own_optimizer_makes_useless_is_refused(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if own == "schedule" else None
     plain = {"learning_rate": None, "warmup_steps": 100}
-    with pytest.raises(ConfigError, match=f"^{next(iter(settings))}=.*its own {own}"):
+    with pytest.raises(ConfigError, match=f"^{next(iter(settings))}=.*the {own} passed in optimizers="):
         trainer(tmp_path, model, optimizers=(optimizer, schedule), **plain | settings)
 
 
