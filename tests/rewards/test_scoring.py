@@ -120,6 +120,10 @@ def test_functions_get_the_state_of_training_and_log_from_inside():
             lambda log_extra, log_metric: log_extra("words", [1, 2]),
             r"log_extra\('words'\).*\b2 values.*\b3 completions",
         ),
+        (
+            lambda log_extra, log_metric: [log_extra("words", values) for values in ([1, 2, 3], [1, 2, 3], [1, 2, 4])],
+            r"log_extra\('words'\): another reward has logged other values",
+        ),
         (lambda log_extra, log_metric: log_metric("mean", "high"), r"log_metric\('mean', 'high'\)"),
     ],
 )

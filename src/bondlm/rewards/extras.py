@@ -69,7 +69,9 @@ class Extras:
                 f"log_extra({column!r}) has {len(plain)} values for {self._count} completions: give one for each, in "
                 "their order"
             )
-        self.columns[str(column)] = [v if isinstance(v, str | int | float | None) else str(v) for v in plain]
+        shown = [v if isinstance(v, str | int | float | None) else str(v) for v in plain]
+        if self.columns.setdefault(str(column), shown) != shown:
+            raise RewardError(f"log_extra({column!r}): another reward has logged other values under it, choose a name")
 
     def _metric(self, name: str, value: Any) -> None:
         """Keep a number; its mean over calls and steps is logged under its name."""
