@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from bondlm.cli import main as bondlm
 from bondlm.errors import DataDesyncError, WeightDesyncError
 from bondlm.runs.manifest import fault
+from bondlm.runs.prompting import write_prompting
 from faults.children import as_rank, fork, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -158,6 +160,8 @@ def test_d8_one_process_decides_where_to_resume(tmp_path: Path) -> None:
     unfinished = tmp_path / "run" / "checkpoint-1"
     unfinished.mkdir(parents=True)
     (unfinished / "optimizer.pt").write_bytes(b"half")
+    (tmp_path / "run" / "config.yaml").write_text("{}")  # with prompting.json: a run was begun here
+    write_prompting(tmp_path / "run", "auto", {}, datetime.now())
     processes = ranks(config, late=4)
     ends = [process.communicate(timeout=PATIENCE_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
