@@ -17,9 +17,8 @@ _PATTERNS = (
     (re.compile(r"(?i)\b(bearer|basic)(\s+)[a-z0-9._~+/=-]{8,}"), rf"\g<1>\g<2>{HIDDEN}"),
 )
 _KEY = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xoxb-)[A-Za-z0-9_-]{16,}")
-_WORD = re.compile(
-    r"[A-Za-z]{0,16}|[A-Za-z0-9]{1,8}|[0-9]{1,14}"
-)  # of a name; each kind of key has a longer part, with digits
+# A part of a name; each kind of key has a longer part, of letters and digits.
+_WORD = re.compile(r"[A-Za-z]{0,16}|[A-Za-z0-9]{1,8}|[0-9]{1,14}")
 # Settings that name models, data, files and folders, such as sk-mistral-7b-instruct-v2.
 _NAMING = {"model", "reference", "opponent", "reward_funcs", "judges", "dataset", "train_dataset", "eval_dataset"} | {
     *("output", "output_dir", "logging_dir", "run_name", "hub_model_id", "runs", "resume", "member_starts"),
