@@ -70,9 +70,9 @@ def elapsed_and_eta(seconds: float, done: float, total: float) -> str:
 class Counter:
     """A bar on a terminal; otherwise a line at most every two seconds, and one at the end."""
 
-    def __init__(self, progress: Progress, name: str, total: int, unit: str = "prompts") -> None:
-        """Count up to `total`, in units of the name `unit`."""
-        self._progress, self._name, self._total, self._unit, self._done = progress, name, total, unit, 0
+    def __init__(self, progress: Progress, name: str, total: int) -> None:
+        """Count up to `total` prompts."""
+        self._progress, self._name, self._total, self._done = progress, name, total, 0
         self._task = progress.add_task(name, total=total)
         self._began = self._said = time.monotonic()
         self._known = 0  # existed before, so they do not count for the pace
@@ -89,7 +89,7 @@ class Counter:
             self._said = now
             pace = elapsed_and_eta(now - self._began, self._done - self._known, self._total - self._known)
             pace = f"{now - self._began:.0f} s" if is_last else pace
-            line = f"{self._name}: {self._done}/{self._total} {self._unit}, {pace}"
+            line = f"{self._name}: {self._done}/{self._total} prompts, {pace}"
             say(console, line)
 
     def close(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from bondlm.errors import ConfigError
 
 Method = Literal["mean", "slerp"]
-METHODS: tuple[Method, ...] = ("mean", "slerp")
 _OPPOSED = 1e-3  # length of the mean of unit vectors: below it they cancel, and no direction is left
 
 
